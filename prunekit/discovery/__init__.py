@@ -1,0 +1,32 @@
+"""Coupled structures of a model, found by tracing one token."""
+
+from torch import nn
+
+from prunekit.discovery.groups import KINDS, CoupledGroup, Groups, Member
+from prunekit.discovery.partition import find_groups
+from prunekit.discovery.trace import trace
+
+__all__ = ["KINDS", "CoupledGroup", "Groups", "Member", "discover"]
+
+
+def discover(model: nn.Module) -> Groups:
+    """Which slices of which parameters must go together, for every part of a model.
+
+    One token is traced through the model with an integer label on every channel; operations move, join
+    or reduce the labels, and connected components of them are the units. Nothing is looked up by model
+    name. An operation without a rule locks what it touches (`groups.locked` says what and why).
+
+    Args:
+        model: a causal language model. Its weights are not read; they may stand on the meta device.
+
+    Returns:
+        Groups of interchangeable units, layer by layer.
+
+    Raises:
+        PrunekitError: the model does not run on a single token.
+
+    Source: dependency groups as in LLM-Pruner (Ma et al. 2023, §3.1) and Torch-Pruning's DepGraph (Fang et
+    al. 2023). Differs: labels on single channels in place of edges between layers, so fused projections,
+    grouped-query attention and rotary halves need no cases of their own.
+    """
+    return find_groups(trace(model))

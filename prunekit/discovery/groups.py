@@ -1,0 +1,159 @@
+"""What discovery finds: coupled groups, as plain values."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import overload
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from prunekit.errors import PrunekitError
+
+KINDS = (
+    "kv_head",
+    "query_head",
+    "ffn_channel",
+    "hidden",
+    "head_dim",
+    "expert",
+    "block",
+    "layer",
+    "rank",
+    "vocabulary",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One parameter dimension that takes part in a group.
+
+    Attributes:
+        parameter: name as in `model.named_parameters()`.
+        dim: dimension of that parameter.
+        index: int64 (n_units, width), ascending in each row: the indices along `dim` each unit owns.
+    """
+
+    parameter: str
+    dim: int
+    index: Tensor
+
+    @property
+    def width(self) -> int:
+        """Indices each unit owns."""
+        return self.index.shape[1]
+
+    def owned_by(self, units: Sequence[int] | Tensor) -> Tensor:
+        """Ascending indices along `dim` that `units` own together, int64 (n,)."""
+        return self.index[torch.as_tensor(units, dtype=torch.long)].flatten().sort().values
+
+    def __repr__(self) -> str:
+        return f"Member({self.parameter!r}, dim={self.dim}, {len(self.index)} units × {self.width})"
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledGroup:
+    """Interchangeable units in one place of a model, with all the slices that must go together.
+
+    Attributes:
+        name: unique, `"<module path>:<kind>"`.
+        kind: one of `KINDS`.
+        n_units: number of units, in the order in which they stand in the first member.
+        members: every parameter dimension that takes part, in the order of `named_parameters()`.
+        exact: True where the smaller model equals the model with the units zeroed; False where a
+            norm's statistics span units, so that removing some changes what is left.
+    """
+
+    name: str
+    kind: str
+    n_units: int
+    members: tuple[Member, ...]
+    exact: bool
+
+    @property
+    def layer(self) -> int | None:
+        """First number in the group's module path; None where it belongs to no layer."""
+        found = re.search(r"(?:^|\.)(\d+)(?:\.|:|$)", self.name)
+        return int(found.group(1)) if found else None
+
+    def __repr__(self) -> str:
+        mark = "" if self.exact else ", inexact"
+        return f"CoupledGroup({self.name!r}, {self.n_units} units, {len(self.members)} members{mark})"
+
+
+@dataclass(frozen=True, eq=False)
+class Groups(Sequence[CoupledGroup]):
+    """All coupled groups of a model.
+
+    Attributes:
+        items: the groups, in the order of the model's layers.
+        shapes: parameter name → shape, for every parameter of the model (tied ones once).
+        locked: what may not be cut, module or parameter path → reason.
+    """
+
+    items: tuple[CoupledGroup, ...]
+    shapes: dict[str, tuple[int, ...]]
+    locked: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[CoupledGroup]:
+        return iter(self.items)
+
+    @overload
+    def __getitem__(self, key: int | str) -> CoupledGroup: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[CoupledGroup, ...]: ...
+    def __getitem__(self, key: int | str | slice) -> CoupledGroup | tuple[CoupledGroup, ...]:
+        """A group by position or by name.
+
+        Raises:
+            PrunekitError: no group has that name.
+        """
+        if not isinstance(key, str):
+            return self.items[key]
+        if key not in self._by_name:
+            raise PrunekitError(f"no group is called {key!r}; this model has {', '.join(self._by_name)}")
+        return self._by_name[key]
+
+    @cached_property
+    def _by_name(self) -> dict[str, CoupledGroup]:
+        return {group.name: group for group in self.items}
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the whole model, tied ones counted once."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def of_kind(self, *kinds: str) -> tuple[CoupledGroup, ...]:
+        """The groups of these kinds, in order."""
+        return tuple(group for group in self.items if group.kind in kinds)
+
+    def table(self) -> pd.DataFrame:
+        """One row a member: group, kind, layer, n_units, exact, parameter, dim, width."""
+        rows = [
+            (g.name, g.kind, g.layer, g.n_units, g.exact, m.parameter, m.dim, m.width)
+            for g in self.items
+            for m in g.members
+        ]
+        columns = ["group", "kind", "layer", "n_units", "exact", "parameter", "dim", "width"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def summary(self) -> pd.DataFrame:
+        """One row a kind: number of groups, units, whether all are exact."""
+        table = self.table().drop_duplicates("group")
+        return table.groupby("kind", sort=False).agg(
+            groups=("group", "size"), units=("n_units", "sum"), exact=("exact", "all")
+        )
+
+    def __repr__(self) -> str:
+        counts = {kind: len(self.of_kind(kind)) for kind in KINDS if self.of_kind(kind)}
+        found = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "none"
+        return f"Groups({found}; {self.n_parameters:,} parameters; {len(self.locked)} locked)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.summary().to_html()}"

@@ -1,0 +1,152 @@
+"""Integers that modules remember about their own widths, followed through a forward pass.
+
+A module keeps numbers such as its head count, and a forward pass puts them, or sums and products of them,
+into views and splits. Matching such numbers by value is wrong (a layer index may equal a head count), so each
+is replaced for one trace by an `int` that knows where it came from and keeps knowing it through arithmetic.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+Key = tuple[str, str, str]  # module path, "" or "config", attribute (with "[i]" for an element of a sequence)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer as a module or its configuration holds it."""
+
+    key: Key
+    value: int
+
+    def evaluate(self, values: Mapping[Key, int]) -> int:
+        """The number once some attributes have new values."""
+        return values.get(self.key, self.value)
+
+    def attributes(self) -> frozenset["Attribute"]:
+        """All attributes that this number is made of."""
+        return frozenset([self])
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A number computed from remembered ones."""
+
+    function: Callable[[int, int], int]
+    left: "Expression"
+    right: "Expression"
+
+    def evaluate(self, values: Mapping[Key, int]) -> int:
+        """The number once some attributes have new values."""
+        return self.function(_evaluate(self.left, values), _evaluate(self.right, values))
+
+    def attributes(self) -> frozenset[Attribute]:
+        """All attributes that this number is made of."""
+        sides = [side for side in (self.left, self.right) if not isinstance(side, int)]
+        return frozenset().union(*(side.attributes() for side in sides))
+
+
+Expression = Attribute | Operation | int
+
+
+def _evaluate(side: Expression, values: Mapping[Key, int]) -> int:
+    return side if isinstance(side, int) else side.evaluate(values)
+
+
+class Remembered(int):
+    """An `int` that knows which attributes it was computed from."""
+
+    origin: Attribute | Operation
+
+    @classmethod
+    def of(cls, value: int, origin: Attribute | Operation) -> "Remembered":
+        """Wrap `value`."""
+        number = cls(value)
+        number.origin = origin
+        return number
+
+
+def _arithmetic(function: Callable[[int, int], int], reflected: bool) -> Callable[[Remembered, Any], Any]:
+    def method(self: Remembered, other: Any) -> Any:  # noqa: ANN401
+        if not isinstance(other, int):
+            return NotImplemented
+        plain = other.origin if isinstance(other, Remembered) else int(other)
+        sides = (plain, self.origin) if reflected else (self.origin, plain)
+        numbers = (int(other), int(self)) if reflected else (int(self), int(other))
+        return Remembered.of(function(*numbers), Operation(function, *sides))
+
+    return method
+
+
+for _name, _function in {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+}.items():
+    setattr(Remembered, f"__{_name}__", _arithmetic(_function, reflected=False))
+    setattr(Remembered, f"__r{_name}__", _arithmetic(_function, reflected=True))
+
+
+def _wrap(value: Any, key: Key) -> Any:  # noqa: ANN401
+    if type(value) is int:
+        return Remembered.of(value, Attribute(key, value))
+    if type(value) in (list, tuple) and value and all(type(v) is int for v in value):
+        path, holder, name = key
+        return type(value)(_wrap(v, (path, holder, f"{name}[{i}]")) for i, v in enumerate(value))
+    return value
+
+
+def _is_width(value: Any) -> bool:  # noqa: ANN401
+    return type(value) is int or (type(value) in (list, tuple) and bool(value) and all(type(v) is int for v in value))
+
+
+@contextmanager
+def remembering(model: nn.Module) -> Iterator[None]:
+    """While open, every integer that a module or its configuration holds knows its origin."""
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for path, module in model.named_modules():
+            _wrap_attributes(module, path, undo)
+        yield
+    finally:
+        for holder, name, value in reversed(undo):
+            holder[name] = value
+
+
+def _wrap_attributes(module: nn.Module, path: str, undo: list[tuple[dict[str, Any], str, Any]]) -> None:
+    own = vars(module)
+    for name, value in list(own.items()):
+        if _is_width(value):
+            undo.append((own, name, value))
+            own[name] = _wrap(value, (path, "", name))
+    config = own.get("config")
+    if config is not None and hasattr(config, "__dict__"):
+        mine = copy.copy(config)
+        for name, value in list(vars(mine).items()):
+            if type(value) is int:
+                vars(mine)[name] = _wrap(value, (path, "config", name))
+        undo.append((own, "config", config))
+        own["config"] = mine
+
+
+def set_attribute(module: nn.Module, key: Key, value: int) -> None:
+    """Write a new value where a remembered one stood; a configuration is copied first."""
+    _, holder, name = key
+    if holder == "config":
+        module.config = copy.copy(module.config)
+        vars(module.config)[name] = value
+        return
+    own = vars(module)
+    base, _, index = name.partition("[")
+    if not index:
+        own[name] = value
+        return
+    sequence = list(own[base])
+    sequence[int(index[:-1])] = value
+    own[base] = type(own[base])(sequence)

@@ -1,0 +1,244 @@
+"""One forward pass of one token, with labels riding on every channel.
+
+With batch 1 and sequence 1 every element of an activation is a channel. Parameters are replaced by tensors that
+cost nothing (one zero, expanded), so a model of any size is traced without its weights.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunekit.discovery.labels import LOCKED, LabelGraph, varying_dims
+from prunekit.discovery.operations import RULES, unknown
+from prunekit.discovery.remembered import remembering
+from prunekit.discovery.rules import Operand
+from prunekit.discovery.watching import Equation, IntegerWatcher
+from prunekit.errors import PrunekitError
+
+PLANES = "_prunekit_planes"
+UNIFORM = "_prunekit_uniform"
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one traced token leaves behind.
+
+    Attributes:
+        graph: nodes and relations.
+        offsets: (parameter, dim) → (first node, size); parameters as in `named_parameters()`.
+        shapes: parameter → shape.
+        equations: where remembered integers arrived.
+        rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular.
+        output: plane of the logits.
+    """
+
+    graph: LabelGraph = field(default_factory=LabelGraph)
+    offsets: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    equations: list[Equation] = field(default_factory=list)
+    rectangles: list[Tensor] = field(default_factory=list)
+    output: Tensor | None = None
+
+
+class LabelMode(TorchDispatchMode):
+    """Runs every operation on the tensors and its rule on their labels."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.graph = trace.graph
+        self.path = ""
+        self._storages: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
+
+    def operand(self, tensor: Tensor) -> Operand:
+        """The labels of a tensor. Views share the labels of what they view, as they share its storage."""
+        planes = getattr(tensor, PLANES, None)
+        if planes is not None:
+            return Operand(planes, tensor.shape, parameter=True)
+        found = self._storages.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            return Operand((), tensor.shape, uniform=tensor.numel() == 1 or hasattr(tensor, UNIFORM))
+        plane = found[0].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return Operand((plane,), tensor.shape)
+
+    def mark(self, tensor: Tensor, plane: Tensor | None) -> Tensor:
+        """Give an activation its labels; later views and in-place writes share them."""
+        if plane is None:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            n = storage.nbytes() // tensor.element_size()
+            self._storages[storage._cdata] = (torch.zeros(n, dtype=torch.long), storage)
+        flat = self._storages[storage._cdata][0]
+        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(plane.expand(tensor.shape))
+        return tensor
+
+    def mark_parameter(self, tensor: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
+        """Give a parameter, or what is made of parameters alone, one plane a dimension."""
+        setattr(tensor, PLANES, planes)
+        return tensor
+
+    def mark_uniform(self, tensor: Tensor) -> Tensor:
+        """A constant of equal values: it takes any width."""
+        setattr(tensor, UNIFORM, True)
+        return tensor
+
+    def lock(self, labels: Tensor, reason: str) -> None:
+        """As `LabelGraph.lock`, naming the module that runs."""
+        self.graph.lock(labels, f"{self.path or 'the model'}: {reason}")
+
+    def record_rectangle(self, plane: Tensor) -> None:
+        """Remember a plane whose cut must stay rectangular."""
+        if sum(n > 1 for n in plane.shape) > 1 and len(varying_dims(plane)) > 1:
+            self.trace.rectangles.append(plane.squeeze())
+
+    def __torch_dispatch__(  # noqa: D105
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        rule = RULES.get(func.overloadpacket) or (RULES["pointwise"] if torch.Tag.pointwise in func.tags else None)
+        if rule is not None and rule.always:
+            return rule.apply(self, func, args, kwargs)
+        if not any(self.operand(t).planes for t in tensors_in((args, kwargs))):
+            return func(*args, **kwargs)
+        first_lock = len(self.graph.locks)
+        result = (rule.apply if rule else unknown)(self, func, args, kwargs)
+        for i in range(first_lock, len(self.graph.locks)):
+            labels, reason = self.graph.locks[i]
+            if not reason.startswith(f"{self.path}:"):
+                self.graph.locks[i] = (labels, f"{self.path}: {reason} ({func.overloadpacket.__name__})")
+        return result
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:  # noqa: ANN401
+    """Every tensor among nested arguments."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
+
+
+@contextmanager
+def free_parameters(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+    """While open, parameters are one zero, expanded, with fresh labels a dimension; buffers stand on the CPU."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    fakes: dict[int, Tensor] = {}
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is None:
+                    continue
+                if id(p) not in fakes:
+                    fakes[id(p)] = _fake_parameter(mode, names[id(p)], p)
+                undo.append((module._parameters, name, p))
+            for name, b in module._buffers.items():
+                if b is not None and b.device.type != "cpu":
+                    undo.append((module._buffers, name, b))
+        for holder, name, value in undo:
+            stand_in = fakes.get(id(value))
+            holder[name] = torch.zeros(value.shape, dtype=value.dtype) if stand_in is None else stand_in
+        yield
+    finally:
+        for holder, name, value in undo:
+            holder[name] = value
+
+
+def _fake_parameter(mode: LabelMode, name: str, p: Tensor) -> Tensor:
+    mode.trace.shapes[name] = tuple(p.shape)
+    planes = []
+    for d, n in enumerate(p.shape):
+        labels = mode.graph.new((n,), "parameter")
+        mode.trace.offsets[name, d] = (int(labels[0]) if n else 0, n)
+        planes.append(labels.view([n if i == d else 1 for i in range(p.dim())]).expand(p.shape))
+    dtype = p.dtype if p.dtype.is_floating_point else torch.float32
+    return mode.mark_parameter(torch.zeros((), dtype=dtype).expand(p.shape), tuple(planes))
+
+
+@contextmanager
+def module_paths(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+    """While open, the mode knows which module runs."""
+    names = {id(module): name for name, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, _args: Any) -> None:  # noqa: ANN401
+        stack.append(mode.path)
+        mode.path = names.get(id(module), mode.path)
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
+        mode.path = stack.pop()
+
+    handles = [
+        torch_module.register_module_forward_pre_hook(enter),
+        torch_module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def trace(model: nn.Module) -> Trace:
+    """Run one token through `model` and write down what happens to every channel.
+
+    Args:
+        model: a causal language model; its weights are not read and may stand on the meta device.
+
+    Raises:
+        PrunekitError: the forward pass does not run on one token.
+    """
+    result = Trace()
+    mode = LabelMode(result)
+    watcher = IntegerWatcher(mode)
+    with ExitStack() as stack:
+        for context in (_evaluating(model), torch.no_grad(), free_parameters(model, mode), remembering(model)):
+            stack.enter_context(context)
+        for context in (module_paths(model, mode), watcher, mode):
+            stack.enter_context(context)
+        try:
+            output = model(torch.zeros((1, 1), dtype=torch.long), **_options(model.forward))
+        except Exception as error:
+            raise PrunekitError(
+                f"the model does not run on one token, so its structure cannot be traced: "
+                f"{type(error).__name__} in {mode.path or type(model).__name__}: {error}"
+            ) from error
+    _finish(mode, watcher, output)
+    return result
+
+
+def _options(forward: Callable[..., Any]) -> dict[str, Any]:
+    accepted = inspect.signature(forward).parameters
+    wanted = {"use_cache": False, "return_dict": True}
+    return wanted if any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else {
+        name: value for name, value in wanted.items() if name in accepted
+    }
+
+
+def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:  # noqa: ANN401
+    for tensor in tensors_in(dict(output) if isinstance(output, dict) else output):
+        for plane in mode.operand(tensor).planes:
+            mode.graph.lock(plane[plane > LOCKED], "the model's output: its rows are what the model answers with")
+            mode.trace.output = plane
+    mode.trace.equations = watcher.equations()

@@ -1,0 +1,192 @@
+"""Where remembered integers arrive: sizes of views, splits and slices, as equations to solve after a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from prunekit.discovery.remembered import Attribute, Operation, Remembered
+
+if TYPE_CHECKING:
+    from prunekit.discovery.trace import LabelMode
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """`expression` must equal the number of surviving positions along `dim` of `planes`, up to `stop`."""
+
+    expression: Attribute | Operation
+    planes: tuple[Tensor, ...]
+    dim: int
+    stop: int | None
+    where: str
+
+    def survivors(self, dead: Tensor) -> int:
+        """Positions along `dim` at which not every element is dead.
+
+        Args:
+            dead: bool (n_nodes,).
+        """
+        gone = torch.zeros(self.planes[0].shape, dtype=torch.bool)
+        for plane in self.planes:
+            gone = gone | dead[plane]
+        alive = (~gone).movedim(self.dim, 0).flatten(1).any(1)
+        return int(alive[: self.stop].sum())
+
+
+@dataclass(frozen=True, eq=False)
+class _Sighting:
+    number: Remembered
+    tensor: Tensor
+    dim: int
+    stop: int | None
+    where: str
+
+
+def _sizes(args: tuple) -> tuple:
+    return tuple(args[0]) if args and isinstance(args[0], (tuple, list)) else tuple(args)
+
+
+class IntegerWatcher(TorchFunctionMode):
+    """Notes where remembered integers arrive, and computes attention in the open."""
+
+    def __init__(self, mode: LabelMode) -> None:
+        super().__init__()
+        self._mode = mode
+        self._seen: list[_Sighting] = []
+
+    def __torch_function__(  # noqa: D105
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            with self:
+                return attention(*args, **kwargs)
+        result = func(*args, **kwargs)
+        note = _NOTES.get(func)
+        if note is not None:
+            note(self, result, args, kwargs)
+        return result
+
+    def see(self, number: Any, tensor: Any, dim: int, stop: int | None = None) -> None:  # noqa: ANN401
+        """Note a size if it is a remembered integer."""
+        if isinstance(number, Remembered) and isinstance(tensor, Tensor):
+            self._seen.append(_Sighting(number, tensor, dim, stop, self._mode.path))
+
+    def equations(self) -> list[Equation]:
+        """All sightings in labelled tensors, with the labels they carry at the end of the trace."""
+        found = []
+        for s in self._seen:
+            planes = self._mode.operand(s.tensor).planes
+            if planes:
+                found.append(Equation(s.number.origin, planes, s.dim % s.tensor.dim(), s.stop, s.where))
+        return found
+
+
+def _note_shape(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+    sizes = _sizes(args[1:]) or _sizes((kwargs.get("shape") or kwargs.get("size") or (),))
+    for dim, size in enumerate(sizes):
+        watcher.see(size, result, dim - len(sizes))
+
+
+def _note_created(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+    for dim, size in enumerate(_sizes(args)):
+        watcher.see(size, result, dim)
+
+
+def _note_split(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+    size = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    for i, part in enumerate(result):
+        watcher.see(size[i] if isinstance(size, (list, tuple)) else size, part, dim)
+
+
+def _note_slice(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+    tensor, index = args
+    index = index if isinstance(index, tuple) else (index,)
+    if not any(isinstance(i, slice) for i in index) or any(isinstance(i, (list, Tensor)) for i in index):
+        return
+    used = sum(i is not None and i is not Ellipsis for i in index)
+    dim = 0
+    for i in index:
+        if i is Ellipsis:
+            dim += tensor.dim() - used
+        elif i is not None:
+            for end in (i.start, i.stop) if isinstance(i, slice) else ():
+                watcher.see(end, tensor, dim, int(end) if isinstance(end, Remembered) else None)
+            dim += 1
+
+
+def _note_narrow(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+    tensor, dim, start, length = args
+    watcher.see(length, result, dim)
+    watcher.see(start, tensor, dim, int(start))
+
+
+def _note_norm(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+    shape = args[1] if len(args) > 1 else kwargs.get("normalized_shape", ())
+    for dim, size in enumerate(shape):
+        watcher.see(size, args[0], dim - len(shape))
+
+
+def _note_unflatten(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+    tensor, dim, sizes = args
+    for i, size in enumerate(sizes):
+        watcher.see(size, result, dim % tensor.dim() + i)
+
+
+_NOTES: dict[Any, Callable[[IntegerWatcher, Any, tuple, dict], None]] = {
+    **dict.fromkeys(
+        (Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, torch.broadcast_to, Tensor.new_zeros,
+         Tensor.new_empty, Tensor.new_ones), _note_shape,
+    ),
+    **dict.fromkeys((torch.zeros, torch.empty, torch.ones), _note_created),
+    **dict.fromkeys((Tensor.split, torch.split, torch.functional.split, Tensor.split_with_sizes), _note_split),
+    **dict.fromkeys((functional.layer_norm, functional.rms_norm), _note_norm),
+    **dict.fromkeys((Tensor.narrow, torch.narrow), _note_narrow),
+    **dict.fromkeys((Tensor.unflatten, torch.unflatten), _note_unflatten),
+    Tensor.__getitem__: _note_slice,
+}  # fmt: skip
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Scaled dot-product attention written out, so that labels can follow it.
+
+    Args:
+        query: (..., n_heads, seq, d_head).
+        key: (..., n_kv_heads, seq, d_head).
+        value: (..., n_kv_heads, seq, d_head).
+        attn_mask: added to the scores; a boolean mask is taken as such.
+        dropout_p: ignored: the trace runs in evaluation mode.
+        is_causal: ignored: there is one token.
+        scale: ignored: labels do not depend on it.
+        enable_gqa: repeat key and value heads up to the number of query heads.
+    """
+    if enable_gqa and key.size(-3) != query.size(-3):
+        repeats = query.size(-3) // key.size(-3)
+        key, value = (_repeat_heads(t, repeats) for t in (key, value))
+    scores = query @ key.transpose(-2, -1)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask
+    return torch.softmax(scores, -1) @ value
+
+
+def _repeat_heads(heads: Tensor, repeats: int) -> Tensor:
+    shape = heads.shape  # (..., n_kv_heads, seq, d_head)
+    wide = heads.unsqueeze(-3).expand(*shape[:-2], repeats, *shape[-2:])
+    return wide.reshape(*shape[:-3], shape[-3] * repeats, *shape[-2:])

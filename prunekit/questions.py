@@ -1,0 +1,52 @@
+"""Multiple-choice questions as plain values, shared by the world that asks them and the scorer."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question, ready to score by log-likelihood.
+
+    Each choice is scored as `log p(choice | context)`. Where the choices differ on the left instead
+    (WinoGrande's partial scoring), `contexts` has one context a choice and all `choices` are equal.
+
+    Attributes:
+        context: the text all choices continue; `""` where `contexts` is given.
+        choices: the continuations, each with the white space that separates it from its context.
+        answer: index of the right choice.
+        domain: the kind of knowledge asked for, such as `"fact"` or `"arithmetic"`.
+        tier: frequency of the fact in training, `"common"` or `"rare"`; None where none is planted.
+        hops: number of facts to be combined; None where no fact is asked.
+        contexts: one context a choice, or None.
+    """
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+    domain: str
+    tier: str | None = None
+    hops: int | None = None
+    contexts: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named set of questions.
+
+    Attributes:
+        name: what the report calls it.
+        form: the published task whose form it takes, such as `"boolq"`.
+        questions: at least one.
+        normalize: score per byte of the choice (lm-evaluation-harness's `acc_norm`) where True, the
+            plain sum of log-likelihoods (`acc`) where False.
+    """
+
+    name: str
+    form: str
+    questions: tuple[Question, ...]
+    normalize: bool = False
+
+    @property
+    def chance(self) -> float:
+        """Expected accuracy of a guess, in [0, 1]."""
+        return sum(1 / len(q.choices) for q in self.questions) / len(self.questions)
