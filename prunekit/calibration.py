@@ -1,0 +1,246 @@
+"""The calibration set, and the gradients gathered over it in one pass for all groups."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prunekit.errors import PrunekitError
+from prunekit.text import DOCUMENT_SEPARATOR, TextSource, read_documents, tokenize
+
+TOKENS_A_BATCH = 1024  # 16 samples of 64 tokens at once: logits for 32,000 words then take 131 MB
+_ENOUGH_CHOICE = 16  # tokens to draw windows from, as a multiple of those drawn
+
+
+def calibration_set(
+    source: TextSource,
+    tokenizer: Any,
+    *,
+    n_samples: int = 16,
+    seq_len: int = 64,
+    seed: int = 0,
+    separator: str | None = DOCUMENT_SEPARATOR,
+) -> Tensor:
+    """Draw random windows of tokens from a text.
+
+    Documents are shuffled, tokenised (with BOS where the tokenizer adds it) and joined; windows are drawn
+    from the stream. They do not overlap where there are `n_samples * seq_len` tokens; where the text is
+    shorter than that, they do.
+
+    Args:
+        source: what `prunekit.text.read_documents` reads: a file, text, documents, a data set, `"world"`.
+        tokenizer: a transformers tokenizer.
+        n_samples: number of windows, at least 1.
+        seq_len: tokens in each, at least 2 (the loss predicts each token from those before it).
+        seed: which documents and windows are drawn.
+        separator: marker between documents inside one text; it is split off.
+
+    Returns:
+        int64 (n_samples, seq_len).
+
+    Raises:
+        PrunekitError: no text, fewer tokens than one window, or an impossible size.
+
+    Source: LLM-Pruner's calibration (10 samples of 64 tokens of BookCorpus).
+        Differs: windows of one joined stream, where the reference takes one window a book.
+    """
+    if n_samples < 1 or seq_len < 2:
+        raise PrunekitError(f"n_samples={n_samples}, seq_len={seq_len}: at least 1 sample of 2 tokens is needed")
+    generator = torch.Generator().manual_seed(seed)
+    documents = read_documents(source, separator=separator)
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    enough = _ENOUGH_CHOICE * n_samples * seq_len
+    stream = tokenize((documents[i] for i in order), tokenizer, enough=enough)
+    if len(stream) < seq_len:
+        raise PrunekitError(
+            f"the text has {len(stream)} tokens and one window needs seq_len={seq_len}; "
+            "give more text or a smaller seq_len"
+        )
+    starts = _window_starts(len(stream), n_samples, seq_len, generator)
+    return stream[starts[:, None] + torch.arange(seq_len)]
+
+
+def _window_starts(n_tokens: int, n_samples: int, seq_len: int, generator: torch.Generator) -> Tensor:
+    """Where each window begins, int64 (n_samples,): apart where they fit side by side."""
+    slots = n_tokens // seq_len
+    if slots < n_samples:
+        return torch.randint(n_tokens - seq_len + 1, (n_samples,), generator=generator)
+    offset = torch.randint(n_tokens % seq_len + 1, (1,), generator=generator)
+    return offset + seq_len * torch.randperm(slots, generator=generator)[:n_samples]
+
+
+def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
+    """The calibration set as int64 on the model's device, or a clear refusal.
+
+    Args:
+        calib: integers (n_samples, seq_len) with at least one sample of two tokens.
+        model: the causal LM that will read them.
+
+    Returns:
+        int64 (n_samples, seq_len).
+
+    Raises:
+        PrunekitError: not an integer tensor of that shape, or ids outside the model's vocabulary.
+    """
+    if not isinstance(calib, Tensor) or calib.is_floating_point() or calib.dtype == torch.bool or calib.ndim != 2:
+        given = f"{calib.dtype} {tuple(calib.shape)}" if isinstance(calib, Tensor) else type(calib).__name__
+        raise PrunekitError(f"a calibration set is an integer tensor (n_samples, seq_len), not {given}")
+    if len(calib) < 1 or calib.shape[1] < 2:
+        raise PrunekitError(f"calibration set {tuple(calib.shape)}: at least 1 sample of 2 tokens is needed")
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary, low, high = len(embedding.weight), int(calib.min()), int(calib.max())
+    if low < 0 or high >= vocabulary:
+        raise PrunekitError(f"token ids {low} to {high}, but the model knows 0 to {vocabulary - 1}: another tokenizer?")
+    return calib.to(embedding.weight.device, torch.long)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model that has a weight which is NaN, infinite or not there.
+
+    Raises:
+        PrunekitError: names the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise PrunekitError(f"{name} has a shape but no data (meta device): load the weights first")
+        if not bool(torch.isfinite(parameter).all()):
+            raise PrunekitError(f"{name} has NaN or infinite weights: the checkpoint is damaged, or overflowed float16")
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Statistics of the loss over a calibration set, one tensor a parameter in that parameter's shape.
+
+    Attributes:
+        g: parameter name → gradient of the mean loss.
+        h: parameter name → mean over samples of the squared gradient of one sample's loss; None where
+            it was not asked for.
+        loss: mean loss over the calibration set, nats a token.
+        n_samples: size of the calibration set.
+    """
+
+    g: dict[str, Tensor]
+    h: dict[str, Tensor] | None
+    loss: float
+    n_samples: int
+
+    def __repr__(self) -> str:
+        which = "g" if self.h is None else "g and h"
+        return f"Gradients({which} of {len(self.g)} parameters; {self.n_samples} samples, loss {self.loss:.4f})"
+
+
+def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str], *, second: bool = False) -> Gradients:
+    """Gradients of the language-modelling loss for some parameters, in one pass over the calibration set.
+
+    The model is left as it was, whatever happens: training mode, `requires_grad` and `.grad` of every
+    parameter. Frozen and half-precision parameters are fine; sums are kept in float32 (float64 for
+    float64). Each gradient is added to its sum and freed as soon as it exists, so the peak is the model,
+    the sums and the activations of one batch (one sample where `second`).
+
+    Args:
+        model: a causal LM.
+        calib: integers (n_samples, seq_len); input and labels at once.
+        parameters: names as in `model.named_parameters()`.
+        second: also gather `h`, one sample at a time.
+
+    Returns:
+        `Gradients`, on the parameters' devices; zeros for what the loss does not depend on.
+
+    Raises:
+        PrunekitError: unknown parameters, bad tokens, or a weight, loss or gradient that is not finite.
+
+    Source: LLM-Pruner, Eq. 3 to 5; `h` is the diagonal Fisher information it uses for the Hessian.
+    """
+    check_finite(model)
+    tokens, chosen = check_tokens(calib, model), _chosen(model, parameters)
+    g = {name: _zeros_like(p) for name, p in chosen.items()}
+    h = {name: _zeros_like(p) for name, p in chosen.items()} if second else None
+    batches = tokens.split(1 if second else max(1, TOKENS_A_BATCH // tokens.shape[1]))
+    loss = 0.0
+    with _collecting(model, chosen, g, h, len(tokens)), torch.enable_grad():
+        for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, delay=1):
+            loss += _backward(model, batch) / len(tokens)
+    _check_gradients(g)
+    return Gradients(g, None if h is None else {n: t.div_(len(tokens)) for n, t in h.items()}, loss, len(tokens))
+
+
+def _chosen(model: nn.Module, parameters: Iterable[str]) -> dict[str, nn.Parameter]:
+    every = dict(model.named_parameters())
+    names = list(dict.fromkeys(parameters))
+    if not names:
+        raise PrunekitError("no parameter was asked for; name some of model.named_parameters()")
+    unknown = [name for name in names if name not in every]
+    if unknown:
+        raise PrunekitError(f"the model has no parameter {unknown[0]!r}; see model.named_parameters()")
+    return {name: every[name] for name in names}
+
+
+def _zeros_like(parameter: Tensor) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+
+
+def _backward(model: nn.Module, batch: Tensor) -> float:
+    """Backward through the summed loss of a batch's samples; the sum."""
+    loss = model(input_ids=batch, labels=batch, use_cache=False).loss * len(batch)
+    if not bool(torch.isfinite(loss)):
+        raise PrunekitError(
+            f"the loss is {loss.item()} though all weights are finite: load the model in float32 or bfloat16"
+        )
+    loss.backward()
+    return loss.item()
+
+
+@contextmanager
+def _collecting(
+    model: nn.Module,
+    chosen: dict[str, nn.Parameter],
+    g: dict[str, Tensor],
+    h: dict[str, Tensor] | None,
+    n_samples: int,
+) -> Iterator[None]:
+    """Within, every backward adds to `g` and `h`; afterwards the model is as before."""
+    training = {module: module.training for module in model.modules()}
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    handles = []
+    try:
+        model.eval()
+        for p in before:
+            p.grad = None
+            p.requires_grad_(False)
+        for name, p in chosen.items():
+            p.requires_grad_(True)
+            add = _adder(g[name], None if h is None else h[name], n_samples)
+            handles.append(p.register_post_accumulate_grad_hook(add))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, (requires_grad, grad) in before.items():
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _adder(g: Tensor, h: Tensor | None, n_samples: int) -> Any:
+    """Hook that adds a parameter's new gradient to its sums and frees it."""
+
+    def add(parameter: Tensor) -> None:
+        gradient = parameter.grad.to(g.dtype)  # type: ignore[union-attr]
+        parameter.grad = None
+        g.add_(gradient, alpha=1 / n_samples)
+        if h is not None:
+            h.addcmul_(gradient, gradient)
+
+    return add
+
+
+def _check_gradients(g: dict[str, Tensor]) -> None:
+    for name, gradient in g.items():
+        if not bool(torch.isfinite(gradient).all()):
+            raise PrunekitError(f"the gradient of {name} is not finite: load the model in float32 or bfloat16")

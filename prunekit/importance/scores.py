@@ -1,0 +1,96 @@
+"""What scoring finds: one number a unit, as a plain value."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunekit.discovery.groups import CoupledGroup
+from prunekit.errors import PrunekitError
+
+_FORMAT = "prunekit.scores/1"
+
+
+class Scores(dict[str, Tensor]):
+    """Group name → detached float CPU tensor (n_units,). Higher means keep.
+
+    Attributes:
+        label: the importance that made them, as a plot's legend may say it.
+        kinds: group name → kind, as in `CoupledGroup`.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], *, label: str, kinds: Mapping[str, str]) -> None:
+        super().__init__(values)
+        self.label = label
+        self.kinds = dict(kinds)
+
+    def table(self) -> pd.DataFrame:
+        """One row a unit: group, kind, layer, unit, score."""
+        rows = [
+            (name, self.kinds[name], _layer(name), unit, score)
+            for name, values in self.items()
+            for unit, score in enumerate(values.tolist())
+        ]
+        return pd.DataFrame(rows, columns=["group", "kind", "layer", "unit", "score"])
+
+    def summary(self) -> pd.DataFrame:
+        """One row a kind: groups, units, and the range of the scores."""
+        return (
+            self.table()
+            .groupby("kind", sort=False)
+            .agg(
+                groups=("group", "nunique"),
+                units=("unit", "size"),
+                lowest=("score", "min"),
+                median=("score", "median"),
+                highest=("score", "max"),
+            )
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write to one safetensors file, moved into place when it is whole; an old one there is replaced.
+
+        Raises:
+            PrunekitError: the folder does not exist.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise PrunekitError(f"cannot save scores to {str(path)!r}: create the folder {str(path.parent)!r} first")
+        meta = {"format": _FORMAT, "label": self.label, "kinds": json.dumps(self.kinds), "order": json.dumps([*self])}
+        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+            save_file({name: values.contiguous() for name, values in self.items()}, Path(beside) / "scores", meta)
+            (Path(beside) / "scores").replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scores":
+        """Read what `save` wrote.
+
+        Raises:
+            PrunekitError: there is no such file, or it holds no scores.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                if meta.get("format") != _FORMAT:
+                    raise PrunekitError(f"{str(path)!r} is a safetensors file, but not one that Scores.save wrote")
+                values = {name: file.get_tensor(name) for name in json.loads(meta["order"])}
+        except (OSError, SafetensorError) as error:
+            raise PrunekitError(f"no scores in {str(path)!r}: {error}; give a file that Scores.save wrote") from error
+        return cls(values, label=meta["label"], kinds=json.loads(meta["kinds"]))
+
+    def __repr__(self) -> str:
+        units = sum(len(values) for values in self.values())
+        return f"Scores({self.label}; {len(self)} groups, {units:,} units)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.summary().to_html()}"
+
+
+def _layer(name: str) -> int | None:
+    return CoupledGroup(name, "", 0, (), True).layer

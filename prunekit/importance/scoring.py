@@ -1,0 +1,125 @@
+"""Groups and an importance → one score a unit."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration import Gradients, check_finite
+from prunekit.discovery.groups import CoupledGroup, Groups, Member
+from prunekit.errors import PrunekitError
+from prunekit.importance.baselines import Magnitude, Random
+from prunekit.importance.scores import Scores
+from prunekit.importance.taylor import Taylor
+
+
+@runtime_checkable
+class Importance(Protocol):
+    """What `score` asks of an importance: a small frozen value with these three."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `calib` may not be None."""
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and legends."""
+
+    def unit_scores(
+        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
+    ) -> dict[str, Tensor]:
+        """Group name → float (n_units,), higher means keep."""
+
+
+IMPORTANCES: dict[str, Callable[..., Importance]] = {
+    "taylor": Taylor,
+    "taylor-vector": partial(Taylor, granularity="vector"),
+    "taylor-second": partial(Taylor, order="second"),
+    "taylor-mixed": partial(Taylor, order="mixed"),
+    "l1": partial(Magnitude, p=1),
+    "l2": partial(Magnitude, p=2),
+    "random": Random,
+}
+
+
+def importance_from_name(name: str, **options: Any) -> Importance:
+    """The importance that a name stands for, as on the command line.
+
+    Args:
+        name: a key of `IMPORTANCES`.
+        options: fields of the importance to set, such as `reduction="max"`.
+
+    Returns:
+        The importance.
+
+    Raises:
+        PrunekitError: an unknown name, or a field that it does not have.
+    """
+    if name not in IMPORTANCES:
+        raise PrunekitError(f"importance {name!r} is unknown; allowed: {', '.join(IMPORTANCES)}")
+    try:
+        return IMPORTANCES[name](**options)
+    except TypeError as error:
+        raise PrunekitError(f"importance {name!r} does not take {', '.join(options)}: {error}") from error
+
+
+def score(
+    model: nn.Module,
+    groups: Groups | Iterable[CoupledGroup],
+    importance: Importance,
+    calib: Tensor | Gradients | None = None,
+) -> Scores:
+    """How important is each unit of each group.
+
+    Args:
+        model: the causal LM the groups were discovered in; it is left as it was.
+        groups: all groups, or some of them, such as `groups.of_kind("ffn_channel")`.
+        importance: `Taylor(...)`, `Magnitude(...)`, `Random(...)` or anything else with the three members
+            of `Importance`.
+        calib: integers (n_samples, seq_len), or what `gather_gradients` gathered over them (so that several
+            importances share one pass); None where the importance reads no data.
+
+    Returns:
+        Group name → detached float CPU tensor (n_units,): float32, or float64 for a float64 model.
+
+    Raises:
+        PrunekitError: no groups, groups of another model, no calibration set where one is needed, weights
+            that are NaN or infinite, or what the importance raises.
+    """
+    if not isinstance(importance, Importance):
+        raise PrunekitError(f"importance {importance!r} is unknown; give Taylor(), Magnitude() or Random()")
+    if importance.needs_calibration and calib is None:
+        raise PrunekitError(f"{importance!r} needs a calibration set: score(model, groups, importance, calib)")
+    chosen = tuple(groups)
+    _check_belong(model, groups, chosen)
+    check_finite(model)
+    with torch.no_grad():
+        values = importance.unit_scores(model, chosen, calib)
+    kinds = {group.name: group.kind for group in chosen}
+    return Scores({n: v.detach().cpu() for n, v in values.items()}, label=importance.label, kinds=kinds)
+
+
+def _check_belong(model: nn.Module, groups: object, chosen: tuple[CoupledGroup, ...]) -> None:
+    """Refuse groups whose parameters the model does not have in that shape."""
+    if not chosen:
+        raise PrunekitError("there are no groups to score; discover(model) finds them, and says in .locked why not")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = groups.shapes if isinstance(groups, Groups) else {}
+    for group in chosen:
+        for member in group.members:
+            _check_member(group.name, member, shapes, expected)
+
+
+def _check_member(
+    name: str, member: Member, shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
+    shape = shapes.get(member.parameter)
+    fits = shape is not None and member.dim < len(shape) and int(member.index.max()) < shape[member.dim]
+    if not fits or expected.get(member.parameter, shape) != shape:
+        was = expected.get(member.parameter, f"over {int(member.index.max())} long in dimension {member.dim}")
+        raise PrunekitError(
+            f"group {name!r} is not of this model: {member.parameter} is {shape or 'missing'} here and was {was} "
+            "where the group was found; call discover(model) on this model"
+        )

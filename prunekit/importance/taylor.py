@@ -1,0 +1,104 @@
+"""Taylor importance: how much the loss would change if a weight were zero."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration import Gradients, gather_gradients
+from prunekit.discovery.groups import CoupledGroup
+from prunekit.errors import PrunekitError
+from prunekit.importance.reduction import GRANULARITIES, REDUCTIONS, all_slice_scores, check_choice, unit_scores
+
+ORDERS = ("first", "second", "mixed")
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """Estimated change of the loss when a weight goes, summed over each slice and over each unit.
+
+    With g the gradient of the mean loss and h the mean of the squared per-sample gradients, a weight
+    scores S = w·g (`"first"`), w²·h (`"second"`) or w·g − ½·w²·h (`"mixed"`); a row or column scores |Σ S|
+    (`"vector"`) or Σ|S| (`"element"`).
+
+    Attributes:
+        granularity: `"vector"` or `"element"`.
+        order: `"first"`, `"second"` or `"mixed"`.
+        reduction: how the slices of a unit combine, one of `"sum" "mean" "max" "prod" "first" "second"`.
+
+    Raises:
+        PrunekitError: any other choice.
+
+    Source: LLM-Pruner, Eq. 3 to 5: `vectorize` is ("vector", "first"), Element¹ ("element", "first"),
+        Element² ("element", "second"), `param_mix` ("element", "mixed").
+        Differs: Element² without the ½ of the expansion, as the released code has it.
+    """
+
+    granularity: str = "element"
+    order: str = "first"
+    reduction: str = "sum"
+
+    def __post_init__(self) -> None:
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("order", self.order, ORDERS)
+        check_choice("reduction", self.reduction, REDUCTIONS)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True: gradients come from a calibration set."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and legends."""
+        return f"Taylor {self.granularity} {self.order}" + ("" if self.reduction == "sum" else f", {self.reduction}")
+
+    def unit_scores(
+        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
+    ) -> dict[str, Tensor]:
+        """Group name → (n_units,), from tokens or from gradients already gathered.
+
+        Raises:
+            PrunekitError: gradients without what the order needs, or what `gather_gradients` raises.
+        """
+        gradients = self._gather(model, groups, calib)
+        parameters = dict(model.named_parameters())
+
+        def weight_scores(name: str) -> Tensor:
+            return taylor_weight_scores(parameters[name].detach(), gradients, name, self.order)
+
+        slices = all_slice_scores(groups, weight_scores, self.granularity)
+        return {group.name: unit_scores(group, slices, self.reduction) for group in groups}
+
+    def _gather(
+        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
+    ) -> Gradients:
+        names = dict.fromkeys(member.parameter for group in groups for member in group.members)
+        second = self.order != "first"
+        if not isinstance(calib, Gradients):
+            return gather_gradients(model, calib, names, second=second)  # type: ignore[arg-type]
+        missing = [name for name in names if name not in calib.g]
+        if missing or (second and calib.h is None):
+            lack = f"those of {missing[0]}" if missing else "second-order ones"
+            raise PrunekitError(f"{calib!r} lack {lack}: gather_gradients(model, calib, names, second={second})")
+        return calib
+
+
+def taylor_weight_scores(weight: Tensor, gradients: Gradients, name: str, order: str) -> Tensor:
+    """S of each weight, signed, in the parameter's shape.
+
+    Args:
+        weight: the parameter's values.
+        gradients: gathered over the calibration set, with `h` unless `order` is `"first"`.
+        name: the parameter's name.
+        order: `"first"`, `"second"` or `"mixed"`.
+
+    Returns:
+        float32 (float64 for float64 weights), shaped like `weight`.
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    first = weight * gradients.g[name].to(weight)
+    if order == "first" or gradients.h is None:
+        return first
+    second = weight.square() * gradients.h[name].to(weight)
+    return second if order == "second" else first - second / 2
