@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunekit.discovery.labels import CONSTANT, LOCKED, STATISTIC, along, varying_dims
+from prunekit.discovery.labels import CONSTANT, LOCKED, along, varying_dims
 from prunekit.discovery.rules import Operand, combine, contract, reduce_labels
 
 if TYPE_CHECKING:
@@ -344,5 +344,3 @@ def read_out(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # n
         mode.lock(plane, "its value is read by Python code")
     return func(*args, **kwargs)
 
-
-_ = STATISTIC

@@ -11,7 +11,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
-from prunekit.discovery.labels import ACTIVATION, LOCKED, PARAMETER, SCORE, STATISTIC, LabelGraph
+from prunekit.discovery.labels import ACTIVATION, LOCKED, SCORE, STATISTIC, LabelGraph
 from prunekit.discovery.trace import Trace
 
 Ints = NDArray[np.int64]
@@ -57,15 +57,25 @@ def _pairs(edges: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Ints, Ints]:
     return a, b
 
 
-def components(graph: LabelGraph, merging: tuple[str, ...]) -> Ints:
+def components(graph: LabelGraph, merging: tuple[str, ...], dead: NDArray[np.bool_] | None = None) -> Ints:
     """Component of every node under SAME and the OWNS relations named in `merging`.
 
     An owner whose members all lie in one component joins it, whatever its kind: it dies exactly
     when they do.
+
+    Args:
+        graph: nodes and relations.
+        merging: kinds of OWNS that join owner and members.
+        dead: bool (n_nodes,), nodes to leave out with all their relations.
     """
-    same = _pairs(graph.same)
-    owns = _pairs([edge for kind in graph.owns for edge in graph.owns[kind]])
-    merged = _pairs([edge for kind in merging for edge in graph.owns[kind]])
+
+    def pairs(edges: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Ints, Ints]:
+        a, b = _pairs(edges)
+        return (a, b) if dead is None else (a[~dead[a] & ~dead[b]], b[~dead[a] & ~dead[b]])
+
+    same = pairs(graph.same)
+    owns = pairs([edge for kind in graph.owns for edge in graph.owns[kind]])
+    merged = pairs([edge for kind in merging for edge in graph.owns[kind]])
     a, b = np.concatenate([same[0], merged[0]]), np.concatenate([same[1], merged[1]])
     while True:
         label = _connect(a, b, graph.n_nodes)
@@ -108,6 +118,22 @@ def _not_slabs(marks: Ints, dim: int) -> set[int]:
     return set(np.unique(rows[mixed]).tolist())
 
 
+def spread_death(graph: LabelGraph, dead: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Every node that dies with these: what is SAME with them, and owners all of whose members die."""
+    label = components(graph, ())
+    owner, member = _pairs([edge for kind in graph.owns for edge in graph.owns[kind]])
+    dying = np.zeros(int(label.max()) + 1, np.bool_)
+    while True:
+        dying[label[dead]] = True
+        spread = dying[label]
+        bereft = np.zeros(len(label), np.bool_)
+        bereft[owner] = True
+        bereft[owner[~spread[member]]] = False
+        if not (bereft & ~spread).any():
+            return spread
+        dead = spread | bereft
+
+
 @dataclass(frozen=True, eq=False)
 class _Level:
     """Components at one level and what is known of each of them (arrays over components)."""
@@ -116,6 +142,7 @@ class _Level:
     locked: NDArray[np.bool_]
     ragged: NDArray[np.bool_]
     inexact: NDArray[np.bool_]
+    open: NDArray[np.bool_]  # owns something outside, so it cannot go alone
 
 
 def _level(trace: Trace, merging: tuple[str, ...]) -> _Level:
@@ -130,11 +157,13 @@ def _level(trace: Trace, merging: tuple[str, ...]) -> _Level:
     locks = [labels.numpy() for labels, _ in trace.graph.locks]
     owner, member = _pairs(trace.graph.owns[STATISTIC])
     spanning = label[member][label[owner] != label[member]]
+    owner, member = _pairs([edge for kind in trace.graph.owns for edge in trace.graph.owns[kind]])
     return _Level(
         label,
-        flags(label[np.concatenate([*locks, np.array([0, LOCKED])])]),
-        flags(_ragged(trace, label)),
-        flags(spanning),
+        locked=flags(label[np.concatenate([*locks, np.array([0, LOCKED])])]),
+        ragged=flags(_ragged(trace, label)),
+        inexact=flags(spanning),
+        open=flags(label[owner][label[owner] != label[member]]),
     )
 
 
@@ -151,7 +180,7 @@ def find_groups(trace: Trace) -> Groups:
     found: list[tuple[str, CoupledGroup, Ints]] = []
     for number, level in enumerate(levels):
         fresh = _fresh(levels, number, sites)
-        usable = fresh & ~level.locked & ~level.ragged
+        usable = fresh & ~level.locked & ~level.ragged & ~level.open
         found += [(g.name, g, nodes) for g, nodes in _assemble(trace, sites, levels, number, usable)]
     items = _unique_names([g for _, g, _ in sorted(found, key=lambda f: f[2][0])])
     covered = np.zeros(trace.graph.n_nodes, np.bool_)
@@ -272,9 +301,9 @@ def _explain(trace: Trace, sites: Sites, levels: list[_Level], covered: NDArray[
 
 
 def _shape_reason(levels: list[_Level], node: int) -> str:
+    if levels[0].open[levels[0].label[node]]:
+        return "every unit of a group shares it, so it stays while one of them does"
     if levels[0].ragged[levels[0].label[node]]:
         return "removing one channel alone would leave a tensor without a rectangular shape"
     return "takes no part in what reaches the output"
 
-
-_ = PARAMETER

@@ -1,0 +1,63 @@
+"""Writing files beside their place and moving them into it, so that nothing is ever half-written."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prunekit.errors import PrunekitError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; it is complete or not there.
+
+    Raises:
+        PrunekitError: the folder is missing or cannot be written to.
+    """
+    try:
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise PrunekitError(f"cannot write {str(path)!r} ({error.strerror}); choose a folder you may write to") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(beside, path)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+def check_new_folder(out: str | Path) -> Path:
+    """The path of an output folder that does not exist yet, or is empty.
+
+    Raises:
+        PrunekitError: something stands there.
+    """
+    path = Path(out)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise PrunekitError(f"{str(out)!r} exists; choose a new folder, or remove it first")
+    return path
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to fill beside `out`, moved to `out` when the block ends well, removed when it does not.
+
+    Raises:
+        PrunekitError: `out` exists, or its parent cannot be written to.
+    """
+    path = check_new_folder(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise PrunekitError(f"cannot write to {str(path.parent)!r} ({error.strerror}); choose another folder") from None
+    try:
+        yield beside
+        beside.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,261 @@
+"""From scores to a plan that meets a budget."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prunekit.discovery import KINDS, CoupledGroup, Groups
+from prunekit.errors import PrunekitError
+from prunekit.pruning.plans import PruningPlan
+
+TOLERANCE = 0.005  # of the model's parameters
+
+Ratio = float | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Units of one group that go together (one, or as many as a round width needs)."""
+
+    group: CoupledGroup
+    units: tuple[int, ...]
+    key: float
+
+
+class _Counter:
+    """Parameters left while units go, counted exactly: the product of the kept sizes of each parameter."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._sizes = {name: list(shape) for name, shape in groups.shapes.items()}
+        self.total = self.left = groups.n_parameters
+
+    def cost(self, step: _Step) -> int:
+        """Parameters that go with a step."""
+        return self.left - self._after(step, take=False)
+
+    def take(self, step: _Step) -> None:
+        """Let a step's units go."""
+        self.left = self._after(step, take=True)
+
+    def _after(self, step: _Step, take: bool) -> int:
+        left = self.left
+        changed: dict[str, list[int]] = {}
+        for m in step.group.members:
+            sizes = changed.setdefault(m.parameter, list(self._sizes[m.parameter]))
+            left -= math.prod(sizes)
+            sizes[m.dim] -= len(step.units) * m.width
+            left += math.prod(sizes)
+        if take:
+            self._sizes.update(changed)
+        return left
+
+
+def plan(
+    groups: Groups,
+    scores: Mapping[str, Tensor],
+    pruning_ratio: Ratio,
+    *,
+    of: str = "parameters",
+    ranking: str = "local",
+    kinds: Iterable[str] = ("kv_head", "ffn_channel"),
+    protect_layers: Iterable[int] = (),
+    round_to: int | Mapping[str, int] = 1,
+    min_units: int = 1,
+) -> PruningPlan:
+    """Which units stay, so that a fraction of the model goes.
+
+    Units go in the order of their scores, lowest first. With `ranking="local"` every group loses the same
+    share; with `"global"` units compete across groups by score per parameter removed, which makes a head
+    and a channel comparable where the score is a sum over parameters.
+
+    Args:
+        groups: what `discover` found.
+        scores: group name → (n_units,); higher means keep.
+        pruning_ratio: fraction in [0, 1) of all the model's parameters, embeddings counted. With
+            `of="units"` of the units, and it may then be a mapping kind → fraction.
+        of: `"parameters"` or `"units"`.
+        ranking: `"local"` or `"global"`.
+        kinds: kinds of groups that may be cut.
+        protect_layers: layers whose groups stay whole, counted from 0.
+        round_to: what is kept of a cut group is a multiple of this; an int or kind → int.
+        min_units: units every group keeps at least.
+
+    Returns:
+        A plan whose parameter count is within 0.5% of the model's parameters of what was asked.
+
+    Raises:
+        PrunekitError: bad arguments, or a budget that cannot be met, with the nearest one that can.
+
+    Source: LLM-Pruner (Ma et al. 2023), local and global selection. Differs: its global mode compares head
+    sums with single channels and so never removes a head; here scores are taken per parameter.
+    """
+    fractions = _check_ratio(pruning_ratio, of, tuple(kinds))
+    _check_choice("ranking", ranking, ("local", "global"))
+    candidates = _candidates(groups, scores, tuple(fractions), tuple(protect_layers))
+    rounding = {g.name: _rounding(round_to, g) for g in candidates}
+    steps = _steps(groups, candidates, scores, ranking, rounding, min_units)
+    counter = _Counter(groups)
+    if of == "units":
+        taken = _take_units(steps, candidates, fractions, ranking, counter)
+    else:
+        taken = _take_parameters(steps, next(iter(fractions.values()), 0.0), counter)
+    gone = _by_group(taken, candidates)
+    keep = {g.name: [u for u in range(g.n_units) if u not in gone[g.name]] for g in candidates}
+    notes = {
+        "pruning_ratio": dict(pruning_ratio) if isinstance(pruning_ratio, Mapping) else pruning_ratio,
+        "of": of, "ranking": ranking, "importance": getattr(scores, "label", None),
+    }  # fmt: skip
+    return PruningPlan(keep, {g.name: g.n_units for g in candidates}, counter.total, counter.left, notes)
+
+
+def _by_group(taken: list[_Step], candidates: list[CoupledGroup]) -> dict[str, set[int]]:
+    gone: dict[str, set[int]] = {g.name: set() for g in candidates}
+    for step in taken:
+        gone[step.group.name].update(step.units)
+    return gone
+
+
+def _check_ratio(ratio: Ratio, of: str, kinds: tuple[str, ...]) -> dict[str, float]:
+    """Fraction for each kind that may be cut."""
+    _check_choice("of", of, ("parameters", "units"))
+    for kind in (*kinds, *(ratio if isinstance(ratio, Mapping) else ())):
+        _check_choice("kind", kind, KINDS)
+    if isinstance(ratio, Mapping):
+        if of != "units":
+            raise PrunekitError(f"pruning_ratio={dict(ratio)} by kind is only allowed with of='units'; give one number")
+        fractions = dict(ratio)
+    else:
+        fractions = dict.fromkeys(kinds, ratio)
+    for value in [*fractions.values(), *(() if isinstance(ratio, Mapping) else (ratio,))]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise PrunekitError(f"pruning_ratio={value!r} is not allowed; give a fraction in [0, 1), such as 0.25")
+    return fractions
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise PrunekitError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}")
+
+
+def _candidates(
+    groups: Groups, scores: Mapping[str, Tensor], kinds: tuple[str, ...], protected: tuple[int, ...]
+) -> list[CoupledGroup]:
+    layers = {g.layer for g in groups}
+    for layer in protected:
+        if layer not in layers:
+            known = sorted(number for number in layers if number is not None)
+            raise PrunekitError(f"protect_layers names layer {layer!r}; this model has layers {known[0]} to {known[-1]}")
+    found = [g for g in groups.of_kind(*kinds) if g.layer is None or g.layer not in protected]
+    owner: dict[tuple[str, int], str] = {}
+    for g in found:
+        _check_scores(g, scores)
+        for m in g.members:
+            other = owner.setdefault((m.parameter, m.dim), g.name)
+            if other != g.name and other.rsplit(":")[-1] != g.kind:
+                raise PrunekitError(f"{g.name!r} and {other!r} cut the same rows of {m.parameter}; give kinds that do not overlap")
+    return found
+
+
+def _check_scores(g: CoupledGroup, scores: Mapping[str, Tensor]) -> None:
+    if g.name not in scores:
+        raise PrunekitError(f"scores have no entry for {g.name!r}; score the groups of this model first")
+    found = scores[g.name]
+    if tuple(found.shape) != (g.n_units,) or not bool(found.isfinite().all()):
+        raise PrunekitError(
+            f"scores of {g.name!r} must be {g.n_units} finite numbers; got shape {tuple(found.shape)}, "
+            f"{int((~found.isfinite()).sum())} of them not finite"
+        )
+
+
+def _rounding(round_to: int | Mapping[str, int], g: CoupledGroup) -> int:
+    value = round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PrunekitError(f"round_to={value!r} is not allowed; give an integer of 1 or more")
+    return value
+
+
+def _steps(
+    groups: Groups,
+    candidates: list[CoupledGroup],
+    scores: Mapping[str, Tensor],
+    ranking: str,
+    rounding: Mapping[str, int],
+    min_units: int,
+) -> list[_Step]:
+    """All removals that are allowed, in the order in which they are to be made."""
+    steps: list[_Step] = []
+    for g in candidates:
+        order = scores[g.name].argsort(stable=True).tolist()
+        values = scores[g.name].tolist()
+        per_unit = sum(m.width * math.prod(groups.shapes[m.parameter]) // groups.shapes[m.parameter][m.dim] for m in g.members)
+        start = 0
+        for stop in _stops(g.n_units, rounding[g.name], min_units):
+            units = tuple(order[start:stop])
+            worth = sum(values[u] for u in units) / (per_unit * len(units))
+            steps.append(_Step(g, units, stop / g.n_units if ranking == "local" else worth))
+            start = stop
+    return sorted(steps, key=lambda step: step.key)
+
+
+def _stops(n: int, rounding: int, min_units: int) -> list[int]:
+    """Numbers of removed units that leave a round, large enough number."""
+    return [n - kept for kept in range(n - 1, max(min_units, 1) - 1, -1) if kept % rounding == 0]
+
+
+def _take_parameters(steps: list[_Step], ratio: float, counter: _Counter) -> list[_Step]:
+    """Go through the steps and take each that the budget still holds."""
+    budget = ratio * counter.total
+    taken: list[_Step] = []
+    closed: set[str] = set()  # a group whose cheapest next step was too dear loses no later unit first
+    for step in steps:
+        if step.group.name in closed:
+            continue
+        if counter.total - counter.left + counter.cost(step) > budget + 0.5:
+            closed.add(step.group.name)
+            continue
+        counter.take(step)
+        taken.append(step)
+    missing = budget - (counter.total - counter.left)
+    if missing > TOLERANCE * counter.total:
+        _refuse(steps, taken, ratio, counter)
+    return taken
+
+
+def _refuse(steps: list[_Step], taken: list[_Step], ratio: float, counter: _Counter) -> None:
+    reached = 1 - counter.left / counter.total
+    done = set(map(id, taken))
+    rest = [s for s in steps if id(s) not in done]
+    if not rest:
+        raise PrunekitError(
+            f"pruning_ratio={ratio} cannot be met: with what is protected or not of the chosen kinds, "
+            f"at most {reached:.4f} of the parameters can go; ask for that or less, or allow more kinds"
+        )
+    above = reached + min(counter.cost(s) for s in rest) / counter.total
+    nearest = min((reached, above), key=lambda r: abs(r - ratio))
+    raise PrunekitError(
+        f"pruning_ratio={ratio} cannot be met within {TOLERANCE:.1%}: units are too large; "
+        f"the nearest feasible ratios are {reached:.4f} and {above:.4f}, so ask for {nearest:.4f}"
+    )
+
+
+def _take_units(
+    steps: list[_Step], candidates: list[CoupledGroup], fractions: dict[str, float], ranking: str, counter: _Counter
+) -> list[_Step]:
+    """A share of the units of each group, or of all groups of a kind together."""
+    pool = (lambda g: g.name) if ranking == "local" else (lambda g: g.kind)
+    quota: dict[str, float] = {}
+    for g in candidates:
+        quota[pool(g)] = quota.get(pool(g), 0.0) + fractions[g.kind] * g.n_units
+    room = {name: math.floor(units + 0.5 + 1e-9) for name, units in quota.items()}
+    taken: list[_Step] = []
+    closed: set[str] = set()
+    for step in steps:
+        if len(step.units) > room[pool(step.group)]:
+            closed.add(step.group.name)
+        elif step.group.name not in closed:
+            room[pool(step.group)] -= len(step.units)
+            counter.take(step)
+            taken.append(step)
+    return taken

@@ -1,0 +1,215 @@
+"""A plan becomes a smaller model: parameters are sliced, remembered widths solved, the result proved."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from prunekit.discovery import Groups
+from prunekit.discovery.partition import LEVELS, Sites, components, find_groups, spread_death
+from prunekit.discovery.remembered import Key, set_attribute
+from prunekit.discovery.trace import Trace, trace
+from prunekit.errors import PrunekitError
+from prunekit.pruning.plans import PruningPlan
+from prunekit.pruning.widths import solve
+
+Keep = dict[tuple[str, int], Tensor]  # (parameter, dim) → ascending indices that stay
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """Everything that changes.
+
+    Attributes:
+        keep: indices that stay, for every parameter dimension that is cut.
+        values: new values of remembered integers.
+        dead: bool (n_nodes,), nodes of the trace that go.
+    """
+
+    keep: Keep
+    values: dict[Key, int]
+    dead: np.ndarray
+
+
+def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.Module:
+    """A smaller model that computes what `model` computes with the removed units zeroed.
+
+    The cut is first made on a copy without weights, which is traced again and must have the partition of
+    the full model restricted to the survivors; only then are weights sliced.
+
+    Args:
+        model: the model the plan was made for.
+        plan: which units stay.
+        inplace: cut `model` itself and return it. Otherwise new, smaller parameters are built and `model`
+            is left alone.
+
+    Returns:
+        The smaller model. What was cut stands in `config.prunekit`, in units of the uncut model.
+
+    Raises:
+        PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through;
+            nothing was changed then.
+    """
+    before = trace(model)
+    groups = find_groups(before)
+    _check_plan(groups, plan)
+    cut = _cut(before, groups, plan)
+    skeleton = _apply(_copy_with(model, lambda p, keep: _hollow(p, keep), cut), cut)
+    verify(before, cut.dead, skeleton)
+    if inplace:
+        _replace_parameters(model, cut)
+        small = _apply(model, cut)
+    else:
+        small = _apply(_copy_with(model, _slice, cut), cut)
+    _record(small, groups, plan)
+    return small
+
+
+def _check_plan(groups: Groups, plan: PruningPlan) -> None:
+    known = {g.name: g.n_units for g in groups}
+    for name, n in plan.n_units.items():
+        if known.get(name) != n:
+            raise PrunekitError(
+                f"the plan is for another model: it has {n} units in {name!r}, this model has {known.get(name)}; "
+                "make a plan from discover(model) of this model"
+            )
+
+
+def _cut(before: Trace, groups: Groups, plan: PruningPlan) -> _Cut:
+    doomed = np.zeros(before.graph.n_nodes, np.bool_)
+    for name in plan.keep:
+        for m in groups[name].members:
+            start, _ = before.offsets[m.parameter, m.dim]
+            doomed[start + m.owned_by(plan.removed(name)).numpy()] = True
+    dead = spread_death(before.graph, doomed)
+    _check_locks(before, dead)
+    return _Cut(_surviving_indices(before, dead), solve(before.equations, torch.from_numpy(dead)), dead)
+
+
+def _check_locks(before: Trace, dead: np.ndarray) -> None:
+    for labels, reason in before.graph.locks:
+        if dead[labels.numpy()].any():
+            raise PrunekitError(f"the plan removes what may not be cut: {reason}; keep at least one unit there")
+
+
+def _surviving_indices(before: Trace, dead: np.ndarray) -> Keep:
+    keep = {}
+    for site, (start, size) in before.offsets.items():
+        alive = ~dead[start : start + size]
+        if not alive.any():
+            raise PrunekitError(f"the plan leaves nothing of {site[0]} (dimension {site[1]}); keep at least one unit")
+        if not alive.all():
+            keep[site] = torch.from_numpy(np.flatnonzero(alive))
+    return keep
+
+
+def _slice(p: nn.Parameter, keep: dict[int, Tensor]) -> nn.Parameter:
+    data = p.detach()
+    for dim, index in keep.items():
+        data = data.index_select(dim, index.to(data.device))
+    return nn.Parameter(data.contiguous() if keep else data.clone(), requires_grad=p.requires_grad)
+
+
+def _hollow(p: nn.Parameter, keep: dict[int, Tensor]) -> nn.Parameter:
+    shape = [len(keep[d]) if d in keep else n for d, n in enumerate(p.shape)]
+    return nn.Parameter(torch.empty(shape, dtype=p.dtype, device="meta"), requires_grad=False)
+
+
+def _per_parameter(keep: Keep) -> dict[str, dict[int, Tensor]]:
+    out: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), index in keep.items():
+        out.setdefault(name, {})[dim] = index
+    return out
+
+
+def _copy_with(model: nn.Module, make: Callable[[nn.Parameter, dict[int, Tensor]], nn.Parameter], cut: _Cut) -> Any:  # noqa: ANN401
+    """A deep copy whose parameters are made anew; the old ones are never copied whole."""
+    keep = _per_parameter(cut.keep)
+    memo: dict[int, Any] = {id(p): make(p, keep.get(name, {})) for name, p in model.named_parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def _replace_parameters(model: nn.Module, cut: _Cut) -> None:
+    keep = _per_parameter(cut.keep)
+    small = {id(p): _slice(p, keep[name]) for name, p in model.named_parameters() if name in keep}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) in small:
+                module._parameters[name] = small[id(p)]
+
+
+def _apply(model: nn.Module, cut: _Cut) -> nn.Module:
+    """Write the new widths into the modules that remember them."""
+    modules = dict(model.named_modules())
+    for key, value in cut.values.items():
+        set_attribute(modules[key[0]], key, value)
+    for module in modules.values():
+        _sync_layer(module)
+    return model
+
+
+def _sync_layer(module: nn.Module) -> None:
+    """What torch's own layers print of their widths."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+
+
+def verify(before: Trace, dead: np.ndarray, small: nn.Module) -> None:
+    """Trace the cut model and compare its partition with the old one restricted to the survivors.
+
+    Raises:
+        PrunekitError: it does not run, or anything differs.
+    """
+    try:
+        after = trace(small)
+    except PrunekitError as error:
+        raise PrunekitError(f"this model cannot be cut that way, nothing was changed: {error}") from error
+    old, new = Sites.of(before), Sites.of(after)
+    alive = ~dead[old.node]
+    same_sites = old.names == new.names and np.array_equal(old.site[alive], new.site)
+    for merging in LEVELS:
+        expected = components(before.graph, merging, dead)[old.node[alive]]
+        found = components(after.graph, merging)[new.node]
+        if not same_sites or not np.array_equal(_canonical(expected), _canonical(found)):
+            raise PrunekitError(
+                "this model cannot be cut that way, nothing was changed: the cut model's structure is not the full "
+                "model's structure restricted to the units kept"
+            )
+
+
+def _canonical(label: np.ndarray) -> np.ndarray:
+    """Component numbers renumbered by first appearance."""
+    _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
+
+
+def _record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
+    """Note in the configuration which units of the uncut model are left, cut after cut."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    earlier = dict(getattr(config, "prunekit", None) or {}).get("keep", {})
+    keep = dict(earlier)
+    for name, units in plan.keep.items():
+        if len(units) < groups[name].n_units:
+            base = _base_name(model, name)
+            keep[base] = [earlier[base][u] for u in units] if base in earlier else list(units)
+    config.prunekit = {"keep": keep}
+
+
+def _base_name(model: nn.Module, name: str) -> str:
+    """The group's name in the model under an adapter wrapper, which is what is left after merging."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    prefix = next(path for path, module in model.named_modules() if module is inner)
+    return name.removeprefix(f"{prefix}.") if prefix else name
