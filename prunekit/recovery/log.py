@@ -1,0 +1,53 @@
+"""The loss curve of a recovery, as a plain value."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class RecoveryLog:
+    """What training said, one entry an optimiser step.
+
+    Attributes:
+        losses: training loss of each step's batch, nats a token.
+        learning_rates: learning rate of each step.
+        n_tokens: tokens in the recovery data.
+        trainable: parameters that were trained.
+        method: the method's repr, which rebuilds it.
+    """
+
+    losses: tuple[float, ...]
+    learning_rates: tuple[float, ...]
+    n_tokens: int
+    trainable: int
+    method: str
+
+    def table(self) -> pd.DataFrame:
+        """One row a step: step (from 1), loss, learning_rate."""
+        steps = range(1, len(self.losses) + 1)
+        return pd.DataFrame({"step": steps, "loss": self.losses, "learning_rate": self.learning_rates})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**vars(self), "losses": list(self.losses), "learning_rates": list(self.learning_rates)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":
+        """The log that `to_dict` wrote down."""
+        curves = {name: tuple(fields[name]) for name in ("losses", "learning_rates")}
+        return cls(**{**fields, **curves})
+
+    def save(self, path: str | Path) -> Path:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        return Path(path)
+
+    def __repr__(self) -> str:
+        return (
+            f"RecoveryLog({len(self.losses)} steps, loss {self.losses[0]:.3f} → {self.losses[-1]:.3f}; "
+            f"{self.trainable:,} trained parameters, {self.n_tokens:,} tokens; {self.method})"
+        )

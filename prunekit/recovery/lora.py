@@ -1,0 +1,184 @@
+"""LoRA recovery: low-rank updates of the surviving projections, merged into them at the end."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prunekit.errors import PrunekitError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_FULL_BATCH = 8
+_STEPS_AN_EPOCH = 32  # eight paper-sized steps change nothing in a small model; a hundred of this size do
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """How to recover by low-rank adaptation: W + (alpha / r)·B·A, with A and B trained.
+
+    Rank, alpha, dropout and targets are LLM-Pruner's. Learning rate, batch and warm-up suit small models
+    and some hundred thousand tokens; `LoRA.paper()` has the paper's, for billions of parameters.
+
+    Attributes:
+        r: rank of the update.
+        alpha: the update's scale is alpha / r.
+        dropout: on the input of A, in [0, 1).
+        targets: module names (or their ends, such as `"q_proj"`) to adapt; None takes every linear
+            projection except the head, which on LLaMA are the paper's seven.
+        learning_rate: peak, reached after warm-up and then falling linearly to 0.
+        batch_size: windows an optimiser step; None takes 8, or fewer where the data would give less than 32
+            steps an epoch.
+        epochs: passes over the data.
+        max_steps: stop after this many optimiser steps, and repeat the data to get there; None goes by `epochs`.
+        warmup: optimiser steps of warm-up (1 or more), or their share of all steps (below 1).
+        seq_len: tokens a window, where the data is text.
+        seed: initial A, dropout, order of the data.
+
+    Raises:
+        PrunekitError: a value that cannot be.
+
+    Source: LLM-Pruner, section 4.1 and its released `post_training.py`.
+    """
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] | None = None
+    learning_rate: float = 3e-3
+    batch_size: int | None = None
+    epochs: float = 2
+    max_steps: int | None = None
+    warmup: float = 0.05
+    seq_len: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "r": self.r >= 1,
+            "alpha": self.alpha > 0,
+            "dropout": 0 <= self.dropout < 1,
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "batch_size": self.batch_size is None or self.batch_size >= 1,
+            "epochs": 0 < self.epochs < math.inf,
+            "max_steps": self.max_steps is None or self.max_steps >= 1,
+            "warmup": 0 <= self.warmup < math.inf,
+            "seq_len": self.seq_len >= 2,
+            "targets": self.targets is None or (not isinstance(self.targets, str) and len(self.targets) > 0),
+        }
+        for name, good in allowed.items():
+            if not good:
+                raise PrunekitError(
+                    f"LoRA({name}={getattr(self, name)!r}) cannot be; the default is {LORA_HINTS[name]}"
+                )
+
+    @classmethod
+    def paper(cls, seed: int = 0) -> "LoRA":
+        """LLM-Pruner's own settings, for models of billions of parameters and 50,000 instructions.
+
+        Source: LLM-Pruner's `post_training.py`: learning rate 1e-4, batch 64, 2 epochs, warm-up 100 steps,
+            cut-off 256 tokens. Differs: windows of the joined text, where the reference pads each example.
+        """
+        return cls(learning_rate=1e-4, batch_size=64, epochs=2, warmup=100, seq_len=256, seed=seed)
+
+    def windows_a_step(self, n_windows: int) -> int:
+        """Windows in one optimiser step over `n_windows` of data."""
+        fitting = max(1, min(_FULL_BATCH, n_windows // _STEPS_AN_EPOCH))
+        return fitting if self.batch_size is None else min(self.batch_size, n_windows)
+
+
+LORA_HINTS = {name: field.default for name, field in LoRA.__dataclass_fields__.items()}
+
+
+def attach(model: nn.Module, method: LoRA) -> "PeftModel":
+    """Wrap a model's projections in LoRA pairs, in place; B starts at 0, so the output does not change yet.
+
+    Raises:
+        PrunekitError: no such target, a target that shares its weight, or a model that has adapters already.
+    """
+    from peft import LoraConfig, get_peft_model  # seconds to import, so only where it is used
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise PrunekitError("the model carries adapters already: merge_and_unload() them before recovery")
+    targets = find_targets(model, method.targets)
+    config = LoraConfig(
+        r=method.r,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]
+        lora_dropout=method.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(_is_transposed(model.get_submodule(name)) for name in targets),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # set right for each module by peft
+        warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers by an old name
+        return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def find_targets(model: nn.Module, wanted: tuple[str, ...] | None = None) -> list[str]:
+    """Full names of the projections to adapt, found by their type.
+
+    Args:
+        model: a causal LM, its layers as uneven as they may be.
+        wanted: names or ends of names; None takes all but the head.
+
+    Returns:
+        At least one name, in the order of the model.
+
+    Raises:
+        PrunekitError: a wanted name that no projection has, or one whose weight another module shares.
+    """
+    names = [name for name, _ in _projections(model)]
+    if wanted is not None:
+        for end in wanted:
+            if not any(_ends(name, end) for name in names):
+                known = sorted({name.rpartition(".")[2] for name in names})
+                raise PrunekitError(f"no projection is called {end!r}; this model has {', '.join(known)}")
+        names = [name for name in names if any(_ends(name, end) for end in wanted)]
+        _refuse_tied(model, names)
+    if not names:
+        raise PrunekitError("the model has no linear projection that LoRA can adapt")
+    return names
+
+
+def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear modules apart from the one that writes the logits."""
+    from transformers.pytorch_utils import Conv1D
+
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            yield name, module
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored (in, out), as GPT-2's Conv1D does."""
+    return not isinstance(module, nn.Linear)
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
+
+
+def _refuse_tied(model: nn.Module, names: list[str]) -> None:
+    """Merging into a shared weight would change its other user too."""
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    for name in names:
+        weight = model.get_submodule(name).weight
+        if users[id(weight)] > 1:
+            raise PrunekitError(f"{name} shares its weight with another module: leave it out of targets")
+
+
+def detach(adapted: "PeftModel", *, merge: bool) -> nn.Module:
+    """The model without LoRA pairs: their product added to the weights, or dropped."""
+    with torch.no_grad():
+        return adapted.merge_and_unload() if merge else adapted.unload()  # type: ignore[operator]

@@ -1,0 +1,144 @@
+"""One run of the transformers Trainer over windows of tokens, without leftovers."""
+
+import math
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunekit.errors import PrunekitError
+from prunekit.recovery.log import RecoveryLog
+from prunekit.recovery.lora import LoRA
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainingArguments
+
+_ON_DEVICE = 8  # windows in memory at once; a larger batch is accumulated
+
+
+def train(model: nn.Module, tokens: Tensor, method: LoRA) -> RecoveryLog:
+    """Train what requires a gradient, on every process and device that the Trainer finds.
+
+    Args:
+        model: the adapted model; changed in place, and left in training mode on the Trainer's device.
+        tokens: int64 (n_windows, seq_len), input and labels at once.
+        method: the optimiser's settings.
+
+    Returns:
+        The loss curve.
+
+    Raises:
+        PrunekitError: the loss is not finite.
+    """
+    from transformers import Trainer, default_data_collator
+    from transformers.trainer_callback import PrinterCallback
+
+    logs: list[dict[str, float]] = []
+    rows = [{"input_ids": row, "labels": row} for row in tokens.cpu()]
+    with tempfile.TemporaryDirectory() as folder, _config_kept(model):
+        trainer = Trainer(
+            model=model,  # type: ignore[arg-type]
+            args=_arguments(method, len(rows), folder),
+            train_dataset=rows,  # type: ignore[arg-type]
+            data_collator=default_data_collator,
+            callbacks=[_progress(logs)],
+        )
+        # The Trainer would divide by seq_len labels where the model predicts seq_len - 1 of them.
+        trainer.model_accepts_loss_kwargs = False
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return _log(model, tokens, method, logs)
+
+
+def _arguments(method: LoRA, n_windows: int, folder: str) -> "TrainingArguments":
+    from transformers import TrainingArguments
+
+    batch = method.windows_a_step(n_windows)
+    at_once = math.gcd(batch, _ON_DEVICE)
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=batch // at_once,
+        num_train_epochs=method.epochs,
+        max_steps=method.max_steps or -1,
+        learning_rate=method.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=method.warmup,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,  # a bar of our own shows the loss without a line a step
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=method.seed,
+    )
+
+
+def _progress(logs: list[dict[str, float]]) -> "TrainerCallback":
+    """A callback that shows a bar with the loss, keeps each step's log, and stops where the loss breaks."""
+    from tqdm.auto import tqdm
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        bar: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            hidden = not state.is_world_process_zero
+            self.bar = tqdm(total=state.max_steps, desc="recovery", unit="step", leave=False, delay=1, disable=hidden)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs_: Any = None, **kwargs: Any) -> None:
+            found = kwargs.get("logs") or {}
+            if "loss" not in found:
+                return
+            logs.append(found)
+            self.bar.update(state.global_step - self.bar.n)
+            self.bar.set_postfix(loss=f"{found['loss']:.3f}", refresh=False)
+            control.should_training_stop |= not math.isfinite(found["loss"])
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.close()
+
+    return Progress()
+
+
+def _log(model: nn.Module, tokens: Tensor, method: LoRA, logs: list[dict[str, float]]) -> RecoveryLog:
+    losses = tuple(float(entry["loss"]) for entry in logs)
+    if not losses or not all(map(math.isfinite, losses)):
+        raise PrunekitError(
+            f"the loss was not finite at step {len(losses)}: learning_rate={method.learning_rate} is too high, "
+            "or the model's precision too low"
+        )
+    rates = tuple(float(entry["learning_rate"]) for entry in logs)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return RecoveryLog(losses, rates, tokens.numel(), trainable, repr(method))
+
+
+@contextmanager
+def _config_kept(model: Any) -> Iterator[None]:
+    """The Trainer switches the KV cache off in the model's configuration; afterwards it is as before."""
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        model.config.use_cache = use_cache
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, all random numbers follow `seed`; afterwards the caller's generators go on as before."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
