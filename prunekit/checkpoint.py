@@ -1,0 +1,193 @@
+"""Loading and saving, without pickles.
+
+A cut that the family's own configuration can say is saved as a plain `transformers` checkpoint. Any other is saved
+with `model_type: "prunekit"`: the uncut configuration and the units kept. It loads by building the uncut model
+without weights and cutting it the same way, so it can never be mistaken for a plain checkpoint.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from prunekit.discovery import Groups, discover
+from prunekit.errors import PrunekitError
+from prunekit.files import check_new_folder, new_folder
+from prunekit.pruning import PruningPlan, prune
+from prunekit.uniform import plain_config
+from prunekit.world import load as load_world
+
+MODEL_TYPE = "prunekit"
+FORMAT = 1
+
+
+def load(
+    source: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer, in evaluation mode on the CPU.
+
+    Args:
+        source: `"world"` for the embedded model, a folder (an existing one wins), or a hub id.
+        dtype: of the weights; the checkpoint's own by default.
+        trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
+
+    Returns:
+        The model, and its tokenizer or None where the folder has none.
+
+    Raises:
+        PrunekitError: there is no checkpoint, or only a pickled one.
+    """
+    if str(source) == "world" and not Path(source).exists():
+        return load_world()
+    folder = Path(source)
+    if folder.exists():
+        _check_folder(folder)
+        if json.loads((folder / "config.json").read_text()).get("model_type") == MODEL_TYPE:
+            return _load_cut(folder, dtype).eval(), _load_tokenizer(str(source), trust_remote_code)
+    elif folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+        raise PrunekitError(f"{str(source)!r} does not exist; give a checkpoint folder, a hub id or 'world'")
+    return _load_plain(str(source), dtype, trust_remote_code).eval(), _load_tokenizer(str(source), trust_remote_code)
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise PrunekitError(f"{str(folder)!r} is no checkpoint: it has no config.json; give the folder that holds it")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PrunekitError(f"{str(folder / 'config.json')!r} is not JSON ({error}); restore it from its source") from None
+    if not list(folder.glob("*.safetensors")):
+        pickled = ", ".join(p.name for p in folder.glob("*.bin")) or "none"
+        raise PrunekitError(
+            f"{str(folder)!r} has no safetensors weights (pickled ones: {pickled}); prunekit reads no pickles, "
+            "so convert them to safetensors first"
+        )
+
+
+def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> nn.Module:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own
+        raise PrunekitError(
+            f"cannot load {source!r} as a causal language model ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "give a folder with config.json and safetensors, or a hub id that can be reached"
+        ) from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = ", ".join(str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]][:4])
+        raise PrunekitError(f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source")
+    return model
+
+
+def _load_tokenizer(source: str, trust_remote_code: bool) -> Any:  # noqa: ANN401
+    if Path(source).is_dir() and not list(Path(source).glob("tokenizer*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise PrunekitError(f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {error})") from error
+
+
+def _load_cut(folder: Path, dtype: torch.dtype | str) -> nn.Module:
+    saved = json.loads((folder / "config.json").read_text())
+    if saved.get("format") != FORMAT:
+        raise PrunekitError(f"{str(folder)!r} has format {saved.get('format')!r}; this prunekit reads {FORMAT}")
+    config = AutoConfig.for_model(**saved["base_config"])
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    model = prune(model, _recorded_plan(discover(model), saved["keep"]), inplace=True)
+    _fill(model, folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.name_or_path = str(folder)
+    return model if dtype == "auto" else model.to(dtype)
+
+
+def _recorded_plan(groups: Groups, keep: dict[str, list[int]]) -> PruningPlan:
+    return PruningPlan(keep, {name: groups[name].n_units for name in keep}, groups.n_parameters, groups.n_parameters)
+
+
+def _fill(model: nn.Module, folder: Path) -> None:
+    """Give an empty model its weights; tied ones are stored once."""
+    state: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        state |= load_file(shard)
+    try:
+        model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise PrunekitError(f"the weights in {str(folder)!r} do not fit its config.json: {error}") from None
+    model.tie_weights()
+    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    if empty:
+        raise PrunekitError(f"{str(folder)!r} lacks the weights of {', '.join(empty[:4])}; restore it from its source")
+
+
+def save(model: nn.Module, out: str | Path, *, tokenizer: Any = None) -> Path:  # noqa: ANN401
+    """Write a checkpoint folder that `load` reads back with the same logits.
+
+    Args:
+        model: a model, cut or not; adapters merged.
+        out: a folder that does not exist yet. It is complete or not there.
+        tokenizer: to save along; by default the one that stands where the model was loaded from.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PrunekitError: `out` exists or cannot be written, or adapters are not merged.
+    """
+    check_new_folder(out)
+    if hasattr(model, "peft_config"):
+        raise PrunekitError("the model still carries adapters; call merge_and_unload() on it and save the result")
+    config = plain_config(model)
+    with new_folder(out) as folder:
+        _write_model(model, config, folder)
+        tokenizer = tokenizer if tokenizer is not None else _tokenizer_beside(model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return Path(out)
+
+
+def _write_model(model: Any, config: Any, folder: Path) -> None:  # noqa: ANN401
+    if config is None:
+        _write_cut(model, folder)
+        return
+    mine = model.config
+    try:
+        model.config = config
+        model.save_pretrained(folder)
+    finally:
+        model.config = mine
+
+
+def _write_cut(model: Any, folder: Path) -> None:  # noqa: ANN401
+    """Weights under the names of `named_parameters()`, tied ones once; save_pretrained renames some."""
+    base = copy.deepcopy(model.config)
+    del base.prunekit
+    cut = {
+        "model_type": MODEL_TYPE,
+        "format": FORMAT,
+        "keep": model.config.prunekit["keep"],
+        "base_config": base.to_dict() | {"architectures": [type(model).__name__]},
+    }
+    (folder / "config.json").write_text(json.dumps(cut, indent=1))
+    parameters = {id(p) for p in model.parameters()}
+    persistent = {n: t for n, t in model.state_dict(keep_vars=True).items() if id(t) not in parameters}
+    state = dict(model.named_parameters()) | persistent
+    save_torch_state_dict({name: t.detach().contiguous() for name, t in state.items()}, folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _tokenizer_beside(model: Any) -> Any:  # noqa: ANN401
+    source = getattr(getattr(model, "config", None), "name_or_path", "")
+    return _load_tokenizer(source, False) if source and Path(source).is_dir() else None

@@ -1,0 +1,111 @@
+"""Whether a cut model can be said in its family's own configuration, found by trying, not by a table of names."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from prunekit.discovery.groups import CoupledGroup, Groups
+from prunekit.discovery.partition import find_groups
+from prunekit.discovery.trace import trace
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def plain_config(model: Any) -> Any | None:  # noqa: ANN401
+    """A configuration from which plain `transformers` builds this very model, or None.
+
+    An uncut model has its own. For a cut one, head counts are set by their standard names and the field
+    that says the FFN width is found by trying each integer field on one empty layer. The candidate counts
+    only if the model built from it has every parameter's shape and, given the same weights, the same logits.
+
+    Args:
+        model: as returned by `prune`.
+    """
+    record = getattr(model.config, "prunekit", None)
+    config = copy.deepcopy(model.config)
+    if record is None:
+        return config
+    del config.prunekit
+    groups = find_groups(trace(model))
+    changed = {name.rsplit(":")[-1].split("#")[0] for name in record["keep"]}
+    for candidate in _candidates(config, groups, changed):
+        if _same_model(model, candidate):
+            return candidate
+    return None
+
+
+def _candidates(config: Any, groups: Groups, changed: set[str]) -> Iterator[Any]:  # noqa: ANN401
+    if not changed <= {"kv_head", "ffn_channel"} or any(not _alike(groups.of_kind(kind)) for kind in changed):
+        return
+    heads = copy.deepcopy(config)
+    if "kv_head" in changed and not _set_heads(heads, groups):
+        return
+    if "ffn_channel" not in changed:
+        yield heads
+        return
+    width = groups.of_kind("ffn_channel")[0].n_units
+    for field in _integer_fields(heads):
+        candidate = copy.deepcopy(heads)
+        setattr(candidate, field, width)
+        if _fits_one_layer(candidate, groups):
+            yield candidate
+
+
+def _alike(groups: tuple[CoupledGroup, ...]) -> bool:
+    return len({(g.n_units, tuple((m.dim, m.width) for m in g.members)) for g in groups}) == 1
+
+
+def _set_heads(config: Any, groups: Groups) -> bool:  # noqa: ANN401
+    """Head counts by their standard names; False where the family has no head size of its own."""
+    group = groups.of_kind("kv_head")[0]
+    queries, keys = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if queries is None or getattr(config, "head_dim", None) is None:
+        return False
+    per_group = queries // (keys or queries)
+    if keys is not None:
+        config.num_key_value_heads = group.n_units
+    config.num_attention_heads = group.n_units * per_group
+    return True
+
+
+def _integer_fields(config: Any) -> list[str]:  # noqa: ANN401
+    fields = config.to_dict()
+    return [name for name, value in fields.items() if type(value) is int or (value is None and "size" not in name)]
+
+
+def _empty(config: Any) -> nn.Module | None:  # noqa: ANN401
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+        return model
+    except Exception:  # a value the family refuses: any exception of any validator
+        return None
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def _fits_one_layer(config: Any, groups: Groups) -> bool:  # noqa: ANN401
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    built = _empty(small)
+    return built is not None and all(groups.shapes.get(name) == shape for name, shape in _shapes(built).items())
+
+
+def _same_model(model: nn.Module, config: Any) -> bool:  # noqa: ANN401
+    built = _empty(config)
+    if built is None or _shapes(built) != _shapes(model):
+        return False
+    built.load_state_dict(model.state_dict(), assign=True)
+    built.tie_weights()
+    device = next(model.parameters()).device
+    tokens = torch.arange(8, device=device)[None] % config.vocab_size
+    with torch.no_grad():
+        return bool(torch.equal(built.eval().to(device)(tokens).logits, model.eval()(tokens).logits))
