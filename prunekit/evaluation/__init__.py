@@ -1,0 +1,22 @@
+"""What a model knows and what it costs: perplexity, zero-shot accuracy, cost, and reports of them."""
+
+from prunekit.evaluation.footprint import Cost, Latency, cost
+from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity, perplexity
+from prunekit.evaluation.multiple_choice import zero_shot
+from prunekit.evaluation.report import Report, compare, compare_accuracy, evaluate
+from prunekit.evaluation.zero_shot_result import ZeroShotResult
+
+__all__ = [
+    "Cost",
+    "Latency",
+    "PerplexityResult",
+    "Report",
+    "ZeroShotResult",
+    "compare",
+    "compare_accuracy",
+    "cost",
+    "evaluate",
+    "measure_perplexity",
+    "perplexity",
+    "zero_shot",
+]

@@ -1,0 +1,279 @@
+"""What a model costs to run: parameters, multiply-accumulates, memory and time."""
+
+import copy
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunekit.errors import PrunekitError
+from prunekit.evaluation.likelihood import device_of, evaluating, max_positions
+
+MIB = 1024**2
+WARM_UP = 2  # runs before the clock counts: allocation, kernel selection, caches
+MEASURED = {
+    "cpu": "weights and the tensors alive at once in a forward pass; an operator's own scratch space is not counted",
+    "cuda": "weights and the CUDA allocator's peak above them in a forward pass",
+}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of repeated runs, in milliseconds: the median and the 10th and 90th percentiles."""
+
+    median: float
+    p10: float
+    p90: float
+
+    def __repr__(self) -> str:
+        return f"{self.median:.3g} ms ({self.p10:.3g}–{self.p90:.3g})"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward pass over `batch_size` × `seq_len` tokens takes.
+
+    Attributes:
+        n_parameters: parameters, tied ones counted once.
+        macs: multiply-accumulates of all matrix products, attention's two included (the causal half is not
+            taken off).
+        weight_bytes: bytes of parameters and buffers.
+        peak_bytes: most bytes in use at once in a forward pass; `peak_measured` says how.
+        peak_measured: what `peak_bytes` counts, in words.
+        prefill: time of the forward pass.
+        decode: time of one further token with the KV cache, for the whole batch.
+        seq_len: tokens a sequence.
+        batch_size: sequences.
+        repeats: timed runs behind each latency.
+        device: where it ran.
+    """
+
+    n_parameters: int
+    macs: int
+    weight_bytes: int
+    peak_bytes: int
+    peak_measured: str
+    prefill: Latency
+    decode: Latency
+    seq_len: int
+    batch_size: int
+    repeats: int
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Cost":
+        """The cost that `to_dict` wrote down."""
+        times = {name: Latency(**fields[name]) for name in ("prefill", "decode")}
+        return cls(**{**fields, **times})
+
+    def __repr__(self) -> str:
+        return (
+            f"Cost({self.n_parameters:,} parameters; {self.macs:,} MACs for {self.batch_size} × {self.seq_len} tokens; "
+            f"weights {self.weight_bytes / MIB:.1f} MiB, peak {self.peak_bytes / MIB:.1f} MiB; "
+            f"prefill {self.prefill}, decode {self.decode} a token; {self.device})"
+        )
+
+
+def cost(
+    model: nn.Module,
+    *,
+    seq_len: int = 64,
+    batch_size: int = 1,
+    repeats: int = 10,
+    device: str | torch.device | None = None,
+) -> Cost:
+    """Parameters, multiply-accumulates, memory and latency of a model.
+
+    Args:
+        model: a causal language model of `transformers`; it is left where it is.
+        seq_len: tokens a sequence. 64 is LLM-Pruner's for MACs.
+        batch_size: sequences.
+        repeats: timed runs, after two for warming up.
+        device: where to measure; None is where the model lies, elsewhere a copy is measured.
+
+    Returns:
+        A `Cost`.
+
+    Raises:
+        PrunekitError: a size is below 1, the sequence does not fit the model, or there is no such device.
+
+    Source: LLM-Pruner (Ma et al. 2023), Table 3, counts MACs at 64 tokens; theirs leave attention's products out.
+    """
+    check_sizes(model, seq_len, batch_size, repeats)
+    model = on_device(model, device)
+    where = device_of(model)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (batch_size, seq_len), generator=generator).to(where)
+    with evaluating(model):
+        return Cost(
+            n_parameters=sum(weight.numel() for weight in model.parameters()),
+            macs=count_macs(model, ids),
+            weight_bytes=bytes_of_weights(model),
+            peak_bytes=bytes_of_weights(model) + measure_activations(model, ids),
+            peak_measured=MEASURED.get(where.type, MEASURED["cpu"]),
+            prefill=time_prefill(model, ids, repeats),
+            decode=time_decode(model, ids, repeats),
+            seq_len=seq_len,
+            batch_size=batch_size,
+            repeats=repeats,
+            device=torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
+        )
+
+
+def check_sizes(model: nn.Module, seq_len: int, batch_size: int, repeats: int) -> None:
+    """Refuses sizes that cannot be run."""
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("repeats", repeats)):
+        if value < 1:
+            raise PrunekitError(f"{name}={value}; it is at least 1")
+    limit = max_positions(model)
+    if limit is not None and seq_len > limit:
+        raise PrunekitError(f"seq_len={seq_len}, but this model takes at most {limit} tokens; give {limit} or less")
+
+
+def on_device(model: nn.Module, device: str | torch.device | None) -> nn.Module:
+    """The model where it lies, or a copy of it on another device."""
+    if device is None:
+        return model
+    try:
+        wanted, here = torch.device(device), device_of(model)
+        if wanted.type == here.type and wanted.index in (None, here.index):
+            return model
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA raises AssertionError
+        raise PrunekitError(f"device={str(device)!r} cannot be used here: {error}; try device='cpu'") from error
+    return copy.deepcopy(model).to(wanted)
+
+
+def count_macs(model: nn.Module, ids: Tensor) -> int:
+    """Multiply-accumulates of the matrix products in one forward pass over ids (batch, seq).
+
+    Attention runs as plain products meanwhile: fused kernels on the CPU are not counted by torch.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False)
+    return counter.get_total_flops() // 2
+
+
+def bytes_of_weights(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(model)}
+    return sum(storages.values())
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def measure_activations(model: nn.Module, ids: Tensor) -> int:
+    """Most bytes in use at once beside the weights in one forward pass over ids (batch, seq)."""
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
+        torch.cuda.reset_peak_memory_stats(ids.device)
+        before = torch.cuda.memory_allocated(ids.device)
+        model(input_ids=ids, use_cache=False)
+        return torch.cuda.max_memory_allocated(ids.device) - before
+    with LiveBytes(tensors_of(model)) as live:
+        model(input_ids=ids, use_cache=False)
+    return live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operators return for as long as they are alive.
+
+    Unlike the process's memory it does not depend on the allocator or on what ran before, so two models can
+    be compared. What an operator allocates and frees inside itself is not seen.
+
+    Attributes:
+        peak: most bytes alive at once.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one operator and notes the storages that it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self._alive += size
+        self.peak = max(self.peak, self._alive)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._alive -= size
+
+
+def time_prefill(model: nn.Module, ids: Tensor, repeats: int) -> Latency:
+    """Time of a forward pass over ids (batch, seq)."""
+    run = partial(model, input_ids=ids, use_cache=False)
+    return summarise([timed(run, ids.device) for _ in range(WARM_UP + repeats)])
+
+
+def time_decode(model: nn.Module, ids: Tensor, repeats: int) -> Latency:
+    """Time of one further token after ids (batch, seq), with the KV cache.
+
+    Where context is scarce the prompt is shortened so that all runs fit; where even that is too little, the
+    cache starts again.
+    """
+    limit = max_positions(model) or ids.shape[1] + WARM_UP + repeats
+    prompt = ids[:, : max(1, limit - WARM_UP - repeats)]
+    times: list[float] = []
+    cache, length = None, limit
+    while len(times) < WARM_UP + repeats:
+        if length >= limit:
+            cache, length = model(input_ids=prompt, use_cache=True).past_key_values, prompt.shape[1]
+            if length >= limit:
+                raise PrunekitError(f"this model takes {limit} token(s): there is no next one to time")
+        step = partial(model, input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        times.append(timed(step, ids.device))
+        length += 1
+    return summarise(times)
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a run takes, with the device's queue empty before and after."""
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until a CUDA device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summarise(seconds: list[float]) -> Latency:
+    """Median and spread in milliseconds, without the runs for warming up."""
+    p10, median, p90 = np.percentile(np.array(seconds[WARM_UP:]) * 1000, [10, 50, 90])
+    return Latency(float(median), float(p10), float(p90))

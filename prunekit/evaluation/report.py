@@ -1,0 +1,272 @@
+"""Everything measured about one model, as a value; and several such values side by side."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from prunekit.errors import PrunekitError
+from prunekit.evaluation.footprint import Cost, cost
+from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity
+from prunekit.evaluation.multiple_choice import zero_shot
+from prunekit.evaluation.zero_shot_result import ZeroShotResult
+from prunekit.questions import Task
+from prunekit.text import TextSource
+
+METRICS = ("perplexity", "zero_shot", "cost")
+FORMAT = "prunekit report 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What was measured about one model.
+
+    `report["perplexity"]` and the other names of `headline()` give the headline figures.
+
+    Attributes:
+        perplexity: with its protocol; None where not measured.
+        zero_shot: one row a question; None where not measured.
+        cost: parameters, MACs, memory, latency; None where not measured.
+    """
+
+    perplexity: PerplexityResult | None = None
+    zero_shot: ZeroShotResult | None = None
+    cost: Cost | None = None
+
+    def headline(self) -> dict[str, float]:
+        """The figures to compare models by, in this order.
+
+        Returns:
+            perplexity; the accuracy of each task under its name, in [0, 1]; mean_accuracy; parameters; macs;
+            weight_bytes; peak_bytes; prefill_ms and decode_ms (medians). What was not measured is left out.
+        """
+        return {**self._quality(), **self._cost()}
+
+    def _quality(self) -> dict[str, float]:
+        found = {} if self.perplexity is None else {"perplexity": self.perplexity.value}
+        if self.zero_shot is None:
+            return found
+        tasks = {str(name): float(value) for name, value in self.zero_shot.accuracy().items()}
+        return {**found, **tasks, "mean_accuracy": self.zero_shot.mean}
+
+    def _cost(self) -> dict[str, float]:
+        if self.cost is None:
+            return {}
+        return {
+            "parameters": self.cost.n_parameters,
+            "macs": self.cost.macs,
+            "weight_bytes": self.cost.weight_bytes,
+            "peak_bytes": self.cost.peak_bytes,
+            "prefill_ms": self.cost.prefill.median,
+            "decode_ms": self.cost.decode.median,
+        }
+
+    def __getitem__(self, name: str) -> float:
+        """One headline figure.
+
+        Raises:
+            PrunekitError: it was not measured, or there is none of that name.
+        """
+        figures = self.headline()
+        if name not in figures:
+            raise PrunekitError(f"this report has no {name!r}; it has {', '.join(figures) or 'nothing'}")
+        return figures[name]
+
+    def table(self) -> pd.DataFrame:
+        """One row a headline figure: metric, value, note (protocol, standard error and chance, or spread)."""
+        rows = [(name, value, self._note(name)) for name, value in self.headline().items()]
+        return pd.DataFrame(rows, columns=["metric", "value", "note"])
+
+    def _note(self, name: str) -> str:
+        if name == "perplexity" and self.perplexity is not None:
+            return f"{self.perplexity.n_tokens:,} tokens; {self.perplexity.description}"
+        if self.zero_shot is not None and name in self.zero_shot.accuracy():
+            row = self.zero_shot.by("task").loc[name]
+            return f"± {row['stderr']:.3f}, chance {row['chance']:.3f}, {row['n']:.0f} questions"
+        if self.cost is None:
+            return ""
+        run = f"{self.cost.batch_size} × {self.cost.seq_len} tokens"
+        notes = {"macs": run, "peak_bytes": self.cost.peak_measured}
+        for key, latency in (("prefill_ms", self.cost.prefill), ("decode_ms", self.cost.decode)):
+            notes[key] = f"p10 {latency.p10:.3g}, p90 {latency.p90:.3g}; {run}; {self.cost.device}"
+        return notes.get(name, "")
+
+    def to_json(self) -> str:
+        """The whole report, each question's answer included, as JSON."""
+        parts = {name: None if part is None else part.to_dict() for name, part in self._parts().items()}
+        return json.dumps({"format": FORMAT, **parts}, indent=1)
+
+    def _parts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in METRICS}
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The report that `to_json` wrote down.
+
+        Raises:
+            PrunekitError: the text is no report.
+        """
+        try:
+            fields = json.loads(text)
+            if fields.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            readers: dict[str, Any] = {
+                "perplexity": lambda value: PerplexityResult(**value),
+                "zero_shot": ZeroShotResult.from_dict,
+                "cost": Cost.from_dict,
+            }
+            return cls(**{name: None if value is None else readers[name](value) for name, value in fields.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PrunekitError(
+                f"this is no report of prunekit ({error}); give a file that Report.save wrote"
+            ) from error
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the report as JSON, beside its place first; a report already there is replaced."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        beside.write_text(self.to_json(), encoding="utf-8")
+        return beside.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Report":
+        """Reads a report that `save` wrote.
+
+        Raises:
+            PrunekitError: there is no such file, or it is no report.
+        """
+        if not Path(path).is_file():
+            raise PrunekitError(f"no file at {str(path)!r}; give a file that Report.save wrote")
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def __repr__(self) -> str:
+        table = self.table().assign(value=[readable(value) for value in self.table()["value"]])
+        return "Report\n" + table.to_string(index=False, header=False, justify="left")
+
+    def _repr_html_(self) -> str:
+        table = self.table()
+        return table.assign(value=[readable(value) for value in table["value"]]).to_html(index=False)
+
+
+def readable(value: float) -> str:
+    """A figure with thousands separated, or with four digits that count."""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    metrics: str | Iterable[str] = METRICS,
+    *,
+    text: TextSource | None = None,
+    tasks: Mapping[str, Task] | Iterable[Task] | None = None,
+    batch_size: int = 32,
+    perplexity_options: Mapping[str, Any] | None = None,
+    cost_options: Mapping[str, Any] | None = None,
+) -> Report:
+    """Measures what a model knows and what it costs.
+
+    Args:
+        model: a causal language model of `transformers`.
+        tokenizer: the model's own tokenizer.
+        metrics: any of `"perplexity" "zero_shot" "cost"`.
+        text: what perplexity is measured on: a text, a path, or another source of `read_documents`. None is the
+            embedded world's validation text, for its tokenizer only.
+        tasks: questions to ask. None is the embedded world's tasks, for its tokenizer only.
+        batch_size: sequences a forward pass for perplexity and zero-shot; it does not change the result.
+        perplexity_options: keyword arguments of `measure_perplexity`, such as `{"protocol": "documents"}`.
+        cost_options: keyword arguments of `cost`, such as `{"seq_len": 128}`.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        PrunekitError: a metric is unknown, text or tasks are needed and missing, or what the metric itself refuses.
+    """
+    wanted = check_metrics(metrics)
+    found: dict[str, Any] = {}
+    if "perplexity" in wanted:
+        text = world_default(tokenizer, "validation_text", "text") if text is None else text
+    if "zero_shot" in wanted:
+        tasks = world_default(tokenizer, "tasks", "tasks") if tasks is None else tasks
+    if "perplexity" in wanted and text is not None:
+        options = {"batch_size": batch_size, **(perplexity_options or {})}
+        found["perplexity"] = measure_perplexity(model, tokenizer, text, **options)
+    if "zero_shot" in wanted and tasks is not None:
+        found["zero_shot"] = zero_shot(model, tokenizer, tasks, batch_size=batch_size)
+    if "cost" in wanted:
+        found["cost"] = cost(model, **(cost_options or {}))
+    return Report(**found)
+
+
+def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
+    """The metrics as a tuple, at least one, all known."""
+    wanted = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    unknown = [name for name in wanted if name not in METRICS]
+    if unknown or not wanted:
+        shown = ", ".join(map(repr, unknown)) or "none"
+        raise PrunekitError(f"metrics: {shown}; give at least one of {', '.join(map(repr, METRICS))}")
+    return wanted
+
+
+def world_default(tokenizer: Any, maker: str, argument: str) -> Any:
+    """The embedded world's validation text or tasks, for the tokenizer that belongs to it."""
+    world: Any = import_module("prunekit.world")
+    if not world.is_world_tokenizer(tokenizer):
+        raise PrunekitError(
+            f"{argument}=None stands for the embedded world's, and this tokenizer is not its own; give {argument}="
+        )
+    return getattr(world, maker)()
+
+
+def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
+    """Reports side by side.
+
+    Args:
+        reports: name of the model → its report, such as `{"dense": …, "cut": …, "recovered": …}`.
+
+    Returns:
+        One row a model (index `model`), one column a headline figure; NaN where it was not measured.
+
+    Raises:
+        PrunekitError: there is no report.
+    """
+    check_reports(reports)
+    quality = dict.fromkeys(name for report in reports.values() for name in report._quality())
+    costs = dict.fromkeys(name for report in reports.values() for name in report._cost())
+    rows = [report.headline() for report in reports.values()]
+    return pd.DataFrame(rows, index=pd.Index(list(reports), name="model"), columns=[*quality, *costs])
+
+
+def compare_accuracy(reports: Mapping[str, Report], by: str = "task") -> pd.DataFrame:
+    """Zero-shot accuracies of several models, one row a model and group: what `plot_accuracy` draws.
+
+    Args:
+        reports: name of the model → its report, with zero-shot answers.
+        by: `"task"`, `"form"`, `"domain"`, `"tier"` or `"hops"`.
+
+    Returns:
+        Columns model, `by`, n, accuracy, stderr, acc, acc_norm, chance.
+
+    Raises:
+        PrunekitError: there is no report, or one has no zero-shot answers.
+    """
+    check_reports(reports)
+    without = [name for name, report in reports.items() if report.zero_shot is None]
+    if without:
+        raise PrunekitError(f"{', '.join(without)}: no zero-shot answers; evaluate with metrics=('zero_shot',)")
+    tables = {name: report.zero_shot.by(by) for name, report in reports.items() if report.zero_shot is not None}
+    return pd.concat(tables, names=["model"]).reset_index()
+
+
+def check_reports(reports: Mapping[str, Report]) -> None:
+    """Refuses to compare nothing."""
+    if not reports:
+        raise PrunekitError("no report to compare; give a dictionary, name → Report")

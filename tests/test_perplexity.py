@@ -1,0 +1,186 @@
+import math
+
+import pytest
+import torch
+from evaluation_helpers import N_POSITIONS, TEXT, byte_tokenizer, gpt2, llama
+from shared import shared_path
+
+from prunekit.errors import PrunekitError
+from prunekit.evaluation import measure_perplexity, perplexity
+from prunekit.evaluation.likelihood import Span, log_likelihoods, share_prefixes
+from prunekit.evaluation.windows import cut_windows
+
+
+def by_hand(model, windows):
+    """exp of the mean loss, one window at a time: [(tokens, first scored position)]."""
+    nll, n = 0.0, 0
+    with torch.no_grad():
+        for tokens, start in windows:
+            log_p = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+            nll -= sum(log_p[i - 1, tokens[i]].item() for i in range(start, len(tokens)))
+            n += len(tokens) - start
+    return math.exp(nll / n), n
+
+
+def ids_of(text, bos=True):
+    return ([0] if bos else []) + byte_tokenizer(adds_bos=False)(text)["input_ids"]
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_non_overlapping_windows_score_all_but_the_first_token_of_each(build, batch_size):
+    model, ids = build(), ids_of(TEXT)
+    expected, n_tokens = by_hand(model, [(ids[i : i + 50], 1) for i in range(0, len(ids), 50)])
+    result = measure_perplexity(model, byte_tokenizer(), TEXT, window=50, batch_size=batch_size)
+    assert len(ids) % 50 > 1, "the last window is to be a short one"
+    assert result.value == pytest.approx(expected, rel=1e-6)
+    assert result.n_tokens == n_tokens == len(ids) - math.ceil(len(ids) / 50)
+    assert (result.window, result.stride, result.bos, result.protocol) == (50, None, True, "windows")
+
+
+def test_strided_windows_score_every_token_once():
+    model, ids = llama(), ids_of(TEXT)
+    windows = [(ids[:40], 1)] + [(ids[i : i + 40], 25) for i in range(15, len(ids) - 25, 15)]
+    expected, n_tokens = by_hand(model, windows)
+    result = measure_perplexity(model, byte_tokenizer(), TEXT, window=40, stride=15)
+    assert result.value == pytest.approx(expected, rel=1e-6)
+    assert result.n_tokens == n_tokens == len(ids) - 1
+    assert "strided by 15" in result.description
+
+
+@pytest.mark.parametrize(("n", "window", "stride"), [(7, 3, 1), (12, 5, 4), (5, 5, 2), (13, 4, 3), (2, 2, 1)])
+def test_strided_windows_have_context_and_no_token_twice(n, window, stride):
+    spans = cut_windows(range(n), window, stride)
+    scored = [token for span in spans for token in span.tokens[span.start :]]
+    assert scored == list(range(1, n))
+    assert all(len(span.tokens) <= window and span.start >= min(window - stride, span.tokens[0] + 1) for span in spans)
+
+
+def test_a_last_window_of_one_token_scores_nothing():
+    assert [span.n_scored for span in cut_windows(range(9), 4)] == [3, 3]
+
+
+def test_documents_are_scored_one_by_one_and_long_ones_in_windows():
+    model = llama()
+    texts = ["a short one", "another", "a very long one " * 12]
+    pieces = [ids_of(text.strip()) for text in texts]
+    windows = [(ids[i : i + N_POSITIONS], 1) for ids in pieces for i in range(0, len(ids), N_POSITIONS)]
+    expected, n_tokens = by_hand(model, windows)
+    joined = "\n<|end|>\n".join(texts) + "<|end|>"
+    result = measure_perplexity(model, byte_tokenizer(), joined, protocol="documents", separator="<|end|>")
+    assert result.value == pytest.approx(expected, rel=1e-6)
+    assert result.n_tokens == n_tokens
+    assert "split at '<|end|>'" in result.description
+
+
+def test_bos_is_left_out_on_request_and_where_the_tokenizer_has_none():
+    model = llama()
+    without = measure_perplexity(model, byte_tokenizer(), TEXT, window=64, bos=False)
+    none_there = measure_perplexity(model, byte_tokenizer(bos=None), TEXT, window=64)
+    assert without.value == none_there.value
+    assert (without.bos, none_there.bos) == (False, False)
+    assert without.value != measure_perplexity(model, byte_tokenizer(), TEXT, window=64).value
+
+
+def test_default_window_is_128_and_no_more_than_the_model_takes():
+    roomy = llama(max_position_embeddings=512)
+    assert measure_perplexity(roomy, byte_tokenizer(), TEXT).window == 128
+    assert measure_perplexity(llama(), byte_tokenizer(), TEXT).window == N_POSITIONS
+
+
+def test_a_path_is_read_and_the_function_gives_the_results_value(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    model = llama()
+    value = perplexity(model, byte_tokenizer(), path, window=60)
+    assert value == perplexity(model, byte_tokenizer(), str(path), window=60)
+    assert value == perplexity(model, byte_tokenizer(), TEXT, window=60)
+
+
+def test_the_model_keeps_its_mode():
+    model = llama().train()
+    perplexity(model, byte_tokenizer(), TEXT, window=60)
+    assert model.training
+
+
+def test_prefixes_ride_on_longer_inputs_and_change_nothing():
+    inputs = [(1, 2), (1, 2, 3), (2,), (1, 2, 3), (1, 3)]
+    hosts = share_prefixes(inputs)
+    assert all(inputs[host][: len(mine)] == mine for host, mine in zip(hosts, inputs, strict=True))
+    assert len(set(hosts)) == 3
+    assert share_prefixes([]) == []
+    model = llama()
+    spans = [Span((5, 6, 7), 1), Span((5, 6, 9, 4), 2), Span((5, 6, 9), 2)]
+    together = log_likelihoods(model, spans, batch_size=8)
+    alone = torch.cat([log_likelihoods(model, [span], batch_size=8) for span in spans])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+
+
+REFUSED = {
+    "empty text": ({"text": ""}, "holds no text"),
+    "white space": ({"text": " \n"}, "holds no text"),
+    "shorter than a window": ({"text": "short", "window": 50}, "6 tokens, less than one window of 50"),
+    "missing file": ({"text": "no/such/file.txt"}, "is not a file"),
+    "window too long": ({"window": 200}, f"at most {N_POSITIONS}"),
+    "window too short": ({"window": 1}, "at least 2"),
+    "document window": ({"window": 0, "protocol": "documents"}, "at least 2"),
+    "stride": ({"window": 40, "stride": 41}, "between 1 and the window"),
+    "stride 0": ({"window": 40, "stride": 0}, "between 1 and the window"),
+    "protocol": ({"protocol": "sentences"}, "'windows', 'documents'"),
+    "separator in windows": ({"separator": "."}, "protocol='documents'"),
+    "separator missing": ({"separator": "<|>", "protocol": "documents"}, "does not occur"),
+    "separator empty": ({"separator": "", "protocol": "documents"}, "does not occur"),
+    "only separators": ({"text": "<|><|>", "separator": "<|>", "protocol": "documents"}, "nothing but"),
+    "one token each": ({"text": "a b", "separator": " ", "protocol": "documents", "bos": False}, "single token"),
+    "batch size": ({"window": 40, "batch_size": 0}, "at least 1"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_refused(options, message):
+    options = dict(options)
+    with pytest.raises(PrunekitError, match=message):
+        perplexity(llama(), byte_tokenizer(), options.pop("text", TEXT), **options)
+
+
+def test_nan_weights_are_named():
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(PrunekitError, match=r"not finite.*layers\.1\.mlp\.up_proj\.weight"):
+        perplexity(model, byte_tokenizer(), TEXT, window=60)
+
+
+def test_overflow_with_finite_weights_says_so():
+    model = llama().half()
+    model.lm_head.weight.data[:] = 6e4
+    model.model.norm.weight.data[:] = 6e4
+    with pytest.raises(PrunekitError, match="all weights are finite.*float32"):
+        perplexity(model, byte_tokenizer(), TEXT, window=60)
+
+
+def test_a_foreign_tokenizer_is_refused():
+    with pytest.raises(PrunekitError, match="belongs to another model"):
+        perplexity(llama(vocab_size=40), byte_tokenizer(), TEXT, window=60)
+
+
+@pytest.fixture(scope="module")
+def stories():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = shared_path("models", "stories260K")
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "n_tokens"),
+    [
+        ({"protocol": "documents", "separator": "<|endoftext|>"}, 3.548, 1804),
+        ({"bos": False}, 6.294, 1867),
+        ({}, 6.426, 1868),
+    ],
+    ids=["stories", "raw windows", "windows with BOS"],
+)
+def test_a_real_model_has_its_known_perplexity(stories, options, expected, n_tokens):
+    result = measure_perplexity(*stories, shared_path("data", "tinystories", "sample_cs336.txt"), **options)
+    assert result.value == pytest.approx(expected, abs=2e-3)
+    assert result.n_tokens == n_tokens

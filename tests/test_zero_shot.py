@@ -1,0 +1,169 @@
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from evaluation_helpers import N_POSITIONS, byte_tokenizer, choice_task, gpt2, llama, partial_task, yes_no_task
+
+from prunekit.errors import PrunekitError
+from prunekit.evaluation import ZeroShotResult, zero_shot
+from prunekit.evaluation.multiple_choice import encode_pair
+from prunekit.questions import Question, Task
+
+
+def log_p(model, context, choice):
+    """Log-likelihood of a choice after a context, one forward pass of one sequence."""
+    tokenizer = byte_tokenizer(adds_bos=False)
+    head, tail = [0, *tokenizer(context)["input_ids"]], tokenizer(choice)["input_ids"]
+    with torch.no_grad():
+        rows = model(torch.tensor([head + tail])).logits[0].double().log_softmax(-1)
+    return sum(rows[len(head) + i - 1, token].item() for i, token in enumerate(tail))
+
+
+def expected_row(model, question, normalize):
+    contexts = question.contexts or (question.context,) * len(question.choices)
+    sums = [log_p(model, *pair) for pair in zip(contexts, question.choices, strict=True)]
+    lengths = [len(text) for text in question.contexts or [choice[1:] for choice in question.choices]]
+    normed = [value / length for value, length in zip(sums, lengths, strict=True)]
+    counted = normed if normalize else sums
+    best = [values.index(max(values)) for values in (sums, normed, counted)]
+    wrong = [value for i, value in enumerate(counted) if i != question.answer]
+    return *(choice == question.answer for choice in best), best[2], counted[question.answer] - max(wrong)
+
+
+@pytest.mark.parametrize("task", [choice_task(), choice_task(normalize=True), partial_task()], ids=str)
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_every_answer_is_the_likeliest_choice(build, task):
+    model = build()
+    rows = zero_shot(model, byte_tokenizer(), [task], batch_size=5).questions
+    columns = ["correct", "correct_norm", "hit", "prediction", "margin"]
+    expected = pd.DataFrame([expected_row(model, q, task.normalize) for q in task.questions], columns=columns)
+    pd.testing.assert_frame_equal(rows[columns], expected, rtol=1e-4, check_dtype=False)
+
+
+def test_both_scores_differ_somewhere_and_the_task_says_which_counts():
+    model = llama()
+    plain = zero_shot(model, byte_tokenizer(), [choice_task()]).questions
+    normed = zero_shot(model, byte_tokenizer(), [choice_task(normalize=True)]).questions
+    assert (plain["correct"] != plain["correct_norm"]).any()
+    assert (plain["hit"] == plain["correct"]).all()
+    assert (normed["hit"] == normed["correct_norm"]).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_batches_change_nothing(batch_size):
+    model, tasks = llama(), [choice_task(), partial_task(), yes_no_task()]
+    whole = zero_shot(model, byte_tokenizer(), tasks, batch_size=64).questions
+    parts = zero_shot(model, byte_tokenizer(), tasks, batch_size=batch_size).questions
+    pd.testing.assert_frame_equal(whole, parts, rtol=1e-4)
+
+
+def test_choices_of_one_token_share_a_pass():
+    model, calls = llama(), []
+    model.register_forward_hook(lambda module, args, kwargs, out: calls.append(kwargs["input_ids"]), with_kwargs=True)
+    zero_shot(model, byte_tokenizer(), [yes_no_task(12)], batch_size=1)
+    assert len(calls) == 12
+
+
+def test_accuracies_by_task_and_by_label():
+    tasks = [choice_task(), yes_no_task(), partial_task()]
+    result = zero_shot(llama(), byte_tokenizer(), tasks)
+    rows = result.questions
+    assert len(rows) == sum(len(task.questions) for task in tasks)
+    assert list(result.accuracy().index) == ["made_up", "is_it", "who"]
+    by_hand = [rows[rows["task"] == task.name]["hit"].mean() for task in tasks]
+    assert list(result.accuracy()) == by_hand
+    assert result.mean == pytest.approx(sum(by_hand) / 3)
+    domains = result.by("domain")
+    assert domains.loc["fact", "n"] == 8
+    share = domains.loc["script", "accuracy"]
+    assert domains.loc["script", "stderr"] == pytest.approx((share * (1 - share) / domains.loc["script", "n"]) ** 0.5)
+    assert set(result.by("hops").index) == {1, 2}
+    assert list(result.by("tier").index) == ["rare"]
+    assert result.by("task").loc["who", "chance"] == 0.5
+    assert result.by("task").loc["made_up", "chance"] == pytest.approx(choice_task().chance)
+    assert "52 questions" in repr(result)
+    assert "<table" in result._repr_html_()
+
+
+def test_a_result_survives_plain_values():
+    result = zero_shot(llama(), byte_tokenizer(), {"a": choice_task(6), "b": partial_task(4)})
+    again = ZeroShotResult.from_dict(result.to_dict())
+    pd.testing.assert_frame_equal(again.by("hops"), result.by("hops"))
+    assert again.accuracy().equals(result.accuracy())
+    assert result.to_dict()["tier"][1] is None
+
+
+def test_white_space_moves_from_context_to_choice():
+    tokenizer = byte_tokenizer()
+    assert encode_pair(tokenizer, "who? ", "me") == encode_pair(tokenizer, "who?", " me")
+    span = encode_pair(tokenizer, "who?", " me")
+    assert (len(span.tokens), span.start) == (8, 5)
+
+
+def test_without_context_bos_or_eos_stands_in():
+    assert encode_pair(byte_tokenizer(), "", "hi").tokens[0] == 0
+    assert encode_pair(byte_tokenizer(bos=None), "", "hi").tokens[0] == 1
+    assert encode_pair(byte_tokenizer(bos=None), "  ", "hi").n_scored == 4
+
+
+def test_bos_is_not_doubled_where_the_context_has_it():
+    assert encode_pair(byte_tokenizer(), "<s>who?", " me") == encode_pair(byte_tokenizer(), "who?", " me")
+
+
+class Forgetful:
+    """A tokenizer that drops all but the first letter."""
+
+    bos_token, bos_token_id, eos_token_id = None, None, None
+
+    def __call__(self, text, add_special_tokens, verbose):
+        return {"input_ids": [2] if text else []}
+
+
+QUESTION = Question("who?", (" me", " you"), 0, "script")
+REFUSED = {
+    "no task": ([], "no question"),
+    "no question": ([Task("empty", "boolq", ())], "no question to ask in .'empty'"),
+    "same name": ([choice_task(), choice_task()], "share a name"),
+    "answer": ([Task("t", "piqa", (replace(QUESTION, answer=2),))], "question 0 of task 't' has answer 2 of 2"),
+    "one choice": ([Task("t", "piqa", (replace(QUESTION, choices=(" me",)),))], "at least 2"),
+    "contexts": ([Task("t", "piqa", (replace(QUESTION, contexts=("a",)),))], "1 contexts for 2 choices"),
+    "empty choice": (
+        [Task("t", "piqa", (QUESTION, replace(QUESTION, choices=(" ", " x"))))],
+        "question 1.*empty choice",
+    ),
+    "too long": (
+        [Task("t", "piqa", (replace(QUESTION, context="x" * N_POSITIONS),))],
+        f"takes 100.*at most {N_POSITIONS}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tasks", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_questions_are_refused(tasks, message):
+    with pytest.raises(PrunekitError, match=message):
+        zero_shot(llama(), byte_tokenizer(), tasks)
+
+
+def test_a_question_may_fill_the_context_exactly():
+    full = replace(QUESTION, context="x" * (N_POSITIONS - 4), choices=(" me", " it"))
+    assert len(zero_shot(llama(), byte_tokenizer(), [Task("t", "piqa", (full,))]).questions) == 1
+
+
+def test_tokenizers_that_cannot_score_are_refused():
+    with pytest.raises(PrunekitError, match="adds no token"):
+        encode_pair(Forgetful(), "who?", " me")
+    with pytest.raises(PrunekitError, match="BOS or EOS"):
+        encode_pair(Forgetful(), "", "me")
+
+
+def test_nan_weights_are_named():
+    model = llama()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(PrunekitError, match=r"model\.norm\.weight"):
+        zero_shot(model, byte_tokenizer(), [choice_task(2)])
+
+
+def test_unknown_grouping_is_refused():
+    with pytest.raises(PrunekitError, match="'colour'.*'domain'"):
+        zero_shot(llama(), byte_tokenizer(), [choice_task(2)]).by("colour")
