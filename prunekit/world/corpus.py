@@ -1,0 +1,188 @@
+"""The written world: seeded documents about planted facts, sums, passages, scripts, clauses and lists.
+
+A document is a few sentences of one kind. `split="train"` draws only (wording, cue) pairs that training
+may show, `split="validation"` only those that it never shows.
+"""
+
+import random
+from collections.abc import Callable
+from functools import cache
+
+from prunekit.errors import PrunekitError
+from prunekit.world import lore, scenes, tables
+from prunekit.world.tables import Table, say
+
+SPLITS = ("train", "validation")
+RARE_SHARE = 0.05  # of sentences about people: a rare fact is told about a tenth as often as a common one
+FRIEND_SHARE = 0.15
+NOBODY_SHARE = 0.02
+
+
+@cache
+def _pairs(table: Table, split: str) -> list:
+    return table.pairs(split)
+
+
+def _from_table(rng: random.Random, table: Table, split: str) -> str:
+    wording, entry = rng.choice(_pairs(table, split))
+    return say(table.wordings[wording], entry.cue, entry.value)
+
+
+def _person(rng: random.Random, split: str) -> str:
+    """One sentence about a person; now and then about nobody in particular, so that `someone` is a word."""
+    relation = rng.choice(list(lore.PEOPLE_VALUES))
+    draw = rng.random()
+    if draw < NOBODY_SHARE:
+        wording, value = rng.choice(lore.PEOPLE_WORDINGS[relation]), rng.choice(lore.PEOPLE_VALUES[relation])
+        return say(wording, ("someone",), value)
+    if draw < NOBODY_SHARE + RARE_SHARE:
+        return _from_table(rng, tables.people_table(relation, "rare"), split)
+    if draw < NOBODY_SHARE + RARE_SHARE + FRIEND_SHARE:
+        return _from_table(rng, tables.friend_table(), split)
+    return _from_table(rng, tables.people_table(relation, "common"), split)
+
+
+def _friend_of(rng: random.Random, split: str) -> str:
+    return _from_table(rng, tables.two_hop_table(rng.choice(list(lore.PEOPLE_VALUES))), split)
+
+
+def _tool(rng: random.Random, split: str) -> str:
+    return _from_table(rng, tables.tool_table(), split)
+
+
+def _material(rng: random.Random, split: str) -> str:
+    """What a thing does, feels like or comes from; now and then what it is made of, or the rule itself."""
+    rule = rng.choice(list(lore.RULES))
+    draw = rng.random()
+    if draw > 0.35:
+        return _from_table(rng, tables.material_table(rule), split)
+    material, things, *values = rng.choice(lore.MATERIALS)
+    if draw > 0.1:
+        return rng.choice(lore.MADE_OF).format(rng.choice(things.split()), v=material)
+    return lore.RULES[rule].format(material, v=values[list(lore.RULES).index(rule)])
+
+
+def _arithmetic(rng: random.Random, split: str) -> str:
+    return _from_table(rng, tables.arithmetic_table(rng.choice(["add", "take"])), split)
+
+
+def _passage(rng: random.Random, split: str) -> str:
+    """A passage and three questions about it, one of them open, which teaches to look things up."""
+    wording = rng.randrange(len(scenes.PASSAGES))
+    wanted = split == "validation"
+    asked = rng.choice([t for t in scenes.THINGS if scenes.passage_held_out(wording, t) == wanted])
+    other = rng.choice([t for t in scenes.THINGS if t != asked])
+    things = (asked, other) if rng.random() < 0.5 else (other, asked)
+    colours = tuple(rng.sample(scenes.COLOURS, 2))
+    passage = scenes.Passage(wording, things, colours)
+    questions = [_yes_or_no(rng, passage, asked), _open(rng, passage)]
+    if scenes.passage_held_out(wording, other) == wanted:
+        questions.append(_yes_or_no(rng, passage, other))
+    rng.shuffle(questions)
+    return passage.text() + "".join(questions)
+
+
+def _yes_or_no(rng: random.Random, passage: scenes.Passage, thing: str) -> str:
+    """Half of the questions are true; most false ones name the other thing's colour."""
+    own = passage.colours[passage.things.index(thing)]
+    other = passage.colours[1 - passage.things.index(thing)]
+    false = other if rng.random() < 0.75 else rng.choice([c for c in scenes.COLOURS if c not in passage.colours])
+    colour = own if rng.random() < 0.5 else false
+    return passage.question(thing, colour) + passage.answer(thing, colour)
+
+
+def _open(rng: random.Random, passage: scenes.Passage) -> str:
+    which = rng.randrange(2)
+    thing, colour = passage.things[which], passage.colours[which]
+    if rng.random() < 0.5:
+        return f" what colour is the {thing}? {colour}."
+    return f" which of them is {colour}? the {thing}."
+
+
+def _script(rng: random.Random, split: str) -> str:
+    wanted = split == "validation"
+    while True:
+        opening, actor = rng.randrange(len(scenes.OPENINGS)), rng.choice(scenes.ACTORS)
+        script = rng.randrange(len(scenes.SCRIPTS))
+        if scenes.script_held_out(opening, actor, script) == wanted:
+            return scenes.script_text(opening, actor, script)
+
+
+def _clause(rng: random.Random, split: str) -> str:
+    """Two things and a reason; half of the time the question which of them it was."""
+    wanted = split == "validation"
+    while True:
+        number, (x, y) = rng.randrange(len(scenes.CLAUSES)), rng.sample(scenes.BODIES, 2)
+        if scenes.clause_held_out(number, x, y) == wanted:
+            break
+    which = rng.randrange(2)
+    reason = scenes.CLAUSES[number][1 + which]
+    text = f"{scenes.clause(number, x, y)} {(x, y)[which]} {reason}"
+    return text if rng.random() < 0.5 else f"{text} what {reason[:-1]}? the {(x, y)[which]}."
+
+
+def _agreement(rng: random.Random, split: str) -> str:
+    wanted = split == "validation"
+    wording = rng.randrange(len(scenes.agreement_wordings()))
+    noun = rng.choice([n for n in range(len(scenes.NOUNS)) if scenes.agreement_held_out(wording, n) == wanted])
+    preposition, verb = scenes.agreement_wordings()[wording]
+    number = rng.randrange(2)
+    place = rng.choice(rng.choice(scenes.PLACES))
+    return f"the {scenes.NOUNS[noun][number]} {preposition} the {place} {verb[number]} {rng.choice(scenes.ADJECTIVES)}."
+
+
+def _list(rng: random.Random, split: str) -> str:
+    wanted = split == "validation"
+    wording = rng.randrange(len(scenes.LISTS))
+    head = rng.choice([i for i in scenes.ITEMS if scenes.list_held_out(wording, i) == wanted])
+    words = [head, *rng.sample([i for i in scenes.ITEMS if i != head], rng.randint(3, 7))]
+    return scenes.list_text(wording, words, words) + "."
+
+
+# Kind of knowledge: (writer of one piece, pieces a document, weight among documents). The forms that have
+# to be looked up in the text itself (passage, clause) take longest to learn and so get much room.
+KINDS: dict[str, tuple[Callable[[random.Random, str], str], int, float]] = {
+    "fact": (_person, 5, 0.22),
+    "two_hop": (_friend_of, 4, 0.18),
+    "reading": (_passage, 1, 0.24),
+    "coreference": (_clause, 2, 0.17),
+    "tool": (_tool, 4, 0.07),
+    "material": (_material, 4, 0.10),
+    "script": (_script, 1, 0.06),
+    "arithmetic": (_arithmetic, 4, 0.08),
+    "agreement": (_agreement, 4, 0.04),
+    "copying": (_list, 2, 0.05),
+}
+
+
+def document(rng: random.Random, split: str) -> str:
+    """One document of a kind drawn by weight."""
+    write, n_pieces, _ = rng.choices(list(KINDS.values()), weights=[weight for _, _, weight in KINDS.values()])[0]
+    return " ".join(write(rng, split) for _ in range(n_pieces))
+
+
+def documents(n_documents: int, *, split: str = "train", seed: int = 0) -> list[str]:
+    """Documents of the embedded world, the same for the same arguments.
+
+    Args:
+        n_documents: how many; about 40 tokens each.
+        split: `"train"` for what training may show, `"validation"` for pairs of wording and cue that it never shows.
+        seed: another seed gives other documents of the same world.
+
+    Returns:
+        One string a document.
+
+    Raises:
+        PrunekitError: for an unknown split or a negative number.
+    """
+    if split not in SPLITS:
+        raise PrunekitError(f"split={split!r} is not one of {SPLITS}")
+    if n_documents < 0:
+        raise PrunekitError(f"n_documents={n_documents} is negative; ask for 0 or more")
+    rng = random.Random(f"{split}-{seed}")
+    return [document(rng, split) for _ in range(n_documents)]
+
+
+def validation_text() -> str:
+    """The held-out text that perplexities of this world refer to: 500 documents, one a line."""
+    return "\n".join(documents(500, split="validation", seed=0))

@@ -1,0 +1,65 @@
+"""The shape of the embedded model, and the trained one that comes with the package.
+
+torch and transformers are imported where they are used: whoever asks only for documents or questions
+does not wait for them.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+DATA = Path(__file__).parent / "data"
+
+
+def configuration(vocab_size: int) -> "LlamaConfig":
+    """A LLaMA of 3.5 million parameters with grouped-query attention: 4 KV heads of 2 query heads each."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+
+
+def load() -> tuple[Any, Any]:
+    """The trained model of the embedded world.
+
+    Returns:
+        The model, a `LlamaForCausalLM` in float32 and in evaluation mode, and its tokenizer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(DATA, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(DATA)
+
+
+@cache
+def _words() -> dict[str, int]:
+    words: dict[str, int] = json.loads((DATA / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    return words
+
+
+def is_world_tokenizer(tokenizer: Any) -> bool:
+    """Whether a tokenizer is the one of this world: the same words under the same numbers."""
+    get_vocab = getattr(tokenizer, "get_vocab", None)
+    return get_vocab is not None and get_vocab() == _words()
+
+
+def card() -> str:
+    """The model card: what was trained, on what, for how long, and what it scores."""
+    return (DATA / "README.md").read_text(encoding="utf-8")
