@@ -2,7 +2,17 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from prunekit.questions import Question, Task
 
@@ -44,6 +54,21 @@ def gpt2(seed=0):
     torch.manual_seed(seed)
     sizes = {"n_positions": N_POSITIONS, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.4}
     return GPT2LMHeadModel(GPT2Config(vocab_size=258, bos_token_id=0, eos_token_id=1, **sizes)).eval()
+
+
+def bloom(seed=0):
+    """ALiBi: positions come from the attention mask."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 258, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.4}
+    return BloomForCausalLM(BloomConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)).eval()
+
+
+def opt(seed=0):
+    """Learned positions, counted along the attention mask."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 258, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(max_position_embeddings=N_POSITIONS, word_embed_proj_dim=32, init_std=0.4, **sizes)
+    return OPTForCausalLM(config).eval()
 
 
 def choice_task(n_questions=24, normalize=False, name="made_up"):

@@ -58,11 +58,12 @@ def test_batches_change_nothing(batch_size):
     pd.testing.assert_frame_equal(whole, parts, rtol=1e-4)
 
 
-def test_choices_of_one_token_share_a_pass():
-    model, calls = llama(), []
-    model.register_forward_hook(lambda module, args, kwargs, out: calls.append(kwargs["input_ids"]), with_kwargs=True)
-    zero_shot(model, byte_tokenizer(), [yes_no_task(12)], batch_size=1)
-    assert len(calls) == 12
+def test_the_context_of_a_question_is_read_once():
+    model, seen = llama(), []
+    model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    task = yes_no_task(5)
+    zero_shot(model, byte_tokenizer(), [task])
+    assert sum(seen) == sum(len(question.context) + 2 for question in task.questions)
 
 
 def test_accuracies_by_task_and_by_label():

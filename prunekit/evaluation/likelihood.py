@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -55,29 +56,52 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def share_prefixes(inputs: Sequence[tuple[int, ...]]) -> list[int]:
-    """For each input, the position of one that begins with it (often itself).
+@dataclass(frozen=True)
+class Family:
+    """Spans that share their context, which is then read only once.
 
-    In a causal model the logits of a prefix are the first logits of the whole, so choices of one token
-    (`" yes"`, `" no"`) cost a single pass over their context.
+    Attributes:
+        prefix: the tokens before the last one of the context; empty where a span is alone.
+        members: positions of the spans.
     """
-    order = sorted(range(len(inputs)), key=inputs.__getitem__)
-    host = list(range(len(inputs)))
-    for here, after in zip(order[-2::-1], order[:0:-1], strict=True):
-        if inputs[after][: len(inputs[here])] == inputs[here]:
-            host[here] = host[after]
-    return host
+
+    prefix: tuple[int, ...]
+    members: tuple[int, ...]
+
+
+def find_families(spans: Sequence[Span]) -> list[Family]:
+    """Groups spans by their context: the choices of a question. A span alone is read in one go."""
+    by_prefix: dict[tuple[int, ...], list[int]] = {}
+    for position, span in enumerate(spans):
+        by_prefix.setdefault(span.tokens[: span.start - 1], []).append(position)
+    shared = {prefix: members for prefix, members in by_prefix.items() if prefix and len(members) > 1}
+    together = {member for members in shared.values() for member in members}
+    alone = [Family((), (member,)) for member in range(len(spans)) if member not in together]
+    return [Family(prefix, tuple(members)) for prefix, members in shared.items()] + alone
+
+
+def batch_families(families: Sequence[Family], spans: Sequence[Span], batch_size: int) -> Iterator[list[Family]]:
+    """Batches of families whose prefixes are equally long, so that no prefix is padded, the longest first."""
+
+    def length(family: Family) -> tuple[int, int]:
+        return len(family.prefix), max(len(spans[member].tokens) for member in family.members)
+
+    ordered = sorted(families, key=length, reverse=True)
+    for _, same in groupby(ordered, key=lambda family: len(family.prefix)):
+        while batch := list(islice(same, batch_size)):
+            yield batch
 
 
 def log_likelihoods(model: nn.Module, spans: Sequence[Span], *, batch_size: int, progress: str | None = None) -> Tensor:
     """Sum of log p(token | all before it) over the scored tokens of each span.
 
-    Batches are sorted by length and padded on the right, which no causal model sees.
+    Batches are sorted by length and padded on the right, which no causal model sees. A context that several
+    spans share is read once, into the KV cache.
 
     Args:
         model: a causal language model of `transformers`.
         spans: what to score.
-        batch_size: sequences a forward pass.
+        batch_size: contexts a forward pass.
         progress: name of the progress bar; None shows none.
 
     Returns:
@@ -88,47 +112,49 @@ def log_likelihoods(model: nn.Module, spans: Sequence[Span], *, batch_size: int,
             answer is not finite.
     """
     check_batches(model, spans, batch_size)
-    riders: dict[int, list[int]] = {}
-    for rider, host in enumerate(share_prefixes([span.tokens[:-1] for span in spans])):
-        riders.setdefault(host, []).append(rider)
-    hosts = sorted(riders, key=lambda host: -len(spans[host].tokens))
     sums = torch.zeros(len(spans), dtype=torch.float64)
     bar = tqdm(total=len(spans), desc=progress, disable=progress is None, leave=False, delay=1)
     with evaluating(model), bar:
-        for first in range(0, len(hosts), batch_size):
-            batch = hosts[first : first + batch_size]
-            logits = forward_padded(model, [spans[host].tokens[:-1] for host in batch])
-            for row, host in zip(logits, batch, strict=True):
-                for rider in riders[host]:
-                    sums[rider] = score_span(row, spans[rider])
-                    bar.update()
+        for batch in batch_families(find_families(spans), spans, batch_size):
+            members = [member for family in batch for member in family.members]
+            skipped = len(batch[0].prefix)
+            for member, row in zip(members, tail_logits(model, batch, spans), strict=True):
+                sums[member] = score_span(row, spans[member], skipped)
             require_finite(sums, model)
+            bar.update(len(members))
     return sums
 
 
-def forward_padded(model: nn.Module, inputs: Sequence[tuple[int, ...]]) -> Tensor:
-    """Logits (batch, seq, vocabulary) of inputs of unequal length, padded on the right."""
-    rows = [torch.tensor(tokens) for tokens in inputs]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (batch, seq)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    device = device_of(model)
-    return model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+def tail_logits(model: nn.Module, batch: Sequence[Family], spans: Sequence[Span]) -> Tensor:
+    """Logits (n_members, seq, vocabulary) of what follows the families' prefixes, all of one length."""
+    device, skipped = device_of(model), len(batch[0].prefix)
+    tails = [torch.tensor(spans[member].tokens[skipped:-1]) for family in batch for member in family.members]
+    ids = nn.utils.rnn.pad_sequence(tails, batch_first=True).to(device)  # (n_members, seq)
+    seen = [torch.ones(skipped + len(tail), dtype=torch.long) for tail in tails]
+    mask = nn.utils.rnn.pad_sequence(seen, batch_first=True).to(device)  # (n_members, skipped + seq)
+    if not skipped:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    prefixes = torch.tensor([family.prefix for family in batch], device=device)
+    cache = model(input_ids=prefixes, use_cache=True).past_key_values
+    owners = [row for row, family in enumerate(batch) for _ in family.members]
+    cache.reorder_cache(torch.tensor(owners, device=device))
+    return model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
 
 
-def score_span(logits: Tensor, span: Span) -> float:
-    """Log-likelihood of a span's scored tokens, in nats, from logits (seq, vocabulary) of an input that begins with it.
+def score_span(logits: Tensor, span: Span, skipped: int = 0) -> float:
+    """Log-likelihood of a span's scored tokens, in nats, from logits (seq, vocabulary) after `skipped` tokens.
 
     The logits at position i are about token i + 1.
     """
     wanted = torch.tensor(span.tokens[span.start :], device=logits.device)
-    rows = logits[span.start - 1 : len(span.tokens) - 1].float()
+    rows = logits[span.start - 1 - skipped : len(span.tokens) - 1 - skipped].float()
     return -F.cross_entropy(rows, wanted, reduction="none").double().sum().item()
 
 
 def check_batches(model: nn.Module, spans: Sequence[Span], batch_size: int) -> None:
     """Refuses what would only fail deep inside the model."""
     if batch_size < 1:
-        raise PrunekitError(f"batch_size={batch_size}; it is a number of sequences, at least 1")
+        raise PrunekitError(f"batch_size={batch_size}; it is a number of contexts, at least 1")
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     n_vocabulary = embedding.weight.shape[0]
     highest = max((max(span.tokens) for span in spans), default=0)

@@ -25,7 +25,7 @@ def zero_shot(
         model: a causal language model of `transformers`.
         tokenizer: the model's own tokenizer; BOS comes first where it adds one itself.
         tasks: the tasks, or name → task.
-        batch_size: sequences a forward pass; it does not change the result.
+        batch_size: contexts a forward pass; it does not change the result.
 
     Returns:
         A `ZeroShotResult` with one row a question.
