@@ -1,0 +1,56 @@
+# Every target sets up what it needs in .venv; a second call does not set up again.
+PYTHON ?= python3
+WORKERS ?= 2
+PYTEST_ARGS ?=
+BIN := .venv/bin
+
+# One thread a process: for models this small, threads that spin cost more than they give.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export PRUNEKIT_SHARED ?= $(abspath ../shared)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab tour test bench lint clean
+
+help: ## say what there is to do
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.installed ## install everything into .venv
+
+lab: setup ## open JupyterLab on the notebook series
+	$(BIN)/jupyter lab notebooks
+
+tour: setup ## run the series headless: build/notebooks/*.html and build/summary.md
+	$(BIN)/python -m prunekit.tour
+
+test: setup ## run every test and every notebook
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
+
+bench: .venv/.bench ## time prunekit against Torch-Pruning, side by side
+	$(BIN)/python benchmarks/run.py
+
+lint: setup ## check style, types and the form of the notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_notebooks.py -k form
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The stamp is written last, so an install that stops half-way is taken up again.
+# torch goes first and alone: the resolver must not look at any other version of it.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "prunekit needs Python 3.11 or newer: install it, or say where it is: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "prunekit needs Python's venv module: apt install python3-venv, then make again" >&2; exit 1; }
+	@rm -f $@ .venv/.bench
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,harness]'
+	@touch $@
+
+.venv/.bench: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check torch-pruning==1.6.1 -c constraints.txt
+	@touch $@

@@ -1,0 +1,46 @@
+"""What every test shares: quiet threads, no network, the shared inputs, and a guard over skipped tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch: one thread a process, and nothing from a hub.
+for name, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}.items():
+    os.environ.setdefault(name, value)
+
+SHARED = Path(os.environ.get("PRUNEKIT_SHARED") or Path(__file__).parents[1].parent / "shared")
+WORD = "shared"  # what the reason of a test that needs the folder says
+_skipped: set[str] = set()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models, texts and oracles; skips where it is missing."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the shared folder: PRUNEKIT_SHARED or ../shared")
+    return SHARED
+
+
+def _note(report):
+    reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else ""
+    if report.skipped and WORD in reason and SHARED.is_dir():
+        _skipped.add(f"{report.nodeid}: {reason}")
+
+
+pytest_runtest_logreport = _note
+pytest_collectreport = _note
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Where the shared folder is there, a test that skips for want of it fails the run."""
+    if _skipped and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _skipped:
+        terminalreporter.section(f"skipped although {SHARED.name}/ is there: the run fails", red=True)
+        for line in sorted(_skipped):
+            terminalreporter.write_line(line)

@@ -1,0 +1,186 @@
+"""Every committed notebook: its form, its exercises, and that it runs from the first cell to the last.
+
+`make lint` runs the tests whose name says `form`.
+"""
+
+import ast
+import json
+import re
+import runpy
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from prunekit import tour
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+SERIES = sorted(FOLDER.glob(tour.SERIES))
+EXERCISES = sorted((FOLDER / "exercises").glob("ex_[0-9][0-9].py"))
+CELLS = range(25, 51)
+LINES = 12  # of a code cell; aim at 3 to 10
+OPENING = ("objectives", "time", "hardware")
+RIGHT = "✓"  # how a check's answer begins when the exercise is solved
+
+each_notebook = pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
+each_exercise = pytest.mark.parametrize("path", EXERCISES, ids=lambda path: path.stem)
+
+
+# --- form -------------------------------------------------------------------------------------------------------------
+
+
+def form_faults(text, number):
+    """What is wrong with the form of notebook `number`, one line a fault."""
+    book = nbformat.reads(text, as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    return [
+        *(["not stripped: python -m prunekit.tour --strip"] if tour.stripped(text) != text else []),
+        *([f"{len(book.cells)} cells, not {CELLS.start} to {CELLS.stop - 1}"] if len(book.cells) not in CELLS else []),
+        *id_faults(text),
+        *opening_faults(book.cells[0]),
+        *(f"cell {cell.id}: {fault}" for cell in code for fault in code_faults(cell.source)),
+        *exercise_faults("\n".join(cell.source for cell in code), number),
+    ]
+
+
+def id_faults(text):
+    raw = json.loads(text)
+    ids = [cell.get("id") for cell in raw["cells"]]
+    return ["cells without an id of their own"] if None in ids or len(set(ids)) < len(ids) else []
+
+
+def opening_faults(cell):
+    if cell.cell_type != "markdown" or not cell.source.startswith("# "):
+        return ["the first cell has no title"]
+    return [f"the first cell does not say: {word}" for word in OPENING if word not in cell.source.lower()]
+
+
+def code_faults(source):
+    lines = [line for line in source.splitlines() if line.strip()]
+    if len(lines) > LINES:
+        yield f"{len(lines)} lines, more than {LINES}"
+    if "sys.path" in source:
+        yield "sys.path: what a notebook needs is in the package"
+    if re.search(r"^\s*[!%]", source, re.M):
+        yield "a shell line or a magic"
+
+
+def exercise_faults(code, number):
+    if f"ex_{number}.check_" not in code:
+        yield f"no exercise: from exercises import ex_{number}, then ex_{number}.check_…(answer)"
+    if "assert " not in code:
+        yield "nothing that was seen is asserted"
+
+
+@each_notebook
+def test_form(path):
+    faults = form_faults(path.read_text(encoding="utf-8"), path.name[:2])
+    assert not faults, "\n".join([path.name, *faults])
+
+
+def well_formed():
+    opening = new_markdown_cell("# Title\n**Objectives** …\n\n**Time** 5 minutes\n\n**Hardware** 2 cores", id="c0")
+    exercise = "from exercises import ex_07\nassert True\nex_07.check_sum(1)"
+    cells = [new_code_cell(exercise if number == 1 else "x = 1", id=f"c{number}") for number in range(1, 25)]
+    return new_notebook(cells=[opening, *cells])
+
+
+def spoil(what, book):
+    first = book.cells[1]
+    if what == "outputs":
+        first.outputs = [nbformat.v4.new_output("stream", text="old")]
+    elif what == "count":
+        first.execution_count = 1
+    elif what == "cells":
+        book.cells = book.cells[:20]
+    elif what == "title":
+        book.cells[0].source = "Objectives, time, hardware"
+    elif what == "hardware":
+        book.cells[0].source = "# Title\nobjectives, time"
+    else:
+        first.source = what + "\n" + first.source
+
+
+SPOILED = ["outputs", "count", "cells", "title", "hardware", "import sys; sys.path.append('..')", "!pip install x"]
+
+
+@pytest.mark.parametrize("what", [*SPOILED, "%pip install x", "x = 1\n" * LINES], ids=lambda what: what[:12].strip())
+def test_form_faults_are_seen(what):
+    book = well_formed()
+    assert not form_faults(tour.stripped(nbformat.writes(book)), "07")
+    text = tour.stripped(nbformat.writes(book))
+    book = nbformat.reads(text, as_version=4)
+    spoil(what, book)
+    assert form_faults(nbformat.writes(book) + "\n", "07")
+
+
+@pytest.mark.filterwarnings("ignore::nbformat.warnings.DuplicateCellId")
+def test_form_wants_ids_exercise_and_assertion():
+    text = tour.stripped(nbformat.writes(well_formed()))
+    assert form_faults(text, "08") and form_faults(text.replace("assert True", "pass"), "07")
+    assert form_faults(text.replace('"id": "c3"', '"id": "c2"'), "07")
+
+
+def test_form_series_is_numbered_without_gaps():
+    assert [path.name[:2] for path in SERIES] == [f"{number:02}" for number in range(len(SERIES))]
+
+
+# --- exercises --------------------------------------------------------------------------------------------------------
+
+
+def exercise_problems(path):
+    """Each `check_X(answer)` says ✓ to `solution_X`, and to `stub_X` a hint."""
+    defined = runpy.run_path(str(path))
+    names = [name.removeprefix("check_") for name in defined if name.startswith("check_")]
+    if not names:
+        yield f"{path.name} has no check_ function"
+    for name in names:
+        check = defined[f"check_{name}"]
+        told, hint = check(defined[f"solution_{name}"]), check(defined[f"stub_{name}"])
+        if not told.startswith(RIGHT):
+            yield f"check_{name}(solution_{name}) says: {told}"
+        if hint.startswith(RIGHT) or len(hint) < 20:
+            yield f"check_{name}(stub_{name}) gives no hint: {hint!r}"
+
+
+@each_notebook
+def test_notebook_has_an_exercise_file(path):
+    assert (FOLDER / "exercises" / f"ex_{path.name[:2]}.py").is_file()
+
+
+@each_exercise
+def test_solutions_pass_their_checks_and_stubs_get_hints(path):
+    assert not list(exercise_problems(path))
+
+
+@each_exercise
+def test_exercise_file_is_documented(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    ("check", "problems"),
+    [
+        ("return '✓ right' if f() == 2 else 'a hint: count both of the two'", 0),
+        ("return '✓ right'", 1),
+        ("return 'a hint, whatever the answer'", 1),
+        ("return '✓ right' if f() == 2 else 'no'", 1),
+    ],
+)
+def test_exercise_problems_are_seen(tmp_path, check, problems):
+    path = tmp_path / "ex_99.py"
+    path.write_text(f"def check_a(f): {check}\ndef solution_a(): return 2\ndef stub_a(): return 1\n")
+    assert len(list(exercise_problems(path))) == problems
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@each_notebook
+def test_notebook_runs(path, tmp_path):
+    outcome = tour.run_notebook(path, tmp_path)
+    assert not outcome.problems, "\n".join(outcome.problems)
+    assert (tmp_path / "notebooks" / f"{path.stem}.html").stat().st_size > 10_000
+    if path.name.startswith("00_"):
+        assert set(tour.read_summary(tmp_path / "summary.json")) >= set(tour.STAGES)
