@@ -84,13 +84,17 @@ def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
         int64 (n_samples, seq_len).
 
     Raises:
-        PrunekitError: not an integer tensor of that shape, or ids outside the model's vocabulary.
+        PrunekitError: not an integer tensor of that shape, ids outside the model's vocabulary, or sequences
+            longer than the model takes.
     """
     if not isinstance(calib, Tensor) or calib.is_floating_point() or calib.dtype == torch.bool or calib.ndim != 2:
         given = f"{calib.dtype} {tuple(calib.shape)}" if isinstance(calib, Tensor) else type(calib).__name__
         raise PrunekitError(f"a calibration set is an integer tensor (n_samples, seq_len), not {given}")
     if len(calib) < 1 or calib.shape[1] < 2:
         raise PrunekitError(f"calibration set {tuple(calib.shape)}: at least 1 sample of 2 tokens is needed")
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and calib.shape[1] > limit:
+        raise PrunekitError(f"seq_len={calib.shape[1]}, but the model takes at most {limit} tokens: make it shorter")
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary, low, high = len(embedding.weight), int(calib.min()), int(calib.max())
     if low < 0 or high >= vocabulary:

@@ -220,6 +220,7 @@ def test_what_the_loss_does_not_depend_on_gets_zeros():
         (CALIB[:, :1], "at least 1 sample of 2 tokens"),
         (CALIB + 100, "the model knows 0 to 49"),
         (CALIB - 100, "the model knows 0 to 49"),
+        (CALIB.repeat(1, 200), "seq_len=2400, but the model takes at most 2048"),
     ],
 )
 def test_bad_calibration_tensors_are_refused(calib, message):

@@ -4,12 +4,18 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from shared import ROOT
 from test_calibration import tokenizer, words  # noqa: F401
 from test_importance import tiny_llama
 from torch import nn
@@ -319,6 +325,29 @@ def test_an_interrupt_leaves_the_model_without_adapters(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         recover(model, QUICK, counting(), inplace=True)
     assert same(model, before) and all(p.requires_grad for p in model.parameters())
+
+
+TWO_PROCESSES = """
+import os, sys
+from test_recovery import counting, loss_of, uneven_llama
+from prunekit.recovery import LoRA, recover
+model, data = uneven_llama(), counting()
+recovered = recover(model, LoRA(max_steps=6, batch_size=8, learning_rate=2e-2), data, output_dir=sys.argv[1])
+total = sum(p.double().sum().item() for p in recovered.parameters())
+print(f"RESULT {loss_of(recovered, data) / loss_of(model, data):.4f} {total:.9f}", flush=True)
+"""
+
+
+def test_two_processes_train_one_model_together(tmp_path):
+    (tmp_path / "work.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    command += [str(tmp_path / "work.py"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=300)
+    results = re.findall(r"RESULT (\S+) (\S+)", done.stdout)
+    assert done.returncode == 0 and len(results) == 2, done.stderr[-2000:]
+    assert results[0] == results[1] and float(results[0][0]) < 0.9
+    assert json.loads((tmp_path / "out" / "recovery_log.json").read_text())["losses"]
 
 
 def test_weights_that_are_not_finite_are_named():

@@ -104,7 +104,11 @@ def _restore(model: nn.Module, trained: dict[nn.Parameter, bool], mode: bool, de
 
 
 def _save(adapted: Any, log: RecoveryLog, folder: Path) -> None:
-    """Adapter and loss curve, written beside and moved into place."""
+    """Adapter and loss curve, written beside and moved into place, by the first process alone."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         whole = Path(beside) / folder.name

@@ -1,6 +1,7 @@
 """One run of the transformers Trainer over windows of tokens, without leftovers."""
 
 import math
+import os
 import random
 import tempfile
 from collections.abc import Iterator
@@ -58,7 +59,8 @@ def train(model: nn.Module, tokens: Tensor, method: LoRA) -> RecoveryLog:
 def _arguments(method: LoRA, n_windows: int, folder: str) -> "TrainingArguments":
     from transformers import TrainingArguments
 
-    batch = method.windows_a_step(n_windows)
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun and accelerate launch set it
+    batch = max(1, method.windows_a_step(n_windows) // processes)
     at_once = math.gcd(batch, _ON_DEVICE)
     return TrainingArguments(
         output_dir=folder,
@@ -73,6 +75,7 @@ def _arguments(method: LoRA, n_windows: int, folder: str) -> "TrainingArguments"
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
+        use_cpu=not torch.accelerator.is_available(),  # without it, processes on CPUs would not find each other
         disable_tqdm=True,  # a bar of our own shows the loss without a line a step
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
