@@ -66,20 +66,30 @@ def _arithmetic(rng: random.Random, split: str) -> str:
     return _from_table(rng, tables.arithmetic_table(rng.choice(["add", "take"])), split)
 
 
-def _passage(rng: random.Random, split: str) -> str:
-    """A passage and three questions about it, one of them open, which teaches to look things up."""
+def _draw_passage(rng: random.Random, split: str) -> tuple[scenes.Passage, str, str]:
+    """A passage, the thing that is asked about and the other one."""
     wording = rng.randrange(len(scenes.PASSAGES))
     wanted = split == "validation"
     asked = rng.choice([t for t in scenes.THINGS if scenes.passage_held_out(wording, t) == wanted])
     other = rng.choice([t for t in scenes.THINGS if t != asked])
     things = (asked, other) if rng.random() < 0.5 else (other, asked)
-    colours = tuple(rng.sample(scenes.COLOURS, 2))
-    passage = scenes.Passage(wording, things, colours)
-    questions = [_yes_or_no(rng, passage, asked), _open(rng, passage)]
-    if scenes.passage_held_out(wording, other) == wanted:
+    return scenes.Passage(wording, things, tuple(rng.sample(scenes.COLOURS, 2))), asked, other
+
+
+def _passage(rng: random.Random, split: str) -> str:
+    """A passage and two or three questions about it, one of them open, which teaches to look things up."""
+    passage, asked, other = _draw_passage(rng, split)
+    questions = [_yes_or_no(rng, passage, asked), _open(rng, passage, rng.randrange(2))]
+    if scenes.passage_held_out(passage.wording, other) == (split == "validation"):
         questions.append(_yes_or_no(rng, passage, other))
     rng.shuffle(questions)
     return passage.text() + "".join(questions)
+
+
+def _lookup(rng: random.Random, split: str) -> str:
+    """A passage and an open question about each of its things."""
+    passage, _, _ = _draw_passage(rng, split)
+    return passage.text() + "".join(_open(rng, passage, which) for which in rng.sample((0, 1), 2))
 
 
 def _yes_or_no(rng: random.Random, passage: scenes.Passage, thing: str) -> str:
@@ -91,8 +101,7 @@ def _yes_or_no(rng: random.Random, passage: scenes.Passage, thing: str) -> str:
     return passage.question(thing, colour) + passage.answer(thing, colour)
 
 
-def _open(rng: random.Random, passage: scenes.Passage) -> str:
-    which = rng.randrange(2)
+def _open(rng: random.Random, passage: scenes.Passage, which: int) -> str:
     thing, colour = passage.things[which], passage.colours[which]
     if rng.random() < 0.5:
         return f" what colour is the {thing}? {colour}."
@@ -139,25 +148,27 @@ def _list(rng: random.Random, split: str) -> str:
     return scenes.list_text(wording, words, words) + "."
 
 
-# Kind of knowledge: (writer of one piece, pieces a document, weight among documents). The forms that have
-# to be looked up in the text itself (passage, clause) take longest to learn and so get much room.
-KINDS: dict[str, tuple[Callable[[random.Random, str], str], int, float]] = {
-    "fact": (_person, 5, 0.22),
-    "two_hop": (_friend_of, 4, 0.18),
-    "reading": (_passage, 1, 0.24),
-    "coreference": (_clause, 2, 0.17),
-    "tool": (_tool, 4, 0.07),
-    "material": (_material, 4, 0.10),
-    "script": (_script, 1, 0.06),
-    "arithmetic": (_arithmetic, 4, 0.08),
-    "agreement": (_agreement, 4, 0.04),
-    "copying": (_list, 2, 0.05),
+# Kind of knowledge: (writer of one piece, pieces a document, weight among documents, weight in the second
+# phase of training). Two million tokens teach the facts; what has to be looked up in the text itself takes
+# longest, so the second phase is mostly about that.
+KINDS: dict[str, tuple[Callable[[random.Random, str], str], int, float, float]] = {
+    "fact": (_person, 5, 0.22, 0.12),
+    "two_hop": (_friend_of, 4, 0.18, 0.06),
+    "reading": (_passage, 1, 0.24, 0.34),
+    "coreference": (_clause, 2, 0.17, 0.06),
+    "tool": (_tool, 4, 0.07, 0.03),
+    "material": (_material, 4, 0.10, 0.05),
+    "script": (_script, 1, 0.06, 0.03),
+    "arithmetic": (_arithmetic, 4, 0.08, 0.08),
+    "agreement": (_agreement, 4, 0.04, 0.02),
+    "copying": (_list, 2, 0.05, 0.04),
+    "lookup": (_lookup, 1, 0.0, 0.34),
 }
 
 
-def document(rng: random.Random, split: str) -> str:
-    """One document of a kind drawn by weight."""
-    write, n_pieces, _ = rng.choices(list(KINDS.values()), weights=[weight for _, _, weight in KINDS.values()])[0]
+def document(rng: random.Random, split: str, phase: int = 0) -> str:
+    """One document of a kind drawn by weight; `phase` is 0, or 1 for the second phase of training."""
+    write, n_pieces, *_ = rng.choices(list(KINDS.values()), weights=[kind[2 + phase] for kind in KINDS.values()])[0]
     return " ".join(write(rng, split) for _ in range(n_pieces))
 
 

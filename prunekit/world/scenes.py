@@ -69,11 +69,11 @@ ITEMS = tuple(THINGS + COLOURS + words("dog cat fish bread salt sun moon star ra
 
 @dataclass(frozen=True)
 class Passage:
-    """Two things with a colour each, in one of the wordings of `PASSAGES`."""
+    """Two things and the colour of each, in one of the wordings of `PASSAGES`."""
 
     wording: int
     things: tuple[str, str]
-    colours: tuple[str, str]
+    colours: tuple[str, ...]
 
     def text(self) -> str:
         """What the passage says."""

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,15 +21,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from prunekit.errors import PrunekitError
 from prunekit.world.corpus import document
 from prunekit.world.model import configuration
+from prunekit.world.scorecard import write_card
 from prunekit.world.tasks import tasks
 from prunekit.world.tokenizer import build_tokenizer
 
 STATE = "training_state.safetensors"
+SECOND_PHASE = 0.615  # share of the run after which documents are mostly passages; the facts sat after 0.3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is; a run resumes only under the settings it began with.
+    """What a run is; a run resumes only under the settings it began with, its length apart.
 
     Attributes:
         tokens: length of the run; the learning rate falls to zero there.
@@ -39,7 +42,7 @@ class Settings:
         warmup: steps of linear warm-up.
     """
 
-    tokens: int = 8_000_000
+    tokens: int = 6_656_000
     seed: int = 0
     batch_size: int = 16
     seq_len: int = 128
@@ -62,15 +65,16 @@ class Settings:
 def batch(settings: Settings, tokenizer: PreTrainedTokenizerFast, step: int) -> Tensor:
     """The tokens of one step, (batch, seq): a function of seed and step, so that a resumed run sees the same."""
     rng = random.Random(f"{settings.seed}-{step}")
-    return torch.tensor([_sequence(rng, tokenizer, settings.seq_len) for _ in range(settings.batch_size)])
+    phase = int(step > SECOND_PHASE * settings.n_steps)
+    return torch.tensor([_sequence(rng, tokenizer, settings.seq_len, phase) for _ in range(settings.batch_size)])
 
 
-def _sequence(rng: random.Random, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> list[int]:
+def _sequence(rng: random.Random, tokenizer: PreTrainedTokenizerFast, seq_len: int, phase: int) -> list[int]:
     """`<bos>` and documents, one a line, as many as fit."""
     backend, line_break = tokenizer.backend_tokenizer, tokenizer.convert_tokens_to_ids("\n")
     ids = [tokenizer.bos_token_id]
     while len(ids) < seq_len:
-        ids += [*backend.encode(document(rng, "train"), add_special_tokens=False).ids, line_break]
+        ids += [*backend.encode(document(rng, "train", phase), add_special_tokens=False).ids, line_break]
     return ids[:seq_len]
 
 
@@ -110,7 +114,7 @@ def load_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optim
         return {"step": 0, "seconds": 0.0, "settings": asdict(settings)}
     with safe_open(path, "pt") as file:
         progress = json.loads(file.metadata()["progress"])
-    if progress["settings"] != asdict(settings):
+    if progress["settings"] | {"tokens": settings.tokens} != asdict(settings):
         raise PrunekitError(f"{path.parent} holds a run with {progress['settings']}, not {asdict(settings)}: "
                             "repeat its arguments to resume it, or choose another --out")  # fmt: skip
     tensors = load_file(path)
@@ -121,7 +125,7 @@ def load_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optim
             _, number, key = name.split(".")
             state["state"].setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict(state)
-    return progress
+    return progress | {"settings": asdict(settings)}
 
 
 def accuracies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n_questions: int) -> dict[str, float]:
@@ -140,6 +144,7 @@ def export(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
     half.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     for file in beside.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone
         file.replace(out / file.name)
     beside.rmdir()
 
@@ -155,7 +160,7 @@ def train(out: Path, settings: Settings, device: str, *, minutes: float = math.i
         minutes: stop after this long with everything saved; the next call goes on.
         config: another shape of model, for trying things out.
         save_every: steps between two saved states.
-        evaluate_every: steps between two looks at the tasks; 0 for none.
+        evaluate_every: steps between two looks at the tasks; 0 for none, and no model card.
 
     Returns:
         The model as far as it got. `out` holds the checkpoint too once the run is complete.
@@ -166,7 +171,8 @@ def train(out: Path, settings: Settings, device: str, *, minutes: float = math.i
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(config or configuration(len(tokenizer))).to(device).train()
+    model: Any = LlamaForCausalLM(config or configuration(len(tokenizer)))
+    model.to(device).train()
     optimizer = _optimizer(model, settings)
     progress = load_state(out / STATE, model, optimizer, settings)
     begun = time.monotonic() - progress["seconds"]
@@ -182,6 +188,8 @@ def train(out: Path, settings: Settings, device: str, *, minutes: float = math.i
         if late and not last:
             return model
     export(out, model, tokenizer)
+    if evaluate_every:
+        write_card(out, model, tokenizer, settings, progress)
     return model
 
 
