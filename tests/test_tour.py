@@ -178,13 +178,13 @@ def test_interrupt_keeps_what_is_finished_and_leaves_no_kernel(tmp_path, write):
     wait_for(lambda: (tmp_path / "began").exists())
     kernels = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
     assert [path.name for path in (tmp_path / "build/notebooks").iterdir()] == ["00_quick.html"]
-    assert kernels and not psutil.wait_procs(kernels, timeout=5)[1]
+    assert kernels and not psutil.wait_procs(kernels, timeout=30)[1]
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=300):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
