@@ -1,0 +1,82 @@
+"""How every picture of the series looks: colours that mean something, letters that can be read from afar."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import ParamSpec
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from prunekit.errors import PrunekitError
+
+# Okabe and Ito's palette, safe for colour-blind readers, and two of Tol's where it ends.
+METHOD_COLORS = {
+    "dense": "#333333",
+    "cut": "#D55E00",
+    "recovered": "#009E73",
+    "random": "#999999",
+    "magnitude": "#E69F00",
+    "taylor": "#0072B2",
+    "lora": "#CC79A7",
+    "wanda": "#56B4E9",
+    "sparsegpt": "#882255",
+    "sparsellm": "#117733",
+}
+KIND_COLORS = {"kv_head": "#0072B2", "ffn_channel": "#E69F00"}
+SPARE_COLORS = ("#CC79A7", "#56B4E9", "#882255", "#117733", "#F0E442", "#44AA99", "#661100")
+HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "++")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FIGURE = (10, 5.625)  # inches: 1280 × 720 at 128 dots an inch
+P = ParamSpec("P")
+
+
+def projected(plot: Callable[P, Axes]) -> Callable[P, Axes]:
+    """Draws with letters that can be read from the last row, whatever the caller's own style is."""
+
+    @wraps(plot)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Axes:
+        with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=1.2):
+            return plot(*args, **kwargs)
+
+    return drawn
+
+
+def axes_or_new(ax: Axes | None) -> Axes:
+    """The axes given, or those of a new figure."""
+    return plt.subplots(figsize=FIGURE, layout="constrained")[1] if ax is None else ax
+
+
+def colors_of(names: Iterable[str], fixed: Mapping[str, str] = METHOD_COLORS) -> dict[str, str]:
+    """Name → colour: its own where it has one, else a spare one in the order of appearance."""
+    wanted = list(dict.fromkeys(names))
+    taken = {fixed[name] for name in wanted if name in fixed}
+    spare = [color for color in (*SPARE_COLORS, *METHOD_COLORS.values()) if color not in taken]
+    others = [name for name in wanted if name not in fixed]
+    if len(others) > len(spare):
+        raise PrunekitError(f"{len(others)} series have no colour of their own, at most {len(spare)} can; plot fewer")
+    return {name: fixed[name] for name in wanted if name in fixed} | dict(zip(others, spare, strict=False))
+
+
+def require_columns(table: pd.DataFrame, columns: Iterable[str], source: str) -> None:
+    """Refuses an empty table, or one without a column that is drawn."""
+    missing = [column for column in columns if column not in table.columns]
+    if missing or table.empty:
+        raise PrunekitError(f"the table is empty or has no {', '.join(missing) or 'rows'}; give {source}")
+
+
+def legend_outside(ax: Axes) -> None:
+    """The title on the left above the axes and the legend on the right, where it hides no data; chance comes last."""
+    ax.set_title(ax.get_title(), loc="left")
+    ax.set_title("")
+    entries = sorted(zip(*ax.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] == "chance")
+    ax.legend(
+        *zip(*entries, strict=True),
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=min(len(entries), 4),
+        frameon=False,
+        columnspacing=1,
+        handlelength=1.6,
+    )

@@ -1,0 +1,210 @@
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle
+
+from prunekit.discovery.groups import CoupledGroup, Groups, Member
+from prunekit.errors import PrunekitError
+from prunekit.plotting import (
+    METHOD_COLORS,
+    plot_accuracy,
+    plot_agreement,
+    plot_coupled_group,
+    plot_loss,
+    plot_plan,
+    plot_scores,
+    side_by_side,
+)
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    before = dict(matplotlib.rcParams)
+    yield
+    plt.close("all")
+    assert dict(matplotlib.rcParams) == before, "a plot changed global state"
+
+
+def scores(seed=0):
+    rng = np.random.default_rng(seed)
+    rows = [
+        (f"layers.{layer}:{kind}", kind, layer, unit, float(rng.lognormal()))
+        for layer in range(3)
+        for kind, n in (("kv_head", 4), ("ffn_channel", 20 - layer))
+        for unit in range(n)
+    ]
+    return pd.DataFrame(rows, columns=["group", "kind", "layer", "unit", "score"])
+
+
+def plan_table():
+    rows = [(f"{k}{i}", k, i, 8, 8 - i, 1 - i / 8) for i in range(3) for k in ("kv_head", "ffn_channel")]
+    return pd.DataFrame(rows, columns=["group", "kind", "layer", "n_units", "kept", "kept_fraction"])
+
+
+def accuracies():
+    rows = [
+        (model, task, 100, value, 0.05, 0.5 if task == "piqa" else 0.25)
+        for model, value in (("dense", 0.9), ("cut", 0.5), ("recovered", 0.8))
+        for task in ("piqa", "arc_easy")
+    ]
+    return pd.DataFrame(rows, columns=["model", "task", "n", "accuracy", "stderr", "chance"])
+
+
+def losses(n=20):
+    return pd.DataFrame({"step": range(1, n + 1), "loss": np.linspace(5, 2, n)})
+
+
+def two_groups():
+    """A fused matrix with heads in rows 0-1 and 4-5, its vector, a reader, a stack of experts, and another layer."""
+    rows = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7]])
+    head = CoupledGroup(
+        "layers.0.attn:kv_head",
+        "kv_head",
+        2,
+        (
+            Member("layers.0.attn.qkv.weight", 0, rows),
+            Member("layers.0.attn.qkv.bias", 0, rows),
+            Member("layers.0.attn.out.weight", 1, torch.tensor([[0, 1], [2, 3]])),
+        ),
+        exact=True,
+    )
+    expert = CoupledGroup(
+        "layers.0.moe:ffn_channel",
+        "ffn_channel",
+        3,
+        (Member("layers.0.moe.up", 1, torch.arange(3)[:, None]),),
+        exact=True,
+    )
+    shapes = {
+        "layers.0.attn.qkv.weight": (8, 6),
+        "layers.0.attn.qkv.bias": (8,),
+        "layers.0.attn.out.weight": (6, 4),
+        "layers.0.moe.up": (2, 3, 6),
+    }
+    return Groups((head, expert), shapes)
+
+
+def patches_of(ax, color):
+    return [
+        patch for patch in ax.patches if isinstance(patch, Rectangle) and to_hex(patch.get_facecolor()) == color.lower()
+    ]
+
+
+PLOTS = {
+    "scores": lambda ax=None: plot_scores(scores(), ax=ax),
+    "plan": lambda ax=None: plot_plan(plan_table(), ax=ax),
+    "loss": lambda ax=None: plot_loss(losses(), ax=ax),
+    "accuracy": lambda ax=None: plot_accuracy(accuracies(), ax=ax),
+    "agreement": lambda ax=None: plot_agreement(side_by_side({"taylor": scores(), "magnitude": scores(1)}), ax=ax),
+}
+
+
+@pytest.mark.parametrize("plot", PLOTS.values(), ids=PLOTS.keys())
+def test_axes_are_labelled_and_drawn_where_told(plot):
+    ax = plot()
+    assert ax.get_xlabel()
+    assert ax.get_ylabel()
+    own = plt.subplots()[1]
+    assert plot(ax=own) is own
+    own.figure.canvas.draw()
+
+
+def test_scores_are_sorted_inside_each_layer():
+    ax = plot_scores(scores())
+    grid = ax.collections[0].get_array().reshape(3, 20)
+    assert grid.mask.sum() == 0 + 1 + 2
+    for layer in range(3):
+        table = scores()
+        mine = table[(table["kind"] == "ffn_channel") & (table["layer"] == layer)]["score"]
+        assert list(grid[layer].compressed()) == sorted(mine, reverse=True)
+    assert "ffn_channel" in ax.get_title()
+    assert plot_scores(scores(), kind="kv_head").collections[0].get_array().size == 12
+    assert plot_scores(scores().assign(score=0.0)).collections[0].get_array().max() == 0
+
+
+def test_a_plan_shows_each_kinds_share():
+    ax = plot_plan(plan_table())
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in ax.containers}
+    assert heights == {"kv_head": [1, 0.875, 0.75], "ffn_channel": [1, 0.875, 0.75]}
+
+
+def test_a_long_loss_curve_gets_a_running_mean():
+    assert len(plot_loss(losses(20)).lines) == 1
+    raw, mean = plot_loss(losses(100)).lines
+    assert np.ptp(mean.get_ydata()) < np.ptp(raw.get_ydata())
+    both = pd.concat([losses().assign(method="lora"), losses().assign(method="taylor")])
+    assert [line.get_color() for line in plot_loss(both).lines] == [METHOD_COLORS["lora"], METHOD_COLORS["taylor"]]
+
+
+def test_accuracies_have_their_models_colour_error_and_chance():
+    ax = plot_accuracy(accuracies())
+    bars = {container.get_label(): container for container in ax.containers if container.get_label() in METHOD_COLORS}
+    assert list(bars) == ["dense", "cut", "recovered"]
+    for name, container in bars.items():
+        assert to_hex(container[0].get_facecolor()) == METHOD_COLORS[name].lower()
+        assert container.errorbar is not None
+    chance = next(lines for lines in ax.collections if lines.get_label() == "chance")
+    assert [segment[0][1] for segment in chance.get_segments()] == [0.5, 0.25]
+    assert [text.get_text() for text in ax.get_legend().get_texts()][-1] == "chance"
+    assert len({container[0].get_hatch() for container in bars.values()}) == 3
+
+
+def test_methods_without_a_colour_get_different_ones():
+    ax = plot_accuracy(accuracies().replace({"model": {"cut": "mine", "recovered": "yours"}}))
+    assert len({to_hex(container[0].get_facecolor()) for container in ax.containers if len(container) == 2}) == 3
+    many = pd.concat([accuracies().assign(model=f"model {i}") for i in range(40)])
+    with pytest.raises(PrunekitError, match="40 series"):
+        plot_accuracy(many)
+
+
+def test_agreement_is_of_ranks_inside_groups():
+    same = side_by_side({"taylor": scores(), "magnitude": scores().assign(score=lambda table: table["score"] ** 3)})
+    assert "1.00" in plot_agreement(same).get_title()
+    turned = same.assign(magnitude=-same["magnitude"])
+    assert "-" in plot_agreement(turned, x="taylor", y="magnitude").get_title()
+
+
+def test_a_unit_has_one_colour_in_every_matrix_it_owns_a_part_of():
+    ax = plot_coupled_group(two_groups(), 0, kinds=("kv_head",), units=(1,))
+    owned = {(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in patches_of(ax, "#D55E00")}
+    weight_rows = {(0, 2, 6, 2), (0, 6, 6, 2)}
+    assert weight_rows < owned
+    assert len(owned) == 5, "two runs of rows in the matrix, two in its vector, one of columns in the reader"
+    texts = " ".join(text.get_text() for text in ax.texts)
+    assert all(word in texts for word in ("qkv", "bias", "out", "8 × 6", "6 × 4", "2 units", "coloured: 1"))
+
+
+def test_every_group_of_the_layer_is_drawn_to_scale():
+    ax = plot_coupled_group(two_groups(), 0)
+    paper = {(p.get_width(), p.get_height()) for p in patches_of(ax, "#ECECEC")}
+    assert {(6, 8), (4, 6), (6, 3)} < paper
+    assert ax.get_aspect() == 1
+    assert len(patches_of(ax, "#0072B2")) > 0
+
+
+REFUSED = {
+    "scores columns": (lambda: plot_scores(plan_table()), "score; give Scores.table"),
+    "scores kind": (lambda: plot_scores(scores(), kind="colour"), "ffn_channel, kv_head"),
+    "empty plan": (lambda: plot_plan(plan_table().iloc[:0]), "empty"),
+    "loss columns": (lambda: plot_loss(scores()), "step, loss"),
+    "compare table": (lambda: plot_accuracy(pd.DataFrame({"perplexity": [1.0]})), "compare_accuracy"),
+    "agreement": (lambda: plot_agreement(side_by_side({"a": scores()}), y="b"), "no b"),
+    "other units": (lambda: side_by_side({"a": scores(), "b": scores().iloc[1:]}), "not about the same units"),
+    "no scores": (lambda: side_by_side({}), "nothing"),
+    "layer": (lambda: plot_coupled_group(two_groups(), 7), "layer 7 has no group.*layers .0. have"),
+    "unit": (lambda: plot_coupled_group(two_groups(), 0, units=(2,)), "numbers from 0 to 1"),
+    "too many units": (lambda: plot_coupled_group(two_groups(), 0, units=(0,) * 5), "1 to 4 numbers"),
+}
+
+
+@pytest.mark.parametrize(("plot", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_tables_are_refused(plot, message):
+    with pytest.raises(PrunekitError, match=message):
+        plot()
