@@ -19,11 +19,13 @@ def write_text(path: Path, text: str) -> None:
     try:
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise PrunekitError(f"cannot write {str(path)!r} ({error.strerror}); choose a folder you may write to") from None
+        raise PrunekitError(
+            f"cannot write {str(path)!r} ({error.strerror}); choose a folder you may write to"
+        ) from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(beside, path)
+        Path(beside).replace(path)
     finally:
         Path(beside).unlink(missing_ok=True)
 
@@ -58,6 +60,6 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         beside.chmod(0o755)
         if path.exists():
             path.rmdir()
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

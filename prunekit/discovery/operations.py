@@ -81,9 +81,7 @@ def look(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa:
     return result
 
 
-def _look_at_parameter(
-    mode: LabelMode, func: Any, args: tuple, kwargs: dict, source: Operand, result: Any
-) -> None:  # noqa: ANN401
+def _look_at_parameter(mode: LabelMode, func: Any, args: tuple, kwargs: dict, source: Operand, result: Any) -> None:  # noqa: ANN401
     viewing = func.overloadpacket in (aten.view, aten._unsafe_view, aten._reshape_alias)
     move = (lambda p: p.reshape(result.shape)) if viewing else (lambda p: func(p, *args[1:], **kwargs))
     moved = [move(plane) for plane in source.planes]
@@ -150,9 +148,7 @@ def _own_duplicates(mode: LabelMode, planes: list[Tensor], moved: Tensor) -> Ten
     return mode.graph.copies(moved, tuple(moved.shape), False)
 
 
-def _move_parameters(
-    mode: LabelMode, func: Any, args: tuple, kwargs: dict, sources: list[Operand]
-) -> Any:  # noqa: ANN401
+def _move_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, sources: list[Operand]) -> Any:  # noqa: ANN401
     """Rows taken from one table by data (an embedding), or matrices laid side by side."""
     packet = func.overloadpacket
     if packet is aten.cat and len({len(s.planes) for s in sources}) == 1:
@@ -191,10 +187,13 @@ def _looked_up(mode: LabelMode, source: Operand, result: Tensor, planes: list[Te
 
 def _multiply(mode: LabelMode, a: Operand, b: Operand) -> tuple[Tensor, ...]:
     """Two- or three-dimensional matrix product; planes of the result's own shape."""
-    flat = len(a.shape) == 2
-    lift = (lambda op: Operand(tuple(p.unsqueeze(0) for p in op.planes), torch.Size((1, *op.shape)), op.parameter))
-    planes = contract(mode.graph, lift(a), lift(b)) if flat else contract(mode.graph, a, b)
-    return tuple(p.squeeze(0) for p in planes) if flat else planes
+    if len(a.shape) == 3:
+        return contract(mode.graph, a, b)
+    return tuple(p.squeeze(0) for p in contract(mode.graph, _as_batch(a), _as_batch(b)))
+
+
+def _as_batch(op: Operand) -> Operand:
+    return Operand(tuple(p.unsqueeze(0) for p in op.planes), torch.Size((1, *op.shape)), op.parameter)
 
 
 def _product(mode: LabelMode, a: Operand, b: Operand, bias: Operand | None, like: Tensor) -> Tensor:
@@ -210,13 +209,13 @@ def _product(mode: LabelMode, a: Operand, b: Operand, bias: Operand | None, like
 
 @rule("mm", "bmm")
 def matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
-    """a @ b. The numbers are not computed: nothing reads them."""
+    """A @ b. The numbers are not computed: nothing reads them."""
     return _product(mode, mode.operand(args[0]), mode.operand(args[1]), None, args[0])
 
 
 @rule("addmm", "baddbmm")
 def biased_matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
-    """bias + a @ b; with beta = 0 the bias is not read."""
+    """Bias + a @ b; with beta = 0 the bias is not read."""
     bias = None if kwargs.get("beta", 1) == 0 else mode.operand(args[0])
     return _product(mode, mode.operand(args[1]), mode.operand(args[2]), bias, args[1])
 
@@ -251,9 +250,7 @@ def _is_nonlinear(func: Any, operands: list[Operand]) -> bool:  # noqa: ANN401
     return product and sum(bool(op.planes) and not op.parameter for op in operands) > 1
 
 
-def _pointwise_parameters(
-    mode: LabelMode, func: Any, args: tuple, kwargs: dict, operands: list[Operand]
-) -> Any:  # noqa: ANN401
+def _pointwise_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, operands: list[Operand]) -> Any:  # noqa: ANN401
     """Matrices added or scaled before they are used: dimension by dimension."""
     labelled = [op for op in operands if op.planes]
     ranks = {len(op.planes) for op in labelled}
@@ -343,4 +340,3 @@ def read_out(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # n
     for plane in mode.operand(args[0]).planes:
         mode.lock(plane, "its value is read by Python code")
     return func(*args, **kwargs)
-

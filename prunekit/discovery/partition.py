@@ -243,8 +243,10 @@ def _kind(trace: Trace, levels: list[_Level], number: int, unit: Ints, members: 
         return "kv_head"
     if number == 1:
         inside = np.flatnonzero(levels[1].label == unit[0])
-        return "query_head" if len(np.flatnonzero(levels[2].label == levels[2].label[inside[0]])) > len(inside) else (
-            "kv_head"
+        return (
+            "query_head"
+            if len(np.flatnonzero(levels[2].label == levels[2].label[inside[0]])) > len(inside)
+            else ("kv_head")
         )
     if _touches(trace.graph.embedded, levels[0], unit) or _spans_layers(members):
         return "hidden"
@@ -306,4 +308,3 @@ def _shape_reason(levels: list[_Level], node: int) -> str:
     if levels[0].ragged[levels[0].label[node]]:
         return "removing one channel alone would leave a tensor without a rectangular shape"
     return "takes no part in what reaches the output"
-

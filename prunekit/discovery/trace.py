@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.discovery.labels import LOCKED, LabelGraph, varying_dims
 from prunekit.discovery.operations import RULES, unknown
-from prunekit.discovery.remembered import remembering
+from prunekit.discovery.remembered import Key, remembering
 from prunekit.discovery.rules import Operand
-from prunekit.discovery.watching import Equation, IntegerWatcher
+from prunekit.discovery.watching import Equation, IntegerWatcher, Span
 from prunekit.errors import PrunekitError
 
 PLANES = "_prunekit_planes"
@@ -35,6 +35,7 @@ class Trace:
         offsets: (parameter, dim) → (first node, size); parameters as in `named_parameters()`.
         shapes: parameter → shape.
         equations: where remembered integers arrived.
+        sizes: what stands behind the sizes that code read off tensors.
         rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular.
         output: plane of the logits.
     """
@@ -43,6 +44,7 @@ class Trace:
     offsets: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     equations: list[Equation] = field(default_factory=list)
+    sizes: dict[Key, Span] = field(default_factory=dict)
     rectangles: list[Tensor] = field(default_factory=list)
     output: Tensor | None = None
 
@@ -54,7 +56,8 @@ class LabelMode(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.graph = trace.graph
-        self.path = ""
+        self.path = ""  # of the module that runs
+        self.entered = ""  # of the module that began to run last
         self._storages: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
 
     def operand(self, tensor: Tensor) -> Operand:
@@ -173,7 +176,7 @@ def module_paths(model: nn.Module, mode: LabelMode) -> Iterator[None]:
 
     def enter(module: nn.Module, _args: Any) -> None:  # noqa: ANN401
         stack.append(mode.path)
-        mode.path = names.get(id(module), mode.path)
+        mode.path = mode.entered = names.get(id(module), mode.path)
 
     def leave(_module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
         mode.path = stack.pop()
@@ -222,7 +225,7 @@ def trace(model: nn.Module) -> Trace:
         except Exception as error:
             raise PrunekitError(
                 f"the model does not run on one token, so its structure cannot be traced: "
-                f"{type(error).__name__} in {mode.path or type(model).__name__}: {error}"
+                f"{type(error).__name__} in {mode.entered or type(model).__name__}: {error}"
             ) from error
     _finish(mode, watcher, output)
     return result
@@ -231,9 +234,11 @@ def trace(model: nn.Module) -> Trace:
 def _options(forward: Callable[..., Any]) -> dict[str, Any]:
     accepted = inspect.signature(forward).parameters
     wanted = {"use_cache": False, "return_dict": True}
-    return wanted if any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else {
-        name: value for name, value in wanted.items() if name in accepted
-    }
+    return (
+        wanted
+        if any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        else {name: value for name, value in wanted.items() if name in accepted}
+    )
 
 
 def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:  # noqa: ANN401
@@ -241,4 +246,4 @@ def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:  # n
         for plane in mode.operand(tensor).planes:
             mode.graph.lock(plane[plane > LOCKED], "the model's output: its rows are what the model answers with")
             mode.trace.output = plane
-    mode.trace.equations = watcher.equations()
+    mode.trace.equations, mode.trace.sizes = watcher.equations(), watcher.sizes

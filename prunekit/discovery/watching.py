@@ -11,21 +11,22 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from prunekit.discovery.remembered import Attribute, Operation, Remembered
+from prunekit.discovery.remembered import Attribute, Key, Operation, Remembered
 
 if TYPE_CHECKING:
     from prunekit.discovery.trace import LabelMode
 
 
-@dataclass(frozen=True, eq=False)
-class Equation:
-    """`expression` must equal the number of surviving positions along `dim` of `planes`, up to `stop`."""
+SHAPE = "shape"  # holder of the sizes that code reads off tensors
 
-    expression: Attribute | Operation
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A dimension of a labelled tensor, up to `stop`."""
+
     planes: tuple[Tensor, ...]
     dim: int
-    stop: int | None
-    where: str
+    stop: int | None = None
 
     def survivors(self, dead: Tensor) -> int:
         """Positions along `dim` at which not every element is dead.
@@ -38,6 +39,15 @@ class Equation:
             gone = gone | dead[plane]
         alive = (~gone).movedim(self.dim, 0).flatten(1).any(1)
         return int(alive[: self.stop].sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """`expression` must equal the number of surviving positions of `span`."""
+
+    expression: Attribute | Operation
+    span: Span
+    where: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +70,7 @@ class IntegerWatcher(TorchFunctionMode):
         super().__init__()
         self._mode = mode
         self._seen: list[_Sighting] = []
+        self.sizes: dict[Key, Span] = {}
 
     def __torch_function__(  # noqa: D105
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
@@ -69,6 +80,8 @@ class IntegerWatcher(TorchFunctionMode):
             with self:
                 return attention(*args, **kwargs)
         result = func(*args, **kwargs)
+        if func in _SIZE_READS:
+            return self._measured(args[0], result)
         note = _NOTES.get(func)
         if note is not None:
             note(self, result, args, kwargs)
@@ -79,13 +92,28 @@ class IntegerWatcher(TorchFunctionMode):
         if isinstance(number, Remembered) and isinstance(tensor, Tensor):
             self._seen.append(_Sighting(number, tensor, dim, stop, self._mode.path))
 
+    def _measured(self, tensor: Tensor, sizes: Any) -> Any:  # noqa: ANN401
+        """Sizes read off a labelled tensor are numbers that change with it."""
+        if not isinstance(sizes, torch.Size):
+            return sizes
+        planes = self._mode.operand(tensor).planes
+        if not planes:
+            return sizes
+        return torch.Size(self._size(planes, d, n) if n > 1 else n for d, n in enumerate(sizes))
+
+    def _size(self, planes: tuple[Tensor, ...], dim: int, size: int) -> Remembered:
+        key = ("", SHAPE, str(len(self.sizes)))
+        self.sizes[key] = Span(planes, dim)
+        return Remembered.of(size, Attribute(key, size))
+
     def equations(self) -> list[Equation]:
         """All sightings in labelled tensors, with the labels they carry at the end of the trace."""
         found = []
         for s in self._seen:
             planes = self._mode.operand(s.tensor).planes
-            if planes:
-                found.append(Equation(s.number.origin, planes, s.dim % s.tensor.dim(), s.stop, s.where))
+            if planes and any(a.key[1] != SHAPE for a in s.number.origin.attributes()):
+                span = Span(planes, s.dim % s.tensor.dim(), s.stop)
+                found.append(Equation(s.number.origin, span, s.where))
         return found
 
 
@@ -140,6 +168,8 @@ def _note_unflatten(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: d
     for i, size in enumerate(sizes):
         watcher.see(size, result, dim % tensor.dim() + i)
 
+
+_SIZE_READS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 
 _NOTES: dict[Any, Callable[[IntegerWatcher, Any, tuple, dict], None]] = {
     **dict.fromkeys(

@@ -146,7 +146,7 @@ def _candidates(
     for layer in protected:
         if layer not in layers:
             known = sorted(number for number in layers if number is not None)
-            raise PrunekitError(f"protect_layers names layer {layer!r}; this model has layers {known[0]} to {known[-1]}")
+            raise PrunekitError(f"protect_layers names {layer!r}; this model has layers {known[0]} to {known[-1]}")
     found = [g for g in groups.of_kind(*kinds) if g.layer is None or g.layer not in protected]
     owner: dict[tuple[str, int], str] = {}
     for g in found:
@@ -154,7 +154,9 @@ def _candidates(
         for m in g.members:
             other = owner.setdefault((m.parameter, m.dim), g.name)
             if other != g.name and other.rsplit(":")[-1] != g.kind:
-                raise PrunekitError(f"{g.name!r} and {other!r} cut the same rows of {m.parameter}; give kinds that do not overlap")
+                raise PrunekitError(
+                    f"{g.name!r} and {other!r} cut the same rows of {m.parameter}; give kinds that do not overlap"
+                )
     return found
 
 
@@ -189,7 +191,7 @@ def _steps(
     for g in candidates:
         order = scores[g.name].argsort(stable=True).tolist()
         values = scores[g.name].tolist()
-        per_unit = sum(m.width * math.prod(groups.shapes[m.parameter]) // groups.shapes[m.parameter][m.dim] for m in g.members)
+        per_unit = _parameters_per_unit(groups, g)
         start = 0
         for stop in _stops(g.n_units, rounding[g.name], min_units):
             units = tuple(order[start:stop])
@@ -197,6 +199,11 @@ def _steps(
             steps.append(_Step(g, units, stop / g.n_units if ranking == "local" else worth))
             start = stop
     return sorted(steps, key=lambda step: step.key)
+
+
+def _parameters_per_unit(groups: Groups, g: CoupledGroup) -> int:
+    shapes = groups.shapes
+    return sum(m.width * math.prod(shapes[m.parameter]) // shapes[m.parameter][m.dim] for m in g.members)
 
 
 def _stops(n: int, rounding: int, min_units: int) -> list[int]:

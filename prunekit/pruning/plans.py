@@ -80,8 +80,8 @@ class PruningPlan:
         try:
             data = json.loads(text)
             return cls(**data) if isinstance(data, Mapping) else cls(**{"keep": data})
-        except (TypeError, json.JSONDecodeError) as error:
-            raise PrunekitError(f"this is no pruning plan ({error}); expected JSON as PruningPlan.save writes") from None
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise PrunekitError(f"this is no pruning plan ({error}); give JSON as PruningPlan.save writes") from None
 
     def save(self, path: str | Path) -> None:
         """Write JSON; the file is complete or not there."""

@@ -88,7 +88,7 @@ def _cut(before: Trace, groups: Groups, plan: PruningPlan) -> _Cut:
             doomed[start + m.owned_by(plan.removed(name)).numpy()] = True
     dead = spread_death(before.graph, doomed)
     _check_locks(before, dead)
-    return _Cut(_surviving_indices(before, dead), solve(before.equations, torch.from_numpy(dead)), dead)
+    return _Cut(_surviving_indices(before, dead), solve(before, torch.from_numpy(dead)), dead)
 
 
 def _check_locks(before: Trace, dead: np.ndarray) -> None:

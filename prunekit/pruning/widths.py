@@ -1,19 +1,18 @@
 """New values for the integers that modules remember, solved from what survives."""
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from prunekit.discovery.remembered import Attribute, Key
-from prunekit.discovery.watching import Equation
+from prunekit.discovery.trace import Trace
+from prunekit.discovery.watching import SHAPE, Equation
 from prunekit.errors import PrunekitError
 
 
-def solve(equations: Iterable[Equation], dead: Tensor) -> dict[Key, int]:
+def solve(before: Trace, dead: Tensor) -> dict[Key, int]:
     """Values that make every sighting of a remembered integer equal to what survives there.
 
     Args:
-        equations: from a trace of the uncut model.
+        before: trace of the uncut model.
         dead: bool (n_nodes,), what goes.
 
     Returns:
@@ -22,8 +21,9 @@ def solve(equations: Iterable[Equation], dead: Tensor) -> dict[Key, int]:
     Raises:
         PrunekitError: one attribute would need two values, or the equations leave it open.
     """
-    known: dict[Key, int] = {}
-    waiting = [(equation, equation.survivors(dead)) for equation in equations]
+    read = {a.key for e in before.equations for a in e.expression.attributes() if a.key[1] == SHAPE}
+    known = {key: before.sizes[key].survivors(dead) for key in read}
+    waiting = [(equation, equation.span.survivors(dead)) for equation in before.equations]
     while waiting:
         ready = [(e, target) for e, target in waiting if len(_open(e, known)) <= 1]
         if not ready:
@@ -34,7 +34,7 @@ def solve(equations: Iterable[Equation], dead: Tensor) -> dict[Key, int]:
         waiting = [(e, target) for e, target in waiting if id(e) not in done]
     for equation, target in waiting:
         _settle_together(equation, target, known)
-    return known
+    return {key: value for key, value in known.items() if key[1] != SHAPE}
 
 
 def _open(equation: Equation, known: dict[Key, int]) -> list[Attribute]:
@@ -49,7 +49,8 @@ def _settle(equation: Equation, target: int, known: dict[Key, int]) -> None:
     if not unsettled:
         raise _conflict(equation, target, known)
     attribute = unsettled[0]
-    fits = [v for v in range(attribute.value, 0, -1) if equation.expression.evaluate({**known, attribute.key: v}) == target]
+    evaluate = equation.expression.evaluate
+    fits = [v for v in range(attribute.value, 0, -1) if evaluate({**known, attribute.key: v}) == target]
     if not fits:
         raise _conflict(equation, target, known)
     known[attribute.key] = fits[0] if len(fits) == 1 else _proportional(attribute, equation, target, fits)
@@ -74,7 +75,7 @@ def _settle_together(equation: Equation, target: int, known: dict[Key, int]) -> 
 
 
 def _conflict(equation: Equation, target: int, known: dict[Key, int]) -> PrunekitError:
-    names = ", ".join(".".join(filter(None, a.key)) for a in equation.expression.attributes())
+    names = ", ".join(".".join(filter(None, a.key)) for a in equation.expression.attributes() if a.key[1] != SHAPE)
     return PrunekitError(
         f"{equation.where or 'the model'} would need {names} to give a width of {target}, but it is also used where "
         f"it must give {equation.expression.evaluate(known)}; cut the same number of units in both places, or neither"

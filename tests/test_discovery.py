@@ -1,0 +1,250 @@
+"""Discovery finds what the configuration implies, and permuting a group's units changes nothing."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from families import COMMON, FAMILIES, logits, relative_difference
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from prunekit import PrunekitError, discover
+from prunekit.discovery.labels import LabelGraph, varying_dims
+from prunekit.discovery.remembered import Remembered, remembering
+from prunekit.discovery.trace import trace
+
+EVERY = pytest.mark.parametrize("name", FAMILIES)
+
+
+@cache
+def groups_of(name):
+    return discover(FAMILIES[name].model())
+
+
+@EVERY
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_layer_yields_the_units_its_configuration_implies(name, attention):
+    family = FAMILIES[name]
+    if name == "bloom" and attention == "sdpa":
+        pytest.skip("BLOOM has one attention implementation")
+    groups = discover(family.model(attention, torch.float32))
+    for layer in (0, 1):
+        units = {kind: [g.n_units for g in groups.of_kind(kind) if g.layer == layer] for kind in
+                 ("kv_head", "query_head", "ffn_channel", "rank")}  # fmt: skip
+        assert units["kv_head"] == ([] if family.kv_heads is None else [family.kv_heads])
+        assert units["query_head"] == ([] if family.query_heads is None else [family.query_heads])
+        assert units["ffn_channel"] == [family.channels]
+        assert units["rank"] == [4] * (7 if family.ranks else 0)
+    assert sorted(g.n_units for g in groups.of_kind("hidden")) == sorted(family.hidden)
+
+
+@EVERY
+def test_exactness_is_marked_where_a_norm_spans_units(name):
+    groups = discover(FAMILIES[name].model())
+    assert all(g.exact for g in groups.of_kind("kv_head", "query_head", "ffn_channel", "rank"))
+    residual = next(g for g in groups.of_kind("hidden") if g.n_units == 64)
+    assert not residual.exact
+
+
+def test_members_are_the_rows_and_columns_of_a_llama_layer():
+    model = FAMILIES["llama_gqa"].model()
+    groups = discover(model)
+    heads = {m.parameter.rsplit(".", 2)[-2]: m for m in groups["model.layers.1.self_attn:kv_head"].members}
+    assert {k: (m.dim, m.width) for k, m in heads.items()} == {
+        "q_proj": (0, 16), "k_proj": (0, 8), "v_proj": (0, 8), "o_proj": (1, 16)
+    }  # fmt: skip
+    # a KV group owns its own query heads, not those a stride away
+    assert heads["q_proj"].index[1].tolist() == list(range(16, 32))
+    channels = groups["model.layers.0.mlp:ffn_channel"]
+    assert [(m.parameter.rsplit(".", 2)[-2], m.dim) for m in channels.members] == [
+        ("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)
+    ]  # fmt: skip
+
+
+def test_groups_are_values_that_print_and_tabulate():
+    groups = discover(FAMILIES["llama_mha"].model())
+    assert repr(groups).startswith("Groups(2 kv_head, 2 ffn_channel, 1 hidden; ")
+    assert set(groups.table().columns) == {"group", "kind", "layer", "n_units", "exact", "parameter", "dim", "width"}
+    assert "kv_head" in groups._repr_html_()
+    assert groups[0] is next(iter(groups)) and len(groups[:2]) == 2
+    with pytest.raises(PrunekitError, match="no group is called 'nowhere'"):
+        groups["nowhere"]
+
+
+def _permute(model, group, order):
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for member in group.members:
+            p = parameters[member.parameter]
+            moved = p.index_select(member.dim, member.index[order].flatten())
+            p.index_copy_(member.dim, member.index.flatten(), moved)
+
+
+@EVERY
+@settings(max_examples=2, deadline=None, phases=[Phase.generate])
+@given(seed=st.integers(0, 2**16))
+def test_permuting_units_leaves_the_logits_unchanged(name, seed):
+    model = FAMILIES[name].model()
+    generator = torch.Generator().manual_seed(seed)
+    for group in groups_of(name):
+        if group.kind == "query_head" and FAMILIES[name].kv_heads:
+            continue  # query heads change places only within their own KV group
+        before = logits(model)
+        _permute(model, group, torch.randperm(group.n_units, generator=generator))
+        # hidden channels pass norms that compute in float32
+        assert relative_difference(logits(model), before) < (1e-6 if group.kind == "hidden" else 1e-12), group
+
+
+@EVERY
+def test_leaving_one_site_unpermuted_changes_the_logits(name):
+    model = FAMILIES[name].model()
+    for group in groups_of(name):
+        before, order = logits(model), torch.arange(group.n_units).roll(1)
+        partial = replace(group, members=group.members[-1:])
+        _permute(model, partial, order)
+        assert relative_difference(logits(model), before) > 1e-6, partial
+        _permute(model, partial, order.roll(-2))  # and back
+
+
+def test_no_weights_are_needed():
+    config = LlamaConfig(**COMMON, intermediate_size=96)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    real = discover(LlamaForCausalLM(config))
+    found = discover(empty)
+    assert [(g.name, g.n_units) for g in found] == [(g.name, g.n_units) for g in real]
+    assert all(p.is_meta for p in empty.parameters())
+
+
+def test_a_trace_leaves_the_model_as_it_was():
+    model = FAMILIES["gpt2"].model().train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    remembered = [(type(v), v) for m in model.modules() for v in vars(m).values() if isinstance(v, int)]
+    discover(model)
+    assert model.training and all(m.training for m in model.modules())
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
+    assert [(type(v), v) for m in model.modules() for v in vars(m).values() if isinstance(v, int)] == remembered
+
+
+class Sorted(nn.Module):
+    """Sorts its channels: nothing may be said of them."""
+
+    def forward(self, x):
+        return x.sort(-1).values
+
+
+class Assembled(nn.Module):
+    """Builds its result by writing into an empty tensor, as latent attention builds its keys."""
+
+    def forward(self, x):
+        out = x.new_empty(x.shape)
+        out[..., :40] = torch.relu(x[..., :40])
+        out[..., 40:] = x[..., 40:]
+        return out
+
+
+def _llama_with_activation(activation):
+    model = LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=96))
+    model.model.layers[0].mlp.act_fn = activation
+    return model
+
+
+def test_what_is_not_understood_is_locked_by_name_and_the_rest_is_found():
+    groups = discover(_llama_with_activation(Sorted()))
+    assert {(g.kind, g.layer) for g in groups if g.layer is not None} == {
+        ("kv_head", 0), ("kv_head", 1), ("ffn_channel", 1)
+    }  # fmt: skip
+    reason = groups.locked["model.layers.0.mlp.gate_proj.weight[dim 0]"]
+    assert "sort is not understood" in reason and "model.layers.0.mlp.act_fn" in reason
+
+
+def test_labels_survive_writes_into_empty_tensors():
+    groups = discover(_llama_with_activation(Assembled()))
+    assert groups["model.layers.0.mlp:ffn_channel"].n_units == 96
+
+
+def test_a_fixed_matrix_locks_what_it_mixes():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("rotation", torch.randn(96, 96))
+
+        def forward(self, x):
+            return x @ self.rotation
+
+    groups = discover(_llama_with_activation(Mixed()))
+    assert not [g for g in groups.of_kind("ffn_channel") if g.layer == 0]
+    assert "carries no labels" in groups.locked["model.layers.0.mlp.gate_proj.weight[dim 0]"]
+
+
+def test_a_constant_that_differs_by_channel_pins_them():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.rand(96))
+
+        def forward(self, x):
+            return x * self.scale
+
+    groups = discover(_llama_with_activation(Scaled()))
+    assert "differs from channel to channel" in groups.locked["model.layers.0.mlp.up_proj.weight[dim 0]"]
+
+
+def test_low_rank_projections_are_called_rank():
+    class LowRank(LlamaMLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.narrow = nn.Linear(96, 5, bias=False)
+            self.wide = nn.Linear(5, 96, bias=False)
+
+        def forward(self, x):
+            return self.down_proj(self.wide(self.narrow(self.act_fn(self.gate_proj(x)) * self.up_proj(x))))
+
+    config = LlamaConfig(**COMMON, intermediate_size=96)
+    model = LlamaForCausalLM(config)
+    model.model.layers[1].mlp = LowRank(config)
+    ranks = discover(model).of_kind("rank")
+    assert sorted(g.n_units for g in ranks) == [5, 96]  # 96: wide feeds down_proj without a nonlinearity
+
+
+def test_a_model_that_does_not_run_is_refused_by_name():
+    model = LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=96))
+    model.model.layers[1].mlp.down_proj = nn.Linear(95, 64)
+    with pytest.raises(PrunekitError, match=r"does not run on one token.*model.layers.1.mlp.down_proj"):
+        discover(model)
+
+
+def test_remembered_integers_keep_their_origin_through_arithmetic():
+    module = nn.Module()
+    module.n_heads, module.sizes, module.flag = 4, [2, 3], True
+    with remembering(module):
+        product = (module.n_heads * 8 + 2 - 1) // 3
+        assert isinstance(product, Remembered) and product == 11
+        assert product.origin.evaluate({("", "", "n_heads"): 1}) == 3
+        assert (10 - module.n_heads).origin.evaluate({("", "", "n_heads"): 3}) == 7
+        assert module.sizes[1].origin.key == ("", "", "sizes[1]")
+        assert module.flag is True and not isinstance(module.n_heads * 0.5, Remembered)
+    assert type(module.n_heads) is int and module.sizes == [2, 3]
+
+
+def test_where_remembered_integers_arrive_is_noted():
+    seen = {e.expression.key[-1] for e in trace(FAMILIES["gpt2"].model()).equations if hasattr(e.expression, "key")}
+    assert {"split_size", "nf", "head_dim"} <= seen
+
+
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_varying_dimensions_are_those_along_which_labels_differ(shape):
+    labels = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    assert varying_dims(labels) == (frozenset({0}) if shape[0] > 1 else frozenset())
+    assert varying_dims(labels.contiguous()) == varying_dims(labels)
+
+
+def test_nodes_know_what_made_them():
+    graph = LabelGraph()
+    first, second = graph.new((3,), "parameter"), graph.new((2, 2), "score")
+    assert graph.kind_of(first) == "parameter" and graph.kind_of(second[1]) == "score"
+    assert graph.kind_of(torch.zeros(2, dtype=torch.long)) is None

@@ -1,0 +1,178 @@
+"""Budgets are met within half a percent or refused with the nearest that can be."""
+
+import json
+import math
+
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunekit import PrunekitError, PruningPlan, discover, plan, prune
+from prunekit.pruning.planning import TOLERANCE
+
+GROUPS = {name: discover(FAMILIES[name].model()) for name in ("llama_gqa", "gpt2", "bloom")}
+GROUPS_GQA = GROUPS["llama_gqa"]
+
+
+def random_scores(groups, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {g.name: torch.rand(g.n_units, generator=generator) for g in groups}
+
+
+def counted(groups, made):
+    """Parameters left, counted by brute force over every index of every parameter."""
+    alive = {name: [torch.ones(n, dtype=torch.bool) for n in shape] for name, shape in groups.shapes.items()}
+    for name in made.keep:
+        for m in groups[name].members:
+            alive[m.parameter][m.dim][m.index[made.removed(name)].flatten()] = False
+    return sum(math.prod(int(dim.sum()) for dim in dims) for dims in alive.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(GROUPS)),
+    ratio=st.floats(0, 0.9),
+    ranking=st.sampled_from(["local", "global"]),
+    seed=st.integers(0, 99),
+    round_to=st.sampled_from([1, 2, 8]),
+)
+def test_a_budget_is_met_within_half_a_percent_or_refused(name, ratio, ranking, seed, round_to):
+    groups = GROUPS[name]
+    try:
+        made = plan(groups, random_scores(groups, seed), ratio, ranking=ranking, round_to={"ffn_channel": round_to})
+    except PrunekitError as error:
+        assert "cannot be met" in str(error)
+        return
+    assert abs(made.pruning_ratio - ratio) <= TOLERANCE
+    assert made.n_parameters_kept == counted(groups, made)
+    for kept_name, kept in made.keep.items():
+        full = made.n_units[kept_name]
+        if groups[kept_name].kind == "ffn_channel" and len(kept) < full:
+            assert len(kept) % round_to == 0
+
+
+def test_the_parameter_count_is_that_of_the_cut_model():
+    model = FAMILIES["llama_gqa"].model()
+    made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.3)
+    assert sum(p.numel() for p in prune(model, made).parameters()) == made.n_parameters_kept
+
+
+def test_the_refusal_names_a_ratio_that_can_be_met():
+    scores = random_scores(GROUPS_GQA)
+    with pytest.raises(PrunekitError, match=r"at most 0\.\d+ of the parameters") as refusal:
+        plan(GROUPS_GQA, scores, 0.97)
+    largest = float(str(refusal.value).split("at most ")[1].split()[0])
+    assert plan(GROUPS_GQA, scores, largest).pruning_ratio == pytest.approx(largest, abs=TOLERANCE)
+    with pytest.raises(PrunekitError, match="nearest feasible ratios are") as coarse:
+        plan(GROUPS_GQA, scores, 0.02, kinds=("kv_head",))
+    nearest = float(str(coarse.value).split("ask for ")[1])
+    assert plan(GROUPS_GQA, scores, nearest, kinds=("kv_head",)).pruning_ratio == pytest.approx(nearest, abs=TOLERANCE)
+
+
+def test_lowest_scores_go_first_and_local_ranking_takes_equal_shares():
+    scores = {g.name: torch.arange(g.n_units).float() for g in GROUPS_GQA}
+    made = plan(GROUPS_GQA, scores, 0.25)
+    for name, kept in made.keep.items():
+        assert kept == list(range(made.n_units[name] - len(kept), made.n_units[name]))
+    shares = made.table().groupby("kind")["kept_fraction"].agg(lambda s: s.max() - s.min())
+    assert (shares <= 1 / 4 + 1e-9).all()
+
+
+def test_global_ranking_removes_heads_too():
+    """The reference ranks head sums against single channels, and so never removes a head."""
+    made = plan(GROUPS_GQA, {g.name: _parameters(g) * torch.rand(g.n_units) for g in GROUPS_GQA}, 0.3, ranking="global")
+    assert any(len(made.keep[g.name]) < g.n_units for g in GROUPS_GQA.of_kind("kv_head"))
+    assert len({len(kept) for name, kept in made.keep.items() if "ffn" in name}) > 1
+
+
+def _parameters(group):
+    return sum(m.width for m in group.members)
+
+
+def test_units_are_counted_where_told():
+    made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.25, of="units")
+    assert {name: len(kept) for name, kept in made.keep.items() if ".0." in name} == {
+        "model.layers.0.self_attn:kv_head": 3, "model.layers.0.mlp:ffn_channel": 72
+    }  # fmt: skip
+    by_kind = plan(GROUPS_GQA, random_scores(GROUPS_GQA), {"ffn_channel": 0.5}, of="units")
+    assert all(len(kept) == 48 for kept in by_kind.keep.values()) and len(by_kind.keep) == 2
+    together = plan(GROUPS_GQA, random_scores(GROUPS_GQA), {"ffn_channel": 0.5}, of="units", ranking="global")
+    assert sum(map(len, together.keep.values())) == 96
+
+
+def test_protected_layers_and_kinds_stay_whole():
+    made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.2, protect_layers=[0])
+    assert all(".1." in name for name in made.keep)
+    heads = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.3, of="units", kinds=["kv_head"])
+    assert all(name.endswith(":kv_head") for name in heads.keep)
+
+
+def test_at_least_one_unit_stays():
+    made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.999, of="units")
+    assert all(made.keep.values())
+    more = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.999, of="units", min_units=2)
+    assert min(map(len, more.keep.values())) == 2
+
+
+def test_the_same_scores_give_the_same_plan():
+    scores = {g.name: torch.zeros(g.n_units) for g in GROUPS_GQA}  # ties everywhere
+    assert plan(GROUPS_GQA, scores, 0.25) == plan(GROUPS_GQA, scores, 0.25)
+
+
+def test_a_plan_goes_to_json_and_back(tmp_path):
+    made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.25)
+    made.save(tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json") == made
+    assert json.loads((tmp_path / "plan.json").read_text())["keep"] == made.keep
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    assert "of 70,0" in repr(made) or "parameters go" in repr(made)
+    assert "kv_head" in made._repr_html_()
+
+
+@pytest.mark.parametrize("ratio", [1.0, -0.1, float("nan"), 1.5, True, "0.2"])
+def test_a_ratio_that_is_no_fraction_is_refused(ratio):
+    with pytest.raises(PrunekitError, match=r"pruning_ratio=.* give a fraction in \[0, 1\)"):
+        plan(GROUPS_GQA, random_scores(GROUPS_GQA), ratio)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"of": "rows"}, "of='rows' is not known; choose one of 'parameters', 'units'"),
+        ({"ranking": "best"}, "ranking='best' is not known"),
+        ({"kinds": ["heads"]}, "kind='heads' is not known; choose one of 'kv_head'"),
+        ({"protect_layers": [9]}, "protect_layers names 9; this model has layers 0 to 1"),
+        ({"round_to": 0}, "round_to=0 is not allowed"),
+        ({"kinds": ["kv_head", "query_head"]}, "give kinds that do not overlap"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(PrunekitError, match=message):
+        plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.2, **options)
+
+
+def test_scores_that_do_not_fit_are_named():
+    scores = random_scores(GROUPS_GQA)
+    name = "model.layers.0.mlp:ffn_channel"
+    with pytest.raises(PrunekitError, match=f"no entry for '{name}'"):
+        plan(GROUPS_GQA, {k: v for k, v in scores.items() if k != name}, 0.2)
+    with pytest.raises(PrunekitError, match="must be 96 finite numbers; got shape"):
+        plan(GROUPS_GQA, {**scores, name: torch.full((96,), math.nan)}, 0.2)
+    with pytest.raises(PrunekitError, match="of='units'; give one number"):
+        plan(GROUPS_GQA, scores, {"kv_head": 0.5})
+
+
+@pytest.mark.parametrize("keep", [[], [3, 1], [0, 0], [4], [-1]])
+def test_a_plan_that_keeps_nonsense_is_refused(keep):
+    with pytest.raises(PrunekitError, match="must be an ascending, non-empty list of distinct numbers from 0 to 3"):
+        PruningPlan({"a:kv_head": keep}, {"a:kv_head": 4}, 10, 5)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "[1, 2]", '{"keep": {}}', '{"unknown": 1}'])
+def test_text_that_is_no_plan_is_refused(text):
+    with pytest.raises(PrunekitError, match="this is no pruning plan"):
+        PruningPlan.from_json(text)
+    with pytest.raises(PrunekitError, match="is no file"):
+        PruningPlan.load("nowhere.json")
