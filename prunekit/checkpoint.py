@@ -7,6 +7,7 @@ without weights and cutting it the same way, so it can never be mistaken for a p
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,20 @@ def _fill(model: nn.Module, folder: Path) -> None:
         raise PrunekitError(f"{str(folder)!r} lacks the weights of {', '.join(empty[:4])}; restore it from its source")
 
 
-def save(model: nn.Module, out: str | Path, *, tokenizer: Any = None) -> Path:  # noqa: ANN401
+def save(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,  # noqa: ANN401
+    files: Mapping[str, str] | None = None,
+) -> Path:
     """Write a checkpoint folder that `load` reads back with the same logits.
 
     Args:
         model: a model, cut or not; adapters merged.
         out: a folder that does not exist yet. It is complete or not there.
         tokenizer: to save along; by default the one that stands where the model was loaded from.
+        files: more texts for the folder, name → content, such as a plan or a model card.
 
     Returns:
         The folder.
@@ -154,6 +162,8 @@ def save(model: nn.Module, out: str | Path, *, tokenizer: Any = None) -> Path:  
         tokenizer = tokenizer if tokenizer is not None else _tokenizer_beside(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        for name, content in (files or {}).items():
+            (folder / name).write_text(content, encoding="utf-8")
     return Path(out)
 
 

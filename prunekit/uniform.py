@@ -99,9 +99,18 @@ def _fits_one_layer(config: Any, groups: Groups) -> bool:  # noqa: ANN401
     return built is not None and all(groups.shapes.get(name) == shape for name, shape in _shapes(built).items())
 
 
+def _reads_back(config: Any) -> bool:  # noqa: ANN401
+    """False where the family checks its fields when they are read, as LLaMA wants heads that divide the hidden size."""
+    try:
+        type(config).from_dict(config.to_dict())
+        return True
+    except Exception:  # a value the family refuses: any exception of any validator
+        return False
+
+
 def _same_model(model: nn.Module, config: Any) -> bool:  # noqa: ANN401
     built = _empty(config)
-    if built is None or _shapes(built) != _shapes(model):
+    if built is None or _shapes(built) != _shapes(model) or not _reads_back(config):
         return False
     built.load_state_dict(model.state_dict(), assign=True)
     built.tie_weights()

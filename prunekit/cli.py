@@ -1,0 +1,76 @@
+"""The command line: the same functions from a shell.
+
+Each command is a module of `prunekit.commands` with `add` (its options) and a function that runs it. What is bad input
+ends with exit code 2 and one line on standard error; an interrupt with 130.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from prunekit.commands import cutting, discovering, evaluating, notebooks, recovering
+from prunekit.commands.options import Parser
+from prunekit.errors import PrunekitError
+
+DESCRIPTION = """\
+Make a language model smaller by structural pruning, and see what was lost.
+
+The usual way: prune, recover, evaluate. MODEL is a folder with a checkpoint
+(config.json and safetensors), a hub id, or "world", the small model that comes
+with prunekit."""
+EPILOG = """\
+example:
+  prunekit prune world --pruning-ratio 0.25 --importance taylor --out small/
+  prunekit recover small/ --data world --out recovered/
+  prunekit evaluate world small/ recovered/
+
+`prunekit COMMAND --help` explains each command."""
+
+
+def build_parser() -> Parser:
+    """The parser with all commands."""
+    parser = Parser("prunekit", description=DESCRIPTION, epilog=EPILOG)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (discovering, cutting, recovering, evaluating, notebooks):
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        0 when all went well, 1 where a notebook of the tour failed, 2 for bad input, 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["tour"]:  # has a parser of its own
+            return notebooks.run_tour(arguments[1:])
+        args = build_parser().parse_args(arguments)
+        be_quiet()
+        return int(args.run(args))
+    except SystemExit as stop:  # argparse, after --help
+        return int(stop.code or 0)
+    except PrunekitError as error:
+        return _complain(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing half-written was left behind", 130)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"prunekit: {message}", file=sys.stderr)
+    return code
+
+
+def be_quiet() -> None:
+    """Silence the libraries' warnings and loading bars; prunekit's own progress stays."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,241 @@
+"""`prunekit prune`: a checkpoint becomes a smaller one."""
+
+import argparse
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from prunekit.commands.options import (
+    Parser,
+    add_command,
+    add_json,
+    add_model,
+    listed,
+    load_with_tokenizer,
+    markdown_table,
+    number,
+    print_json,
+    text_table,
+)
+from prunekit.errors import PrunekitError
+from prunekit.files import check_new_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prunekit.discovery import Groups
+    from prunekit.importance import Importance
+    from prunekit.pruning import PruningPlan
+
+TEXT = """\
+Scores every unit (attention heads, channels of the feed-forward layers), removes
+the least important ones, and saves what is left to OUT, with the plan in
+plan.json and a model card in README.md. OUT is complete or not there.
+
+example:
+  prunekit prune world --pruning-ratio 0.25 --importance taylor --out small/
+  prunekit prune path/to/checkpoint --pruning-ratio 0.2 --importance taylor \\
+      --calibration text.txt --out small/
+  prunekit prune path/to/checkpoint --plan plan.json --out small/"""
+PLANNING = (
+    "pruning_ratio",
+    "importance",
+    "granularity",
+    "calibration",
+    "ranking",
+    "of",
+    "kinds",
+    "protect_layers",
+    "round_to",
+)
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(commands, "prune", run, "Remove the least important units of a model.", TEXT)
+    add_model(parser)
+    parser.add_argument("--out", required=True, help="folder to write; it may not exist yet")
+    parser.add_argument(
+        "--pruning-ratio", type=number(float, 0, 1, below=True), help="fraction of all parameters to remove, below 1"
+    )
+    parser.add_argument("--plan", metavar="PLAN.json", help="cut by this plan; nothing is scored")
+    _add_scoring(parser)
+    _add_planning(parser)
+    add_json(parser)
+
+
+def _add_scoring(parser: Parser) -> None:
+    group = parser.add_argument_group("what is important")
+    names = "taylor, taylor-vector, taylor-second, taylor-mixed, l1, l2 or random (default: taylor)"
+    group.add_argument("--importance", help=names)
+    group.add_argument("--granularity", help="of taylor: element (default) or vector")
+    group.add_argument(
+        "--calibration", metavar="TEXT", help='text file for taylor, or "world" (the default where MODEL is world)'
+    )
+    group.add_argument(
+        "--n-samples", type=number(int, 1), default=16, help="windows of that text (default: %(default)s)"
+    )
+    group.add_argument("--seq-len", type=number(int, 2), default=64, help="tokens a window (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="draws the windows, or random scores (default: %(default)s)")
+
+
+def _add_planning(parser: Parser) -> None:
+    group = parser.add_argument_group("what may go")
+    group.add_argument("--ranking", help="local: every group loses the same share (default); global: all compete")
+    group.add_argument("--of", help="what the ratio counts: parameters (default) or units")
+    group.add_argument("--kinds", type=listed(), help="kinds of groups, with commas (default: kv_head,ffn_channel)")
+    group.add_argument("--protect-layers", type=listed(number(int, 0)), metavar="0,4", help="layers that stay whole")
+    group.add_argument("--round-to", type=number(int, 1), help="keep multiples of this many units (default: 1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, score, plan, prune, save, print."""
+    began = time.monotonic()
+    check_new_folder(args.out)
+    check_arguments(args)
+    plan = cut(args)
+    if args.json:
+        print_json({**as_dict(args, plan), "seconds": round(time.monotonic() - began, 1)})
+        return 0
+    print(f"{args.model} → {args.out}\n\n{text_table(rows(plan))}")
+    print(f"\n{plan.pruning_ratio:.2%} of the parameters went, in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses a plan together with what makes one, and neither of both, before anything heavy."""
+    given = [name for name in PLANNING if getattr(args, name) is not None]
+    if args.plan is not None and given:
+        option = "--" + given[0].replace("_", "-")
+        raise PrunekitError(f"--plan says already what goes; leave out {option}, or leave out --plan")
+    if args.plan is None and args.pruning_ratio is None:
+        raise PrunekitError("how much is to go? give --pruning-ratio, such as 0.2, or --plan PLAN.json")
+
+
+def cut(args: argparse.Namespace) -> "PruningPlan":
+    """Everything from the model to the saved smaller one."""
+    from prunekit.checkpoint import load, save
+    from prunekit.pruning import PruningPlan, prune
+
+    if args.plan is not None:
+        plan = PruningPlan.load(args.plan)
+        model, tokenizer = load(args.model)
+    else:
+        importance = choose_importance(args)
+        model, tokenizer = load_for(args, importance)
+        plan = make_plan(args, model, tokenizer, importance)
+    before = n_parameters(model)
+    small = prune(model, plan, inplace=True)
+    plan = replace(plan, n_parameters=before, n_parameters_kept=n_parameters(small))  # a plan may be written by hand
+    files = {"plan.json": plan.to_json(), "README.md": card(args, plan)}
+    save(small, args.out, tokenizer=tokenizer, files=files)
+    return plan
+
+
+def n_parameters(model: Any) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def choose_importance(args: argparse.Namespace) -> "Importance":
+    """The importance that the options name."""
+    from prunekit.importance import importance_from_name
+
+    name = args.importance or "taylor"
+    options = {} if args.granularity is None else {"granularity": args.granularity}
+    if name == "random":
+        options["seed"] = args.seed
+    return importance_from_name(name, **options)
+
+
+def load_for(args: argparse.Namespace, importance: "Importance") -> tuple[Any, Any]:
+    """The model, and its tokenizer where the importance reads text."""
+    from prunekit.checkpoint import load
+
+    if not importance.needs_calibration:
+        return load(args.model)
+    if args.calibration is None and args.model == "world":
+        args.calibration = "world"
+    if args.calibration is None:
+        raise PrunekitError(
+            f"importance {args.importance or 'taylor'!r} reads text; give --calibration with a text file or 'world', "
+            "or take an importance that reads none: l1, l2 or random"
+        )
+    return load_with_tokenizer(args.model, "a calibration text")
+
+
+def make_plan(args: argparse.Namespace, model: Any, tokenizer: Any, importance: "Importance") -> "PruningPlan":
+    """Discover, score, plan."""
+    from prunekit.discovery import discover
+    from prunekit.importance import score
+    from prunekit.pruning import plan
+
+    groups = discover(model)
+    calib = calibrate(args, tokenizer) if importance.needs_calibration else None
+    scores = score(model, chosen(groups, args.kinds), importance, calib)
+    options = ("of", "ranking", "kinds", "protect_layers", "round_to")
+    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    return plan(groups, scores, args.pruning_ratio, **given)
+
+
+def chosen(groups: "Groups", kinds: tuple[str, ...] | None) -> Any:
+    """The groups to score: only those that may be cut."""
+    wanted = ("kv_head", "ffn_channel") if kinds is None else kinds
+    there = dict.fromkeys(group.kind for group in groups)
+    for kind in wanted:
+        if kind not in there:
+            raise PrunekitError(f"kind {kind!r} is not one of this model's: {', '.join(there)}")
+    return groups.of_kind(*wanted)
+
+
+def calibrate(args: argparse.Namespace, tokenizer: Any) -> "Tensor":
+    """The calibration set of the options."""
+    from prunekit.calibration import calibration_set
+
+    return calibration_set(args.calibration, tokenizer, n_samples=args.n_samples, seq_len=args.seq_len, seed=args.seed)
+
+
+def by_kind(plan: "PruningPlan") -> dict[str, dict[str, int]]:
+    """Kind → groups, units before, units after."""
+    sums = (
+        plan.table()
+        .groupby("kind", sort=False)
+        .agg(groups=("group", "size"), before=("n_units", "sum"), after=("kept", "sum"))
+    )
+    return {str(kind): {str(k): int(v) for k, v in row.items()} for kind, row in sums.to_dict("index").items()}
+
+
+def rows(plan: "PruningPlan") -> list[tuple[object, ...]]:
+    """The table: parameters, then the units of each kind, before and after."""
+    counts = {"parameters": (plan.n_parameters, plan.n_parameters_kept)}
+    counts |= {f"{kind} units": (found["before"], found["after"]) for kind, found in by_kind(plan).items()}
+    body = [(name, f"{a:,}", f"{b:,}", f"{1 - b / a:.1%}") for name, (a, b) in counts.items()]
+    return [("", "before", "after", "removed"), *body]
+
+
+def as_dict(args: argparse.Namespace, plan: "PruningPlan") -> dict[str, Any]:
+    """What was done, as plain values."""
+    return {
+        "model": args.model,
+        "out": args.out,
+        "n_parameters": plan.n_parameters,
+        "n_parameters_kept": plan.n_parameters_kept,
+        "pruning_ratio": plan.pruning_ratio,
+        "kinds": by_kind(plan),
+        "notes": plan.notes,
+    }
+
+
+def card(args: argparse.Namespace, plan: "PruningPlan") -> str:
+    """The model card: what was cut, how, and how to load the rest."""
+    how = {
+        "Made from": f"`{args.model}`",
+        "Importance": plan.notes.get("importance"),
+        "Calibration": args.calibration and f"{args.n_samples} windows of {args.seq_len} tokens, seed {args.seed}",
+        "Ranking": plan.notes.get("ranking"),
+    }
+    facts = "\n".join(f"- {name}: {value}" for name, value in how.items() if value)
+    return (
+        f"# A model cut by prunekit\n\n{facts}\n- Which units stay: `plan.json`\n\n{markdown_table(rows(plan))}\n\n"
+        '```python\nimport prunekit as pk\n\nmodel, tokenizer = pk.load("THIS FOLDER")\n```\n'
+    )

@@ -1,0 +1,71 @@
+"""`prunekit discover`: which parts of a model can be cut."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from prunekit.commands.options import add_command, add_json, add_model, print_json, text_table
+
+if TYPE_CHECKING:
+    from prunekit.discovery import Groups
+
+TEXT = """\
+A unit is the smallest thing that can be removed: an attention head with all its
+rows and columns, a channel of a feed-forward layer. A coupled group holds the
+interchangeable units of one place. Exact groups can be cut so that the smaller
+model computes what the full one does with those units at zero.
+
+example:
+  prunekit discover world
+  prunekit discover path/to/checkpoint --json"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(commands, "discover", run, "Show which parts of a model can be cut, and what is locked.", TEXT)
+    add_model(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, discover, print."""
+    from prunekit.checkpoint import load
+    from prunekit.discovery import discover
+
+    model, _ = load(args.model)
+    groups = discover(model)
+    if args.json:
+        print_json({"model": args.model, **as_dict(groups)})
+        return 0
+    print(f"{args.model}: {groups.n_parameters:,} parameters\n\n{text_table(kind_rows(groups))}")
+    print("\nlocked, so never cut:" if groups.locked else "\nnothing is locked")
+    for what, why in groups.locked.items():
+        print(f"  {what}: {why}")
+    return 0
+
+
+def kind_rows(groups: "Groups") -> list[tuple[object, ...]]:
+    """One row a kind: kind, groups, units a group, units in all, exact."""
+    rows: list[tuple[object, ...]] = [("kind", "groups", "units a group", "units", "exact")]
+    for kind in dict.fromkeys(group.kind for group in groups):
+        found = groups.of_kind(kind)
+        sizes = sorted({group.n_units for group in found})
+        a_group = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        exact = "yes" if all(group.exact for group in found) else "no"
+        rows.append((kind, len(found), a_group, sum(group.n_units for group in found), exact))
+    return rows
+
+
+def as_dict(groups: "Groups") -> dict[str, Any]:
+    """Everything but the indices, as plain values."""
+    found = [
+        {
+            "name": group.name,
+            "kind": group.kind,
+            "layer": group.layer,
+            "n_units": group.n_units,
+            "exact": group.exact,
+            "members": [{"parameter": m.parameter, "dim": m.dim, "width": m.width} for m in group.members],
+        }
+        for group in groups
+    ]
+    return {"n_parameters": groups.n_parameters, "groups": found, "locked": groups.locked}

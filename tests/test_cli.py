@@ -1,0 +1,212 @@
+"""The command line, from end to end on a tiny model, and on a real one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from evaluation_helpers import TEXT, byte_tokenizer, llama
+from shared import shared_path
+from transformers import AutoModelForCausalLM
+
+from prunekit import load
+from prunekit.cli import main
+from prunekit.pruning import PruningPlan
+
+COMMANDS = ("discover", "prune", "recover", "evaluate", "tour", "lab")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A checkpoint folder with a tokenizer, and a text beside it."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    llama(num_key_value_heads=4, num_attention_heads=8, head_dim=4).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder.parent / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(dense):
+    return str(dense.parent / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def cut(dense, text):
+    out = dense.parent / "cut"
+    assert main(["prune", str(dense), "--pruning-ratio", "0.2", "--calibration", text, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def recovered(cut, text):
+    out = cut.parent / "recovered"
+    options = ["--max-steps", "3", "--seq-len", "32", "--r", "2", "--batch-size", "2"]
+    assert main(["recover", str(cut), "--data", text, "--out", str(out), *options]) == 0
+    return out
+
+
+def run_json(capsys, *arguments):
+    capsys.readouterr()
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def logits(folder):
+    model, _ = load(folder)
+    with torch.no_grad():
+        return model(torch.arange(9)[None]).logits
+
+
+def test_discover_prints_groups_and_locks(dense, capsys):
+    assert main(["discover", str(dense)]) == 0
+    out = capsys.readouterr().out
+    assert "kv_head" in out and "ffn_channel" in out and "locked" in out and "embed_tokens" in out
+
+
+def test_discover_as_json(dense, capsys):
+    found = run_json(capsys, "discover", dense)
+    sizes = {(g["kind"], g["n_units"], g["exact"]) for g in found["groups"]}
+    assert {("kv_head", 4, True), ("ffn_channel", 48, True)} <= sizes
+    assert found["locked"] and found["n_parameters"] == sum(p.numel() for p in load(dense)[0].parameters())
+
+
+def test_prune_writes_model_plan_and_card(cut):
+    plan = PruningPlan.load(cut / "plan.json")
+    assert plan.pruning_ratio == pytest.approx(0.2, abs=0.005)
+    assert sum(p.numel() for p in load(cut)[0].parameters()) == plan.n_parameters_kept
+    card = (cut / "README.md").read_text()
+    assert "Taylor" in card and "ffn_channel" in card and f"{plan.n_parameters_kept:,}" in card
+
+
+def test_prune_prints_one_table(dense, tmp_path, capsys):
+    assert main(["prune", str(dense), "--pruning-ratio", ".1", "--importance", "l2", "--out", str(tmp_path / "x")]) == 0
+    captured = capsys.readouterr()
+    assert "parameters" in captured.out and "ffn_channel units" in captured.out and "before" in captured.out
+
+
+def test_prune_as_json_and_by_its_own_plan_again(dense, cut, tmp_path, capsys):
+    found = run_json(capsys, "prune", dense, "--plan", cut / "plan.json", "--out", tmp_path / "again")
+    assert found["n_parameters_kept"] == PruningPlan.load(cut / "plan.json").n_parameters_kept
+    assert found["kinds"]["ffn_channel"]["after"] < found["kinds"]["ffn_channel"]["before"]
+    assert torch.equal(logits(tmp_path / "again"), logits(cut))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--importance", "random", "--seed", "3"),
+        ("--importance", "l1", "--ranking", "global"),
+        ("--importance", "l2", "--of", "units", "--kinds", "ffn_channel", "--round-to", "8"),
+    ],
+)
+def test_prune_takes_its_options(dense, tmp_path, capsys, options):
+    run_json(capsys, "prune", dense, "--pruning-ratio", "0.25", *options, "--out", tmp_path / "x")
+    assert logits(tmp_path / "x").isfinite().all()
+
+
+def test_protected_layer_stays_whole(dense, tmp_path, capsys):
+    options = ("--importance", "l2", "--protect-layers", "0", "--pruning-ratio", "0.1")
+    run_json(capsys, "prune", dense, *options, "--out", tmp_path / "x")
+    assert all(".0." not in name for name in PruningPlan.load(tmp_path / "x" / "plan.json").keep)
+
+
+def test_granularity_changes_the_label(dense, text, tmp_path, capsys):
+    options = ("--granularity", "vector", "--calibration", text, "--n-samples", "2", "--seq-len", "16")
+    found = run_json(capsys, "prune", dense, "--pruning-ratio", "0.1", *options, "--out", tmp_path / "x")
+    assert "vector" in found["notes"]["importance"]
+
+
+def test_even_cut_loads_with_plain_transformers(dense, tmp_path, capsys):
+    options = ("--of", "units", "--importance", "l2", "--pruning-ratio", "0.5")
+    run_json(capsys, "prune", dense, *options, "--out", tmp_path / "x")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert torch.equal(plain(torch.arange(9)[None]).logits, logits(tmp_path / "x"))
+
+
+def test_recover_keeps_the_loss_curve_and_what_was_cut(cut, recovered):
+    log = json.loads((recovered / "recovery.json").read_text())
+    assert len(log["losses"]) == 3
+    assert (recovered / "plan.json").read_text() == (cut / "plan.json").read_text()
+    card = (recovered / "README.md").read_text()
+    assert card.startswith((cut / "README.md").read_text()) and "Recovered" in card
+    assert not torch.equal(logits(cut), logits(recovered))
+
+
+def test_recover_as_json_with_the_papers_preset(cut, text, tmp_path, capsys):
+    options = ("--preset", "paper", "--max-steps", "1", "--seq-len", "32", "--learning-rate", "0.01")
+    found = run_json(capsys, "recover", cut, "--data", text, *options, "--out", tmp_path / "x")
+    assert found["steps"] == 1 and found["loss_first"] == found["loss_last"]
+    assert "batch_size=64" in found["method"] and "learning_rate=0.01" in found["method"]
+
+
+def test_evaluate_sets_models_side_by_side(dense, cut, recovered, text, capsys):
+    assert main(["evaluate", *map(str, (dense, cut, recovered)), "--data", text, "--window", "64"]) == 0
+    captured = capsys.readouterr()
+    head = captured.out.splitlines()[0].split()
+    assert head == ["dense", "cut", "recovered"]
+    assert "perplexity" in captured.out and "macs" in captured.out and "windows of 64" in captured.out
+    assert "no zero_shot" in captured.err
+
+
+def test_evaluate_as_json_by_documents(dense, cut, tmp_path, capsys):
+    stories = tmp_path / "stories.txt"
+    stories.write_text("One day.<|endoftext|>\nAnother one, longer.")
+    options = ("--protocol", "documents", "--separator", "<|endoftext|>", "--metrics", "perplexity")
+    found = run_json(capsys, "evaluate", dense, cut, "--text", stories, *options)
+    assert set(found) == {"dense", "cut"}
+    assert found["cut"]["protocol"]["separator"] == "<|endoftext|>" and found["cut"]["perplexity"] > 1
+
+
+def test_models_of_one_name_keep_their_paths(dense, tmp_path, capsys):
+    twin = tmp_path / "dense"
+    twin.symlink_to(dense)
+    assert set(run_json(capsys, "evaluate", dense, twin, "--metrics", "cost")) == {str(dense), str(twin)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_it_does_and_ends_with_an_example(command, capsys):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"prunekit {command}" in out
+    assert command == "tour" or f"\nexample:\n  prunekit {command}" in out
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"    {command} " in out for command in COMMANDS) and "example:" in out
+
+
+def test_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "prunekit", "prune"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("prunekit: ") and done.stderr.count("\n") == 1 and "--help" in done.stderr
+
+
+def test_lab_starts_on_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "00_start_here.ipynb").write_text("{}")
+    calls = []
+    monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)
+    assert main(["lab", str(tmp_path), "--no-browser", "--port", "8899"]) == 0
+    assert calls == [[sys.executable, "-m", "jupyterlab", str(tmp_path), "--no-browser", "--ServerApp.port=8899"]]
+
+
+def test_tour_gets_its_arguments(monkeypatch):
+    seen = []
+    monkeypatch.setattr("prunekit.tour.main", lambda arguments: seen.append(arguments) or 1)
+    assert main(["tour", "--jobs", "1"]) == 1 and seen == [["--jobs", "1"]]
+
+
+def test_real_model_is_cut_and_recovers(tmp_path, capsys):
+    model, story = shared_path("models", "stories260K"), shared_path("data", "tinystories", "sample_niklas6.txt")
+    out, again = tmp_path / "cut", tmp_path / "recovered"
+    found = run_json(capsys, "prune", model, "--pruning-ratio", "0.2", "--calibration", story, "--out", out)
+    assert found["pruning_ratio"] == pytest.approx(0.2, abs=0.005)
+    run_json(capsys, "recover", out, "--data", story, "--max-steps", "60", "--out", again)
+    heldout = shared_path("data", "tinystories", "sample_cs336.txt")
+    reports = run_json(capsys, "evaluate", model, out, again, "--data", heldout, "--metrics", "perplexity")
+    before, after, recovered = (reports[name]["perplexity"] for name in ("stories260K", "cut", "recovered"))
+    assert before == pytest.approx(6.4, abs=0.2)
+    assert before < recovered < before + (after - before) / 2
