@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch import Tensor
 
@@ -196,9 +197,10 @@ def _steps(
         for stop in _stops(g.n_units, rounding[g.name], min_units):
             units = tuple(order[start:stop])
             worth = sum(values[u] for u in units) / (per_unit * len(units))
-            steps.append(_Step(g, units, stop / g.n_units if ranking == "local" else worth))
+            share = (start + stop) / 2 / g.n_units  # a large unit goes once half of it is due
+            steps.append(_Step(g, units, share if ranking == "local" else worth))
             start = stop
-    return sorted(steps, key=lambda step: step.key)
+    return sorted(steps, key=lambda step: (step.key, step.group.kind))
 
 
 def _parameters_per_unit(groups: Groups, g: CoupledGroup) -> int:
@@ -212,21 +214,30 @@ def _stops(n: int, rounding: int, min_units: int) -> list[int]:
 
 
 def _take_parameters(steps: list[_Step], ratio: float, counter: _Counter) -> list[_Step]:
-    """Go through the steps and take each that the budget still holds."""
+    """Take what the budget holds: first the same step in every layer or in none, then single steps."""
     budget = ratio * counter.total
-    taken: list[_Step] = []
-    closed: set[str] = set()  # a group whose cheapest next step was too dear loses no later unit first
-    for step in steps:
-        if step.group.name in closed:
-            continue
-        if counter.total - counter.left + counter.cost(step) > budget + 0.5:
-            closed.add(step.group.name)
-            continue
-        counter.take(step)
-        taken.append(step)
-    missing = budget - (counter.total - counter.left)
-    if missing > TOLERANCE * counter.total:
+    even = [list(batch) for _, batch in groupby(steps, key=lambda s: (s.key, s.group.kind))]
+    taken = _fill(even, budget, counter)
+    done = set(map(id, taken))
+    taken += _fill([[s] for s in steps if id(s) not in done], budget, counter)
+    if budget - (counter.total - counter.left) > TOLERANCE * counter.total:
         _refuse(steps, taken, ratio, counter)
+    return taken
+
+
+def _fill(batches: list[list[_Step]], budget: float, counter: _Counter) -> list[_Step]:
+    """Go through the batches in order; one that is too dear closes its groups, whose later units must wait."""
+    taken: list[_Step] = []
+    closed: set[str] = set()
+    for batch in batches:
+        cost = sum(counter.cost(step) for step in batch)
+        names = {step.group.name for step in batch}
+        if names & closed or counter.total - counter.left + cost > budget + 0.5:
+            closed |= names
+            continue
+        for step in batch:
+            counter.take(step)
+        taken += batch
     return taken
 
 
