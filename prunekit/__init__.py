@@ -1,20 +1,20 @@
 """prunekit: learn and do structural pruning of large language models.
 
-    model, tokenizer = load("world")
-    groups = discover(model)
-    calib = calibration_set("world", tokenizer, n_samples=16, seq_len=64, seed=0)
-    scores = score(model, groups, Taylor(granularity="element"), calib)
-    small = prune(model, plan(groups, scores, pruning_ratio=0.25))
-    small = recover(small, LoRA(r=8), data)
-    print(evaluate(small, tokenizer, ["perplexity", "zero_shot", "cost"]))
-    save(small, "out/")
+model, tokenizer = load("world")
+groups = discover(model)
+calib = calibration_set("world", tokenizer, n_samples=16, seq_len=64, seed=0)
+scores = score(model, groups, Taylor(granularity="element"), calib)
+small = prune(model, plan(groups, scores, pruning_ratio=0.25))
+small = recover(small, LoRA(r=8), data)
+print(evaluate(small, tokenizer, ["perplexity", "zero_shot", "cost"]))
+save(small, "out/")
 """
 
 from prunekit.calibration import calibration_set
 from prunekit.checkpoint import load, save
 from prunekit.discovery import CoupledGroup, Groups, Member, discover
 from prunekit.errors import PrunekitError
-from prunekit.evaluation import compare, cost, evaluate, perplexity, zero_shot
+from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
 from prunekit.importance import Magnitude, Random, Taylor, score
 from prunekit.pruning import PruningPlan, plan, prune
 from prunekit.recovery import LoRA, recover
@@ -30,9 +30,11 @@ __all__ = [
     "PrunekitError",
     "PruningPlan",
     "Random",
+    "Report",
     "Taylor",
     "calibration_set",
     "compare",
+    "compare_accuracy",
     "cost",
     "discover",
     "evaluate",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -63,7 +64,9 @@ def _check_folder(folder: Path) -> None:
     try:
         json.loads((folder / "config.json").read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PrunekitError(f"{str(folder / 'config.json')!r} is not JSON ({error}); restore it from its source") from None
+        raise PrunekitError(
+            f"{str(folder / 'config.json')!r} is not JSON ({error}); restore it from its source"
+        ) from None
     if not list(folder.glob("*.safetensors")):
         pickled = ", ".join(p.name for p in folder.glob("*.bin")) or "none"
         raise PrunekitError(
@@ -79,13 +82,19 @@ def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) 
         )
     except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own
         raise PrunekitError(
-            f"cannot load {source!r} as a causal language model ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"cannot load {source!r} as a causal language model ({type(error).__name__}: {_first_line(error)}); "
             "give a folder with config.json and safetensors, or a hub id that can be reached"
         ) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]][:4])
-        raise PrunekitError(f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source")
+        raise PrunekitError(
+            f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source"
+        )
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _load_tokenizer(source: str, trust_remote_code: bool) -> Any:  # noqa: ANN401
@@ -97,13 +106,13 @@ def _load_tokenizer(source: str, trust_remote_code: bool) -> Any:  # noqa: ANN40
         raise PrunekitError(f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {error})") from error
 
 
-def _load_cut(folder: Path, dtype: torch.dtype | str) -> nn.Module:
+def _load_cut(folder: Path, dtype: torch.dtype | str) -> Any:  # noqa: ANN401
     saved = json.loads((folder / "config.json").read_text())
     if saved.get("format") != FORMAT:
         raise PrunekitError(f"{str(folder)!r} has format {saved.get('format')!r}; this prunekit reads {FORMAT}")
     config = AutoConfig.for_model(**saved["base_config"])
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     model = prune(model, _recorded_plan(discover(model), saved["keep"]), inplace=True)
     _fill(model, folder)
@@ -117,13 +126,15 @@ def _recorded_plan(groups: Groups, keep: dict[str, list[int]]) -> PruningPlan:
     return PruningPlan(keep, {name: groups[name].n_units for name in keep}, groups.n_parameters, groups.n_parameters)
 
 
-def _fill(model: nn.Module, folder: Path) -> None:
+def _fill(model: Any, folder: Path) -> None:  # noqa: ANN401
     """Give an empty model its weights; tied ones are stored once."""
     state: dict[str, torch.Tensor] = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        state |= load_file(shard)
     try:
+        for shard in sorted(folder.glob("*.safetensors")):
+            state |= load_file(shard)
         model.load_state_dict(state, strict=False, assign=True)
+    except SafetensorError as error:
+        raise PrunekitError(f"the weights in {str(folder)!r} cannot be read ({error}); restore them") from None
     except RuntimeError as error:
         raise PrunekitError(f"the weights in {str(folder)!r} do not fit its config.json: {error}") from None
     model.tie_weights()

@@ -34,11 +34,14 @@ def check_new_folder(out: str | Path) -> Path:
     """The path of an output folder that does not exist yet, or is empty.
 
     Raises:
-        PrunekitError: something stands there.
+        PrunekitError: something stands there, or nothing could be written there.
     """
     path = Path(out)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise PrunekitError(f"{str(out)!r} exists; choose a new folder, or remove it first")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PrunekitError(f"cannot write to {str(path.parent)!r}; choose a folder that you may write to")
     return path
 
 

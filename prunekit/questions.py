@@ -37,7 +37,7 @@ class Task:
         name: what the report calls it.
         form: the published task whose form it takes, such as `"boolq"`.
         questions: at least one.
-        normalize: score per byte of the choice (lm-evaluation-harness's `acc_norm`) where True, the
+        normalize: score per character of the choice (lm-evaluation-harness's `acc_norm`) where True, the
             plain sum of log-likelihoods (`acc`) where False.
     """
 

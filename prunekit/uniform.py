@@ -108,8 +108,8 @@ def _reads_back(config: Any) -> bool:  # noqa: ANN401
         return False
 
 
-def _same_model(model: nn.Module, config: Any) -> bool:  # noqa: ANN401
-    built = _empty(config)
+def _same_model(model: Any, config: Any) -> bool:  # noqa: ANN401
+    built: Any = _empty(config)
     if built is None or _shapes(built) != _shapes(model) or not _reads_back(config):
         return False
     built.load_state_dict(model.state_dict(), assign=True)

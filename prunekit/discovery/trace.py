@@ -6,7 +6,7 @@ cost nothing (one zero, expanded), so a model of any size is traced without its 
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,13 +215,10 @@ def trace(model: nn.Module) -> Trace:
     result = Trace()
     mode = LabelMode(result)
     watcher = IntegerWatcher(mode)
-    with ExitStack() as stack:
-        for context in (_evaluating(model), torch.no_grad(), free_parameters(model, mode), remembering(model)):
-            stack.enter_context(context)
-        for context in (module_paths(model, mode), watcher, mode):
-            stack.enter_context(context)
+    with _evaluating(model), free_parameters(model, mode), remembering(model), module_paths(model, mode):
         try:
-            output = model(torch.zeros((1, 1), dtype=torch.long), **_options(model.forward))
+            with torch.no_grad(), watcher, mode:
+                output = model(torch.zeros((1, 1), dtype=torch.long), **_options(model.forward))
         except Exception as error:
             raise PrunekitError(
                 f"the model does not run on one token, so its structure cannot be traced: "

@@ -208,7 +208,7 @@ def _record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
     config.prunekit = {"keep": keep}
 
 
-def _base_name(model: nn.Module, name: str) -> str:
+def _base_name(model: Any, name: str) -> str:
     """The group's name in the model under an adapter wrapper, which is what is left after merging."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     prefix = next(path for path, module in model.named_modules() if module is inner)
