@@ -1,5 +1,7 @@
 """The training script of the embedded world: it can be killed and goes on, and it refuses what makes no sense."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,6 +75,13 @@ def test_another_runs_folder_is_refused(tmp_path, config):
     with pytest.raises(PrunekitError, match="'seed': 0.*'seed': 1.*--out"):
         train(tmp_path, Settings(tokens=512, seed=1, batch_size=2, seq_len=32, warmup=2), "cpu", config=config)
     assert (tmp_path / STATE).read_bytes() == before
+
+
+def test_a_run_may_be_resumed_with_another_length(tmp_path, config):
+    train(tmp_path, TINY, "cpu", config=config, minutes=1e-9, evaluate_every=0)
+    shorter = replace(TINY, tokens=3 * 2 * 32)
+    short = train(tmp_path, shorter, "cpu", config=config, evaluate_every=0)
+    assert (tmp_path / "model.safetensors").exists() and short.num_parameters() > 0
 
 
 def test_batches_are_a_function_of_seed_and_step():

@@ -85,7 +85,7 @@ def write_card(folder: Path, model: Any, tokenizer: Any, settings: Any, progress
 
     seen, hidden = zero_shot(model, tokenizer, tasks()), zero_shot(model, tokenizer, tasks(hidden=True)).accuracy()
     rows = [
-        (name, f"{row.accuracy:.1%}", f"{row.chance:.0%}", f"{hidden[name]:.1%}", f"{row.n}")
+        (name, f"{row.accuracy:.1%}", f"{row.chance:.0%}", f"{hidden[name]:.1%}", f"{int(row.n)}")
         for name, row in seen.by("task").iterrows()
         for row in [row.astype(object)]
     ]

@@ -26,7 +26,7 @@ from prunekit.world.tasks import tasks
 from prunekit.world.tokenizer import build_tokenizer
 
 STATE = "training_state.safetensors"
-SECOND_PHASE = 0.615  # share of the run after which documents are mostly passages; the facts sat after 0.3
+SECOND_PHASE = 0.526  # share of the run after which documents are mostly passages; the facts sat after 0.3
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Settings:
         warmup: steps of linear warm-up.
     """
 
-    tokens: int = 6_656_000
+    tokens: int = 7_782_400
     seed: int = 0
     batch_size: int = 16
     seq_len: int = 128
