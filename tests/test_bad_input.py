@@ -122,7 +122,7 @@ OTHERS = {
     "prune without a place": ("prune good --pruning-ratio 0.2", ["--out"]),
     "prune into a full folder": ("prune ./gone --pruning-ratio 0.2 --out full", ["'full' exists", "new folder"]),
     "prune into a file": (
-        "prune good --importance l2 --pruning-ratio 0.2 --out text.txt/x",
+        "prune ./gone --importance l2 --pruning-ratio 0.2 --out text.txt/x",
         ["text.txt", "cannot write"],
     ),
     "recover into a full folder": ("recover ./gone --data text.txt --out full", ["'full' exists", "new folder"]),
