@@ -9,10 +9,6 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from prunekit.discovery.groups import CoupledGroup, Groups
-from prunekit.discovery.partition import find_groups
-from prunekit.discovery.trace import trace
-
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -31,51 +27,53 @@ def plain_config(model: Any) -> Any | None:  # noqa: ANN401
     if record is None:
         return config
     del config.prunekit
-    groups = find_groups(trace(model))
-    changed = {name.rsplit(":")[-1].split("#")[0] for name in record["keep"]}
-    for candidate in _candidates(config, groups, changed):
+    widths = _even_widths(record["keep"], config.num_hidden_layers)
+    shapes = _shapes(model)
+    for candidate in _candidates(config, widths, shapes):
         if _same_model(model, candidate):
             return candidate
     return None
 
 
-def _candidates(config: Any, groups: Groups, changed: set[str]) -> Iterator[Any]:  # noqa: ANN401
-    if not changed <= {"kv_head", "ffn_channel"} or any(not _alike(groups.of_kind(kind)) for kind in changed):
+def _even_widths(keep: dict[str, list[int]], n_layers: int) -> dict[str, int] | None:
+    """Units left a layer, for each kind that was cut; None where layers differ."""
+    widths: dict[str, list[int]] = {}
+    for name, units in keep.items():
+        widths.setdefault(name.rsplit(":")[-1].split("#")[0], []).append(len(units))
+    if any(len(found) != n_layers or len(set(found)) > 1 for found in widths.values()):
+        return None
+    return {kind: found[0] for kind, found in widths.items()}
+
+
+def _candidates(config: Any, widths: dict[str, int] | None, shapes: Shapes) -> Iterator[Any]:  # noqa: ANN401
+    if widths is None or not set(widths) <= {"kv_head", "ffn_channel"}:
         return
     heads = copy.deepcopy(config)
-    if "kv_head" in changed and not _set_heads(heads, groups):
+    if "kv_head" in widths and not _set_heads(heads, widths["kv_head"]):
         return
-    if "ffn_channel" not in changed:
+    if "ffn_channel" not in widths:
         yield heads
         return
-    width = groups.of_kind("ffn_channel")[0].n_units
     for field in _integer_fields(heads):
         candidate = copy.deepcopy(heads)
-        setattr(candidate, field, width)
-        if _fits_one_layer(candidate, groups):
+        setattr(candidate, field, widths["ffn_channel"])
+        if _fits_one_layer(candidate, shapes):
             yield candidate
 
 
-def _alike(groups: tuple[CoupledGroup, ...]) -> bool:
-    return len({(g.n_units, tuple((m.dim, m.width) for m in g.members)) for g in groups}) == 1
-
-
-def _set_heads(config: Any, groups: Groups) -> bool:  # noqa: ANN401
+def _set_heads(config: Any, n_kv_heads: int) -> bool:  # noqa: ANN401
     """Head counts by their standard names; False where the family has no head size of its own."""
-    group = groups.of_kind("kv_head")[0]
     queries, keys = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if queries is None or getattr(config, "head_dim", None) is None:
         return False
-    per_group = queries // (keys or queries)
     if keys is not None:
-        config.num_key_value_heads = group.n_units
-    config.num_attention_heads = group.n_units * per_group
+        config.num_key_value_heads = n_kv_heads
+    config.num_attention_heads = n_kv_heads * (queries // (keys or queries))
     return True
 
 
 def _integer_fields(config: Any) -> list[str]:  # noqa: ANN401
-    fields = config.to_dict()
-    return [name for name, value in fields.items() if type(value) is int or (value is None and "size" not in name)]
+    return [name for name, value in config.to_dict().items() if value is None or type(value) is int]
 
 
 def _empty(config: Any) -> nn.Module | None:  # noqa: ANN401
@@ -92,11 +90,11 @@ def _shapes(model: nn.Module) -> Shapes:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def _fits_one_layer(config: Any, groups: Groups) -> bool:  # noqa: ANN401
+def _fits_one_layer(config: Any, shapes: Shapes) -> bool:  # noqa: ANN401
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
     built = _empty(small)
-    return built is not None and all(groups.shapes.get(name) == shape for name, shape in _shapes(built).items())
+    return built is not None and all(shapes.get(name) == shape for name, shape in _shapes(built).items())
 
 
 def _reads_back(config: Any) -> bool:  # noqa: ANN401
