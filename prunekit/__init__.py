@@ -1,25 +1,43 @@
 """prunekit: learn and do structural pruning of large language models.
 
-model, tokenizer = load("world")
-groups = discover(model)
-calib = calibration_set("world", tokenizer, n_samples=16, seq_len=64, seed=0)
-scores = score(model, groups, Taylor(granularity="element"), calib)
-small = prune(model, plan(groups, scores, pruning_ratio=0.25))
-small = recover(small, LoRA(r=8), data)
-print(evaluate(small, tokenizer, ["perplexity", "zero_shot", "cost"]))
-save(small, "out/")
+The pipe, whole::
+
+    model, tokenizer = load("world")
+    groups = discover(model)
+    calib = calibration_set("world", tokenizer, n_samples=16, seq_len=64, seed=0)
+    scores = score(model, groups, Taylor(granularity="element"), calib)
+    small = prune(model, plan(groups, scores, pruning_ratio=0.25))
+    small = recover(small, LoRA(r=8), data)
+    print(evaluate(small, tokenizer, ["perplexity", "zero_shot", "cost"]))
+    save(small, "out/")
 """
 
-from prunekit.calibration import calibration_set
-from prunekit.checkpoint import load, save
-from prunekit.discovery import CoupledGroup, Groups, Member, discover
-from prunekit.errors import PrunekitError
-from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
-from prunekit.importance import Magnitude, Random, Taylor, score
-from prunekit.pruning import PruningPlan, plan, prune
-from prunekit.recovery import LoRA, recover
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunekit.calibration import calibration_set
+    from prunekit.checkpoint import load, save
+    from prunekit.discovery import CoupledGroup, Groups, Member, discover
+    from prunekit.errors import PrunekitError
+    from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
+    from prunekit.importance import Magnitude, Random, Taylor, score
+    from prunekit.pruning import PruningPlan, plan, prune
+    from prunekit.recovery import LoRA, recover
 
 __version__ = "0.1.0"
+
+# Rooms are opened when something in them is asked for, so that `prunekit --help` does not wait for torch.
+_ROOMS = {
+    "calibration": ("calibration_set",),
+    "checkpoint": ("load", "save"),
+    "discovery": ("CoupledGroup", "Groups", "Member", "discover"),
+    "errors": ("PrunekitError",),
+    "evaluation": ("Report", "compare", "compare_accuracy", "cost", "evaluate", "perplexity", "zero_shot"),
+    "importance": ("Magnitude", "Random", "Taylor", "score"),
+    "pruning": ("PruningPlan", "plan", "prune"),
+    "recovery": ("LoRA", "recover"),
+}
 
 __all__ = [
     "CoupledGroup",
@@ -47,3 +65,16 @@ __all__ = [
     "score",
     "zero_shot",
 ]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    for room, names in _ROOMS.items():
+        if name in names:
+            found = getattr(import_module(f"prunekit.{room}"), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module 'prunekit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -201,5 +201,10 @@ def test_a_plain_checkpoint_with_missing_weights_is_refused(tmp_path):
         load(tmp_path / "out")
 
 
-def test_the_public_vocabulary_is_whole():
-    assert all(hasattr(pk, name) for name in pk.__all__)
+def test_the_public_vocabulary_is_whole_and_opens_no_room_unasked():
+    assert all(hasattr(pk, name) for name in pk.__all__) and set(pk.__all__) <= set(dir(pk))
+    assert sorted(name for names in pk._ROOMS.values() for name in names) == sorted(pk.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nowhere'"):
+        pk.nowhere  # noqa: B018
+    quick = "import sys, prunekit.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", quick], timeout=60).returncode == 0

@@ -62,7 +62,9 @@ def importance_from_name(name: str, **options: Any) -> Importance:
     try:
         return IMPORTANCES[name](**options)
     except TypeError as error:
-        raise PrunekitError(f"importance {name!r} does not take {', '.join(options)}: {error}") from error
+        raise PrunekitError(
+            f"importance {name!r} does not take {', '.join(options)}; leave it out, or choose taylor"
+        ) from error
 
 
 def score(
