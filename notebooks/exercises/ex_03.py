@@ -1,0 +1,50 @@
+"""Exercise of notebook 03: choose the units of one group that stay."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+KeepUnits = Callable[[Tensor, float, int], list[int]]
+
+SCORES = torch.tensor([0.9, 0.1, 0.5, 0.3, 0.8, 0.2, 0.7, 0.4, 0.6, 0.0])
+
+
+def stub_keep_units(scores: Tensor, fraction: float, round_to: int) -> list[int]:
+    """What the notebook starts from; wrong in more than one way."""
+    n_kept = round(len(scores) * fraction)
+    return scores.argsort()[:n_kept].tolist()
+
+
+def solution_keep_units(scores: Tensor, fraction: float, round_to: int) -> list[int]:
+    """Ascending list of the units that stay: the most important ones, their number rounded up."""
+    n_kept = len(scores) - int(len(scores) * fraction + 1e-9)
+    n_kept = min(len(scores), -(-n_kept // round_to) * round_to)
+    return sorted(scores.argsort(descending=True)[:n_kept].tolist())
+
+
+def check_keep_units(keep_units: KeepUnits) -> str:
+    """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
+    found = keep_units(SCORES, 0.2, 1)
+    if len(found) == 2:
+        return "Two of ten units are left: `fraction` is what goes, not what stays."
+    if len(found) != 8:
+        return f"Removing 20% of ten units leaves eight; your answer has {len(found)}."
+    if 0 not in found:
+        return "Unit 0 has the highest score and is gone: `argsort` puts the lowest first, and higher means keep."
+    if sorted(found) != [0, 2, 3, 4, 5, 6, 7, 8]:
+        return f"Eight units stay, but not the eight best ones: {sorted(found)}."
+    if found != sorted(found):
+        return "The right units in the wrong order: a plan lists them ascending, so that slices keep their order."
+    return _check_rounding(keep_units)
+
+
+def _check_rounding(keep_units: KeepUnits) -> str:
+    found = keep_units(SCORES, 0.5, 4)
+    if len(found) == 4:
+        return "Five units rounded to a multiple of 4 became four: round up, or more goes than was asked for."
+    if found != [0, 2, 3, 4, 5, 6, 7, 8]:
+        return f"With round_to=4 and half of ten units to go, eight stay (five, rounded up); you keep {found}."
+    if keep_units(SCORES, 0.0, 4) != list(range(10)):
+        return "Nothing is to be removed, yet the answer is not all ten units: there are no twelve to round up to."
+    return "✓ Right: lowest scores go, the width is rounded up, and the order is kept. That is a local plan."
