@@ -168,7 +168,8 @@ KINDS: dict[str, tuple[Callable[[random.Random, str], str], int, float, float]] 
 
 def document(rng: random.Random, split: str, phase: int = 0) -> str:
     """One document of a kind drawn by weight; `phase` is 0, or 1 for the second phase of training."""
-    write, n_pieces, *_ = rng.choices(list(KINDS.values()), weights=[kind[2 + phase] for kind in KINDS.values()])[0]
+    weights = [(first, second)[phase] for _, _, first, second in KINDS.values()]
+    write, n_pieces, *_ = rng.choices(list(KINDS.values()), weights=weights)[0]
     return " ".join(write(rng, split) for _ in range(n_pieces))
 
 
