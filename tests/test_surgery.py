@@ -50,9 +50,11 @@ def test_cut_equals_zero_for_random_units(name, attention, seed):
 def test_a_quarter_cut_equals_zero_in_place_and_generates_through_the_cache(name):
     model, groups = FAMILIES[name].model(), groups_of(name)
     plan = random_plan(groups, DEFAULT, random.Random(1), share=0.25)
+    uncut, n_parameters = logits(model), sum(p.numel() for p in model.parameters())
     zeroed = logits(zero_units(FAMILIES[name].model(), groups, plan))
     small = prune(model, plan, inplace=True)
-    assert small is model
+    assert small is model and sum(p.numel() for p in small.parameters()) < 0.95 * n_parameters
+    assert relative_difference(zeroed, uncut) > 1e-4  # the units did something
     assert relative_difference(logits(small), zeroed) < 1e-12
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     cached = small.generate(input_ids=tokens(1, 5), use_cache=True, **options)
