@@ -47,12 +47,14 @@ def load(
         PrunekitError: there is no checkpoint, or only a pickled one.
     """
     if str(source) == "world" and not Path(source).exists():
-        return load_world()
+        model, tokenizer = load_world()
+        return _in_dtype(model, dtype), tokenizer
     folder = Path(source)
     if folder.exists():
         _check_folder(folder)
         if json.loads((folder / "config.json").read_text()).get("model_type") == MODEL_TYPE:
-            return _load_cut(folder, dtype).eval(), _load_tokenizer(str(source), trust_remote_code)
+            model = _load_cut(folder, dtype).eval()
+            return model, _load_tokenizer(str(source), trust_remote_code, model.config)
     elif folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
         raise PrunekitError(f"{str(source)!r} does not exist; give a checkpoint folder, a hub id or 'world'")
     return _load_plain(str(source), dtype, trust_remote_code).eval(), _load_tokenizer(str(source), trust_remote_code)
@@ -97,11 +99,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def _load_tokenizer(source: str, trust_remote_code: bool) -> Any:  # noqa: ANN401
+def _load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> Any:  # noqa: ANN401
     if Path(source).is_dir() and not list(Path(source).glob("tokenizer*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise PrunekitError(f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {error})") from error
 
@@ -110,16 +112,33 @@ def _load_cut(folder: Path, dtype: torch.dtype | str) -> Any:  # noqa: ANN401
     saved = json.loads((folder / "config.json").read_text())
     if saved.get("format") != FORMAT:
         raise PrunekitError(f"{str(folder)!r} has format {saved.get('format')!r}; this prunekit reads {FORMAT}")
-    config = AutoConfig.for_model(**saved["base_config"])
-    with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    model = prune(model, _recorded_plan(discover(model), saved["keep"]), inplace=True)
+    model = _cut_again(saved["base_config"], saved["stages"])
     _fill(model, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(folder)
-    return model if dtype == "auto" else model.to(dtype)
+    return _in_dtype(model, dtype)
+
+
+def _cut_again(base_config: dict[str, Any], stages: list[dict[str, list[int]]]) -> Any:  # noqa: ANN401
+    """The uncut model, built without weights, with every recorded cut made again in order."""
+    with init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config))
+    model.tie_weights()
+    for keep in stages:
+        model = prune(model, _recorded_plan(discover(model), keep), inplace=True)
+    return model
+
+
+def _in_dtype(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
+    """Weights in another dtype; buffers, such as rotary frequencies, keep their own, as in a plain load."""
+    if dtype != "auto":
+        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(wanted, torch.dtype):
+            raise PrunekitError(f"dtype={dtype!r} is not known; give 'auto' or one such as torch.float32 or 'float16'")
+        for p in model.parameters():
+            p.data = p.data.to(wanted)
+    return model
 
 
 def _recorded_plan(groups: Groups, keep: dict[str, list[int]]) -> PruningPlan:
@@ -162,14 +181,16 @@ def save(
         The folder.
 
     Raises:
-        PrunekitError: `out` exists or cannot be written, or adapters are not merged.
+        PrunekitError: `out` exists or cannot be written, adapters are not merged, or the model is not what its
+            recorded cuts lead to.
     """
     check_new_folder(out)
     if hasattr(model, "peft_config"):
         raise PrunekitError("the model still carries adapters; call merge_and_unload() on it and save the result")
     config = plain_config(model)
+    cut = _cut_config(model) if config is None else None
     with new_folder(out) as folder:
-        _write_model(model, config, folder)
+        _write_model(model, config, cut, folder)
         tokenizer = tokenizer if tokenizer is not None else _tokenizer_beside(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -178,9 +199,9 @@ def save(
     return Path(out)
 
 
-def _write_model(model: Any, config: Any, folder: Path) -> None:  # noqa: ANN401
-    if config is None:
-        _write_cut(model, folder)
+def _write_model(model: Any, config: Any, cut: dict[str, Any] | None, folder: Path) -> None:  # noqa: ANN401
+    if cut is not None:
+        _write_cut(model, cut, folder)
         return
     mine = model.config
     try:
@@ -190,16 +211,27 @@ def _write_model(model: Any, config: Any, folder: Path) -> None:  # noqa: ANN401
         model.config = mine
 
 
-def _write_cut(model: Any, folder: Path) -> None:  # noqa: ANN401
-    """Weights under the names of `named_parameters()`, tied ones once; save_pretrained renames some."""
+def _cut_config(model: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What config.json says of a cut model, proved by building it again.
+
+    Raises:
+        PrunekitError: the record does not lead to this model.
+    """
     base = copy.deepcopy(model.config)
     del base.prunekit
-    cut = {
-        "model_type": MODEL_TYPE,
-        "format": FORMAT,
-        "keep": model.config.prunekit["keep"],
-        "base_config": base.to_dict() | {"architectures": [type(model).__name__]},
-    }
+    described = base.to_dict() | {"architectures": [type(model).__name__]}
+    stages = model.config.prunekit["stages"]
+    try:
+        again = {name: p.shape for name, p in _cut_again(described, stages).named_parameters()}
+    except Exception as error:  # code that came with a checkpoint, or a configuration its family refuses
+        raise PrunekitError(f"this cut model cannot be rebuilt from its record, so it is not saved: {error}") from error
+    if again != {name: p.shape for name, p in model.named_parameters()}:
+        raise PrunekitError("this model's shapes are not those of its recorded cuts; it was changed by other means")
+    return {"model_type": MODEL_TYPE, "format": FORMAT, "stages": stages, "base_config": described}
+
+
+def _write_cut(model: Any, cut: dict[str, Any], folder: Path) -> None:  # noqa: ANN401
+    """Weights under the names of `named_parameters()`, tied ones once; save_pretrained renames some."""
     (folder / "config.json").write_text(json.dumps(cut, indent=1))
     parameters = {id(p) for p in model.parameters()}
     persistent = {n: t for n, t in model.state_dict(keep_vars=True).items() if id(t) not in parameters}

@@ -37,7 +37,8 @@ def check_new_folder(out: str | Path) -> Path:
         PrunekitError: something stands there, or nothing could be written there.
     """
     path = Path(out)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and (not empty or path.is_mount() or path.name in ("", "..")):
         raise PrunekitError(f"{str(out)!r} exists; choose a new folder, or remove it first")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):

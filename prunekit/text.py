@@ -117,7 +117,8 @@ def _read_file(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            return [_text_of(json.loads(line)) for line in text.splitlines() if line.strip()]
+            lines = text.split("\n")  # not splitlines: a JSON text may hold other line breaks
+            return [_text_of(json.loads(line)) for line in lines if line.strip()]
         if path.suffix == ".json":
             records = json.loads(text)
             return [_text_of(record) for record in (records if isinstance(records, list) else [records])]

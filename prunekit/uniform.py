@@ -27,7 +27,8 @@ def plain_config(model: Any) -> Any | None:  # noqa: ANN401
     if record is None:
         return config
     del config.prunekit
-    widths = _even_widths(record["keep"], config.num_hidden_layers)
+    left = {name: units for stage in record["stages"] for name, units in stage.items()}
+    widths = _even_widths(left, config.num_hidden_layers)
     shapes = _shapes(model)
     for candidate in _candidates(config, widths, shapes):
         if _same_model(model, candidate):

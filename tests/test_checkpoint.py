@@ -96,10 +96,34 @@ def test_a_loaded_cut_can_be_cut_saved_and_loaded_again(tmp_path):
     assert torch.equal(logits(load(tmp_path / "two")[0]), logits(small))
 
 
+def test_cuts_of_overlapping_groups_are_made_again_in_order(tmp_path):
+    once = prune(
+        FAMILIES["llama_gqa"].model(dtype=torch.float32),
+        plan_keeping(discover(FAMILIES["llama_gqa"].model()), {"model.layers.0.self_attn:kv_head": [1, 2, 3]}),
+    )
+    small = prune(once, plan_keeping(discover(once), {"model.layers.0.self_attn:query_head": [1, 3, 5]}))
+    save(small, tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out")[0]), logits(small))
+
+
+def test_a_model_changed_by_other_means_is_not_saved(tmp_path):
+    small = cut("llama_mha", uneven=True)
+    small.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 99, bias=False)
+    with pytest.raises(PrunekitError, match="changed by other means"):
+        save(small, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_dtype_is_the_checkpoints_unless_told(tmp_path):
     save(cut("llama_mha", uneven=True, dtype=torch.float16), tmp_path / "out")
     assert {p.dtype for p in load(tmp_path / "out")[0].parameters()} == {torch.float16}
-    assert {p.dtype for p in load(tmp_path / "out", dtype=torch.float32)[0].parameters()} == {torch.float32}
+    for dtype in (torch.float32, "float32"):
+        again = load(tmp_path / "out", dtype=dtype)[0]
+        assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert {b.dtype for b in load(tmp_path / "out")[0].buffers()} == {torch.float32}
+    assert load("world", dtype=torch.float16)[0].dtype == torch.float16
+    with pytest.raises(PrunekitError, match="dtype='float99' is not known"):
+        load(tmp_path / "out", dtype="float99")
 
 
 def test_the_tokenizer_travels_along(tmp_path):
@@ -179,7 +203,7 @@ def _change_config(folder, **changes):
         (_drop_a_weight, "lacks the weights of model.layers.0.mlp.up_proj.weight"),
         (_widen_a_weight, "do not fit its config.json"),
         (lambda f: _change_config(f, format=99), "has format 99"),
-        (lambda f: _change_config(f, keep={"nowhere:kv_head": [0]}), "no group is called 'nowhere:kv_head'"),
+        (lambda f: _change_config(f, stages=[{"nowhere:kv_head": [0]}]), "no group is called 'nowhere:kv_head'"),
     ],
 )
 def test_a_broken_checkpoint_is_refused_by_name(change, message, tmp_path):

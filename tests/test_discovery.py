@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from prunekit import PrunekitError, discover
 from prunekit.discovery.labels import LabelGraph, varying_dims
 from prunekit.discovery.remembered import Remembered, remembering
-from prunekit.discovery.trace import trace
+from prunekit.discovery.tracing import trace
 
 EVERY = pytest.mark.parametrize("name", FAMILIES)
 
@@ -192,6 +192,36 @@ def test_a_constant_that_differs_by_channel_pins_them():
 
     groups = discover(_llama_with_activation(Scaled()))
     assert "differs from channel to channel" in groups.locked["model.layers.0.mlp.up_proj.weight[dim 0]"]
+
+
+class Signed(nn.Module):
+    """Multiplies by ones, half of which were overwritten: no constant of equal values any more."""
+
+    def forward(self, x):
+        signs = torch.ones_like(x)
+        signs[..., 1::2] = -1
+        return x * signs
+
+
+def test_a_constant_that_was_written_to_is_no_longer_uniform():
+    assert not [g for g in discover(_llama_with_activation(Signed())).of_kind("ffn_channel") if g.layer == 0]
+
+
+def test_what_never_runs_is_locked():
+    model = _llama_with_activation(nn.ReLU())
+    model.model.layers[0].unused = nn.Linear(8, 12)
+    groups = discover(model)
+    assert "takes no part" in groups.locked["model.layers.0.unused.weight[dim 0]"]
+    assert not any("unused" in g.name for g in groups)
+
+
+def test_the_value_that_pads_is_no_label():
+    class Padded(nn.Module):
+        def forward(self, x):
+            return nn.functional.pad(torch.relu(x), (1, 0), value=15.0)[..., 1:]
+
+    groups = discover(_llama_with_activation(Padded()))
+    assert groups["model.layers.0.mlp:ffn_channel"].n_units == 96 and groups.of_kind("hidden")[0].n_units == 64
 
 
 def test_low_rank_projections_are_called_rank():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -44,6 +45,8 @@ def test_a_budget_is_met_within_half_a_percent_or_refused(name, ratio, ranking, 
         made = plan(groups, random_scores(groups, seed), ratio, ranking=ranking, round_to={"ffn_channel": round_to})
     except PrunekitError as error:
         assert "cannot be met" in str(error)
+        advice = float(re.search(r"(?:at most|ask for) (0\.\d+)", str(error)).group(1))
+        plan(groups, random_scores(groups, seed), advice, ranking=ranking, round_to={"ffn_channel": round_to})
         return
     assert abs(made.pruning_ratio - ratio) <= TOLERANCE
     assert made.n_parameters_kept == counted(groups, made)
@@ -113,7 +116,7 @@ def test_protected_layers_and_kinds_stay_whole():
 def test_at_least_one_unit_stays():
     made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.999, of="units")
     assert all(made.keep.values())
-    more = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.999, of="units", min_units=2)
+    more = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.5, of="units", min_units=2)
     assert min(map(len, more.keep.values())) == 2
 
 
@@ -146,6 +149,11 @@ def test_a_ratio_that_is_no_fraction_is_refused(ratio):
         ({"kinds": ["heads"]}, "kind='heads' is not known; choose one of 'kv_head'"),
         ({"protect_layers": [9]}, "protect_layers names 9; this model has layers 0 to 1"),
         ({"round_to": 0}, "round_to=0 is not allowed"),
+        ({"kinds": []}, "kinds is empty"),
+        (
+            {"of": "units", "round_to": {"kv_head": 99}},
+            "units of .* cannot go: round_to or min_units lets at most 0.0000",
+        ),
         ({"kinds": ["kv_head", "query_head"]}, "give kinds that do not overlap"),
     ],
 )

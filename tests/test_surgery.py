@@ -111,12 +111,12 @@ def test_layers_may_keep_different_numbers_and_print_their_true_widths():
     assert "Linear(in_features=2, out_features=64" in repr(llama)
 
 
-def test_pruning_twice_composes_and_is_recorded_in_units_of_the_uncut_model():
+def test_pruning_twice_composes_and_is_recorded_cut_after_cut():
     model, groups = FAMILIES["llama_mha"].model(), groups_of("llama_mha")
     name = "model.layers.0.mlp:ffn_channel"
     once = prune(model, plan_keeping(groups, {name: list(range(1, 96, 2))}))
     twice = prune(once, plan_keeping(discover(once), {name: [0, 10, 47]}))
-    assert twice.config.prunekit["keep"] == {name: [1, 21, 95]}
+    assert twice.config.prunekit["stages"] == [{name: list(range(1, 96, 2))}, {name: [0, 10, 47]}]
     assert not hasattr(model.config, "prunekit")
     direct = prune(model, plan_keeping(groups, {name: [1, 21, 95]}))
     assert torch.equal(logits(twice), logits(direct))
@@ -199,6 +199,22 @@ def test_the_second_trace_refuses_what_cannot_run():
     model.model.layers[1].mlp = Stubborn()
     plan = plan_keeping(discover(model), {"model.layers.1.mlp:ffn_channel": list(range(24))})
     with pytest.raises(PrunekitError, match="nothing was changed: the model does not run"):
+        prune(model, plan)
+
+
+class Averaging(nn.Module):
+    """Scales by a number computed from its width."""
+
+    def forward(self, x):
+        return torch.relu(x) * x.shape[-1] ** -0.5
+
+
+def test_a_scale_computed_from_the_width_is_refused():
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                         num_attention_heads=8, vocab_size=48))  # fmt: skip
+    model.model.layers[1].mlp.act_fn = Averaging()
+    plan = plan_keeping(discover(model), {"model.layers.1.mlp:ffn_channel": list(range(24))})
+    with pytest.raises(PrunekitError, match="a number that it computes from a width"):
         prune(model, plan)
 
 

@@ -228,10 +228,11 @@ def as_dict(args: argparse.Namespace, plan: "PruningPlan") -> dict[str, Any]:
 
 def card(args: argparse.Namespace, plan: "PruningPlan") -> str:
     """The model card: what was cut, how, and how to load the rest."""
+    read = args.calibration and (args.importance or "taylor").startswith("taylor")
     how = {
         "Made from": f"`{args.model}`",
         "Importance": plan.notes.get("importance"),
-        "Calibration": args.calibration and f"{args.n_samples} windows of {args.seq_len} tokens, seed {args.seed}",
+        "Calibration": read and f"{args.n_samples} windows of {args.seq_len} tokens, seed {args.seed}",
         "Ranking": plan.notes.get("ranking"),
     }
     facts = "\n".join(f"- {name}: {value}" for name, value in how.items() if value)

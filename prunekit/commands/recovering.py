@@ -103,9 +103,8 @@ def first_and_last(log: "RecoveryLog") -> tuple[float, float]:
 def files(args: argparse.Namespace, log: "RecoveryLog") -> dict[str, str]:
     """The loss curve, and what stood beside the cut model: its plan, and its card with a section added."""
     folder = Path(args.model)
-    carried = {
-        name: (folder / name).read_text(encoding="utf-8") for name in CARRIED if (folder / "plan.json").is_file()
-    }
+    here = [name for name in CARRIED if (folder / "plan.json").is_file() and (folder / name).is_file()]
+    carried = {name: (folder / name).read_text(encoding="utf-8") for name in here}
     first, last = first_and_last(log)
     section = (
         f"\n## Recovered\n\n`{log.method}` on {log.n_tokens:,} tokens, {len(log.losses)} steps: "

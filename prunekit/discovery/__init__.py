@@ -4,7 +4,7 @@ from torch import nn
 
 from prunekit.discovery.groups import KINDS, CoupledGroup, Groups, Member
 from prunekit.discovery.partition import find_groups
-from prunekit.discovery.trace import trace
+from prunekit.discovery.tracing import trace
 
 __all__ = ["KINDS", "CoupledGroup", "Groups", "Member", "discover"]
 

@@ -13,7 +13,7 @@ from prunekit.discovery.labels import CONSTANT, LOCKED, along, varying_dims
 from prunekit.discovery.rules import Operand, combine, contract, reduce_labels
 
 if TYPE_CHECKING:
-    from prunekit.discovery.trace import LabelMode
+    from prunekit.discovery.tracing import LabelMode
 
 aten = torch.ops.aten
 
@@ -126,6 +126,8 @@ def move(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa:
     if any(s.parameter for s in sources) and not all(len(s.planes) == 1 for s in sources if s.planes):
         return _move_parameters(mode, func, args, kwargs, sources)
     planes = [s.planes[0] if s.planes else torch.zeros(s.shape, dtype=torch.long) for s in sources]
+    if func.overloadpacket is aten.constant_pad_nd:
+        rest = rest[:1]  # what is padded with is a constant, whatever its value
     moved = func(planes if isinstance(data, (list, tuple)) else planes[0], *rest, **kwargs)
     result = func(*args, **kwargs)
     mode.mark(result, _own_duplicates(mode, planes, moved))

@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.discovery.labels import ACTIVATION, LOCKED, SCORE, STATISTIC, LabelGraph
-from prunekit.discovery.trace import Trace
+from prunekit.discovery.tracing import Trace
 
 Ints = NDArray[np.int64]
 
@@ -201,7 +201,7 @@ def _fresh(levels: list[_Level], number: int, sites: Sites) -> NDArray[np.bool_]
         merged = np.zeros(len(fresh), np.bool_)
         merged[label[sites.node][below != first[label[sites.node]]]] = True
         fresh &= merged
-    return fresh
+    return fresh & (np.bincount(label, minlength=len(fresh)) > 1)  # one lone node touches nothing
 
 
 def _assemble(

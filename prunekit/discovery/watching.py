@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from prunekit.discovery.remembered import Attribute, Key, Operation, Remembered
 
 if TYPE_CHECKING:
-    from prunekit.discovery.trace import LabelMode
+    from prunekit.discovery.tracing import LabelMode
 
 
 SHAPE = "shape"  # holder of the sizes that code reads off tensors
@@ -201,18 +201,19 @@ def attention(
         query: (..., n_heads, seq, d_head).
         key: (..., n_kv_heads, seq, d_head).
         value: (..., n_kv_heads, seq, d_head).
-        attn_mask: added to the scores; a boolean mask is taken as such.
+        attn_mask: added to the scores; where a boolean mask is False, scores are masked.
         dropout_p: ignored: the trace runs in evaluation mode.
         is_causal: ignored: there is one token.
-        scale: ignored: labels do not depend on it.
+        scale: of the scores; 1/√d_head by default. Labels do not depend on it, but the proof of a cut does.
         enable_gqa: repeat key and value heads up to the number of query heads.
     """
     if enable_gqa and key.size(-3) != query.size(-3):
         repeats = query.size(-3) // key.size(-3)
         key, value = (_repeat_heads(t, repeats) for t in (key, value))
     scores = query @ key.transpose(-2, -1)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask
+    scores = scores * (query.size(-1) ** -0.5 if scale is None else scale)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -1.0) if attn_mask.dtype == torch.bool else scores + attn_mask
     return torch.softmax(scores, -1) @ value
 
 

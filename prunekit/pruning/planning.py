@@ -1,7 +1,7 @@
 """From scores to a plan that meets a budget."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,6 +12,7 @@ from prunekit.errors import PrunekitError
 from prunekit.pruning.plans import PruningPlan
 
 TOLERANCE = 0.005  # of the model's parameters
+DEFAULT_KINDS = ("kv_head", "ffn_channel")
 
 Ratio = float | Mapping[str, float]
 
@@ -60,7 +61,7 @@ def plan(
     *,
     of: str = "parameters",
     ranking: str = "local",
-    kinds: Iterable[str] = ("kv_head", "ffn_channel"),
+    kinds: Iterable[str] | None = None,
     protect_layers: Iterable[int] = (),
     round_to: int | Mapping[str, int] = 1,
     min_units: int = 1,
@@ -78,7 +79,7 @@ def plan(
             `of="units"` of the units, and it may then be a mapping kind → fraction.
         of: `"parameters"` or `"units"`.
         ranking: `"local"` or `"global"`.
-        kinds: kinds of groups that may be cut.
+        kinds: kinds of groups that may be cut; by default the exact ones of `"kv_head"` and `"ffn_channel"`.
         protect_layers: layers whose groups stay whole, counted from 0.
         round_to: what is kept of a cut group is a multiple of this; an int or kind → int.
         min_units: units every group keeps at least.
@@ -92,9 +93,9 @@ def plan(
     Source: LLM-Pruner (Ma et al. 2023), local and global selection. Differs: its global mode compares head
     sums with single channels and so never removes a head; here scores are taken per parameter.
     """
-    fractions = _check_ratio(pruning_ratio, of, tuple(kinds))
+    fractions = _check_ratio(pruning_ratio, of, DEFAULT_KINDS if kinds is None else tuple(kinds))
     _check_choice("ranking", ranking, ("local", "global"))
-    candidates = _candidates(groups, scores, tuple(fractions), tuple(protect_layers))
+    candidates = _candidates(groups, scores, tuple(fractions), tuple(protect_layers), exact_only=kinds is None)
     rounding = {g.name: _rounding(round_to, g) for g in candidates}
     steps = _steps(groups, candidates, scores, ranking, rounding, min_units)
     counter = _Counter(groups)
@@ -121,6 +122,8 @@ def _by_group(taken: list[_Step], candidates: list[CoupledGroup]) -> dict[str, s
 def _check_ratio(ratio: Ratio, of: str, kinds: tuple[str, ...]) -> dict[str, float]:
     """Fraction for each kind that may be cut."""
     _check_choice("of", of, ("parameters", "units"))
+    if not kinds:
+        raise PrunekitError(f"kinds is empty; give at least one of {', '.join(KINDS)}")
     for kind in (*kinds, *(ratio if isinstance(ratio, Mapping) else ())):
         _check_choice("kind", kind, KINDS)
     if isinstance(ratio, Mapping):
@@ -141,14 +144,22 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _candidates(
-    groups: Groups, scores: Mapping[str, Tensor], kinds: tuple[str, ...], protected: tuple[int, ...]
+    groups: Groups,
+    scores: Mapping[str, Tensor],
+    kinds: tuple[str, ...],
+    protected: tuple[int, ...],
+    *,
+    exact_only: bool,
 ) -> list[CoupledGroup]:
     layers = {g.layer for g in groups}
     for layer in protected:
         if layer not in layers:
             known = sorted(number for number in layers if number is not None)
-            raise PrunekitError(f"protect_layers names {layer!r}; this model has layers {known[0]} to {known[-1]}")
+            span = f"layers {known[0]} to {known[-1]}" if known else "no numbered layers"
+            raise PrunekitError(f"protect_layers names {layer!r}; this model has {span}")
     found = [g for g in groups.of_kind(*kinds) if g.layer is None or g.layer not in protected]
+    if exact_only:
+        found = [g for g in found if g.exact]
     owner: dict[tuple[str, int], str] = {}
     for g in found:
         _check_scores(g, scores)
@@ -242,7 +253,7 @@ def _fill(batches: list[list[_Step]], budget: float, counter: _Counter) -> list[
 
 
 def _refuse(steps: list[_Step], taken: list[_Step], ratio: float, counter: _Counter) -> None:
-    reached = 1 - counter.left / counter.total
+    reached = _round_up(1 - counter.left / counter.total)
     done = set(map(id, taken))
     rest = [s for s in steps if id(s) not in done]
     if not rest:
@@ -250,12 +261,17 @@ def _refuse(steps: list[_Step], taken: list[_Step], ratio: float, counter: _Coun
             f"pruning_ratio={ratio} cannot be met: with what is protected or not of the chosen kinds, "
             f"at most {reached:.4f} of the parameters can go; ask for that or less, or allow more kinds"
         )
-    above = reached + min(counter.cost(s) for s in rest) / counter.total
+    above = _round_up(1 - (counter.left - min(counter.cost(s) for s in rest)) / counter.total)
     nearest = min((reached, above), key=lambda r: abs(r - ratio))
     raise PrunekitError(
         f"pruning_ratio={ratio} cannot be met within {TOLERANCE:.1%}: units are too large; "
         f"the nearest feasible ratios are {reached:.4f} and {above:.4f}, so ask for {nearest:.4f}"
     )
+
+
+def _round_up(ratio: float) -> float:
+    """To four digits, so that the last unit still fits when the advice is followed."""
+    return math.ceil(ratio * 1e4) / 1e4
 
 
 def _take_units(
@@ -276,4 +292,24 @@ def _take_units(
             room[pool(step.group)] -= len(step.units)
             counter.take(step)
             taken.append(step)
+    _check_units_met(steps, candidates, pool, room, quota)
     return taken
+
+
+def _check_units_met(
+    steps: list[_Step],
+    candidates: list[CoupledGroup],
+    pool: Callable[[CoupledGroup], str],
+    room: dict[str, int],
+    quota: dict[str, float],
+) -> None:
+    """A share of units may fall short by one step a group, not by more."""
+    for name, left in room.items():
+        members = [g for g in candidates if pool(g) == name]
+        largest = max((len(s.units) for s in steps if pool(s.group) == name), default=0)
+        if left > largest * len(members):
+            units = sum(g.n_units for g in members)
+            raise PrunekitError(
+                f"{quota[name] / units:.4f} of the {units} units of {name!r} cannot go: round_to or min_units lets "
+                f"at most {max(quota[name] - left, 0) / units:.4f} go; ask for that, or round less"
+            )

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from prunekit.discovery import Groups
 from prunekit.discovery.partition import LEVELS, Sites, components, find_groups, spread_death
 from prunekit.discovery.remembered import Key, set_attribute
-from prunekit.discovery.trace import Trace, trace
+from prunekit.discovery.tracing import Trace, trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.widths import solve
@@ -49,7 +49,7 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.M
             is left alone.
 
     Returns:
-        The smaller model. What was cut stands in `config.prunekit`, in units of the uncut model.
+        The smaller model. What was cut stands in `config.prunekit`, cut after cut.
 
     Raises:
         PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through;
@@ -60,7 +60,7 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.M
     _check_plan(groups, plan)
     cut = _cut(before, groups, plan)
     skeleton = _apply(_copy_with(model, lambda p, keep: _hollow(p, keep), cut), cut)
-    verify(before, cut.dead, skeleton)
+    verify(before, cut.dead, skeleton, exact=all(groups[name].exact for name in plan.keep))
     if inplace:
         _replace_parameters(model, cut)
         small = _apply(model, cut)
@@ -165,8 +165,11 @@ def _sync_layer(module: nn.Module) -> None:
         module.normalized_shape = tuple(module.weight.shape)
 
 
-def verify(before: Trace, dead: np.ndarray, small: nn.Module) -> None:
+def verify(before: Trace, dead: np.ndarray, small: nn.Module, *, exact: bool) -> None:
     """Trace the cut model and compare its partition with the old one restricted to the survivors.
+
+    Where every group that is cut is exact, no plain number that channels are added to or multiplied with may
+    change either: one that does was computed from a width.
 
     Raises:
         PrunekitError: it does not run, or anything differs.
@@ -175,6 +178,11 @@ def verify(before: Trace, dead: np.ndarray, small: nn.Module) -> None:
         after = trace(small)
     except PrunekitError as error:
         raise PrunekitError(f"this model cannot be cut that way, nothing was changed: {error}") from error
+    if exact and before.scalars != after.scalars:
+        raise PrunekitError(
+            "this model cannot be cut that way, nothing was changed: it scales or shifts channels by a number that it "
+            "computes from a width"
+        )
     old, new = Sites.of(before), Sites.of(after)
     alive = ~dead[old.node]
     same_sites = old.names == new.names and np.array_equal(old.site[alive], new.site)
@@ -195,17 +203,19 @@ def _canonical(label: np.ndarray) -> np.ndarray:
 
 
 def _record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
-    """Note in the configuration which units of the uncut model are left, cut after cut."""
+    """Note in the configuration what was cut, cut after cut, so that the cuts can be made again on an empty model."""
     config = getattr(model, "config", None)
     if config is None:
         return
-    earlier = dict(getattr(config, "prunekit", None) or {}).get("keep", {})
-    keep = dict(earlier)
-    for name, units in plan.keep.items():
-        if len(units) < groups[name].n_units:
-            base = _base_name(model, name)
-            keep[base] = [earlier[base][u] for u in units] if base in earlier else list(units)
-    config.prunekit = {"keep": keep}
+    adapters = hasattr(model, "get_base_model")
+    cut = {
+        _base_name(model, name): list(units)
+        for name, units in plan.keep.items()
+        if len(units) < groups[name].n_units and not (adapters and groups[name].kind == "rank")
+    }
+    earlier = list((getattr(config, "prunekit", None) or {}).get("stages", []))
+    if earlier or cut:
+        config.prunekit = {"stages": [*earlier, cut] if cut else earlier}
 
 
 def _base_name(model: Any, name: str) -> str:

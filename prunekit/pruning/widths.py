@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from prunekit.discovery.remembered import Attribute, Key
-from prunekit.discovery.trace import Trace
+from prunekit.discovery.tracing import Trace
 from prunekit.discovery.watching import SHAPE, Equation
 from prunekit.errors import PrunekitError
 

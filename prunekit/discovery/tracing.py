@@ -37,6 +37,7 @@ class Trace:
         equations: where remembered integers arrived.
         sizes: what stands behind the sizes that code read off tensors.
         rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular.
+        scalars: name and plain numbers of every pointwise operation on labelled tensors, in order.
         output: plane of the logits.
     """
 
@@ -46,6 +47,7 @@ class Trace:
     equations: list[Equation] = field(default_factory=list)
     sizes: dict[Key, Span] = field(default_factory=dict)
     rectangles: list[Tensor] = field(default_factory=list)
+    scalars: list[tuple[Any, ...]] = field(default_factory=list)
     output: Tensor | None = None
 
 
@@ -67,7 +69,7 @@ class LabelMode(TorchDispatchMode):
             return Operand(planes, tensor.shape, parameter=True)
         found = self._storages.get(tensor.untyped_storage()._cdata)
         if found is None:
-            return Operand((), tensor.shape, uniform=tensor.numel() == 1 or hasattr(tensor, UNIFORM))
+            return Operand((), tensor.shape, uniform=tensor.numel() == 1 or _still_uniform(tensor))
         plane = found[0].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         return Operand((plane,), tensor.shape)
 
@@ -111,6 +113,8 @@ class LabelMode(TorchDispatchMode):
             return rule.apply(self, func, args, kwargs)
         if not any(self.operand(t).planes for t in tensors_in((args, kwargs))):
             return func(*args, **kwargs)
+        if torch.Tag.pointwise in func.tags and (numbers := _scalars(self, args)):
+            self.trace.scalars.append((func.overloadpacket.__name__, *numbers))
         first_lock = len(self.graph.locks)
         result = (rule.apply if rule else unknown)(self, func, args, kwargs)
         for i in range(first_lock, len(self.graph.locks)):
@@ -118,6 +122,20 @@ class LabelMode(TorchDispatchMode):
             if not reason.startswith(f"{self.path}:"):
                 self.graph.locks[i] = (labels, f"{self.path}: {reason} ({func.overloadpacket.__name__})")
         return result
+
+
+def _still_uniform(tensor: Tensor) -> bool:
+    """Whether a constant made of equal values still is; it may have been written to since."""
+    return hasattr(tensor, UNIFORM) and bool((tensor == tensor.reshape(-1)[:1]).all())
+
+
+def _scalars(mode: LabelMode, tree: Any) -> tuple[float, ...]:  # noqa: ANN401
+    """Numbers among the arguments, also those in tensors of one element."""
+    if isinstance(tree, (list, tuple)):
+        return tuple(number for item in tree for number in _scalars(mode, item))
+    if isinstance(tree, Tensor):
+        return (float(tree),) if tree.numel() == 1 and not mode.operand(tree).planes else ()
+    return (float(tree),) if type(tree) in (int, float) else ()
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:  # noqa: ANN401
