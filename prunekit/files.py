@@ -25,6 +25,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        Path(beside).chmod(0o644)  # temporary files are made for their owner alone
         Path(beside).replace(path)
     finally:
         Path(beside).unlink(missing_ok=True)

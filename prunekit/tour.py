@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from traitlets import Type
 
 from prunekit.errors import PrunekitError
+from prunekit.files import write_text
 
 SERIES = "[0-9][0-9]_*.ipynb"
 STAGES = ("dense", "cut", "recovered")
@@ -206,9 +207,8 @@ def write_html(book: nbformat.NotebookNode, name: str, folder: Path) -> Path:
 def _write(target: Path, text: str) -> Path:
     """Write beside the target and move into place, so that nothing half-written stands there."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    beside.write_text(text, encoding="utf-8")
-    return beside.replace(target)
+    write_text(target, text)
+    return target
 
 
 # --- the series -------------------------------------------------------------------------------------------------------

@@ -42,12 +42,13 @@ def rule(*packets: str, always: bool = False) -> Callable[[Callable[..., Any]], 
     return register
 
 
-def _all_tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401
+def tensors_in(tree: Any) -> list[Tensor]:  # noqa: ANN401
+    """Every tensor among nested arguments."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, dict):
         tree = list(tree.values())
-    return [t for item in tree for t in _all_tensors(item)] if isinstance(tree, (list, tuple)) else []
+    return [t for item in tree for t in tensors_in(item)] if isinstance(tree, (list, tuple)) else []
 
 
 # --- what only makes a constant -----------------------------------------------------------------
@@ -118,8 +119,8 @@ def expand(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # 
 def move(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
     """Data movement into a new tensor: the same movement of the labels."""
     data, rest = args[0], args[1:]
-    sources = [mode.operand(t) for t in _all_tensors(data)]
-    if any(mode.operand(t).planes for t in _all_tensors((rest, kwargs))):
+    sources = [mode.operand(t) for t in tensors_in(data)]
+    if any(mode.operand(t).planes for t in tensors_in((rest, kwargs))):
         return unknown(mode, func, args, kwargs)
     if func.overloadpacket in (aten._to_copy, aten.clone):
         return _convert(mode, func, args, kwargs, sources[0])
@@ -230,7 +231,7 @@ _LINEAR = {aten.add, aten.sub, aten.neg, aten.add_, aten.sub_, aten.rsub, aten.m
 @rule("pointwise", "native_dropout", "where", "masked_fill", "masked_fill_")
 def pointwise(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
     """Channels that meet are one channel."""
-    operands = [mode.operand(t) for t in _all_tensors((args, kwargs))]
+    operands = [mode.operand(t) for t in tensors_in((args, kwargs))]
     if any(len(op.planes) > 1 for op in operands):
         return _pointwise_parameters(mode, func, args, kwargs, operands)
     result = func(*args, **kwargs)
@@ -265,7 +266,7 @@ def _pointwise_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict,
         plane = combine(mode.graph, [Operand((p,), p.shape, True) for p in planes], shape)
         assert plane is not None
         joined.append(plane.expand(shape))
-    return mode.mark_parameter(torch.zeros((), dtype=_all_tensors(args)[0].dtype).expand(shape), tuple(joined))
+    return mode.mark_parameter(torch.zeros((), dtype=tensors_in(args)[0].dtype).expand(shape), tuple(joined))
 
 
 @rule("mean", "sum", "var", "std", "amax", "amin", "linalg_vector_norm", "norm", "logsumexp", "prod")
@@ -296,7 +297,7 @@ def softmax(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  #
 def norm(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
     """A statistic over the last dimensions, then scale and shift, channel for channel."""
     source, result = mode.operand(args[0]), func(*args, **kwargs)
-    affine = [mode.operand(t) for t in _all_tensors(args[2:4])]
+    affine = [mode.operand(t) for t in tensors_in(args[2:4])]
     dims = tuple(range(-len(args[1]), 0))
     statistic = reduce_labels(mode.graph, source.planes[0], dims, True)
     operands = [source, Operand((statistic,), statistic.shape), *affine]
@@ -312,7 +313,7 @@ def overwrite(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor: 
     """What is written brings its labels with it."""
     if mode.operand(args[0]).parameter:
         return unknown(mode, func, args, kwargs)
-    written = _all_tensors(args[1:])
+    written = tensors_in(args[1:])
     plane = mode.operand(written[0]).planes[:1] if written else ()
     result = func(*args, **kwargs)
     source = plane[0] if plane else torch.full((), CONSTANT)
@@ -326,11 +327,11 @@ def unknown(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # no
         decomposed = func.decompose(*args, **kwargs)
     if decomposed is not NotImplemented:
         return decomposed
-    for tensor in _all_tensors((args, kwargs)):
+    for tensor in tensors_in((args, kwargs)):
         for plane in mode.operand(tensor).planes:
             mode.lock(along(plane, varying_dims(plane)), f"{func.overloadpacket.__name__} is not understood")
     result = func(*args, **kwargs)
-    for tensor in _all_tensors(result):
+    for tensor in tensors_in(result):
         if not mode.operand(tensor).parameter and tensor.numel():
             mode.mark(tensor, torch.full((), LOCKED))
     return result

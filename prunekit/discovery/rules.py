@@ -91,7 +91,7 @@ def contract(graph: LabelGraph, a: Operand, b: Operand) -> tuple[Tensor, ...]:
     a = a.framed(tuple(p.unsqueeze(-1).expand(frame) for p in a.planes))
     b = b.framed(tuple(p.unsqueeze(1).expand(frame) for p in b.planes))
     if k == 1 and not a.parameter and not b.parameter:
-        joined = combine(graph, [a.framed(a.planes), b.framed(b.planes)], frame)
+        joined = combine(graph, [a, b], frame)
         return () if joined is None else (joined.squeeze(2),)
     a_in, a_out = _inner_and_outer(a)
     b_in, b_out = _inner_and_outer(b)

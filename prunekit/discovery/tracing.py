@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.discovery.labels import LOCKED, LabelGraph, varying_dims
-from prunekit.discovery.operations import RULES, unknown
+from prunekit.discovery.operations import RULES, tensors_in, unknown
 from prunekit.discovery.remembered import Key, remembering
 from prunekit.discovery.rules import Operand
 from prunekit.discovery.watching import Equation, IntegerWatcher, Span
@@ -38,7 +38,6 @@ class Trace:
         sizes: what stands behind the sizes that code read off tensors.
         rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular.
         scalars: name and plain numbers of every pointwise operation on labelled tensors, in order.
-        output: plane of the logits.
     """
 
     graph: LabelGraph = field(default_factory=LabelGraph)
@@ -48,7 +47,6 @@ class Trace:
     sizes: dict[Key, Span] = field(default_factory=dict)
     rectangles: list[Tensor] = field(default_factory=list)
     scalars: list[tuple[Any, ...]] = field(default_factory=list)
-    output: Tensor | None = None
 
 
 class LabelMode(TorchDispatchMode):
@@ -136,17 +134,6 @@ def _scalars(mode: LabelMode, tree: Any) -> tuple[float, ...]:  # noqa: ANN401
     if isinstance(tree, Tensor):
         return (float(tree),) if tree.numel() == 1 and not mode.operand(tree).planes else ()
     return (float(tree),) if type(tree) in (int, float) else ()
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:  # noqa: ANN401
-    """Every tensor among nested arguments."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        yield from tensors_in(list(tree.values()))
 
 
 @contextmanager
@@ -260,5 +247,4 @@ def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:  # n
     for tensor in tensors_in(dict(output) if isinstance(output, dict) else output):
         for plane in mode.operand(tensor).planes:
             mode.graph.lock(plane[plane > LOCKED], "the model's output: its rows are what the model answers with")
-            mode.trace.output = plane
     mode.trace.equations, mode.trace.sizes = watcher.equations(), watcher.sizes

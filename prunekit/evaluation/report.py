@@ -1,7 +1,6 @@
 """Everything measured about one model, as a value; and several such values side by side."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +15,7 @@ from prunekit.evaluation.footprint import Cost, cost
 from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity
 from prunekit.evaluation.multiple_choice import zero_shot
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
+from prunekit.files import write_text
 from prunekit.questions import Task
 from prunekit.text import TextSource
 
@@ -131,9 +131,8 @@ class Report:
         """Writes the report as JSON, beside its place first; a report already there is replaced."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        beside.write_text(self.to_json(), encoding="utf-8")
-        return beside.replace(path)
+        write_text(path, self.to_json())
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":

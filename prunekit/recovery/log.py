@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from prunekit.files import write_text
+
 
 @dataclass(frozen=True)
 class RecoveryLog:
@@ -42,8 +44,8 @@ class RecoveryLog:
         return cls(**{**fields, **curves})
 
     def save(self, path: str | Path) -> Path:
-        """Write as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        """Write as JSON; the file is complete or not there."""
+        write_text(Path(path), json.dumps(self.to_dict(), indent=1))
         return Path(path)
 
     def __repr__(self) -> str:
