@@ -1,19 +1,15 @@
-"""Loading and saving, without pickles.
+"""Loading checkpoints, without pickles.
 
-A cut that the family's own configuration can say is saved as a plain `transformers` checkpoint. Any other is saved
-with `model_type: "prunekit"`: the uncut configuration and the units kept. It loads by building the uncut model
-without weights and cutting it the same way, so it can never be mistaken for a plain checkpoint.
+A cut checkpoint of `model_type: "prunekit"` holds the uncut configuration and the units kept, cut after cut. It loads
+by building the uncut model without weights and cutting it the same way, so it can never be mistaken for a plain one.
 """
 
-import copy
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -21,9 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
-from prunekit.files import check_new_folder, new_folder
 from prunekit.pruning import PruningPlan, prune
-from prunekit.uniform import plain_config
 from prunekit.world import load as load_world
 
 MODEL_TYPE = "prunekit"
@@ -54,10 +48,10 @@ def load(
         _check_folder(folder)
         if json.loads((folder / "config.json").read_text()).get("model_type") == MODEL_TYPE:
             model = _load_cut(folder, dtype).eval()
-            return model, _load_tokenizer(str(source), trust_remote_code, model.config)
+            return model, load_tokenizer(str(source), trust_remote_code, model.config)
     elif folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
         raise PrunekitError(f"{str(source)!r} does not exist; give a checkpoint folder, a hub id or 'world'")
-    return _load_plain(str(source), dtype, trust_remote_code).eval(), _load_tokenizer(str(source), trust_remote_code)
+    return _load_plain(str(source), dtype, trust_remote_code).eval(), load_tokenizer(str(source), trust_remote_code)
 
 
 def _check_folder(folder: Path) -> None:
@@ -99,7 +93,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def _load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> Any:  # noqa: ANN401
+def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> Any:  # noqa: ANN401
+    """The tokenizer of a folder or hub id; None where a folder has none."""
     if Path(source).is_dir() and not list(Path(source).glob("tokenizer*")):
         return None
     try:
@@ -112,7 +107,7 @@ def _load_cut(folder: Path, dtype: torch.dtype | str) -> Any:  # noqa: ANN401
     saved = json.loads((folder / "config.json").read_text())
     if saved.get("format") != FORMAT:
         raise PrunekitError(f"{str(folder)!r} has format {saved.get('format')!r}; this prunekit reads {FORMAT}")
-    model = _cut_again(saved["base_config"], saved["stages"])
+    model = cut_again(saved["base_config"], saved["stages"])
     _fill(model, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -120,7 +115,7 @@ def _load_cut(folder: Path, dtype: torch.dtype | str) -> Any:  # noqa: ANN401
     return _in_dtype(model, dtype)
 
 
-def _cut_again(base_config: dict[str, Any], stages: list[dict[str, list[int]]]) -> Any:  # noqa: ANN401
+def cut_again(base_config: dict[str, Any], stages: list[dict[str, list[int]]]) -> Any:  # noqa: ANN401
     """The uncut model, built without weights, with every recorded cut made again in order."""
     with init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config))
@@ -160,87 +155,3 @@ def _fill(model: Any, folder: Path) -> None:  # noqa: ANN401
     empty = [name for name, p in model.named_parameters() if p.is_meta]
     if empty:
         raise PrunekitError(f"{str(folder)!r} lacks the weights of {', '.join(empty[:4])}; restore it from its source")
-
-
-def save(
-    model: nn.Module,
-    out: str | Path,
-    *,
-    tokenizer: Any = None,  # noqa: ANN401
-    files: Mapping[str, str] | None = None,
-) -> Path:
-    """Write a checkpoint folder that `load` reads back with the same logits.
-
-    Args:
-        model: a model, cut or not; adapters merged.
-        out: a folder that does not exist yet. It is complete or not there.
-        tokenizer: to save along; by default the one that stands where the model was loaded from.
-        files: more texts for the folder, name → content, such as a plan or a model card.
-
-    Returns:
-        The folder.
-
-    Raises:
-        PrunekitError: `out` exists or cannot be written, adapters are not merged, or the model is not what its
-            recorded cuts lead to.
-    """
-    check_new_folder(out)
-    if hasattr(model, "peft_config"):
-        raise PrunekitError("the model still carries adapters; call merge_and_unload() on it and save the result")
-    config = plain_config(model)
-    cut = _cut_config(model) if config is None else None
-    with new_folder(out) as folder:
-        _write_model(model, config, cut, folder)
-        tokenizer = tokenizer if tokenizer is not None else _tokenizer_beside(model)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        for name, content in (files or {}).items():
-            (folder / name).write_text(content, encoding="utf-8")
-    return Path(out)
-
-
-def _write_model(model: Any, config: Any, cut: dict[str, Any] | None, folder: Path) -> None:  # noqa: ANN401
-    if cut is not None:
-        _write_cut(model, cut, folder)
-        return
-    mine = model.config
-    try:
-        model.config = config
-        model.save_pretrained(folder)
-    finally:
-        model.config = mine
-
-
-def _cut_config(model: Any) -> dict[str, Any]:  # noqa: ANN401
-    """What config.json says of a cut model, proved by building it again.
-
-    Raises:
-        PrunekitError: the record does not lead to this model.
-    """
-    base = copy.deepcopy(model.config)
-    del base.prunekit
-    described = base.to_dict() | {"architectures": [type(model).__name__]}
-    stages = model.config.prunekit["stages"]
-    try:
-        again = {name: p.shape for name, p in _cut_again(described, stages).named_parameters()}
-    except Exception as error:  # code that came with a checkpoint, or a configuration its family refuses
-        raise PrunekitError(f"this cut model cannot be rebuilt from its record, so it is not saved: {error}") from error
-    if again != {name: p.shape for name, p in model.named_parameters()}:
-        raise PrunekitError("this model's shapes are not those of its recorded cuts; it was changed by other means")
-    return {"model_type": MODEL_TYPE, "format": FORMAT, "stages": stages, "base_config": described}
-
-
-def _write_cut(model: Any, cut: dict[str, Any], folder: Path) -> None:  # noqa: ANN401
-    """Weights under the names of `named_parameters()`, tied ones once; save_pretrained renames some."""
-    (folder / "config.json").write_text(json.dumps(cut, indent=1))
-    parameters = {id(p) for p in model.parameters()}
-    persistent = {n: t for n, t in model.state_dict(keep_vars=True).items() if id(t) not in parameters}
-    state = dict(model.named_parameters()) | persistent
-    save_torch_state_dict({name: t.detach().contiguous() for name, t in state.items()}, folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
-
-
-def _tokenizer_beside(model: Any) -> Any:  # noqa: ANN401
-    source = getattr(getattr(model, "config", None), "name_or_path", "")
-    return _load_tokenizer(source, False) if source and Path(source).is_dir() else None
