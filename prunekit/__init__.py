@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prunekit.discovery import CoupledGroup, Groups, Member, discover
     from prunekit.errors import PrunekitError
     from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
-    from prunekit.importance import Magnitude, Random, Taylor, score
+    from prunekit.importance import Activation, Magnitude, Random, Taylor, score
     from prunekit.pruning import PruningPlan, plan, prune
     from prunekit.recovery import LoRA, recover
 
@@ -34,12 +34,13 @@ _ROOMS = {
     "discovery": ("CoupledGroup", "Groups", "Member", "discover"),
     "errors": ("PrunekitError",),
     "evaluation": ("Report", "compare", "compare_accuracy", "cost", "evaluate", "perplexity", "zero_shot"),
-    "importance": ("Magnitude", "Random", "Taylor", "score"),
+    "importance": ("Activation", "Magnitude", "Random", "Taylor", "score"),
     "pruning": ("PruningPlan", "plan", "prune"),
     "recovery": ("LoRA", "recover"),
 }
 
 __all__ = [
+    "Activation",
     "CoupledGroup",
     "Groups",
     "LoRA",

@@ -1,8 +1,19 @@
 """Groups and statistics → one score a unit."""
 
+from prunekit.importance.activation import Activation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.scores import Scores
 from prunekit.importance.scoring import IMPORTANCES, Importance, importance_from_name, score
 from prunekit.importance.taylor import Taylor
 
-__all__ = ["IMPORTANCES", "Importance", "Magnitude", "Random", "Scores", "Taylor", "importance_from_name", "score"]
+__all__ = [
+    "IMPORTANCES",
+    "Activation",
+    "Importance",
+    "Magnitude",
+    "Random",
+    "Scores",
+    "Taylor",
+    "importance_from_name",
+    "score",
+]

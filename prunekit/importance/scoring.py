@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prunekit.calibration import Gradients, check_finite
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
+from prunekit.importance.activation import Activation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.scores import Scores
 from prunekit.importance.taylor import Taylor
@@ -38,6 +39,7 @@ IMPORTANCES: dict[str, Callable[..., Importance]] = {
     "taylor-vector": partial(Taylor, granularity="vector"),
     "taylor-second": partial(Taylor, order="second"),
     "taylor-mixed": partial(Taylor, order="mixed"),
+    "activation": Activation,
     "l1": partial(Magnitude, p=1),
     "l2": partial(Magnitude, p=2),
     "random": Random,
@@ -78,8 +80,8 @@ def score(
     Args:
         model: the causal LM the groups were discovered in; it is left as it was.
         groups: all groups, or some of them, such as `groups.of_kind("ffn_channel")`.
-        importance: `Taylor(...)`, `Magnitude(...)`, `Random(...)` or anything else with the three members
-            of `Importance`.
+        importance: `Taylor(...)`, `Activation()`, `Magnitude(...)`, `Random(...)` or anything else with the three
+            members of `Importance`.
         calib: integers (n_samples, seq_len), or what `gather_gradients` gathered over them (so that several
             importances share one pass); None where the importance reads no data.
 
@@ -91,7 +93,9 @@ def score(
             that are NaN or infinite, or what the importance raises.
     """
     if not isinstance(importance, Importance):
-        raise PrunekitError(f"importance {importance!r} is unknown; give Taylor(), Magnitude() or Random()")
+        raise PrunekitError(
+            f"importance {importance!r} is unknown; give Taylor(), Activation(), Magnitude() or Random()"
+        )
     if importance.needs_calibration and calib is None:
         raise PrunekitError(f"{importance!r} needs a calibration set: score(model, groups, importance, calib)")
     chosen = tuple(groups)

@@ -1,0 +1,175 @@
+"""Activation importance: what a unit hands on, measured where it is read."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from prunekit.calibration import TOKENS_A_BATCH, Gradients, check_tokens
+from prunekit.discovery.groups import CoupledGroup, Member
+from prunekit.errors import PrunekitError
+from prunekit.importance.reduction import slice_scores, unit_scores
+
+_INPUT_DIM: dict[type[nn.Module], int] = {nn.Linear: 1, Conv1D: 0}
+
+Readers = dict[str, list[nn.Module]]
+"""Parameter → the modules that multiply their input with it."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Size of what a unit hands on: Σ_j ‖x_j‖₂ · Σ_i |W_ij| over the columns j that it owns where it is read.
+
+    W is the weight that reads the unit (`o_proj` reads heads, `down_proj` channels; the group's member whose
+    input dimension the unit owns), x_j its j-th input over all calibration tokens. Forward passes are all it
+    needs. They are made in float32 at least, one module at a time: halves overflow, and are slow on a CPU.
+
+    Source: Wanda (Sun et al. 2023), Eq. 1, |W_ij|·‖X_j‖₂. Differs: summed over all that a unit owns, to remove
+        units, where Wanda compares the weights of one row and zeroes some.
+    """
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True: activations come from a calibration set."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and legends."""
+        return "activation"
+
+    def unit_scores(
+        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
+    ) -> dict[str, Tensor]:
+        """Group name → (n_units,), from tokens.
+
+        Raises:
+            PrunekitError: no tokens, no linear layer reads a group, or activations that are not finite.
+        """
+        if not isinstance(calib, Tensor):
+            raise PrunekitError(f"Activation() reads tokens, not {calib!r}; give integers (n_samples, seq_len)")
+        readers = linear_readers(model)
+        reading = {group.name: _reading_members(group, readers) for group in groups}
+        members = {(m.parameter, m.dim): m for found in reading.values() for m in found}
+        norms = input_norms(model, calib, {name: readers[name, dim] for name, dim in members})
+        parameters = dict(model.named_parameters())
+        slices = {
+            (name, dim): (slice_scores(_wide(parameters[name].detach()), dim, "element") * norms[name]).cpu()
+            for name, dim in members
+        }
+        return {g.name: unit_scores(replace(g, members=reading[g.name]), slices, "sum") for g in groups}
+
+
+def linear_readers(model: nn.Module) -> dict[tuple[str, int], list[nn.Module]]:
+    """(Parameter, its input dimension) → the linear layers whose weight it is; a tied one may have several."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[tuple[str, int], list[nn.Module]] = {}
+    for module in model.modules():
+        dim = next((dim for kind, dim in _INPUT_DIM.items() if isinstance(module, kind)), None)
+        if dim is not None:
+            found.setdefault((names[id(module.weight)], dim), []).append(module)
+    return found
+
+
+def _reading_members(group: CoupledGroup, readers: dict[tuple[str, int], list[nn.Module]]) -> tuple[Member, ...]:
+    found = tuple(m for m in group.members if (m.parameter, m.dim) in readers)
+    if not found:
+        raise PrunekitError(
+            f"no linear layer reads {group.name!r}, so Activation() cannot score it; choose other groups with "
+            "groups.of_kind(...), or another importance such as Magnitude()"
+        )
+    return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least; what is as wide already is not copied."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def input_norms(model: nn.Module, calib: Tensor, readers: Readers) -> dict[str, Tensor]:
+    """‖x_j‖₂ over all calibration tokens of each input j of some linear layers, in one pass.
+
+    Args:
+        model: a causal LM; left as it was. Its weights may be views of mapped files: each module's are widened
+            while it runs and freed after it.
+        calib: integers (n_samples, seq_len).
+        readers: parameter name → the linear layers whose input is measured.
+
+    Returns:
+        Parameter name → (n_in,), float32 at least.
+
+    Raises:
+        PrunekitError: bad tokens, or an input that is not finite.
+    """
+    tokens = check_tokens(calib, model)
+    batches = tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1]))
+    squares: dict[str, Tensor] = {}
+    n_calls = len(batches) * sum(map(len, readers.values()))
+    bar = tqdm(total=n_calls, desc="activations", unit="layer", leave=False, delay=1)
+    with bar, _watching(readers, squares, bar), computing_wide(model), _evaluating(model), torch.inference_mode():
+        for batch in batches:
+            model(input_ids=batch, use_cache=False)
+    for name in readers:
+        if name not in squares or not bool(squares[name].isfinite().all()):
+            raise PrunekitError(f"what {name} reads is not finite, or never came: check the weights of the checkpoint")
+    return {name: total.sqrt() for name, total in squares.items()}
+
+
+@contextmanager
+def _watching(readers: Readers, squares: dict[str, Tensor], bar: Any) -> Iterator[None]:  # noqa: ANN401
+    """While open, the squares of what the layers read are added up."""
+
+    def adder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            total = _wide(args[0]).flatten(0, -2).square().sum(0)  # (tokens, n_in) → (n_in,)
+            squares[name] = squares[name] + total if name in squares else total
+            bar.update()
+
+        return add
+
+    with ExitStack() as hooks:
+        for name, modules in readers.items():
+            for module in modules:
+                hooks.callback(module.register_forward_pre_hook(adder(name)).remove)
+        yield
+
+
+@contextmanager
+def computing_wide(model: nn.Module) -> Iterator[None]:
+    """While open, each module's own parameters are float32 at least, made when it starts and freed when it ends.
+
+    So a half-precision model computes as a float32 one; the peak is one module's parameters more.
+    """
+    held: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+
+    def enter(module: nn.Module, _args: Any) -> None:  # noqa: ANN401
+        held[module] = dict(module._parameters)
+        for name, p in held[module].items():
+            if p is not None and p.is_floating_point():
+                module._parameters[name] = nn.Parameter(_wide(p.detach()), requires_grad=False)
+
+    def leave(module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
+        module._parameters.update(held.pop(module, {}))
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if module._parameters:
+                hooks.callback(module.register_forward_pre_hook(enter).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,118 @@
+"""Activation importance: numbers worked out by hand, grouped-query attention, half precision, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES, tokens
+
+from prunekit import Activation, PrunekitError, discover, score
+from prunekit.importance import IMPORTANCES
+
+
+def inputs_of(model, name):
+    """What a linear layer reads over all tokens (tokens, n_in)."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(tokens())
+    hook.remove()
+    return seen[0].flatten(0, 1)
+
+
+def columns_by_hand(model, name, rows_are_inputs=False):
+    """‖x_j‖ · Σ_i |W_ij|, column by column."""
+    x, weight = inputs_of(model, name), model.get_submodule(name).weight.detach()
+    weight = weight.T if rows_are_inputs else weight
+    return torch.stack([x[:, j].norm() * weight[:, j].abs().sum() for j in range(weight.shape[1])])
+
+
+def test_two_channels_worked_out_by_hand():
+    model = FAMILIES["llama_mha"].model()
+    groups = discover(model)
+    down = model.model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        down.weight[:, :2] = 0
+        down.weight[0, 0], down.weight[3, 0], down.weight[5, 1] = 2.0, -1.0, 4.0
+    x = inputs_of(model, "model.layers.1.mlp.down_proj")
+    found = score(model, groups, Activation(), tokens())["model.layers.1.mlp:ffn_channel"]
+    expected = torch.stack([3 * (x[:, 0] ** 2).sum().sqrt(), 4 * (x[:, 1] ** 2).sum().sqrt()])
+    torch.testing.assert_close(found[:2], expected)
+
+
+def test_a_kv_head_is_what_its_own_query_heads_hand_to_the_output():
+    model = FAMILIES["llama_gqa"].model()  # 8 query heads of 8 channels, 2 for each of 4 KV heads
+    scores = score(model, discover(model), Activation(), tokens())
+    columns = columns_by_hand(model, "model.layers.0.self_attn.o_proj").view(8, 8)
+    torch.testing.assert_close(scores["model.layers.0.self_attn:query_head"], columns.sum(1))
+    torch.testing.assert_close(scores["model.layers.0.self_attn:kv_head"], columns.view(4, 16).sum(1))
+
+
+def test_a_layer_that_holds_its_weight_the_other_way_round():
+    model = FAMILIES["gpt2"].model()
+    found = score(model, discover(model), Activation(), tokens())["transformer.h.1.mlp:ffn_channel"]
+    torch.testing.assert_close(found, columns_by_hand(model, "transformer.h.1.mlp.c_proj", rows_are_inputs=True))
+
+
+def test_all_readers_of_the_hidden_channels_count_a_tied_head_too():
+    model = FAMILIES["llama_tied"].model()
+    group = discover(model).of_kind("hidden")[0]
+    readers = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkv"]
+    readers += [f"model.layers.{i}.mlp.{p}_proj" for i in range(2) for p in ("gate", "up")]
+    expected = sum(columns_by_hand(model, name) for name in [*readers, "lm_head"])
+    torch.testing.assert_close(score(model, (group,), Activation(), tokens())[group.name], expected)
+
+
+def test_batches_add_up(monkeypatch):
+    model = FAMILIES["opt"].model()
+    groups = discover(model).of_kind("ffn_channel")
+    whole = score(model, groups, Activation(), tokens())
+    monkeypatch.setattr("prunekit.importance.activation.TOKENS_A_BATCH", 9)
+    apart = score(model, groups, Activation(), tokens())
+    for name, values in whole.items():
+        torch.testing.assert_close(apart[name], values)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_tied", "qwen3", "gpt2", "opt_projected", "bloom", "gpt_neox"])
+def test_half_precision_scores_as_the_same_weights_in_float32(name):
+    half, wide = (FAMILIES[name].model(dtype=torch.float32) for _ in range(2))
+    for p, q in zip(half.parameters(), wide.parameters(), strict=True):  # parameters alone, as a checkpoint loads
+        p.data = p.data.half()
+        q.data = p.data.float()
+    groups = discover(half).of_kind("kv_head", "ffn_channel")
+    found, expected = (score(model, groups, Activation(), tokens()) for model in (half, wide))
+    for group in groups:
+        torch.testing.assert_close(found[group.name], expected[group.name])
+
+
+def test_the_model_is_left_as_it_was():
+    model = FAMILIES["llama_mha"].model(dtype=torch.float16).train()
+    before = {name: (id(p), p.dtype, p.clone()) for name, p in model.named_parameters()}
+    score(model, discover(model), Activation(), tokens())
+    assert model.training and model.model.layers[0].mlp.training
+    for name, p in model.named_parameters():
+        assert (id(p), p.dtype) == before[name][:2] and torch.equal(p, before[name][2])
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_unit_that_hands_on_nothing_scores_zero():
+    model = FAMILIES["llama_mha"].model()
+    groups = discover(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[7] = 0
+    found = score(model, groups, Activation(), tokens())["model.layers.0.mlp:ffn_channel"]
+    assert found[7] == 0 and found.count_nonzero() == len(found) - 1
+
+
+def test_what_cannot_be_scored_is_refused():
+    model = FAMILIES["llama_mha"].model()
+    groups = discover(model)
+    with pytest.raises(PrunekitError, match="needs a calibration set"):
+        score(model, groups, Activation())
+    with pytest.raises(PrunekitError, match=r"token ids 0 to 99, but the model knows 0 to 47"):
+        score(model, groups, Activation(), torch.tensor([[0, 99]]))
+    group = groups.of_kind("ffn_channel")[0]
+    rows_alone = replace(group, members=tuple(m for m in group.members if m.dim == 0))
+    with pytest.raises(PrunekitError, match="no linear layer reads 'model.layers.0.mlp:ffn_channel'"):
+        score(model, (rows_alone,), Activation(), tokens())
+    assert IMPORTANCES["activation"]() == Activation()
