@@ -9,6 +9,7 @@ LOCKED = 1
 # Who owns copies: a score owns the channels it weighs, an expanded activation its copies, a parameter its
 # uses, a statistic what it was taken over. Only the first two ever merge into one unit.
 SCORE, ACTIVATION, PARAMETER, STATISTIC = "score", "activation", "parameter", "statistic"
+ARGUMENT = "argument"  # what made the nodes of a constant that is handed to a module
 
 
 class LabelGraph:
@@ -26,6 +27,7 @@ class LabelGraph:
         self.locks: list[tuple[Tensor, str]] = []
         self.nonlinear: list[Tensor] = []
         self.embedded: list[Tensor] = []
+        self.chosen: list[Tensor] = []
         self._ranges: list[tuple[int, str]] = []
 
     def new(self, shape: tuple[int, ...], kind: str) -> Tensor:
@@ -69,7 +71,8 @@ class LabelGraph:
         kind = self.kind_of(labels)
         if kind is None:
             return labels.expand(shape)
-        owner_kind = kind if kind in (SCORE, STATISTIC) else PARAMETER if parameter else ACTIVATION
+        fixed = parameter or kind == ARGUMENT
+        owner_kind = kind if kind in (SCORE, STATISTIC) else PARAMETER if fixed else ACTIVATION
         fresh = self.new(shape, kind)
         owners = labels.expand(shape)
         self.own(owner_kind, owners, fresh)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunekit.discovery.labels import CONSTANT, LOCKED, along, varying_dims
+from prunekit.discovery.choices import choose, chosen_by, look_up_chosen, pick
+from prunekit.discovery.labels import CONSTANT, LOCKED, STATISTIC, along, varying_dims
 from prunekit.discovery.rules import Operand, combine, contract, reduce_labels
 
 if TYPE_CHECKING:
@@ -95,6 +96,24 @@ def _look_at_parameter(mode: LabelMode, func: Any, args: tuple, kwargs: dict, so
         mode.mark_parameter(part, tuple(pieces[i] for pieces in moved))
 
 
+@rule("view_as_complex")
+def pair_up(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+    """Two channels become one complex one: they go together from here on."""
+    source = mode.operand(args[0])
+    if len(source.planes) != 1:
+        return unknown(mode, func, args, kwargs)
+    real, imaginary = source.planes[0].unbind(-1)
+    mode.graph.unify(real, imaginary)
+    return mode.mark(func(args[0].clone()), real)
+
+
+@rule("view_as_real")
+def split_up(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+    """One complex channel becomes two that bear its label."""
+    result = func(args[0].clone())
+    return mode.mark(result, mode.operand(args[0]).planes[0].unsqueeze(-1).expand(result.shape))
+
+
 @rule("expand", "broadcast_to")
 def expand(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
     """An expanded activation owns its copies, so that one copy can go and the others stay."""
@@ -131,8 +150,23 @@ def move(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa:
         rest = rest[:1]  # what is padded with is a constant, whatever its value
     moved = func(planes if isinstance(data, (list, tuple)) else planes[0], *rest, **kwargs)
     result = func(*args, **kwargs)
+    choice = chosen_by(mode, tensors_in((rest, kwargs))) if mode.choices else None
+    if choice is not None:
+        return pick(mode, result, sources[0], moved, choice)
+    if func.overloadpacket in (aten.cat, aten.stack):
+        _align(mode, planes, (rest[0] if rest else kwargs.get("dim", 0)) % moved.dim())
     mode.mark(result, _own_duplicates(mode, planes, moved))
     return result
+
+
+def _align(mode: LabelMode, planes: list[Tensor], dim: int) -> None:
+    """Thin parts laid side by side keep one length: what stands at the same place goes together."""
+    known = [p for p in planes if varying_dims(p) and bool((p > LOCKED).all())]
+    thin = [p for p in known if not (p.dim() > dim and dim in varying_dims(p))]
+    if len(thin) == len(known):
+        for other in known[1:]:
+            if other.shape == known[0].shape:
+                mode.graph.unify(known[0], other)
 
 
 def _convert(mode: LabelMode, func: Any, args: tuple, kwargs: dict, source: Operand) -> Tensor:  # noqa: ANN401
@@ -160,7 +194,10 @@ def _move_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, sour
         return mode.mark_parameter(result, tuple(func(list(ps), *args[1:], **kwargs) for ps in planes))
     if packet in (aten.index_select, aten.index) and len(sources) == 1:
         result = func(*args, **kwargs)
-        return _looked_up(mode, sources[0], result, [func(p, *args[1:], **kwargs) for p in sources[0].planes])
+        moved = [func(p, *args[1:], **kwargs) for p in sources[0].planes]
+        choice = chosen_by(mode, tensors_in(args[1:])) if mode.choices else None
+        found = None if choice is None else look_up_chosen(mode, sources[0], result, moved, choice)
+        return _looked_up(mode, sources[0], result, moved) if found is None else found
     return unknown(mode, func, args, kwargs)
 
 
@@ -232,25 +269,27 @@ _LINEAR = {aten.add, aten.sub, aten.neg, aten.add_, aten.sub_, aten.rsub, aten.m
 def pointwise(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
     """Channels that meet are one channel."""
     operands = [mode.operand(t) for t in tensors_in((args, kwargs))]
-    if any(len(op.planes) > 1 for op in operands):
+    if any(len(op.planes) > 1 for op in operands) and not any(op.planes and not op.parameter for op in operands):
         return _pointwise_parameters(mode, func, args, kwargs, operands)
     result = func(*args, **kwargs)
     if not isinstance(result, Tensor):
         return unknown(mode, func, args, kwargs)
     plane = combine(mode.graph, operands, result.shape)
-    if plane is not None and _is_nonlinear(func, operands):
+    if plane is not None and _is_nonlinear(mode, func, operands):
         mode.graph.nonlinear.append(plane.flatten())
     if plane is not None and all(op.parameter or len(op.shape) == 0 for op in operands):
         return mode.mark_parameter(result, (plane.expand(result.shape),))
     return mode.mark(result, plane)
 
 
-def _is_nonlinear(func: Any, operands: list[Operand]) -> bool:  # noqa: ANN401
+def _is_nonlinear(mode: LabelMode, func: Any, operands: list[Operand]) -> bool:  # noqa: ANN401
     packet = func.overloadpacket
     if packet not in _LINEAR:
         return True
-    product = packet in (aten.mul, aten.mul_, aten.div, aten.div_)
-    return product and sum(bool(op.planes) and not op.parameter for op in operands) > 1
+    if packet not in (aten.mul, aten.mul_, aten.div, aten.div_):
+        return False
+    activations = [op for op in operands if op.planes and not op.parameter]
+    return len(activations) > 1 and all(mode.graph.kind_of(op.planes[0]) != STATISTIC for op in activations)
 
 
 def _pointwise_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, operands: list[Operand]) -> Any:  # noqa: ANN401
@@ -269,18 +308,23 @@ def _pointwise_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict,
     return mode.mark_parameter(torch.zeros((), dtype=tensors_in(args)[0].dtype).expand(shape), tuple(joined))
 
 
-@rule("mean", "sum", "var", "std", "amax", "amin", "linalg_vector_norm", "norm", "logsumexp", "prod")
+@rule("mean", "sum", "var", "std", "amax", "amin", "max", "min", "linalg_vector_norm", "norm", "logsumexp", "prod")
 def reduction(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
     """A statistic over channels."""
+    if torch.Tag.pointwise in func.tags:  # the larger of two tensors
+        return pointwise(mode, func, args, kwargs)
     source = mode.operand(args[0])
     result = func(*args, **kwargs)
-    if len(source.planes) != 1 or not isinstance(result, Tensor):
+    if len(source.planes) != 1:
         return unknown(mode, func, args, kwargs)
     names = [argument.name for argument in func._schema.arguments]
     bound = dict(zip(names, args, strict=False)) | kwargs
     dims = bound.get("dim")
     dims = (dims,) if isinstance(dims, int) else tuple(dims or range(len(source.shape)))
-    return mode.mark(result, reduce_labels(mode.graph, source.planes[0], dims, bool(bound.get("keepdim"))))
+    statistic = reduce_labels(mode.graph, source.planes[0], dims, bool(bound.get("keepdim")))
+    for tensor in tensors_in(result):  # extremes come with their positions
+        mode.mark(tensor, statistic)
+    return result
 
 
 @rule("_softmax", "_log_softmax", "softmax", "_safe_softmax")
@@ -305,6 +349,12 @@ def norm(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa:
     return result
 
 
+@rule("topk")
+def topk(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+    """A choice by value."""
+    return choose(mode, func, args, kwargs, unknown)
+
+
 # --- writes in place ----------------------------------------------------------------------------
 
 
@@ -319,6 +369,20 @@ def overwrite(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor: 
     source = plane[0] if plane else torch.full((), CONSTANT)
     mode.mark(args[0], source)
     return result
+
+
+@rule("index_add_", "index_add")
+def add_at(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+    """Rows added to rows: along every other dimension, channel for channel."""
+    into, source = mode.operand(args[0]), mode.operand(args[3])
+    dim = args[1] % len(into.shape)
+    planes = [op.planes[0] for op in (into, source) if len(op.planes) == 1]
+    if into.parameter or len(source.planes) != 1 or any(dim in varying_dims(p) for p in planes):
+        return unknown(mode, func, args, kwargs)
+    rows = [p.narrow(dim, 0, 1) for p in planes]
+    if len(rows) > 1:
+        mode.graph.unify(*rows)
+    return mode.mark(func(*args, **kwargs), rows[0].expand(into.shape))
 
 
 def unknown(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401

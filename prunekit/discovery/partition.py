@@ -181,6 +181,8 @@ def find_groups(trace: Trace) -> Groups:
     for number, level in enumerate(levels):
         fresh = _fresh(levels, number, sites)
         usable = fresh & ~level.locked & ~level.ragged & ~level.open
+        if number:  # owned by all hidden channels together, it could only go with all of them
+            usable[level.label[_nodes(trace.graph.embedded)]] = False
         found += [(g.name, g, nodes) for g, nodes in _assemble(trace, sites, levels, number, usable)]
     items = _unique_names([g for _, g, _ in sorted(found, key=lambda f: f[2][0])])
     covered = np.zeros(trace.graph.n_nodes, np.bool_)
@@ -248,16 +250,20 @@ def _kind(trace: Trace, levels: list[_Level], number: int, unit: Ints, members: 
             if len(np.flatnonzero(levels[2].label == levels[2].label[inside[0]])) > len(inside)
             else ("kv_head")
         )
+    if _touches(trace.graph.chosen, levels[0], unit):
+        return "expert"
     if _touches(trace.graph.embedded, levels[0], unit) or _spans_layers(members):
         return "hidden"
     return "ffn_channel" if _touches(trace.graph.nonlinear, levels[0], unit) else "rank"
 
 
 def _touches(marked: list[torch.Tensor], level: _Level, unit: Ints) -> bool:
-    if not marked:
-        return False
-    nodes = torch.cat(marked).numpy()
-    return bool((level.label[nodes[nodes > LOCKED]] == unit[0]).any())
+    return bool((level.label[_nodes(marked)] == unit[0]).any())
+
+
+def _nodes(marked: list[torch.Tensor]) -> Ints:
+    nodes = torch.cat([m.flatten() for m in marked]).numpy() if marked else np.zeros(0, np.int64)
+    return nodes[nodes > LOCKED]
 
 
 def _layer_of(parameter: str) -> str | None:

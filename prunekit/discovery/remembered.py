@@ -14,6 +14,9 @@ from typing import Any
 
 from torch import nn
 
+# Written-out attention and experts read every number that a module keeps, and run on any device.
+WRITTEN_OUT = ("_attn_implementation_internal", "_experts_implementation_internal")
+
 Key = tuple[str, str, str]  # module path, "" or "config", attribute (with "[i]" for an element of a sequence)
 
 
@@ -131,6 +134,7 @@ def _wrap_attributes(module: nn.Module, path: str, undo: list[tuple[dict[str, An
         for name, value in list(vars(mine).items()):
             if type(value) is int:
                 vars(mine)[name] = _wrap(value, (path, "config", name))
+        vars(mine).update(dict.fromkeys(set(WRITTEN_OUT) & set(vars(mine)), "eager"))
         undo.append((own, "config", config))
         own["config"] = mine
 

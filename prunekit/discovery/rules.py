@@ -18,12 +18,14 @@ class Operand:
         shape: of the tensor.
         parameter: True where it is a parameter or made of parameters alone.
         uniform: True for a constant whose values are known to be equal (zeros, ones, a fill).
+        choice: number of the choice by value that an unlabelled tensor was computed from.
     """
 
     planes: tuple[Tensor, ...]
     shape: torch.Size
     parameter: bool = False
     uniform: bool = False
+    choice: int | None = None
 
     def framed(self, planes: tuple[Tensor, ...]) -> "Operand":
         """The same operand with its planes laid into another frame."""

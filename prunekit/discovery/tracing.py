@@ -6,7 +6,7 @@ cost nothing (one zero, expanded), so a model of any size is traced without its 
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunekit.discovery.labels import LOCKED, LabelGraph, varying_dims
+from prunekit.discovery.choices import Choice, chosen_by, lock_open_choices
+from prunekit.discovery.constants import Argument, constants_among
+from prunekit.discovery.labels import ARGUMENT, LOCKED, LabelGraph, varying_dims
 from prunekit.discovery.operations import RULES, tensors_in, unknown
 from prunekit.discovery.remembered import Key, remembering
 from prunekit.discovery.rules import Operand
@@ -38,6 +40,7 @@ class Trace:
         sizes: what stands behind the sizes that code read off tensors.
         rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular.
         scalars: name and plain numbers of every pointwise operation on labelled tensors, in order.
+        arguments: constants that modules are handed, such as the slopes of ALiBi, → (first node, values).
     """
 
     graph: LabelGraph = field(default_factory=LabelGraph)
@@ -47,6 +50,7 @@ class Trace:
     sizes: dict[Key, Span] = field(default_factory=dict)
     rectangles: list[Tensor] = field(default_factory=list)
     scalars: list[tuple[Any, ...]] = field(default_factory=list)
+    arguments: dict[Argument, tuple[int, Tensor]] = field(default_factory=dict)
 
 
 class LabelMode(TorchDispatchMode):
@@ -58,16 +62,20 @@ class LabelMode(TorchDispatchMode):
         self.graph = trace.graph
         self.path = ""  # of the module that runs
         self.entered = ""  # of the module that began to run last
+        self.choices: list[Choice] = []
         self._storages: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
+        self._chosen: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
     def operand(self, tensor: Tensor) -> Operand:
         """The labels of a tensor. Views share the labels of what they view, as they share its storage."""
         planes = getattr(tensor, PLANES, None)
         if planes is not None:
             return Operand(planes, tensor.shape, parameter=True)
-        found = self._storages.get(tensor.untyped_storage()._cdata)
+        key = tensor.untyped_storage()._cdata
+        found = self._storages.get(key)
         if found is None:
-            return Operand((), tensor.shape, uniform=tensor.numel() == 1 or _still_uniform(tensor))
+            uniform = tensor.numel() == 1 or _still_uniform(tensor)
+            return Operand((), tensor.shape, uniform=uniform, choice=self._chosen.get(key, (None,))[0])
         plane = found[0].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         return Operand((plane,), tensor.shape)
 
@@ -83,6 +91,29 @@ class LabelMode(TorchDispatchMode):
         flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(plane.expand(tensor.shape))
         return tensor
 
+    def label_arguments(self, args: tuple, kwargs: dict) -> list[tuple[Any, Any]]:
+        """Give the constants among a module's arguments nodes of their own; returns what stood there before."""
+        before = []
+        for where, tensor in constants_among(args, kwargs):
+            storage = tensor.untyped_storage()
+            found = self._storages.get(storage._cdata)
+            labelled = getattr(tensor, PLANES, None) is not None or (found and self.graph.kind_of(found[0]) != ARGUMENT)
+            if labelled or storage._cdata in self._chosen:
+                continue
+            before.append((storage._cdata, self._storages.pop(storage._cdata, None)))
+            labels = self.graph.new(tuple(tensor.shape), ARGUMENT)
+            argument = Argument(self.path, where, tuple(tensor.shape))
+            self.trace.arguments[argument] = (int(labels.flatten()[0]), tensor.detach().clone())
+            self.mark(tensor, labels)
+        return before
+
+    def restore(self, before: list[tuple[Any, Any]]) -> None:
+        """Put back the labels that constants had outside a module."""
+        for key, found in before:
+            self._storages.pop(key, None)
+            if found is not None:
+                self._storages[key] = found
+
     def mark_parameter(self, tensor: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
         """Give a parameter, or what is made of parameters alone, one plane a dimension."""
         setattr(tensor, PLANES, planes)
@@ -92,6 +123,13 @@ class LabelMode(TorchDispatchMode):
         """A constant of equal values: it takes any width."""
         setattr(tensor, UNIFORM, True)
         return tensor
+
+    def mark_chosen(self, result: Any, choice: int) -> Any:  # noqa: ANN401
+        """Tensors computed from a choice by value."""
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            self._chosen[storage._cdata] = (choice, storage)
+        return result
 
     def lock(self, labels: Tensor, reason: str) -> None:
         """As `LabelGraph.lock`, naming the module that runs."""
@@ -109,8 +147,11 @@ class LabelMode(TorchDispatchMode):
         rule = RULES.get(func.overloadpacket) or (RULES["pointwise"] if torch.Tag.pointwise in func.tags else None)
         if rule is not None and rule.always:
             return rule.apply(self, func, args, kwargs)
-        if not any(self.operand(t).planes for t in tensors_in((args, kwargs))):
-            return func(*args, **kwargs)
+        tensors = tensors_in((args, kwargs))
+        if not any(self.operand(t).planes for t in tensors):
+            choice = chosen_by(self, tensors) if self.choices else None
+            result = func(*args, **kwargs)
+            return result if choice is None else self.mark_chosen(result, choice)
         if torch.Tag.pointwise in func.tags and (numbers := _scalars(self, args)):
             self.trace.scalars.append((func.overloadpacket.__name__, *numbers))
         first_lock = len(self.graph.locks)
@@ -186,15 +227,29 @@ def module_paths(model: nn.Module, mode: LabelMode) -> Iterator[None]:
     def leave(_module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
         mode.path = stack.pop()
 
-    handles = [
-        torch_module.register_module_forward_pre_hook(enter),
-        torch_module.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(torch_module.register_module_forward_pre_hook(enter).remove)
+        hooks.callback(torch_module.register_module_forward_hook(leave, always_call=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def labelled_arguments(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+    """While open, constants that are handed to a module with parts of its own carry labels inside it."""
+    stack: list[list[tuple[Any, Any]]] = []
+
+    def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        stack.append(mode.label_arguments(args, kwargs))
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
+        mode.restore(stack.pop())
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if module._modules:
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
 
 
 @contextmanager
@@ -208,11 +263,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def trace(model: nn.Module) -> Trace:
+def trace(model: nn.Module, batch: int = 1) -> Trace:
     """Run one token through `model` and write down what happens to every channel.
 
     Args:
         model: a causal language model; its weights are not read and may stand on the meta device.
+        batch: sequences of one token. With more than one, only what modules are handed means anything.
 
     Raises:
         PrunekitError: the forward pass does not run on one token.
@@ -220,10 +276,16 @@ def trace(model: nn.Module) -> Trace:
     result = Trace()
     mode = LabelMode(result)
     watcher = IntegerWatcher(mode)
-    with _evaluating(model), free_parameters(model, mode), remembering(model), module_paths(model, mode):
+    with (
+        _evaluating(model),
+        free_parameters(model, mode),
+        remembering(model),
+        module_paths(model, mode),
+        labelled_arguments(model, mode),
+    ):
         try:
             with torch.no_grad(), watcher, mode:
-                output = model(torch.zeros((1, 1), dtype=torch.long), **_options(model.forward))
+                output = model(torch.zeros((batch, 1), dtype=torch.long), **_options(model.forward))
         except Exception as error:
             raise PrunekitError(
                 f"the model does not run on one token, so its structure cannot be traced: "
@@ -247,4 +309,5 @@ def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:  # n
     for tensor in tensors_in(dict(output) if isinstance(output, dict) else output):
         for plane in mode.operand(tensor).planes:
             mode.graph.lock(plane[plane > LOCKED], "the model's output: its rows are what the model answers with")
+    lock_open_choices(mode)
     mode.trace.equations, mode.trace.sizes = watcher.equations(), watcher.sizes

@@ -37,7 +37,7 @@ class Span:
         gone = torch.zeros(self.planes[0].shape, dtype=torch.bool)
         for plane in self.planes:
             gone = gone | dead[plane]
-        alive = (~gone).movedim(self.dim, 0).flatten(1).any(1)
+        alive = (~gone).movedim(self.dim, 0).reshape(gone.shape[self.dim], -1).any(1)
         return int(alive[: self.stop].sum())
 
 
@@ -70,6 +70,7 @@ class IntegerWatcher(TorchFunctionMode):
         super().__init__()
         self._mode = mode
         self._seen: list[_Sighting] = []
+        self._chosen: list[Equation] = []
         self.sizes: dict[Key, Span] = {}
 
     def __torch_function__(  # noqa: D105
@@ -79,6 +80,8 @@ class IntegerWatcher(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             with self:
                 return attention(*args, **kwargs)
+        if func is Tensor.__getitem__ and self._is_choice(args[1]):  # a plain look-up would read the number out
+            return args[0].index_select(0, args[1].view(1)).squeeze(0)
         result = func(*args, **kwargs)
         if func in _SIZE_READS:
             return self._measured(args[0], result)
@@ -86,6 +89,17 @@ class IntegerWatcher(TorchFunctionMode):
         if note is not None:
             note(self, result, args, kwargs)
         return result
+
+    def _is_choice(self, index: Any) -> bool:  # noqa: ANN401
+        return isinstance(index, Tensor) and index.dim() == 0 and self._mode.operand(index).choice is not None
+
+    def see_classes(self, number: Any, chosen: Tensor) -> None:  # noqa: ANN401
+        """Note a number of classes that were chosen from; there may be one more than scores, for "none"."""
+        choice = self._mode.operand(chosen).choice
+        if isinstance(number, Remembered) and choice is not None:
+            labels = self._mode.choices[choice].labels
+            origin = (number - (int(number) - len(labels))).origin
+            self._chosen.append(Equation(origin, Span((labels,), 0), self._mode.path))
 
     def see(self, number: Any, tensor: Any, dim: int, stop: int | None = None) -> None:  # noqa: ANN401
         """Note a size if it is a remembered integer."""
@@ -108,7 +122,7 @@ class IntegerWatcher(TorchFunctionMode):
 
     def equations(self) -> list[Equation]:
         """All sightings in labelled tensors, with the labels they carry at the end of the trace."""
-        found = []
+        found = list(self._chosen)
         for s in self._seen:
             planes = self._mode.operand(s.tensor).planes
             if planes and any(a.key[1] != SHAPE for a in s.number.origin.attributes()):
@@ -169,6 +183,10 @@ def _note_unflatten(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: d
         watcher.see(size, result, dim % tensor.dim() + i)
 
 
+def _note_one_hot(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+    watcher.see_classes(args[1] if len(args) > 1 else kwargs.get("num_classes"), args[0])
+
+
 _SIZE_READS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 
 _NOTES: dict[Any, Callable[[IntegerWatcher, Any, tuple, dict], None]] = {
@@ -182,6 +200,7 @@ _NOTES: dict[Any, Callable[[IntegerWatcher, Any, tuple, dict], None]] = {
     **dict.fromkeys((Tensor.narrow, torch.narrow), _note_narrow),
     **dict.fromkeys((Tensor.unflatten, torch.unflatten), _note_unflatten),
     Tensor.__getitem__: _note_slice,
+    functional.one_hot: _note_one_hot,
 }  # fmt: skip
 
 

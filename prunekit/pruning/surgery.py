@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.discovery import Groups
+from prunekit.discovery.constants import Selection, select
 from prunekit.discovery.partition import LEVELS, Sites, components, find_groups, spread_death
 from prunekit.discovery.remembered import Key, set_attribute
 from prunekit.discovery.tracing import Trace, trace
 from prunekit.errors import PrunekitError
+from prunekit.pruning.arguments import find_selections
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.widths import solve
 
@@ -28,11 +30,13 @@ class _Cut:
     Attributes:
         keep: indices that stay, for every parameter dimension that is cut.
         values: new values of remembered integers.
+        selections: what modules pick from constants that they are handed.
         dead: bool (n_nodes,), nodes of the trace that go.
     """
 
     keep: Keep
     values: dict[Key, int]
+    selections: list[Selection]
     dead: np.ndarray
 
 
@@ -58,7 +62,7 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.M
     before = trace(model)
     groups = find_groups(before)
     _check_plan(groups, plan)
-    cut = _cut(before, groups, plan)
+    cut = _cut(model, before, groups, plan)
     skeleton = _apply(_copy_with(model, lambda p, keep: _hollow(p, keep), cut), cut)
     verify(before, cut.dead, skeleton, exact=all(groups[name].exact for name in plan.keep))
     if inplace:
@@ -80,7 +84,7 @@ def _check_plan(groups: Groups, plan: PruningPlan) -> None:
             )
 
 
-def _cut(before: Trace, groups: Groups, plan: PruningPlan) -> _Cut:
+def _cut(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> _Cut:
     doomed = np.zeros(before.graph.n_nodes, np.bool_)
     for name in plan.keep:
         for m in groups[name].members:
@@ -88,7 +92,8 @@ def _cut(before: Trace, groups: Groups, plan: PruningPlan) -> _Cut:
             doomed[start + m.owned_by(plan.removed(name)).numpy()] = True
     dead = spread_death(before.graph, doomed)
     _check_locks(before, dead)
-    return _Cut(_surviving_indices(before, dead), solve(before, torch.from_numpy(dead)), dead)
+    widths = solve(before, torch.from_numpy(dead))
+    return _Cut(_surviving_indices(before, dead), widths, find_selections(before, dead, model), dead)
 
 
 def _check_locks(before: Trace, dead: np.ndarray) -> None:
@@ -148,6 +153,8 @@ def _apply(model: nn.Module, cut: _Cut) -> nn.Module:
     modules = dict(model.named_modules())
     for key, value in cut.values.items():
         set_attribute(modules[key[0]], key, value)
+    for selection in cut.selections:
+        select(modules[selection.argument.path], selection)
     for module in modules.values():
         _sync_layer(module)
     return model
