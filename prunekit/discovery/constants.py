@@ -36,10 +36,15 @@ class Argument:
 
 def constants_among(args: tuple, kwargs: dict) -> Iterator[tuple[Where, Tensor]]:
     """Tensors of more than one element, and where they stand."""
+    for where, tensor in leaves(args, kwargs):
+        if 1 < tensor.numel() <= LARGEST and not isinstance(tensor, nn.Parameter):
+            yield where, tensor
+
+
+def leaves(args: tuple, kwargs: dict) -> Iterator[tuple[Where, Tensor]]:
+    """All tensors among arguments, and where they stand."""
     for key, value in (*enumerate(args), *kwargs.items()):
-        for where, tensor in _leaves((key,), value):
-            if 1 < tensor.numel() <= LARGEST and not isinstance(tensor, nn.Parameter):
-                yield where, tensor
+        yield from _leaves((key,), value)
 
 
 def _leaves(where: Where, value: Any) -> Iterator[tuple[Where, Tensor]]:  # noqa: ANN401

@@ -19,6 +19,7 @@ from prunekit.discovery.choices import Choice, chosen_by, lock_open_choices
 from prunekit.discovery.constants import Argument, constants_among
 from prunekit.discovery.labels import ARGUMENT, LOCKED, LabelGraph, varying_dims
 from prunekit.discovery.operations import RULES, tensors_in, unknown
+from prunekit.discovery.parts import Part, probing
 from prunekit.discovery.remembered import Key, remembering
 from prunekit.discovery.rules import Operand
 from prunekit.discovery.watching import Equation, IntegerWatcher, Span
@@ -41,6 +42,7 @@ class Trace:
         rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular.
         scalars: name and plain numbers of every pointwise operation on labelled tensors, in order.
         arguments: constants that modules are handed, such as the slopes of ALiBi, → (first node, values).
+        parts: modules that do nothing when their parameters are zero.
     """
 
     graph: LabelGraph = field(default_factory=LabelGraph)
@@ -51,6 +53,7 @@ class Trace:
     rectangles: list[Tensor] = field(default_factory=list)
     scalars: list[tuple[Any, ...]] = field(default_factory=list)
     arguments: dict[Argument, tuple[int, Tensor]] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
 
 
 class LabelMode(TorchDispatchMode):
@@ -62,9 +65,19 @@ class LabelMode(TorchDispatchMode):
         self.graph = trace.graph
         self.path = ""  # of the module that runs
         self.entered = ""  # of the module that began to run last
+        self._paused = False
         self.choices: list[Choice] = []
         self._storages: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
         self._chosen: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, operations run and no labels follow."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def operand(self, tensor: Tensor) -> Operand:
         """The labels of a tensor. Views share the labels of what they view, as they share its storage."""
@@ -144,6 +157,8 @@ class LabelMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
         rule = RULES.get(func.overloadpacket) or (RULES["pointwise"] if torch.Tag.pointwise in func.tags else None)
         if rule is not None and rule.always:
             return rule.apply(self, func, args, kwargs)
@@ -282,6 +297,7 @@ def trace(model: nn.Module, batch: int = 1) -> Trace:
         remembering(model),
         module_paths(model, mode),
         labelled_arguments(model, mode),
+        probing(model, mode, result.parts),
     ):
         try:
             with torch.no_grad(), watcher, mode:

@@ -75,4 +75,6 @@ def _repeats(one: Tensor, pair: Tensor, dim: int) -> bool:
     if pair.dim() != one.dim() or pair.shape[dim] % size:
         return False
     folded = pair.unflatten(dim, (-1, size))
-    return math.prod(folded.shape) % one.numel() == 0 and bool(torch.equal(folded, one.unsqueeze(dim).expand_as(folded)))
+    return math.prod(folded.shape) % one.numel() == 0 and bool(
+        torch.equal(folded, one.unsqueeze(dim).expand_as(folded))
+    )

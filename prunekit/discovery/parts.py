@@ -1,0 +1,127 @@
+"""Whole layers and blocks: modules that do nothing to the residual stream when their parameters are zero.
+
+The trace runs with parameters that are all zero, so its numbers are those of the zeroed model. Where hidden channels
+enter a layer they are made to differ from zero; a layer that hands them on unchanged may be taken out, and so may a
+block that adds zeros. Nothing has to be known about how a layer is built.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.discovery.constants import Where, leaves
+from prunekit.discovery.labels import LOCKED
+
+if TYPE_CHECKING:
+    from prunekit.discovery.tracing import LabelMode
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module whose result is zero, or one of its arguments, when its parameters are zero.
+
+    Attributes:
+        path: of the module.
+        node: of the first channel of its result.
+        n_channels: of its result.
+        like: argument that has the shape of its result.
+        echo: True where the result is that argument, False where it is zero.
+        result: where the result stands in what the module returns; () where it is all it returns.
+        length: of the tuple that the module returns, or 0.
+        layer: the element of a list of modules that this is, or lies in; None outside of any.
+    """
+
+    path: str
+    node: int
+    n_channels: int
+    like: Where
+    echo: bool
+    result: Where
+    length: int
+    layer: str | None
+
+
+def layer_of(path: str, layers: set[str]) -> str | None:
+    """The outermost list element that a path is or lies in."""
+    pieces = path.split(".")
+    return next((p for i in range(len(pieces)) if (p := ".".join(pieces[: i + 1])) in layers), None)
+
+
+def list_elements(model: nn.Module) -> set[str]:
+    """Paths of the modules that stand in a list."""
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return {f"{path}.{i}" for path, module in lists for i in range(len(module))}
+
+
+@contextmanager
+def probing(model: nn.Module, mode: LabelMode, found: dict[str, Part]) -> Iterator[None]:
+    """While open, every module with parts of its own is watched; what does nothing goes into `found`."""
+    layers = list_elements(model)
+    stack: list[list[tuple[Where, Tensor]]] = []
+
+    def watch(path: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            stack.append(_channels_among(mode, args, kwargs, refill=path in layers))
+
+        def leave(_module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
+            part = _probe(mode, path, stack.pop(), result, layer_of(path, layers))
+            if part is not None:
+                found[path] = part
+
+        return enter, leave
+
+    uses = _uses(model)
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            if module._modules and layer_of(path, layers) and _uses(module).items() <= uses.items():
+                enter, leave = watch(path)
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(leave).remove)
+        yield
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """How often each parameter stands in a model; one that stands elsewhere too cannot go with a part."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
+def _channels_among(mode: LabelMode, args: tuple, kwargs: dict, refill: bool) -> list[tuple[Where, Tensor]]:
+    """Values of the labelled arguments; on entering a layer they are made to differ from zero and each other."""
+    kept = []
+    with mode.paused():
+        for where, tensor in leaves(args, kwargs):
+            if mode.operand(tensor).planes and tensor.is_floating_point():
+                if refill:
+                    tensor.copy_(torch.arange(1, tensor.numel() + 1).view(tensor.shape))
+                kept.append((where, tensor.clone()))
+    return kept
+
+
+def _probe(
+    mode: LabelMode,
+    path: str,
+    arguments: list[tuple[Where, Tensor]],
+    returned: Any,
+    layer: str | None,  # noqa: ANN401
+) -> Part | None:
+    with mode.paused():
+        results = [(where[1:], t) for where, t in leaves((returned,), {}) if t.is_floating_point()]
+        if not results or len(results[0][0]) > 1:
+            return None
+        where, result = results[0]
+        alike = [(w, a) for w, a in arguments if a.shape == result.shape]
+        echoed = [w for w, a in alike if torch.equal(a, result) and bool(a.any())]
+        planes = mode.operand(result).planes
+        if not alike or not planes or not (echoed or not bool(result.any())):
+            return None
+        node = int(planes[0].flatten()[0])
+        length = len(returned) if where else 0
+        like = (echoed or [alike[0][0]])[0]
+        return Part(path, node, result.numel(), like, bool(echoed), where, length, layer) if node > LOCKED else None

@@ -1,0 +1,128 @@
+"""Taking whole layers and blocks out of a model."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from prunekit.discovery.constants import leaves
+from prunekit.discovery.parts import Part
+from prunekit.errors import PrunekitError
+
+
+class Skipped(nn.Module):
+    """Stands where a block was, and returns what the block would return with all its parameters zero.
+
+    Args:
+        part: how the block returned its result.
+        layer_idx: where the block kept its keys; the cache counts tokens there, so it is given a channel of zeros.
+    """
+
+    def __init__(self, part: Part, layer_idx: int | None = None) -> None:
+        super().__init__()
+        self.part, self.layer_idx = part, layer_idx
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Zeros, or the argument that the block handed on."""
+        like = dict(leaves(args, kwargs))[self.part.like]
+        self._count_tokens(like, (*args, *kwargs.values()))
+        result = like if self.part.echo else torch.zeros_like(like)
+        if not self.part.result:
+            return result
+        return tuple(result if i == self.part.result[0] else None for i in range(self.part.length))
+
+    def _count_tokens(self, like: Tensor, arguments: tuple) -> None:
+        for cache in arguments:
+            if isinstance(cache, Cache) and self.layer_idx is not None:
+                empty = like.new_zeros(like.shape[0], 1, like.shape[1], 1)  # (batch, head, seq, d_head)
+                cache.update(empty, empty, self.layer_idx)
+
+    def extra_repr(self) -> str:
+        """What stood here."""
+        return self.part.path
+
+
+def drop(model: nn.Module, parts: list[Part]) -> dict[str, str]:
+    """Take layers and blocks out of a model, in place.
+
+    Args:
+        model: its modules change, its parameters are not touched.
+        parts: what goes.
+
+    Returns:
+        Path before → path after, for every layer that stays and stands elsewhere now.
+
+    Raises:
+        PrunekitError: no layer would stay.
+    """
+    layers = {part.path for part in parts if part.path == part.layer}
+    for part in parts:
+        if part.layer not in layers:
+            parent, _, name = part.path.rpartition(".")
+            block = model.get_submodule(part.path)
+            setattr(model.get_submodule(parent), name, Skipped(part, _layer_index(block)))
+    moved: dict[str, str] = {}
+    for path in dict.fromkeys(layer.rpartition(".")[0] for layer in layers):
+        moved |= _drop_elements(model, path, {int(layer.rpartition(".")[2]) for layer in layers if _in(path, layer)})
+    return moved
+
+
+def _in(path: str, layer: str) -> bool:
+    return layer.rpartition(".")[0] == path
+
+
+def _layer_index(block: nn.Module) -> int | None:
+    found = (vars(module).get("layer_idx") for module in block.modules())
+    return next((index for index in found if index is not None), None)
+
+
+def _drop_elements(model: nn.Module, path: str, gone: set[int]) -> dict[str, str]:
+    layers: Any = model.get_submodule(path)
+    kept = [i for i in range(len(layers)) if i not in gone]
+    if not kept:
+        raise PrunekitError(f"the plan leaves no layer in {path}; keep at least one")
+    _renumber(list(layers), kept)
+    _shorten_configurations(model, len(layers), kept)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.ModuleList(layers[i] for i in kept))
+    return {f"{path}.{old}": f"{path}.{new}" for new, old in enumerate(kept) if new != old}
+
+
+def _renumber(layers: list[nn.Module], kept: list[int]) -> None:
+    """Integers that equal the position in every layer that has them are positions."""
+    seen: dict[tuple[str, str], set[int]] = {}
+    for position, layer in enumerate(layers):
+        for path, module in layer.named_modules():
+            for name, value in vars(module).items():
+                if type(value) is int:
+                    seen.setdefault((path, name), set()).add(value - position)
+    for (path, name), differences in seen.items():
+        if differences == {0}:
+            for new, old in enumerate(kept):
+                module = dict(layers[old].named_modules()).get(path)
+                if module is not None and name in vars(module):
+                    vars(module)[name] = new
+
+
+def _shorten_configurations(model: nn.Module, n_layers: int, kept: list[int]) -> None:
+    """The number of layers, and what a configuration lists layer by layer; configurations are copied first."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if config is None or getattr(config, "num_hidden_layers", None) != n_layers:
+            continue
+        if id(config) not in copies:
+            copies[id(config)] = copy.copy(config)
+            for name, value in _layer_lists(config, n_layers):
+                vars(copies[id(config)])[name] = type(value)(value[i] for i in kept)
+            copies[id(config)].num_hidden_layers = len(kept)
+        module.config = copies[id(config)]
+
+
+def _layer_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    for name, value in vars(config).items():
+        if isinstance(value, (list, tuple)) and len(value) == n_layers and "layer" in name:
+            yield name, value
