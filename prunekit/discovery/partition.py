@@ -49,11 +49,11 @@ class Sites:
         )
 
 
-def _pairs(edges: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Ints, Ints]:
+def _pairs(edges: list[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
     if not edges:
         empty = np.zeros(0, np.int64)
         return empty, empty
-    a, b = (torch.cat([edge[i].flatten() for edge in edges]).numpy() for i in (0, 1))
+    a, b = (np.concatenate([edge[i] for edge in edges]) for i in (0, 1))
     return a, b
 
 
@@ -69,7 +69,7 @@ def components(graph: LabelGraph, merging: tuple[str, ...], dead: NDArray[np.boo
         dead: bool (n_nodes,), nodes to leave out with all their relations.
     """
 
-    def pairs(edges: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Ints, Ints]:
+    def pairs(edges: list[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
         a, b = _pairs(edges)
         return (a, b) if dead is None else (a[~dead[a] & ~dead[b]], b[~dead[a] & ~dead[b]])
 

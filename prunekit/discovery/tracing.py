@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -60,6 +61,10 @@ class LabelMode(TorchDispatchMode):
         self.entered = ""  # of the module that began to run last
         self._storages: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
 
+    def labelled(self, tensor: Tensor) -> bool:
+        """Whether a tensor has labels."""
+        return tensor.untyped_storage()._cdata in self._storages or bool(getattr(tensor, PLANES, ()))
+
     def operand(self, tensor: Tensor) -> Operand:
         """The labels of a tensor. Views share the labels of what they view, as they share its storage."""
         planes = getattr(tensor, PLANES, None)
@@ -78,9 +83,9 @@ class LabelMode(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages:
             n = storage.nbytes() // tensor.element_size()
-            self._storages[storage._cdata] = (torch.zeros(n, dtype=torch.long), storage)
+            self._storages[storage._cdata] = (torch.from_numpy(np.zeros(n, np.int64)), storage)
         flat = self._storages[storage._cdata][0]
-        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(plane.expand(tensor.shape))
+        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(plane)
         return tensor
 
     def mark_parameter(self, tensor: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
@@ -109,7 +114,7 @@ class LabelMode(TorchDispatchMode):
         rule = RULES.get(func.overloadpacket) or (RULES["pointwise"] if torch.Tag.pointwise in func.tags else None)
         if rule is not None and rule.always:
             return rule.apply(self, func, args, kwargs)
-        if not any(self.operand(t).planes for t in tensors_in((args, kwargs))):
+        if not any(map(self.labelled, tensors_in((args, kwargs)))):
             return func(*args, **kwargs)
         if torch.Tag.pointwise in func.tags and (numbers := _scalars(self, args)):
             self.trace.scalars.append((func.overloadpacket.__name__, *numbers))
@@ -247,4 +252,4 @@ def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:  # n
     for tensor in tensors_in(dict(output) if isinstance(output, dict) else output):
         for plane in mode.operand(tensor).planes:
             mode.graph.lock(plane[plane > LOCKED], "the model's output: its rows are what the model answers with")
-    mode.trace.equations, mode.trace.sizes = watcher.equations(), watcher.sizes
+    mode.trace.equations, mode.trace.sizes = watcher.equations(), watcher.sizes()

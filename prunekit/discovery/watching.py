@@ -70,7 +70,7 @@ class IntegerWatcher(TorchFunctionMode):
         super().__init__()
         self._mode = mode
         self._seen: list[_Sighting] = []
-        self.sizes: dict[Key, Span] = {}
+        self._measures: dict[Key, tuple[Tensor, int]] = {}
 
     def __torch_function__(  # noqa: D105
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
@@ -79,6 +79,9 @@ class IntegerWatcher(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             with self:
                 return attention(*args, **kwargs)
+        if func is functional.linear:
+            with torch._C._AutoDispatchBelowAutograd():  # one operation with a rule, not the four that it is made of
+                return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SIZE_READS:
             return self._measured(args[0], result)
@@ -96,15 +99,18 @@ class IntegerWatcher(TorchFunctionMode):
         """Sizes read off a labelled tensor are numbers that change with it."""
         if not isinstance(sizes, torch.Size):
             return sizes
-        planes = self._mode.operand(tensor).planes
-        if not planes:
+        if not self._mode.labelled(tensor):
             return sizes
-        return torch.Size(self._size(planes, d, n) if n > 1 else n for d, n in enumerate(sizes))
+        return torch.Size(self._size(tensor, d, n) if n > 1 else n for d, n in enumerate(sizes))
 
-    def _size(self, planes: tuple[Tensor, ...], dim: int, size: int) -> Remembered:
-        key = ("", SHAPE, str(len(self.sizes)))
-        self.sizes[key] = Span(planes, dim)
+    def _size(self, tensor: Tensor, dim: int, size: int) -> Remembered:
+        key = ("", SHAPE, str(len(self._measures)))
+        self._measures[key] = (tensor, dim)
         return Remembered.of(size, Attribute(key, size))
+
+    def sizes(self) -> dict[Key, Span]:
+        """What stands behind the sizes that code read, with the labels it carries at the end of the trace."""
+        return {key: Span(self._mode.operand(tensor).planes, dim) for key, (tensor, dim) in self._measures.items()}
 
     def equations(self) -> list[Equation]:
         """All sightings in labelled tensors, with the labels they carry at the end of the trace."""
