@@ -1,7 +1,14 @@
 """The graph of labels that a trace writes: one node a channel, two relations between them."""
 
+import math
+from bisect import bisect_right
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Ints = NDArray[np.int64]
 
 CONSTANT = 0
 LOCKED = 1
@@ -20,51 +27,49 @@ class LabelGraph:
 
     def __init__(self) -> None:
         self.n_nodes = 2
-        self.same: list[tuple[Tensor, Tensor]] = []
-        self.owns: dict[str, list[tuple[Tensor, Tensor]]] = {
-            kind: [] for kind in (SCORE, ACTIVATION, PARAMETER, STATISTIC)
-        }
+        self.same: list[tuple[Ints, Ints]] = []
+        self.owns: dict[str, list[tuple[Ints, Ints]]] = {kind: [] for kind in (SCORE, ACTIVATION, PARAMETER, STATISTIC)}
         self.locks: list[tuple[Tensor, str]] = []
         self.nonlinear: list[Tensor] = []
         self.embedded: list[Tensor] = []
         self.chosen: list[Tensor] = []
-        self._ranges: list[tuple[int, str]] = []
+        self._ends: list[int] = []  # of the ranges of nodes that were made together
+        self._kinds: list[str] = []
 
     def new(self, shape: tuple[int, ...], kind: str) -> Tensor:
         """Fresh nodes of a shape, int64; `kind` says what their copies are owned by."""
-        n = int(torch.Size(shape).numel())
-        labels = torch.arange(self.n_nodes, self.n_nodes + n).view(shape)
-        self.n_nodes += n
-        self._ranges.append((self.n_nodes, kind))
-        return labels
+        start = self.n_nodes
+        self.n_nodes += math.prod(shape)
+        self._ends.append(self.n_nodes)
+        self._kinds.append(kind)
+        return torch.from_numpy(np.arange(start, self.n_nodes).reshape(shape))
 
     def kind_of(self, labels: Tensor) -> str | None:
         """What made these nodes: read off the first that is one."""
-        found = labels[labels > LOCKED]
-        if not len(found):
-            return None
-        low, high, node = 0, len(self._ranges) - 1, int(found.flatten()[0])
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if node < self._ranges[middle][0] else (middle + 1, high)
-        return self._ranges[low][1]
+        plane = labels.numpy()
+        found = plane[plane > LOCKED]
+        return self._kinds[bisect_right(self._ends, found[0])] if found.size else None
 
     def unify(self, a: Tensor, b: Tensor) -> None:
         """SAME between two planes of one shape; what meets a constant or the unknown is locked."""
-        a, b = a.flatten(), b.flatten()
-        known = (a > LOCKED) & (b > LOCKED)
+        left, right = a.numpy().ravel(), b.numpy().ravel()
+        known = (left > LOCKED) & (right > LOCKED)
         if known.all():
-            self.same.append((a, b))
+            self.same.append((left, right))
             return
-        self.same.append((a[known], b[known]))
-        self.lock(torch.cat([a[~known], b[~known]]), "meets a constant, or what is not understood, in a sum or product")
+        self.same.append((left[known], right[known]))
+        met = torch.from_numpy(np.concatenate([left[~known], right[~known]]))
+        self.lock(met, "meets a constant, or what is not understood, in a sum or product")
 
     def own(self, kind: str, owner: Tensor, member: Tensor) -> None:
         """OWNS between two planes of one shape."""
-        owner, member = owner.flatten(), member.flatten()
-        known = owner > LOCKED
-        self.owns[kind].append((owner[known], member[known]))
-        self.lock(member[owner == LOCKED], "is a copy of what is not understood")
+        owners, members = owner.numpy().ravel(), member.numpy().ravel()
+        known = owners > LOCKED
+        if known.all():
+            self.owns[kind].append((owners, members))
+            return
+        self.owns[kind].append((owners[known], members[known]))
+        self.lock(torch.from_numpy(members[owners == LOCKED]), "is a copy of what is not understood")
 
     def copies(self, labels: Tensor, shape: tuple[int, ...], parameter: bool) -> Tensor:
         """Fresh nodes of `shape`, each owned by the label that `labels` (broadcastable) has there."""
@@ -76,22 +81,31 @@ class LabelGraph:
         fresh = self.new(shape, kind)
         owners = labels.expand(shape)
         self.own(owner_kind, owners, fresh)
-        return torch.where(owners == CONSTANT, owners, fresh)
+        return torch.where(owners == CONSTANT, owners, fresh) if (labels.numpy() == CONSTANT).any() else fresh
 
     def lock(self, labels: Tensor, reason: str) -> None:
         """These may not be cut; `reason` is what the user reads."""
-        labels = labels[labels > LOCKED].flatten()
+        plane = labels.numpy()
+        labels = torch.from_numpy(plane[plane > LOCKED])
         if len(labels):
             self.locks.append((labels, reason))
 
 
 def varying_dims(labels: Tensor) -> frozenset[int]:
     """Dimensions along which the labels differ. Expanded (stride 0) dimensions cost nothing."""
-    free = [d for d in range(labels.dim()) if labels.size(d) > 1 and labels.stride(d) != 0]
-    compact = labels
-    for d in set(range(labels.dim())) - set(free):
-        compact = compact.narrow(d, 0, min(1, labels.size(d)))
-    return frozenset(d for d in free if bool((compact != compact.narrow(d, 0, 1)).any()))
+    plane = labels.numpy()
+    if not plane.size:
+        return frozenset()
+    plane = plane[tuple([slice(None) if step else slice(1) for step in plane.strides])]
+    return frozenset([d for d, n in enumerate(plane.shape) if n > 1 and _differ(plane, d)])
+
+
+def _differ(plane: Ints, dim: int) -> bool:
+    """Whether labels differ along a dimension. The first two mostly tell; only where they agree are all compared."""
+    first = (0,) * plane.ndim
+    if plane[first] != plane[(*first[:dim], 1, *first[dim + 1 :])]:
+        return True
+    return bool((plane != plane.take([0], dim)).any())
 
 
 def along(labels: Tensor, dims: frozenset[int] | set[int]) -> Tensor:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prunekit.discovery.choices import choose, chosen_by, look_up_chosen, pick
 from prunekit.discovery.labels import CONSTANT, LOCKED, STATISTIC, along, varying_dims
-from prunekit.discovery.rules import Operand, combine, contract, reduce_labels
+from prunekit.discovery.rules import Operand, combine, contract, reduce_labels, spread_rows
 
 if TYPE_CHECKING:
     from prunekit.discovery.tracing import LabelMode
@@ -47,9 +48,8 @@ def tensors_in(tree: Any) -> list[Tensor]:  # noqa: ANN401
     """Every tensor among nested arguments."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [t for item in tree for t in tensors_in(item)] if isinstance(tree, (list, tuple)) else []
+    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [t for item in items if isinstance(item, (Tensor, list, tuple, dict)) for t in tensors_in(item)]
 
 
 # --- what only makes a constant -----------------------------------------------------------------
@@ -178,11 +178,15 @@ def _convert(mode: LabelMode, func: Any, args: tuple, kwargs: dict, source: Oper
 
 def _own_duplicates(mode: LabelMode, planes: list[Tensor], moved: Tensor) -> Tensor:
     """Where a movement repeats labels that were distinct before, each repetition is an owned copy."""
-    labels = moved[moved > LOCKED]
-    before = torch.cat([plane[plane > LOCKED].flatten() for plane in planes])
-    if len(labels.unique()) == len(labels) or len(before.unique()) != len(before):
+    if _all_distinct([moved]) or not _all_distinct(planes):
         return moved
     return mode.graph.copies(moved, tuple(moved.shape), False)
+
+
+def _all_distinct(planes: list[Tensor]) -> bool:
+    labels = np.concatenate([plane.numpy().ravel() for plane in planes])
+    labels = labels[labels > LOCKED]
+    return len(np.unique(labels)) == len(labels)
 
 
 def _move_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, sources: list[Operand]) -> Any:  # noqa: ANN401
@@ -258,6 +262,21 @@ def biased_matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict)
     """Bias + a @ b; with beta = 0 the bias is not read."""
     bias = None if kwargs.get("beta", 1) == 0 else mode.operand(args[0])
     return _product(mode, mode.operand(args[1]), mode.operand(args[2]), bias, args[1])
+
+
+@rule("linear")
+def linear(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+    """Input @ weightᵀ + bias in one step, where the weight is a plain matrix of rows and columns."""
+    source, weight = mode.operand(args[0]), mode.operand(args[1])
+    plain = [varying_dims(plane) for plane in weight.planes] == [{0}, {1}]
+    last = len(source.shape) - 1
+    if source.parameter or not plain or not any(last in varying_dims(plane) for plane in source.planes):
+        return unknown(mode, func, args, kwargs)
+    rows, columns = weight.planes[0][:, 0], weight.planes[1][0]
+    inner = combine(mode.graph, [source, Operand((columns,), columns.shape, True)], source.shape)
+    shape = torch.Size((*source.shape[:-1], len(rows)))
+    operands = [Operand((spread_rows(mode.graph, inner, rows),), shape), *map(mode.operand, tensors_in(args[2:]))]
+    return mode.mark(torch.zeros(shape, dtype=args[0].dtype), combine(mode.graph, operands, shape))
 
 
 # --- pointwise and reductions -------------------------------------------------------------------

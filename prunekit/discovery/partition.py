@@ -2,7 +2,11 @@
 
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +15,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
-from prunekit.discovery.labels import ACTIVATION, LOCKED, SCORE, STATISTIC, LabelGraph
+from prunekit.discovery.labels import ACTIVATION, CONSTANT, LOCKED, SCORE, STATISTIC, Ints, LabelGraph
 from prunekit.discovery.tracing import Trace
-
-Ints = NDArray[np.int64]
-
-# Channels; then what a score owns (query heads); then what an expanded activation owns (KV groups).
-LEVELS: tuple[tuple[str, ...], ...] = ((), (SCORE,), (SCORE, ACTIVATION))
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,40 +48,40 @@ class Sites:
         )
 
 
-def _pairs(edges: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Ints, Ints]:
-    if not edges:
-        empty = np.zeros(0, np.int64)
-        return empty, empty
-    a, b = (torch.cat([edge[i].flatten() for edge in edges]).numpy() for i in (0, 1))
-    return a, b
+def _joined(parts: Iterable[Ints]) -> Ints:
+    return np.concatenate([np.zeros(0, np.int64), *(part.ravel() for part in parts)])
 
 
-def components(graph: LabelGraph, merging: tuple[str, ...], dead: NDArray[np.bool_] | None = None) -> Ints:
-    """Component of every node under SAME and the OWNS relations named in `merging`.
+def _pairs(edges: Iterable[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
+    edges = list(edges)
+    return _joined(a for a, _ in edges), _joined(b for _, b in edges)
 
-    An owner whose members all lie in one component joins it, whatever its kind: it dies exactly
-    when they do.
+
+def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None) -> Iterator[Ints]:
+    """Component of every node: channels; then with what scores own (query heads); then KV groups.
+
+    Each level is made of the components of the one below. An owner whose members all lie in one component
+    joins it, whatever its kind: it dies exactly when they do.
 
     Args:
         graph: nodes and relations.
-        merging: kinds of OWNS that join owner and members.
         dead: bool (n_nodes,), nodes to leave out with all their relations.
     """
 
-    def pairs(edges: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[Ints, Ints]:
+    def alive(edges: Iterable[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
         a, b = _pairs(edges)
         return (a, b) if dead is None else (a[~dead[a] & ~dead[b]], b[~dead[a] & ~dead[b]])
 
-    same = pairs(graph.same)
-    owns = pairs([edge for kind in graph.owns for edge in graph.owns[kind]])
-    merged = pairs([edge for kind in merging for edge in graph.owns[kind]])
-    a, b = np.concatenate([same[0], merged[0]]), np.concatenate([same[1], merged[1]])
-    while True:
-        label = _connect(a, b, graph.n_nodes)
-        extra = _settled_owners(label, *owns)
-        if not len(extra[0]):
-            return label
-        a, b = np.concatenate([a, extra[0]]), np.concatenate([b, extra[1]])
+    label = np.arange(graph.n_nodes)
+    owners = _by_owner(*alive(chain.from_iterable(graph.owns.values())))
+    for relation in (graph.same, graph.owns[SCORE], graph.owns[ACTIVATION]):
+        a, b = (label[nodes] for nodes in alive(relation))
+        while True:
+            label = _connect(a, b, int(label.max()) + 1)[label]
+            a, b = _settled_owners(label, *owners)
+            if not len(a):
+                break
+        yield label
 
 
 def _connect(a: Ints, b: Ints, n: int) -> Ints:
@@ -90,38 +89,43 @@ def _connect(a: Ints, b: Ints, n: int) -> Ints:
     return connected_components(matrix, directed=False)[1].astype(np.int64)
 
 
-def _settled_owners(label: Ints, owner: Ints, member: Ints) -> tuple[Ints, Ints]:
-    """(owner, member) pairs for owners whose members share a component that they are not yet in."""
-    if not len(owner):
-        return owner, member
+def _by_owner(owner: Ints, member: Ints) -> tuple[Ints, Ints, Ints]:
+    """Owners (each once), members in their order, and where each owner's members start."""
     order = np.argsort(owner, kind="stable")
     owner, member = owner[order], member[order]
-    starts = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    return owner[starts], member, starts
+
+
+def _settled_owners(label: Ints, owner: Ints, member: Ints, starts: Ints) -> tuple[Ints, Ints]:
+    """Components of owners, and of their members where these share one that the owner is not yet in."""
+    if not len(owner):
+        return owner, member
     low, high = (f.reduceat(label[member], starts) for f in (np.minimum, np.maximum))
-    news = (low == high) & (low != label[owner[starts]])
-    return owner[starts][news], member[starts][news]
+    news = (low == high) & (low != label[owner])
+    return label[owner[news]], low[news]
 
 
-def _ragged(trace: Trace, label: Ints) -> Ints:
-    """Components whose removal would leave some tensor without a rectangular shape."""
-    bad: set[int] = set()
-    for plane in trace.rectangles:
-        marks = label[plane.numpy()]
-        per_dim = [_not_slabs(marks, d) for d in range(marks.ndim) if marks.shape[d] > 1]
-        bad |= set.intersection(*per_dim)
-    return np.array(sorted(bad), np.int64)
+def _ragged(marks: Ints) -> Ints:
+    """Components in a plane that fill whole slabs along no dimension, so that none can go and leave a rectangle."""
+    mixed = [_mixed(marks, d) for d in range(marks.ndim)]
+    if not all(slabs.any() for slabs in mixed):
+        return marks[:0].ravel()
+    if all(slabs.all() for slabs in mixed):
+        return marks.ravel()
+    return reduce(np.intersect1d, [marks.compress(slabs, d) for d, slabs in enumerate(mixed)])
 
 
-def _not_slabs(marks: Ints, dim: int) -> set[int]:
+def _mixed(marks: Ints, dim: int) -> NDArray[np.bool_]:
+    """Which slabs along a dimension hold more than one component."""
     rows = np.moveaxis(marks, dim, 0).reshape(marks.shape[dim], -1)
-    mixed = rows.min(1) != rows.max(1)
-    return set(np.unique(rows[mixed]).tolist())
+    return (rows != rows[:, :1]).any(1)
 
 
 def spread_death(graph: LabelGraph, dead: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Every node that dies with these: what is SAME with them, and owners all of whose members die."""
-    label = components(graph, ())
-    owner, member = _pairs([edge for kind in graph.owns for edge in graph.owns[kind]])
+    label = next(levels(graph))
+    owner, member = _pairs(chain.from_iterable(graph.owns.values()))
     dying = np.zeros(int(label.max()) + 1, np.bool_)
     while True:
         dying[label[dead]] = True
@@ -139,31 +143,40 @@ class _Level:
     """Components at one level and what is known of each of them (arrays over components)."""
 
     label: Ints
+    size: Ints
     locked: NDArray[np.bool_]
     ragged: NDArray[np.bool_]
     inexact: NDArray[np.bool_]
     open: NDArray[np.bool_]  # owns something outside, so it cannot go alone
+    embedded: NDArray[np.bool_]
+    nonlinear: NDArray[np.bool_]
+    chosen: NDArray[np.bool_]
 
 
-def _level(trace: Trace, merging: tuple[str, ...]) -> _Level:
-    label = components(trace.graph, merging)
-    n = int(label.max()) + 1
+def _level(trace: Trace, label: Ints) -> _Level:
+    graph, size = trace.graph, np.bincount(label)
 
     def flags(found: Ints) -> NDArray[np.bool_]:
-        out = np.zeros(n, np.bool_)
+        out = np.zeros(len(size), np.bool_)
         out[found] = True
         return out
 
-    locks = [labels.numpy() for labels, _ in trace.graph.locks]
-    owner, member = _pairs(trace.graph.owns[STATISTIC])
-    spanning = label[member][label[owner] != label[member]]
-    owner, member = _pairs([edge for kind in trace.graph.owns for edge in trace.graph.owns[kind]])
+    def marked(planes: list[torch.Tensor]) -> NDArray[np.bool_]:
+        nodes = _joined(plane.numpy() for plane in planes)
+        return flags(label[nodes[nodes > LOCKED]])
+
+    statistic, counted = (label[nodes] for nodes in _pairs(graph.owns[STATISTIC]))
+    owner, member = (label[nodes] for nodes in _pairs(chain.from_iterable(graph.owns.values())))
     return _Level(
         label,
-        locked=flags(label[np.concatenate([*locks, np.array([0, LOCKED])])]),
-        ragged=flags(_ragged(trace, label)),
-        inexact=flags(spanning),
-        open=flags(label[owner][label[owner] != label[member]]),
+        size,
+        locked=marked([labels for labels, _ in graph.locks]) | flags(label[[CONSTANT, LOCKED]]),
+        ragged=flags(_joined(_ragged(label[plane.numpy()]) for plane in trace.rectangles)),
+        inexact=flags(counted[statistic != counted]),
+        open=flags(owner[owner != member]),
+        embedded=marked(graph.embedded),
+        nonlinear=marked(graph.nonlinear),
+        chosen=marked(graph.chosen),
     )
 
 
@@ -176,94 +189,80 @@ def _random_codes(names: tuple[tuple[str, int], ...]) -> NDArray[np.uint64]:
 def find_groups(trace: Trace) -> Groups:
     """Coupled groups of a traced model, and what was locked and why."""
     sites = Sites.of(trace)
-    levels = [_level(trace, merging) for merging in LEVELS]
-    found: list[tuple[str, CoupledGroup, Ints]] = []
-    for number, level in enumerate(levels):
-        fresh = _fresh(levels, number, sites)
-        usable = fresh & ~level.locked & ~level.ragged & ~level.open
+    known = [_level(trace, label) for label in levels(trace.graph)]
+    found: list[tuple[CoupledGroup, Ints]] = []
+    for number, level in enumerate(known):
+        usable = _fresh(known, number, sites) & ~level.locked & ~level.ragged & ~level.open
         if number:  # owned by all hidden channels together, it could only go with all of them
-            usable[level.label[_nodes(trace.graph.embedded)]] = False
-        found += [(g.name, g, nodes) for g, nodes in _assemble(trace, sites, levels, number, usable)]
-    items = _unique_names([g for _, g, _ in sorted(found, key=lambda f: f[2][0])])
+            usable &= ~level.embedded
+        found += _assemble(sites, known, number, usable)
+    items = _unique_names([g for g, _ in sorted(found, key=lambda item: item[1][0])])
     covered = np.zeros(trace.graph.n_nodes, np.bool_)
-    for _, _, nodes in found:
+    for _, nodes in found:
         covered[nodes] = True
-    return Groups(tuple(items), trace.shapes, _explain(trace, sites, levels, covered))
+    return Groups(tuple(items), trace.shapes, _explain(trace, sites, known, covered))
 
 
 def _fresh(levels: list[_Level], number: int, sites: Sites) -> NDArray[np.bool_]:
     """Components that hold a parameter and did not stand at a lower level already."""
-    label = levels[number].label
-    fresh = np.zeros(int(label.max()) + 1, np.bool_)
-    fresh[label[sites.node]] = True
+    label, size = levels[number].label[sites.node], levels[number].size
+    fresh = np.zeros(len(size), np.bool_)
+    fresh[label] = True
     if number:
         below = levels[number - 1].label[sites.node]
         first = np.full(len(fresh), -1, np.int64)
-        first[label[sites.node]] = below
+        first[label] = below
         merged = np.zeros(len(fresh), np.bool_)
-        merged[label[sites.node][below != first[label[sites.node]]]] = True
+        merged[label[below != first[label]]] = True
         fresh &= merged
-    return fresh & (np.bincount(label, minlength=len(fresh)) > 1)  # one lone node touches nothing
+    return fresh & (size > 1)  # one lone node touches nothing
 
 
 def _assemble(
-    trace: Trace, sites: Sites, levels: list[_Level], number: int, usable: NDArray[np.bool_]
+    sites: Sites, levels: list[_Level], number: int, usable: NDArray[np.bool_]
 ) -> list[tuple[CoupledGroup, Ints]]:
     """Components with the same sites are the units of one group."""
     label = levels[number].label[sites.node]
     rows = np.flatnonzero(usable[label])
-    if not len(rows):
-        return []
     signature = np.zeros(len(usable), np.uint64)
     np.add.at(signature, label[rows], _random_codes(sites.names)[sites.site[rows]])
-    order = np.argsort(signature[label[rows]], kind="stable")
-    rows = rows[order]
-    cuts = np.flatnonzero(np.diff(signature[label[rows]])) + 1
-    parts = [np.sort(part) for part in np.split(rows, cuts)]
-    return [(_group(trace, sites, levels, number, part), sites.node[part]) for part in parts]
+    codes = signature[label[rows]]
+    order = np.argsort(codes, kind="stable")  # rows of a group stay in their order
+    return [(_group(sites, levels, number, part), sites.node[part]) for part in _runs(rows[order], codes[order])]
 
 
-def _group(trace: Trace, sites: Sites, levels: list[_Level], number: int, rows: Ints) -> CoupledGroup:
-    unit_of = levels[number].label[sites.node[rows]]
-    first = {unit: i for i, unit in enumerate(dict.fromkeys(unit_of.tolist()))}
-    unit = np.array([first[u] for u in unit_of.tolist()])
+def _runs(values: Ints, keys: NDArray[Any]) -> list[Ints]:
+    """The values cut where their keys change."""
+    return np.split(values, np.flatnonzero(keys[1:] != keys[:-1]) + 1) if len(values) else []
+
+
+def _group(sites: Sites, levels: list[_Level], number: int, rows: Ints) -> CoupledGroup:
+    level = levels[number]
+    component = level.label[sites.node[rows]]
+    _, first, unit = np.unique(component, return_index=True, return_inverse=True)
+    unit = np.argsort(np.argsort(first))[unit]  # numbered as they appear
+    ordered = rows[np.lexsort((unit, sites.site[rows]))]
     members = []
-    for site in dict.fromkeys(sites.site[rows].tolist()):
-        mine = sites.site[rows] == site
-        order = np.lexsort((sites.index[rows][mine], unit[mine]))
-        index = sites.index[rows][mine][order].reshape(len(first), -1)
-        parameter, dim = sites.names[site]
-        members.append(Member(parameter, dim, torch.from_numpy(index)))
-    kind = _kind(trace, levels, number, unit_of[:1], members)
-    exact = not levels[number].inexact[unit_of].any()
+    for mine in _runs(ordered, sites.site[ordered]):
+        parameter, dim = sites.names[sites.site[mine[0]]]
+        members.append(Member(parameter, dim, torch.from_numpy(sites.index[mine].reshape(len(first), -1))))
+    kind = _kind(levels, number, component[0], members)
+    exact = not level.inexact[component].any()
     return CoupledGroup(f"{_prefix(members)}{kind}", kind, len(first), tuple(members), exact)
 
 
-def _kind(trace: Trace, levels: list[_Level], number: int, unit: Ints, members: list[Member]) -> str:
+def _kind(levels: list[_Level], number: int, unit: int, members: list[Member]) -> str:
     """What a group is, read off how its channels are used; no names of models or modules."""
     if number == 2:
         return "kv_head"
     if number == 1:
-        inside = np.flatnonzero(levels[1].label == unit[0])
-        return (
-            "query_head"
-            if len(np.flatnonzero(levels[2].label == levels[2].label[inside[0]])) > len(inside)
-            else ("kv_head")
-        )
-    if _touches(trace.graph.chosen, levels[0], unit):
+        inside = np.argmax(levels[1].label == unit)  # a node of the unit
+        return "query_head" if levels[2].size[levels[2].label[inside]] > levels[1].size[unit] else "kv_head"
+    if levels[0].chosen[unit]:
         return "expert"
-    if _touches(trace.graph.embedded, levels[0], unit) or _spans_layers(members):
+    if levels[0].embedded[unit] or _spans_layers(members):
         return "hidden"
-    return "ffn_channel" if _touches(trace.graph.nonlinear, levels[0], unit) else "rank"
-
-
-def _touches(marked: list[torch.Tensor], level: _Level, unit: Ints) -> bool:
-    return bool((level.label[_nodes(marked)] == unit[0]).any())
-
-
-def _nodes(marked: list[torch.Tensor]) -> Ints:
-    nodes = torch.cat([m.flatten() for m in marked]).numpy() if marked else np.zeros(0, np.int64)
-    return nodes[nodes > LOCKED]
+    return "ffn_channel" if levels[0].nonlinear[unit] else "rank"
 
 
 def _layer_of(parameter: str) -> str | None:
@@ -294,16 +293,16 @@ def _unique_names(groups: list[CoupledGroup]) -> list[CoupledGroup]:
 
 def _explain(trace: Trace, sites: Sites, levels: list[_Level], covered: NDArray[np.bool_]) -> dict[str, str]:
     """Reason for every parameter dimension no group covers whole."""
-    reason_of: dict[int, str] = {}
-    for labels, reason in trace.graph.locks:
-        for component in np.unique(levels[-1].label[labels.numpy()]).tolist():
-            reason_of.setdefault(component, reason)
+    label = levels[-1].label
+    reason_of = np.full(len(levels[-1].size), -1)
+    for number, (labels, _) in reversed(list(enumerate(trace.graph.locks))):
+        reason_of[label[labels.numpy()]] = number  # the first one stays
     locked: dict[str, str] = {}
     left = np.flatnonzero(~covered[sites.node])
     for row in left[np.unique(sites.site[left], return_index=True)[1]].tolist():
         parameter, dim = sites.names[sites.site[row]]
-        component = int(levels[-1].label[sites.node[row]])
-        why = reason_of.get(component, _shape_reason(levels, sites.node[row]))
+        number, node = reason_of[label[sites.node[row]]], sites.node[row]
+        why = trace.graph.locks[number][1] if number >= 0 else _shape_reason(levels, node)
         locked[f"{parameter}[dim {dim}]"] = why
     return locked
 

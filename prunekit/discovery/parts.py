@@ -97,7 +97,7 @@ def _channels_among(mode: LabelMode, args: tuple, kwargs: dict, refill: bool) ->
     kept = []
     with mode.paused():
         for where, tensor in leaves(args, kwargs):
-            if mode.operand(tensor).planes and tensor.is_floating_point():
+            if mode.labelled(tensor) and not mode.is_handed(tensor) and tensor.is_floating_point():
                 if refill:
                     tensor.copy_(torch.arange(1, tensor.numel() + 1).view(tensor.shape))
                 kept.append((where, tensor.clone()))

@@ -33,6 +33,9 @@ class Operand:
         return Operand(planes, shape, self.parameter, self.uniform)
 
 
+Laid = tuple[Tensor, frozenset[int], bool]  # a plane in the result's frame, where it varies, of a parameter or not
+
+
 def combine(graph: LabelGraph, operands: list[Operand], shape: torch.Size) -> Tensor | None:
     """Pointwise: labels that meet are SAME; a label broadcast over others owns one copy for each.
 
@@ -42,25 +45,29 @@ def combine(graph: LabelGraph, operands: list[Operand], shape: torch.Size) -> Te
     Returns:
         The plane of the result, compact (expandable to `shape`), or None for a constant.
     """
-    planes = [(plane.expand(shape), op.parameter) for op in operands for plane in op.planes]
+    planes = [_laid(plane.expand(shape), op.parameter) for op in operands for plane in op.planes]
     if not planes:
         return None
-    target = frozenset().union(*(varying_dims(plane) for plane, _ in planes))
+    target = frozenset().union(*(dims for _, dims, _ in planes))
     for op in operands:
         if not op.planes and not op.uniform:
-            planes += [(pin, True) for pin in _pinned(graph, op, shape, target)]
+            planes += [_laid(pin, True) for pin in _pinned(graph, op, shape, target)]
     # an operand that varies everywhere is the result; broadcast ones are copied to its shape
-    planes.sort(key=lambda item: len(varying_dims(item[0])), reverse=True)
+    planes.sort(key=lambda item: len(item[1]), reverse=True)
     return _join(graph, planes, target, shape)
 
 
-def _join(graph: LabelGraph, planes: list[tuple[Tensor, bool]], target: frozenset[int], shape: torch.Size) -> Tensor:
+def _laid(plane: Tensor, parameter: bool) -> Laid:
+    return plane, varying_dims(plane), parameter
+
+
+def _join(graph: LabelGraph, planes: list[Laid], target: frozenset[int], shape: torch.Size) -> Tensor:
     small = tuple(n if d in target else 1 for d, n in enumerate(shape))
     result: Tensor | None = None
-    for plane, parameter in planes:
+    for plane, dims, parameter in planes:
         full = along(plane, target)
-        if varying_dims(plane) != target:
-            full = graph.copies(along(plane, varying_dims(plane)), small, parameter)
+        if dims != target:
+            full = graph.copies(along(plane, dims), small, parameter)
         if result is None:
             result = full
         else:
@@ -133,9 +140,23 @@ def _outer_planes(
         graph.own(SCORE, score.expand(compact.shape), compact)
         return (score.squeeze(2),)
     out_shape = torch.Size((*frame[:2], 1, frame[3]))
-    planes = [(plane.narrow(2, 0, 1), True) for plane in outer]
-    target = frozenset(rows).union(*(varying_dims(plane) for plane, _ in planes))
+    planes = [_laid(plane.narrow(2, 0, 1), True) for plane in outer]
+    target = frozenset(rows).union(*(dims for _, dims, _ in planes))
     return (_join(graph, planes, target, out_shape).squeeze(2),)
+
+
+def spread_rows(graph: LabelGraph, inner: Tensor, rows: Tensor) -> Tensor:
+    """Labels (..., n_rows) of a product with a matrix: its rows' own, copied where what is contracted varies elsewhere.
+
+    Args:
+        graph: where copies are noted.
+        inner: what is contracted, along its last dimension.
+        rows: (n_rows,).
+    """
+    last = inner.dim() - 1
+    target = varying_dims(inner) - {last} | varying_dims(rows.view(*[1] * last, -1))
+    shape = torch.Size((*inner.shape[:-1], len(rows)))
+    return _join(graph, [_laid(rows.expand(shape), True)], target, shape)
 
 
 def reduce_labels(graph: LabelGraph, plane: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -79,6 +80,10 @@ class LabelMode(TorchDispatchMode):
         finally:
             self._paused = False
 
+    def labelled(self, tensor: Tensor) -> bool:
+        """Whether a tensor has labels."""
+        return tensor.untyped_storage()._cdata in self._storages or bool(getattr(tensor, PLANES, ()))
+
     def operand(self, tensor: Tensor) -> Operand:
         """The labels of a tensor. Views share the labels of what they view, as they share its storage."""
         planes = getattr(tensor, PLANES, None)
@@ -99,9 +104,9 @@ class LabelMode(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages:
             n = storage.nbytes() // tensor.element_size()
-            self._storages[storage._cdata] = (torch.zeros(n, dtype=torch.long), storage)
+            self._storages[storage._cdata] = (torch.from_numpy(np.zeros(n, np.int64)), storage)
         flat = self._storages[storage._cdata][0]
-        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(plane.expand(tensor.shape))
+        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(plane)
         return tensor
 
     def label_arguments(self, args: tuple, kwargs: dict) -> list[tuple[Any, Any]]:
@@ -109,9 +114,7 @@ class LabelMode(TorchDispatchMode):
         before = []
         for where, tensor in constants_among(args, kwargs):
             storage = tensor.untyped_storage()
-            found = self._storages.get(storage._cdata)
-            labelled = getattr(tensor, PLANES, None) is not None or (found and self.graph.kind_of(found[0]) != ARGUMENT)
-            if labelled or storage._cdata in self._chosen:
+            if storage._cdata in self._chosen or (self.labelled(tensor) and not self.is_handed(tensor)):
                 continue
             before.append((storage._cdata, self._storages.pop(storage._cdata, None)))
             labels = self.graph.new(tuple(tensor.shape), ARGUMENT)
@@ -119,6 +122,11 @@ class LabelMode(TorchDispatchMode):
             self.trace.arguments[argument] = (int(labels.flatten()[0]), tensor.detach().clone())
             self.mark(tensor, labels)
         return before
+
+    def is_handed(self, tensor: Tensor) -> bool:
+        """Whether a tensor's labels are those of an argument, and last until the module returns."""
+        found = self._storages.get(tensor.untyped_storage()._cdata)
+        return found is not None and self.graph.kind_of(found[0]) == ARGUMENT
 
     def restore(self, before: list[tuple[Any, Any]]) -> None:
         """Put back the labels that constants had outside a module."""
@@ -163,7 +171,7 @@ class LabelMode(TorchDispatchMode):
         if rule is not None and rule.always:
             return rule.apply(self, func, args, kwargs)
         tensors = tensors_in((args, kwargs))
-        if not any(self.operand(t).planes for t in tensors):
+        if not any(map(self.labelled, tensors)):
             choice = chosen_by(self, tensors) if self.choices else None
             result = func(*args, **kwargs)
             return result if choice is None else self.mark_chosen(result, choice)
@@ -278,12 +286,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def trace(model: nn.Module, batch: int = 1) -> Trace:
+def trace(model: nn.Module, shape: tuple[int, int] = (1, 1)) -> Trace:
     """Run one token through `model` and write down what happens to every channel.
 
     Args:
         model: a causal language model; its weights are not read and may stand on the meta device.
-        batch: sequences of one token. With more than one, only what modules are handed means anything.
+        shape: sequences and their tokens. With more than one token, only what modules are handed means anything.
 
     Raises:
         PrunekitError: the forward pass does not run on one token.
@@ -301,7 +309,7 @@ def trace(model: nn.Module, batch: int = 1) -> Trace:
     ):
         try:
             with torch.no_grad(), watcher, mode:
-                output = model(torch.zeros((batch, 1), dtype=torch.long), **_options(model.forward))
+                output = model(torch.zeros(shape, dtype=torch.long), **_options(model.forward))
         except Exception as error:
             raise PrunekitError(
                 f"the model does not run on one token, so its structure cannot be traced: "
@@ -326,4 +334,4 @@ def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:  # n
         for plane in mode.operand(tensor).planes:
             mode.graph.lock(plane[plane > LOCKED], "the model's output: its rows are what the model answers with")
     lock_open_choices(mode)
-    mode.trace.equations, mode.trace.sizes = watcher.equations(), watcher.sizes
+    mode.trace.equations, mode.trace.sizes = watcher.equations(), watcher.sizes()

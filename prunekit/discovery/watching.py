@@ -71,7 +71,7 @@ class IntegerWatcher(TorchFunctionMode):
         self._mode = mode
         self._seen: list[_Sighting] = []
         self._chosen: list[Equation] = []
-        self.sizes: dict[Key, Span] = {}
+        self._measures: dict[Key, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
 
     def __torch_function__(  # noqa: D105
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
@@ -82,6 +82,9 @@ class IntegerWatcher(TorchFunctionMode):
                 return attention(*args, **kwargs)
         if func is Tensor.__getitem__ and self._is_choice(args[1]):  # a plain look-up would read the number out
             return args[0].index_select(0, args[1].view(1)).squeeze(0)
+        if func is functional.linear:
+            with torch._C._AutoDispatchBelowAutograd():  # one operation with a rule, not the four that it is made of
+                return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SIZE_READS:
             return self._measured(args[0], result)
@@ -110,15 +113,20 @@ class IntegerWatcher(TorchFunctionMode):
         """Sizes read off a labelled tensor are numbers that change with it."""
         if not isinstance(sizes, torch.Size):
             return sizes
-        planes = self._mode.operand(tensor).planes
-        if not planes:
+        if not self._mode.labelled(tensor):
             return sizes
-        return torch.Size(self._size(planes, d, n) if n > 1 else n for d, n in enumerate(sizes))
+        return torch.Size(self._size(tensor, d, n) if n > 1 else n for d, n in enumerate(sizes))
 
-    def _size(self, planes: tuple[Tensor, ...], dim: int, size: int) -> Remembered:
-        key = ("", SHAPE, str(len(self.sizes)))
-        self.sizes[key] = Span(planes, dim)
+    def _size(self, tensor: Tensor, dim: int, size: int) -> Remembered:
+        key = ("", SHAPE, str(len(self._measures)))
+        handed = self._mode.operand(tensor).planes if self._mode.is_handed(tensor) else ()
+        self._measures[key] = (tensor, dim, handed)
         return Remembered.of(size, Attribute(key, size))
+
+    def sizes(self) -> dict[Key, Span]:
+        """What stands behind the sizes that code read, with the labels it carries at the end of the trace."""
+        now = self._mode.operand
+        return {key: Span(then or now(tensor).planes, dim) for key, (tensor, dim, then) in self._measures.items()}
 
     def equations(self) -> list[Equation]:
         """All sightings in labelled tensors, with the labels they carry at the end of the trace."""

@@ -1,13 +1,13 @@
 """Which entries of the constants that modules are handed stay after a cut, such as the slopes of ALiBi."""
 
-import math
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunekit.discovery.constants import Argument, Selection
+from prunekit.discovery.constants import Argument, Selection, Where
 from prunekit.discovery.tracing import Trace, trace
 from prunekit.errors import PrunekitError
 
@@ -20,7 +20,7 @@ def find_selections(before: Trace, dead: Bools, model: nn.Module) -> list[Select
     Args:
         before: trace of the uncut model.
         dead: bool (n_nodes,), what goes.
-        model: the uncut model; it is traced with two sequences where there is something to pick.
+        model: the uncut model; it runs on one and two sequences where there is something to pick.
 
     Raises:
         PrunekitError: a constant cannot be made smaller along one dimension, or its layout is not understood.
@@ -32,7 +32,7 @@ def find_selections(before: Trace, dead: Bools, model: nn.Module) -> list[Select
         if dead[span].any():
             found.append(_selection(argument, *(flags[span].reshape(argument.shape) for flags in (dead, met))))
     if found:
-        _check_layout(before, found, trace(model, batch=2))
+        _check_layout(found, *(_handed(trace(model, (batch, 3))) for batch in (1, 2)))
     return found
 
 
@@ -40,7 +40,7 @@ def _met_by_channels(before: Trace) -> Bools:
     met = np.zeros(before.graph.n_nodes, np.bool_)
     for relation in (before.graph.same, *before.graph.owns.values()):
         for one, other in relation:
-            met[one.numpy().ravel()] = met[other.numpy().ravel()] = True
+            met[one] = met[other] = True
     return met
 
 
@@ -57,24 +57,23 @@ def _selection(argument: Argument, dead: Bools, met: Bools) -> Selection:
     )
 
 
-def _check_layout(before: Trace, found: list[Selection], two: Trace) -> None:
+def _handed(run: Trace) -> dict[tuple[str, Where], Tensor]:
+    return {(argument.path, argument.where): values for argument, (_, values) in run.arguments.items()}
+
+
+def _check_layout(found: list[Selection], one: dict[Any, Tensor], two: dict[Any, Tensor]) -> None:
     """A constant that grows with the batch must hold its sequences one after the other."""
-    alike = {(argument.path, argument.where): values for argument, (_, values) in two.arguments.items()}
     for selection in found:
-        argument, dim = selection.argument, selection.dim
-        one, pair = before.arguments[argument][1], alike.get((argument.path, argument.where))
-        if pair is None or not _repeats(one, pair, dim):
+        argument = selection.argument
+        single, pair = (handed.get((argument.path, argument.where)) for handed in (one, two))
+        if single is None or pair is None or not _repeats(single, pair, selection.dim, argument.shape[selection.dim]):
             raise PrunekitError(
                 f"{argument.path} is handed a constant of shape {argument.shape} for one sequence and not its "
                 "repetition for two, so it is not clear which entries belong to which unit; keep all units there"
             )
 
 
-def _repeats(one: Tensor, pair: Tensor, dim: int) -> bool:
-    size = one.shape[dim]
-    if pair.dim() != one.dim() or pair.shape[dim] % size:
+def _repeats(single: Tensor, pair: Tensor, dim: int, size: int) -> bool:
+    if pair.dim() != single.dim() or single.shape[dim] != size or pair.shape[dim] % size:
         return False
-    folded = pair.unflatten(dim, (-1, size))
-    return math.prod(folded.shape) % one.numel() == 0 and bool(
-        torch.equal(folded, one.unsqueeze(dim).expand_as(folded))
-    )
+    return all(bool((part == single).all()) for part in pair.split(size, dim))

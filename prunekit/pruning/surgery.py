@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.discovery import Groups
 from prunekit.discovery.constants import Selection, select
-from prunekit.discovery.partition import LEVELS, Sites, components, find_groups, spread_death
+from prunekit.discovery.partition import Sites, find_groups, levels, spread_death
 from prunekit.discovery.remembered import Key, set_attribute
 from prunekit.discovery.tracing import Trace, trace
 from prunekit.errors import PrunekitError
@@ -193,20 +193,23 @@ def verify(before: Trace, dead: np.ndarray, small: nn.Module, *, exact: bool) ->
     old, new = Sites.of(before), Sites.of(after)
     alive = ~dead[old.node]
     same_sites = old.names == new.names and np.array_equal(old.site[alive], new.site)
-    for merging in LEVELS:
-        expected = components(before.graph, merging, dead)[old.node[alive]]
-        found = components(after.graph, merging)[new.node]
-        if not same_sites or not np.array_equal(_canonical(expected), _canonical(found)):
+    for expected, found in zip(levels(before.graph, dead), levels(after.graph), strict=True):
+        if not same_sites or not _same_partition(expected[old.node[alive]], found[new.node]):
             raise PrunekitError(
                 "this model cannot be cut that way, nothing was changed: the cut model's structure is not the full "
                 "model's structure restricted to the units kept"
             )
 
 
-def _canonical(label: np.ndarray) -> np.ndarray:
-    """Component numbers renumbered by first appearance."""
-    _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse]
+def _same_partition(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two labellings put the same things together: each label of one stands for one of the other."""
+    return all(_follows(x, y) for x, y in ((a, b), (b, a)))
+
+
+def _follows(label: np.ndarray, other: np.ndarray) -> bool:
+    stands_for = np.zeros(label.max(initial=0) + 1, np.int64)
+    stands_for[label] = other
+    return bool((stands_for[label] == other).all())
 
 
 def _record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
