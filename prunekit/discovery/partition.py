@@ -118,7 +118,7 @@ def _ragged(marks: Ints) -> Ints:
 
 def _mixed(marks: Ints, dim: int) -> NDArray[np.bool_]:
     """Which slabs along a dimension hold more than one component."""
-    rows = np.moveaxis(marks, dim, 0).reshape(marks.shape[dim], -1)
+    rows = marks.swapaxes(0, dim).reshape(marks.shape[dim], -1)
     return (rows != rows[:, :1]).any(1)
 
 
@@ -170,7 +170,7 @@ def _level(trace: Trace, label: Ints) -> _Level:
         label,
         size,
         locked=marked([labels for labels, _ in graph.locks]) | flags(label[[CONSTANT, LOCKED]]),
-        ragged=flags(_joined(_ragged(label[plane.numpy()]) for plane in trace.rectangles)),
+        ragged=flags(_joined(_ragged(label[plane.numpy()]) for plane in trace.rectangles.values())),
         inexact=flags(counted[statistic != counted]),
         open=flags(owner[owner != member]),
         embedded=marked(graph.embedded),

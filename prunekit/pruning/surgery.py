@@ -1,7 +1,6 @@
 """A plan becomes a smaller model: parameters are sliced, remembered widths solved, the result proved."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +58,13 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.M
     groups = find_groups(before)
     _check_plan(groups, plan)
     cut = _cut(before, groups, plan)
-    skeleton = _apply(_copy_with(model, lambda p, keep: _hollow(p, keep), cut), cut)
+    skeleton = _apply(_skeleton(model, cut), cut)
     verify(before, cut.dead, skeleton, exact=all(groups[name].exact for name in plan.keep))
     if inplace:
         _replace_parameters(model, cut)
         small = _apply(model, cut)
     else:
-        small = _apply(_copy_with(model, _slice, cut), cut)
+        small = _fill(skeleton, model, cut)
     _record(small, groups, plan)
     return small
 
@@ -83,9 +82,10 @@ def _check_plan(groups: Groups, plan: PruningPlan) -> None:
 def _cut(before: Trace, groups: Groups, plan: PruningPlan) -> _Cut:
     doomed = np.zeros(before.graph.n_nodes, np.bool_)
     for name in plan.keep:
+        removed = torch.tensor(plan.removed(name), dtype=torch.long)
         for m in groups[name].members:
             start, _ = before.offsets[m.parameter, m.dim]
-            doomed[start + m.owned_by(plan.removed(name)).numpy()] = True
+            doomed[start + m.index[removed].numpy()] = True
     dead = spread_death(before.graph, doomed)
     _check_locks(before, dead)
     return _Cut(_surviving_indices(before, dead), solve(before, torch.from_numpy(dead)), dead)
@@ -127,11 +127,19 @@ def _per_parameter(keep: Keep) -> dict[str, dict[int, Tensor]]:
     return out
 
 
-def _copy_with(model: nn.Module, make: Callable[[nn.Parameter, dict[int, Tensor]], nn.Parameter], cut: _Cut) -> Any:  # noqa: ANN401
-    """A deep copy whose parameters are made anew; the old ones are never copied whole."""
+def _skeleton(model: nn.Module, cut: _Cut) -> nn.Module:
+    """A deep copy whose parameters have the new shapes and no weights; the old ones are never copied."""
     keep = _per_parameter(cut.keep)
-    memo: dict[int, Any] = {id(p): make(p, keep.get(name, {})) for name, p in model.named_parameters()}
+    memo: dict[int, Any] = {id(p): _hollow(p, keep.get(name, {})) for name, p in model.named_parameters()}
     return copy.deepcopy(model, memo)
+
+
+def _fill(skeleton: nn.Module, model: nn.Module, cut: _Cut) -> nn.Module:
+    """Give a skeleton the weights that stay, wherever its parameters are held."""
+    keep, weights = _per_parameter(cut.keep), dict(model.named_parameters())
+    for name, hollow in list(skeleton.named_parameters()):
+        torch.utils.swap_tensors(hollow, _slice(weights[name], keep.get(name, {})))
+    return skeleton
 
 
 def _replace_parameters(model: nn.Module, cut: _Cut) -> None:
