@@ -222,12 +222,12 @@ def test_the_second_trace_refuses_another_structure(monkeypatch):
     """If the wrong rows were kept together, the partition would say so."""
     model, groups = FAMILIES["llama_mha"].model(), groups_of("llama_mha")
     plan = random_plan(groups, ("ffn_channel",), random.Random(0), share=0.25)
-    honest = surgery.components
+    honest = surgery.levels
 
-    def shifted(graph, merging, dead=None):
-        label = honest(graph, merging, dead)
-        return label if dead is None else label[::-1].copy()
+    def shifted(graph, dead=None):
+        for label in honest(graph, dead):
+            yield label if dead is None else label[::-1].copy()
 
-    monkeypatch.setattr(surgery, "components", shifted)
+    monkeypatch.setattr(surgery, "levels", shifted)
     with pytest.raises(PrunekitError, match="structure is not the full"):
         prune(model, plan)

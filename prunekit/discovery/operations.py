@@ -155,18 +155,21 @@ def move(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa:
         return pick(mode, result, sources[0], moved, choice)
     if func.overloadpacket in (aten.cat, aten.stack):
         _align(mode, planes, (rest[0] if rest else kwargs.get("dim", 0)) % moved.dim())
+        mode.record_rectangle(moved)
     mode.mark(result, _own_duplicates(mode, planes, moved))
     return result
 
 
 def _align(mode: LabelMode, planes: list[Tensor], dim: int) -> None:
-    """Thin parts laid side by side keep one length: what stands at the same place goes together."""
+    """Thin parts laid side by side keep one length. Scores and parameters beside them (sinks) go together one by one;
+    of parts that are alike, one may also go whole."""
     known = [p for p in planes if varying_dims(p) and bool((p > LOCKED).all())]
-    thin = [p for p in known if not (p.dim() > dim and dim in varying_dims(p))]
-    if len(thin) == len(known):
-        for other in known[1:]:
-            if other.shape == known[0].shape:
-                mode.graph.unify(known[0], other)
+    if len(known) < 2 or any(p.dim() > dim and dim in varying_dims(p) for p in known):
+        return
+    first, *others = known
+    for other in others:
+        if other.shape == first.shape and mode.graph.kind_of(other) != mode.graph.kind_of(first):
+            mode.graph.unify(first, other)
 
 
 def _convert(mode: LabelMode, func: Any, args: tuple, kwargs: dict, source: Operand) -> Tensor:  # noqa: ANN401

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from prunekit.discovery.depth import depth_groups
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.discovery.labels import ACTIVATION, CONSTANT, LOCKED, SCORE, STATISTIC, Ints, LabelGraph
 from prunekit.discovery.tracing import Trace
@@ -118,7 +119,7 @@ def _ragged(marks: Ints) -> Ints:
 
 def _mixed(marks: Ints, dim: int) -> NDArray[np.bool_]:
     """Which slabs along a dimension hold more than one component."""
-    rows = np.moveaxis(marks, dim, 0).reshape(marks.shape[dim], -1)
+    rows = marks.swapaxes(0, dim).reshape(marks.shape[dim], -1)
     return (rows != rows[:, :1]).any(1)
 
 
@@ -171,7 +172,7 @@ def _level(trace: Trace, label: Ints) -> _Level:
         label,
         size,
         locked=marked([labels for labels, _ in graph.locks]) | flags(label[[CONSTANT, LOCKED]]),
-        ragged=flags(_joined(_ragged(label[plane.numpy()]) for plane in trace.rectangles)),
+        ragged=flags(_joined(_ragged(label[plane.numpy()]) for plane in trace.rectangles.values())),
         inexact=flags(counted[statistic != counted]),
         open=flags(owner[owner != member]),
         embedded=marked(graph.embedded),
@@ -197,6 +198,8 @@ def find_groups(trace: Trace) -> Groups:
             usable &= ~level.embedded
         found += _assemble(sites, known, number, usable)
     items = _unique_names([g for g, _ in sorted(found, key=lambda item: item[1][0])])
+    hidden = set(np.flatnonzero(known[0].embedded[known[0].label]).tolist())
+    items += depth_groups(trace, hidden)
     covered = np.zeros(trace.graph.n_nodes, np.bool_)
     for _, nodes in found:
         covered[nodes] = True
@@ -225,10 +228,23 @@ def _assemble(
     label = levels[number].label[sites.node]
     rows = np.flatnonzero(usable[label])
     signature = np.zeros(len(usable), np.uint64)
-    np.add.at(signature, label[rows], _random_codes(sites.names)[sites.site[rows]])
+    shared = rows[~_private(sites, label)[rows]]
+    np.add.at(signature, label[shared], _random_codes(sites.names)[sites.site[shared]])
+    alone = rows[signature[label[rows]] == 0]
+    np.add.at(signature, label[alone], _random_codes(sites.names)[sites.site[alone]])
     codes = signature[label[rows]]
     order = np.argsort(codes, kind="stable")  # rows of a group stay in their order
     return [(_group(sites, levels, number, part), sites.node[part]) for part in _runs(rows[order], codes[order])]
+
+
+def _private(sites: Sites, label: Ints) -> NDArray[np.bool_]:
+    """Rows of parameters that one component holds whole, such as the norm of one head: no mark of a group."""
+    names = [name for name, _ in sites.names]
+    first = np.array([i == 0 or name != names[i - 1] for i, name in enumerate(names)])
+    parameter = (np.cumsum(first) - 1)[sites.site]
+    starts = np.flatnonzero(np.diff(parameter, prepend=-1))
+    whole = np.minimum.reduceat(label, starts) == np.maximum.reduceat(label, starts)
+    return whole[parameter]
 
 
 def _runs(values: Ints, keys: NDArray[Any]) -> list[Ints]:
@@ -241,11 +257,13 @@ def _group(sites: Sites, levels: list[_Level], number: int, rows: Ints) -> Coupl
     component = level.label[sites.node[rows]]
     _, first, unit = np.unique(component, return_index=True, return_inverse=True)
     unit = np.argsort(np.argsort(first))[unit]  # numbered as they appear
-    ordered = rows[np.lexsort((unit, sites.site[rows]))]
+    order = np.lexsort((unit, sites.site[rows]))
     members = []
-    for mine in _runs(ordered, sites.site[ordered]):
-        parameter, dim = sites.names[sites.site[mine[0]]]
-        members.append(Member(parameter, dim, torch.from_numpy(sites.index[mine].reshape(len(first), -1))))
+    for mine in _runs(order, sites.site[rows[order]]):
+        parameter, dim = sites.names[sites.site[rows[mine[0]]]]
+        index = torch.from_numpy(sites.index[rows[mine]])
+        if unit[mine[0]] == 0 and unit[mine[-1]] == len(first) - 1:  # else one unit holds it whole, and takes it along
+            members.append(Member(parameter, dim, index.view(len(first), -1)))
     kind = _kind(levels, number, component[0], members)
     exact = not level.inexact[component].any()
     return CoupledGroup(f"{_prefix(members)}{kind}", kind, len(first), tuple(members), exact)

@@ -40,7 +40,8 @@ class Trace:
         shapes: parameter → shape.
         equations: where remembered integers arrived.
         sizes: what stands behind the sizes that code read off tensors.
-        rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular.
+        rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular; by where
+            they lie, since one that is transposed or reshaped back need not be looked at twice.
         scalars: name and plain numbers of every pointwise operation on labelled tensors, in order.
         arguments: constants that modules are handed, such as the slopes of ALiBi, → (first node, values).
         parts: modules that do nothing when their parameters are zero.
@@ -51,7 +52,7 @@ class Trace:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     equations: list[Equation] = field(default_factory=list)
     sizes: dict[Key, Span] = field(default_factory=dict)
-    rectangles: list[Tensor] = field(default_factory=list)
+    rectangles: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     scalars: list[tuple[Any, ...]] = field(default_factory=list)
     arguments: dict[Argument, tuple[int, Tensor]] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
@@ -158,8 +159,10 @@ class LabelMode(TorchDispatchMode):
 
     def record_rectangle(self, plane: Tensor) -> None:
         """Remember a plane whose cut must stay rectangular."""
-        if sum(n > 1 for n in plane.shape) > 1 and len(varying_dims(plane)) > 1:
-            self.trace.rectangles.append(plane.squeeze())
+        steps = sorted((n, step) for n, step in zip(plane.shape, plane.stride(), strict=True) if n > 1)
+        place = (plane.data_ptr(), *steps)
+        if len(steps) > 1 and place not in self.trace.rectangles and len(varying_dims(plane)) > 1:
+            self.trace.rectangles[place] = plane.squeeze()
 
     def __torch_dispatch__(  # noqa: D105
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None

@@ -51,9 +51,10 @@ class Magnitude:
 
         def weight_scores(name: str) -> Tensor:
             weight = parameters[name].detach()
-            return weight.to(torch.promote_types(weight.dtype, torch.float32)).abs().pow(self.p)
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            return weight.abs() if self.p == 1 else weight.square()
 
-        slices = all_slice_scores(groups, weight_scores, "element")
+        slices = all_slice_scores(groups, weight_scores, "vector")  # nothing negative: the same as "element"
         return {group.name: unit_scores(group, slices, self.reduction) for group in groups}
 
 

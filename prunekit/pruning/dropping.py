@@ -64,31 +64,56 @@ def drop(model: nn.Module, parts: list[Part]) -> dict[str, str]:
             parent, _, name = part.path.rpartition(".")
             block = model.get_submodule(part.path)
             setattr(model.get_submodule(parent), name, Skipped(part, _layer_index(block)))
-    moved: dict[str, str] = {}
-    for path in dict.fromkeys(layer.rpartition(".")[0] for layer in layers):
-        moved |= _drop_elements(model, path, {int(layer.rpartition(".")[2]) for layer in layers if _in(path, layer)})
+    if not layers:
+        return {}
+    n_layers = {path: len(model.get_submodule(path)._modules) for path in {_list_of(layer) for layer in layers}}
+    moved = remove_elements(model, layers)
+    for path, n in n_layers.items():
+        kept = [i for i in range(n) if f"{path}.{i}" not in layers]
+        _shorten_configurations(model, n, kept)
     return moved
 
 
-def _in(path: str, layer: str) -> bool:
-    return layer.rpartition(".")[0] == path
+def renamed(name: str, moved: dict[str, str]) -> str:
+    """Where a parameter, module or group stands after list elements have moved up."""
+    pieces = name.split(".")
+    for i in range(len(pieces), 0, -1):
+        head = ".".join(pieces[:i])
+        stem, colon, kind = head.partition(":")
+        if stem in moved:
+            return ".".join([moved[stem] + colon + kind, *pieces[i:]])
+    return name
+
+
+def remove_elements(model: nn.Module, gone: set[str]) -> dict[str, str]:
+    """Take elements out of lists of modules, in place; those behind them move up.
+
+    Returns:
+        Path before → path after, for every element that stands elsewhere now.
+
+    Raises:
+        PrunekitError: nothing would stay of a list.
+    """
+    moved: dict[str, str] = {}
+    for path in sorted({_list_of(element) for element in gone}):
+        elements = list(model.get_submodule(path).children())
+        kept = [i for i in range(len(elements)) if f"{path}.{i}" not in gone]
+        if not kept:
+            raise PrunekitError(f"the plan leaves nothing in {path}; keep at least one of its {len(elements)} parts")
+        _renumber(elements, kept)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.ModuleList(elements[i] for i in kept))
+        moved |= {f"{path}.{old}": f"{path}.{new}" for new, old in enumerate(kept) if new != old}
+    return moved
+
+
+def _list_of(element: str) -> str:
+    return element.rpartition(".")[0]
 
 
 def _layer_index(block: nn.Module) -> int | None:
     found = (vars(module).get("layer_idx") for module in block.modules())
     return next((index for index in found if index is not None), None)
-
-
-def _drop_elements(model: nn.Module, path: str, gone: set[int]) -> dict[str, str]:
-    layers: Any = model.get_submodule(path)
-    kept = [i for i in range(len(layers)) if i not in gone]
-    if not kept:
-        raise PrunekitError(f"the plan leaves no layer in {path}; keep at least one")
-    _renumber(list(layers), kept)
-    _shorten_configurations(model, len(layers), kept)
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.ModuleList(layers[i] for i in kept))
-    return {f"{path}.{old}": f"{path}.{new}" for new, old in enumerate(kept) if new != old}
 
 
 def _renumber(layers: list[nn.Module], kept: list[int]) -> None:

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,8 +17,7 @@ DEFAULT_KINDS = ("kv_head", "ffn_channel")
 Ratio = float | Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """Units of one group that go together (one, or as many as a round width needs)."""
 
     group: CoupledGroup
@@ -201,15 +200,14 @@ def _steps(
     """All removals that are allowed, in the order in which they are to be made."""
     steps: list[_Step] = []
     for g in candidates:
-        order = scores[g.name].argsort(stable=True).tolist()
-        values = scores[g.name].tolist()
+        first = scores[g.name].argsort(stable=True)
+        order, values = first.tolist(), scores[g.name][first].tolist()
         per_unit = _parameters_per_unit(groups, g)
         start = 0
         for stop in _stops(g.n_units, rounding[g.name], min_units):
-            units = tuple(order[start:stop])
-            worth = sum(values[u] for u in units) / (per_unit * len(units))
+            worth = sum(values[start:stop]) / (per_unit * (stop - start))
             share = (start + stop) / 2 / g.n_units  # a large unit goes once half of it is due
-            steps.append(_Step(g, units, share if ranking == "local" else worth))
+            steps.append(_Step(g, tuple(order[start:stop]), share if ranking == "local" else worth))
             start = stop
     return sorted(steps, key=lambda step: (step.key, step.group.kind))
 
@@ -286,12 +284,15 @@ def _take_units(
     taken: list[_Step] = []
     closed: set[str] = set()
     for step in steps:
-        if len(step.units) > room[pool(step.group)]:
+        name = pool(step.group)
+        if len(step.units) > room[name]:
             closed.add(step.group.name)
         elif step.group.name not in closed:
-            room[pool(step.group)] -= len(step.units)
-            counter.take(step)
+            room[name] -= len(step.units)
             taken.append(step)
+    gone = _by_group(taken, candidates)
+    for g in candidates:
+        counter.take(_Step(g, tuple(gone[g.name]), 0.0))
     _check_units_met(steps, candidates, pool, room, quota)
     return taken
 
@@ -304,10 +305,12 @@ def _check_units_met(
     quota: dict[str, float],
 ) -> None:
     """A share of units may fall short by one step a group, not by more."""
+    largest = dict.fromkeys(room, 0)
+    for step in steps:
+        largest[pool(step.group)] = max(largest[pool(step.group)], len(step.units))
     for name, left in room.items():
         members = [g for g in candidates if pool(g) == name]
-        largest = max((len(s.units) for s in steps if pool(s.group) == name), default=0)
-        if left > largest * len(members):
+        if left > largest[name] * len(members):
             units = sum(g.n_units for g in members)
             raise PrunekitError(
                 f"{quota[name] / units:.4f} of the {units} units of {name!r} cannot go: round_to or min_units lets "

@@ -1,8 +1,7 @@
 """A plan becomes a smaller model: parameters are sliced, remembered widths solved, the result proved."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from prunekit.discovery import Groups
 from prunekit.discovery.constants import Selection, select
 from prunekit.discovery.partition import Sites, find_groups, levels, spread_death
+from prunekit.discovery.parts import list_elements
 from prunekit.discovery.remembered import Key, set_attribute
 from prunekit.discovery.tracing import Trace, trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
+from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.widths import solve
 
@@ -32,12 +33,14 @@ class _Cut:
         values: new values of remembered integers.
         selections: what modules pick from constants that they are handed.
         dead: bool (n_nodes,), nodes of the trace that go.
+        gone: elements of lists of modules that lose all their parameters, such as the norm of one head.
     """
 
     keep: Keep
     values: dict[Key, int]
     selections: list[Selection]
     dead: np.ndarray
+    gone: set[str]
 
 
 def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.Module:
@@ -62,16 +65,44 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.M
     before = trace(model)
     groups = find_groups(before)
     _check_plan(groups, plan)
+    if any(not units for units in plan.keep.values()):
+        return _without_parts(model, before, groups, plan, inplace)
     cut = _cut(model, before, groups, plan)
-    skeleton = _apply(_copy_with(model, lambda p, keep: _hollow(p, keep), cut), cut)
-    verify(before, cut.dead, skeleton, exact=all(groups[name].exact for name in plan.keep))
+    skeleton = _skeleton(model, cut)
+    moved = _apply(skeleton, cut)
+    exact = all(groups[name].exact for name in plan.keep)
+    verify(before, skeleton, Change(cut.dead, _parameters_in(before, cut.gone), moved), exact=exact)
     if inplace:
         _replace_parameters(model, cut)
-        small = _apply(model, cut)
+        _apply(model, cut)
+        small = model
     else:
-        small = _apply(_copy_with(model, _slice, cut), cut)
+        small = _fill(skeleton, model, cut, moved)
     _record(small, groups, plan)
     return small
+
+
+def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> nn.Module:
+    """Take whole layers and blocks out first; what else the plan says is cut from what is left."""
+    paths = {name.rpartition(":")[0] for name, units in plan.keep.items() if not units}
+    trial = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # weights are shared
+    moved = drop(trial, [before.parts[path] for path in sorted(paths)])
+    nothing = np.zeros(before.graph.n_nodes, np.bool_)
+    verify(before, trial, Change(nothing, _parameters_in(before, paths), moved), exact=False)
+    _record(trial, groups, replace(plan, keep={name: units for name, units in plan.keep.items() if not units}))
+    keep = {renamed(name, moved): units for name, units in plan.keep.items() if units}
+    n_units = {renamed(name, moved): plan.n_units[name] for name, units in plan.keep.items() if units}
+    if any(len(units) < n_units[name] for name, units in keep.items()):
+        trial = prune(trial, replace(plan, keep=keep, n_units=n_units), inplace=inplace)
+    elif not inplace:
+        trial = copy.deepcopy(trial)
+    if inplace:
+        vars(model).update(vars(trial))
+    return model if inplace else trial
+
+
+def _parameters_in(before: Trace, paths: set[str]) -> frozenset[str]:
+    return frozenset(name for name in before.shapes if any(name.startswith(f"{path}.") for path in paths))
 
 
 def _check_plan(groups: Groups, plan: PruningPlan) -> None:
@@ -82,18 +113,37 @@ def _check_plan(groups: Groups, plan: PruningPlan) -> None:
                 f"the plan is for another model: it has {n} units in {name!r}, this model has {known.get(name)}; "
                 "make a plan from discover(model) of this model"
             )
+    for name, units in plan.keep.items():
+        if not units and groups[name].kind not in ("block", "layer"):
+            raise PrunekitError(f"the plan leaves nothing of {name!r}; keep at least one of its {known[name]} units")
 
 
 def _cut(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> _Cut:
     doomed = np.zeros(before.graph.n_nodes, np.bool_)
     for name in plan.keep:
+        removed = torch.tensor(plan.removed(name), dtype=torch.long)
         for m in groups[name].members:
             start, _ = before.offsets[m.parameter, m.dim]
-            doomed[start + m.owned_by(plan.removed(name)).numpy()] = True
+            doomed[start + m.index[removed].numpy()] = True
     dead = spread_death(before.graph, doomed)
     _check_locks(before, dead)
     widths = solve(before, torch.from_numpy(dead))
-    return _Cut(_surviving_indices(before, dead), widths, find_selections(before, dead, model), dead)
+    gone = _emptied_elements(model, before, dead)
+    keep = _surviving_indices(before, dead, _parameters_in(before, gone))
+    return _Cut(keep, widths, find_selections(before, dead, model), dead, gone)
+
+
+def _emptied_elements(model: nn.Module, before: Trace, dead: np.ndarray) -> set[str]:
+    """Elements of lists of modules of whose parameters nothing is left."""
+    whole = {name: True for name in before.shapes}
+    for (name, _), (start, size) in before.offsets.items():
+        whole[name] = whole[name] and bool(dead[start : start + size].all())
+    gone = set()
+    for path in list_elements(model) if any(whole.values()) else ():
+        inside = [whole[name] for name in whole if name.startswith(f"{path}.")]
+        if inside and all(inside):
+            gone.add(path)
+    return gone
 
 
 def _check_locks(before: Trace, dead: np.ndarray) -> None:
@@ -102,10 +152,12 @@ def _check_locks(before: Trace, dead: np.ndarray) -> None:
             raise PrunekitError(f"the plan removes what may not be cut: {reason}; keep at least one unit there")
 
 
-def _surviving_indices(before: Trace, dead: np.ndarray) -> Keep:
+def _surviving_indices(before: Trace, dead: np.ndarray, gone: frozenset[str]) -> Keep:
     keep = {}
     for site, (start, size) in before.offsets.items():
         alive = ~dead[start : start + size]
+        if site[0] in gone:
+            continue
         if not alive.any():
             raise PrunekitError(f"the plan leaves nothing of {site[0]} (dimension {site[1]}); keep at least one unit")
         if not alive.all():
@@ -132,11 +184,21 @@ def _per_parameter(keep: Keep) -> dict[str, dict[int, Tensor]]:
     return out
 
 
-def _copy_with(model: nn.Module, make: Callable[[nn.Parameter, dict[int, Tensor]], nn.Parameter], cut: _Cut) -> Any:  # noqa: ANN401
-    """A deep copy whose parameters are made anew; the old ones are never copied whole."""
+def _skeleton(model: nn.Module, cut: _Cut) -> nn.Module:
+    """A deep copy whose parameters have the new shapes and no weights; the old ones are never copied."""
     keep = _per_parameter(cut.keep)
-    memo: dict[int, Any] = {id(p): make(p, keep.get(name, {})) for name, p in model.named_parameters()}
+    memo: dict[int, Any] = {id(p): _hollow(p, keep.get(name, {})) for name, p in model.named_parameters()}
     return copy.deepcopy(model, memo)
+
+
+def _fill(skeleton: nn.Module, model: nn.Module, cut: _Cut, moved: dict[str, str]) -> nn.Module:
+    """Give a skeleton the weights that stay, wherever its parameters are held."""
+    keep, weights = _per_parameter(cut.keep), dict(model.named_parameters())
+    came_from = {new: old for old, new in moved.items()}
+    for new, hollow in list(skeleton.named_parameters()):
+        name = renamed(new, came_from)
+        torch.utils.swap_tensors(hollow, _slice(weights[name], keep.get(name, {})))
+    return skeleton
 
 
 def _replace_parameters(model: nn.Module, cut: _Cut) -> None:
@@ -148,8 +210,8 @@ def _replace_parameters(model: nn.Module, cut: _Cut) -> None:
                 module._parameters[name] = small[id(p)]
 
 
-def _apply(model: nn.Module, cut: _Cut) -> nn.Module:
-    """Write the new widths into the modules that remember them."""
+def _apply(model: nn.Module, cut: _Cut) -> dict[str, str]:
+    """Write the new widths into the modules that remember them; returns which list elements have moved where."""
     modules = dict(model.named_modules())
     for key, value in cut.values.items():
         set_attribute(modules[key[0]], key, value)
@@ -157,7 +219,7 @@ def _apply(model: nn.Module, cut: _Cut) -> nn.Module:
         select(modules[selection.argument.path], selection)
     for module in modules.values():
         _sync_layer(module)
-    return model
+    return remove_elements(model, cut.gone)
 
 
 def _sync_layer(module: nn.Module) -> None:
@@ -172,7 +234,22 @@ def _sync_layer(module: nn.Module) -> None:
         module.normalized_shape = tuple(module.weight.shape)
 
 
-def verify(before: Trace, dead: np.ndarray, small: nn.Module, *, exact: bool) -> None:
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a cut model must differ in.
+
+    Attributes:
+        dead: bool (n_nodes,), nodes of the full model's trace that go.
+        gone: parameters that go whole.
+        moved: list elements that stand elsewhere, path before → path after.
+    """
+
+    dead: np.ndarray
+    gone: frozenset[str] = frozenset()
+    moved: dict[str, str] = field(default_factory=dict)
+
+
+def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> None:
     """Trace the cut model and compare its partition with the old one restricted to the survivors.
 
     Where every group that is cut is exact, no plain number that channels are added to or multiplied with may
@@ -191,9 +268,11 @@ def verify(before: Trace, dead: np.ndarray, small: nn.Module, *, exact: bool) ->
             "computes from a width"
         )
     old, new = Sites.of(before), Sites.of(after)
-    alive = ~dead[old.node]
-    same_sites = old.names == new.names and np.array_equal(old.site[alive], new.site)
-    for expected, found in zip(levels(before.graph, dead), levels(after.graph), strict=True):
+    stays = np.array([name not in change.gone for name, _ in old.names], np.bool_)
+    alive = ~change.dead[old.node] & stays[old.site]
+    names = tuple((renamed(name, change.moved), dim) for name, dim in old.names if name not in change.gone)
+    same_sites = names == new.names and np.array_equal((np.cumsum(stays) - 1)[old.site[alive]], new.site)
+    for expected, found in zip(levels(before.graph, change.dead), levels(after.graph), strict=True):
         if not same_sites or not _same_partition(expected[old.node[alive]], found[new.node]):
             raise PrunekitError(
                 "this model cannot be cut that way, nothing was changed: the cut model's structure is not the full "

@@ -23,7 +23,8 @@ def solve(before: Trace, dead: Tensor) -> dict[Key, int]:
     """
     read = {a.key for e in before.equations for a in e.expression.attributes() if a.key[1] == SHAPE}
     known = {key: before.sizes[key].survivors(dead) for key in read}
-    waiting = [(equation, equation.span.survivors(dead)) for equation in before.equations]
+    measured = [(equation, equation.span.survivors(dead)) for equation in before.equations]
+    waiting = [(equation, target) for equation, target in measured if target]  # where nothing is left, nothing is sized
     while waiting:
         ready = [(e, target) for e, target in waiting if len(_open(e, known)) <= 1]
         if not ready:
