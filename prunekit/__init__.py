@@ -15,9 +15,12 @@ The pipe, whole::
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from prunekit import registration
+
 if TYPE_CHECKING:
     from prunekit.calibration import calibration_set
-    from prunekit.checkpoint import load, save
+    from prunekit.checkpoint import export, load, save
+    from prunekit.checkpoint.streaming import prune_checkpoint
     from prunekit.discovery import CoupledGroup, Groups, Member, discover
     from prunekit.errors import PrunekitError
     from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
@@ -30,7 +33,8 @@ __version__ = "0.1.0"
 # Rooms are opened when something in them is asked for, so that `prunekit --help` does not wait for torch.
 _ROOMS = {
     "calibration": ("calibration_set",),
-    "checkpoint": ("load", "save"),
+    "checkpoint": ("export", "load", "save"),
+    "checkpoint.streaming": ("prune_checkpoint",),
     "discovery": ("CoupledGroup", "Groups", "Member", "discover"),
     "errors": ("PrunekitError",),
     "evaluation": ("Report", "compare", "compare_accuracy", "cost", "evaluate", "perplexity", "zero_shot"),
@@ -57,15 +61,19 @@ __all__ = [
     "cost",
     "discover",
     "evaluate",
+    "export",
     "load",
     "perplexity",
     "plan",
     "prune",
+    "prune_checkpoint",
     "recover",
     "save",
     "score",
     "zero_shot",
 ]
+
+registration.watch()
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

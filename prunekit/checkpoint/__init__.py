@@ -1,6 +1,7 @@
-"""Checkpoints: loading and saving, without pickles."""
+"""Checkpoints: loading, saving and exporting, without pickles."""
 
+from prunekit.checkpoint.exporting import export
 from prunekit.checkpoint.loading import load
 from prunekit.checkpoint.saving import save
 
-__all__ = ["load", "save"]
+__all__ = ["export", "load", "save"]

@@ -4,24 +4,27 @@ A cut checkpoint of `model_type: "prunekit"` holds the uncut configuration and t
 by building the uncut model without weights and cutting it the same way, so it can never be mistaken for a plain one.
 """
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from prunekit.discovery import Groups, discover
+from prunekit.checkpoint.building import check_size, cut_again, empty_model, own_tensors
+from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_object, stored_tensors
+from prunekit.checkpoint.widths import check_widths
+from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
-from prunekit.pruning import PruningPlan, prune
 from prunekit.world import load as load_world
 
 MODEL_TYPE = "prunekit"
 FORMAT = 1
+LEAST_PART_LEFT = 1000  # a record may say that the uncut model was this many times larger, not more
 
 
 def load(
@@ -38,44 +41,73 @@ def load(
         The model, and its tokenizer or None where the folder has none.
 
     Raises:
-        PrunekitError: there is no checkpoint, or only a pickled one.
+        PrunekitError: there is no checkpoint, only a pickled one, or one whose files do not fit each other.
     """
     if str(source) == "world" and not Path(source).exists():
         model, tokenizer = load_world()
         return _in_dtype(model, dtype), tokenizer
-    folder = Path(source)
-    if folder.exists():
-        _check_folder(folder)
-        if json.loads((folder / "config.json").read_text()).get("model_type") == MODEL_TYPE:
-            model = _load_cut(folder, dtype).eval()
-            return model, load_tokenizer(str(source), trust_remote_code, model.config)
-    elif folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+    if os.path.lexists(source):
+        model = _load_folder(Path(source), dtype, trust_remote_code)
+    elif Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
         raise PrunekitError(f"{str(source)!r} does not exist; give a checkpoint folder, a hub id or 'world'")
-    return _load_plain(str(source), dtype, trust_remote_code).eval(), load_tokenizer(str(source), trust_remote_code)
+    else:
+        model = _load_plain(str(source), dtype, trust_remote_code)
+    return model.eval(), load_tokenizer(str(source), trust_remote_code, model.config)
 
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise PrunekitError(f"{str(folder)!r} is no checkpoint: it has no config.json; give the folder that holds it")
-    try:
-        json.loads((folder / "config.json").read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:  # noqa: ANN401
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "is a link that leads nowhere"
+        raise PrunekitError(f"{str(folder)!r} {what}; give the folder that holds config.json and safetensors")
+    config = read_config(folder)
+    if config.get("model_type") == MODEL_TYPE:
+        return load_cut(folder, dtype)
+    _check_architecture(folder, config)
+    stored = stored_tensors(folder)
+    check_dtypes(folder, stored)
+    _check_plain_size(folder, stored)
+    model = _load_plain(str(folder), dtype, trust_remote_code)
+    _check_floats(folder, model, stored)
+    return model
+
+
+def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
+    """Refuses what `transformers` knows to be something else, such as an encoder, and would load all the same."""
+    if "prunekit" in config:
         raise PrunekitError(
-            f"{str(folder / 'config.json')!r} is not JSON ({error}); restore it from its source"
-        ) from None
-    if not list(folder.glob("*.safetensors")):
-        pickled = ", ".join(p.name for p in folder.glob("*.bin")) or "none"
-        raise PrunekitError(
-            f"{str(folder)!r} has no safetensors weights (pickled ones: {pickled}); prunekit reads no pickles, "
-            "so convert them to safetensors first"
+            f"{str(folder)!r} was cut by prunekit and written by save_pretrained, which cannot say its widths; "
+            "save the model with prunekit.save"
         )
+    names = [str(name) for name in config.get("architectures") or []]
+    causal = {name for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _listed(value)}
+    if names and not causal & set(names) and all(hasattr(transformers, name) for name in names):
+        raise PrunekitError(f"{str(folder)!r} is a {names[0]}, no causal language model; give one that is")
 
 
-def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> nn.Module:
+def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # of any kind; the load that follows tells what is wrong
+        return
+    check_size(config, stored, str(folder), factor=2)
+
+
+def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:  # noqa: ANN401
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
+    except PrunekitError:
+        raise
     except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own
         raise PrunekitError(
             f"cannot load {source!r} as a causal language model ({type(error).__name__}: {_first_line(error)}); "
@@ -87,6 +119,13 @@ def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) 
             f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source"
         )
     return model
+
+
+def _check_floats(folder: Path, model: nn.Module, stored: dict[str, Stored]) -> None:
+    """Refuses whole numbers in a parameter's place, which `transformers` turns into floats without a word."""
+    for name, _ in model.named_parameters():
+        if name in stored and not stored[name].is_float:
+            raise PrunekitError(f"{name!r} of {str(folder)!r} is stored as {stored[name].dtype}; restore the weights")
 
 
 def _first_line(error: Exception) -> str:
@@ -103,26 +142,60 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
         raise PrunekitError(f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {error})") from error
 
 
-def _load_cut(folder: Path, dtype: torch.dtype | str) -> Any:  # noqa: ANN401
-    saved = json.loads((folder / "config.json").read_text())
-    if saved.get("format") != FORMAT:
-        raise PrunekitError(f"{str(folder)!r} has format {saved.get('format')!r}; this prunekit reads {FORMAT}")
-    model = cut_again(saved["base_config"], saved["stages"])
-    _fill(model, folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+def load_cut(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:  # noqa: ANN401
+    """The model of a folder with `model_type: "prunekit"`, an object of its family's own class.
+
+    Args:
+        folder: that `save` wrote.
+        dtype: of the weights; the checkpoint's own by default.
+        options: for building the model, such as `attn_implementation`.
+
+    Raises:
+        PrunekitError: the record, the widths or the weights do not fit each other.
+    """
+    saved = read_config(folder)
+    _check_record(folder, saved)
+    stored = stored_tensors(folder)
+    model = _build(folder, saved, stored, options)
+    _fill(model, folder, stored)
+    if os.path.lexists(folder / "generation_config.json"):
+        model.generation_config = GenerationConfig.from_dict(read_object(folder / "generation_config.json"))
     model.config.name_or_path = str(folder)
-    return _in_dtype(model, dtype)
+    return _in_dtype(model, dtype).eval()
 
 
-def cut_again(base_config: dict[str, Any], stages: list[dict[str, list[int]]]) -> Any:  # noqa: ANN401
-    """The uncut model, built without weights, with every recorded cut made again in order."""
-    with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config))
-    model.tie_weights()
-    for keep in stages:
-        model = prune(model, _recorded_plan(discover(model), keep), inplace=True)
-    return model
+def _check_record(folder: Path, saved: dict[str, Any]) -> None:
+    if saved.get("format") != FORMAT:
+        raise PrunekitError(
+            f"{str(folder)!r} has format {saved.get('format')!r}; this prunekit reads {FORMAT}; "
+            "load it with the prunekit that wrote it"
+        )
+    stages, base = saved.get("stages"), saved.get("base_config")
+    units = [u for stage in stages for u in stage.values()] if _is_list_of(stages, dict) else [None]
+    if not isinstance(base, dict) or not all(_is_list_of(u, int) for u in units):
+        raise PrunekitError(
+            f"config.json of {str(folder)!r} must have base_config, an object, and stages, a list of group name → "
+            "units kept; restore it from its source"
+        )
+
+
+def _is_list_of(value: Any, kind: type) -> bool:  # noqa: ANN401
+    return isinstance(value, list) and all(type(entry) is kind for entry in value)
+
+
+def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], options: dict[str, Any]) -> Any:  # noqa: ANN401
+    try:
+        config = AutoConfig.for_model(**saved["base_config"])
+        check_size(config, stored, str(folder), factor=LEAST_PART_LEFT)
+        model = empty_model(config, **options)
+        groups = discover(model)
+        check_widths(saved, groups)
+        return cut_again(model, groups, saved["stages"])
+    except Exception as error:  # a configuration its family refuses: any exception of any validator
+        raise PrunekitError(
+            f"config.json of {str(folder)!r} does not lead to a model ({type(error).__name__}: {_first_line(error)}); "
+            "restore it from its source"
+        ) from error
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
@@ -136,22 +209,25 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
     return model
 
 
-def _recorded_plan(groups: Groups, keep: dict[str, list[int]]) -> PruningPlan:
-    return PruningPlan(keep, {name: groups[name].n_units for name in keep}, groups.n_parameters, groups.n_parameters)
-
-
-def _fill(model: Any, folder: Path) -> None:  # noqa: ANN401
-    """Give an empty model its weights; tied ones are stored once."""
-    state: dict[str, torch.Tensor] = {}
-    try:
-        for shard in sorted(folder.glob("*.safetensors")):
-            state |= load_file(shard)
-        model.load_state_dict(state, strict=False, assign=True)
-    except SafetensorError as error:
-        raise PrunekitError(f"the weights in {str(folder)!r} cannot be read ({error}); restore them") from None
-    except RuntimeError as error:
-        raise PrunekitError(f"the weights in {str(folder)!r} do not fit its config.json: {error}") from None
+def _fill(model: Any, folder: Path, stored: dict[str, Stored]) -> None:  # noqa: ANN401
+    """Give an empty model its weights, file by file; tied ones are stored once."""
+    _check_fit(model, folder, stored)
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        model.load_state_dict(load_file(file), strict=False, assign=True)
     model.tie_weights()
-    empty = [name for name, p in model.named_parameters() if p.is_meta]
-    if empty:
-        raise PrunekitError(f"{str(folder)!r} lacks the weights of {', '.join(empty[:4])}; restore it from its source")
+
+
+def _check_fit(model: Any, folder: Path, stored: dict[str, Stored]) -> None:  # noqa: ANN401
+    expected = {name: tuple(t.shape) for name, t in own_tensors(model).items()}
+    for name in [n for n in expected if n not in stored][:1]:
+        raise PrunekitError(f"{str(folder)!r} lacks the weights of {name}; restore it from its source")
+    for name, tensor in stored.items():
+        if name not in expected:
+            raise PrunekitError(f"{str(folder)!r} holds {name!r}, which its config.json knows nothing of; restore it")
+        if tensor.shape != expected[name]:
+            raise PrunekitError(
+                f"the weights in {str(folder)!r} do not fit its config.json: {name} is stored with shape "
+                f"{tensor.shape} and should have {expected[name]}; restore both from one source"
+            )
+    check_dtypes(folder, stored)
+    _check_floats(folder, model, stored)

@@ -1,22 +1,35 @@
 """Saving checkpoints, without pickles.
 
 A cut that the family's own configuration can say is saved as a plain `transformers` checkpoint. Any other is saved
-with `model_type: "prunekit"`: the uncut configuration and the units kept.
+with `model_type: "prunekit"`: the uncut configuration, the units kept, and the widths of each layer in the form of
+`transformers`' own `per_layer_config`.
 """
 
-import copy
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig
 
-from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, cut_again, load_tokenizer
+from prunekit.checkpoint.building import cut_again, empty_model, own_tensors, shapes_of
+from prunekit.checkpoint.cards import OWN, PLAIN, texts_beside
+from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
 from prunekit.checkpoint.uniform import plain_config
+from prunekit.checkpoint.widths import Cuts, layer_widths
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder
+from prunekit.pruning import PruningPlan
+
+if TYPE_CHECKING:
+    from prunekit.evaluation import Report
+
+SHARD = "5GB"
 
 
 def save(
@@ -24,7 +37,10 @@ def save(
     out: str | Path,
     *,
     tokenizer: Any = None,  # noqa: ANN401
+    plan: PruningPlan | None = None,
+    report: "Report | None" = None,
     files: Mapping[str, str] | None = None,
+    max_shard_size: str | int = SHARD,
 ) -> Path:
     """Write a checkpoint folder that `load` reads back with the same logits.
 
@@ -32,72 +48,131 @@ def save(
         model: a model, cut or not; adapters merged.
         out: a folder that does not exist yet. It is complete or not there.
         tokenizer: to save along; by default the one that stands where the model was loaded from.
-        files: more texts for the folder, name → content, such as a plan or a model card.
+        plan: by which the model was cut, for `plan.json` and the model card.
+        report: what was measured about it, for `report.json` and the model card.
+        files: more texts for the folder, name → content; one called README.md takes the model card's place.
+        max_shard_size: of one safetensors file, in bytes or such as `"500MB"`.
 
     Returns:
         The folder.
 
     Raises:
         PrunekitError: `out` exists or cannot be written, adapters are not merged, or the model is not what its
-            recorded cuts lead to.
+            recorded cuts lead to. Nothing is left behind.
     """
     check_new_folder(out)
-    if hasattr(model, "peft_config"):
-        raise PrunekitError("the model still carries adapters; call merge_and_unload() on it and save the result")
-    config = plain_config(model)
-    cut = _cut_config(model) if config is None else None
-    with new_folder(out) as folder:
-        _write_model(model, config, cut, folder)
-        tokenizer = tokenizer if tokenizer is not None else _tokenizer_beside(model)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        for name, content in (files or {}).items():
-            (folder / name).write_text(content, encoding="utf-8")
+    check_saveable(model)
+    check_options(tokenizer, files, max_shard_size)
+    cuts = Cuts.of(model) if is_cut(model) else None
+    config = plain_config(model, cuts)
+    cut = cut_config(model, cuts) if config is None and cuts is not None else None
+    texts = {**texts_beside(model, PLAIN if cut is None else OWN, plan, report), **(files or {})}
+    with whole_folder(out) as folder:
+        if cut is None:
+            write_plain(model, config, folder, max_shard_size)
+        else:
+            _write_cut(model, cut, folder, max_shard_size)
+        write_beside(model, folder, tokenizer, texts)
     return Path(out)
 
 
-def _write_model(model: Any, config: Any, cut: dict[str, Any] | None, folder: Path) -> None:  # noqa: ANN401
-    if cut is not None:
-        _write_cut(model, cut, folder)
-        return
+def is_cut(model: Any) -> bool:  # noqa: ANN401
+    """Whether a model carries a record of cuts."""
+    return getattr(model.config, "prunekit", None) is not None
+
+
+def check_saveable(model: Any) -> None:  # noqa: ANN401
+    """Refuses what is no model with a configuration, and unmerged adapters."""
+    if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
+        raise PrunekitError(f"a {type(model).__name__} cannot be saved; give a causal language model of transformers")
+    if hasattr(model, "peft_config"):
+        raise PrunekitError("the model still carries adapters; call merge_and_unload() on it and save the result")
+    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    if empty:
+        raise PrunekitError(f"the model has no weights in {', '.join(empty[:4])}; load them before saving")
+
+
+def check_options(tokenizer: Any, files: Mapping[str, str] | None, max_shard_size: str | int) -> None:  # noqa: ANN401
+    """Refuses what is no tokenizer, no name of a file in the folder, or no size, before anything is computed."""
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise PrunekitError(f"tokenizer={tokenizer!r} is none; give what load() or AutoTokenizer returns")
+    for name in files or {}:
+        if Path(name).name != name:
+            raise PrunekitError(f"files: {name!r} does not lie in the folder itself; give plain file names")
+    check_shard_size(max_shard_size)
+
+
+def check_shard_size(size: str | int) -> None:
+    """Refuses what is no size of a file."""
+    known = isinstance(size, str) and re.fullmatch(r"0*[1-9]\d*[KMGT]B", size, re.IGNORECASE)
+    if not known and not (type(size) is int and size > 0):
+        raise PrunekitError(f"max_shard_size={size!r} is no size; give bytes, or such as '500MB' or '5GB'")
+
+
+@contextmanager
+def whole_folder(out: str | Path) -> Iterator[Path]:
+    """A new folder that is moved to its place when the block ends well; a full disk is said in prunekit's words.
+
+    Raises:
+        PrunekitError: `out` exists, or cannot be written to.
+    """
+    try:
+        with new_folder(out) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PrunekitError(
+            f"cannot write {str(out)!r} ({reason}); nothing was left there; choose another place"
+        ) from error
+
+
+def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int) -> None:  # noqa: ANN401
+    """A plain checkpoint of a model under another configuration."""
     mine = model.config
     try:
         model.config = config
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
     finally:
         model.config = mine
 
 
-def _cut_config(model: Any) -> dict[str, Any]:  # noqa: ANN401
+def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
     """What config.json says of a cut model, proved by building it again.
 
     Raises:
         PrunekitError: the record does not lead to this model.
     """
-    base = copy.deepcopy(model.config)
-    del base.prunekit
-    described = base.to_dict() | {"architectures": [type(model).__name__]}
+    described = cuts.config.to_dict() | {"architectures": [type(model).__name__]}
     stages = model.config.prunekit["stages"]
     try:
-        again = {name: p.shape for name, p in cut_again(described, stages).named_parameters()}
+        uncut = empty_model(AutoConfig.for_model(**described))
+        again = shapes_of(cut_again(uncut, cuts.groups, stages))
     except Exception as error:  # code that came with a checkpoint, or a configuration its family refuses
         raise PrunekitError(f"this cut model cannot be rebuilt from its record, so it is not saved: {error}") from error
-    if again != {name: p.shape for name, p in model.named_parameters()}:
+    if again != shapes_of(model):
         raise PrunekitError("this model's shapes are not those of its recorded cuts; it was changed by other means")
-    return {"model_type": MODEL_TYPE, "format": FORMAT, "stages": stages, "base_config": described}
+    record = {"model_type": MODEL_TYPE, "format": FORMAT, "stages": stages, "base_config": described}
+    return record | layer_widths(cuts)
 
 
-def _write_cut(model: Any, cut: dict[str, Any], folder: Path) -> None:  # noqa: ANN401
-    """Weights under the names of `named_parameters()`, tied ones once; save_pretrained renames some."""
+def _write_cut(model: Any, cut: dict[str, Any], folder: Path, max_shard_size: str | int) -> None:  # noqa: ANN401
+    """Weights under prunekit's own names; save_pretrained renames some."""
     (folder / "config.json").write_text(json.dumps(cut, indent=1))
-    parameters = {id(p) for p in model.parameters()}
-    persistent = {n: t for n, t in model.state_dict(keep_vars=True).items() if id(t) not in parameters}
-    state = dict(model.named_parameters()) | persistent
-    save_torch_state_dict({name: t.detach().contiguous() for name, t in state.items()}, folder)
+    state = {name: t.detach().contiguous() for name, t in own_tensors(model).items()}
+    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
 
 
+def write_beside(model: Any, folder: Path, tokenizer: Any, texts: Mapping[str, str]) -> None:  # noqa: ANN401
+    """The tokenizer, by default the one that stands where the model was loaded from, and texts."""
+    tokenizer = tokenizer if tokenizer is not None else _tokenizer_beside(model)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name, content in texts.items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
 def _tokenizer_beside(model: Any) -> Any:  # noqa: ANN401
-    source = getattr(getattr(model, "config", None), "name_or_path", "")
+    source = getattr(model.config, "name_or_path", "")
     return load_tokenizer(source, False) if source and Path(source).is_dir() else None

@@ -1,0 +1,77 @@
+"""The model card: what was cut and how, what it scores, how to load it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from prunekit.pruning import PruningPlan
+
+if TYPE_CHECKING:
+    from prunekit.evaluation import Report
+
+PLAIN, PADDED, GGUF, OWN = "plain", "padded", "gguf", "prunekit"  # layouts
+_PLAIN_CODE = (
+    'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
+)
+_FORMS = {  # layout → what is said of it, and the Python that loads it
+    PLAIN: ("A plain checkpoint of its family.", _PLAIN_CODE),
+    PADDED: ("Its layers were of uneven widths and are filled up to even ones with zeros.", _PLAIN_CODE),
+    GGUF: (
+        "`model.gguf` holds the weights in llama.cpp's form.",
+        _PLAIN_CODE.replace("FOLDER", 'FOLDER", gguf_file="model.gguf'),
+    ),
+    OWN: (
+        "The configuration of its family has no words for its widths, so it needs prunekit to load.",
+        'import prunekit as pk\n\nmodel, tokenizer = pk.load("THIS FOLDER")',
+    ),
+}
+
+
+def texts_beside(
+    model: Any,  # noqa: ANN401
+    layout: str,
+    plan: PruningPlan | None,
+    report: "Report | None",
+) -> dict[str, str]:
+    """File name → content of what stands beside the weights: the card, and the plan and the report where given."""
+    texts = {"README.md": model_card(model, layout, plan, report)}
+    texts |= {"plan.json": plan.to_json()} if plan is not None else {}
+    return texts | ({"report.json": report.to_json()} if report is not None else {})
+
+
+def model_card(
+    model: Any,  # noqa: ANN401
+    layout: str,
+    plan: PruningPlan | None = None,
+    report: "Report | None" = None,
+) -> str:
+    """The card of a model in Markdown.
+
+    Args:
+        model: that is saved.
+        layout: `"plain"`, `"padded"`, `"gguf"` or `"prunekit"`.
+        plan: by which it was cut; what stands in its notes is told too.
+        report: what was measured about the model.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    sentence, loader = _FORMS[layout]
+    family = f"`{type(model).__name__}`, {parameters:,} parameters. {sentence}"
+    parts = ["---\nlibrary_name: prunekit\n---\n# A model saved by prunekit", family]
+    parts += _plan_parts(plan) if plan is not None else []
+    parts += [f"## Figures\n\n```\n{report}\n```\n\nEvery answer: `report.json`."] if report is not None else []
+    return "\n\n".join([*parts, f"## Load\n\n```python\n{loader}\n```"]) + "\n"
+
+
+def _plan_parts(plan: PruningPlan) -> list[str]:
+    facts = "\n".join(f"- {name}: {value}" for name, value in plan.notes.items() if not isinstance(value, dict | list))
+    table = plan.table().groupby("kind", sort=False)[["n_units", "kept"]].sum()
+    counts = {"parameters": (plan.n_parameters, plan.n_parameters_kept)}
+    counts |= {f"{kind} units": (int(row["n_units"]), int(row["kept"])) for kind, row in table.iterrows()}
+    rows = [(name, f"{a:,}", f"{b:,}", f"{1 - b / a:.1%}") for name, (a, b) in counts.items()]
+    shown = markdown_table([("", "before", "after", "removed"), *rows])
+    return ["## The cut", *([facts] if facts else []), shown, "Which units stay: `plan.json`."]
+
+
+def markdown_table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows of cells in Markdown; the first row is the head."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

@@ -1,0 +1,158 @@
+"""What stands in a checkpoint folder: its configuration and the headers of its weights, checked first.
+
+Only headers are read here, so that what is wrong is said before memory is asked for.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from prunekit.errors import PrunekitError
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}  # how torch's zip files and bare ones begin
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as its file's header tells of it.
+
+    Attributes:
+        file: the safetensors file.
+        shape: of the tensor.
+        dtype: in safetensors' words, such as `"F32"`.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it can be computed with as it is."""
+        return self.dtype in _FLOATS
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        PrunekitError: there is none, it cannot be read, or it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:  # missing, a folder, a link that leads nowhere or in a circle, no permission
+        raise PrunekitError(f"cannot read {str(path)!r} ({error.strerror}); restore it from its source") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise PrunekitError(f"{str(path)!r} is not JSON ({error}); restore it from its source") from None
+    if not isinstance(value, dict):
+        raise PrunekitError(f"{str(path)!r} holds a {type(value).__name__}, not an object; restore it from its source")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint that prunekit can read.
+
+    Raises:
+        PrunekitError: there is none, or what it belongs to is no plain checkpoint of weights.
+    """
+    path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not path.exists():
+        raise PrunekitError(
+            f"{str(folder)!r} holds an adapter only; load its base model with peft, call merge_and_unload() on it, "
+            "save that, and give its folder"
+        )
+    if not path.exists() and not path.is_symlink():
+        raise PrunekitError(f"{str(folder)!r} is no checkpoint: it has no config.json; give the folder that holds it")
+    config = read_object(path)
+    if config.get("quantization_config") is not None:
+        raise PrunekitError(
+            f"{str(folder)!r} is quantized, and quantized weights cannot be cut; give the checkpoint it was made from"
+        )
+    return config
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint, by name, from the headers of its safetensors alone.
+
+    Raises:
+        PrunekitError: there are none, a file is broken, or the index does not fit the files.
+    """
+    if (folder / WHOLE).is_file():
+        return dict(_header(folder / WHOLE))
+    if (folder / INDEX).exists():
+        return _sharded(folder, _weight_map(folder / INDEX))
+    found = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "none"
+    if found != "none":
+        raise PrunekitError(f"{str(folder)!r} has neither {WHOLE} nor {INDEX} that can be read (safetensors: {found})")
+    pickled = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "none"
+    raise PrunekitError(
+        f"{str(folder)!r} has no safetensors weights (pickled ones: {pickled}); prunekit reads no pickles, "
+        "so convert them to safetensors first"
+    )
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    names = read_object(path).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise PrunekitError(f"{str(path)!r} has no weight_map of tensor names to file names; restore it")
+    for file in set(names.values()):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise PrunekitError(f"{str(path)!r} names {file!r}; only a safetensors file in the same folder is read")
+    return names
+
+
+def _sharded(folder: Path, names: dict[str, str]) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for file in sorted(set(names.values())):
+        for name, stored in _header(folder / file):
+            if name in found:
+                raise PrunekitError(
+                    f"{name!r} stands in {found[name].file.name!r} and in {file!r} of {str(folder)!r}; restore both"
+                )
+            found[name] = stored
+    for name, file in names.items():
+        if name not in found or found[name].file.name != file:
+            where = found[name].file.name if name in found else "no file"
+            raise PrunekitError(
+                f"the index of {str(folder)!r} seeks {name!r} in {file!r}, but {where!r} has it; restore it"
+            )
+    return found
+
+
+def _header(path: Path) -> Iterator[tuple[str, Stored]]:
+    try:
+        with path.open("rb") as file:
+            first = file.read(2)
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a dictionary
+                part = weights.get_slice(name)
+                yield name, Stored(path, tuple(part.get_shape()), part.get_dtype())
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from None
+    except SafetensorError as error:
+        raise _unreadable(path, "it is a pickle by another name" if first in _PICKLES else error) from None
+
+
+def _unreadable(path: Path, reason: object) -> PrunekitError:
+    return PrunekitError(f"the weights in {str(path)!r} cannot be read ({reason}); restore them from their source")
+
+
+def check_dtypes(folder: Path, stored: dict[str, Stored]) -> None:
+    """Refuses weights that are packed into a few bits.
+
+    Raises:
+        PrunekitError: some are.
+    """
+    for name, tensor in stored.items():
+        if tensor.dtype.startswith("F") and not tensor.is_float:  # such as F8_E4M3, which a scale must go with
+            raise PrunekitError(
+                f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}, which cannot be cut; "
+                f"give a checkpoint in one of {', '.join(sorted(_FLOATS))}"
+            )

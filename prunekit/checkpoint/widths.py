@@ -1,0 +1,175 @@
+"""Under which fields a family's configuration says its widths, found by trying, not by a table of names."""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from prunekit.checkpoint.building import Shapes, Stages, empty_model, shapes_of
+from prunekit.discovery import KINDS, CoupledGroup, Groups, discover
+from prunekit.errors import PrunekitError
+
+Fields = dict[str, int]  # field of a configuration → its value a unit
+
+
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """What was cut from a model since it was whole.
+
+    Attributes:
+        config: of the uncut model.
+        groups: of the uncut model.
+        left: group name → the units left, as the uncut model numbers them.
+    """
+
+    config: Any
+    groups: Groups
+    left: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, model: Any) -> "Cuts":  # noqa: ANN401
+        """From a model's record.
+
+        Raises:
+            PrunekitError: the uncut model cannot be built from its configuration.
+        """
+        config = copy.deepcopy(model.config)
+        del config.prunekit
+        try:
+            return cls(config, discover(empty_model(config)), units_left(model.config.prunekit["stages"]))
+        except Exception as error:  # code that came with a checkpoint, a record or a configuration that makes no sense
+            raise PrunekitError(
+                f"this cut model cannot be rebuilt from its record, so it is not saved: {error}"
+            ) from error
+
+    def n_left(self, group: CoupledGroup) -> int:
+        """Units left of a group."""
+        return len(self.left.get(group.name, range(group.n_units)))
+
+    @cached_property
+    def roles(self) -> dict[str, list[CoupledGroup]]:
+        """The groups that play one part in every layer, for each part that was cut anywhere; KV heads first."""
+        cut = {role(name) for name in self.left}
+        found: dict[str, list[CoupledGroup]] = {}
+        for group in sorted(self.groups, key=lambda g: KINDS.index(g.kind)):
+            if role(group.name) in cut:
+                found.setdefault(role(group.name), []).append(group)
+        return found
+
+    @cached_property
+    def fields(self) -> dict[str, Fields]:
+        """Role → the fields that say its width; none where the family has none."""
+        return {role: self._fields(groups) for role, groups in self.roles.items()}
+
+    def _fields(self, groups: list[CoupledGroup]) -> Fields:
+        """The fields with which the family builds just the shapes that the cut leaves, tried on its first layers."""
+        shallow = copy.deepcopy(self.config)
+        if groups[0].layer is not None:
+            shallow.num_hidden_layers = groups[0].layer + 1
+        width = min(self.n_left(group) for group in groups)
+        expected = _cut_shapes(_shapes(shallow, {}, width), groups, width)
+        tried = _candidates(self.config, groups[0])
+        return next((fields for fields in tried if _shapes(shallow, fields, width) == expected), {})
+
+
+def role(name: str) -> str:
+    """A group's name without the number of its layer."""
+    return re.sub(r"(?<=\.)\d+(?=[.:])", "*", name)
+
+
+def units_left(stages: Stages) -> dict[str, list[int]]:
+    """Group name → units left after all stages, as the uncut model numbers them."""
+    left: dict[str, list[int]] = {}
+    for stage in stages:
+        for name, units in stage.items():
+            left[name] = [left[name][unit] for unit in units] if name in left else list(units)
+    return left
+
+
+def with_width(config: Any, fields: Fields, width: int) -> Any:  # noqa: ANN401
+    """A copy of a configuration that says this many units."""
+    changed = copy.deepcopy(config)
+    for field, per_unit in fields.items():
+        setattr(changed, field, width * per_unit)
+    return changed
+
+
+def _candidates(config: Any, group: CoupledGroup) -> Iterator[Fields]:  # noqa: ANN401
+    if group.kind == "kv_head":
+        yield head_fields(config, group)
+    for name, value in config.to_dict().items():
+        if value is None or (type(value) is int and value == group.n_units):
+            yield {name: 1}
+
+
+def head_fields(config: Any, group: CoupledGroup) -> Fields:  # noqa: ANN401
+    """Head counts by their standard names, in the family's own spelling."""
+    own = {name: config.attribute_map.get(name, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    counts = {field: getattr(config, field, None) or 0 for field in own.values()}
+    return {field: count // group.n_units for field, count in counts.items() if count >= group.n_units}
+
+
+def _shapes(config: Any, fields: Fields, width: int) -> Shapes | None:  # noqa: ANN401
+    try:
+        return shapes_of(empty_model(with_width(config, fields, width)))
+    except Exception:  # a value the family refuses: any exception of any validator
+        return None
+
+
+def _cut_shapes(shapes: Shapes | None, groups: list[CoupledGroup], width: int) -> Shapes:
+    """The shapes of a model with `width` units left of each of these groups, as far as it has them."""
+    sizes = {name: list(shape) for name, shape in (shapes or {}).items()}
+    for group in groups:
+        for member in group.members:
+            if member.parameter in sizes:
+                sizes[member.parameter][member.dim] -= (group.n_units - width) * member.width
+    return {name: tuple(shape) for name, shape in sizes.items()}
+
+
+def layer_widths(cuts: Cuts) -> dict[str, Any]:
+    """What config.json says of the widths: the uncut values, and `per_layer_config` for the layers that differ.
+
+    The form is that of `transformers`' own `PreTrainedConfig(per_layer_config=…)`.
+    """
+    whole: dict[str, Any] = {"num_hidden_layers": cuts.config.num_hidden_layers}
+    layers: dict[str, dict[str, int]] = {}
+    for name, groups in cuts.roles.items():
+        fields = cuts.fields[name] or (head_fields(cuts.config, groups[0]) if "head" in groups[0].kind else {})
+        for group in groups:
+            said = {field: cuts.n_left(group) * per_unit for field, per_unit in fields.items()}
+            if group.layer is None:
+                whole |= said
+            elif group.name in cuts.left:
+                whole |= {field: getattr(cuts.config, field) for field in fields}
+                layers.setdefault(str(group.layer), {}).update(said)
+    return {**whole, "per_layer_config": dict(sorted(layers.items(), key=lambda item: int(item[0])))}
+
+
+def check_widths(saved: dict[str, Any], groups: Groups) -> None:
+    """Holds the widths that a cut checkpoint's config.json says of its layers against its record.
+
+    A field is right where it stands to its uncut value as the units left of some group in that layer to all.
+
+    Args:
+        saved: config.json; older ones say no widths.
+        groups: of the uncut model.
+
+    Raises:
+        PrunekitError: one is not.
+    """
+    left = units_left(saved["stages"])
+    for layer, fields in saved.get("per_layer_config", {}).items():
+        there = [(g.n_units, len(left[g.name])) for g in groups if str(g.layer) == layer and g.name in left]
+        for field, value in fields.items():
+            if not _stands(value, saved.get(field), there):
+                raise PrunekitError(f"per_layer_config says {field}={value!r} for layer {layer}, its stages do not")
+
+
+def _stands(value: Any, whole: int | None, there: list[tuple[int, int]]) -> bool:  # noqa: ANN401
+    """Whether a field is what some group leaves of it, a group of just its size where there is one."""
+    if whole is None:
+        return any(value == kept for _, kept in there)
+    same = [(n, kept) for n, kept in there if n == whole] or there
+    return any(value * n == whole * kept for n, kept in same)

@@ -1,0 +1,61 @@
+"""Makes `transformers`' auto classes know `model_type: "prunekit"`, without importing them.
+
+`import prunekit` must cost nothing, so what is to be registered waits until `transformers` itself has loaded the table
+it belongs in, whichever of the two is imported first.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+AUTO = "transformers.models.auto"
+
+
+def watch() -> None:
+    """Register now what `transformers` has loaded already, and the rest as soon as it is."""
+    for name, register in _TABLES.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+    if not all(name in sys.modules for name in _TABLES):
+        sys.meta_path.insert(0, _Watcher())
+
+
+def _register_configuration(table: Any) -> None:  # noqa: ANN401
+    from prunekit.registered import PrunekitConfig
+
+    table.AutoConfig.register(PrunekitConfig.model_type, PrunekitConfig, exist_ok=True)
+
+
+def _register_model(table: Any) -> None:  # noqa: ANN401
+    from prunekit.registered import PrunekitConfig, PrunekitForCausalLM
+
+    table.AutoModelForCausalLM.register(PrunekitConfig, PrunekitForCausalLM, exist_ok=True)
+
+
+_TABLES: dict[str, Callable[[Any], None]] = {
+    f"{AUTO}.configuration_auto": _register_configuration,
+    f"{AUTO}.modeling_auto": _register_model,
+}
+
+
+class _Watcher(MetaPathFinder):
+    """Finds the modules that hold the tables as Python would, and registers once they have run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _TABLES:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                _TABLES[fullname](module)
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,132 @@
+"""Exports that load without prunekit, shards in and out, and what travels along."""
+
+import json
+import random
+
+import pytest
+import torch
+from checkpoint_helpers import cut, same_cut
+from evaluation_helpers import byte_tokenizer, llama
+from families import FAMILIES, logits, plan_keeping
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import prunekit as pk
+
+
+def kept(model, kind, counts):
+    """A model with these many units left in each layer, drawn at random."""
+    groups, rng = pk.discover(model), random.Random(1)
+    keep = {g.name: sorted(rng.sample(range(g.n_units), n)) for g, n in zip(groups.of_kind(kind), counts, strict=True)}
+    return pk.prune(model, plan_keeping(groups, keep))
+
+
+def test_padding_goes_no_wider_than_the_widest_layer(tmp_path):
+    small = kept(FAMILIES["llama_mha"].model(), "ffn_channel", [17, 40])
+    pk.export(small, tmp_path / "out", layout="padded")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["model.layers.0.mlp.down_proj.weight"].shape == (64, 40)
+    assert not weights["model.layers.0.mlp.down_proj.weight"][:, 17:].any()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(small))
+
+
+def test_padding_takes_the_next_head_count_that_the_family_reads(tmp_path):
+    """Three heads do not divide a hidden size of 64, which LLaMA refuses; four do."""
+    small = kept(FAMILIES["llama_mha"].model(), "kv_head", [3, 3])
+    pk.export(small, tmp_path / "out", layout="padded")
+    padded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert padded.config.num_attention_heads == 4 and torch.allclose(logits(padded), logits(small), rtol=1e-12)
+    with pytest.raises(pk.PrunekitError, match="cannot say these widths; export with layout='padded'"):
+        pk.export(small, tmp_path / "plain")
+
+
+def test_what_zeros_would_change_is_refused(tmp_path):
+    """RMSNorm divides by the number of hidden channels, zeros included."""
+    small = kept(FAMILIES["llama_mha"].model(), "hidden", [60])
+    with pytest.raises(pk.PrunekitError, match="cannot be padded: its logits would change"):
+        pk.export(small, tmp_path / "out", layout="padded")
+    pk.save(small, tmp_path / "own")
+    assert torch.equal(logits(pk.load(tmp_path / "own")[0]), logits(small)) and not (tmp_path / "out").exists()
+
+
+def test_widths_beyond_heads_and_channels_are_said_where_the_family_can(tmp_path):
+    small = kept(FAMILIES["llama_mha"].model(), "hidden", [56])  # eight heads divide it
+    pk.export(small, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.config.hidden_size == 56 and torch.equal(logits(plain), logits(small))
+
+
+@pytest.mark.parametrize("layout", ["plain", "padded"])
+def test_an_even_model_is_exported_as_it_is(layout, tmp_path):
+    small = same_cut("qwen3", False)
+    pk.export(small, tmp_path / "out", layout=layout)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.num_parameters() == small.num_parameters() and torch.equal(logits(plain), logits(small))
+
+
+def test_half_precision_is_padded_within_its_own_rounding(tmp_path):
+    small = cut("gpt2", uneven=True, dtype=torch.bfloat16)
+    pk.export(small, tmp_path / "out", layout="padded")
+    padded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert padded.dtype == torch.bfloat16 and (logits(padded) - logits(small)).norm() < 0.03 * logits(small).norm()
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path):
+    small = cut("llama_gqa", uneven=True).train()
+    stages, before = small.config.prunekit, {n: p.clone() for n, p in small.named_parameters()}
+    pk.save(small, tmp_path / "own")
+    pk.export(small, tmp_path / "padded", layout="padded")
+    assert small.training and small.config.prunekit == stages
+    assert all(torch.equal(p, before[n]) for n, p in small.named_parameters())
+
+
+@pytest.mark.parametrize(("name", "uneven"), [("llama_gqa", True), ("opt", True), ("llama_tied", False)])
+def test_shards_go_out_and_come_in(name, uneven, tmp_path):
+    small = same_cut(name, uneven)
+    pk.save(small, tmp_path / "out", max_shard_size="40KB")
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    names = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(shards) > 2 and set(names.values()) == {p.name for p in shards}
+    assert all(p.stat().st_size < 50_000 for p in shards)
+    assert torch.equal(logits(pk.load(tmp_path / "out")[0]), logits(small))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(small))
+
+
+def test_tokenizer_generation_config_plan_and_figures_travel_along(tmp_path):
+    model = llama(head_dim=8)
+    model.generation_config = GenerationConfig(max_new_tokens=7, bos_token_id=0, eos_token_id=1)
+    groups = pk.discover(model)
+    plan = pk.plan(groups, pk.score(model, groups, pk.Magnitude()), 0.2, ranking="global")
+    small = pk.prune(model, plan)
+    report = pk.evaluate(small, byte_tokenizer(), "cost", cost_options={"seq_len": 8})
+    pk.save(small, tmp_path / "one", tokenizer=byte_tokenizer(), plan=plan, report=report)
+    again, tokenizer = pk.load(tmp_path / "one")
+    pk.export(again, tmp_path / "two", layout="padded", plan=plan)  # the tokenizer is found beside the first
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        padded, words = pk.load(folder)
+        assert words("a cat")["input_ids"] == byte_tokenizer()("a cat")["input_ids"] == tokenizer("a cat")["input_ids"]
+        assert padded.generation_config.max_new_tokens == 7
+        assert pk.PruningPlan.load(folder / "plan.json") == plan
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert f"| parameters | {plan.n_parameters:,} | {plan.n_parameters_kept:,} |" in card
+    assert "ranking: global" in card and "needs prunekit to load" in card and "pk.load(" in card
+    assert f"{small.num_parameters():,}" in card and "weight_bytes" in card
+    assert pk.Report.load(tmp_path / "one" / "report.json")["parameters"] == small.num_parameters()
+    assert "filled up" in (tmp_path / "two" / "README.md").read_text()
+
+
+def test_a_card_of_ones_own_takes_the_place_of_the_made_one(tmp_path):
+    pk.save(same_cut("llama_gqa", True), tmp_path / "out", files={"README.md": "mine"})
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
+def test_generation_with_a_cache_goes_on_alike(tmp_path):
+    small = same_cut("gpt2", True)
+    pk.save(small, tmp_path / "own")
+    pk.export(small, tmp_path / "padded", layout="padded")
+    ids = torch.tensor([[3, 5, 7]])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = small.generate(ids, **options)
+    for folder in ("own", "padded"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert torch.equal(again.generate(ids, **options), expected)

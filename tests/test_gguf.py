@@ -1,0 +1,123 @@
+"""A GGUF file of an even LLaMA, read back by the gguf package and by transformers."""
+
+import builtins
+
+import pytest
+import torch
+from checkpoint_helpers import same_cut
+from evaluation_helpers import TEXT, byte_tokenizer, llama
+from families import FAMILIES, logits, plan_keeping, relative_difference
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prunekit as pk
+from prunekit import PrunekitError
+
+
+def halved(model):
+    groups = pk.discover(model)
+    keep = {g.name: list(range(1, 1 + g.n_units // 2)) for g in groups.of_kind("kv_head", "ffn_channel")}
+    return pk.prune(model, plan_keeping(groups, keep))
+
+
+def read(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", **options).eval()
+
+
+@pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "llama_tied"])
+def test_logits_are_the_same_after_reading_back(name, tmp_path):
+    small = same_cut(name, False)
+    pk.export(small, tmp_path / "out", layout="gguf")
+    again = read(tmp_path / "out")
+    assert relative_difference(logits(again), logits(small)) < 1e-6
+    assert again.config.num_attention_heads == 4 and again.config.head_dim == 8
+    assert "model.gguf" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_file_holds_the_widths_and_no_more_tensors_than_the_model(tmp_path):
+    small = same_cut("llama_gqa", False)
+    pk.export(small, tmp_path / "out", layout="gguf")
+    reader = GGUFReader(tmp_path / "out" / "model.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "llama" and fields["llama.attention.head_count_kv"] == 2
+    assert fields["llama.feed_forward_length"] == 48 and fields["llama.attention.key_length"] == 8
+    assert sum(int(t.n_elements) for t in reader.tensors) == small.num_parameters()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_stay_halves(dtype, tmp_path):
+    small = halved(llama(head_dim=8))
+    for p in small.parameters():  # .to() would round the rotary frequencies too, which no checkpoint holds
+        p.data = p.data.to(dtype)
+    pk.export(small, tmp_path / "out", layout="gguf")
+    assert relative_difference(logits(read(tmp_path / "out")), logits(small).float()) < 0.03
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert kinds["blk.0.ffn_up.weight"] == {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    assert kinds["blk.0.attn_norm.weight"] == "F32"  # llama.cpp wants vectors whole
+
+
+def test_a_byte_level_vocabulary_travels_along(tmp_path):
+    tokenizer = byte_tokenizer()
+    pk.export(llama(), tmp_path / "out", layout="gguf", tokenizer=tokenizer)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    bare = {"add_special_tokens": False}
+    assert again(TEXT, **bare)["input_ids"] == tokenizer(TEXT, **bare)["input_ids"]
+    fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos")] == [0, 1]
+
+
+def test_a_real_model_and_its_sentencepiece_vocabulary(shared, tmp_path):
+    model, tokenizer = pk.load(shared / "models" / "stories260K")
+    small = halved(model)
+    pk.export(small, tmp_path / "out", layout="gguf", tokenizer=tokenizer)
+    assert relative_difference(logits(read(tmp_path / "out")), logits(small)) < 1e-6
+    again = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    text = "Once upon a time, there was a little girl named Lily. She had a big, red ball!"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_vocabulary_of_whole_words_stays_outside_the_file(tmp_path):
+    model, tokenizer = pk.load("world")
+    pk.export(model, tmp_path / "out", layout="gguf", tokenizer=tokenizer)
+    fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "none" and "tokenizer.ggml.tokens" not in fields
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def _without_gguf(monkeypatch):
+    find = builtins.__import__
+
+    def refuse(name, *rest, **options):
+        if name == "gguf":
+            raise ImportError(name)
+        return find(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+def _long_rope():
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    return llama(rope_parameters=scaled)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: same_cut("llama_gqa", True), "cannot say these widths; export with layout='padded'"),
+        (lambda: FAMILIES["qwen3"].model(dtype=torch.float32), "'llama' with rope 'default' only, and this is 'qwen3'"),
+        (_long_rope, "rope 'default' only, and this is 'llama' with rope 'linear'"),
+        (lambda: FAMILIES["llama_gqa"].model(), "GGUF has no torch.float64; convert the model"),
+        (lambda: same_cut("llama_biased", False), "gives other logits .* such as biases"),
+    ],
+)
+def test_what_gguf_cannot_say_is_refused_by_name(make, message, tmp_path):
+    with pytest.raises(PrunekitError, match=message):
+        pk.export(make(), tmp_path / "out", layout="gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    _without_gguf(monkeypatch)
+    with pytest.raises(PrunekitError, match=r"pip install 'prunekit\[gguf\]'"):
+        pk.export(llama(), tmp_path / "out", layout="gguf")
+    assert not list(tmp_path.iterdir())
