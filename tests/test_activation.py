@@ -1,12 +1,10 @@
 """Activation importance: numbers worked out by hand, grouped-query attention, half precision, and what is refused."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from families import FAMILIES, tokens
 
-from prunekit import Activation, PrunekitError, discover, score
+from prunekit import Activation, CoupledGroup, Member, PrunekitError, discover, score
 from prunekit.importance import IMPORTANCES
 
 
@@ -63,6 +61,17 @@ def test_all_readers_of_the_hidden_channels_count_a_tied_head_too():
     torch.testing.assert_close(score(model, (group,), Activation(), tokens())[group.name], expected)
 
 
+@pytest.mark.parametrize(("name", "block"), [("llama_gqa", "model.layers.1.mlp"), ("gpt2", "transformer.h.1.mlp")])
+def test_what_nothing_reads_is_scored_by_all_its_weights(name, block):
+    model = FAMILIES[name].model()
+    linear = [
+        n for n, _ in model.named_modules() if n.startswith(f"{block}.") and hasattr(model.get_submodule(n), "weight")
+    ]
+    expected = sum(columns_by_hand(model, n, rows_are_inputs=name == "gpt2").sum() for n in linear)
+    found = score(model, discover(model), Activation(), tokens())[f"{block}:block"]
+    torch.testing.assert_close(found, expected[None])
+
+
 def test_batches_add_up(monkeypatch):
     model = FAMILIES["opt"].model()
     groups = discover(model).of_kind("ffn_channel")
@@ -111,8 +120,9 @@ def test_what_cannot_be_scored_is_refused():
         score(model, groups, Activation())
     with pytest.raises(PrunekitError, match=r"token ids 0 to 99, but the model knows 0 to 47"):
         score(model, groups, Activation(), torch.tensor([[0, 99]]))
-    group = groups.of_kind("ffn_channel")[0]
-    rows_alone = replace(group, members=tuple(m for m in group.members if m.dim == 0))
-    with pytest.raises(PrunekitError, match="no linear layer reads 'model.layers.0.mlp:ffn_channel'"):
-        score(model, (rows_alone,), Activation(), tokens())
+    norms = CoupledGroup(
+        "model.norm:hidden", "hidden", 64, (Member("model.norm.weight", 0, torch.arange(64)[:, None]),), True
+    )
+    with pytest.raises(PrunekitError, match="no linear layer reads 'model.norm:hidden'"):
+        score(model, (norms,), Activation(), tokens())
     assert IMPORTANCES["activation"]() == Activation()

@@ -1,6 +1,6 @@
 """Activation importance: what a unit hands on, measured where it is read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,21 +13,32 @@ from transformers.pytorch_utils import Conv1D
 from prunekit.calibration import TOKENS_A_BATCH, Gradients, check_tokens
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
-from prunekit.importance.reduction import slice_scores, unit_scores
+from prunekit.importance.reduction import all_slice_scores, unit_scores
 
 _INPUT_DIM: dict[type[nn.Module], int] = {nn.Linear: 1, Conv1D: 0}
 
-Readers = dict[str, list[nn.Module]]
-"""Parameter → the modules that multiply their input with it."""
+
+@dataclass(frozen=True)
+class Reader:
+    """A weight that multiplies activations.
+
+    Attributes:
+        input_dim: its dimension that runs over the inputs.
+        modules: the linear layers whose weight it is; a tied one may have several.
+    """
+
+    input_dim: int
+    modules: list[nn.Module]
 
 
 @dataclass(frozen=True)
 class Activation:
-    """Size of what a unit hands on: Σ_j ‖x_j‖₂ · Σ_i |W_ij| over the columns j that it owns where it is read.
+    """Size of what a unit hands on: the sum of |W_ij|·‖x_j‖₂ over the weights that read it.
 
-    W is the weight that reads the unit (`o_proj` reads heads, `down_proj` channels; the group's member whose
-    input dimension the unit owns), x_j its j-th input over all calibration tokens. Forward passes are all it
-    needs. They are made in float32 at least, one module at a time: halves overflow, and are slow on a CPU.
+    W is the weight of a linear layer whose inputs the unit owns (columns of `o_proj` for a head, of `down_proj` for a
+    channel), ‖x_j‖₂ its j-th input over all calibration tokens. A unit that nothing reads, such as a whole block, is
+    scored by the rows that it owns. Forward passes are all it needs. They are made in float32 at least, one module
+    at a time: halves overflow, and are slow on a CPU.
 
     Source: Wanda (Sun et al. 2023), Eq. 1, |W_ij|·‖X_j‖₂. Differs: summed over all that a unit owns, to remove
         units, where Wanda compares the weights of one row and zeroes some.
@@ -49,41 +60,42 @@ class Activation:
         """Group name → (n_units,), from tokens.
 
         Raises:
-            PrunekitError: no tokens, no linear layer reads a group, or activations that are not finite.
+            PrunekitError: no tokens, a group without linear layers, or activations that are not finite.
         """
         if not isinstance(calib, Tensor):
             raise PrunekitError(f"Activation() reads tokens, not {calib!r}; give integers (n_samples, seq_len)")
         readers = linear_readers(model)
-        reading = {group.name: _reading_members(group, readers) for group in groups}
-        members = {(m.parameter, m.dim): m for found in reading.values() for m in found}
-        norms = input_norms(model, calib, {name: readers[name, dim] for name, dim in members})
+        read = [replace(group, members=_members_read(group, readers)) for group in groups]
+        names = dict.fromkeys(member.parameter for group in read for member in group.members)
+        norms = input_norms(model, calib, {name: readers[name] for name in names})
         parameters = dict(model.named_parameters())
-        slices = {
-            (name, dim): (slice_scores(_wide(parameters[name].detach()), dim, "element") * norms[name]).cpu()
-            for name, dim in members
-        }
-        return {g.name: unit_scores(replace(g, members=reading[g.name]), slices, "sum") for g in groups}
+
+        def weight_scores(name: str) -> Tensor:
+            inputs = norms[name] if readers[name].input_dim == 1 else norms[name][:, None]
+            return _wide(parameters[name].detach()) * inputs
+
+        slices = all_slice_scores(read, weight_scores, "element")
+        return {group.name: unit_scores(group, slices, "sum") for group in read}
 
 
-def linear_readers(model: nn.Module) -> dict[tuple[str, int], list[nn.Module]]:
-    """(Parameter, its input dimension) → the linear layers whose weight it is; a tied one may have several."""
+def linear_readers(model: nn.Module) -> dict[str, Reader]:
+    """Parameter → how linear layers read with it, for each that is the weight of one."""
     names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[tuple[str, int], list[nn.Module]] = {}
+    found: dict[str, Reader] = {}
     for module in model.modules():
-        dim = next((dim for kind, dim in _INPUT_DIM.items() if isinstance(module, kind)), None)
-        if dim is not None:
-            found.setdefault((names[id(module.weight)], dim), []).append(module)
+        for dim in (dim for kind, dim in _INPUT_DIM.items() if isinstance(module, kind)):
+            found.setdefault(names[id(module.weight)], Reader(dim, [])).modules.append(module)
     return found
 
 
-def _reading_members(group: CoupledGroup, readers: dict[tuple[str, int], list[nn.Module]]) -> tuple[Member, ...]:
-    found = tuple(m for m in group.members if (m.parameter, m.dim) in readers)
-    if not found:
+def _members_read(group: CoupledGroup, readers: dict[str, Reader]) -> tuple[Member, ...]:
+    linear = tuple(m for m in group.members if m.parameter in readers)
+    if not linear:
         raise PrunekitError(
             f"no linear layer reads {group.name!r}, so Activation() cannot score it; choose other groups with "
             "groups.of_kind(...), or another importance such as Magnitude()"
         )
-    return found
+    return tuple(m for m in linear if m.dim == readers[m.parameter].input_dim) or linear
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -91,14 +103,14 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def input_norms(model: nn.Module, calib: Tensor, readers: Readers) -> dict[str, Tensor]:
+def input_norms(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) -> dict[str, Tensor]:
     """‖x_j‖₂ over all calibration tokens of each input j of some linear layers, in one pass.
 
     Args:
         model: a causal LM; left as it was. Its weights may be views of mapped files: each module's are widened
             while it runs and freed after it.
         calib: integers (n_samples, seq_len).
-        readers: parameter name → the linear layers whose input is measured.
+        readers: parameter name → where it is read.
 
     Returns:
         Parameter name → (n_in,), float32 at least.
@@ -109,7 +121,7 @@ def input_norms(model: nn.Module, calib: Tensor, readers: Readers) -> dict[str, 
     tokens = check_tokens(calib, model)
     batches = tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1]))
     squares: dict[str, Tensor] = {}
-    n_calls = len(batches) * sum(map(len, readers.values()))
+    n_calls = len(batches) * sum(len(reader.modules) for reader in readers.values())
     bar = tqdm(total=n_calls, desc="activations", unit="layer", leave=False, delay=1)
     with bar, _watching(readers, squares, bar), computing_wide(model), _evaluating(model), torch.inference_mode():
         for batch in batches:
@@ -121,7 +133,7 @@ def input_norms(model: nn.Module, calib: Tensor, readers: Readers) -> dict[str, 
 
 
 @contextmanager
-def _watching(readers: Readers, squares: dict[str, Tensor], bar: Any) -> Iterator[None]:  # noqa: ANN401
+def _watching(readers: Mapping[str, Reader], squares: dict[str, Tensor], bar: Any) -> Iterator[None]:  # noqa: ANN401
     """While open, the squares of what the layers read are added up."""
 
     def adder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -133,8 +145,8 @@ def _watching(readers: Readers, squares: dict[str, Tensor], bar: Any) -> Iterato
         return add
 
     with ExitStack() as hooks:
-        for name, modules in readers.items():
-            for module in modules:
+        for name, reader in readers.items():
+            for module in reader.modules:
                 hooks.callback(module.register_forward_pre_hook(adder(name)).remove)
         yield
 
