@@ -1,0 +1,106 @@
+"""The work folder of a run over a checkpoint: what is finished stays in it, for the same run only."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prunekit.errors import PrunekitError
+from prunekit.files import write_text
+
+Facts = Mapping[str, Any]
+"""What a run was asked for, as JSON: two runs with equal facts give equal files."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A folder beside the output. What is finished in it counts for a run with the same facts, and for no other.
+
+    Attributes:
+        root: the folder, `.OUT.partial` beside OUT.
+    """
+
+    root: Path
+
+    @classmethod
+    def beside(cls, out: Path) -> "Work":
+        """The work folder that belongs to an output folder; it may not exist yet."""
+        return cls(out.absolute().parent / f".{out.name}.partial")
+
+    @property
+    def scores(self) -> Path:
+        """Scores of the groups finished so far."""
+        return self.root / "scores.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The output as far as it is; it becomes OUT by one rename."""
+        return self.root / "checkpoint"
+
+    @property
+    def plan(self) -> Path:
+        """The plan, which the output carries along."""
+        return self.checkpoint / "plan.json"
+
+    def check(self, facts: Mapping[str, Facts]) -> None:
+        """Refuse a folder in which a step was made with something else; nothing is written.
+
+        Args:
+            facts: step → what it is made with.
+
+        Raises:
+            PrunekitError: names the first fact that differs.
+        """
+        for step, now in json.loads(json.dumps(facts)).items():
+            path = self.root / f"{step}.json"
+            before = json.loads(path.read_text()) if path.is_file() else now
+            for name in [name for name in now if now[name] != before.get(name)][:1]:
+                raise PrunekitError(
+                    f"{str(self.root)!r} holds an unfinished run with another {name}: {_short(before.get(name))}, now "
+                    f"{_short(now[name])}; give what it was given to go on, or remove that folder to begin anew"
+                )
+
+    def claim(self, facts: Mapping[str, Facts]) -> None:
+        """Note what steps are made with, so that `check` knows; makes the folder where there is none.
+
+        Raises:
+            PrunekitError: as `check`, or nothing can be written there.
+        """
+        self.check(facts)
+        try:
+            self.checkpoint.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PrunekitError(f"cannot write to {str(self.root.parent)!r} ({error.strerror})") from None
+        for step, now in facts.items():
+            write_text(self.root / f"{step}.json", json.dumps(now, indent=1))
+
+    def finish(self, out: Path) -> None:
+        """Move the finished output into its place and drop the rest."""
+        for beside in self.checkpoint.glob(".*"):  # what a killed run was just writing
+            beside.unlink()
+        self.checkpoint.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        self.checkpoint.replace(out)
+        shutil.rmtree(self.root)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def facts_of_files(folder: Path) -> dict[str, list[int]]:
+    """Name, size and time of change of a checkpoint's configuration, index and weights."""
+    found = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in found}
+
+
+def fingerprint(tokens: Tensor | None) -> str | None:
+    """A short name for a calibration set."""
+    return None if tokens is None else hashlib.sha256(repr(tokens.tolist()).encode()).hexdigest()[:16]

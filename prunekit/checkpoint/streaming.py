@@ -1,0 +1,185 @@
+"""Pruning a checkpoint that is bigger than memory.
+
+The weights stay on disk: the model's parameters are views of the mapped shards, so that discovery, scoring and planning
+are those of a model in memory, and what they read is cache. Only the slices that stay are made, one shard at a time.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prunekit.checkpoint.saving import check_shard_size
+from prunekit.checkpoint.stream_source import local_folder, map_checkpoint
+from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerprint
+from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards, write_the_rest
+from prunekit.discovery import CoupledGroup, Groups, discover
+from prunekit.errors import PrunekitError
+from prunekit.files import check_new_folder
+from prunekit.importance import Importance, Random, Scores, Taylor
+from prunekit.pruning import PruningPlan
+from prunekit.pruning import plan as make_plan
+from prunekit.pruning.planning import DEFAULT_KINDS
+
+MAX_SHARD_SIZE = "1GB"
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a run was asked for."""
+
+    folder: Path
+    how: Importance | PruningPlan
+    ratio: Any
+    calib: Tensor | None
+    options: dict[str, Any]
+    max_shard_size: str | int
+
+    def facts(self) -> dict[str, Facts]:
+        """What the scores depend on, and what else the files depend on."""
+        scoring = {
+            "source": str(self.folder.resolve()),
+            "files": facts_of_files(self.folder),
+            "importance": self.how.to_json() if isinstance(self.how, PruningPlan) else repr(self.how),
+            "calibration set": fingerprint(self.calib),
+            "kinds": self.options.get("kinds"),
+        }
+        cutting = {"pruning_ratio": self.ratio, "options": self.options, "max_shard_size": self.max_shard_size}
+        return {"scoring": scoring, "cutting": cutting}
+
+
+def prune_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    how: Importance | PruningPlan,
+    pruning_ratio: float | Mapping[str, float] | None = None,
+    calib: Tensor | None = None,
+    *,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    notes: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> PruningPlan:
+    """Prune a checkpoint folder into another, with memory for one shard and a few parameters, not for the model.
+
+    The result is what `load`, `score`, `plan`, `prune` and `save` give, weight by weight. What is finished (the scores
+    of a group, the plan, a shard) stays in `.OUT.partial` beside `out`, and the same call goes on from there, however
+    the first one ended. Forward passes over the calibration set count as one step.
+
+    Args:
+        source: a folder with config.json and safetensors.
+        out: a folder that does not exist yet. It is complete or not there.
+        how: an importance that needs no gradients, such as `Magnitude()` or `Activation()`, or a plan.
+        pruning_ratio: as in `plan`; None with a plan.
+        calib: integers (n_samples, seq_len) for an importance that reads data.
+        max_shard_size: of the shards written, such as `"1GB"`.
+        notes: more for the plan's notes, which the model card tells.
+        options: further arguments of `plan`, such as `kinds` or `round_to`.
+
+    Returns:
+        The plan, as in plan.json of the folder.
+
+    Raises:
+        PrunekitError: bad arguments, an importance that needs gradients, a checkpoint that cannot be mapped, or a
+            `.OUT.partial` of another run.
+        KeyboardInterrupt: says where the finished part lies.
+    """
+    out, work = check_new_folder(out), Work.beside(Path(out))
+    check_shard_size(max_shard_size)
+    _check_arguments(how, pruning_ratio, calib)
+    order = _Order(local_folder(source), how, _plain(pruning_ratio), calib, _plain(options), max_shard_size)
+    work.check(order.facts())
+    try:
+        plan = _fill(work, order, notes or {})
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is finished lies in {str(work.root)!r}; the same call goes on from it") from None
+    work.finish(out)
+    return plan
+
+
+def check_streamable(importance: Importance) -> None:
+    """Refuses an importance that needs more than forward passes.
+
+    Raises:
+        PrunekitError: names those that do not.
+    """
+    if isinstance(importance, Taylor):
+        raise PrunekitError(
+            f"{importance!r} needs the gradient of every weight, which takes more memory than the model; to stream a "
+            "checkpoint, take Activation(), Magnitude() or Random(): activation, l1, l2 or random by name"
+        )
+    if not isinstance(importance, Importance):
+        raise PrunekitError(f"{importance!r} is no importance and no plan; give Activation(), Magnitude() or Random()")
+
+
+def _check_arguments(how: Importance | PruningPlan, ratio: object, calib: Tensor | None) -> None:
+    if isinstance(how, PruningPlan):
+        if ratio is not None:
+            raise PrunekitError(f"the plan says already what goes; leave out pruning_ratio={ratio!r}")
+        return
+    check_streamable(how)
+    if ratio is None:
+        raise PrunekitError("how much is to go? give pruning_ratio, such as 0.2")
+    if how.needs_calibration and calib is None:
+        raise PrunekitError(f"{how!r} needs a calibration set: prune_checkpoint(source, out, importance, ratio, calib)")
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """As JSON can say it: ranges, sets and tuples become lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return sorted(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+
+def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
+    """Everything from the mapped model to a complete folder, as far as it is not there already."""
+    model, tokenizer = map_checkpoint(order.folder)
+    plan = order.how if isinstance(order.how, PruningPlan) else _plan(model, order, work)
+    small, kept = cut_without_weights(model, plan)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    # Counted anew, since a plan may be written by hand.
+    plan = replace(plan, n_parameters=before, n_parameters_kept=after, notes={**plan.notes, **notes})
+    work.claim(order.facts())
+    plan.save(work.plan)
+    write_shards(small, model, kept, work.checkpoint, order.max_shard_size)
+    write_the_rest(small, work.checkpoint, plan, tokenizer)
+    return plan
+
+
+def candidates(groups: Groups, kinds: Iterable[str] | None) -> tuple[CoupledGroup, ...]:
+    """The groups that are worth scoring, since `plan` may cut them.
+
+    Raises:
+        PrunekitError: a kind that the model does not have.
+    """
+    there = dict.fromkeys(group.kind for group in groups)
+    for kind in kinds or ():
+        if kind not in there:
+            raise PrunekitError(f"kind {kind!r} is not one of this model's: {', '.join(there)}")
+    return groups.of_kind(*(DEFAULT_KINDS if kinds is None else kinds))
+
+
+def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:
+    """The plan in the work folder, or a new one. One from chance comes first: it refuses early what cannot be met."""
+    if work.plan.is_file():
+        return PruningPlan.load(work.plan)
+    groups = discover(model)
+    chosen = candidates(groups, order.options.get("kinds"))
+    make_plan(groups, Random().unit_scores(model, chosen, None), order.ratio, **order.options)
+    work.claim({"scoring": order.facts()["scoring"]})
+    return make_plan(groups, _scores(model, chosen, order, work.scores), order.ratio, **order.options)
+
+
+def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, path: Path) -> Scores:
+    """Scores, group by group where no data is read; those that the file at `path` has are taken from it."""
+    importance: Any = order.how
+    done = Scores.load(path) if path.is_file() else Scores({}, label=importance.label, kinds={})
+    left = tuple(group for group in groups if group.name not in done)
+    steps = [left] if importance.needs_calibration and left else [(group,) for group in left]
+    for step in tqdm(steps, desc="scoring", unit="group", leave=False, delay=1):
+        done |= {n: v.detach().cpu() for n, v in importance.unit_scores(model, step, order.calib).items()}
+        done.kinds |= {group.name: group.kind for group in step}
+        done.save(path)
+    return done

@@ -1,0 +1,341 @@
+"""A checkpoint is pruned without being loaded: the same result, little memory, and nothing lost when killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from evaluation_helpers import TEXT, byte_tokenizer, llama
+from families import FAMILIES, logits, tokens
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import prunekit as pk
+from prunekit import Activation, Magnitude, PrunekitError, Random, Taylor, prune_checkpoint
+from prunekit.checkpoint import stream_writing
+from prunekit.cli import main
+from prunekit.importance import Scores
+
+
+def write(folder, name="llama_gqa", dtype=torch.float32):
+    """A checkpoint of a tiny model in many shards."""
+    model = FAMILIES[name].model(dtype=torch.float32)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+def in_memory(source, out, importance, ratio, calib=None, **options):
+    """The same by the functions of the pipe."""
+    model, _ = pk.load(source)
+    groups = pk.discover(model)
+    scores = pk.score(model, groups.of_kind("kv_head", "ffn_channel"), importance, calib)
+    plan = pk.plan(groups, scores, ratio, **options)
+    small = pk.prune(model, plan)
+    pk.save(small, out, plan=plan)
+    return small, plan
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "importance", "options"),
+    [
+        ("llama_gqa", torch.float32, Magnitude(), {"of": "units"}),
+        ("llama_gqa", torch.float16, Activation(), {}),
+        ("llama_tied", torch.bfloat16, Magnitude(1), {"of": "units", "round_to": 2}),
+        ("llama_tied", torch.float32, Activation(), {"ranking": "global"}),
+        ("gpt2", torch.float16, Magnitude(), {}),
+        ("gpt_neox", torch.float32, Random(3), {"protect_layers": range(1)}),
+    ],
+)
+def test_it_gives_what_the_pipe_in_memory_gives(name, dtype, importance, options, tmp_path):
+    source = write(tmp_path / "in", name, dtype)
+    calib = tokens() if importance.needs_calibration else None
+    plan = prune_checkpoint(source, tmp_path / "out", importance, 0.2, calib, max_shard_size="40KB", **options)
+    small, expected = in_memory(source, tmp_path / "memory", importance, 0.2, calib, **options)
+    again, _ = pk.load(tmp_path / "out")
+    assert plan.keep == expected.keep and pk.PruningPlan.load(tmp_path / "out" / "plan.json") == plan
+    assert torch.equal(logits(again), logits(small)) and {p.dtype for p in again.parameters()} == {dtype}
+    for file in ("config.json", "generation_config.json", "README.md"):
+        assert (tmp_path / "out" / file).read_text() == (tmp_path / "memory" / file).read_text()
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "memory", "out"]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_an_even_cut_is_a_plain_checkpoint(tmp_path):
+    prune_checkpoint(write(tmp_path / "in", "qwen3"), tmp_path / "out", Magnitude(), 0.25, of="units")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(plain), logits(pk.load(tmp_path / "out")[0]))
+
+
+def test_a_cut_checkpoint_is_cut_again(tmp_path):
+    prune_checkpoint(write(tmp_path / "in"), tmp_path / "one", Magnitude(), 0.2)
+    prune_checkpoint(tmp_path / "one", tmp_path / "two", Magnitude(), 0.2)
+    small, _ = in_memory(tmp_path / "one", tmp_path / "memory", Magnitude(), 0.2)
+    assert torch.equal(logits(pk.load(tmp_path / "two")[0]), logits(small))
+
+
+def test_a_plan_is_taken_as_it_is(tmp_path):
+    source = write(tmp_path / "in")
+    small, plan = in_memory(source, tmp_path / "memory", Magnitude(), 0.3)
+    prune_checkpoint(source, tmp_path / "out", plan, notes={"made by": "hand"})
+    assert torch.equal(logits(pk.load(tmp_path / "out")[0]), logits(small))
+    assert pk.PruningPlan.load(tmp_path / "out" / "plan.json").notes["made by"] == "hand"
+
+
+def interrupt_while_writing(monkeypatch):
+    """A keyboard interrupt in place of a shard."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream_writing, "save_file", stop)
+
+
+def test_scores_are_those_of_score_and_are_not_made_twice(tmp_path, monkeypatch):
+    source, work = write(tmp_path / "in"), tmp_path / ".out.partial"
+    interrupt_while_writing(monkeypatch)
+    with pytest.raises(KeyboardInterrupt, match=r"what is finished lies in .*\.out\.partial'; the same call goes on"):
+        prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
+    assert not (tmp_path / "out").exists() and not (work / "checkpoint" / "config.json").exists()
+    model, _ = pk.load(source)
+    expected = pk.score(model, pk.discover(model).of_kind("kv_head", "ffn_channel"), Magnitude())
+    found = Scores.load(work / "scores.safetensors")
+    assert list(found) == list(expected) and found.label == expected.label and found.kinds == expected.kinds
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    (work / "checkpoint" / "plan.json").unlink()  # as if killed between the two
+    monkeypatch.undo()
+    monkeypatch.setattr(Magnitude, "unit_scores", lambda *_: pytest.fail("scored again"))
+    prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
+    assert pk.load(tmp_path / "out") and not work.exists()
+
+
+SLOW = """
+import sys, time
+import prunekit as pk
+from prunekit.checkpoint import stream_writing
+from prunekit.importance import Scores
+
+def slowed(function):
+    def slow(*args, **options):
+        found = function(*args, **options)
+        time.sleep(0.3)
+        return found
+    return slow
+
+Scores.save = slowed(Scores.save)
+stream_writing.save_file = slowed(stream_writing.save_file)
+pk.prune_checkpoint(sys.argv[1], sys.argv[2], pk.Magnitude(), 0.2, max_shard_size="40KB")
+"""
+
+
+def kill_when(script, arguments, reached):
+    """SIGKILL a process as soon as `reached()`."""
+    process = subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], stderr=subprocess.DEVNULL)
+    while not reached():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_twice_it_goes_on_to_the_same_bytes(tmp_path):
+    source, out, work = write(tmp_path / "in"), tmp_path / "out", tmp_path / ".out.partial"
+    shards = work / "checkpoint"
+    kill_when(SLOW, (source, out), lambda: (work / "scores.safetensors").exists())
+    assert 0 < len(Scores.load(work / "scores.safetensors")) < 4 and not list(shards.glob("model*"))
+    kill_when(SLOW, (source, out), lambda: len(list(shards.glob("model*.safetensors"))) == 2)
+    before = {path.name: path.stat().st_mtime_ns for path in shards.glob("model*.safetensors")}
+    assert not out.exists()
+    prune_checkpoint(source, out, Magnitude(), 0.2, max_shard_size="40KB")
+    prune_checkpoint(source, tmp_path / "whole", Magnitude(), 0.2, max_shard_size="40KB")
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
+    }
+    assert len(list(out.glob("*.safetensors"))) > 4 and not work.exists()
+
+
+MEASURED = """
+import re, sys, threading, time
+import torch
+import prunekit as pk
+from prunekit.checkpoint import streaming
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+
+def sample():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.005)
+
+calib = torch.arange(32)[None] if sys.argv[3] == "activation" else None
+how = pk.Activation() if sys.argv[3] == "activation" else pk.Magnitude()
+model = pk.load("world")[0]  # what torch sets up once
+pk.score(model, pk.discover(model), how, calib)
+before = anonymous()
+peak = [before]
+threading.Thread(target=sample, daemon=True).start()
+streaming.prune_checkpoint(sys.argv[1], sys.argv[2], how, 0.2, calib, max_shard_size="20MB", of="units")
+print(peak[0] - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A float16 checkpoint of 390 MB."""
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2752,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        head_dim=64,
+        num_key_value_heads=4,
+        vocab_size=8000,
+        dtype=torch.float16,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).half()
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.uniform_(-0.05, 0.05)
+    folder = tmp_path_factory.mktemp("large") / "in"
+    model.save_pretrained(folder, max_shard_size="100MB")
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("importance", ["magnitude", "activation"])
+def test_memory_is_that_of_a_few_parameters(importance, large, tmp_path):
+    arguments = [sys.executable, "-c", MEASURED, str(large), str(tmp_path / "out"), importance]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    assert size > 380e6 and int(done.stdout.split()[-1]) < size / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"how": Taylor()}, r"Taylor.* needs the gradient of every weight.*take Activation\(\), Magnitude\(\)"),
+        ({"how": "l2"}, "'l2' is no importance and no plan"),
+        ({"ratio": None}, "give pruning_ratio, such as 0.2"),
+        ({"how": Activation()}, "needs a calibration set"),
+        ({"source": "some/hub-id"}, "'some/hub-id' is not a folder on this machine"),
+        ({"max_shard_size": "large"}, "max_shard_size='large' is no size"),
+        ({"ratio": 0.99}, "pruning_ratio=0.99 cannot be met"),
+        ({"ranking": "sideways"}, "ranking='sideways' is not known"),
+        ({"kinds": ["expert"]}, "kind 'expert' is not one of this model's: "),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(Magnitude, "unit_scores", lambda *_: pytest.fail("scored before it was refused"))
+    given = {"source": write(tmp_path / "in"), "how": Magnitude(), "ratio": 0.2} | changes
+    source, how, ratio = (given.pop(name) for name in ("source", "how", "ratio"))
+    with pytest.raises(PrunekitError, match=message):
+        prune_checkpoint(source, tmp_path / "out", how, ratio, **given)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_unfinished_run_of_other_arguments_is_not_taken_over(tmp_path, monkeypatch):
+    source, out = write(tmp_path / "in"), tmp_path / "out"
+    interrupt_while_writing(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(source, out, Magnitude(), 0.2)
+    for how, ratio, options, what in (
+        (Magnitude(1), 0.2, {}, "importance"),
+        (Magnitude(), 0.3, {}, "pruning_ratio: 0.2, now 0.3"),
+        (Magnitude(), 0.2, {"max_shard_size": "1KB"}, "max_shard_size"),
+        (Magnitude(), 0.2, {"ranking": "global"}, "options"),
+    ):
+        with pytest.raises(PrunekitError, match=f"unfinished run with another {what}.*remove that folder"):
+            prune_checkpoint(source, out, how, ratio, **options)
+    os.utime(next(source.glob("*.safetensors")), (1, 1))
+    with pytest.raises(PrunekitError, match="another files"):
+        prune_checkpoint(source, out, Magnitude(), 0.2)
+
+
+def test_files_whose_tensors_are_put_together_on_loading_are_refused(tmp_path):
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=48, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "in")
+    with pytest.raises(PrunekitError, match="no tensor in its files is the model's model.layers.0.mlp.experts"):
+        prune_checkpoint(tmp_path / "in", tmp_path / "out", Magnitude(), 0.2)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_a_weight_that_is_not_finite_is_refused(name, tmp_path):
+    source = write(tmp_path / "in")
+    for shard in source.glob("*.safetensors"):
+        weights = load_file(shard)
+        if name in weights:
+            weights = {n: t.clone() for n, t in weights.items()}
+            weights[name][0, 0] = float("nan")
+            save_file(weights, shard, metadata={"format": "pt"})
+    with pytest.raises(PrunekitError, match="not finite|NaN or infinite"):
+        prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    llama(num_key_value_heads=4, num_attention_heads=8, head_dim=4).save_pretrained(folder, max_shard_size="60KB")
+    byte_tokenizer().save_pretrained(folder)
+    (folder.parent / "text.txt").write_text(TEXT)
+    return folder
+
+
+def run(*arguments):
+    return main(["prune", *map(str, arguments)])
+
+
+def test_from_a_shell_with_and_without_streaming(dense, tmp_path, capsys):
+    options = ("--pruning-ratio", "0.2", "--importance", "activation", "--n-samples", "4", "--seq-len", "16")
+    options += ("--calibration", dense.parent / "text.txt", "--max-shard-size", "50KB")
+    assert run(dense, *options, "--streaming", "--out", tmp_path / "a") == 0
+    assert run(dense, *options, "--no-streaming", "--out", tmp_path / "b") == 0
+    a, b = (pk.load(tmp_path / name) for name in "ab")
+    assert torch.equal(logits(a[0]), logits(b[0])) and a[1] is not None
+    assert (tmp_path / "a" / "README.md").read_text() == (tmp_path / "b" / "README.md").read_text()
+    assert "4 windows of 16 tokens" in (tmp_path / "a" / "README.md").read_text()
+    plan = tmp_path / "a" / "plan.json"
+    assert run(dense, "--plan", plan, "--streaming", "--out", tmp_path / "c") == 0
+    assert torch.equal(logits(pk.load(tmp_path / "c")[0]), logits(a[0]))
+
+
+def test_a_checkpoint_larger_than_the_free_memory_is_streamed_unasked(dense, tmp_path, capsys, monkeypatch):
+    options = ("--pruning-ratio", "0.2", "--importance", "l2")
+    run(dense, *options, "--out", tmp_path / "a")
+    assert "streaming" not in capsys.readouterr().err
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr("prunekit.checkpoint.load", lambda *_: pytest.fail("loaded"))
+    assert run(dense, *options, "--out", tmp_path / "b") == 0
+    assert "GB of free memory: streaming" in capsys.readouterr().err
+    assert run(dense, "--pruning-ratio", "0.2", "--out", tmp_path / "c") == 2
+    assert "needs the gradient of every weight" in capsys.readouterr().err
+
+
+def test_an_interrupt_from_a_shell_says_where_to_go_on(dense, tmp_path, capsys, monkeypatch):
+    interrupt_while_writing(monkeypatch)
+    options = ("--pruning-ratio", "0.2", "--importance", "l2", "--streaming", "--out", tmp_path / "out")
+    assert run(dense, *options) == 130
+    assert ".out.partial" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(dense, *options) == 0 and pk.load(tmp_path / "out")
+
+
+def test_the_embedded_model_is_not_streamed(tmp_path, capsys):
+    options = ("--pruning-ratio", "0.2", "--importance", "activation", "--streaming", "--out", tmp_path / "out")
+    assert run("world", *options) == 2
+    assert "'world' is not a folder on this machine" in capsys.readouterr().err
