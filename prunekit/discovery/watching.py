@@ -29,7 +29,7 @@ class Span:
     stop: int | None = None
 
     def survivors(self, dead: Tensor) -> int:
-        """Positions along `dim` at which not every element is dead.
+        """Elements left in every line along `dim` that is not dead whole; where lines differ, in the longest.
 
         Args:
             dead: bool (n_nodes,).
@@ -37,8 +37,8 @@ class Span:
         gone = torch.zeros(self.planes[0].shape, dtype=torch.bool)
         for plane in self.planes:
             gone = gone | dead[plane]
-        alive = (~gone).movedim(self.dim, 0).reshape(gone.shape[self.dim], -1).any(1)
-        return int(alive[: self.stop].sum())
+        alive = (~gone).movedim(self.dim, 0).reshape(gone.shape[self.dim], -1)
+        return int(alive[: self.stop].sum(0).amax())
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,9 +36,14 @@ class Skipped(nn.Module):
 
     def _count_tokens(self, like: Tensor, arguments: tuple) -> None:
         for cache in arguments:
-            if isinstance(cache, Cache) and self.layer_idx is not None:
+            if isinstance(cache, Cache) and self.layer_idx is not None and self._keeps_keys(cache):
                 empty = like.new_zeros(like.shape[0], 1, like.shape[1], 1)  # (batch, head, seq, d_head)
                 cache.update(empty, empty, self.layer_idx)
+
+    def _keeps_keys(self, cache: Cache) -> bool:
+        """Not so for the states of linear attention."""
+        layers = cache.layers[self.layer_idx : self.layer_idx + 1]
+        return all(hasattr(layer, "update") for layer in layers)
 
     def extra_repr(self) -> str:
         """What stood here."""
@@ -117,19 +122,21 @@ def _layer_index(block: nn.Module) -> int | None:
 
 
 def _renumber(layers: list[nn.Module], kept: list[int]) -> None:
-    """Integers that equal the position in every layer that has them are positions."""
-    seen: dict[tuple[str, str], set[int]] = {}
-    for position, layer in enumerate(layers):
-        for path, module in layer.named_modules():
-            for name, value in vars(module).items():
-                if type(value) is int:
-                    seen.setdefault((path, name), set()).add(value - position)
-    for (path, name), differences in seen.items():
-        if differences == {0}:
-            for new, old in enumerate(kept):
-                module = dict(layers[old].named_modules()).get(path)
-                if module is not None and name in vars(module):
-                    vars(module)[name] = new
+    """Integers that equal the position wherever they stand, in two layers or more, are positions."""
+    held = [
+        (position, module, name, value)
+        for position, layer in enumerate(layers)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if type(value) is int
+    ]
+    positions: dict[str, set[int]] = {}
+    for position, _, name, _ in held:
+        positions.setdefault(name, set()).add(position)
+    others = {name for position, _, name, value in held if value != position}
+    for position, module, name, _ in held:
+        if name not in others and len(positions[name]) > 1 and position in kept:
+            vars(module)[name] = kept.index(position)
 
 
 def _shorten_configurations(model: nn.Module, n_layers: int, kept: list[int]) -> None:

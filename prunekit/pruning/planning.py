@@ -13,6 +13,7 @@ from prunekit.pruning.plans import PruningPlan
 
 TOLERANCE = 0.005  # of the model's parameters
 DEFAULT_KINDS = ("kv_head", "ffn_channel")
+WHOLE_KINDS = ("block", "layer")  # groups of one unit, which may go whole
 
 Ratio = float | Mapping[str, float]
 
@@ -198,18 +199,54 @@ def _steps(
     min_units: int,
 ) -> list[_Step]:
     """All removals that are allowed, in the order in which they are to be made."""
-    steps: list[_Step] = []
+    steps = _whole_steps(groups, [g for g in candidates if g.kind in WHOLE_KINDS], scores, ranking)
     for g in candidates:
-        first = scores[g.name].argsort(stable=True)
-        order, values = first.tolist(), scores[g.name][first].tolist()
-        per_unit = _parameters_per_unit(groups, g)
+        if g.kind in WHOLE_KINDS:
+            continue
+        bundles, values = _bundles(groups, g, scores[g.name]), scores[g.name].tolist()
+        size, per_unit = len(bundles[0]), _parameters_per_unit(groups, g)
         start = 0
-        for stop in _stops(g.n_units, rounding[g.name], min_units):
-            worth = sum(values[start:stop]) / (per_unit * (stop - start))
-            share = (start + stop) / 2 / g.n_units  # a large unit goes once half of it is due
-            steps.append(_Step(g, tuple(order[start:stop]), share if ranking == "local" else worth))
+        for stop in _stops(len(bundles), size, rounding[g.name], min_units):
+            units = tuple(unit for bundle in bundles[start:stop] for unit in bundle)
+            worth = sum(values[unit] for unit in units) / (per_unit * len(units))
+            share = (start + stop) / 2 / len(bundles)  # a large unit goes once half of it is due
+            steps.append(_Step(g, units, share if ranking == "local" else worth))
             start = stop
     return sorted(steps, key=lambda step: (step.key, step.group.kind))
+
+
+def _whole_steps(
+    groups: Groups, candidates: list[CoupledGroup], scores: Mapping[str, Tensor], ranking: str
+) -> list[_Step]:
+    """Whole layers and blocks compete with their own kind, whatever the ranking; the best of a kind stays."""
+    steps = []
+    for kind in WHOLE_KINDS:
+        worth = {g.name: float(scores[g.name]) / _parameters_per_unit(groups, g) for g in candidates if g.kind == kind}
+        order = sorted(worth, key=lambda name: worth[name])
+        for rank, name in enumerate(order[:-1]):
+            steps.append(_Step(groups[name], (0,), (rank + 0.5) / len(order) if ranking == "local" else worth[name]))
+    return steps
+
+
+def _bundles(groups: Groups, g: CoupledGroup, scores: Tensor) -> list[tuple[int, ...]]:
+    """Units that go together, lowest first: one a bundle, but of query heads one of each KV group."""
+    order = scores.argsort(stable=True).tolist()
+    kv_group = _kv_group_of(groups, g) if g.kind == "query_head" else [0] * g.n_units
+    ranked: dict[int, list[int]] = {}
+    for unit in order:
+        ranked.setdefault(kv_group[unit], []).append(unit)
+    return list(zip(*(ranked[number] for number in sorted(ranked)), strict=True))
+
+
+def _kv_group_of(groups: Groups, g: CoupledGroup) -> list[int]:
+    """KV group of each query head, read off the rows that they share; all in one where there is no such group."""
+    for other in groups.of_kind("kv_head"):
+        for m in g.members:
+            shared = [o for o in other.members if (o.parameter, o.dim) == (m.parameter, m.dim)]
+            if shared and bool((m.index[:, :1] == shared[0].index.flatten()).any(1).all()):
+                holds = (m.index[:, :1, None] == shared[0].index).any(-1)  # (n query heads, n KV groups)
+                return holds.long().argmax(1).tolist()
+    return [0] * g.n_units
 
 
 def _parameters_per_unit(groups: Groups, g: CoupledGroup) -> int:
@@ -217,9 +254,10 @@ def _parameters_per_unit(groups: Groups, g: CoupledGroup) -> int:
     return sum(m.width * math.prod(shapes[m.parameter]) // shapes[m.parameter][m.dim] for m in g.members)
 
 
-def _stops(n: int, rounding: int, min_units: int) -> list[int]:
-    """Numbers of removed units that leave a round, large enough number."""
-    return [n - kept for kept in range(n - 1, max(min_units, 1) - 1, -1) if kept % rounding == 0]
+def _stops(n: int, size: int, rounding: int, min_units: int) -> list[int]:
+    """Numbers of removed bundles of units that leave a round, large enough number of units."""
+    least = max(min_units, 1)
+    return [n - kept for kept in range(n - 1, 0, -1) if kept * size >= least and kept * size % rounding == 0]
 
 
 def _take_parameters(steps: list[_Step], ratio: float, counter: _Counter) -> list[_Step]:
@@ -276,7 +314,10 @@ def _take_units(
     steps: list[_Step], candidates: list[CoupledGroup], fractions: dict[str, float], ranking: str, counter: _Counter
 ) -> list[_Step]:
     """A share of the units of each group, or of all groups of a kind together."""
-    pool = (lambda g: g.name) if ranking == "local" else (lambda g: g.kind)
+
+    def pool(g: CoupledGroup) -> str:
+        return g.name if ranking == "local" and g.kind not in WHOLE_KINDS else g.kind
+
     quota: dict[str, float] = {}
     for g in candidates:
         quota[pool(g)] = quota.get(pool(g), 0.0) + fractions[g.kind] * g.n_units
