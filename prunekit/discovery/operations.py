@@ -47,8 +47,13 @@ def tensors_in(tree: Any) -> list[Tensor]:  # noqa: ANN401
     """Every tensor among nested arguments."""
     if isinstance(tree, Tensor):
         return [tree]
-    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return [t for item in items if isinstance(item, (Tensor, list, tuple, dict)) for t in tensors_in(item)]
+    found: list[Tensor] = []
+    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ():
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple, dict)):
+            found += tensors_in(item)
+    return found
 
 
 # --- what only makes a constant -----------------------------------------------------------------

@@ -224,7 +224,9 @@ def _assemble(
     np.add.at(signature, label[rows], _random_codes(sites.names)[sites.site[rows]])
     codes = signature[label[rows]]
     order = np.argsort(codes, kind="stable")  # rows of a group stay in their order
-    return [(_group(sites, levels, number, part), sites.node[part]) for part in _runs(rows[order], codes[order])]
+    numbers = np.empty(len(usable), np.int64)
+    parts = _runs(rows[order], codes[order])
+    return [(_group(sites, levels, number, part, numbers), sites.node[part]) for part in parts]
 
 
 def _runs(values: Ints, keys: NDArray[Any]) -> list[Ints]:
@@ -232,28 +234,29 @@ def _runs(values: Ints, keys: NDArray[Any]) -> list[Ints]:
     return np.split(values, np.flatnonzero(keys[1:] != keys[:-1]) + 1) if len(values) else []
 
 
-def _group(sites: Sites, levels: list[_Level], number: int, rows: Ints) -> CoupledGroup:
+def _group(sites: Sites, levels: list[_Level], number: int, rows: Ints, numbers: Ints) -> CoupledGroup:
+    """The group of these rows; `numbers` has room for a number a component."""
     level = levels[number]
-    component = level.label[sites.node[rows]]
-    _, first, unit = np.unique(component, return_index=True, return_inverse=True)
-    unit = np.argsort(np.argsort(first))[unit]  # numbered as they appear
-    ordered = rows[np.lexsort((unit, sites.site[rows]))]
-    members = []
-    for mine in _runs(ordered, sites.site[ordered]):
+    members, units = [], None
+    for mine in _runs(rows, sites.site[rows]):
+        component = level.label[sites.node[mine]]
+        if units is None:  # every unit has every site: they are numbered as they stand in the first
+            units = np.array(list(dict.fromkeys(component.tolist())))
+            numbers[units] = np.arange(len(units))
+        index = sites.index[mine[np.argsort(numbers[component], kind="stable")]]
         parameter, dim = sites.names[sites.site[mine[0]]]
-        members.append(Member(parameter, dim, torch.from_numpy(sites.index[mine].reshape(len(first), -1))))
-    kind = _kind(levels, number, component[0], members)
-    exact = not level.inexact[component].any()
-    return CoupledGroup(f"{_prefix(members)}{kind}", kind, len(first), tuple(members), exact)
+        members.append(Member(parameter, dim, torch.from_numpy(index.reshape(len(units), -1))))
+    kind = _kind(levels, number, sites.node[rows[0]], members)
+    return CoupledGroup(f"{_prefix(members)}{kind}", kind, len(units), tuple(members), not level.inexact[units].any())
 
 
-def _kind(levels: list[_Level], number: int, unit: int, members: list[Member]) -> str:
+def _kind(levels: list[_Level], number: int, node: int, members: list[Member]) -> str:
     """What a group is, read off how its channels are used; no names of models or modules."""
     if number == 2:
         return "kv_head"
+    unit = levels[number].label[node]
     if number == 1:
-        inside = np.argmax(levels[1].label == unit)  # a node of the unit
-        return "query_head" if levels[2].size[levels[2].label[inside]] > levels[1].size[unit] else "kv_head"
+        return "query_head" if levels[2].size[levels[2].label[node]] > levels[1].size[unit] else "kv_head"
     if levels[0].embedded[unit] or _spans_layers(members):
         return "hidden"
     return "ffn_channel" if levels[0].nonlinear[unit] else "rank"
