@@ -247,6 +247,20 @@ def linear(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noq
     return mode.mark(torch.zeros(shape, dtype=args[0].dtype), combine(mode.graph, operands, shape))
 
 
+@rule("matmul")
+def activations_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+    """A @ b in one step, where both are activations with the same leading dimensions."""
+    a, b = operands = [mode.operand(t) for t in args]
+    if not all(op.planes and not op.parameter for op in operands) or not a.shape[:-2] == b.shape[:-2] != ():
+        return unknown(mode, func, args, kwargs)
+    for op in operands:
+        mode.record_rectangle(op.planes[0])
+    shape = torch.Size((*a.shape[:-1], b.shape[-1]))
+    planes = contract(mode.graph, *(op.framed((op.planes[0].flatten(0, -3),)) for op in operands))
+    plane = planes[0].expand(shape[:-2].numel(), *shape[-2:])
+    return mode.mark(torch.zeros(shape, dtype=args[0].dtype), plane.reshape(shape))
+
+
 # --- pointwise and reductions -------------------------------------------------------------------
 
 _LINEAR = {aten.add, aten.sub, aten.neg, aten.add_, aten.sub_, aten.rsub, aten.mul, aten.mul_, aten.div, aten.div_}

@@ -79,8 +79,8 @@ class IntegerWatcher(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             with self:
                 return attention(*args, **kwargs)
-        if func is functional.linear:
-            with torch._C._AutoDispatchBelowAutograd():  # one operation with a rule, not the four that it is made of
+        if func in _PRODUCTS:
+            with torch._C._AutoDispatchBelowAutograd():  # one operation with a rule, not the many that it is made of
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SIZE_READS:
@@ -174,6 +174,8 @@ def _note_unflatten(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: d
     for i, size in enumerate(sizes):
         watcher.see(size, result, dim % tensor.dim() + i)
 
+
+_PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 _SIZE_READS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 

@@ -205,9 +205,11 @@ def _steps(
         per_unit = _parameters_per_unit(groups, g)
         start = 0
         for stop in _stops(g.n_units, rounding[g.name], min_units):
-            worth = sum(values[start:stop]) / (per_unit * (stop - start))
-            share = (start + stop) / 2 / g.n_units  # a large unit goes once half of it is due
-            steps.append(_Step(g, tuple(order[start:stop]), share if ranking == "local" else worth))
+            if ranking == "local":
+                key = (start + stop) / 2 / g.n_units  # a large unit goes once half of it is due
+            else:
+                key = sum(values[start:stop]) / (per_unit * (stop - start))
+            steps.append(_Step(g, tuple(order[start:stop]), key))
             start = stop
     return sorted(steps, key=lambda step: (step.key, step.group.kind))
 
