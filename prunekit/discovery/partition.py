@@ -106,20 +106,27 @@ def _settled_owners(label: Ints, owner: Ints, member: Ints, starts: Ints) -> tup
     return label[owner[news]], low[news]
 
 
-def _ragged(marks: Ints) -> Ints:
-    """Components in a plane that fill whole slabs along no dimension, so that none can go and leave a rectangle."""
-    mixed = [_mixed(marks, d) for d in range(marks.ndim)]
-    if not all(slabs.any() for slabs in mixed):
-        return marks[:0].ravel()
-    if all(slabs.all() for slabs in mixed):
-        return marks.ravel()
-    return reduce(np.intersect1d, [marks.compress(slabs, d) for d, slabs in enumerate(mixed)])
+def _ragged(trace: Trace, label: Ints) -> Ints:
+    """Components that fill whole slabs of some plane along no dimension, so that it could not stay a rectangle."""
+    stacks: dict[tuple[int, ...], list[Ints]] = {}
+    for plane in trace.rectangles.values():
+        stacks.setdefault(tuple(plane.shape), []).append(plane.numpy())
+    return _joined(part for planes in stacks.values() for part in _tangled(label[np.stack(planes)]))
+
+
+def _tangled(marks: Ints) -> Iterator[Ints]:
+    """The same for planes of one shape, marks (n_planes, *shape)."""
+    mixed = [_mixed(marks, d) for d in range(1, marks.ndim)]
+    some, every = (np.all([test(slabs, 1) for slabs in mixed], 0) for test in (np.any, np.all))
+    yield marks[every]
+    for i in np.flatnonzero(some & ~every):
+        yield reduce(np.intersect1d, [marks[i].compress(slabs[i], d) for d, slabs in enumerate(mixed)])
 
 
 def _mixed(marks: Ints, dim: int) -> NDArray[np.bool_]:
-    """Which slabs along a dimension hold more than one component."""
-    rows = marks.swapaxes(0, dim).reshape(marks.shape[dim], -1)
-    return (rows != rows[:, :1]).any(1)
+    """Which slabs along a dimension hold more than one component, (n_planes, n_slabs)."""
+    slabs = np.moveaxis(marks, dim, 1).reshape(*marks.shape[:1], marks.shape[dim], -1)
+    return (slabs != slabs[..., :1]).any(-1)
 
 
 def spread_death(graph: LabelGraph, dead: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -170,7 +177,7 @@ def _level(trace: Trace, label: Ints) -> _Level:
         label,
         size,
         locked=marked([labels for labels, _ in graph.locks]) | flags(label[[CONSTANT, LOCKED]]),
-        ragged=flags(_joined(_ragged(label[plane.numpy()]) for plane in trace.rectangles.values())),
+        ragged=flags(_ragged(trace, label)),
         inexact=flags(counted[statistic != counted]),
         open=flags(owner[owner != member]),
         embedded=marked(graph.embedded),
