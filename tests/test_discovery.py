@@ -1,8 +1,9 @@
 """Discovery finds what the configuration implies, and permuting a group's units changes nothing."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
 from families import COMMON, FAMILIES, logits, relative_difference
@@ -14,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from prunekit import PrunekitError, discover
 from prunekit.discovery.labels import LabelGraph, varying_dims
+from prunekit.discovery.partition import _tangled, levels
 from prunekit.discovery.remembered import Remembered, remembering
 from prunekit.discovery.tracing import trace
 
@@ -104,10 +106,10 @@ def test_leaving_one_site_unpermuted_changes_the_logits(name):
     model = FAMILIES[name].model()
     for group in groups_of(name):
         before, order = logits(model), torch.arange(group.n_units).roll(1)
-        partial = replace(group, members=group.members[-1:])
-        _permute(model, partial, order)
-        assert relative_difference(logits(model), before) > 1e-6, partial
-        _permute(model, partial, order.roll(-2))  # and back
+        last = replace(group, members=group.members[-1:])
+        _permute(model, last, order)
+        assert relative_difference(logits(model), before) > 1e-6, last
+        _permute(model, last, order.roll(-2))  # and back
 
 
 def test_no_weights_are_needed():
@@ -278,3 +280,48 @@ def test_nodes_know_what_made_them():
     first, second = graph.new((3,), "parameter"), graph.new((2, 2), "score")
     assert graph.kind_of(first) == "parameter" and graph.kind_of(second[1]) == "score"
     assert graph.kind_of(torch.zeros(2, dtype=torch.long)) is None
+
+
+def closed(graph, merging):
+    """Components by the definition: merge what is related, then owners whose members agree, until nothing changes."""
+    label = np.arange(graph.n_nodes)
+    owned: dict = {}
+    for owner, member in (pair for kind in graph.owns.values() for edge in kind for pair in zip(*edge, strict=True)):
+        owned.setdefault(owner, []).append(member)
+    joined = [pair for edge in graph.same for pair in zip(*edge, strict=True)]
+    joined += [pair for kind in merging for edge in graph.owns[kind] for pair in zip(*edge, strict=True)]
+    while True:
+        for a, b in joined:
+            label[label == label[a]] = label[b]
+        settled = {owner: members[0] for owner, members in owned.items() if len(set(label[members])) == 1}
+        joined = [(owner, member) for owner, member in settled.items() if label[owner] != label[member]]
+        if not joined:
+            return label
+
+
+NODES = st.lists(st.tuples(st.integers(2, 13), st.integers(2, 13)), max_size=5)
+
+
+@settings(deadline=None)
+@given(same=NODES, owns=st.dictionaries(st.sampled_from(["score", "activation", "parameter", "statistic"]), NODES))
+def test_a_level_built_on_the_one_below_is_what_its_relations_say(same, owns):
+    graph = LabelGraph()
+    graph.new((12,), "parameter")
+    for pairs, add in [(same, graph.unify), *((pairs, partial(graph.own, kind)) for kind, pairs in owns.items())]:
+        if pairs:
+            add(*torch.tensor(pairs).T)
+    for merging, found in zip([(), ("score",), ("score", "activation")], levels(graph), strict=True):
+        expected = closed(graph, merging)
+        assert np.array_equal(found[:, None] == found, expected[:, None] == expected)
+
+
+@pytest.mark.parametrize(
+    ("marks", "ragged"),
+    [
+        ([[1, 1], [2, 2]], set()),  # rows can go
+        ([[1, 2], [3, 4]], {1, 2, 3, 4}),  # single elements cannot
+        ([[1, 1], [2, 3]], {2, 3}),  # a row that is whole beside one that is not: 1 can go
+    ],
+)
+def test_what_fills_no_whole_slab_is_ragged(marks, ragged):
+    assert {int(m) for part in _tangled(np.array([marks, [[5, 5], [6, 6]]])) for m in part.ravel()} == ragged

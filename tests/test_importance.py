@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunekit.calibration import gather_gradients
+from prunekit.calibration import check_finite, gather_gradients
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
 from prunekit.importance import (
@@ -368,3 +368,10 @@ def test_bad_weights_are_named(bad, importance):
         model.model.layers[1].mlp.up_proj.weight[3, 2] = bad
     with pytest.raises(PrunekitError, match="model.layers.1.mlp.up_proj.weight has NaN or infinite"):
         score(model, llama_groups(model), importance, CALIB)
+
+
+def test_weights_whose_sum_overflows_are_still_finite():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(torch.finfo(torch.float32).max / 2)
+    check_finite(model)

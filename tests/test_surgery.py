@@ -3,6 +3,7 @@
 import random
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, logits, plan_keeping, relative_difference, tokens, zero_units
@@ -231,3 +232,10 @@ def test_the_second_trace_refuses_another_structure(monkeypatch):
     monkeypatch.setattr(surgery, "levels", shifted)
     with pytest.raises(PrunekitError, match="structure is not the full"):
         prune(model, plan)
+
+
+@pytest.mark.parametrize(
+    ("other", "same"), [([5, 5, 2], True), ([0, 1, 1], False), ([0, 0, 0], False), ([0, 1, 2], False)]
+)
+def test_partitions_are_compared_whatever_their_numbers(other, same):
+    assert surgery._same_partition(np.array([0, 0, 1]), np.array(other)) is same

@@ -48,8 +48,13 @@ def tensors_in(tree: Any) -> list[Tensor]:  # noqa: ANN401
     """Every tensor among nested arguments."""
     if isinstance(tree, Tensor):
         return [tree]
-    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return [t for item in items if isinstance(item, (Tensor, list, tuple, dict)) for t in tensors_in(item)]
+    found: list[Tensor] = []
+    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ():
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple, dict)):
+            found += tensors_in(item)
+    return found
 
 
 # --- what only makes a constant -----------------------------------------------------------------
@@ -162,7 +167,8 @@ def move(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa:
 
 def _align(mode: LabelMode, planes: list[Tensor], dim: int) -> None:
     """Thin parts laid side by side keep one length. Scores and parameters beside them (sinks) go together one by one;
-    of parts that are alike, one may also go whole."""
+    of parts that are alike, one may also go whole.
+    """
     known = [p for p in planes if varying_dims(p) and bool((p > LOCKED).all())]
     if len(known) < 2 or any(p.dim() > dim and dim in varying_dims(p) for p in known):
         return
@@ -280,6 +286,20 @@ def linear(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noq
     shape = torch.Size((*source.shape[:-1], len(rows)))
     operands = [Operand((spread_rows(mode.graph, inner, rows),), shape), *map(mode.operand, tensors_in(args[2:]))]
     return mode.mark(torch.zeros(shape, dtype=args[0].dtype), combine(mode.graph, operands, shape))
+
+
+@rule("matmul")
+def activations_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+    """A @ b in one step, where both are activations with the same leading dimensions."""
+    a, b = operands = [mode.operand(t) for t in args]
+    if not all(op.planes and not op.parameter for op in operands) or not a.shape[:-2] == b.shape[:-2] != ():
+        return unknown(mode, func, args, kwargs)
+    for op in operands:
+        mode.record_rectangle(op.planes[0])
+    shape = torch.Size((*a.shape[:-1], b.shape[-1]))
+    planes = contract(mode.graph, *(op.framed((op.planes[0].flatten(0, -3),)) for op in operands))
+    plane = planes[0].expand(shape[:-2].numel(), *shape[-2:])
+    return mode.mark(torch.zeros(shape, dtype=args[0].dtype), plane.reshape(shape))
 
 
 # --- pointwise and reductions -------------------------------------------------------------------

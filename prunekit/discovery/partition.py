@@ -107,20 +107,27 @@ def _settled_owners(label: Ints, owner: Ints, member: Ints, starts: Ints) -> tup
     return label[owner[news]], low[news]
 
 
-def _ragged(marks: Ints) -> Ints:
-    """Components in a plane that fill whole slabs along no dimension, so that none can go and leave a rectangle."""
-    mixed = [_mixed(marks, d) for d in range(marks.ndim)]
-    if not all(slabs.any() for slabs in mixed):
-        return marks[:0].ravel()
-    if all(slabs.all() for slabs in mixed):
-        return marks.ravel()
-    return reduce(np.intersect1d, [marks.compress(slabs, d) for d, slabs in enumerate(mixed)])
+def _ragged(trace: Trace, label: Ints) -> Ints:
+    """Components that fill whole slabs of some plane along no dimension, so that it could not stay a rectangle."""
+    stacks: dict[tuple[int, ...], list[Ints]] = {}
+    for plane in trace.rectangles.values():
+        stacks.setdefault(tuple(plane.shape), []).append(plane.numpy())
+    return _joined(part for planes in stacks.values() for part in _tangled(label[np.stack(planes)]))
+
+
+def _tangled(marks: Ints) -> Iterator[Ints]:
+    """The same for planes of one shape, marks (n_planes, *shape)."""
+    mixed = [_mixed(marks, d) for d in range(1, marks.ndim)]
+    some, every = (np.all([test(slabs, 1) for slabs in mixed], 0) for test in (np.any, np.all))
+    yield marks[every]
+    for i in np.flatnonzero(some & ~every):
+        yield reduce(np.intersect1d, [marks[i].compress(slabs[i], d) for d, slabs in enumerate(mixed)])
 
 
 def _mixed(marks: Ints, dim: int) -> NDArray[np.bool_]:
-    """Which slabs along a dimension hold more than one component."""
-    rows = marks.swapaxes(0, dim).reshape(marks.shape[dim], -1)
-    return (rows != rows[:, :1]).any(1)
+    """Which slabs along a dimension hold more than one component, (n_planes, n_slabs)."""
+    slabs = np.moveaxis(marks, dim, 1).reshape(*marks.shape[:1], marks.shape[dim], -1)
+    return (slabs != slabs[..., :1]).any(-1)
 
 
 def spread_death(graph: LabelGraph, dead: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -172,7 +179,7 @@ def _level(trace: Trace, label: Ints) -> _Level:
         label,
         size,
         locked=marked([labels for labels, _ in graph.locks]) | flags(label[[CONSTANT, LOCKED]]),
-        ragged=flags(_joined(_ragged(label[plane.numpy()]) for plane in trace.rectangles.values())),
+        ragged=flags(_ragged(trace, label)),
         inexact=flags(counted[statistic != counted]),
         open=flags(owner[owner != member]),
         embedded=marked(graph.embedded),
@@ -228,13 +235,21 @@ def _assemble(
     label = levels[number].label[sites.node]
     rows = np.flatnonzero(usable[label])
     signature = np.zeros(len(usable), np.uint64)
-    shared = rows[~_private(sites, label)[rows]]
+    private = _private(sites, label)
+    shared = rows[~private[rows]]
     np.add.at(signature, label[shared], _random_codes(sites.names)[sites.site[shared]])
     alone = rows[signature[label[rows]] == 0]
     np.add.at(signature, label[alone], _random_codes(sites.names)[sites.site[alone]])
     codes = signature[label[rows]]
     order = np.argsort(codes, kind="stable")  # rows of a group stay in their order
-    return [(_group(sites, levels, number, part), sites.node[part]) for part in _runs(rows[order], codes[order])]
+    numbers = np.empty(len(usable), np.int64)
+    parts = _runs(rows[order], codes[order])
+    return [(_group(sites, levels, number, _marks(part, private), numbers), sites.node[part]) for part in parts]
+
+
+def _marks(rows: Ints, private: NDArray[np.bool_]) -> Ints:
+    """The rows that every unit of a group has; what one unit holds whole goes with it all the same."""
+    return rows if private[rows].all() else rows[~private[rows]]
 
 
 def _private(sites: Sites, label: Ints) -> NDArray[np.bool_]:
@@ -252,30 +267,29 @@ def _runs(values: Ints, keys: NDArray[Any]) -> list[Ints]:
     return np.split(values, np.flatnonzero(keys[1:] != keys[:-1]) + 1) if len(values) else []
 
 
-def _group(sites: Sites, levels: list[_Level], number: int, rows: Ints) -> CoupledGroup:
+def _group(sites: Sites, levels: list[_Level], number: int, rows: Ints, numbers: Ints) -> CoupledGroup:
+    """The group of these rows; `numbers` has room for a number a component."""
     level = levels[number]
-    component = level.label[sites.node[rows]]
-    _, first, unit = np.unique(component, return_index=True, return_inverse=True)
-    unit = np.argsort(np.argsort(first))[unit]  # numbered as they appear
-    order = np.lexsort((unit, sites.site[rows]))
-    members = []
-    for mine in _runs(order, sites.site[rows[order]]):
-        parameter, dim = sites.names[sites.site[rows[mine[0]]]]
-        index = torch.from_numpy(sites.index[rows[mine]])
-        if unit[mine[0]] == 0 and unit[mine[-1]] == len(first) - 1:  # else one unit holds it whole, and takes it along
-            members.append(Member(parameter, dim, index.view(len(first), -1)))
-    kind = _kind(levels, number, component[0], members)
-    exact = not level.inexact[component].any()
-    return CoupledGroup(f"{_prefix(members)}{kind}", kind, len(first), tuple(members), exact)
+    members, units = [], None
+    for mine in _runs(rows, sites.site[rows]):
+        component = level.label[sites.node[mine]]
+        if units is None:  # every unit has every site: they are numbered as they stand in the first
+            units = np.array(list(dict.fromkeys(component.tolist())))
+            numbers[units] = np.arange(len(units))
+        index = sites.index[mine[np.argsort(numbers[component], kind="stable")]]
+        parameter, dim = sites.names[sites.site[mine[0]]]
+        members.append(Member(parameter, dim, torch.from_numpy(index.reshape(len(units), -1))))
+    kind = _kind(levels, number, sites.node[rows[0]], members)
+    return CoupledGroup(f"{_prefix(members)}{kind}", kind, len(units), tuple(members), not level.inexact[units].any())
 
 
-def _kind(levels: list[_Level], number: int, unit: int, members: list[Member]) -> str:
+def _kind(levels: list[_Level], number: int, node: int, members: list[Member]) -> str:
     """What a group is, read off how its channels are used; no names of models or modules."""
     if number == 2:
         return "kv_head"
+    unit = levels[number].label[node]
     if number == 1:
-        inside = np.argmax(levels[1].label == unit)  # a node of the unit
-        return "query_head" if levels[2].size[levels[2].label[inside]] > levels[1].size[unit] else "kv_head"
+        return "query_head" if levels[2].size[levels[2].label[node]] > levels[1].size[unit] else "kv_head"
     if levels[0].chosen[unit]:
         return "expert"
     if levels[0].embedded[unit] or _spans_layers(members):

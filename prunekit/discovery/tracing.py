@@ -4,6 +4,7 @@ With batch 1 and sequence 1 every element of an activation is a channel. Paramet
 cost nothing (one zero, expanded), so a model of any size is traced without its weights.
 """
 
+import gc
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -279,6 +280,18 @@ def labelled_arguments(model: nn.Module, mode: LabelMode) -> Iterator[None]:
 
 
 @contextmanager
+def _uncollected() -> Iterator[None]:
+    """While open, Python does not look for cycles: a trace keeps nearly all that it makes, so looking only costs."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -289,6 +302,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@_uncollected()
 def trace(model: nn.Module, shape: tuple[int, int] = (1, 1)) -> Trace:
     """Run one token through `model` and write down what happens to every channel.
 

@@ -82,8 +82,8 @@ class IntegerWatcher(TorchFunctionMode):
                 return attention(*args, **kwargs)
         if func is Tensor.__getitem__ and self._is_choice(args[1]):  # a plain look-up would read the number out
             return args[0].index_select(0, args[1].view(1)).squeeze(0)
-        if func is functional.linear:
-            with torch._C._AutoDispatchBelowAutograd():  # one operation with a rule, not the four that it is made of
+        if func in _PRODUCTS:
+            with torch._C._AutoDispatchBelowAutograd():  # one operation with a rule, not the many that it is made of
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SIZE_READS:
@@ -194,6 +194,8 @@ def _note_unflatten(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: d
 def _note_one_hot(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
     watcher.see_classes(args[1] if len(args) > 1 else kwargs.get("num_classes"), args[0])
 
+
+_PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 _SIZE_READS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 

@@ -208,9 +208,11 @@ def _steps(
         start = 0
         for stop in _stops(len(bundles), size, rounding[g.name], min_units):
             units = tuple(unit for bundle in bundles[start:stop] for unit in bundle)
-            worth = sum(values[unit] for unit in units) / (per_unit * len(units))
-            share = (start + stop) / 2 / len(bundles)  # a large unit goes once half of it is due
-            steps.append(_Step(g, units, share if ranking == "local" else worth))
+            if ranking == "local":
+                key = (start + stop) / 2 / len(bundles)  # a large unit goes once half of it is due
+            else:
+                key = sum(values[unit] for unit in units) / (per_unit * len(units))
+            steps.append(_Step(g, units, key))
             start = stop
     return sorted(steps, key=lambda step: (step.key, step.group.kind))
 
