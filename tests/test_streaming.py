@@ -1,5 +1,6 @@
 """A checkpoint is pruned without being loaded: the same result, little memory, and nothing lost when killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -90,11 +91,11 @@ def test_a_plan_is_taken_as_it_is(tmp_path):
     assert pk.PruningPlan.load(tmp_path / "out" / "plan.json").notes["made by"] == "hand"
 
 
-def interrupt_while_writing(monkeypatch):
-    """A keyboard interrupt in place of a shard."""
+def interrupt_while_writing(monkeypatch, with_what=KeyboardInterrupt):
+    """A keyboard interrupt, or an error, in place of a shard."""
 
     def stop(*_, **__):
-        raise KeyboardInterrupt
+        raise with_what
 
     monkeypatch.setattr(stream_writing, "save_file", stop)
 
@@ -115,6 +116,23 @@ def test_scores_are_those_of_score_and_are_not_made_twice(tmp_path, monkeypatch)
     monkeypatch.setattr(Magnitude, "unit_scores", lambda *_: pytest.fail("scored again"))
     prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
     assert pk.load(tmp_path / "out") and not work.exists()
+
+
+def test_a_full_disk_is_said_and_costs_nothing_that_is_finished(tmp_path, monkeypatch):
+    source = write(tmp_path / "in")
+    interrupt_while_writing(monkeypatch, OSError(28, "No space left on device"))
+    with pytest.raises(PrunekitError, match="No space left on device.*what is finished lies in"):
+        prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
+    monkeypatch.undo()
+    assert prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2) and pk.load(tmp_path / "out")
+
+
+def test_the_dtype_is_that_of_the_files_whatever_the_configuration_says(tmp_path):
+    source = write(tmp_path / "in")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
+    assert {p.dtype for p in pk.load(tmp_path / "out")[0].parameters()} == {torch.float32}
 
 
 SLOW = """

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from prunekit.errors import PrunekitError
@@ -78,6 +80,23 @@ class Work:
             raise PrunekitError(f"cannot write to {str(self.root.parent)!r} ({error.strerror})") from None
         for step, now in facts.items():
             write_text(self.root / f"{step}.json", json.dumps(now, indent=1))
+
+    @contextmanager
+    def kept_if_stopped(self) -> Iterator[None]:
+        """Say where the finished part lies when the block is interrupted, or the disk is full.
+
+        Raises:
+            PrunekitError: something cannot be written.
+            KeyboardInterrupt: with these words.
+        """
+        kept = f"what is finished lies in {str(self.root)!r}; the same call goes on from it"
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(kept) from None
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PrunekitError(f"cannot go on ({reason}); {kept}, once there is room") from error
 
     def finish(self, out: Path) -> None:
         """Move the finished output into its place and drop the rest."""

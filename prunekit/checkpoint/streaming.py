@@ -91,10 +91,8 @@ def prune_checkpoint(
     _check_arguments(how, pruning_ratio, calib)
     order = _Order(local_folder(source), how, _plain(pruning_ratio), calib, _plain(options), max_shard_size)
     work.check(order.facts())
-    try:
+    with work.kept_if_stopped():
         plan = _fill(work, order, notes or {})
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"what is finished lies in {str(work.root)!r}; the same call goes on from it") from None
     work.finish(out)
     return plan
 

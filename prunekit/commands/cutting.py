@@ -1,8 +1,10 @@
 """`prunekit prune`: a checkpoint becomes a smaller one."""
 
 import argparse
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.commands.options import (
@@ -12,7 +14,7 @@ from prunekit.commands.options import (
     add_model,
     listed,
     load_with_tokenizer,
-    markdown_table,
+    need_tokenizer,
     number,
     print_json,
     text_table,
@@ -23,7 +25,6 @@ from prunekit.files import check_new_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prunekit.discovery import Groups
     from prunekit.importance import Importance
     from prunekit.pruning import PruningPlan
 
@@ -32,11 +33,16 @@ Scores every unit (attention heads, channels of the feed-forward layers), remove
 the least important ones, and saves what is left to OUT, with the plan in
 plan.json and a model card in README.md. OUT is complete or not there.
 
+A checkpoint that is bigger than the free memory is streamed: its weights stay on
+disk, and what is finished stays in .OUT.partial, so that the same command goes on
+after an interrupt. Importances that need gradients cannot be had that way.
+
 example:
   prunekit prune world --pruning-ratio 0.25 --importance taylor --out small/
   prunekit prune path/to/checkpoint --pruning-ratio 0.2 --importance taylor \\
       --calibration text.txt --out small/
-  prunekit prune path/to/checkpoint --plan plan.json --out small/"""
+  prunekit prune path/to/checkpoint --plan plan.json --out small/
+  prunekit prune path/to/large --pruning-ratio 0.2 --importance l2 --streaming --out small/"""
 PLANNING = (
     "pruning_ratio",
     "importance",
@@ -61,16 +67,19 @@ def add(commands: Any) -> None:
     parser.add_argument("--plan", metavar="PLAN.json", help="cut by this plan; nothing is scored")
     _add_scoring(parser)
     _add_planning(parser)
+    _add_writing(parser)
     add_json(parser)
 
 
 def _add_scoring(parser: Parser) -> None:
     group = parser.add_argument_group("what is important")
-    names = "taylor, taylor-vector, taylor-second, taylor-mixed, l1, l2 or random (default: taylor)"
+    names = "taylor, taylor-vector, taylor-second, taylor-mixed, activation, l1, l2 or random (default: taylor)"
     group.add_argument("--importance", help=names)
     group.add_argument("--granularity", help="of taylor: element (default) or vector")
     group.add_argument(
-        "--calibration", metavar="TEXT", help='text file for taylor, or "world" (the default where MODEL is world)'
+        "--calibration",
+        metavar="TEXT",
+        help='text file for taylor and activation, or "world" (the default where MODEL is world)',
     )
     group.add_argument(
         "--n-samples", type=number(int, 1), default=16, help="windows of that text (default: %(default)s)"
@@ -86,6 +95,16 @@ def _add_planning(parser: Parser) -> None:
     group.add_argument("--kinds", type=listed(), help="kinds of groups, with commas (default: kv_head,ffn_channel)")
     group.add_argument("--protect-layers", type=listed(number(int, 0)), metavar="0,4", help="layers that stay whole")
     group.add_argument("--round-to", type=number(int, 1), help="keep multiples of this many units (default: 1)")
+
+
+def _add_writing(parser: Parser) -> None:
+    group = parser.add_argument_group("large checkpoints")
+    group.add_argument(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        help="leave the weights on disk (default: where they take more than the free memory)",
+    )
+    group.add_argument("--max-shard-size", metavar="SIZE", help="of the files written, such as 1GB")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,6 +133,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def cut(args: argparse.Namespace) -> "PruningPlan":
     """Everything from the model to the saved smaller one."""
+    if streams(args):
+        return cut_streaming(args)
     from prunekit.checkpoint import load, save
     from prunekit.pruning import PruningPlan, prune
 
@@ -127,9 +148,54 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
     before = n_parameters(model)
     small = prune(model, plan, inplace=True)
     plan = replace(plan, n_parameters=before, n_parameters_kept=n_parameters(small))  # a plan may be written by hand
-    files = {"plan.json": plan.to_json(), "README.md": card(args, plan)}
-    save(small, args.out, tokenizer=tokenizer, files=files)
+    plan = replace(plan, notes={**plan.notes, **notes(args)})
+    save(small, args.out, tokenizer=tokenizer, plan=plan, **shard_size(args))
     return plan
+
+
+def streams(args: argparse.Namespace) -> bool:
+    """Whether the weights stay on disk: as told, else where they take more than the free memory; says which."""
+    if args.streaming is not None or not Path(args.model).is_dir():
+        return bool(args.streaming)
+    import psutil
+
+    from prunekit.checkpoint.stream_source import n_bytes
+
+    size, free = n_bytes(Path(args.model)), psutil.virtual_memory().available
+    if size > free:
+        print(
+            f"prunekit: {size / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of free memory: streaming", file=sys.stderr
+        )
+    return size > free
+
+
+def cut_streaming(args: argparse.Namespace) -> "PruningPlan":
+    """The same with the weights on disk."""
+    from prunekit.checkpoint.loading import load_tokenizer
+    from prunekit.checkpoint.stream_source import local_folder
+    from prunekit.checkpoint.streaming import check_streamable, prune_checkpoint
+    from prunekit.pruning import PruningPlan
+
+    local_folder(args.model)
+    options = {"notes": notes(args), **shard_size(args)}
+    try:
+        if args.plan is not None:
+            return prune_checkpoint(args.model, args.out, PruningPlan.load(args.plan), **options)
+        importance, calib = choose_importance(args), None
+        check_streamable(importance)
+        if importance.needs_calibration:
+            check_calibration(args)
+            calib = calibrate(args, need_tokenizer(args.model, load_tokenizer(args.model, False), "a calibration text"))
+        options |= planning(args)
+        return prune_checkpoint(args.model, args.out, importance, args.pruning_ratio, calib, **options)
+    except KeyboardInterrupt as stop:
+        print("prunekit:", *stop.args, file=sys.stderr)
+        raise
+
+
+def shard_size(args: argparse.Namespace) -> dict[str, str]:
+    """The option that says how large files may be, where it is given."""
+    return {} if args.max_shard_size is None else {"max_shard_size": args.max_shard_size}
 
 
 def n_parameters(model: Any) -> int:
@@ -154,6 +220,12 @@ def load_for(args: argparse.Namespace, importance: "Importance") -> tuple[Any, A
 
     if not importance.needs_calibration:
         return load(args.model)
+    check_calibration(args)
+    return load_with_tokenizer(args.model, "a calibration text")
+
+
+def check_calibration(args: argparse.Namespace) -> None:
+    """Refuses an importance that reads text where none is given; the embedded model has its own."""
     if args.calibration is None and args.model == "world":
         args.calibration = "world"
     if args.calibration is None:
@@ -161,31 +233,25 @@ def load_for(args: argparse.Namespace, importance: "Importance") -> tuple[Any, A
             f"importance {args.importance or 'taylor'!r} reads text; give --calibration with a text file or 'world', "
             "or take an importance that reads none: l1, l2 or random"
         )
-    return load_with_tokenizer(args.model, "a calibration text")
 
 
 def make_plan(args: argparse.Namespace, model: Any, tokenizer: Any, importance: "Importance") -> "PruningPlan":
     """Discover, score, plan."""
+    from prunekit.checkpoint.streaming import candidates
     from prunekit.discovery import discover
     from prunekit.importance import score
     from prunekit.pruning import plan
 
     groups = discover(model)
     calib = calibrate(args, tokenizer) if importance.needs_calibration else None
-    scores = score(model, chosen(groups, args.kinds), importance, calib)
+    scores = score(model, candidates(groups, args.kinds), importance, calib)
+    return plan(groups, scores, args.pruning_ratio, **planning(args))
+
+
+def planning(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `plan` that are given."""
     options = ("of", "ranking", "kinds", "protect_layers", "round_to")
-    given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
-    return plan(groups, scores, args.pruning_ratio, **given)
-
-
-def chosen(groups: "Groups", kinds: tuple[str, ...] | None) -> Any:
-    """The groups to score: only those that may be cut."""
-    wanted = ("kv_head", "ffn_channel") if kinds is None else kinds
-    there = dict.fromkeys(group.kind for group in groups)
-    for kind in wanted:
-        if kind not in there:
-            raise PrunekitError(f"kind {kind!r} is not one of this model's: {', '.join(there)}")
-    return groups.of_kind(*wanted)
+    return {name: getattr(args, name) for name in options if getattr(args, name) is not None}
 
 
 def calibrate(args: argparse.Namespace, tokenizer: Any) -> "Tensor":
@@ -226,17 +292,9 @@ def as_dict(args: argparse.Namespace, plan: "PruningPlan") -> dict[str, Any]:
     }
 
 
-def card(args: argparse.Namespace, plan: "PruningPlan") -> str:
-    """The model card: what was cut, how, and how to load the rest."""
-    read = args.calibration and (args.importance or "taylor").startswith("taylor")
-    how = {
-        "Made from": f"`{args.model}`",
-        "Importance": plan.notes.get("importance"),
-        "Calibration": read and f"{args.n_samples} windows of {args.seq_len} tokens, seed {args.seed}",
-        "Ranking": plan.notes.get("ranking"),
-    }
-    facts = "\n".join(f"- {name}: {value}" for name, value in how.items() if value)
-    return (
-        f"# A model cut by prunekit\n\n{facts}\n- Which units stay: `plan.json`\n\n{markdown_table(rows(plan))}\n\n"
-        '```python\nimport prunekit as pk\n\nmodel, tokenizer = pk.load("THIS FOLDER")\n```\n'
-    )
+def notes(args: argparse.Namespace) -> dict[str, str]:
+    """Where the model and its scores come from, for the plan and the model card."""
+    told = {"made from": str(args.model)}
+    if args.calibration is not None and choose_importance(args).needs_calibration:
+        told["calibration"] = f"{args.n_samples} windows of {args.seq_len} tokens, seed {args.seed}"
+    return told

@@ -98,11 +98,20 @@ def load_with_tokenizer(source: str, why: str) -> tuple[Any, Any]:
     from prunekit.checkpoint import load
 
     model, tokenizer = load(source)
+    return model, need_tokenizer(source, tokenizer, why)
+
+
+def need_tokenizer(source: str, tokenizer: Any, why: str) -> Any:
+    """The tokenizer, where there is one.
+
+    Raises:
+        PrunekitError: there is none, and `why` needs one.
+    """
     if tokenizer is None:
         raise PrunekitError(
             f"{source!r} has no tokenizer, and {why} needs one; copy tokenizer.json and tokenizer_config.json into it"
         )
-    return model, tokenizer
+    return tokenizer
 
 
 def print_json(value: Any) -> None:
@@ -124,9 +133,3 @@ def text_table(rows: Sequence[Sequence[object]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
     return "\n".join(lines)
-
-
-def markdown_table(rows: Sequence[Sequence[object]]) -> str:
-    """The same rows in Markdown."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
