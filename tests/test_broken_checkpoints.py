@@ -291,7 +291,7 @@ LOAD = {
 
 
 @pytest.mark.parametrize("case", LOAD)
-def test_load_refuses_by_name_and_touches_nothing(case, good, tmp_path, monkeypatch, capsys):
+def test_load_refuses_by_name_and_touches_nothing(case, good, tmp_path, monkeypatch):
     kind, change, expected = LOAD[case]
     monkeypatch.chdir(tmp_path)
     shutil.copytree(good / kind, tmp_path / "broken")
@@ -300,12 +300,25 @@ def test_load_refuses_by_name_and_touches_nothing(case, good, tmp_path, monkeypa
     with pytest.raises(PrunekitError) as caught:
         pk.load(tmp_path / "broken")
     assert all(part in str(caught.value) for part in expected), caught.value
-    capsys.readouterr()
-    assert main(["discover", str(tmp_path / "broken")]) == 2
-    said = capsys.readouterr().err
-    assert said.splitlines()[-1].startswith("prunekit: ") and "Traceback" not in said
     assert digest(tmp_path) == before
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # KiB; nothing huge was built
+
+
+SHELL = ["code of its own", "a pickle by another name", "a shard cut short", "a unit that is not there", "an encoder"]
+
+
+@pytest.mark.parametrize("case", SHELL)
+@pytest.mark.parametrize("command", ["discover", "prune --importance l2 --pruning-ratio 0.2 --out out"])
+def test_the_shell_says_it_in_one_line(case, command, good, tmp_path, monkeypatch, capsys):
+    kind, change, expected = LOAD[case]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(good / kind, tmp_path / "broken")
+    change(tmp_path / "broken")
+    before, (name, *options) = digest(tmp_path), command.split()
+    assert main([name, "broken", *options]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prunekit: ")]
+    assert len(told) == 1 and all(part in told[0] for part in expected)
+    assert digest(tmp_path) == before
 
 
 def test_there_are_enough_ways():
@@ -375,20 +388,21 @@ def inside(root, options):
 
 # --- disks and permissions --------------------------------------------------------------------------------------------
 
+# What is run as a process of its own: saves both kinds of checkpoint, and tells what was said and what is there then.
 WRITE = """
-import os, resource, signal, sys
-sys.path.insert(0, sys.argv[2])
-from checkpoint_helpers import cut
+import os, resource, sys
 import prunekit as pk
-model = pk.load("world")[0] if sys.argv[3] == "plain" else cut("gpt2", uneven=True)
+place, *sources = sys.argv[1:]
+models = [pk.load(source)[0] for source in sources]
 {limit}
-try:
-    pk.save(model, sys.argv[1] + "/out")
-except pk.PrunekitError as error:
-    print(error)
-print(sorted(os.listdir(sys.argv[1])))
+for model in models:
+    try:
+        pk.save(model, place + "/out")
+    except pk.PrunekitError as error:
+        print(error)
+    print(os.listdir(place))
 """
-SMALL_FILES = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+SMALL_FILES = "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))"
 NOBODY = "os.seteuid(65534) if os.geteuid() == 0 else None"  # root may read and write everything
 
 
@@ -399,17 +413,17 @@ def script(body, *arguments, before=()):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("kind", ["plain", "cut"])
-def test_a_file_that_may_not_grow_is_told_and_leaves_nothing(kind, tmp_path):
-    said = script(WRITE.format(limit=SMALL_FILES), tmp_path, Path(__file__).parent, kind)
-    assert "cannot write" in said[0] and "File too large" in said[0] and said[1] == "[]"
+def test_files_that_may_not_grow_are_told_and_leave_nothing(good, tmp_path):
+    said = script(WRITE.format(limit=SMALL_FILES), tmp_path, good / "plain", good / "cut")
+    assert said[1::2] == ["[]", "[]"]
+    assert all("cannot write" in line and "File too large" in line for line in said[::2])
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     mount = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
-        pytest.skip("may not mount a small tmpfs here; the test with a limited file size stands in")
-    said = script(WRITE.format(limit=""), tmp_path, Path(__file__).parent, "plain", before=mount)
+        pytest.skip("may not mount a small tmpfs here; the test with limited files stands in")
+    said = script(WRITE.format(limit=""), tmp_path, "world", before=mount)
     assert "cannot write" in said[0] and "No space left" in said[0] and said[1] == "[]"
 
 
@@ -421,29 +435,33 @@ def open_folder():
         yield Path(folder)
 
 
-def test_a_folder_that_may_not_be_written_to_is_told(open_folder):
-    open_folder.chmod(0o555)
-    said = script(WRITE.format(limit=NOBODY), open_folder, Path(__file__).parent, "cut")
-    open_folder.chmod(0o755)
-    assert "cannot write to" in said[0] and "Permission denied" in said[0] and said[1] == "[]"
-
-
 READ = f"""
 import os, sys
 import prunekit as pk
 pk.load  # opens the room while its files may be read
 {NOBODY}
-try:
-    pk.load(sys.argv[1])
-except pk.PrunekitError as error:
-    print(error)
+for folder in sys.argv[1:]:
+    try:
+        pk.load(folder)
+    except pk.PrunekitError as error:
+        print(error)
 """
 
 
-@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
-def test_a_file_that_may_not_be_read_is_told(name, good, open_folder):
-    folder = shutil.copytree(good / "plain", open_folder / "shut")
-    folder.chmod(0o755)
-    (folder / name).chmod(0o000)
-    said = script(READ, folder)
-    assert name in said[0] and "Permission denied" in said[0]
+def test_a_folder_that_may_not_be_written_to_is_told(good, open_folder):
+    open_folder.chmod(0o555)
+    said = script(WRITE.format(limit=NOBODY), open_folder, good / "plain", good / "cut")
+    open_folder.chmod(0o755)
+    assert all("cannot write to" in line and "Permission denied" in line for line in said[::2])
+    assert said[1::2] == ["[]", "[]"]
+
+
+def test_files_that_may_not_be_read_are_told(good, open_folder):
+    names = ["config.json", WEIGHTS]
+    for name in names:
+        folder = shutil.copytree(good / "plain", open_folder / name.partition(".")[0])
+        folder.chmod(0o755)
+        (folder / name).chmod(0o000)
+    said = script(READ, open_folder / "config", open_folder / "model")
+    assert len(said) == 2
+    assert all(name in line and "Permission denied" in line for name, line in zip(names, said, strict=True))

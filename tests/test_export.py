@@ -56,6 +56,32 @@ def test_widths_beyond_heads_and_channels_are_said_where_the_family_can(tmp_path
     assert plain.config.hidden_size == 56 and torch.equal(logits(plain), logits(small))
 
 
+def cut_by(model, keep):
+    return pk.prune(model, plan_keeping(pk.discover(model), keep))
+
+
+def test_layers_and_blocks_that_went_are_saved_as_never_there_or_as_skipped(tmp_path):
+    """Cuts made before a layer goes are told under the names that its followers have after."""
+    one = cut_by(llama(num_hidden_layers=4), {"model.layers.2.mlp:ffn_channel": list(range(9))})
+    two = cut_by(one, {"model.layers.1:layer": []})
+    three = cut_by(two, {"model.layers.2.self_attn:block": [], "model.layers.1.mlp:ffn_channel": [1, 2, 5]})
+    pk.save(three, tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert config["per_layer_config"] == {"1": {"intermediate_size": 3}, "2": {"skip": ["self_attn"]}}
+    again = pk.load(tmp_path / "own")[0]
+    assert len(again.model.layers) == 3 and torch.equal(logits(again), logits(three))
+    pk.export(again, tmp_path / "padded", layout="padded")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    assert torch.allclose(logits(plain), logits(three), atol=1e-5)
+
+
+def test_a_model_without_some_of_its_layers_is_a_plain_checkpoint(tmp_path):
+    small = cut_by(llama(num_hidden_layers=4), {"model.layers.0:layer": [], "model.layers.2:layer": []})
+    pk.save(small, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.config.num_hidden_layers == 2 and torch.equal(logits(plain), logits(small))
+
+
 @pytest.mark.parametrize("layout", ["plain", "padded"])
 def test_an_even_model_is_exported_as_it_is(layout, tmp_path):
     small = same_cut("qwen3", False)

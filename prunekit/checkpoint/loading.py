@@ -170,7 +170,8 @@ def _check_record(folder: Path, saved: dict[str, Any]) -> None:
             f"{str(folder)!r} has format {saved.get('format')!r}; this prunekit reads {FORMAT}; "
             "load it with the prunekit that wrote it"
         )
-    stages, base = saved.get("stages"), saved.get("base_config")
+    stages: Any = saved.get("stages")
+    base = saved.get("base_config")
     units = [u for stage in stages for u in stage.values()] if _is_list_of(stages, dict) else [None]
     if not isinstance(base, dict) or not all(_is_list_of(u, int) for u in units):
         raise PrunekitError(
@@ -189,11 +190,13 @@ def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], optio
         check_size(config, stored, str(folder), factor=LEAST_PART_LEFT)
         model = empty_model(config, **options)
         groups = discover(model)
+        small = cut_again(model, groups, saved["stages"])
         check_widths(saved, groups)
-        return cut_again(model, groups, saved["stages"])
+        return small
     except Exception as error:  # a configuration its family refuses: any exception of any validator
+        kind = "" if isinstance(error, PrunekitError) else f"{type(error).__name__}: "
         raise PrunekitError(
-            f"config.json of {str(folder)!r} does not lead to a model ({type(error).__name__}: {_first_line(error)}); "
+            f"config.json of {str(folder)!r} does not lead to a model ({kind}{_first_line(error)}); "
             "restore it from its source"
         ) from error
 

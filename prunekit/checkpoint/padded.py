@@ -29,14 +29,14 @@ def padded_model(model: Any, cuts: Cuts) -> Any:  # noqa: ANN401
     Raises:
         PrunekitError: zeros would change what it computes, as where a norm's statistics span what was cut.
     """
-    empty = empty_model(_roomy(cuts))
-    survivors = _survivors(discover(empty), cuts)
-    with torch.no_grad():
-        state = {name: _spread(name, t, empty.state_dict()[name].shape, survivors) for name, t in _tensors(model)}
-    empty.load_state_dict(state, strict=False, assign=True)
-    empty.tie_weights()
-    empty.generation_config = model.generation_config
-    padded = empty.to(next(model.parameters()).device).eval()
+    padded = empty_model(_roomy(cuts))
+    survivors, like = _survivors(discover(padded), cuts), next(model.parameters())
+    state = {name: torch.zeros(p.shape, dtype=like.dtype, device=like.device) for name, p in padded.named_parameters()}
+    state |= {name: _spread(name, t, padded.state_dict()[name].shape, survivors) for name, t in _tensors(model)}
+    padded.load_state_dict(state, strict=False, assign=True)
+    padded.tie_weights()
+    padded.generation_config = model.generation_config
+    padded.to(like.device).eval()
     difference = relative_difference(padded, model)
     if difference > tolerance(next(model.parameters()).dtype):
         raise _refusal(f"its logits would change by a factor of {difference:.1g}: zeros do not stand for what was cut")
@@ -71,7 +71,7 @@ def _survivors(groups: Groups, cuts: Cuts) -> dict[tuple[str, int], Tensor]:
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for name, units in cuts.left.items():
         group = _group(groups, name)
-        kept = units if group.n_units == cuts.groups[name].n_units else range(len(units))
+        kept = units if group.n_units == cuts.groups[name].n_units else list(range(len(units)))
         filling = sorted(set(range(group.n_units)) - set(kept))
         for member in group.members:
             gone.setdefault((member.parameter, member.dim), []).append(member.owned_by(filling))

@@ -143,15 +143,14 @@ def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
         PrunekitError: the record does not lead to this model.
     """
     described = cuts.config.to_dict() | {"architectures": [type(model).__name__]}
-    stages = model.config.prunekit["stages"]
     try:
         uncut = empty_model(AutoConfig.for_model(**described))
-        again = shapes_of(cut_again(uncut, cuts.groups, stages))
+        again = shapes_of(cut_again(uncut, cuts.groups, cuts.stages))
     except Exception as error:  # code that came with a checkpoint, or a configuration its family refuses
         raise PrunekitError(f"this cut model cannot be rebuilt from its record, so it is not saved: {error}") from error
     if again != shapes_of(model):
         raise PrunekitError("this model's shapes are not those of its recorded cuts; it was changed by other means")
-    record = {"model_type": MODEL_TYPE, "format": FORMAT, "stages": stages, "base_config": described}
+    record = {"model_type": MODEL_TYPE, "format": FORMAT, "stages": cuts.stages, "base_config": described}
     return record | layer_widths(cuts)
 
 

@@ -9,7 +9,7 @@ from prunekit.checkpoint.building import empty_model, shapes_of
 from prunekit.checkpoint.widths import Cuts, with_width
 
 
-def plain_config(model: Any, cuts: Cuts | None = None) -> Any | None:  # noqa: ANN401
+def plain_config(model: Any, cuts: Cuts | None = None) -> Any:  # noqa: ANN401
     """A configuration from which plain `transformers` builds this very model, or None.
 
     An uncut model has its own. For a cut one, the fields that say its widths are found by trying. The result

@@ -21,12 +21,12 @@ class Cuts:
     Attributes:
         config: of the uncut model.
         groups: of the uncut model.
-        left: group name → the units left, as the uncut model numbers them.
+        stages: group name → units kept, cut after cut; whole layers that went are gone from all three.
     """
 
     config: Any
     groups: Groups
-    left: dict[str, list[int]]
+    stages: Stages
 
     @classmethod
     def of(cls, model: Any) -> "Cuts":  # noqa: ANN401
@@ -38,11 +38,16 @@ class Cuts:
         config = copy.deepcopy(model.config)
         del config.prunekit
         try:
-            return cls(config, discover(empty_model(config)), units_left(model.config.prunekit["stages"]))
+            return cls(config, discover(empty_model(config)), without_layers(model.config.prunekit["stages"]))
         except Exception as error:  # code that came with a checkpoint, a record or a configuration that makes no sense
             raise PrunekitError(
                 f"this cut model cannot be rebuilt from its record, so it is not saved: {error}"
             ) from error
+
+    @cached_property
+    def left(self) -> dict[str, list[int]]:
+        """Group name → the units left, as the uncut model numbers them."""
+        return units_left(self.stages)
 
     def n_left(self, group: CoupledGroup) -> int:
         """Units left of a group."""
@@ -51,7 +56,7 @@ class Cuts:
     @cached_property
     def roles(self) -> dict[str, list[CoupledGroup]]:
         """The groups that play one part in every layer, for each part that was cut anywhere; KV heads first."""
-        cut = {role(name) for name in self.left}
+        cut = {role(name) for name, units in self.left.items() if units}  # blocks that went have no width
         found: dict[str, list[CoupledGroup]] = {}
         for group in sorted(self.groups, key=lambda g: KINDS.index(g.kind)):
             if role(group.name) in cut:
@@ -77,6 +82,32 @@ class Cuts:
 def role(name: str) -> str:
     """A group's name without the number of its layer."""
     return re.sub(r"(?<=\.)\d+(?=[.:])", "*", name)
+
+
+def without_layers(stages: Stages) -> Stages:
+    """The same cuts made on a model that never had the layers that went; its configuration counts them no more."""
+    done: Stages = []
+    for stage in stages:
+        gone = {name.removesuffix(":layer") for name, units in stage.items() if name.endswith(":layer") and not units}
+        done = [_moved_up(earlier, gone) for earlier in [*done, stage]]
+    return [stage for stage in done if stage]
+
+
+def _moved_up(stage: dict[str, list[int]], gone: set[str]) -> dict[str, list[int]]:
+    """A stage's groups under the names they have once these layers are out."""
+    moved = {}
+    for name, units in stage.items():
+        found = next((match for match in re.finditer(r"\.(\d+)(?=[.:])", name) if _is_layer(name, match, gone)), None)
+        if found is None:
+            moved[name] = units
+        elif name[: found.end()] not in gone:
+            before = sum(f"{name[: found.start()]}.{i}" in gone for i in range(int(found[1])))
+            moved[f"{name[: found.start()]}.{int(found[1]) - before}{name[found.end() :]}"] = units
+    return moved
+
+
+def _is_layer(name: str, match: re.Match[str], gone: set[str]) -> bool:
+    return name[: match.start()] in {layer.rpartition(".")[0] for layer in gone}
 
 
 def units_left(stages: Stages) -> dict[str, list[int]]:
@@ -134,7 +165,7 @@ def layer_widths(cuts: Cuts) -> dict[str, Any]:
     The form is that of `transformers`' own `PreTrainedConfig(per_layer_config=…)`.
     """
     whole: dict[str, Any] = {"num_hidden_layers": cuts.config.num_hidden_layers}
-    layers: dict[str, dict[str, int]] = {}
+    layers: dict[str, dict[str, Any]] = {}
     for name, groups in cuts.roles.items():
         fields = cuts.fields[name] or (head_fields(cuts.config, groups[0]) if "head" in groups[0].kind else {})
         for group in groups:
@@ -144,7 +175,16 @@ def layer_widths(cuts: Cuts) -> dict[str, Any]:
             elif group.name in cuts.left:
                 whole |= {field: getattr(cuts.config, field) for field in fields}
                 layers.setdefault(str(group.layer), {}).update(said)
+    for group in cuts.groups:
+        if group.layer is not None and _skipped(cuts.left, group.layer):
+            layers.setdefault(str(group.layer), {})["skip"] = _skipped(cuts.left, group.layer)
     return {**whole, "per_layer_config": dict(sorted(layers.items(), key=lambda item: int(item[0])))}
+
+
+def _skipped(left: dict[str, list[int]], layer: int) -> list[str]:
+    """The blocks of a layer that went, by their own names."""
+    paths = [name.rpartition(":")[0] for name, units in left.items() if not units]
+    return sorted(path.rpartition(".")[2] for path in paths if f".{layer}." in path)
 
 
 def check_widths(saved: dict[str, Any], groups: Groups) -> None:
@@ -163,7 +203,8 @@ def check_widths(saved: dict[str, Any], groups: Groups) -> None:
     for layer, fields in saved.get("per_layer_config", {}).items():
         there = [(g.n_units, len(left[g.name])) for g in groups if str(g.layer) == layer and g.name in left]
         for field, value in fields.items():
-            if not _stands(value, saved.get(field), there):
+            right = _skipped(left, int(layer)) == value if field == "skip" else _stands(value, saved.get(field), there)
+            if not right:
                 raise PrunekitError(f"per_layer_config says {field}={value!r} for layer {layer}, its stages do not")
 
 
