@@ -33,6 +33,8 @@ class LabelGraph:
         self.nonlinear: list[Tensor] = []
         self.embedded: list[Tensor] = []
         self.chosen: list[Tensor] = []
+        self.vocabulary: list[Tensor] = []
+        self.slabs: list[tuple[Tensor, Tensor]] = []  # what scores own, in its shape
         self._ends: list[int] = []  # of the ranges of nodes that were made together
         self._kinds: list[str] = []
 
@@ -67,6 +69,8 @@ class LabelGraph:
         known = owners > LOCKED
         if known.all():
             self.owns[kind].append((owners, members))
+            if kind == SCORE:
+                self.slabs.append((owner, member))
             return
         self.owns[kind].append((owners[known], members[known]))
         self.lock(torch.from_numpy(members[owners == LOCKED]), "is a copy of what is not understood")

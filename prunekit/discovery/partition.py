@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain
 from typing import Any
@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from prunekit.discovery.depth import depth_groups
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.discovery.labels import ACTIVATION, CONSTANT, LOCKED, SCORE, STATISTIC, Ints, LabelGraph
+from prunekit.discovery.positions import scored_alike, sized_alike
 from prunekit.discovery.tracing import Trace
 
 
@@ -77,12 +78,17 @@ def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None) -> Iterator
     owners = _by_owner(*alive(chain.from_iterable(graph.owns.values())))
     for relation in (graph.same, graph.owns[SCORE], graph.owns[ACTIVATION]):
         a, b = (label[nodes] for nodes in alive(relation))
-        while True:
-            label = _connect(a, b, int(label.max()) + 1)[label]
-            a, b = _settled_owners(label, *owners)
-            if not len(a):
-                break
+        label = _merge(label, a, b, owners)
         yield label
+
+
+def _merge(label: Ints, a: Ints, b: Ints, owners: tuple[Ints, Ints, Ints]) -> Ints:
+    """Components after pairs of them have joined, and the owners whose members have."""
+    while True:
+        label = _connect(a, b, int(label.max()) + 1)[label]
+        a, b = _settled_owners(label, *owners)
+        if not len(a):
+            return label
 
 
 def _connect(a: Ints, b: Ints, n: int) -> Ints:
@@ -204,6 +210,7 @@ def find_groups(trace: Trace) -> Groups:
         if number:  # owned by all hidden channels together, it could only go with all of them
             usable &= ~level.embedded
         found += _assemble(sites, known, number, usable)
+    found += _head_dims(trace, sites, known)
     items = _unique_names([g for g, _ in sorted(found, key=lambda item: item[1][0])])
     hidden = set(np.flatnonzero(known[0].embedded[known[0].label]).tolist())
     items += depth_groups(trace, hidden)
@@ -211,6 +218,18 @@ def find_groups(trace: Trace) -> Groups:
     for _, nodes in found:
         covered[nodes] = True
     return Groups(tuple(items), trace.shapes, _explain(trace, sites, known, covered))
+
+
+def _head_dims(trace: Trace, sites: Sites, known: list[_Level]) -> list[tuple[CoupledGroup, Ints]]:
+    """Groups of positions that all heads of a layer share."""
+    owners = _by_owner(*_pairs(chain.from_iterable(trace.graph.owns.values())))
+    label = known[0].label
+    for alike in (scored_alike, sized_alike):
+        label = _merge(label, *alike(trace, label), owners)
+    level = _level(trace, label)
+    usable = _fresh([known[0], level], 1, sites) & ~level.locked & ~level.ragged & ~level.open & ~level.embedded
+    groups = _assemble(sites, [known[0], level], 1, usable)
+    return [(replace(g, kind="head_dim", name=g.name.replace(g.kind, "head_dim")), nodes) for g, nodes in groups]
 
 
 def _fresh(levels: list[_Level], number: int, sites: Sites) -> NDArray[np.bool_]:
@@ -288,7 +307,7 @@ def _kind(levels: list[_Level], number: int, node: int, members: list[Member]) -
     if number == 2:
         return "kv_head"
     unit = levels[number].label[node]
-    if number == 1:
+    if number == 1 and len(levels) > 2:
         return "query_head" if levels[2].size[levels[2].label[node]] > levels[1].size[unit] else "kv_head"
     if levels[0].chosen[unit]:
         return "expert"
