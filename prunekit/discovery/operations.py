@@ -210,7 +210,7 @@ def _move_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, sour
         moved = [func(p, *args[1:], **kwargs) for p in sources[0].planes]
         choice = chosen_by(mode, tensors_in(args[1:])) if mode.choices else None
         found = None if choice is None else look_up_chosen(mode, sources[0], result, moved, choice)
-        return _looked_up(mode, sources[0], result, moved) if found is None else found
+        return _looked_up(mode, sources[0], result, moved, tensors_in(args[1:])[0]) if found is None else found
     return unknown(mode, func, args, kwargs)
 
 
@@ -221,13 +221,16 @@ def embedding(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor: 
     result = func(*args, **kwargs)
     if mode.operand(args[1]).planes or not source.planes:
         return unknown(mode, func, args, kwargs)
-    return _looked_up(mode, source, result, [p[args[1]] for p in source.planes])
+    return _looked_up(mode, source, result, [p[args[1]] for p in source.planes], args[1])
 
 
-def _looked_up(mode: LabelMode, source: Operand, result: Tensor, planes: list[Tensor]) -> Tensor:
-    rows = [p for p in source.planes if 0 in varying_dims(p)]
-    for plane in rows:
-        mode.lock(along(plane, {0}), "rows are looked up by the input's tokens or positions")
+def _looked_up(mode: LabelMode, source: Operand, result: Tensor, planes: list[Tensor], index: Any) -> Tensor:  # noqa: ANN401
+    rows = [along(p, {0}) for p in source.planes if 0 in varying_dims(p)]
+    if mode.is_input(index):
+        mode.token_rows += rows
+    else:
+        for plane in rows:
+            mode.lock(plane, "rows are looked up by position, or by numbers computed from the input")
     columns = [moved for moved, p in zip(planes, source.planes, strict=True) if 0 not in varying_dims(p)]
     if len(columns) == 1:
         mode.graph.embedded.append(columns[0].flatten())

@@ -165,6 +165,7 @@ class _Level:
     embedded: NDArray[np.bool_]
     nonlinear: NDArray[np.bool_]
     chosen: NDArray[np.bool_]
+    vocabulary: NDArray[np.bool_]
 
 
 def _level(trace: Trace, label: Ints) -> _Level:
@@ -191,6 +192,7 @@ def _level(trace: Trace, label: Ints) -> _Level:
         embedded=marked(graph.embedded),
         nonlinear=marked(graph.nonlinear),
         chosen=marked(graph.chosen),
+        vocabulary=marked(graph.vocabulary),
     )
 
 
@@ -244,7 +246,7 @@ def _fresh(levels: list[_Level], number: int, sites: Sites) -> NDArray[np.bool_]
         merged = np.zeros(len(fresh), np.bool_)
         merged[label[below != first[label]]] = True
         fresh &= merged
-    return fresh & (size > 1)  # one lone node touches nothing
+    return fresh & ((size > 1) | levels[number].vocabulary)  # one lone node touches nothing, but for tied embeddings
 
 
 def _assemble(
@@ -309,6 +311,8 @@ def _kind(levels: list[_Level], number: int, node: int, members: list[Member]) -
     unit = levels[number].label[node]
     if number == 1 and len(levels) > 2:
         return "query_head" if levels[2].size[levels[2].label[node]] > levels[1].size[unit] else "kv_head"
+    if levels[0].vocabulary[unit]:
+        return "vocabulary"
     if levels[0].chosen[unit]:
         return "expert"
     if levels[0].embedded[unit] or _spans_layers(members):

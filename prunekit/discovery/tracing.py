@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.discovery.choices import Choice, chosen_by, lock_open_choices
 from prunekit.discovery.constants import Argument, constants_among
-from prunekit.discovery.labels import ARGUMENT, LOCKED, LabelGraph, varying_dims
+from prunekit.discovery.labels import ARGUMENT, LabelGraph, along, varying_dims
 from prunekit.discovery.operations import RULES, tensors_in, unknown
 from prunekit.discovery.parts import Part, probing
 from prunekit.discovery.remembered import Key, remembering
@@ -70,6 +70,8 @@ class LabelMode(TorchDispatchMode):
         self.entered = ""  # of the module that began to run last
         self._paused = False
         self.choices: list[Choice] = []
+        self.token_rows: list[Tensor] = []  # labels of the rows that were looked up by token
+        self._input: torch.UntypedStorage | None = None
         self._storages: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
         self._chosen: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
@@ -81,6 +83,16 @@ class LabelMode(TorchDispatchMode):
             yield
         finally:
             self._paused = False
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the input's tokens themselves, in whatever view."""
+        return self._input is not None and tensor.untyped_storage()._cdata == self._input._cdata
+
+    def input(self, shape: tuple[int, int]) -> Tensor:
+        """Token ids to run."""
+        tokens = torch.zeros(shape, dtype=torch.long)
+        self._input = tokens.untyped_storage()
+        return tokens
 
     def labelled(self, tensor: Tensor) -> bool:
         """Whether a tensor has labels."""
@@ -326,7 +338,7 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1)) -> Trace:
     ):
         try:
             with torch.no_grad(), watcher, mode:
-                output = model(torch.zeros(shape, dtype=torch.long), **_options(model.forward))
+                output = model(mode.input(shape), **_options(model.forward))
         except Exception as error:
             raise PrunekitError(
                 f"the model does not run on one token, so its structure cannot be traced: "
@@ -347,8 +359,26 @@ def _options(forward: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:  # noqa: ANN401
-    for tensor in tensors_in(dict(output) if isinstance(output, dict) else output):
-        for plane in mode.operand(tensor).planes:
-            mode.graph.lock(plane[plane > LOCKED], "the model's output: its rows are what the model answers with")
+    named = dict(output) if isinstance(output, dict) else {}
+    vocabulary = _tie_vocabulary(mode, named.get("logits"))
+    for tensor in tensors_in(named or output):
+        if tensor is not vocabulary:
+            for plane in mode.operand(tensor).planes:
+                mode.graph.lock(plane, "the model's output: its rows are what the model answers with")
     lock_open_choices(mode)
     mode.trace.equations, mode.trace.sizes = watcher.equations(), watcher.sizes()
+
+
+def _tie_vocabulary(mode: LabelMode, logits: Tensor | None) -> Tensor | None:
+    """A token's logit goes with the rows that are looked up by it; returns the logits where they are understood."""
+    planes = () if logits is None else mode.operand(logits).planes
+    alike = len(planes) == 1 and all(rows.numel() == planes[0].shape[-1] for rows in mode.token_rows)
+    if not mode.token_rows or not alike or varying_dims(planes[0]) != {planes[0].dim() - 1}:
+        for rows in mode.token_rows:
+            mode.graph.lock(rows, "rows are looked up by the input's tokens")
+        return None
+    answers = along(planes[0], {planes[0].dim() - 1}).flatten()
+    for rows in mode.token_rows:
+        mode.graph.unify(rows.flatten(), answers)
+    mode.graph.vocabulary.append(answers)
+    return logits

@@ -88,6 +88,9 @@ class IntegerWatcher(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _SIZE_READS:
             return self._measured(args[0], result)
+        if func in _VALUE_READS:
+            for plane in self._mode.operand(args[0]).planes:
+                self._mode.lock(plane, f"its values are read by Python code ({func.__name__})")
         note = _NOTES.get(func)
         if note is not None:
             note(self, result, args, kwargs)
@@ -196,6 +199,8 @@ def _note_one_hot(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dic
 
 
 _PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+
+_VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}  # these pass by the operations
 
 _SIZE_READS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 

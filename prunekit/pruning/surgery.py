@@ -19,6 +19,7 @@ from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
 from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.plans import PruningPlan
+from prunekit.pruning.vocabulary import renumber_tokens
 from prunekit.pruning.widths import solve
 
 Keep = dict[tuple[str, int], Tensor]  # (parameter, dim) → ascending indices that stay
@@ -34,6 +35,7 @@ class _Cut:
         selections: what modules pick from constants that they are handed.
         dead: bool (n_nodes,), nodes of the trace that go.
         gone: elements of lists of modules that lose all their parameters, such as the norm of one head.
+        tokens: token ids that stay, and how many there were; None where the vocabulary is left alone.
     """
 
     keep: Keep
@@ -41,6 +43,7 @@ class _Cut:
     selections: list[Selection]
     dead: np.ndarray
     gone: set[str]
+    tokens: tuple[list[int], int] | None
 
 
 def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.Module:
@@ -130,7 +133,8 @@ def _cut(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> 
     widths = solve(before, torch.from_numpy(dead))
     gone = _emptied_elements(model, before, dead)
     keep = _surviving_indices(before, dead, _parameters_in(before, gone))
-    return _Cut(keep, widths, find_selections(before, dead, model), dead, gone)
+    kept = [(units, plan.n_units[name]) for name, units in plan.keep.items() if groups[name].kind == "vocabulary"]
+    return _Cut(keep, widths, find_selections(before, dead, model), dead, gone, kept[0] if kept else None)
 
 
 def _emptied_elements(model: nn.Module, before: Trace, dead: np.ndarray) -> set[str]:
@@ -219,6 +223,8 @@ def _apply(model: nn.Module, cut: _Cut) -> dict[str, str]:
         select(modules[selection.argument.path], selection)
     for module in modules.values():
         _sync_layer(module)
+    if cut.tokens:
+        renumber_tokens(model, *cut.tokens)
     return remove_elements(model, cut.gone)
 
 
