@@ -286,6 +286,7 @@ def linear(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noq
         return unknown(mode, func, args, kwargs)
     rows, columns = weight.planes[0][:, 0], weight.planes[1][0]
     inner = combine(mode.graph, [source, Operand((columns,), columns.shape, True)], source.shape)
+    assert inner is not None
     shape = torch.Size((*source.shape[:-1], len(rows)))
     operands = [Operand((spread_rows(mode.graph, inner, rows),), shape), *map(mode.operand, tensors_in(args[2:]))]
     return mode.mark(torch.zeros(shape, dtype=args[0].dtype), combine(mode.graph, operands, shape))

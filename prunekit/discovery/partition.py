@@ -290,14 +290,13 @@ def _runs(values: Ints, keys: NDArray[Any]) -> list[Ints]:
 
 def _group(sites: Sites, levels: list[_Level], number: int, rows: Ints, numbers: Ints) -> CoupledGroup:
     """The group of these rows; `numbers` has room for a number a component."""
-    level = levels[number]
-    members, units = [], None
-    for mine in _runs(rows, sites.site[rows]):
-        component = level.label[sites.node[mine]]
-        if units is None:  # every unit has every site: they are numbered as they stand in the first
-            units = np.array(list(dict.fromkeys(component.tolist())))
-            numbers[units] = np.arange(len(units))
-        index = sites.index[mine[np.argsort(numbers[component], kind="stable")]]
+    level, members, runs = levels[number], [], _runs(rows, sites.site[rows])
+    # every unit has every site, so they are numbered as they stand in the first
+    units = np.array(list(dict.fromkeys(level.label[sites.node[runs[0]]].tolist())))
+    numbers[units] = np.arange(len(units))
+    for mine in runs:
+        unit = numbers[level.label[sites.node[mine]]]
+        index = sites.index[mine[np.argsort(unit, kind="stable")]]
         parameter, dim = sites.names[sites.site[mine[0]]]
         members.append(Member(parameter, dim, torch.from_numpy(index.reshape(len(units), -1))))
     kind = _kind(levels, number, sites.node[rows[0]], members)
