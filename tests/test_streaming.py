@@ -83,6 +83,19 @@ def test_a_cut_checkpoint_is_cut_again(tmp_path):
     assert torch.equal(logits(pk.load(tmp_path / "two")[0]), logits(small))
 
 
+@pytest.mark.parametrize("kind", ["layer", "block", "hidden"])
+def test_whole_parts_go_and_parameters_are_cut_both_ways(kind, tmp_path):
+    source = write(tmp_path / "in", dtype=torch.float16)
+    groups = pk.discover(pk.load(source)[0])
+    name, channels = groups.of_kind(kind)[0].name, groups.of_kind("ffn_channel")[1]
+    keep = {name: list(range(groups[name].n_units // 2)), channels.name: list(range(1, 50))}
+    plan = pk.PruningPlan(keep, {n: groups[n].n_units for n in keep}, groups.n_parameters, groups.n_parameters)
+    counted = prune_checkpoint(source, tmp_path / "out", plan, max_shard_size="30KB")
+    small = pk.prune(pk.load(source)[0], plan)
+    assert torch.equal(logits(pk.load(tmp_path / "out")[0]), logits(small))
+    assert counted.n_parameters_kept == sum(p.numel() for p in small.parameters()) < groups.n_parameters
+
+
 def test_a_plan_is_taken_as_it_is(tmp_path):
     source = write(tmp_path / "in")
     small, plan = in_memory(source, tmp_path / "memory", Magnitude(), 0.3)

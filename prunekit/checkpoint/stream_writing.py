@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from prunekit.checkpoint.building import own_tensors
@@ -17,63 +19,105 @@ from prunekit.checkpoint.folders import INDEX
 from prunekit.checkpoint.saving import cut_config, is_cut, write_beside
 from prunekit.checkpoint.uniform import plain_config
 from prunekit.checkpoint.widths import Cuts
-from prunekit.discovery.partition import find_groups
-from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 from prunekit.pruning import PruningPlan, prune
-from prunekit.pruning.surgery import _check_plan, _cut, _per_parameter
 
-Kept = dict[str, dict[int, Tensor]]
-"""Parameter → dimension → ascending indices that stay."""
-
-
-def cut_without_weights(model: nn.Module, plan: PruningPlan) -> tuple[Any, Kept]:
-    """The smaller model on the meta device, proved as by `prune`, and what stays of each parameter."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
-    }
-    empty = copy.deepcopy(model, memo)
-    before = trace(empty)
-    groups = find_groups(before)
-    _check_plan(groups, plan)
-    kept = _per_parameter(_cut(empty, before, groups, plan).keep)
-    return prune(empty, plan, inplace=True), kept
+aten = torch.ops.aten
+_POSTPONED = (aten.index_select.default, aten.clone.default)  # what slicing a parameter comes to
 
 
-def write_shards(small: nn.Module, model: nn.Module, kept: Kept, folder: Path, max_shard_size: str | int) -> None:
+@dataclass(frozen=True)
+class Piece:
+    """What stays of a parameter, not taken out of it yet.
+
+    Attributes:
+        whole: the parameter, a view of a mapped file.
+        cuts: (dimension, indices that stay), one after the other.
+    """
+
+    whole: Tensor
+    cuts: tuple[tuple[int, Tensor], ...] = ()
+
+    def take(self) -> Tensor:
+        """The values that stay, in memory where anything was cut."""
+        tensor = self.whole.detach()
+        for dim, index in self.cuts:
+            tensor = tensor.index_select(dim, index)
+        return tensor
+
+
+class Postponed(TorchDispatchMode):
+    """While open, slicing a parameter gives a stand-in of the right shape that takes no memory.
+
+    Attributes:
+        pieces: address of a parameter or of a stand-in → what it stands for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.pieces = {p.data_ptr(): Piece(p) for p in model.parameters() if p.numel()}
+        self._stand_ins: list[Tensor] = []  # they live on, so that no address is given to another
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
+        piece = self.pieces.get(args[0].data_ptr()) if func in _POSTPONED else None
+        if piece is None or args[0].shape != self._shape(piece):
+            return func(*args, **(kwargs or {}))
+        cut = (args[1], args[2]) if func is aten.index_select.default else None
+        return args[0].detach() if cut is None else self._stand_in(Piece(piece.whole, (*piece.cuts, cut)))
+
+    @staticmethod
+    def _shape(piece: Piece) -> torch.Size:
+        shape = list(piece.whole.shape)
+        for dim, index in piece.cuts:
+            shape[dim] = len(index)
+        return torch.Size(shape)
+
+    def _stand_in(self, piece: Piece) -> Tensor:
+        tensor = torch.zeros((), dtype=piece.whole.dtype)
+        self.pieces[tensor.data_ptr()] = piece
+        self._stand_ins.append(tensor)
+        return tensor.expand(self._shape(piece))
+
+
+def cut_without_weights(model: nn.Module, plan: PruningPlan) -> tuple[Any, Postponed]:
+    """The smaller model as `prune` proves it, with stand-ins for what was sliced, and what they stand for."""
+    sharing = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    with Postponed(model) as postponed:
+        return prune(sharing, plan, inplace=True), postponed
+
+
+def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard_size: str | int) -> None:
     """Slice the weights into new shards; one that is there already is left as it is.
 
     Args:
-        small: the smaller model without weights, which says what is written in which order.
-        model: the full one.
-        kept: what stays of each parameter.
+        small: the smaller model with stand-ins.
+        postponed: what they stand for.
         folder: each shard is written beside its place in it and moved there when it is whole.
         max_shard_size: of a shard, as `"1GB"`; a shard is what memory must hold.
 
     Raises:
         PrunekitError: weights that are NaN or infinite.
     """
-    layout = split_torch_state_dict_into_shards(own_tensors(small), max_shard_size=max_shard_size)
-    full = own_tensors(small) | dict(model.named_parameters())
+    state = own_tensors(small)
+    shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
+    layout = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in tqdm(layout.filename_to_tensors.items(), desc="writing", unit="shard", leave=False, delay=1):
         if not (folder / file).is_file():
-            tensors = {name: _slice(name, full[name], kept.get(name, {})) for name in names}
-            save_file(tensors, folder / f".{file}", metadata={"format": "pt"})
-            (folder / f".{file}").replace(folder / file)
-            tensors.clear()  # before the next shard is made
+            pieces = {name: postponed.pieces.get(state[name].data_ptr(), Piece(state[name])) for name in names}
+            _write_shard({name: piece.take() for name, piece in pieces.items()}, folder / file)
     if layout.is_sharded:
         index = {"metadata": layout.metadata, "weight_map": layout.tensor_to_filename}
         write_text(folder / INDEX, json.dumps(index, indent=2))
 
 
-def _slice(name: str, tensor: Tensor, keep: dict[int, Tensor]) -> Tensor:
-    tensor = tensor.detach()
-    for dim, index in keep.items():
-        tensor = tensor.index_select(dim, index)
-    if tensor.is_floating_point() and tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
-        raise PrunekitError(f"{name} has NaN or infinite weights: the checkpoint is damaged, or overflowed float16")
-    return tensor.contiguous()
+def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+            raise PrunekitError(f"{name} has NaN or infinite weights: the checkpoint is damaged, or overflowed float16")
+    beside = path.with_name(f".{path.name}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
+    beside.replace(path)
 
 
 def write_the_rest(small: Any, folder: Path, plan: PruningPlan, tokenizer: Any) -> None:  # noqa: ANN401

@@ -135,13 +135,13 @@ def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     """Everything from the mapped model to a complete folder, as far as it is not there already."""
     model, tokenizer = map_checkpoint(order.folder)
     plan = order.how if isinstance(order.how, PruningPlan) else _plan(model, order, work)
-    small, kept = cut_without_weights(model, plan)
+    small, postponed = cut_without_weights(model, plan)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     # Counted anew, since a plan may be written by hand.
     plan = replace(plan, n_parameters=before, n_parameters_kept=after, notes={**plan.notes, **notes})
     work.claim(order.facts())
     plan.save(work.plan)
-    write_shards(small, model, kept, work.checkpoint, order.max_shard_size)
+    write_shards(small, postponed, work.checkpoint, order.max_shard_size)
     write_the_rest(small, work.checkpoint, plan, tokenizer)
     return plan
 
