@@ -101,7 +101,7 @@ PRUNE = {
         ["notjson", "config.json", "not JSON"],
     ),
     "weights that are NaN": ("nan --importance l2 --pruning-ratio 0.2", ["layers.1.mlp.up_proj", "NaN"]),
-    "weights cut short": ("torn --importance l2 --pruning-ratio 0.2", ["'torn'", "cannot load"]),
+    "weights cut short": ("torn --importance l2 --pruning-ratio 0.2", ["torn", "cannot be read"]),
     "a plan that is not there": ("good --plan gone.json", ["'gone.json'", "no file"]),
     "a plan that is no JSON": ("good --plan text.txt", ["no pruning plan", "JSON"]),
 }

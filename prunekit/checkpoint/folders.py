@@ -88,6 +88,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         return dict(_header(folder / WHOLE))
     if (folder / INDEX).exists():
         return _sharded(folder, _weight_map(folder / INDEX))
+    read_config(folder)  # a folder that is no checkpoint at all is told so
     found = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "none"
     if found != "none":
         raise PrunekitError(f"{str(folder)!r} has neither {WHOLE} nor {INDEX} that can be read (safetensors: {found})")
