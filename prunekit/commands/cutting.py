@@ -163,29 +163,25 @@ def streams(args: argparse.Namespace) -> bool:
 
     size, free = n_bytes(Path(args.model)), psutil.virtual_memory().available
     if size > free:
-        print(
-            f"prunekit: {size / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of free memory: streaming", file=sys.stderr
-        )
+        sizes = f"{size / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of free memory"
+        print(f"prunekit: {sizes}: streaming; --no-streaming loads them all the same", file=sys.stderr)
     return size > free
 
 
 def cut_streaming(args: argparse.Namespace) -> "PruningPlan":
     """The same with the weights on disk."""
-    from prunekit.checkpoint.loading import load_tokenizer
     from prunekit.checkpoint.stream_source import local_folder
     from prunekit.checkpoint.streaming import check_streamable, prune_checkpoint
     from prunekit.pruning import PruningPlan
 
     local_folder(args.model)
-    options = {"notes": notes(args), **shard_size(args)}
+    options: dict[str, Any] = {"notes": notes(args), **shard_size(args)}
     try:
         if args.plan is not None:
             return prune_checkpoint(args.model, args.out, PruningPlan.load(args.plan), **options)
-        importance, calib = choose_importance(args), None
+        importance = choose_importance(args)
         check_streamable(importance)
-        if importance.needs_calibration:
-            check_calibration(args)
-            calib = calibrate(args, need_tokenizer(args.model, load_tokenizer(args.model, False), "a calibration text"))
+        calib = calibrate_streaming(args) if importance.needs_calibration else None
         options |= planning(args)
         return prune_checkpoint(args.model, args.out, importance, args.pruning_ratio, calib, **options)
     except KeyboardInterrupt as stop:
@@ -193,7 +189,15 @@ def cut_streaming(args: argparse.Namespace) -> "PruningPlan":
         raise
 
 
-def shard_size(args: argparse.Namespace) -> dict[str, str]:
+def calibrate_streaming(args: argparse.Namespace) -> "Tensor":
+    """The calibration set of the options; of the checkpoint only its tokenizer is read."""
+    from prunekit.checkpoint.loading import load_tokenizer
+
+    check_calibration(args)
+    return calibrate(args, need_tokenizer(args.model, load_tokenizer(args.model, False), "a calibration text"))
+
+
+def shard_size(args: argparse.Namespace) -> dict[str, Any]:
     """The option that says how large files may be, where it is given."""
     return {} if args.max_shard_size is None else {"max_shard_size": args.max_shard_size}
 
