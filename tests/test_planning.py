@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit import PrunekitError, PruningPlan, discover, plan, prune
-from prunekit.pruning.planning import TOLERANCE
+from prunekit.pruning.budgets import TOLERANCE
 
 GROUPS = {name: discover(FAMILIES[name].model()) for name in ("llama_gqa", "gpt2", "bloom")}
 GROUPS_GQA = GROUPS["llama_gqa"]

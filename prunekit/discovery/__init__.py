@@ -1,8 +1,11 @@
 """Coupled structures of a model, found by tracing one token."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from prunekit.discovery.groups import KINDS, CoupledGroup, Groups, Member
+from prunekit.discovery.memory import Traced
 from prunekit.discovery.partition import find_groups
 from prunekit.discovery.tracing import trace
 
@@ -29,4 +32,5 @@ def discover(model: nn.Module) -> Groups:
     al. 2023). Differs: labels on single channels in place of edges between layers, so fused projections,
     grouped-query attention and rotary halves need no cases of their own.
     """
-    return find_groups(trace(model))
+    traced = trace(model)
+    return replace(find_groups(traced), traced=Traced.of(traced, model))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 import pandas as pd
 import torch
@@ -92,11 +92,16 @@ class Groups(Sequence[CoupledGroup]):
         items: the groups, in the order of the model's layers.
         shapes: parameter name → shape, for every parameter of the model (tied ones once).
         locked: what may not be cut, module or parameter path → reason.
+        traced: the trace that they were found in, for `prune`; it is not copied or saved with them.
     """
 
     items: tuple[CoupledGroup, ...]
     shapes: dict[str, tuple[int, ...]]
     locked: dict[str, str] = field(default_factory=dict)
+    traced: Any = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "traced": None}
 
     def __len__(self) -> int:
         return len(self.items)

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from prunekit.discovery.tracing import LabelMode
 
 
+@contextmanager
+def untraced() -> Iterator[None]:
+    """While open, operations are nobody's business but ours."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        yield
+
+
 @dataclass(frozen=True)
 class Part:
     """A module whose result is zero, or one of its arguments, when its parameters are zero.
@@ -95,7 +102,7 @@ def _uses(model: nn.Module) -> Counter[int]:
 def _channels_among(mode: LabelMode, args: tuple, kwargs: dict, refill: bool) -> list[tuple[Where, Tensor]]:
     """Values of the labelled arguments; on entering a layer they are made to differ from zero and each other."""
     kept = []
-    with mode.paused():
+    with untraced():
         for where, tensor in leaves(args, kwargs):
             if mode.labelled(tensor) and not mode.is_handed(tensor) and tensor.is_floating_point():
                 if refill:
@@ -111,7 +118,7 @@ def _probe(
     returned: Any,
     layer: str | None,  # noqa: ANN401
 ) -> Part | None:
-    with mode.paused():
+    with untraced():
         results = [(where[1:], t) for where, t in leaves((returned,), {}) if t.is_floating_point()]
         if not results or len(results[0][0]) > 1:
             return None

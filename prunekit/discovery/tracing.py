@@ -21,7 +21,7 @@ from prunekit.discovery.choices import Choice, chosen_by, lock_open_choices
 from prunekit.discovery.constants import Argument, constants_among
 from prunekit.discovery.labels import ARGUMENT, LabelGraph, along, varying_dims
 from prunekit.discovery.operations import RULES, tensors_in, unknown
-from prunekit.discovery.parts import Part, probing
+from prunekit.discovery.parts import Part, probing, untraced
 from prunekit.discovery.remembered import Key, remembering
 from prunekit.discovery.rules import Operand
 from prunekit.discovery.watching import Equation, IntegerWatcher, Span
@@ -68,21 +68,11 @@ class LabelMode(TorchDispatchMode):
         self.graph = trace.graph
         self.path = ""  # of the module that runs
         self.entered = ""  # of the module that began to run last
-        self._paused = False
         self.choices: list[Choice] = []
         self.token_rows: list[Tensor] = []  # labels of the rows that were looked up by token
         self._input: torch.UntypedStorage | None = None
         self._storages: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
         self._chosen: dict[int, tuple[int, torch.UntypedStorage]] = {}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """While open, operations run and no labels follow."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
 
     def is_input(self, tensor: Tensor) -> bool:
         """Whether a tensor is the input's tokens themselves, in whatever view."""
@@ -131,10 +121,8 @@ class LabelMode(TorchDispatchMode):
             if storage._cdata in self._chosen or (self.labelled(tensor) and not self.is_handed(tensor)):
                 continue
             before.append((storage._cdata, self._storages.pop(storage._cdata, None)))
-            labels = self.graph.new(tuple(tensor.shape), ARGUMENT)
-            argument = Argument(self.path, where, tuple(tensor.shape))
-            self.trace.arguments[argument] = (int(labels.flatten()[0]), tensor.detach().clone())
-            self.mark(tensor, labels)
+            self.trace.arguments[Argument(self.path, where, tuple(tensor.shape))] = (self.graph.n_nodes, tensor)
+            self.mark(tensor, self.graph.new(tuple(tensor.shape), ARGUMENT))
         return before
 
     def is_handed(self, tensor: Tensor) -> bool:
@@ -181,8 +169,6 @@ class LabelMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
-        if self._paused:
-            return func(*args, **kwargs)
         rule = RULES.get(func.overloadpacket) or (RULES["pointwise"] if torch.Tag.pointwise in func.tags else None)
         if rule is not None and rule.always:
             return rule.apply(self, func, args, kwargs)
@@ -278,7 +264,8 @@ def labelled_arguments(model: nn.Module, mode: LabelMode) -> Iterator[None]:
     stack: list[list[tuple[Any, Any]]] = []
 
     def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        stack.append(mode.label_arguments(args, kwargs))
+        with untraced():
+            stack.append(mode.label_arguments(args, kwargs))
 
     def leave(_module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
         mode.restore(stack.pop())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from prunekit.discovery import Groups
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 
@@ -22,6 +23,7 @@ class PruningPlan:
         n_parameters: parameters of the model before.
         n_parameters_kept: parameters of the model after.
         notes: how the plan was made, for the reader.
+        groups: what the plan was made of, so that `prune` need not find it again; None in a plan that was read.
     """
 
     keep: dict[str, list[int]]
@@ -29,6 +31,7 @@ class PruningPlan:
     n_parameters: int
     n_parameters_kept: int
     notes: dict[str, Any] = field(default_factory=dict)
+    groups: Groups | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, units in self.keep.items():

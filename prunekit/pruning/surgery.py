@@ -1,7 +1,8 @@
 """A plan becomes a smaller model: parameters are sliced, remembered widths solved, the result proved."""
 
 import copy
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.discovery import Groups
 from prunekit.discovery.constants import Selection, select
-from prunekit.discovery.partition import Sites, find_groups, levels, spread_death
+from prunekit.discovery.partition import find_groups, spread_death
 from prunekit.discovery.parts import list_elements
 from prunekit.discovery.remembered import Key, set_attribute
 from prunekit.discovery.tracing import Trace, trace
@@ -19,6 +20,7 @@ from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
 from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.plans import PruningPlan
+from prunekit.pruning.proving import Change, verify
 from prunekit.pruning.vocabulary import renumber_tokens
 from prunekit.pruning.widths import solve
 
@@ -65,8 +67,14 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.M
         PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through;
             nothing was changed then.
     """
+    if plan.groups is not None and plan.groups.traced is not None and plan.groups.traced.is_of(model):
+        with suppress(PrunekitError):  # where a module's code was changed since, the proof fails: trace it anew
+            return _prune(model, plan.groups.traced.trace, plan.groups, plan, inplace)
     before = trace(model)
-    groups = find_groups(before)
+    return _prune(model, before, find_groups(before), plan, inplace)
+
+
+def _prune(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> nn.Module:
     _check_plan(groups, plan)
     if any(not units for units in plan.keep.values()):
         return _without_parts(model, before, groups, plan, inplace)
@@ -238,63 +246,6 @@ def _sync_layer(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """What a cut model must differ in.
-
-    Attributes:
-        dead: bool (n_nodes,), nodes of the full model's trace that go.
-        gone: parameters that go whole.
-        moved: list elements that stand elsewhere, path before → path after.
-    """
-
-    dead: np.ndarray
-    gone: frozenset[str] = frozenset()
-    moved: dict[str, str] = field(default_factory=dict)
-
-
-def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> None:
-    """Trace the cut model and compare its partition with the old one restricted to the survivors.
-
-    Where every group that is cut is exact, no plain number that channels are added to or multiplied with may
-    change either: one that does was computed from a width.
-
-    Raises:
-        PrunekitError: it does not run, or anything differs.
-    """
-    try:
-        after = trace(small)
-    except PrunekitError as error:
-        raise PrunekitError(f"this model cannot be cut that way, nothing was changed: {error}") from error
-    if exact and before.scalars != after.scalars:
-        raise PrunekitError(
-            "this model cannot be cut that way, nothing was changed: it scales or shifts channels by a number that it "
-            "computes from a width"
-        )
-    old, new = Sites.of(before), Sites.of(after)
-    stays = np.array([name not in change.gone for name, _ in old.names], np.bool_)
-    alive = ~change.dead[old.node] & stays[old.site]
-    names = tuple((renamed(name, change.moved), dim) for name, dim in old.names if name not in change.gone)
-    same_sites = names == new.names and np.array_equal((np.cumsum(stays) - 1)[old.site[alive]], new.site)
-    for expected, found in zip(levels(before.graph, change.dead), levels(after.graph), strict=True):
-        if not same_sites or not _same_partition(expected[old.node[alive]], found[new.node]):
-            raise PrunekitError(
-                "this model cannot be cut that way, nothing was changed: the cut model's structure is not the full "
-                "model's structure restricted to the units kept"
-            )
-
-
-def _same_partition(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two labellings put the same things together: each label of one stands for one of the other."""
-    return all(_follows(x, y) for x, y in ((a, b), (b, a)))
-
-
-def _follows(label: np.ndarray, other: np.ndarray) -> bool:
-    stands_for = np.zeros(label.max(initial=0) + 1, np.int64)
-    stands_for[label] = other
-    return bool((stands_for[label] == other).all())
 
 
 def _record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:

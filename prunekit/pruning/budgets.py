@@ -1,0 +1,144 @@
+"""Taking steps until a budget is met."""
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import groupby, pairwise
+from typing import NoReturn
+
+from torch import Tensor
+
+from prunekit.discovery import CoupledGroup, Groups
+from prunekit.errors import PrunekitError
+from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, bundles_of, stops_of
+
+TOLERANCE = 0.005  # of the model's parameters
+
+
+def by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set[int]]:
+    """Units that go, for every candidate."""
+    gone: dict[str, set[int]] = {g.name: set() for g in candidates}
+    for step in taken:
+        gone[step.group.name].update(step.units)
+    return gone
+
+
+def take_parameters(steps: list[Step], ratio: float, counter: Counter) -> list[Step]:
+    """Take what the budget holds: first the same step in every layer or in none, then single steps."""
+    budget = ratio * counter.total
+    even = [list(batch) for _, batch in groupby(steps, key=lambda s: (s.key, s.group.kind))]
+    taken = _fill(even, budget, counter)
+    done = set(map(id, taken))
+    taken += _fill([[s] for s in steps if id(s) not in done], budget, counter)
+    if budget - (counter.total - counter.left) > TOLERANCE * counter.total:
+        _refuse(steps, taken, ratio, counter)
+    return taken
+
+
+def _fill(batches: list[list[Step]], budget: float, counter: Counter) -> list[Step]:
+    """Go through the batches in order; one that is too dear closes its groups, whose later units must wait."""
+    taken: list[Step] = []
+    closed: set[str] = set()
+    for batch in batches:
+        cost = sum(counter.cost(step) for step in batch)
+        names = {step.group.name for step in batch}
+        if names & closed or counter.total - counter.left + cost > budget + 0.5:
+            closed |= names
+            continue
+        for step in batch:
+            counter.take(step)
+        taken += batch
+    return taken
+
+
+def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter) -> None:
+    reached = _round_up(1 - counter.left / counter.total)
+    done = set(map(id, taken))
+    rest = [s for s in steps if id(s) not in done]
+    if not rest:
+        raise PrunekitError(
+            f"pruning_ratio={ratio} cannot be met: with what is protected or not of the chosen kinds, "
+            f"at most {reached:.4f} of the parameters can go; ask for that or less, or allow more kinds"
+        )
+    above = _round_up(1 - (counter.left - min(counter.cost(s) for s in rest)) / counter.total)
+    nearest = min((reached, above), key=lambda r: abs(r - ratio))
+    raise PrunekitError(
+        f"pruning_ratio={ratio} cannot be met within {TOLERANCE:.1%}: units are too large; "
+        f"the nearest feasible ratios are {reached:.4f} and {above:.4f}, so ask for {nearest:.4f}"
+    )
+
+
+def _round_up(ratio: float) -> float:
+    """To four digits, so that the last unit still fits when the advice is followed."""
+    return math.ceil(ratio * 1e4) / 1e4
+
+
+def take_shares(
+    groups: Groups,
+    candidates: list[CoupledGroup],
+    scores: Mapping[str, Tensor],
+    fractions: dict[str, float],
+    rounding: Mapping[str, int],
+    min_units: int,
+) -> list[Step]:
+    """A share of the units of each group, all at once: as many as rounding and `min_units` let go."""
+    taken = []
+    for g in candidates:
+        bundles = bundles_of(groups, g, scores[g.name])
+        size, wanted = len(bundles[0]), math.floor(fractions[g.kind] * g.n_units + 0.5 + 1e-9)
+        stops = [0, *stops_of(len(bundles), size, rounding[g.name], min_units)]
+        stop = max(stop for stop in stops if stop * size <= wanted)
+        largest = max((b - a for a, b in pairwise(stops)), default=0)
+        if wanted - stop * size > largest * size:
+            _refuse_units(g.name, fractions[g.kind], g.n_units, stop * size)
+        taken.append(Step(g, tuple(unit for bundle in bundles[:stop] for unit in bundle), 0.0))
+    return taken
+
+
+def _refuse_units(name: str, fraction: float, n_units: int, feasible: float) -> NoReturn:
+    raise PrunekitError(
+        f"{fraction:.4f} of the {n_units} units of {name!r} cannot go: round_to or min_units lets "
+        f"at most {feasible / n_units:.4f} go; ask for that, or round less"
+    )
+
+
+def take_units(
+    steps: list[Step], candidates: list[CoupledGroup], fractions: dict[str, float], ranking: str
+) -> list[Step]:
+    """A share of the units of each group, or of all groups of a kind together."""
+
+    def pool(g: CoupledGroup) -> str:
+        return g.name if ranking == "local" and g.kind not in WHOLE_KINDS else g.kind
+
+    quota: dict[str, float] = {}
+    for g in candidates:
+        quota[pool(g)] = quota.get(pool(g), 0.0) + fractions[g.kind] * g.n_units
+    room = {name: math.floor(units + 0.5 + 1e-9) for name, units in quota.items()}
+    taken: list[Step] = []
+    closed: set[str] = set()
+    for step in steps:
+        name = pool(step.group)
+        if len(step.units) > room[name]:
+            closed.add(step.group.name)
+        elif step.group.name not in closed:
+            room[name] -= len(step.units)
+            taken.append(step)
+    _check_units_met(steps, candidates, pool, room, quota)
+    return taken
+
+
+def _check_units_met(
+    steps: list[Step],
+    candidates: list[CoupledGroup],
+    pool: Callable[[CoupledGroup], str],
+    room: dict[str, int],
+    quota: dict[str, float],
+) -> None:
+    """A share of units may fall short by one step a group, not by more."""
+    largest = dict.fromkeys(room, 0)
+    for step in steps:
+        largest[pool(step.group)] = max(largest[pool(step.group)], len(step.units))
+    for name, left in room.items():
+        members = [g for g in candidates if pool(g) == name]
+        if left > largest[name] * len(members):
+            units = sum(g.n_units for g in members)
+            _refuse_units(name, quota[name] / units, units, max(quota[name] - left, 0))

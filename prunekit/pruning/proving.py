@@ -1,0 +1,68 @@
+"""The proof of a cut: the smaller model is traced again, and its structure must be the old one, restricted."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from prunekit.discovery.partition import Sites, levels
+from prunekit.discovery.tracing import Trace, trace
+from prunekit.errors import PrunekitError
+from prunekit.pruning.dropping import renamed
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a cut model must differ in.
+
+    Attributes:
+        dead: bool (n_nodes,), nodes of the full model's trace that go.
+        gone: parameters that go whole.
+        moved: list elements that stand elsewhere, path before → path after.
+    """
+
+    dead: np.ndarray
+    gone: frozenset[str] = frozenset()
+    moved: dict[str, str] = field(default_factory=dict)
+
+
+def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> None:
+    """Trace the cut model and compare its partition with the old one restricted to the survivors.
+
+    Where every group that is cut is exact, no plain number that channels are added to or multiplied with may
+    change either: one that does was computed from a width.
+
+    Raises:
+        PrunekitError: it does not run, or anything differs.
+    """
+    try:
+        after = trace(small)
+    except PrunekitError as error:
+        raise PrunekitError(f"this model cannot be cut that way, nothing was changed: {error}") from error
+    if exact and before.scalars != after.scalars:
+        raise PrunekitError(
+            "this model cannot be cut that way, nothing was changed: it scales or shifts channels by a number that it "
+            "computes from a width"
+        )
+    old, new = Sites.of(before), Sites.of(after)
+    stays = np.array([name not in change.gone for name, _ in old.names], np.bool_)
+    alive = ~change.dead[old.node] & stays[old.site]
+    names = tuple((renamed(name, change.moved), dim) for name, dim in old.names if name not in change.gone)
+    same_sites = names == new.names and np.array_equal((np.cumsum(stays) - 1)[old.site[alive]], new.site)
+    for expected, found in zip(levels(before.graph, change.dead), levels(after.graph), strict=True):
+        if not same_sites or not _same_partition(expected[old.node[alive]], found[new.node]):
+            raise PrunekitError(
+                "this model cannot be cut that way, nothing was changed: the cut model's structure is not the full "
+                "model's structure restricted to the units kept"
+            )
+
+
+def _same_partition(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two labellings put the same things together: each label of one stands for one of the other."""
+    return all(_follows(x, y) for x, y in ((a, b), (b, a)))
+
+
+def _follows(label: np.ndarray, other: np.ndarray) -> bool:
+    stands_for = np.zeros(label.max(initial=0) + 1, np.int64)
+    stands_for[label] = other
+    return bool((stands_for[label] == other).all())

@@ -1,0 +1,119 @@
+"""Removals in the order in which they are to be made, and what each of them costs."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from prunekit.discovery import CoupledGroup, Groups
+
+WHOLE_KINDS = ("block", "layer")  # groups of one unit, which may go whole
+
+
+class Step(NamedTuple):
+    """Units of one group that go together (one, or as many as a round width needs)."""
+
+    group: CoupledGroup
+    units: tuple[int, ...]
+    key: float
+
+
+class Counter:
+    """Parameters left while units go, counted exactly: the product of the kept sizes of each parameter."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._sizes = {name: list(shape) for name, shape in groups.shapes.items()}
+        self.total = self.left = groups.n_parameters
+
+    def cost(self, step: Step) -> int:
+        """Parameters that go with a step."""
+        return self.left - self._after(step, take=False)
+
+    def take(self, step: Step) -> None:
+        """Let a step's units go."""
+        self.left = self._after(step, take=True)
+
+    def _after(self, step: Step, take: bool) -> int:
+        left = self.left
+        changed: dict[str, list[int]] = {}
+        for m in step.group.members:
+            sizes = changed.setdefault(m.parameter, list(self._sizes[m.parameter]))
+            left -= math.prod(sizes)
+            sizes[m.dim] -= len(step.units) * m.width
+            left += math.prod(sizes)
+        if take:
+            self._sizes.update(changed)
+        return left
+
+
+def all_steps(
+    groups: Groups,
+    candidates: list[CoupledGroup],
+    scores: Mapping[str, Tensor],
+    ranking: str,
+    rounding: Mapping[str, int],
+    min_units: int,
+) -> list[Step]:
+    """All removals that are allowed, in the order in which they are to be made."""
+    steps = _whole_steps(groups, [g for g in candidates if g.kind in WHOLE_KINDS], scores, ranking)
+    for g in candidates:
+        if g.kind in WHOLE_KINDS:
+            continue
+        bundles, values = bundles_of(groups, g, scores[g.name]), scores[g.name].tolist()
+        size, per_unit = len(bundles[0]), _parameters_per_unit(groups, g)
+        start = 0
+        for stop in stops_of(len(bundles), size, rounding[g.name], min_units):
+            units = tuple(unit for bundle in bundles[start:stop] for unit in bundle)
+            if ranking == "local":
+                key = (start + stop) / 2 / len(bundles)  # a large unit goes once half of it is due
+            else:
+                key = sum(values[unit] for unit in units) / (per_unit * len(units))
+            steps.append(Step(g, units, key))
+            start = stop
+    return sorted(steps, key=lambda step: (step.key, step.group.kind))
+
+
+def _whole_steps(
+    groups: Groups, candidates: list[CoupledGroup], scores: Mapping[str, Tensor], ranking: str
+) -> list[Step]:
+    """Whole layers and blocks compete with their own kind, whatever the ranking; the best of a kind stays."""
+    steps = []
+    for kind in WHOLE_KINDS:
+        worth = {g.name: float(scores[g.name]) / _parameters_per_unit(groups, g) for g in candidates if g.kind == kind}
+        order = sorted(worth, key=lambda name: worth[name])
+        for rank, name in enumerate(order[:-1]):
+            steps.append(Step(groups[name], (0,), (rank + 0.5) / len(order) if ranking == "local" else worth[name]))
+    return steps
+
+
+def bundles_of(groups: Groups, g: CoupledGroup, scores: Tensor) -> list[tuple[int, ...]]:
+    """Units that go together, lowest first: one a bundle, but of query heads one of each KV group."""
+    order = scores.argsort(stable=True).tolist()
+    kv_group = _kv_group_of(groups, g) if g.kind == "query_head" else [0] * g.n_units
+    ranked: dict[int, list[int]] = {}
+    for unit in order:
+        ranked.setdefault(kv_group[unit], []).append(unit)
+    return list(zip(*(ranked[number] for number in sorted(ranked)), strict=True))
+
+
+def _kv_group_of(groups: Groups, g: CoupledGroup) -> list[int]:
+    """KV group of each query head, read off the rows that they share; all in one where there is no such group."""
+    for other in groups.of_kind("kv_head"):
+        for m in g.members:
+            shared = [o for o in other.members if (o.parameter, o.dim) == (m.parameter, m.dim)]
+            if shared and bool((m.index[:, :1] == shared[0].index.flatten()).any(1).all()):
+                holds = (m.index[:, :1, None] == shared[0].index).any(-1)  # (n query heads, n KV groups)
+                return holds.long().argmax(1).tolist()
+    return [0] * g.n_units
+
+
+def _parameters_per_unit(groups: Groups, g: CoupledGroup) -> int:
+    shapes = groups.shapes
+    return sum(m.width * math.prod(shapes[m.parameter]) // shapes[m.parameter][m.dim] for m in g.members)
+
+
+def stops_of(n: int, size: int, rounding: int, min_units: int) -> list[int]:
+    """Numbers of removed bundles of units that leave a round, large enough number of units."""
+    least = max(min_units, 1)
+    return [n - kept for kept in range(n - 1, 0, -1) if kept * size >= least and kept * size % rounding == 0]
