@@ -1,108 +1,287 @@
-"""Tiny random models of every family under test, with what their configurations imply."""
+"""Tiny random models of every family under test, with the units that their configurations imply.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+`FAMILIES` must be found whole, `DIFFICULT` may be locked in part, where `locked` says, and `UNLISTED` are families
+that nothing was written for. What is not a number in the options of a model is told beside them.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunekit.discovery import Groups
+from prunekit.discovery import Groups, discover
 from prunekit.pruning import PruningPlan
+
+Units = dict[str, tuple[int, ...]]  # kind → units of each group; "~" behind a kind: inexact
+Options = dict[str, object]
 
 VOCABULARY = 48
 COMMON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": VOCABULARY}
+COUNTED = ("kv_head", "query_head", "expert", "ffn_channel", "rank", "hidden", "block", "layer")
+BOTH, EAGER = ("eager", "sdpa"), ("eager",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
-    """A model builder and the number of units in each layer that its configuration implies."""
+    """A model and what its configuration implies.
+
+    Attributes:
+        name: of the family and its variant.
+        build: attention implementation → model.
+        layers: the units in each layer.
+        spanning: the units that lie in no one layer.
+        attentions: implementations that the family has.
+        dtype: that it runs in and is compared in.
+        ordered: True where every head has a slope (ALiBi) or a norm of its own, so that heads cannot change places.
+        locked: piece of a parameter's name → piece of the reason that must be given for it.
+    """
 
     name: str
     build: Callable[[str], nn.Module]
-    kv_heads: int | None
-    query_heads: int | None
-    channels: int
-    hidden: tuple[int, ...] = (64,)
-    ranks: int = 0
+    layers: tuple[Units, ...]
+    spanning: Units = field(default_factory=lambda: {"hidden~": (64,)})
+    attentions: tuple[str, ...] = BOTH
+    dtype: torch.dtype = torch.float64
+    ordered: bool = False
+    locked: dict[str, str] = field(default_factory=dict)
 
-    def model(self, attention: str = "sdpa", dtype: torch.dtype = torch.float64) -> nn.Module:
+    def model(self, attention: str = "sdpa", dtype: torch.dtype | None = None) -> nn.Module:
         """Random weights, norms and biases too, so that nothing is right by accident."""
         torch.manual_seed(7)
-        model = self.build(attention).to(dtype).eval()
+        model = self.build(attention if attention in self.attentions else "eager").to(dtype or self.dtype).eval()
+        if dtype in (None, torch.float64) and hasattr(model, "config"):
+            model.config._experts_implementation = "eager"  # the others have no float64
         for p in model.parameters():
             with torch.no_grad():
                 p.add_(torch.randn_like(p) * 0.05)
         return model
 
+    @cache  # noqa: B019 - lives as long as the session
+    def groups(self, attention: str = "sdpa") -> Groups:
+        """What discovery finds; found once."""
+        return discover(self.model(attention))
 
-def _llama(**changes: object) -> Callable[[str], nn.Module]:
-    options = {**COMMON, "intermediate_size": 96, **changes}
-    return lambda attention: LlamaForCausalLM(LlamaConfig(**options, attn_implementation=attention))
+    def implied(self) -> dict[int | None, Units]:
+        """Layer → units, by the configuration; None for what lies in no one layer."""
+        return {None: _tidy(self.spanning), **{i: _tidy(units) for i, units in enumerate(self.layers)}}
 
+    def tolerance(self) -> float:
+        """Relative difference that rounding may make."""
+        return 1e-12 if self.dtype == torch.float64 else 1e-5
 
-def _peft(attention: str) -> nn.Module:
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
-    return get_peft_model(_llama(num_key_value_heads=4)(attention), config)
-
-
-def _opt(width: int) -> Callable[[str], nn.Module]:
-    options = {**COMMON, "ffn_dim": 96, "word_embed_proj_dim": width, "max_position_embeddings": 64}
-    return lambda attention: OPTForCausalLM(OPTConfig(**options, attn_implementation=attention))
-
-
-def _qwen3(attention: str) -> nn.Module:
-    options = {**COMMON, "intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 8}
-    return Qwen3ForCausalLM(Qwen3Config(**options, attn_implementation=attention))
+    def repeats(self) -> int:
+        """Query heads of each KV head, by the configuration."""
+        units = {kind.rstrip("~"): n for kind, n in {**self.spanning, **self.layers[-1]}.items() if n}
+        return units["query_head"][0] // units["kv_head"][0] if "query_head" in units else 1
 
 
-def _gpt2(attention: str) -> nn.Module:
-    options = {"n_embd": 64, "n_layer": 2, "n_head": 8, "vocab_size": VOCABULARY, "n_positions": 64}
-    return GPT2LMHeadModel(GPT2Config(**options, attn_implementation=attention))
+def _tidy(units: Units) -> Units:
+    return {kind: tuple(sorted(sizes)) for kind, sizes in units.items() if sizes}
 
 
-def _bloom(attention: str) -> nn.Module:
-    return BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=8, vocab_size=VOCABULARY))
+def found(groups: Groups) -> dict[int | None, Units]:
+    """Layer → units, as discovered, of the kinds that configurations imply."""
+    units: dict[int | None, Units] = {layer: {} for layer in (None, 0, 1)}
+    for g in groups.of_kind(*COUNTED):
+        kind = g.kind + ("" if g.exact else "~")
+        units[g.layer][kind] = (*units[g.layer].get(kind, ()), g.n_units)
+    return {layer: _tidy(kinds) for layer, kinds in units.items()}
 
 
-def _neox(attention: str) -> nn.Module:
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**COMMON, intermediate_size=96, attn_implementation=attention))
+MHA = {**COMMON, "intermediate_size": 96}
+GQA = {**MHA, "num_key_value_heads": 4}
+MQA = {**MHA, "num_key_value_heads": 1}
+SIZED = {**GQA, "head_dim": 8}
+PADDED = {"pad_token_id": 0}
+GPT = {"n_embd": 64, "n_layer": 2, "n_head": 8, "vocab_size": VOCABULARY, "n_positions": 64}
+# hidden = FFN = vocabulary, heads = head size: nothing can be told apart by its size
+EQUAL = {"intermediate_size": 64, "vocab_size": 64}
+FALCON = {**MHA, "ffn_hidden_size": 96, "alibi": False, "new_decoder_architecture": False}
+EXPERTS = {"num_experts_per_tok": 2}
+LOCAL = {**EXPERTS, "num_local_experts": 4}
+ROUTED = {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 40}
+PHASED = {**SIZED, **EXPERTS, "n_routed_experts": 4, "moe_intermediate_size": 40, "first_k_dense_replace": 1}
+
+MULTI_QUERY: Units = {"kv_head": (1,), "query_head": (8,)}
+FOUR_EXPERTS: Units = {"expert~": (4,)}
+NO_LAYER: Units = {"block": (1,)}  # the FFN is no module of its own
+HEADS = ("kv_head", "query_head")
 
 
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family("llama_mha", _llama(), 8, None, 96),
-        Family("llama_gqa", _llama(num_key_value_heads=4), 4, 8, 96),
-        Family("llama_mqa", _llama(num_key_value_heads=1), None, 8, 96),
-        Family("llama_tied", _llama(num_key_value_heads=2, tie_word_embeddings=True), 2, 8, 96),
-        Family("llama_biased", _llama(attention_bias=True, mlp_bias=True), 8, None, 96),
-        # hidden = FFN = vocabulary, heads = head size: nothing can be told apart by its size
-        Family("llama_equal", _llama(intermediate_size=64, vocab_size=64), 8, None, 64),
-        Family("qwen3", _qwen3, 4, 8, 96),
-        Family("gpt2", _gpt2, 8, None, 256),
-        Family("opt", _opt(64), 8, None, 96),
-        Family("opt_projected", _opt(32), 8, None, 96, hidden=(32, 64)),
-        Family("bloom", _bloom, None, None, 256),
-        Family("gpt_neox", _neox, 8, None, 96),
-        Family("llama_peft", _peft, 4, 8, 96, ranks=4),
-    )
-}
+def native(
+    name: str,
+    model_type: str,
+    options: Options,
+    units: Units | None = None,
+    *,
+    last: Units | None = None,
+    spanned: Iterable[str] = (),
+    **details: object,
+) -> Family:
+    """A family that transformers carries.
+
+    Args:
+        name: of family and variant.
+        model_type: as in its configuration.
+        options: of its configuration.
+        units: in each layer, where the options do not say so by the usual names.
+        last: in the last layer, where it differs.
+        spanned: kinds over whose units a norm takes its statistics, so that they are inexact.
+        details: of the `Family`.
+    """
+
+    def build(attention: str) -> nn.Module:
+        config = AutoConfig.for_model(model_type, **options)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+    kv = options.get("num_key_value_heads", 8)
+    sizes = {"kv_head": (kv,), "query_head": (8,) if kv < 8 else (), "block": (1, 1), "layer": (1,),
+             "ffn_channel": (options.get("intermediate_size", 4 * 64),), **(units or {})}  # fmt: skip
+    layers = ({f"{kind}~" if kind in spanned else kind: n for kind, n in {**sizes, **more}.items()}
+              for more in ({}, last or {}))  # fmt: skip
+    return Family(name, build, tuple(layers), **details)
+
+
+def wrapped(family: Family, targets: list[str], rank: int = 4) -> Family:
+    """The family with a LoRA adapter over these layers."""
+    config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
+    layers = tuple({**units, "rank": (rank,) * len(targets)} for units in family.layers)
+    return replace(
+        family, name=f"{family.name.split('_')[0]}_peft", layers=layers,
+        build=lambda attention: get_peft_model(family.build(attention), replace(config)),
+    )  # fmt: skip
+
+
+def _named(*families: Family) -> dict[str, Family]:
+    return {family.name: family for family in families}
+
+
+LLAMA = native("llama_gqa", "llama", GQA)
+GPT2 = native("gpt2", "gpt2", GPT)
+PHI3 = native("phi3", "phi3", {**GQA, **PADDED})
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+FAMILIES = _named(
+    native("llama_mha", "llama", MHA),
+    LLAMA,
+    native("llama_mqa", "llama", MQA),
+    native("llama_tied", "llama", {**MHA, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    native("llama_biased", "llama", {**MHA, "attention_bias": True, "mlp_bias": True}),
+    native("llama_equal", "llama", {**MHA, **EQUAL}),
+    native("mistral", "mistral", SIZED),
+    native("qwen2", "qwen2", {**GQA, "tie_word_embeddings": True}),
+    native("qwen2_mha", "qwen2", {**MHA, "num_key_value_heads": 8}),
+    native("qwen2_mqa", "qwen2", MQA),
+    native("qwen3", "qwen3", SIZED),
+    native("qwen3_equal", "qwen3", {**SIZED, **EQUAL}),
+    native("gemma", "gemma", SIZED),
+    native("gemma_mqa", "gemma", {**SIZED, **MQA}),
+    native("gemma2", "gemma2", SIZED, attentions=EAGER),
+    native("gemma3", "gemma3_text", SIZED),
+    native("phi", "phi", MHA),
+    native("phi_gqa", "phi", {**GQA, "qk_layernorm": True}),
+    native("phi3_mha", "phi3", {**MHA, **PADDED}),
+    PHI3,
+    native("phi3_mqa", "phi3", {**MQA, **PADDED}),
+    GPT2,
+    native("gptj", "gptj", {**GPT, "rotary_dim": 4}, attentions=EAGER),
+    native("bigcode", "gpt_bigcode", GPT, MULTI_QUERY),
+    native("bigcode_mha", "gpt_bigcode", {**GPT, "multi_query": False}),
+    native("opt", "opt", {**COMMON, "ffn_dim": 96, "max_position_embeddings": 64},
+           {"ffn_channel": (96,), **NO_LAYER}),
+    native("opt_projected", "opt", {**COMMON, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+           {"ffn_channel": (96,), **NO_LAYER}, spanning={"hidden~": (64,), "hidden": (32,)}),
+    native("bloom", "bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 8, "vocab_size": VOCABULARY},
+           attentions=EAGER, ordered=True),
+    native("gpt_neox", "gpt_neox", MHA),
+    native("gpt_neox_serial", "gpt_neox", {**MHA, "use_parallel_residual": False, "tie_word_embeddings": True}),
+    native("falcon", "falcon", {**FALCON, "multi_query": True}, MULTI_QUERY),
+    # heads lie between the key and value of their group: no query head can go without making that tensor ragged
+    native("falcon_new", "falcon", {**FALCON, "num_kv_heads": 4, "new_decoder_architecture": True},
+           {"kv_head": (4,)}),
+    native("falcon_mha", "falcon", {**FALCON, "multi_query": False, "parallel_attn": False, "bias": True}),
+    native("falcon_alibi", "falcon", {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False},
+           ordered=True),
+    native("glm", "glm", {**SIZED, **PADDED}),
+    native("glm4", "glm4", {**SIZED, **PADDED}),
+    native("olmo", "olmo", GQA),
+    native("olmo2", "olmo2", GQA, spanned=HEADS),
+    native("stablelm", "stablelm", GQA),
+    native("stablelm_qk", "stablelm", {**GQA, "qk_layernorm": True, "use_parallel_residual": True}, ordered=True),
+    native("cohere", "cohere", GQA),
+    native("cohere_qk", "cohere", {**GQA, "use_qk_norm": True}),
+    native("granite", "granite", GQA),
+    native("starcoder2", "starcoder2", GQA),
+    native("smollm3", "smollm3", {**SIZED, **PADDED}),
+    native("mpt", "mpt", {"d_model": 64, "n_layers": 2, "n_heads": 8, "vocab_size": VOCABULARY, "max_seq_len": 64},
+           attentions=EAGER, ordered=True),
+    native("mixtral", "mixtral", {**GQA, **LOCAL}, FOUR_EXPERTS),
+    native("qwen2_moe", "qwen2_moe", {**GQA, **ROUTED, "shared_expert_intermediate_size": 56},
+           {**FOUR_EXPERTS, "ffn_channel": (40, 56)}),
+    wrapped(LLAMA, LINEAR),
+    wrapped(PHI3, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    wrapped(GPT2, ["c_attn", "c_fc"]),
+)  # fmt: skip
+
+DIFFICULT = _named(
+    # queries, values and keys of each of four shards lie together
+    native("codegen", "codegen", {**GPT, "rotary_dim": 4}, {"kv_head": ()}, attentions=EAGER,
+           locked={f"transformer.h.{i}.attn.{name}": "without a rectangular shape"
+                   for i in (0, 1) for name in ("qkv_proj.weight[dim 0]", "out_proj.weight[dim 1]")}),
+    native("gpt_neo", "gpt_neo", {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "vocab_size": VOCABULARY,
+                                  "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64},
+           attentions=EAGER),
+    # it fills its masks with the smallest float32, so float64 is beyond it; sinusoids tell its channels apart
+    native("xglm", "xglm", {"d_model": 64, "num_layers": 2, "attention_heads": 8, "ffn_dim": 96,
+                            "vocab_size": VOCABULARY, "max_position_embeddings": 64},
+           {"ffn_channel": (96,), **NO_LAYER}, spanning={}, attentions=EAGER, dtype=torch.float32,
+           locked={"model.embed_tokens.weight[dim 1]": "model: is multiplied with or added to a constant"}),
+    native("bitnet", "bitnet", GQA, spanned=(*HEADS, "ffn_channel")),
+    # the latents of queries, keys and values are normed; a bias on the router's scores tells experts apart
+    native("deepseek_v3", "deepseek_v3",
+           {**MHA, **PHASED, "num_key_value_heads": 8, "n_group": 2, "topk_group": 1, "q_lora_rank": 24,
+            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+           {**MULTI_QUERY, "ffn_channel~": (24, 16)}, last={"ffn_channel": (40, 40)},
+           locked={"model.layers.1.mlp.gate.weight[dim 0]": "model.layers.1.mlp.gate: is multiplied with or added"}),
+    native("mamba", "mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "state_size": 8},
+           {"kv_head": (), "ffn_channel": (), "block": (1,)}, attentions=EAGER,
+           locked={"layers.0.mixer.in_proj.weight[dim 0]": "backbone.layers.0.mixer: convolution is not understood",
+                   "layers.1.mixer.x_proj.weight[dim 0]": "backbone.layers.1.mixer.x_proj: is contracted"}),
+    native("phimoe", "phimoe", {**GQA, **LOCAL}, {"ffn_channel": (), "block": (1,)}, spanning={},
+           locked={"layers.0.mlp.router.weight[dim 0]": "model.layers.0.mlp"}),
+)  # fmt: skip
+
+UNLISTED = _named(
+    native("nemotron", "nemotron", SIZED),
+    native("persimmon", "persimmon", MHA),
+    native("exaone4", "exaone4", SIZED),
+    native("helium", "helium", SIZED),
+    native("ernie4_5", "ernie4_5", SIZED),
+    native("cohere2", "cohere2", SIZED),
+    native("apertus", "apertus", GQA),
+    native("arcee", "arcee", GQA),
+    native("seed_oss", "seed_oss", SIZED),
+    native("hunyuan", "hunyuan_v1_dense", SIZED),
+    native("ministral", "ministral", SIZED),
+    native("biogpt", "biogpt", MHA, NO_LAYER),
+    native("ctrl", "ctrl", {**GPT, "dff": 96}, {"ffn_channel": (96,)}, spanning={}, attentions=EAGER),
+    native("nanochat", "nanochat", SIZED),
+    native("olmo3", "olmo3", GQA, spanned=HEADS),
+    native("vaultgemma", "vaultgemma", SIZED, attentions=EAGER),
+    native("lfm2", "lfm2", {**GQA, "block_auto_adjust_ff_dim": False}),
+    native("llama4", "llama4_text", {**SIZED, "intermediate_size_mlp": 80, "num_local_experts": 4}, spanning={}),
+    native("gpt_oss", "gpt_oss", {**SIZED, **LOCAL}, FOUR_EXPERTS, attentions=EAGER),
+    native("qwen3_moe", "qwen3_moe", {**SIZED, **ROUTED}, {**FOUR_EXPERTS, "ffn_channel": (40,)}),
+    native("olmoe", "olmoe", {**GQA, **EXPERTS, "num_experts": 4}, FOUR_EXPERTS, spanned=HEADS),
+    native("granitemoe", "granitemoe", {**GQA, **LOCAL}, FOUR_EXPERTS),
+)  # fmt: skip
+
+EVERYONE = {**FAMILIES, **DIFFICULT, **UNLISTED}
 
 
 def tokens(batch: int = 2, seq: int = 9) -> Tensor:
@@ -113,6 +292,23 @@ def tokens(batch: int = 2, seq: int = 9) -> Tensor:
 def plan_keeping(groups: Groups, keep: dict[str, list[int]]) -> PruningPlan:
     """A plan that keeps these units, its parameter counts left unsaid."""
     return PruningPlan(keep, {name: groups[name].n_units for name in keep}, groups.n_parameters, groups.n_parameters)
+
+
+def random_units(family: Family, groups: Groups, seed: int, share: float | None = None) -> dict[str, list[int]]:
+    """Units to keep of every group of heads and channels that is exact: a random number of them, or all but a share.
+
+    Heads are KV heads with all that is theirs, or query heads, as many of each KV head.
+    """
+    rng, keep = random.Random(seed), {}
+    heads = rng.choice([kind for kind in HEADS if any(g.n_units > 1 and g.exact for g in groups.of_kind(kind))] or [""])
+    for g in groups.of_kind(heads, "ffn_channel"):
+        size = family.repeats() if g.kind == "query_head" else g.n_units
+        n = max(1, round(size * (1 - share))) if share else rng.randint(1, size)
+        if g.exact and g.n_units > 1:
+            keep[g.name] = [
+                start + u for start in range(0, g.n_units, size) for u in sorted(rng.sample(range(size), n))
+            ]
+    return keep
 
 
 def zero_units(model: nn.Module, groups: Groups, plan: PruningPlan) -> nn.Module:

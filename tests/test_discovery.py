@@ -1,13 +1,12 @@
-"""Discovery finds what the configuration implies, and permuting a group's units changes nothing."""
+"""How discovery traces a model, what it locks, and what its groups are as values."""
 
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from families import COMMON, FAMILIES, logits, relative_difference
-from hypothesis import Phase, given, settings
+from families import COMMON, FAMILIES
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,38 +17,6 @@ from prunekit.discovery.labels import LabelGraph, varying_dims
 from prunekit.discovery.partition import _tangled, levels
 from prunekit.discovery.remembered import Remembered, remembering
 from prunekit.discovery.tracing import trace
-
-EVERY = pytest.mark.parametrize("name", FAMILIES)
-
-
-@cache
-def groups_of(name):
-    return discover(FAMILIES[name].model())
-
-
-@EVERY
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_every_layer_yields_the_units_its_configuration_implies(name, attention):
-    family = FAMILIES[name]
-    if name == "bloom" and attention == "sdpa":
-        pytest.skip("BLOOM has one attention implementation")
-    groups = discover(family.model(attention, torch.float32))
-    for layer in (0, 1):
-        units = {kind: [g.n_units for g in groups.of_kind(kind) if g.layer == layer] for kind in
-                 ("kv_head", "query_head", "ffn_channel", "rank")}  # fmt: skip
-        assert units["kv_head"] == ([] if family.kv_heads is None else [family.kv_heads])
-        assert units["query_head"] == ([] if family.query_heads is None else [family.query_heads])
-        assert units["ffn_channel"] == [family.channels]
-        assert units["rank"] == [4] * (7 if family.ranks else 0)
-    assert sorted(g.n_units for g in groups.of_kind("hidden")) == sorted(family.hidden)
-
-
-@EVERY
-def test_exactness_is_marked_where_a_norm_spans_units(name):
-    groups = discover(FAMILIES[name].model())
-    assert all(g.exact for g in groups.of_kind("kv_head", "query_head", "ffn_channel", "rank"))
-    residual = next(g for g in groups.of_kind("hidden") if g.n_units == 64)
-    assert not residual.exact
 
 
 def test_members_are_the_rows_and_columns_of_a_llama_layer():
@@ -69,47 +36,12 @@ def test_members_are_the_rows_and_columns_of_a_llama_layer():
 
 def test_groups_are_values_that_print_and_tabulate():
     groups = discover(FAMILIES["llama_mha"].model())
-    assert repr(groups).startswith("Groups(2 kv_head, 2 ffn_channel, 1 hidden; ")
+    assert repr(groups).startswith("Groups(2 kv_head, 2 ffn_channel, 1 hidden, ") and "4 block, 2 layer" in repr(groups)
     assert set(groups.table().columns) == {"group", "kind", "layer", "n_units", "exact", "parameter", "dim", "width"}
     assert "kv_head" in groups._repr_html_()
     assert groups[0] is next(iter(groups)) and len(groups[:2]) == 2
     with pytest.raises(PrunekitError, match="no group is called 'nowhere'"):
         groups["nowhere"]
-
-
-def _permute(model, group, order):
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for member in group.members:
-            p = parameters[member.parameter]
-            moved = p.index_select(member.dim, member.index[order].flatten())
-            p.index_copy_(member.dim, member.index.flatten(), moved)
-
-
-@EVERY
-@settings(max_examples=2, deadline=None, phases=[Phase.generate])
-@given(seed=st.integers(0, 2**16))
-def test_permuting_units_leaves_the_logits_unchanged(name, seed):
-    model = FAMILIES[name].model()
-    generator = torch.Generator().manual_seed(seed)
-    for group in groups_of(name):
-        if group.kind == "query_head" and FAMILIES[name].kv_heads:
-            continue  # query heads change places only within their own KV group
-        before = logits(model)
-        _permute(model, group, torch.randperm(group.n_units, generator=generator))
-        # hidden channels pass norms that compute in float32
-        assert relative_difference(logits(model), before) < (1e-6 if group.kind == "hidden" else 1e-12), group
-
-
-@EVERY
-def test_leaving_one_site_unpermuted_changes_the_logits(name):
-    model = FAMILIES[name].model()
-    for group in groups_of(name):
-        before, order = logits(model), torch.arange(group.n_units).roll(1)
-        last = replace(group, members=group.members[-1:])
-        _permute(model, last, order)
-        assert relative_difference(logits(model), before) > 1e-6, last
-        _permute(model, last, order.roll(-2))  # and back
 
 
 def test_no_weights_are_needed():
@@ -157,7 +89,7 @@ def _llama_with_activation(activation):
 
 def test_what_is_not_understood_is_locked_by_name_and_the_rest_is_found():
     groups = discover(_llama_with_activation(Sorted()))
-    assert {(g.kind, g.layer) for g in groups if g.layer is not None} == {
+    assert {(g.kind, g.layer) for g in groups.of_kind("kv_head", "query_head", "ffn_channel")} == {
         ("kv_head", 0), ("kv_head", 1), ("ffn_channel", 1)
     }  # fmt: skip
     reason = groups.locked["model.layers.0.mlp.gate_proj.weight[dim 0]"]
@@ -325,3 +257,10 @@ def test_a_level_built_on_the_one_below_is_what_its_relations_say(same, owns):
 )
 def test_what_fills_no_whole_slab_is_ragged(marks, ragged):
     assert {int(m) for part in _tangled(np.array([marks, [[5, 5], [6, 6]]])) for m in part.ravel()} == ragged
+
+
+@pytest.mark.xfail(strict=True, reason="labels of what is written in place are copied onto themselves, expanded")
+def test_several_tokens_may_run_through_writes_in_place():
+    """As torch's own RMSNorm writes; a cut of heads with slopes looks at several tokens."""
+    model = nn.Sequential(nn.Embedding(5, 8), nn.RMSNorm(8), nn.Linear(8, 5))
+    assert trace(model, (2, 3)).graph.n_nodes > 0

@@ -1,99 +1,29 @@
-"""Cut = zero on every family, and everything that must hold of a cut model."""
-
-import random
-from functools import cache
+"""Everything that must hold of a cut model, and what is refused; that cuts are right is in `test_families.py`."""
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, logits, plan_keeping, relative_difference, tokens, zero_units
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from families import FAMILIES, logits, plan_keeping, random_units, relative_difference, zero_units
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunekit import PrunekitError, PruningPlan, discover, prune
-from prunekit.pruning import surgery
-
-EVERY = pytest.mark.parametrize("name", FAMILIES)
-DEFAULT = ("kv_head", "ffn_channel")
+from prunekit.pruning import proving
 
 
-@cache
-def groups_of(name, attention="sdpa"):
-    return discover(FAMILIES[name].model(attention))
+def groups_of(name):
+    return FAMILIES[name].groups()
 
 
-def random_plan(groups, kinds, rng, share=None):
-    """Keep a random number of random units of every group of these kinds."""
-    keep = {}
-    for group in groups.of_kind(*kinds):
-        n = round(group.n_units * (1 - share)) if share else rng.randint(1, group.n_units)
-        keep[group.name] = sorted(rng.sample(range(group.n_units), max(1, n)))
-    return plan_keeping(groups, keep)
-
-
-@EVERY
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@settings(max_examples=2, deadline=None, phases=[Phase.generate])
-@given(seed=st.integers(0, 2**16))
-def test_cut_equals_zero_for_random_units(name, attention, seed):
-    model, groups = FAMILIES[name].model(attention), groups_of(name, attention)
-    plan = random_plan(groups, DEFAULT, random.Random(seed))
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    small = prune(model, plan)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    found = logits(small)
-    assert relative_difference(found, logits(zero_units(model, groups, plan))) < 1e-12
-
-
-@EVERY
-def test_a_quarter_cut_equals_zero_in_place_and_generates_through_the_cache(name):
-    model, groups = FAMILIES[name].model(), groups_of(name)
-    plan = random_plan(groups, DEFAULT, random.Random(1), share=0.25)
-    uncut, n_parameters = logits(model), sum(p.numel() for p in model.parameters())
-    zeroed = logits(zero_units(FAMILIES[name].model(), groups, plan))
-    small = prune(model, plan, inplace=True)
-    assert small is model and sum(p.numel() for p in small.parameters()) < 0.95 * n_parameters
-    assert relative_difference(zeroed, uncut) > 1e-4  # the units did something
-    assert relative_difference(logits(small), zeroed) < 1e-12
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    cached = small.generate(input_ids=tokens(1, 5), use_cache=True, **options)
-    assert torch.equal(cached, small.generate(input_ids=tokens(1, 5), use_cache=False, **options))
-
-
-@EVERY
-def test_ranks_and_hidden_channels_are_cut_where_told(name):
-    groups = groups_of(name)
-    for kind in ("rank", "hidden"):
-        if not groups.of_kind(kind):
-            continue
-        model = FAMILIES[name].model()
-        plan = random_plan(groups, (kind,), random.Random(2), share=0.25)
-        small = prune(model, plan)
-        for group in discover(small).of_kind(kind):
-            assert group.n_units == len(plan.keep[group.name])
-        if all(g.exact for g in groups.of_kind(kind)):
-            assert relative_difference(logits(small), logits(zero_units(model, groups, plan))) < 1e-12
-        else:
-            assert logits(small).isfinite().all()
-
-
-def test_removing_all_query_heads_of_one_kv_group_takes_its_keys_along():
-    model, groups = FAMILIES["llama_gqa"].model(), groups_of("llama_gqa")
-    name = "model.layers.0.self_attn:query_head"
-    small = prune(model, plan_keeping(groups, {name: [0, 1, 4, 5, 6, 7]}))
-    attention = small.model.layers[0].self_attn
-    assert attention.k_proj.weight.shape == (24, 64) and attention.q_proj.weight.shape == (48, 64)
-    plan = plan_keeping(groups, {"model.layers.0.self_attn:kv_head": [0, 2, 3]})
-    assert torch.equal(logits(small), logits(prune(model, plan)))
+def quarter(name):
+    return plan_keeping(groups_of(name), random_units(FAMILIES[name], groups_of(name), seed=0, share=0.25))
 
 
 def test_query_heads_that_leave_uneven_groups_are_refused_and_nothing_changes():
     model = FAMILIES["llama_gqa"].model()
     plan = plan_keeping(groups_of("llama_gqa"), {"model.layers.0.self_attn:query_head": [0, 1, 2]})
     shapes = {n: p.shape for n, p in model.named_parameters()}
-    with pytest.raises(PrunekitError, match="cannot be cut that way, nothing was changed"):
+    with pytest.raises(PrunekitError, match=r"would need .*num_key_value_groups .* also used where"):
         prune(model, plan, inplace=True)
     assert {n: p.shape for n, p in model.named_parameters()} == shapes
 
@@ -138,8 +68,7 @@ def test_integers_that_are_no_widths_stay():
 def test_frozen_tied_and_half_precision_parameters_stay_so():
     model = FAMILIES["llama_tied"].model(dtype=torch.bfloat16)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
-    plan = random_plan(groups_of("llama_tied"), DEFAULT, random.Random(0), share=0.5)
-    small = prune(model, plan)
+    small = prune(model, quarter("llama_tied"))
     assert small.lm_head.weight is small.model.embed_tokens.weight
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
     assert not small.model.layers[0].mlp.up_proj.weight.requires_grad
@@ -148,7 +77,7 @@ def test_frozen_tied_and_half_precision_parameters_stay_so():
 
 def test_the_new_model_shares_no_storage_with_the_old():
     model = FAMILIES["llama_mha"].model()
-    small = prune(model, random_plan(groups_of("llama_mha"), DEFAULT, random.Random(0), share=0.25))
+    small = prune(model, quarter("llama_mha"))
     old = {p.data_ptr() for p in model.parameters()}
     assert not old & {p.data_ptr() for p in small.parameters()}
 
@@ -221,21 +150,19 @@ def test_a_scale_computed_from_the_width_is_refused():
 
 def test_the_second_trace_refuses_another_structure(monkeypatch):
     """If the wrong rows were kept together, the partition would say so."""
-    model, groups = FAMILIES["llama_mha"].model(), groups_of("llama_mha")
-    plan = random_plan(groups, ("ffn_channel",), random.Random(0), share=0.25)
-    honest = surgery.levels
+    honest = proving.levels
 
     def shifted(graph, dead=None):
         for label in honest(graph, dead):
             yield label if dead is None else label[::-1].copy()
 
-    monkeypatch.setattr(surgery, "levels", shifted)
+    monkeypatch.setattr(proving, "levels", shifted)
     with pytest.raises(PrunekitError, match="structure is not the full"):
-        prune(model, plan)
+        prune(FAMILIES["llama_mha"].model(), quarter("llama_mha"))
 
 
 @pytest.mark.parametrize(
     ("other", "same"), [([5, 5, 2], True), ([0, 1, 1], False), ([0, 0, 0], False), ([0, 1, 2], False)]
 )
 def test_partitions_are_compared_whatever_their_numbers(other, same):
-    assert surgery._same_partition(np.array([0, 0, 1]), np.array(other)) is same
+    assert proving._same_partition(np.array([0, 0, 1]), np.array(other)) is same
