@@ -5,6 +5,7 @@ position in their scores, and rotary embedding turns positions in pairs; values 
 a module keeps one number for both sizes, both must change alike.
 """
 
+import operator
 from collections.abc import Iterable
 
 import numpy as np
@@ -63,10 +64,22 @@ def sized_alike(trace: Trace, label: Ints) -> Pairs:
         positions = _positions(equation.span, label)
         if positions is None or not inside[positions].all():
             continue
-        lead = first.setdefault(equation.expression, positions)
-        if len(lead) == len(positions):
-            edges.append((positions, lead))
+        number, times = _factors(equation.expression)
+        for part in np.split(positions, times) if len(positions) % times == 0 else ():
+            lead = first.setdefault(number, part)
+            if len(lead) == len(part):
+                edges.append((part, lead))
     return _flat(edges)
+
+
+def _factors(expression: Attribute | Operation) -> tuple[Attribute | Operation, int]:
+    """A remembered number and how many of it stand side by side, as in 3 · head_size for queries, keys and values."""
+    if isinstance(expression, Operation) and expression.function is operator.mul:
+        sides = (expression.left, expression.right)
+        for side, other in (sides, sides[::-1]):
+            if isinstance(side, int) and not isinstance(other, int):
+                return other, side
+    return expression, 1
 
 
 def _positions(span: Span, label: Ints) -> Ints | None:
