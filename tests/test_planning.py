@@ -1,5 +1,6 @@
 """Budgets are met within half a percent or refused with the nearest that can be."""
 
+import copy
 import json
 import math
 import re
@@ -9,8 +10,11 @@ import torch
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunekit import PrunekitError, PruningPlan, discover, plan, prune
+from prunekit.discovery.tracing import trace
+from prunekit.pruning import surgery
 from prunekit.pruning.budgets import TOLERANCE
 
 GROUPS = {name: discover(FAMILIES[name].model()) for name in ("llama_gqa", "gpt2", "bloom")}
@@ -185,3 +189,78 @@ def test_text_that_is_no_plan_is_refused(text):
         PruningPlan.from_json(text)
     with pytest.raises(PrunekitError, match="is no file"):
         PruningPlan.load("nowhere.json")
+
+
+@settings(max_examples=10, deadline=None)
+@given(ratio=st.floats(0.1, 0.6), seed=st.integers(0, 99), ranking=st.sampled_from(["local", "global"]))
+def test_query_heads_go_evenly_from_every_kv_group(ratio, seed, ranking):
+    scores = random_scores(GROUPS_GQA, seed)
+    made = plan(GROUPS_GQA, scores, ratio, kinds=("query_head",), of="units", ranking=ranking)
+    for name, kept in made.keep.items():
+        left = [sum(unit // 2 == group for unit in kept) for group in range(4)]
+        assert len(set(left)) == 1
+        if left[0] == 1:  # of each two, the one with the higher score
+            assert all(scores[name][unit] >= scores[name][unit ^ 1] for unit in kept)
+    assert prune(FAMILIES["llama_gqa"].model(), made)
+
+
+EIGHT_LAYERS = discover(LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=8,
+                                                     num_attention_heads=4, vocab_size=32)))  # fmt: skip
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_whole_layers_compete_with_each_other(ranking):
+    scores = random_scores(EIGHT_LAYERS, 3)
+    made = plan(EIGHT_LAYERS, scores, 0.25, kinds=("layer",), of="units", ranking=ranking)
+    worst = sorted((float(scores[g.name]), g.name) for g in EIGHT_LAYERS.of_kind("layer"))[:2]
+    assert {name for name, kept in made.keep.items() if not kept} == {name for _, name in worst}
+    assert made.n_parameters_kept == counted(EIGHT_LAYERS, made)
+
+
+def test_a_budget_between_two_numbers_of_layers_is_refused_with_the_nearest():
+    with pytest.raises(PrunekitError, match="nearest feasible ratios are") as refused:
+        plan(EIGHT_LAYERS, random_scores(EIGHT_LAYERS), 0.3, kinds=("layer",))
+    advice = float(re.search(r"ask for (0\.\d+)", str(refused.value)).group(1))
+    assert abs(plan(EIGHT_LAYERS, random_scores(EIGHT_LAYERS), advice, kinds=("layer",)).pruning_ratio - advice) < 5e-3
+
+
+def test_the_last_layer_is_never_taken():
+    made = plan(EIGHT_LAYERS, random_scores(EIGHT_LAYERS), 0.99, kinds=("layer",), of="units")
+    assert sum(len(kept) for kept in made.keep.values()) == 1
+
+
+def test_only_whole_layers_and_blocks_may_be_left_empty():
+    with pytest.raises(PrunekitError, match="keeps .* it must be an ascending, non-empty list"):
+        PruningPlan({"model.layers.0.mlp:ffn_channel": []}, {"model.layers.0.mlp:ffn_channel": 96}, 10, 5)
+    groups = discover(FAMILIES["llama_mqa"].model())
+    name = "model.layers.0.self_attn:kv_head"
+    with pytest.raises(PrunekitError, match="leaves nothing of .*kv_head"):
+        prune(FAMILIES["llama_mqa"].model(), PruningPlan({name: []}, {name: 1}, 10, 5))
+    assert groups[name].n_units == 1
+
+
+def test_prune_does_not_trace_again_what_discover_has(monkeypatch):
+    model = FAMILIES["llama_gqa"].model()
+    groups = discover(model)
+    made = plan(groups, random_scores(groups), 0.2)
+    traced = []
+    monkeypatch.setattr(surgery, "trace", lambda m: traced.append(m) or trace(m))
+    small = prune(model, made)
+    assert not traced and prune(model, PruningPlan.from_json(made.to_json())) is not small and traced == [model]
+
+
+def test_a_model_that_changed_since_is_traced_anew():
+    """Nothing changed that can be seen but what runs: the proof fails, and the new trace has other units."""
+    model = FAMILIES["llama_mha"].model()
+    groups = discover(model)
+    made = plan(groups, random_scores(groups), 0.2)
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).flip(-1) * mlp.up_proj(x))
+    with pytest.raises(PrunekitError, match="96 units in .*ffn_channel.*, this model has 48"):
+        prune(model, made)
+
+
+def test_groups_are_copied_without_their_trace():
+    groups = discover(FAMILIES["llama_gqa"].model())
+    again = copy.deepcopy(groups)
+    assert groups.traced is not None and again.traced is None and [g.name for g in again] == [g.name for g in groups]
