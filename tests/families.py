@@ -54,8 +54,8 @@ class Family:
         """Random weights, norms and biases too, so that nothing is right by accident."""
         torch.manual_seed(7)
         model = self.build(attention if attention in self.attentions else "eager").to(dtype or self.dtype).eval()
-        if dtype in (None, torch.float64) and hasattr(model, "config"):
-            model.config._experts_implementation = "eager"  # the others have no float64
+        if hasattr(model, "config"):
+            model.config._experts_implementation = "eager"  # the others have no float64, and no odd widths
         for p in model.parameters():
             with torch.no_grad():
                 p.add_(torch.randn_like(p) * 0.05)
@@ -326,6 +326,18 @@ def zero_units(model: nn.Module, groups: Groups, plan: PruningPlan) -> nn.Module
 def logits(model: nn.Module) -> Tensor:
     """Logits (batch, seq, vocabulary) on `tokens()`."""
     return model(tokens()).logits
+
+
+@torch.no_grad()
+def continued(model: nn.Module, use_cache: bool) -> Tensor:
+    """Logits (batch, step, vocabulary) while a model goes on by itself with two prompts, the second padded."""
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    out = model.generate(
+        input_ids=tokens(2, 5), attention_mask=mask, use_cache=use_cache,
+        output_logits=True, return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    return torch.stack(out.logits, 1)
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

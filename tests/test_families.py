@@ -7,12 +7,12 @@ from families import (
     FAMILIES,
     HEADS,
     UNLISTED,
+    continued,
     found,
     logits,
     plan_keeping,
     random_units,
     relative_difference,
-    tokens,
     zero_units,
 )
 from hypothesis import Phase, given, settings
@@ -25,11 +25,9 @@ from prunekit import discover, prune
 
 PROVED = {**FAMILIES, **WIRINGS}
 EVERYONE = {**PROVED, **DIFFICULT, **UNLISTED}
-GENERATING = [name for name in FAMILIES if not name.endswith("_peft")]
 MIXTURES = [name for name, family in {**FAMILIES, **UNLISTED}.items() if "expert~" in family.layers[0]]
 # what may change places; dimensions of a head that positions turn may not
 UNORDERED = ("kv_head", "query_head", "ffn_channel", "rank", "hidden", "expert")
-GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 proved = pytest.mark.parametrize("name", PROVED)
 drawn = settings(max_examples=2, deadline=None, phases=[Phase.generate])
@@ -133,13 +131,13 @@ def test_cut_equals_zero_for_random_units(name, attention, seed):
     assert relative_difference(small, logits(zero_units(model, groups, plan))) < family.tolerance()
 
 
-def _quarter(family):
+def _quarter(family, dtype=None):
     """A model cut in place by a quarter of its heads and channels, its zeroed twin, and the logits before."""
-    model, groups = family.model(), family.groups()
+    model, groups = family.model(dtype=dtype), family.groups()
     plan, uncut = plan_keeping(groups, random_units(family, groups, seed=1, share=0.25)), logits(model)
     small = prune(model, plan, inplace=True)
     assert small is model
-    return small, zero_units(family.model(), groups, plan), uncut
+    return small, zero_units(family.model(dtype=dtype), groups, plan), uncut
 
 
 @pytest.mark.parametrize("name", [name for name, family in EVERYONE.items() if exact_units(family)])
@@ -152,15 +150,14 @@ def test_a_quarter_cut_in_place_equals_zero(name):
     assert relative_difference(logits(small), logits(zeroed)) < family.tolerance()
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_padded_prompts_go_on_alike_with_and_without_a_cache(name):
-    """Prompts of different lengths: slopes and positions belong to each sequence."""
-    small, zeroed, _ = _quarter(FAMILIES[name])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    prompts = {"input_ids": tokens(2, 5), "attention_mask": mask}
-    cached = small.generate(**prompts, use_cache=True, **GREEDY)
-    assert torch.equal(cached, small.generate(**prompts, use_cache=False, **GREEDY))
-    assert torch.equal(cached, zeroed.generate(**prompts, use_cache=True, **GREEDY))
+    """Slopes and positions belong to each sequence. In float32: masks of float64 overflow in some families."""
+    small, zeroed, _ = _quarter(FAMILIES[name], torch.float32)
+    cached, expected = continued(small, use_cache=True), continued(zeroed, use_cache=True)
+    assert expected.isfinite().all()
+    assert relative_difference(cached, expected) < 1e-5
+    assert relative_difference(continued(small, use_cache=False), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "opt_projected", "bloom", "mixtral", "llama_peft", "chatglm2"])
