@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -104,8 +105,8 @@ class IntegerWatcher(TorchFunctionMode):
         choice = self._mode.operand(chosen).choice
         if isinstance(number, Remembered) and choice is not None:
             labels = self._mode.choices[choice].labels
-            origin = (number - (int(number) - len(labels))).origin
-            self._chosen.append(Equation(origin, Span((labels,), 0), self._mode.path))
+            scored = Operation(operator.sub, number.origin, int(number) - len(labels))
+            self._chosen.append(Equation(scored, Span((labels,), 0), self._mode.path))
 
     def see(self, number: Any, tensor: Any, dim: int, stop: int | None = None) -> None:  # noqa: ANN401
         """Note a size if it is a remembered integer."""

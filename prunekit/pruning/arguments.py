@@ -47,8 +47,8 @@ def _selection(argument: Argument, dead: Bools, met: Bools) -> Selection:
     """A slab goes where something in it dies and nothing in it is still needed."""
     for dim in range(dead.ndim):
         others = tuple(d for d in range(dead.ndim) if d != dim)
-        gone = dead.any(axis=others)
-        if not gone.all() and not (met & ~dead).any(axis=others)[gone].any():
+        gone, needed = (np.asarray(flags.any(axis=others)) for flags in (dead, met & ~dead))
+        if not gone.all() and not needed[gone].any():
             return Selection(argument, dim, tuple(np.flatnonzero(~gone).tolist()))
     raise PrunekitError(
         f"{argument.path} is handed a constant of shape {argument.shape} that cannot be cut along one dimension; "

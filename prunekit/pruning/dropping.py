@@ -36,14 +36,11 @@ class Skipped(nn.Module):
 
     def _count_tokens(self, like: Tensor, arguments: tuple) -> None:
         for cache in arguments:
-            if isinstance(cache, Cache) and self.layer_idx is not None and self._keeps_keys(cache):
-                empty = like.new_zeros(like.shape[0], 1, like.shape[1], 1)  # (batch, head, seq, d_head)
-                cache.update(empty, empty, self.layer_idx)
-
-    def _keeps_keys(self, cache: Cache) -> bool:
-        """Not so for the states of linear attention."""
-        layers = cache.layers[self.layer_idx : self.layer_idx + 1]
-        return all(hasattr(layer, "update") for layer in layers)
+            if isinstance(cache, Cache) and self.layer_idx is not None:
+                kept = cache.layers[self.layer_idx : self.layer_idx + 1]
+                if all(hasattr(layer, "update") for layer in kept):  # not so for the states of linear attention
+                    empty = like.new_zeros(like.shape[0], 1, like.shape[1], 1)  # (batch, head, seq, d_head)
+                    cache.update(empty, empty, self.layer_idx)
 
     def extra_repr(self) -> str:
         """What stood here."""

@@ -19,11 +19,11 @@ def renumber_tokens(model: nn.Module, kept: list[int], n_tokens: int) -> None:
     new = {old: position for position, old in enumerate(kept)}
     configs: dict[int, Any] = {}
     for module in model.modules():
-        if vars(module).get("vocab_size") == n_tokens:
-            module.vocab_size = len(kept)
-        pads = isinstance(module, nn.Embedding) and module.num_embeddings == len(kept)
-        if pads and module.padding_idx is not None:
-            module.padding_idx = new.get(module.padding_idx)
+        own = vars(module)
+        if own.get("vocab_size") == n_tokens:
+            own["vocab_size"] = len(kept)
+        if isinstance(module, nn.Embedding) and module.num_embeddings == len(kept) and module.padding_idx is not None:
+            own["padding_idx"] = new.get(module.padding_idx)
         for holder in ("config", "generation_config"):
             config = vars(module).get(holder)
             if config is not None:
