@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from prunekit.errors import PrunekitError
 
-# Okabe and Ito's palette, safe for colour-blind readers, and two of Tol's where it ends.
+# Okabe and Ito's palette, safe for colour-blind readers, and some of Tol's where it ends.
 METHOD_COLORS = {
     "dense": "#333333",
     "cut": "#D55E00",
@@ -24,7 +24,18 @@ METHOD_COLORS = {
     "sparsegpt": "#882255",
     "sparsellm": "#117733",
 }
-KIND_COLORS = {"kv_head": "#0072B2", "ffn_channel": "#E69F00"}
+KIND_COLORS = {
+    "kv_head": "#0072B2",
+    "query_head": "#56B4E9",
+    "ffn_channel": "#E69F00",
+    "hidden": "#009E73",
+    "head_dim": "#CC79A7",
+    "expert": "#D55E00",
+    "block": "#882255",
+    "layer": "#332288",
+    "rank": "#999933",
+    "vocabulary": "#777777",
+}
 SPARE_COLORS = ("#CC79A7", "#56B4E9", "#882255", "#117733", "#F0E442", "#44AA99", "#661100")
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "++")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

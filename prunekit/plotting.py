@@ -14,6 +14,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from prunekit.errors import PrunekitError
+from prunekit.plot_groups import layer_table, plot_groups
 from prunekit.plot_structure import plot_coupled_group
 from prunekit.plot_style import (
     HATCHES,
@@ -29,9 +30,11 @@ from prunekit.plot_style import (
 
 __all__ = [
     "METHOD_COLORS",
+    "layer_table",
     "plot_accuracy",
     "plot_agreement",
     "plot_coupled_group",
+    "plot_groups",
     "plot_loss",
     "plot_plan",
     "plot_scores",

@@ -247,10 +247,11 @@ def large(tmp_path_factory):
 @pytest.mark.parametrize("importance", ["magnitude", "activation"])
 def test_memory_is_that_of_a_few_parameters(importance, large, tmp_path):
     arguments = [sys.executable, "-c", MEASURED, str(large), str(tmp_path / "out"), importance]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    assert size > 380e6 and int(done.stdout.split()[-1]) < size / 2
+    assert size > 380e6 and 0 < int(done.stdout.split()[-1]) < size / 2.5
 
 
 @pytest.mark.parametrize(

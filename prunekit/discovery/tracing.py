@@ -279,7 +279,7 @@ def labelled_arguments(model: nn.Module, mode: LabelMode) -> Iterator[None]:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """While open, Python does not look for cycles: a trace keeps nearly all that it makes, so looking only costs."""
     enabled = gc.isenabled()
     gc.disable()
@@ -301,7 +301,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@_uncollected()
+@uncollected()
 def trace(model: nn.Module, shape: tuple[int, int] = (1, 1)) -> Trace:
     """Run one token through `model` and write down what happens to every channel.
 

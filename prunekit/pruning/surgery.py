@@ -15,7 +15,7 @@ from prunekit.discovery.constants import Selection, select
 from prunekit.discovery.partition import find_groups, spread_death
 from prunekit.discovery.parts import list_elements
 from prunekit.discovery.remembered import Key, set_attribute
-from prunekit.discovery.tracing import Trace, trace
+from prunekit.discovery.tracing import Trace, trace, uncollected
 from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
 from prunekit.pruning.dropping import drop, remove_elements, renamed
@@ -48,6 +48,7 @@ class _Cut:
     tokens: tuple[list[int], int] | None
 
 
+@uncollected()
 def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.Module:
     """A smaller model that computes what `model` computes with the removed units zeroed.
 
