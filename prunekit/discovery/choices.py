@@ -16,7 +16,7 @@ from prunekit.discovery.labels import along, varying_dims
 from prunekit.discovery.rules import Operand, reduce_labels
 
 if TYPE_CHECKING:
-    from prunekit.discovery.tracing import LabelMode
+    from prunekit.discovery.labelling import LabelMode
 
 
 @dataclass(eq=False)

@@ -3,8 +3,8 @@
 import torch
 
 from prunekit.discovery.groups import CoupledGroup, Member
+from prunekit.discovery.labelling import Trace
 from prunekit.discovery.parts import Part
-from prunekit.discovery.tracing import Trace
 
 
 def depth_groups(trace: Trace, hidden: set[int]) -> list[CoupledGroup]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.discovery.tracing import Trace
+from prunekit.discovery.labelling import Trace
 
 Structure = tuple[Any, ...]
 

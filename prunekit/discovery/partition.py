@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain
@@ -11,106 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
+from prunekit.discovery.components import Sites, by_owner, joined, levels, merge, pairs
 from prunekit.discovery.depth import depth_groups
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
-from prunekit.discovery.labels import ACTIVATION, CONSTANT, LOCKED, SCORE, STATISTIC, Ints, LabelGraph
+from prunekit.discovery.labelling import Trace
+from prunekit.discovery.labels import CONSTANT, LOCKED, STATISTIC, Ints
 from prunekit.discovery.positions import scored_alike, sized_alike
-from prunekit.discovery.tracing import Trace
-
-
-@dataclass(frozen=True, eq=False)
-class Sites:
-    """Every index of every parameter dimension, in the order of `named_parameters()`.
-
-    Attributes:
-        names: (parameter, dim) of each site.
-        node: node of each index.
-        site: site number of each index.
-        index: position along the dimension.
-    """
-
-    names: tuple[tuple[str, int], ...]
-    node: Ints
-    site: Ints
-    index: Ints
-
-    @classmethod
-    def of(cls, trace: Trace) -> "Sites":
-        """Lay out the sites of a trace."""
-        spans = list(trace.offsets.items())
-        sizes = [size for _, (_, size) in spans]
-        return cls(
-            names=tuple(name for name, _ in spans),
-            node=np.concatenate([np.arange(start, start + size) for _, (start, size) in spans]),
-            site=np.repeat(np.arange(len(spans)), sizes),
-            index=np.concatenate([np.arange(size) for size in sizes]),
-        )
-
-
-def _joined(parts: Iterable[Ints]) -> Ints:
-    return np.concatenate([np.zeros(0, np.int64), *(part.ravel() for part in parts)])
-
-
-def _pairs(edges: Iterable[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
-    edges = list(edges)
-    return _joined(a for a, _ in edges), _joined(b for _, b in edges)
-
-
-def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None) -> Iterator[Ints]:
-    """Component of every node: channels; then with what scores own (query heads); then KV groups.
-
-    Each level is made of the components of the one below. An owner whose members all lie in one component
-    joins it, whatever its kind: it dies exactly when they do.
-
-    Args:
-        graph: nodes and relations.
-        dead: bool (n_nodes,), nodes to leave out with all their relations.
-    """
-
-    def alive(edges: Iterable[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
-        a, b = _pairs(edges)
-        return (a, b) if dead is None else (a[~dead[a] & ~dead[b]], b[~dead[a] & ~dead[b]])
-
-    label = np.arange(graph.n_nodes)
-    owners = _by_owner(*alive(chain.from_iterable(graph.owns.values())))
-    for relation in (graph.same, graph.owns[SCORE], graph.owns[ACTIVATION]):
-        a, b = (label[nodes] for nodes in alive(relation))
-        label = _merge(label, a, b, owners)
-        yield label
-
-
-def _merge(label: Ints, a: Ints, b: Ints, owners: tuple[Ints, Ints, Ints]) -> Ints:
-    """Components after pairs of them have joined, and the owners whose members have."""
-    while True:
-        label = _connect(a, b, int(label.max()) + 1)[label]
-        a, b = _settled_owners(label, *owners)
-        if not len(a):
-            return label
-
-
-def _connect(a: Ints, b: Ints, n: int) -> Ints:
-    matrix = coo_matrix((np.ones(len(a), np.bool_), (a, b)), shape=(n, n))
-    return connected_components(matrix, directed=False)[1].astype(np.int64)
-
-
-def _by_owner(owner: Ints, member: Ints) -> tuple[Ints, Ints, Ints]:
-    """Owners (each once), members in their order, and where each owner's members start."""
-    order = np.argsort(owner, kind="stable")
-    owner, member = owner[order], member[order]
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    return owner[starts], member, starts
-
-
-def _settled_owners(label: Ints, owner: Ints, member: Ints, starts: Ints) -> tuple[Ints, Ints]:
-    """Components of owners, and of their members where these share one that the owner is not yet in."""
-    if not len(owner):
-        return owner, member
-    low, high = (f.reduceat(label[member], starts) for f in (np.minimum, np.maximum))
-    news = (low == high) & (low != label[owner])
-    return label[owner[news]], low[news]
 
 
 def _ragged(trace: Trace, label: Ints) -> Ints:
@@ -118,7 +25,7 @@ def _ragged(trace: Trace, label: Ints) -> Ints:
     stacks: dict[tuple[int, ...], list[Ints]] = {}
     for plane in trace.rectangles.values():
         stacks.setdefault(tuple(plane.shape), []).append(plane.numpy())
-    return _joined(part for planes in stacks.values() for part in _tangled(label[np.stack(planes)]))
+    return joined(part for planes in stacks.values() for part in _tangled(label[np.stack(planes)]))
 
 
 def _tangled(marks: Ints) -> Iterator[Ints]:
@@ -134,22 +41,6 @@ def _mixed(marks: Ints, dim: int) -> NDArray[np.bool_]:
     """Which slabs along a dimension hold more than one component, (n_planes, n_slabs)."""
     slabs = np.moveaxis(marks, dim, 1).reshape(*marks.shape[:1], marks.shape[dim], -1)
     return (slabs != slabs[..., :1]).any(-1)
-
-
-def spread_death(graph: LabelGraph, dead: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Every node that dies with these: what is SAME with them, and owners all of whose members die."""
-    label = next(levels(graph))
-    owner, member = _pairs(chain.from_iterable(graph.owns.values()))
-    dying = np.zeros(int(label.max()) + 1, np.bool_)
-    while True:
-        dying[label[dead]] = True
-        spread = dying[label]
-        bereft = np.zeros(len(label), np.bool_)
-        bereft[owner] = True
-        bereft[owner[~spread[member]]] = False
-        if not (bereft & ~spread).any():
-            return spread
-        dead = spread | bereft
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,11 +68,11 @@ def _level(trace: Trace, label: Ints) -> _Level:
         return out
 
     def marked(planes: list[torch.Tensor]) -> NDArray[np.bool_]:
-        nodes = _joined(plane.numpy() for plane in planes)
+        nodes = joined(plane.numpy() for plane in planes)
         return flags(label[nodes[nodes > LOCKED]])
 
-    statistic, counted = (label[nodes] for nodes in _pairs(graph.owns[STATISTIC]))
-    owner, member = (label[nodes] for nodes in _pairs(chain.from_iterable(graph.owns.values())))
+    statistic, counted = (label[nodes] for nodes in pairs(graph.owns[STATISTIC]))
+    owner, member = (label[nodes] for nodes in pairs(chain.from_iterable(graph.owns.values())))
     return _Level(
         label,
         size,
@@ -224,10 +115,10 @@ def find_groups(trace: Trace) -> Groups:
 
 def _head_dims(trace: Trace, sites: Sites, known: list[_Level]) -> list[tuple[CoupledGroup, Ints]]:
     """Groups of positions that all heads of a layer share."""
-    owners = _by_owner(*_pairs(chain.from_iterable(trace.graph.owns.values())))
+    owners = by_owner(*pairs(chain.from_iterable(trace.graph.owns.values())))
     label = known[0].label
     for alike in (scored_alike, sized_alike):
-        label = _merge(label, *alike(trace, label), owners)
+        label = merge(label, *alike(trace, label), owners)
     level = _level(trace, label)
     usable = _fresh([known[0], level], 1, sites) & ~level.locked & ~level.ragged & ~level.open & ~level.embedded
     groups = _assemble(sites, [known[0], level], 1, usable)

@@ -20,7 +20,7 @@ from prunekit.discovery.constants import Where, leaves
 from prunekit.discovery.labels import LOCKED
 
 if TYPE_CHECKING:
-    from prunekit.discovery.tracing import LabelMode
+    from prunekit.discovery.labelling import LabelMode
 
 
 @contextmanager

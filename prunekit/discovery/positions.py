@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from prunekit.discovery.labelling import Trace
 from prunekit.discovery.labels import LOCKED, Ints, LabelGraph
 from prunekit.discovery.remembered import Attribute, Operation
-from prunekit.discovery.tracing import Trace
 from prunekit.discovery.watching import Span
 
 Pairs = tuple[Ints, Ints]

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from prunekit.discovery.remembered import Attribute, Key, Operation, Remembered
 
 if TYPE_CHECKING:
-    from prunekit.discovery.tracing import LabelMode
+    from prunekit.discovery.labelling import LabelMode
 
 
 SHAPE = "shape"  # holder of the sizes that code reads off tensors

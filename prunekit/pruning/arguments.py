@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunekit.discovery.constants import Argument, Selection, Where
-from prunekit.discovery.tracing import Trace, trace
+from prunekit.discovery.labelling import Trace
+from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 
 Bools = NDArray[np.bool_]

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from prunekit.discovery.partition import Sites, levels
-from prunekit.discovery.tracing import Trace, trace
+from prunekit.discovery.components import Sites, levels
+from prunekit.discovery.labelling import Trace
+from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.dropping import renamed
 

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.discovery import Groups
+from prunekit.discovery.components import spread_death
 from prunekit.discovery.constants import Selection, select
-from prunekit.discovery.partition import find_groups, spread_death
+from prunekit.discovery.labelling import Trace
+from prunekit.discovery.partition import find_groups
 from prunekit.discovery.parts import list_elements
+from prunekit.discovery.preparing import uncollected
 from prunekit.discovery.remembered import Key, set_attribute
-from prunekit.discovery.tracing import Trace, trace, uncollected
+from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
 from prunekit.pruning.dropping import drop, remove_elements, renamed

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from prunekit.discovery.labelling import Trace
 from prunekit.discovery.remembered import Attribute, Key
-from prunekit.discovery.tracing import Trace
 from prunekit.discovery.watching import SHAPE, Equation
 from prunekit.errors import PrunekitError
 

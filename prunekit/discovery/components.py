@@ -1,0 +1,123 @@
+"""Connected components of a label graph, level by level."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from prunekit.discovery.labelling import Trace
+from prunekit.discovery.labels import ACTIVATION, SCORE, Ints, LabelGraph
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """Every index of every parameter dimension, in the order of `named_parameters()`.
+
+    Attributes:
+        names: (parameter, dim) of each site.
+        node: node of each index.
+        site: site number of each index.
+        index: position along the dimension.
+    """
+
+    names: tuple[tuple[str, int], ...]
+    node: Ints
+    site: Ints
+    index: Ints
+
+    @classmethod
+    def of(cls, trace: Trace) -> "Sites":
+        """Lay out the sites of a trace."""
+        spans = list(trace.offsets.items())
+        sizes = [size for _, (_, size) in spans]
+        return cls(
+            names=tuple(name for name, _ in spans),
+            node=np.concatenate([np.arange(start, start + size) for _, (start, size) in spans]),
+            site=np.repeat(np.arange(len(spans)), sizes),
+            index=np.concatenate([np.arange(size) for size in sizes]),
+        )
+
+
+def joined(parts: Iterable[Ints]) -> Ints:
+    """All of them, flat, one after the other."""
+    return np.concatenate([np.zeros(0, np.int64), *(part.ravel() for part in parts)])
+
+
+def pairs(edges: Iterable[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
+    """Relations, flat: the one side and the other."""
+    edges = list(edges)
+    return joined(a for a, _ in edges), joined(b for _, b in edges)
+
+
+def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None) -> Iterator[Ints]:
+    """Component of every node: channels; then with what scores own (query heads); then KV groups.
+
+    Each level is made of the components of the one below. An owner whose members all lie in one component
+    joins it, whatever its kind: it dies exactly when they do.
+
+    Args:
+        graph: nodes and relations.
+        dead: bool (n_nodes,), nodes to leave out with all their relations.
+    """
+
+    def alive(edges: Iterable[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
+        a, b = pairs(edges)
+        return (a, b) if dead is None else (a[~dead[a] & ~dead[b]], b[~dead[a] & ~dead[b]])
+
+    label = np.arange(graph.n_nodes)
+    owners = by_owner(*alive(chain.from_iterable(graph.owns.values())))
+    for relation in (graph.same, graph.owns[SCORE], graph.owns[ACTIVATION]):
+        a, b = (label[nodes] for nodes in alive(relation))
+        label = merge(label, a, b, owners)
+        yield label
+
+
+def merge(label: Ints, a: Ints, b: Ints, owners: tuple[Ints, Ints, Ints]) -> Ints:
+    """Components after pairs of them have joined, and the owners whose members have."""
+    while True:
+        label = _connect(a, b, int(label.max()) + 1)[label]
+        a, b = _settled_owners(label, *owners)
+        if not len(a):
+            return label
+
+
+def _connect(a: Ints, b: Ints, n: int) -> Ints:
+    matrix = coo_matrix((np.ones(len(a), np.bool_), (a, b)), shape=(n, n))
+    return connected_components(matrix, directed=False)[1].astype(np.int64)
+
+
+def by_owner(owner: Ints, member: Ints) -> tuple[Ints, Ints, Ints]:
+    """Owners (each once), members in their order, and where each owner's members start."""
+    order = np.argsort(owner, kind="stable")
+    owner, member = owner[order], member[order]
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    return owner[starts], member, starts
+
+
+def _settled_owners(label: Ints, owner: Ints, member: Ints, starts: Ints) -> tuple[Ints, Ints]:
+    """Components of owners, and of their members where these share one that the owner is not yet in."""
+    if not len(owner):
+        return owner, member
+    low, high = (f.reduceat(label[member], starts) for f in (np.minimum, np.maximum))
+    news = (low == high) & (low != label[owner])
+    return label[owner[news]], low[news]
+
+
+def spread_death(graph: LabelGraph, dead: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Every node that dies with these: what is SAME with them, and owners all of whose members die."""
+    label = next(levels(graph))
+    owner, member = pairs(chain.from_iterable(graph.owns.values()))
+    dying = np.zeros(int(label.max()) + 1, np.bool_)
+    while True:
+        dying[label[dead]] = True
+        spread = dying[label]
+        bereft = np.zeros(len(label), np.bool_)
+        bereft[owner] = True
+        bereft[owner[~spread[member]]] = False
+        if not (bereft & ~spread).any():
+            return spread
+        dead = spread | bereft

@@ -1,0 +1,193 @@
+"""The mode under which a model runs while it is traced: every operation, and what it does to the labels."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunekit.discovery import arithmetic, movement  # noqa: F401  they register their rules
+from prunekit.discovery.choices import Choice, chosen_by
+from prunekit.discovery.constants import Argument, constants_among
+from prunekit.discovery.labels import ARGUMENT, LabelGraph, varying_dims
+from prunekit.discovery.operations import RULES, tensors_in, unknown
+from prunekit.discovery.parts import Part
+from prunekit.discovery.remembered import Key
+from prunekit.discovery.rules import Operand
+from prunekit.discovery.watching import Equation, Span
+
+PLANES = "_prunekit_planes"
+UNIFORM = "_prunekit_uniform"
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one traced token leaves behind.
+
+    Attributes:
+        graph: nodes and relations.
+        offsets: (parameter, dim) → (first node, size); parameters as in `named_parameters()`.
+        shapes: parameter → shape.
+        equations: where remembered integers arrived.
+        sizes: what stands behind the sizes that code read off tensors.
+        rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular; by where
+            they lie, since one that is transposed or reshaped back need not be looked at twice.
+        scalars: name and plain numbers of every pointwise operation on labelled tensors, in order.
+        arguments: constants that modules are handed, such as the slopes of ALiBi, → (first node, values).
+        parts: modules that do nothing when their parameters are zero.
+    """
+
+    graph: LabelGraph = field(default_factory=LabelGraph)
+    offsets: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    equations: list[Equation] = field(default_factory=list)
+    sizes: dict[Key, Span] = field(default_factory=dict)
+    rectangles: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    scalars: list[tuple[Any, ...]] = field(default_factory=list)
+    arguments: dict[Argument, tuple[int, Tensor]] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+
+
+class LabelMode(TorchDispatchMode):
+    """Runs every operation on the tensors and its rule on their labels."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.graph = trace.graph
+        self.path = ""  # of the module that runs
+        self.entered = ""  # of the module that began to run last
+        self.choices: list[Choice] = []
+        self.token_rows: list[Tensor] = []  # labels of the rows that were looked up by token
+        self._input: torch.UntypedStorage | None = None
+        self._storages: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
+        self._chosen: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the input's tokens themselves, in whatever view."""
+        return self._input is not None and tensor.untyped_storage()._cdata == self._input._cdata
+
+    def input(self, shape: tuple[int, int]) -> Tensor:
+        """Token ids to run."""
+        tokens = torch.zeros(shape, dtype=torch.long)
+        self._input = tokens.untyped_storage()
+        return tokens
+
+    def labelled(self, tensor: Tensor) -> bool:
+        """Whether a tensor has labels."""
+        return tensor.untyped_storage()._cdata in self._storages or bool(getattr(tensor, PLANES, ()))
+
+    def operand(self, tensor: Tensor) -> Operand:
+        """The labels of a tensor. Views share the labels of what they view, as they share its storage."""
+        planes = getattr(tensor, PLANES, None)
+        if planes is not None:
+            return Operand(planes, tensor.shape, parameter=True)
+        key = tensor.untyped_storage()._cdata
+        found = self._storages.get(key)
+        if found is None:
+            uniform = tensor.numel() == 1 or _still_uniform(tensor)
+            return Operand((), tensor.shape, uniform=uniform, choice=self._chosen.get(key, (None,))[0])
+        plane = found[0].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return Operand((plane,), tensor.shape)
+
+    def mark(self, tensor: Tensor, plane: Tensor | None) -> Tensor:
+        """Give an activation its labels; later views and in-place writes share them."""
+        if plane is None:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            n = storage.nbytes() // tensor.element_size()
+            self._storages[storage._cdata] = (torch.from_numpy(np.zeros(n, np.int64)), storage)
+        flat = self._storages[storage._cdata][0]
+        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(plane)
+        return tensor
+
+    def label_arguments(self, args: tuple, kwargs: dict) -> list[tuple[Any, Any]]:
+        """Give the constants among a module's arguments nodes of their own; returns what stood there before."""
+        before = []
+        for where, tensor in constants_among(args, kwargs):
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._chosen or (self.labelled(tensor) and not self.is_handed(tensor)):
+                continue
+            before.append((storage._cdata, self._storages.pop(storage._cdata, None)))
+            self.trace.arguments[Argument(self.path, where, tuple(tensor.shape))] = (self.graph.n_nodes, tensor)
+            self.mark(tensor, self.graph.new(tuple(tensor.shape), ARGUMENT))
+        return before
+
+    def is_handed(self, tensor: Tensor) -> bool:
+        """Whether a tensor's labels are those of an argument, and last until the module returns."""
+        found = self._storages.get(tensor.untyped_storage()._cdata)
+        return found is not None and self.graph.kind_of(found[0]) == ARGUMENT
+
+    def restore(self, before: list[tuple[Any, Any]]) -> None:
+        """Put back the labels that constants had outside a module."""
+        for key, found in before:
+            self._storages.pop(key, None)
+            if found is not None:
+                self._storages[key] = found
+
+    def mark_parameter(self, tensor: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
+        """Give a parameter, or what is made of parameters alone, one plane a dimension."""
+        setattr(tensor, PLANES, planes)
+        return tensor
+
+    def mark_uniform(self, tensor: Tensor) -> Tensor:
+        """A constant of equal values: it takes any width."""
+        setattr(tensor, UNIFORM, True)
+        return tensor
+
+    def mark_chosen(self, result: Any, choice: int) -> Any:  # noqa: ANN401
+        """Tensors computed from a choice by value."""
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            self._chosen[storage._cdata] = (choice, storage)
+        return result
+
+    def lock(self, labels: Tensor, reason: str) -> None:
+        """As `LabelGraph.lock`, naming the module that runs."""
+        self.graph.lock(labels, f"{self.path or 'the model'}: {reason}")
+
+    def record_rectangle(self, plane: Tensor) -> None:
+        """Remember a plane whose cut must stay rectangular."""
+        steps = sorted((n, step) for n, step in zip(plane.shape, plane.stride(), strict=True) if n > 1)
+        place = (plane.data_ptr(), *steps)
+        if len(steps) > 1 and place not in self.trace.rectangles and len(varying_dims(plane)) > 1:
+            self.trace.rectangles[place] = plane.squeeze()
+
+    def __torch_dispatch__(  # noqa: D105
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        rule = RULES.get(func.overloadpacket) or (RULES["pointwise"] if torch.Tag.pointwise in func.tags else None)
+        if rule is not None and rule.always:
+            return rule.apply(self, func, args, kwargs)
+        tensors = tensors_in((args, kwargs))
+        if not any(map(self.labelled, tensors)):
+            choice = chosen_by(self, tensors) if self.choices else None
+            result = func(*args, **kwargs)
+            return result if choice is None else self.mark_chosen(result, choice)
+        if torch.Tag.pointwise in func.tags and (numbers := _scalars(self, args)):
+            self.trace.scalars.append((func.overloadpacket.__name__, *numbers))
+        first_lock = len(self.graph.locks)
+        result = (rule.apply if rule else unknown)(self, func, args, kwargs)
+        for i in range(first_lock, len(self.graph.locks)):
+            labels, reason = self.graph.locks[i]
+            if not reason.startswith(f"{self.path}:"):
+                self.graph.locks[i] = (labels, f"{self.path}: {reason} ({func.overloadpacket.__name__})")
+        return result
+
+
+def _still_uniform(tensor: Tensor) -> bool:
+    """Whether a constant made of equal values still is; it may have been written to since."""
+    return hasattr(tensor, UNIFORM) and bool((tensor == tensor.reshape(-1)[:1]).all())
+
+
+def _scalars(mode: LabelMode, tree: Any) -> tuple[float, ...]:  # noqa: ANN401
+    """Numbers among the arguments, also those in tensors of one element."""
+    if isinstance(tree, (list, tuple)):
+        return tuple(number for item in tree for number in _scalars(mode, item))
+    if isinstance(tree, Tensor):
+        return (float(tree),) if tree.numel() == 1 and not mode.operand(tree).planes else ()
+    return (float(tree),) if type(tree) in (int, float) else ()

@@ -1,0 +1,113 @@
+"""What a model is lent for the time of a trace: parameters that cost nothing, hooks that follow its modules."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from prunekit.discovery.labelling import LabelMode
+from prunekit.discovery.parts import untraced
+
+
+@contextmanager
+def free_parameters(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+    """While open, parameters are one zero, expanded, with fresh labels a dimension; buffers stand on the CPU."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    fakes: dict[int, Tensor] = {}
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is None:
+                    continue
+                if id(p) not in fakes:
+                    fakes[id(p)] = _fake_parameter(mode, names[id(p)], p)
+                undo.append((module._parameters, name, p))
+            for name, b in module._buffers.items():
+                if b is not None and b.device.type != "cpu":
+                    undo.append((module._buffers, name, b))
+        for holder, name, value in undo:
+            stand_in = fakes.get(id(value))
+            holder[name] = torch.zeros(value.shape, dtype=value.dtype) if stand_in is None else stand_in
+        yield
+    finally:
+        for holder, name, value in undo:
+            holder[name] = value
+
+
+def _fake_parameter(mode: LabelMode, name: str, p: Tensor) -> Tensor:
+    mode.trace.shapes[name] = tuple(p.shape)
+    planes = []
+    for d, n in enumerate(p.shape):
+        labels = mode.graph.new((n,), "parameter")
+        mode.trace.offsets[name, d] = (int(labels[0]) if n else 0, n)
+        planes.append(labels.view([n if i == d else 1 for i in range(p.dim())]).expand(p.shape))
+    dtype = p.dtype if p.dtype.is_floating_point else torch.float32
+    return mode.mark_parameter(torch.zeros((), dtype=dtype).expand(p.shape), tuple(planes))
+
+
+@contextmanager
+def module_paths(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+    """While open, the mode knows which module runs."""
+    names = {id(module): name for name, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, _args: Any) -> None:  # noqa: ANN401
+        stack.append(mode.path)
+        mode.path = mode.entered = names.get(id(module), mode.path)
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
+        mode.path = stack.pop()
+
+    with ExitStack() as hooks:
+        hooks.callback(torch_module.register_module_forward_pre_hook(enter).remove)
+        hooks.callback(torch_module.register_module_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+@contextmanager
+def labelled_arguments(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+    """While open, constants that are handed to a module with parts of its own carry labels inside it."""
+    stack: list[list[tuple[Any, Any]]] = []
+
+    def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        with untraced():
+            stack.append(mode.label_arguments(args, kwargs))
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
+        mode.restore(stack.pop())
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if module._modules:
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """While open, Python does not look for cycles: a trace keeps nearly all that it makes, so looking only costs."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While open, nothing is dropped out."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
