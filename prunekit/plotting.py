@@ -14,7 +14,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from prunekit.errors import PrunekitError
-from prunekit.plot_groups import layer_table, plot_groups
+from prunekit.lanes import layer_table
+from prunekit.plot_lanes import plot_groups
 from prunekit.plot_structure import plot_coupled_group
 from prunekit.plot_style import (
     HATCHES,

@@ -7,16 +7,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from families import EVERYONE
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
+from prunekit.discovery import discover
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
+from prunekit.plot_style import KIND_COLORS
 from prunekit.plotting import (
     METHOD_COLORS,
+    layer_table,
     plot_accuracy,
     plot_agreement,
     plot_coupled_group,
+    plot_groups,
     plot_loss,
     plot_plan,
     plot_scores,
@@ -189,6 +194,71 @@ def test_every_group_of_the_layer_is_drawn_to_scale():
     assert len(patches_of(ax, "#0072B2")) > 0
 
 
+def groups_of(family):
+    return discover(EVERYONE[family].model("eager", torch.float32))
+
+
+def bands_of(ax, kind):
+    """(x, y, width, height) of what is coloured for a kind, but for the stripe at the left."""
+    found = [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in patches_of(ax, KIND_COLORS[kind])]
+    return sorted(band for band in found if band[0] > 0)
+
+
+def test_fused_heads_lie_where_they_are_stored():
+    """GPT-2 has the parts of a head in three places of one matrix, across; BLOOM in one, down."""
+    *fused, _ = bands_of(plot_groups(groups_of("gpt2"), kinds=("kv_head",)), "kv_head")
+    assert len(fused) == 3 and len({(y, height) for _, y, _, height in fused}) == 1
+    starts = [x for x, *_ in fused]
+    assert starts[2] - starts[1] == pytest.approx(starts[1] - starts[0]) and fused[0][3] > 4 * fused[0][2]
+    interleaved, out = bands_of(plot_groups(groups_of("bloom"), kinds=("kv_head",)), "kv_head")
+    assert interleaved[2] > 4 * interleaved[3] and out[3] > 4 * out[2]
+
+
+def test_an_expert_is_a_sheet_of_each_stack():
+    box = 0.38
+    gate, up, down = bands_of(plot_groups(groups_of("mixtral"), kinds=("expert",)), "expert")
+    assert gate[3] == pytest.approx(box / 4) and up[2:] == down[2:] == pytest.approx((box, box))
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "gpt2", "bloom", "mixtral", "llama_peft", "deepseek_v3", "mamba"])
+def test_every_kind_of_the_layer_is_told_in_picture_and_table(family):
+    groups = groups_of(family)
+    ax, table = plot_groups(groups), layer_table(groups)
+    ax.figure.canvas.draw()
+    texts = {text.get_text().splitlines()[0] for text in ax.texts}
+    kinds = {group.kind for group in groups if group.layer in (0, None)}
+    assert kinds <= texts and kinds == set(table.index)
+    assert all(f"{units:,} unit" in "".join(t.get_text() for t in ax.texts) for units in table["units"])
+    assert ax.get_title(loc="left") == "Layer 0: what goes together"
+
+
+def test_letters_stay_inside_and_apart():
+    ax = plot_groups(groups_of("llama_peft"))
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert all(box.x1 <= ax.figure.bbox.x1 for box in boxes)
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    assert min(text.get_fontsize() for text in ax.texts) >= 11
+    assert any(text.get_text() == "and 6 more" for text in ax.texts), "14 matrices of rank do not fit in two lines"
+
+
+def test_a_layer_as_a_table():
+    told = layer_table(groups_of("llama_gqa"))["one unit takes"]
+    assert told["kv_head"] == "16 rows of q_proj, 8 rows of k_proj, v_proj, 16 columns of o_proj"
+    assert told["ffn_channel"] == "1 row of gate_proj, up_proj, 1 column of down_proj"
+    assert told["block"] == "4 parameters of self_attn; 3 parameters of mlp"
+    assert told["vocabulary"] == "1 row of embed_tokens, lm_head"
+    assert layer_table(groups_of("gpt2"), layer=1, kinds=("ffn_channel",))["one unit takes"].tolist() == [
+        "1 column of c_fc + bias, 1 row of mlp.c_proj"
+    ]
+
+
+def test_groups_are_drawn_where_told():
+    own = plt.subplots(figsize=(8, 5))[1]
+    assert plot_groups(two_groups(), ax=own) is own
+    assert plot_groups(two_groups(), layer=0).figure is not own.figure
+
+
 REFUSED = {
     "scores columns": (lambda: plot_scores(plan_table()), "score; give Scores.table"),
     "scores kind": (lambda: plot_scores(scores(), kind="colour"), "ffn_channel, kv_head"),
@@ -198,6 +268,9 @@ REFUSED = {
     "agreement": (lambda: plot_agreement(side_by_side({"a": scores()}), y="b"), "no b"),
     "other units": (lambda: side_by_side({"a": scores(), "b": scores().iloc[1:]}), "not about the same units"),
     "no scores": (lambda: side_by_side({}), "nothing"),
+    "layer without groups": (lambda: plot_groups(two_groups(), layer=7), "layer 7 has no groups; layers .0. have"),
+    "kind of group": (lambda: layer_table(two_groups(), kinds=("rank",)), "kind rank; it has kv_head, ffn_channel"),
+    "no groups": (lambda: plot_groups(Groups((), {})), "no groups in numbered layers"),
     "layer": (lambda: plot_coupled_group(two_groups(), 7), "layer 7 has no group.*layers .0. have"),
     "unit": (lambda: plot_coupled_group(two_groups(), 0, units=(2,)), "numbers from 0 to 1"),
     "too many units": (lambda: plot_coupled_group(two_groups(), 0, units=(0,) * 5), "1 to 4 numbers"),
