@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunekit.discovery import arithmetic, movement  # noqa: F401  they register their rules
 from prunekit.discovery.choices import Choice, chosen_by
 from prunekit.discovery.constants import Argument, constants_among
-from prunekit.discovery.labels import ARGUMENT, LabelGraph, varying_dims
+from prunekit.discovery.labels import ARGUMENT, SCORE, LabelGraph, varying_dims
 from prunekit.discovery.operations import RULES, tensors_in, unknown
 from prunekit.discovery.parts import Part
 from prunekit.discovery.remembered import Key
@@ -101,6 +101,8 @@ class LabelMode(TorchDispatchMode):
             n = storage.nbytes() // tensor.element_size()
             self._storages[storage._cdata] = (torch.from_numpy(np.zeros(n, np.int64)), storage)
         flat = self._storages[storage._cdata][0]
+        if plane.untyped_storage()._cdata == flat.untyped_storage()._cdata:
+            plane = plane.clone()  # what is written in place may be its own labels, expanded
         flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(plane)
         return tensor
 
@@ -120,6 +122,10 @@ class LabelMode(TorchDispatchMode):
         """Whether a tensor's labels are those of an argument, and last until the module returns."""
         found = self._storages.get(tensor.untyped_storage()._cdata)
         return found is not None and self.graph.kind_of(found[0]) == ARGUMENT
+
+    def is_score(self, tensor: Tensor) -> bool:
+        """Whether a tensor's labels are of scores, such as attention weights."""
+        return all(self.graph.kind_of(plane) == SCORE for plane in self.operand(tensor).planes)
 
     def restore(self, before: list[tuple[Any, Any]]) -> None:
         """Put back the labels that constants had outside a module."""

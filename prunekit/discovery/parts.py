@@ -96,7 +96,8 @@ def probing(model: nn.Module, mode: LabelMode, found: dict[str, Part]) -> Iterat
 
 def _uses(model: nn.Module) -> Counter[int]:
     """How often each parameter stands in a model; one that stands elsewhere too cannot go with a part."""
-    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    modules = (module for _, module in model.named_modules(remove_duplicate=False))
+    return Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
 
 
 def _channels_among(mode: LabelMode, args: tuple, kwargs: dict, refill: bool) -> list[tuple[Where, Tensor]]:
@@ -123,6 +124,8 @@ def _probe(
         if not results or len(results[0][0]) > 1:
             return None
         where, result = results[0]
+        if not all(mode.is_score(other) for _, other in results[1:] if mode.labelled(other)):
+            return None  # it returns more than attention weights beside its result, which would be missed
         alike = [(w, a) for w, a in arguments if a.shape == result.shape]
         echoed = [w for w, a in alike if torch.equal(a, result) and bool(a.any())]
         planes = mode.operand(result).planes

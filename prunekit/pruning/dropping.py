@@ -18,12 +18,14 @@ class Skipped(nn.Module):
 
     Args:
         part: how the block returned its result.
-        layer_idx: where the block kept its keys; the cache counts tokens there, so it is given a channel of zeros.
+
+    Attributes:
+        layer_idx: where the block kept its keys. The cache counts tokens there, so it is given a channel of zeros.
     """
 
-    def __init__(self, part: Part, layer_idx: int | None = None) -> None:
+    def __init__(self, part: Part) -> None:
         super().__init__()
-        self.part, self.layer_idx = part, layer_idx
+        self.part, self.layer_idx = part, int(str(part.layer).rpartition(".")[2])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Zeros, or the argument that the block handed on."""
@@ -36,7 +38,7 @@ class Skipped(nn.Module):
 
     def _count_tokens(self, like: Tensor, arguments: tuple) -> None:
         for cache in arguments:
-            if isinstance(cache, Cache) and self.layer_idx is not None:
+            if isinstance(cache, Cache):
                 kept = cache.layers[self.layer_idx : self.layer_idx + 1]
                 if all(hasattr(layer, "update") for layer in kept):  # not so for the states of linear attention
                     empty = like.new_zeros(like.shape[0], 1, like.shape[1], 1)  # (batch, head, seq, d_head)
@@ -64,8 +66,7 @@ def drop(model: nn.Module, parts: list[Part]) -> dict[str, str]:
     for part in parts:
         if part.layer not in layers:
             parent, _, name = part.path.rpartition(".")
-            block = model.get_submodule(part.path)
-            setattr(model.get_submodule(parent), name, Skipped(part, _layer_index(block)))
+            setattr(model.get_submodule(parent), name, Skipped(part))
     if not layers:
         return {}
     n_layers = {path: len(model.get_submodule(path)._modules) for path in {_list_of(layer) for layer in layers}}
@@ -113,11 +114,6 @@ def _list_of(element: str) -> str:
     return element.rpartition(".")[0]
 
 
-def _layer_index(block: nn.Module) -> int | None:
-    found = (vars(module).get("layer_idx") for module in block.modules())
-    return next((index for index in found if index is not None), None)
-
-
 def _renumber(layers: list[nn.Module], kept: list[int]) -> None:
     """Integers that equal the position wherever they stand, in two layers or more, are positions."""
     held = [
@@ -132,7 +128,8 @@ def _renumber(layers: list[nn.Module], kept: list[int]) -> None:
         positions.setdefault(name, set()).add(position)
     others = {name for position, _, name, value in held if value != position}
     for position, module, name, _ in held:
-        if name not in others and len(positions[name]) > 1 and position in kept:
+        known = isinstance(module, Skipped) and name == "layer_idx"
+        if position in kept and (known or (name not in others and len(positions[name]) > 1)):
             vars(module)[name] = kept.index(position)
 
 
