@@ -7,14 +7,17 @@ import sys
 import pytest
 import torch
 from evaluation_helpers import TEXT, byte_tokenizer, llama
+from families import EVERYONE
 from shared import shared_path
 from transformers import AutoModelForCausalLM
 
-from prunekit import load
+from prunekit import discover, load
+from prunekit.checkpoint.exporting import LAYOUTS
 from prunekit.cli import main
+from prunekit.commands import exporting
 from prunekit.pruning import PruningPlan
 
-COMMANDS = ("discover", "prune", "recover", "evaluate", "tour", "lab")
+COMMANDS = ("discover", "prune", "recover", "evaluate", "export", "tour", "lab")
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,14 @@ def dense(tmp_path_factory):
     llama(num_key_value_heads=4, num_attention_heads=8, head_dim=4).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     (folder.parent / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A checkpoint with something locked: its table of positions."""
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    EVERYONE["gpt2"].model(dtype=torch.float32).save_pretrained(folder)
     return folder
 
 
@@ -59,17 +70,68 @@ def logits(folder):
         return model(torch.arange(9)[None]).logits
 
 
-def test_discover_prints_groups_and_locks(dense, capsys):
+def test_discover_prints_every_kind(dense, capsys):
     assert main(["discover", str(dense)]) == 0
     out = capsys.readouterr().out
-    assert "kv_head" in out and "ffn_channel" in out and "locked" in out and "embed_tokens" in out
+    assert {group.kind for group in discover(load(dense)[0])} <= set(out.split()) and "nothing is locked" in out
 
 
-def test_discover_as_json(dense, capsys):
+def test_discover_says_what_is_locked_and_why(gpt2, capsys):
+    assert main(["discover", str(gpt2)]) == 0
+    assert "wpe.weight[dim 0]: transformer.wpe: rows are looked up by position" in capsys.readouterr().out
+
+
+def test_discover_as_json(dense, gpt2, capsys):
     found = run_json(capsys, "discover", dense)
     sizes = {(g["kind"], g["n_units"], g["exact"]) for g in found["groups"]}
-    assert {("kv_head", 4, True), ("ffn_channel", 48, True)} <= sizes
-    assert found["locked"] and found["n_parameters"] == sum(p.numel() for p in load(dense)[0].parameters())
+    assert {("kv_head", 4, True), ("ffn_channel", 48, True), ("layer", 1, True)} <= sizes
+    assert found["n_parameters"] == sum(p.numel() for p in load(dense)[0].parameters())
+    assert not found["locked"] and list(run_json(capsys, "discover", gpt2)["locked"])
+
+
+@pytest.mark.parametrize("options", [(), ("--layer", "1")])
+def test_discover_draws_a_layer(gpt2, tmp_path, options):
+    picture = tmp_path / "layer.png"
+    picture.write_text("an old one")
+    assert main(["discover", str(gpt2), "--plot", str(picture), *options]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [picture]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--plot", "OUT/a.png", "--layer", "7"), "layer 7 has no groups; layers [0, 1] have"),
+        (("--plot", "OUT/a.xyz"), "ends with .png, .pdf, .svg"),
+        (("--plot", "OUT/no/a.png"), "create the folder"),
+        (("--layer", "1"), "give --plot FILE.png too"),
+    ],
+)
+def test_discover_refuses_what_it_cannot_draw(gpt2, tmp_path, capsys, options, message):
+    options = [option.replace("OUT", str(tmp_path)) for option in options]
+    assert main(["discover", str(gpt2), *options]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_export_fills_an_uneven_checkpoint_up_for_plain_transformers(dense, tmp_path, capsys):
+    options = ("--pruning-ratio", "0.2", "--importance", "l1", "--ranking", "global")
+    run_json(capsys, "prune", dense, *options, "--out", tmp_path / "uneven")
+    assert main(["export", str(tmp_path / "uneven"), "--out", str(tmp_path / "plain")]) == 2
+    assert "layout='padded'" in capsys.readouterr().err
+    found = run_json(capsys, "export", tmp_path / "uneven", "--layout", "padded", "--out", tmp_path / "even")
+    config = json.loads((tmp_path / "even" / "config.json").read_text())
+    assert {"plan.json", "tokenizer.json", "model.safetensors"} <= set(found["files"]) and config[
+        "model_type"
+    ] == "llama"
+    padded = AutoModelForCausalLM.from_pretrained(tmp_path / "even")(torch.arange(9)[None]).logits
+    assert torch.allclose(padded, logits(tmp_path / "uneven"), atol=1e-5)
+
+
+def test_export_knows_every_layout(dense, tmp_path, capsys):
+    assert exporting.LAYOUTS == LAYOUTS
+    assert main(["export", str(dense), "--layout", "round", "--out", str(tmp_path / "x")]) == 2
+    assert "plain, padded, gguf" in capsys.readouterr().err.replace("'", "") and not (tmp_path / "x").exists()
+    assert main(["export", str(dense), "--out", str(tmp_path / "x")]) == 0
+    assert torch.equal(logits(tmp_path / "x"), logits(dense)) and "model.safetensors" in capsys.readouterr().out
 
 
 def test_prune_writes_model_plan_and_card(cut):

@@ -1,38 +1,48 @@
 """`prunekit discover`: which parts of a model can be cut."""
 
 import argparse
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunekit.commands.options import add_command, add_json, add_model, print_json, text_table
+from prunekit.commands.options import add_command, add_json, add_model, number, print_json, text_table
+from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:
     from prunekit.discovery import Groups
 
 TEXT = """\
 A unit is the smallest thing that can be removed: an attention head with all its
-rows and columns, a channel of a feed-forward layer. A coupled group holds the
-interchangeable units of one place. Exact groups can be cut so that the smaller
-model computes what the full one does with those units at zero.
+rows and columns, a channel of a feed-forward layer, a whole layer. A coupled
+group holds the interchangeable units of one place. Exact groups can be cut so
+that the smaller model computes what the full one does with those units at zero.
 
 example:
   prunekit discover world
-  prunekit discover path/to/checkpoint --json"""
+  prunekit discover path/to/checkpoint --json
+  prunekit discover path/to/checkpoint --plot layer.png --layer 3"""
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "discover", run, "Show which parts of a model can be cut, and what is locked.", TEXT)
     add_model(parser)
+    parser.add_argument("--plot", metavar="FILE.png", help="draw one layer's groups, as png, pdf or svg")
+    parser.add_argument("--layer", type=number(int, 0), help="which layer to draw (default: the first with groups)")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, discover, print."""
+    """Load, discover, draw, print."""
     from prunekit.checkpoint import load
     from prunekit.discovery import discover
 
+    check_picture(args)
     model, _ = load(args.model)
     groups = discover(model)
+    if args.plot is not None:
+        draw(groups, args.layer, Path(args.plot))
     if args.json:
         print_json({"model": args.model, **as_dict(groups)})
         return 0
@@ -41,6 +51,35 @@ def run(args: argparse.Namespace) -> int:
     for what, why in groups.locked.items():
         print(f"  {what}: {why}")
     return 0
+
+
+def check_picture(args: argparse.Namespace) -> None:
+    """Refuses a picture that could not be written, and a layer without one, before anything heavy."""
+    if args.plot is None:
+        if args.layer is not None:
+            raise PrunekitError(f"--layer {args.layer} says which layer to draw; give --plot FILE.png too")
+        return
+    path = Path(args.plot)
+    if path.suffix not in PICTURES:
+        raise PrunekitError(f"--plot {args.plot!r} is no picture; give a name that ends with {', '.join(PICTURES)}")
+    if not path.parent.is_dir():
+        raise PrunekitError(f"--plot {args.plot!r}: create the folder {str(path.parent)!r} first")
+
+
+def draw(groups: "Groups", layer: int | None, path: Path) -> None:
+    """One layer's groups as a picture, written beside its place and moved there."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from prunekit.plotting import plot_groups
+
+    figure: Any = plot_groups(groups, layer=layer).figure
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+            figure.savefig(Path(beside) / path.name, dpi=150)
+            (Path(beside) / path.name).replace(path)
+    except OSError as error:
+        raise PrunekitError(f"cannot write {str(path)!r} ({error.strerror}); choose another place") from None
 
 
 def kind_rows(groups: "Groups") -> list[tuple[object, ...]]:
