@@ -82,7 +82,8 @@ def time_prunekit(model: LlamaForCausalLM) -> tuple[Seconds, int]:
     with stage(seconds, "discover"):
         groups = pk.discover(model)
     with stage(seconds, "choose"):
-        plan = pk.plan(groups, pk.score(model, groups, pk.Magnitude(p=2)), pruning_ratio=RATIO, of="units")
+        scores = pk.score(model, groups.of_kind("kv_head", "ffn_channel"), pk.Magnitude(p=2))
+        plan = pk.plan(groups, scores, pruning_ratio=RATIO, of="units")
     with mock.patch.object(surgery, "verify", staged(seconds, "verify", surgery.verify)), stage(seconds, "cut"):
         small = pk.prune(model, plan)
     return seconds, count(small)
