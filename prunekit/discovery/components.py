@@ -12,6 +12,8 @@ from scipy.sparse.csgraph import connected_components
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.labels import ACTIVATION, SCORE, Ints, LabelGraph
 
+Owners = tuple[Ints, Ints, Ints]  # owners, members in their order, where each owner's members start
+
 
 @dataclass(frozen=True, eq=False)
 class Sites:
@@ -41,6 +43,16 @@ class Sites:
             index=np.concatenate([np.arange(size) for size in sizes]),
         )
 
+    def of_parameters(self) -> Iterator[slice]:
+        """The rows of each parameter, all its dimensions."""
+        names, ends = [name for name, _ in self.names], np.cumsum(np.bincount(self.site, minlength=len(self.names)))
+        start = 0
+        for i, end in enumerate(ends.tolist()):
+            if i + 1 == len(names) or names[i + 1] != names[i]:
+                if end > start:
+                    yield slice(start, end)
+                start = end
+
 
 def joined(parts: Iterable[Ints]) -> Ints:
     """All of them, flat, one after the other."""
@@ -53,7 +65,12 @@ def pairs(edges: Iterable[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
     return joined(a for a, _ in edges), joined(b for _, b in edges)
 
 
-def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None) -> Iterator[Ints]:
+def owners_of(graph: LabelGraph) -> Owners:
+    """All OWNS relations of a graph, by owner."""
+    return by_owner(*pairs(chain.from_iterable(graph.owns.values())))
+
+
+def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None, owners: Owners | None = None) -> Iterator[Ints]:
     """Component of every node: channels; then with what scores own (query heads); then KV groups.
 
     Each level is made of the components of the one below. An owner whose members all lie in one component
@@ -62,6 +79,7 @@ def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None) -> Iterator
     Args:
         graph: nodes and relations.
         dead: bool (n_nodes,), nodes to leave out with all their relations.
+        owners: of the graph, where they are known already.
     """
 
     def alive(edges: Iterable[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
@@ -69,14 +87,15 @@ def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None) -> Iterator
         return (a, b) if dead is None else (a[~dead[a] & ~dead[b]], b[~dead[a] & ~dead[b]])
 
     label = np.arange(graph.n_nodes)
-    owners = by_owner(*alive(chain.from_iterable(graph.owns.values())))
+    if owners is None:
+        owners = by_owner(*alive(chain.from_iterable(graph.owns.values())))
     for relation in (graph.same, graph.owns[SCORE], graph.owns[ACTIVATION]):
         a, b = (label[nodes] for nodes in alive(relation))
         label = merge(label, a, b, owners)
         yield label
 
 
-def merge(label: Ints, a: Ints, b: Ints, owners: tuple[Ints, Ints, Ints]) -> Ints:
+def merge(label: Ints, a: Ints, b: Ints, owners: Owners) -> Ints:
     """Components after pairs of them have joined, and the owners whose members have."""
     while True:
         label = _connect(a, b, int(label.max()) + 1)[label]
@@ -90,11 +109,11 @@ def _connect(a: Ints, b: Ints, n: int) -> Ints:
     return connected_components(matrix, directed=False)[1].astype(np.int64)
 
 
-def by_owner(owner: Ints, member: Ints) -> tuple[Ints, Ints, Ints]:
+def by_owner(owner: Ints, member: Ints) -> Owners:
     """Owners (each once), members in their order, and where each owner's members start."""
     order = np.argsort(owner, kind="stable")
     owner, member = owner[order], member[order]
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    starts = np.flatnonzero(np.concatenate([owner[:1] == owner[:1], owner[1:] != owner[:-1]]))
     return owner[starts], member, starts
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prunekit.discovery.components import Sites, by_owner, joined, levels, merge, pairs
+from prunekit.discovery.components import Owners, Sites, joined, levels, merge, owners_of, pairs
 from prunekit.discovery.depth import depth_groups
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.discovery.labelling import Trace
@@ -96,14 +96,15 @@ def _random_codes(names: tuple[tuple[str, int], ...]) -> NDArray[np.uint64]:
 def find_groups(trace: Trace) -> Groups:
     """Coupled groups of a traced model, and what was locked and why."""
     sites = Sites.of(trace)
-    known = [_level(trace, label) for label in levels(trace.graph)]
+    owners = owners_of(trace.graph)
+    known = [_level(trace, label) for label in levels(trace.graph, owners=owners)]
     found: list[tuple[CoupledGroup, Ints]] = []
     for number, level in enumerate(known):
         usable = _fresh(known, number, sites) & ~level.locked & ~level.ragged & ~level.open
         if number:  # owned by all hidden channels together, it could only go with all of them
             usable &= ~level.embedded
         found += _assemble(sites, known, number, usable)
-    found += _head_dims(trace, sites, known)
+    found += _head_dims(trace, sites, known, owners)
     items = _unique_names([g for g, _ in sorted(found, key=lambda item: item[1][0])])
     hidden = set(np.flatnonzero(known[0].embedded[known[0].label]).tolist())
     items += depth_groups(trace, hidden)
@@ -113,9 +114,8 @@ def find_groups(trace: Trace) -> Groups:
     return Groups(tuple(items), trace.shapes, _explain(trace, sites, known, covered))
 
 
-def _head_dims(trace: Trace, sites: Sites, known: list[_Level]) -> list[tuple[CoupledGroup, Ints]]:
+def _head_dims(trace: Trace, sites: Sites, known: list[_Level], owners: Owners) -> list[tuple[CoupledGroup, Ints]]:
     """Groups of positions that all heads of a layer share."""
-    owners = by_owner(*pairs(chain.from_iterable(trace.graph.owns.values())))
     label = known[0].label
     for alike in (scored_alike, sized_alike):
         label = merge(label, *alike(trace, label), owners)
@@ -166,12 +166,11 @@ def _marks(rows: Ints, private: NDArray[np.bool_]) -> Ints:
 
 def _private(sites: Sites, label: Ints) -> NDArray[np.bool_]:
     """Rows of parameters that one component holds whole, such as the norm of one head: no mark of a group."""
-    names = [name for name, _ in sites.names]
-    first = np.array([i == 0 or name != names[i - 1] for i, name in enumerate(names)])
-    parameter = (np.cumsum(first) - 1)[sites.site]
-    starts = np.flatnonzero(np.diff(parameter, prepend=-1))
-    whole = np.minimum.reduceat(label, starts) == np.maximum.reduceat(label, starts)
-    return whole[parameter]
+    private = np.zeros(len(label), np.bool_)
+    for rows in sites.of_parameters():
+        inside = label[rows]
+        private[rows] = inside[0] == inside[-1] and bool((inside == inside[0]).all())
+    return private
 
 
 def _runs(values: Ints, keys: NDArray[Any]) -> list[Ints]:
