@@ -246,8 +246,8 @@ def _stacked(layer: Callable[[str], nn.Module], model: Callable[..., nn.Module] 
 
 MULTI_HEAD: Units = {"kv_head": (8,), "ffn_channel": (96,), "block": (1, 1), "layer": (1,)}
 GROUPED: Units = {**MULTI_HEAD, "kv_head": (2,), "query_head": (8,)}
-# the values of the first layer reach all others, so a KV head goes in all layers at once
-ACROSS: Units = {"query_head": (8,), "ffn_channel": (96,), "block": (1, 1), "layer": (1,)}
+# the values of the first layer reach all others: a KV head goes in all layers at once, and what returns them stays
+ACROSS: Units = {"query_head": (8,), "ffn_channel": (96,), "block": (1,)}
 
 WIRINGS = {
     family.name: family
