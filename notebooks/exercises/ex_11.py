@@ -22,9 +22,9 @@ def check_filling(filling: Filling) -> str:
     got = filling(list(WIDTHS), D_MODEL)
     hints = {
         270: "✓ Right: 3 + 6 + 0 channels are filling, and each has d_model numbers in three matrices.",
-        90: "You have the channels right, 3 + 6 + 0. But a channel of a gated feed-forward layer lies in three matrices.",
-        60: "That is one layer, the narrowest, in one matrix. Every layer that is narrower than the widest is filled up.",
-        180: "That is one layer, the narrowest. Every layer that is narrower than the widest is filled up.",
+        90: "3 + 6 + 0 channels are right. But a channel of a gated feed-forward layer lies in three matrices.",
+        60: "That is the narrowest layer, in one matrix. Every layer narrower than the widest is filled up.",
+        180: "That is the narrowest layer. Every layer narrower than the widest is filled up.",
         9: "These are the channels that are filling: 3 + 6 + 0. How many numbers has a channel?",
         450: "That is all of the feed-forward parameters left. The question is how many zeros come on top of them.",
         720: "That is the padded size as a whole. How much of it is filling?",
