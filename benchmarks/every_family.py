@@ -19,10 +19,7 @@ from typing import NamedTuple
 
 import transformers
 from families import (
-    DIFFICULT,
-    FAMILIES,
     HEADS,
-    UNLISTED,
     Family,
     found,
     logits,
@@ -31,7 +28,7 @@ from families import (
     relative_difference,
     zero_units,
 )
-from wirings import WIRINGS
+from other_families import EVERYONE
 
 import prunekit as pk
 from prunekit.discovery import Groups
@@ -126,10 +123,9 @@ def cut_as_told(model: object, groups: Groups, keep: dict[str, list[int]]) -> ob
 def main(names: list[str]) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    everyone = {**FAMILIES, **WIRINGS, **DIFFICULT, **UNLISTED}
     rows = []
     print("| " + " | ".join(Row._fields) + " |\n|" + " --- |" * len(Row._fields))
-    for family in [everyone[name] for name in names or everyone]:
+    for family in [EVERYONE[name] for name in names or EVERYONE]:
         for attention in family.attentions:
             rows.append(measure(family, attention))
             print("| " + " | ".join(map(str, rows[-1])) + " |", flush=True)

@@ -1,7 +1,6 @@
-"""Tiny random models of every family under test, with the units that their configurations imply.
+"""Tiny random models of the families that must be found whole, with the units that their configurations imply.
 
-`FAMILIES` must be found whole, `DIFFICULT` may be locked in part, where `locked` says, and `UNLISTED` are families
-that nothing was written for. What is not a number in the options of a model is told beside them.
+What is not a number in the options of a model is told beside them.
 """
 
 import random
@@ -37,6 +36,7 @@ class Family:
         spanning: the units that lie in no one layer.
         attentions: implementations that the family has.
         dtype: that it runs in and is compared in.
+        tolerance: relative difference that rounding may make.
         ordered: True where every head has a slope (ALiBi) or a norm of its own, so that heads cannot change places.
         locked: piece of a parameter's name → piece of the reason that must be given for it.
     """
@@ -47,6 +47,7 @@ class Family:
     spanning: Units = field(default_factory=lambda: {"hidden~": (64,)})
     attentions: tuple[str, ...] = BOTH
     dtype: torch.dtype = torch.float64
+    tolerance: float = 1e-12
     ordered: bool = False
     locked: dict[str, str] = field(default_factory=dict)
 
@@ -69,10 +70,6 @@ class Family:
     def implied(self) -> dict[int | None, Units]:
         """Layer → units, by the configuration; None for what lies in no one layer."""
         return {None: _tidy(self.spanning), **{i: _tidy(units) for i, units in enumerate(self.layers)}}
-
-    def tolerance(self) -> float:
-        """Relative difference that rounding may make."""
-        return 1e-12 if self.dtype == torch.float64 else 1e-5
 
     def repeats(self) -> int:
         """Query heads of each KV head, by the configuration."""
@@ -105,7 +102,6 @@ FALCON = {**MHA, "ffn_hidden_size": 96, "alibi": False, "new_decoder_architectur
 EXPERTS = {"num_experts_per_tok": 2}
 LOCAL = {**EXPERTS, "num_local_experts": 4}
 ROUTED = {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 40}
-PHASED = {**SIZED, **EXPERTS, "n_routed_experts": 4, "moe_intermediate_size": 40, "first_k_dense_replace": 1}
 
 MULTI_QUERY: Units = {"kv_head": (1,), "query_head": (8,)}
 FOUR_EXPERTS: Units = {"expert~": (4,)}
@@ -157,7 +153,8 @@ def wrapped(family: Family, targets: list[str], rank: int = 4) -> Family:
     )  # fmt: skip
 
 
-def _named(*families: Family) -> dict[str, Family]:
+def named(*families: Family) -> dict[str, Family]:
+    """Families by name."""
     return {family.name: family for family in families}
 
 
@@ -166,7 +163,7 @@ GPT2 = native("gpt2", "gpt2", GPT)
 PHI3 = native("phi3", "phi3", {**GQA, **PADDED})
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-FAMILIES = _named(
+FAMILIES = named(
     native("llama_mha", "llama", MHA),
     LLAMA,
     native("llama_mqa", "llama", MQA),
@@ -229,61 +226,6 @@ FAMILIES = _named(
     wrapped(PHI3, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
     wrapped(GPT2, ["c_attn", "c_fc"]),
 )  # fmt: skip
-
-DIFFICULT = _named(
-    # queries, values and keys of each of four shards lie together
-    native("codegen", "codegen", {**GPT, "rotary_dim": 4}, {"kv_head": ()}, attentions=EAGER,
-           locked={f"transformer.h.{i}.attn.{name}": "without a rectangular shape"
-                   for i in (0, 1) for name in ("qkv_proj.weight[dim 0]", "out_proj.weight[dim 1]")}),
-    native("gpt_neo", "gpt_neo", {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "vocab_size": VOCABULARY,
-                                  "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64},
-           attentions=EAGER),
-    # it fills its masks with the smallest float32, so float64 is beyond it; sinusoids tell its channels apart
-    native("xglm", "xglm", {"d_model": 64, "num_layers": 2, "attention_heads": 8, "ffn_dim": 96,
-                            "vocab_size": VOCABULARY, "max_position_embeddings": 64},
-           {"ffn_channel": (96,), **NO_LAYER}, spanning={}, attentions=EAGER, dtype=torch.float32,
-           locked={"model.embed_tokens.weight[dim 1]": "model: is multiplied with or added to a constant"}),
-    native("bitnet", "bitnet", GQA, spanned=(*HEADS, "ffn_channel")),
-    # the latents of queries, keys and values are normed; a bias on the router's scores tells experts apart
-    native("deepseek_v3", "deepseek_v3",
-           {**MHA, **PHASED, "num_key_value_heads": 8, "n_group": 2, "topk_group": 1, "q_lora_rank": 24,
-            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-           {**MULTI_QUERY, "ffn_channel~": (24, 16)}, last={"ffn_channel": (40, 40)},
-           locked={"model.layers.1.mlp.gate.weight[dim 0]": "model.layers.1.mlp.gate: is multiplied with or added"}),
-    native("mamba", "mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "state_size": 8},
-           {"kv_head": (), "ffn_channel": (), "block": (1,)}, attentions=EAGER,
-           locked={"layers.0.mixer.in_proj.weight[dim 0]": "backbone.layers.0.mixer: convolution is not understood",
-                   "layers.1.mixer.x_proj.weight[dim 0]": "backbone.layers.1.mixer.x_proj: is contracted"}),
-    native("phimoe", "phimoe", {**GQA, **LOCAL}, {"ffn_channel": (), "block": (1,)}, spanning={},
-           locked={"layers.0.mlp.router.weight[dim 0]": "model.layers.0.mlp"}),
-)  # fmt: skip
-
-UNLISTED = _named(
-    native("nemotron", "nemotron", SIZED),
-    native("persimmon", "persimmon", MHA),
-    native("exaone4", "exaone4", SIZED),
-    native("helium", "helium", SIZED),
-    native("ernie4_5", "ernie4_5", SIZED),
-    native("cohere2", "cohere2", SIZED),
-    native("apertus", "apertus", GQA),
-    native("arcee", "arcee", GQA),
-    native("seed_oss", "seed_oss", SIZED),
-    native("hunyuan", "hunyuan_v1_dense", SIZED),
-    native("ministral", "ministral", SIZED),
-    native("biogpt", "biogpt", MHA, NO_LAYER),
-    native("ctrl", "ctrl", {**GPT, "dff": 96}, {"ffn_channel": (96,)}, spanning={}, attentions=EAGER),
-    native("nanochat", "nanochat", SIZED),
-    native("olmo3", "olmo3", GQA, spanned=HEADS),
-    native("vaultgemma", "vaultgemma", SIZED, attentions=EAGER),
-    native("lfm2", "lfm2", {**GQA, "block_auto_adjust_ff_dim": False}),
-    native("llama4", "llama4_text", {**SIZED, "intermediate_size_mlp": 80, "num_local_experts": 4}, spanning={}),
-    native("gpt_oss", "gpt_oss", {**SIZED, **LOCAL}, FOUR_EXPERTS, attentions=EAGER),
-    native("qwen3_moe", "qwen3_moe", {**SIZED, **ROUTED}, {**FOUR_EXPERTS, "ffn_channel": (40,)}),
-    native("olmoe", "olmoe", {**GQA, **EXPERTS, "num_experts": 4}, FOUR_EXPERTS, spanned=HEADS),
-    native("granitemoe", "granitemoe", {**GQA, **LOCAL}, FOUR_EXPERTS),
-)  # fmt: skip
-
-EVERYONE = {**FAMILIES, **DIFFICULT, **UNLISTED}
 
 
 def tokens(batch: int = 2, seq: int = 9) -> Tensor:

@@ -6,9 +6,7 @@ import pytest
 import torch
 from families import (
     COMMON,
-    DIFFICULT,
     FAMILIES,
-    UNLISTED,
     continued,
     logits,
     plan_keeping,
@@ -18,13 +16,13 @@ from families import (
 )
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from other_families import DIFFICULT, EVERYONE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from wirings import WIRINGS
 
 from prunekit import PrunekitError, discover, prune
 
-EVERYONE = {**FAMILIES, **WIRINGS, **DIFFICULT, **UNLISTED}
 # layers that are wired differently
 DIFFERENT = ["llama_gqa", "gemma2", "gpt2", "gptj", "opt", "bloom", "falcon_new", "mpt", "qwen2_moe", "llama_peft"]
 
@@ -59,7 +57,7 @@ def lies_in(group, paths):
 def test_parts_with_heads_and_channels_are_cut_as_if_zero(name, seed):
     family = EVERYONE[name]
     small, zeroed = pruned_and_zeroed(family, random_parts(family, seed))
-    assert relative_difference(logits(small), logits(zeroed)) < family.tolerance()
+    assert relative_difference(logits(small), logits(zeroed)) < family.tolerance
 
 
 @pytest.mark.parametrize("name", [*DIFFERENT, *WIRINGS, *DIFFICULT])
@@ -68,7 +66,7 @@ def test_every_part_is_cut_as_if_zero(name):
     family = EVERYONE[name]
     for group in family.groups().of_kind("block", "layer"):
         small, zeroed = pruned_and_zeroed(family, {group.name: []})
-        assert relative_difference(logits(small), logits(zeroed)) < family.tolerance(), group
+        assert relative_difference(logits(small), logits(zeroed)) < family.tolerance, group
         names = [n for n, _ in small.named_parameters()]
         n_gone = len({m.parameter for m in group.members})
         assert len(names) == len(list(zeroed.named_parameters())) - n_gone
