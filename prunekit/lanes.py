@@ -126,7 +126,8 @@ def layer_lanes(groups: Groups, layer: int, kinds: Sequence[str]) -> list[Lane]:
         there = dict.fromkeys(group.kind for group in groups if group.layer in (layer, None))
         raise PrunekitError(f"layer {layer} has no group of kind {', '.join(kinds)}; it has {', '.join(there)}")
     names = short_names({module_of(name) for name in groups.shapes if number_in(name) in (layer, None)})
-    return [Lane(*key, tuple(parts_of(g, groups, layer, names) for g in same)) for key, same in chosen.items()]
+    parts = {key: [parts_of(group, groups, layer, names) for group in same] for key, same in chosen.items()}
+    return [Lane(*key, tuple(filter(None, found))) for key, found in parts.items() if any(found)]
 
 
 def where(group: CoupledGroup) -> str:

@@ -14,7 +14,7 @@ from prunekit.plot_structure import INK, PAPER, runs
 from prunekit.plot_style import KIND_COLORS, projected
 
 # Inches, and points for letters: legible from the last row on a slide of 13.3 × 7.5 inches.
-WIDTH, LABEL, LANE, BOX, SHEET = 13.0, 2.1, 0.58, 0.38, 0.05
+WIDTH, LABEL, LANE, BOX, SHEET = 13.0, 2.1, 0.56, 0.38, 0.05
 COLUMN = (WIDTH - LABEL) / 14  # parts begin at multiples of this
 NAME_SIZE, NOTE_SIZE, KIND_SIZE = 12, 11, 14
 LETTER = 0.56 / 72  # inches a point of size: the mean width of a letter
@@ -82,7 +82,7 @@ def part_width(part: Part) -> float:
 
 def new_axes(height: float) -> Axes:
     """Axes on a figure of its own, this high under the title."""
-    return plt.subplots(figsize=(WIDTH, height + 0.6), layout="constrained")[1]
+    return plt.subplots(figsize=(WIDTH, height + 0.55), layout="constrained")[1]
 
 
 def draw_lane(ax: Axes, lane: Lane, places: Sequence[Placed], top: float, width: float, height: float) -> None:
@@ -90,8 +90,8 @@ def draw_lane(ax: Axes, lane: Lane, places: Sequence[Placed], top: float, width:
     color, first = KIND_COLORS[lane.kind], [id(parts[0]) for parts in lane.groups]
     for broad, alpha in ((width, 0.1), (0.1, 1.0)):
         ax.add_patch(Rectangle((0, top + 0.03), broad, height - 0.06, facecolor=color, alpha=alpha, lw=0))
-    ax.text(0.22, top + LANE * 0.31, lane.kind, fontsize=KIND_SIZE, weight="bold", va="center")
-    ax.text(0.22, top + LANE * 0.6, f"{lane.size}\n{lane.where}".strip(), fontsize=NOTE_SIZE, va="top")
+    ax.text(0.22, top + LANE * 0.3, lane.kind, fontsize=KIND_SIZE, weight="bold", va="center")
+    ax.text(0.22, top + LANE * 0.61, f"{lane.size}\n{lane.where}".strip(), fontsize=NOTE_SIZE, va="top")
     for what, x, line in places:
         left, y = LABEL + x, top + line * LANE + (LANE - BOX) / 2
         if x and id(what) in first:  # another group of the same kind begins

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from evaluation_helpers import TEXT, byte_tokenizer, llama
-from families import EVERYONE
+from families import FAMILIES
 from shared import shared_path
 from transformers import AutoModelForCausalLM
 
@@ -34,7 +34,7 @@ def dense(tmp_path_factory):
 def gpt2(tmp_path_factory):
     """A checkpoint with something locked: its table of positions."""
     folder = tmp_path_factory.mktemp("models") / "gpt2"
-    EVERYONE["gpt2"].model(dtype=torch.float32).save_pretrained(folder)
+    FAMILIES["gpt2"].model(dtype=torch.float32).save_pretrained(folder)
     return folder
 
 

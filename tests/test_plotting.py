@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from families import EVERYONE
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
+from other_families import EVERYONE
 
 from prunekit.discovery import discover
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
