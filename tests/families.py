@@ -268,8 +268,8 @@ def zero_units(model: nn.Module, groups: Groups, plan: PruningPlan) -> nn.Module
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    """Logits (batch, seq, vocabulary) on `tokens()`."""
-    return model(tokens()).logits
+    """Logits (batch, seq, vocabulary) on `tokens()`, without a cache."""
+    return model(tokens(), **({"use_cache": False} if hasattr(model, "config") else {})).logits
 
 
 @torch.no_grad()

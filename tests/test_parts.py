@@ -12,6 +12,7 @@ from families import (
     plan_keeping,
     random_units,
     relative_difference,
+    tokens,
     zero_units,
 )
 from hypothesis import Phase, given, settings
@@ -177,6 +178,16 @@ def test_layers_that_share_a_module_are_not_offered():
     model.model.layers[2].mlp = model.model.layers[1].mlp
     offered = {g.name for g in discover(model).of_kind("block", "layer")}
     assert not offered & {f"model.layers.{i}{part}" for i in (1, 2) for part in (":layer", ".mlp:block")}
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="its cache wants one layer of attention at least")
+def test_a_hybrid_without_attention_runs_with_a_cache_or_is_refused():
+    family = EVERYONE["lfm2"]  # a convolution, then attention
+    try:
+        small, zeroed = pruned_and_zeroed(family, {"model.layers.1:layer": []})
+    except PrunekitError:
+        return
+    assert torch.equal(small(tokens(), use_cache=True).logits, logits(zeroed))
 
 
 class Biased(nn.Module):
