@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, logits, plan_keeping, relative_difference, tokens, zero_units
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from prunekit import Magnitude, PrunekitError, discover, load, plan, prune, save, score
 
@@ -134,3 +134,61 @@ def test_rows_that_are_looked_up_by_position_stay():
 def test_a_model_without_logits_has_no_vocabulary_to_cut():
     groups = discover(llama().model)
     assert not groups.of_kind("vocabulary") and "looked up" in groups.locked["embed_tokens.weight[dim 0]"]
+
+
+# --- what must not be called exact ------------------------------------------------------------------------------------
+
+
+def test_attention_that_takes_its_scale_from_the_head_size_as_it_runs_is_refused():
+    """Falcon with ALiBi keeps its scale when attention is written out, and leaves it to torch when it is not."""
+    options = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "vocab_size": 48, "alibi": True,
+               "multi_query": False, "new_decoder_architecture": False, "parallel_attn": False}  # fmt: skip
+    models = {how: FalconForCausalLM(FalconConfig(**options, attn_implementation=how)) for how in ("eager", "sdpa")}
+    group = discover(models["eager"]).of_kind("head_dim")[0]
+    cut = plan_keeping(discover(models["eager"]), {group.name: [0, 2, 3, 7]})
+    assert prune(models["eager"], cut)
+    with pytest.raises(PrunekitError, match="a number that it computes from a width"):
+        prune(models["sdpa"], cut)
+
+
+class Filled(nn.Module):
+    """Multiplies by a tensor filled with a number made from the width."""
+
+    def forward(self, x):
+        return torch.relu(x) * torch.full_like(x, 1 / x.shape[-1])
+
+
+class Meeting(nn.Module):
+    """Two activations meet channel by channel, and neither is zero where its weights are."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.out = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(1, 64)
+
+    def forward(self, x):
+        left, right = (torch.sigmoid(f(x)) for f in (self.left, self.right))
+        return self.out((left.unsqueeze(-2) @ right.unsqueeze(-1)).squeeze(-1))
+
+
+def test_a_fill_made_from_the_width_is_refused():
+    model = llama()
+    model.model.layers[0].mlp.act_fn = Filled()
+    groups = discover(model)
+    with pytest.raises(PrunekitError, match="a number that it computes from a width"):
+        prune(model, plan_keeping(groups, {"model.layers.0.mlp:ffn_channel": list(range(40))}))
+
+
+def test_channels_that_add_something_when_zeroed_are_inexact():
+    model = llama()
+    model.model.layers[0].mlp = Meeting().double()
+    found = [g for g in discover(model).of_kind("ffn_channel") if g.layer == 0]
+    assert found and not any(g.exact for g in found)
+
+
+def test_an_operation_without_a_rule_is_given_memory_of_its_own():
+    """Weight norm has a kernel that reads every element of a matrix, and a traced parameter has but one."""
+    model = llama()
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    groups = discover(model)
+    assert not [g for g in groups.of_kind("ffn_channel") if g.layer == 0]
+    assert [g.n_units for g in groups.of_kind("ffn_channel") if g.layer == 1] == [96]

@@ -39,17 +39,35 @@ def _product(mode: LabelMode, a: Operand, b: Operand, bias: Operand | None, like
     return mode.mark(torch.zeros(shape, dtype=like.dtype), planes[0] if planes else None)
 
 
+def _with_numbers(
+    mode: LabelMode,
+    product: Tensor,
+    func: Any,
+    args: tuple,
+    factors: tuple,
+    kwargs: dict | None = None,  # noqa: ANN401
+) -> Tensor:
+    """Numbers of a product are zeros, as parameters are. Where no factor is, its channels add something when zeroed."""
+    if all(bool(factor.any()) for factor in factors):
+        for plane in (plane for factor in factors for plane in mode.operand(factor).planes):
+            reduce_labels(mode.graph, plane, tuple(varying_dims(plane)), True)
+        product.copy_(func(*args, **(kwargs or {})))
+    return product
+
+
 @rule("mm", "bmm")
 def matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
-    """A @ b. The numbers are not computed: nothing reads them."""
-    return _product(mode, mode.operand(args[0]), mode.operand(args[1]), None, args[0])
+    """A @ b."""
+    product = _product(mode, mode.operand(args[0]), mode.operand(args[1]), None, args[0])
+    return _with_numbers(mode, product, func, args, args[:2])
 
 
 @rule("addmm", "baddbmm")
 def biased_matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
     """Bias + a @ b; with beta = 0 the bias is not read."""
     bias = None if kwargs.get("beta", 1) == 0 else mode.operand(args[0])
-    return _product(mode, mode.operand(args[1]), mode.operand(args[2]), bias, args[1])
+    product = _product(mode, mode.operand(args[1]), mode.operand(args[2]), bias, args[1])
+    return _with_numbers(mode, product, func, args, args[1:3], kwargs)
 
 
 @rule("linear")
@@ -79,7 +97,8 @@ def activations_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -
     shape = torch.Size((*a.shape[:-1], b.shape[-1]))
     planes = contract(mode.graph, *(op.framed((op.planes[0].flatten(0, -3),)) for op in operands))
     plane = planes[0].expand(shape[:-2].numel(), *shape[-2:])
-    return mode.mark(torch.zeros(shape, dtype=args[0].dtype), plane.reshape(shape))
+    product = mode.mark(torch.zeros(shape, dtype=args[0].dtype), plane.reshape(shape))
+    return _with_numbers(mode, product, func, args, args)
 
 
 # --- pointwise and reductions -------------------------------------------------------------------

@@ -155,6 +155,12 @@ class LabelMode(TorchDispatchMode):
         """As `LabelGraph.lock`, naming the module that runs."""
         self.graph.lock(labels, f"{self.path or 'the model'}: {reason}")
 
+    def note_numbers(self, func: Any, values: Any) -> None:  # noqa: ANN401
+        """Remember plain numbers that tensors are computed with, or made of."""
+        numbers = _scalars(self, values)
+        if numbers:
+            self.trace.scalars.append((func.overloadpacket.__name__, *numbers))
+
     def record_rectangle(self, plane: Tensor) -> None:
         """Remember a plane whose cut must stay rectangular."""
         steps = sorted((n, step) for n, step in zip(plane.shape, plane.stride(), strict=True) if n > 1)
@@ -174,8 +180,8 @@ class LabelMode(TorchDispatchMode):
             choice = chosen_by(self, tensors) if self.choices else None
             result = func(*args, **kwargs)
             return result if choice is None else self.mark_chosen(result, choice)
-        if torch.Tag.pointwise in func.tags and (numbers := _scalars(self, args)):
-            self.trace.scalars.append((func.overloadpacket.__name__, *numbers))
+        if torch.Tag.pointwise in func.tags:
+            self.note_numbers(func, args)
         first_lock = len(self.graph.locks)
         result = (rule.apply if rule else unknown)(self, func, args, kwargs)
         for i in range(first_lock, len(self.graph.locks)):

@@ -64,6 +64,7 @@ def tensors_in(tree: Any) -> list[Tensor]:  # noqa: ANN401
 )  # fmt: skip
 def create(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
     """A fresh constant of equal values, whatever the labels of the tensor it takes its shape from."""
+    mode.note_numbers(func, [kwargs.get("fill_value"), *args[1:2]] if "full" in func.overloadpacket.__name__ else [])
     return mode.mark_uniform(func(*args, **kwargs))
 
 
@@ -112,11 +113,16 @@ def unknown(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # no
     for tensor in tensors_in((args, kwargs)):
         for plane in mode.operand(tensor).planes:
             mode.lock(along(plane, varying_dims(plane)), f"{func.overloadpacket.__name__} is not understood")
-    result = func(*args, **kwargs)
+    result = func(*map(_solid, args), **{name: _solid(value) for name, value in kwargs.items()})
     for tensor in tensors_in(result):
         if not mode.operand(tensor).parameter and tensor.numel():
             mode.mark(tensor, torch.full((), LOCKED))
     return result
+
+
+def _solid(value: Any) -> Any:  # noqa: ANN401
+    """A tensor with memory of its own: kernels of any kind may not expect one number in place of a matrix."""
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 @rule("_local_scalar_dense", "is_nonzero", "item")

@@ -110,19 +110,26 @@ def _is_width(value: Any) -> bool:  # noqa: ANN401
 
 
 @contextmanager
-def remembering(model: nn.Module) -> Iterator[None]:
-    """While open, every integer that a module or its configuration holds knows its origin."""
+def remembering(model: nn.Module, written_out: bool = True) -> Iterator[None]:
+    """While open, every integer that a module or its configuration holds knows its origin.
+
+    Args:
+        model: whose integers.
+        written_out: run attention and experts written out, whatever the model is set to.
+    """
     undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for path, module in model.named_modules():
-            _wrap_attributes(module, path, undo)
+            _wrap_attributes(module, path, undo, WRITTEN_OUT if written_out else ())
         yield
     finally:
         for holder, name, value in reversed(undo):
             holder[name] = value
 
 
-def _wrap_attributes(module: nn.Module, path: str, undo: list[tuple[dict[str, Any], str, Any]]) -> None:
+def _wrap_attributes(
+    module: nn.Module, path: str, undo: list[tuple[dict[str, Any], str, Any]], written_out: tuple[str, ...]
+) -> None:
     own = vars(module)
     for name, value in list(own.items()):
         if _is_width(value):
@@ -134,7 +141,7 @@ def _wrap_attributes(module: nn.Module, path: str, undo: list[tuple[dict[str, An
         for name, value in list(vars(mine).items()):
             if type(value) is int:
                 vars(mine)[name] = _wrap(value, (path, "config", name))
-        vars(mine).update(dict.fromkeys(set(WRITTEN_OUT) & set(vars(mine)), "eager"))
+        vars(mine).update(dict.fromkeys(set(written_out) & set(vars(mine)), "eager"))
         undo.append((own, "config", config))
         own["config"] = mine
 

@@ -23,12 +23,13 @@ from prunekit.errors import PrunekitError
 
 
 @uncollected()
-def trace(model: nn.Module, shape: tuple[int, int] = (1, 1)) -> Trace:
+def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: bool = True) -> Trace:
     """Run one token through `model` and write down what happens to every channel.
 
     Args:
         model: a causal language model; its weights are not read and may stand on the meta device.
         shape: sequences and their tokens. With more than one token, only what modules are handed means anything.
+        written_out: run attention and experts written out, so that every number is seen that they may need.
 
     Raises:
         PrunekitError: the forward pass does not run on one token.
@@ -39,7 +40,7 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1)) -> Trace:
     with (
         evaluating(model),
         free_parameters(model, mode),
-        remembering(model),
+        remembering(model, written_out),
         module_paths(model, mode),
         labelled_arguments(model, mode),
         probing(model, mode, result.parts),

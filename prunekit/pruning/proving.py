@@ -40,11 +40,8 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
         after = trace(small)
     except PrunekitError as error:
         raise PrunekitError(f"this model cannot be cut that way, nothing was changed: {error}") from error
-    if exact and before.scalars != after.scalars:
-        raise PrunekitError(
-            "this model cannot be cut that way, nothing was changed: it scales or shifts channels by a number that it "
-            "computes from a width"
-        )
+    if exact:
+        _compare_scalars(before, after)
     old, new = Sites.of(before), Sites.of(after)
     stays = np.array([name not in change.gone for name, _ in old.names], np.bool_)
     alive = ~change.dead[old.node] & stays[old.site]
@@ -56,6 +53,23 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
                 "this model cannot be cut that way, nothing was changed: the cut model's structure is not the full "
                 "model's structure restricted to the units kept"
             )
+
+
+def check_scales(model: nn.Module, small: nn.Module) -> None:
+    """Attention as the model is set to run it may take a scale from the head size that it does not take written out.
+
+    Raises:
+        PrunekitError: it does.
+    """
+    _compare_scalars(*(trace(m, written_out=False) for m in (model, small)))
+
+
+def _compare_scalars(before: Trace, after: Trace) -> None:
+    if before.scalars != after.scalars:
+        raise PrunekitError(
+            "this model cannot be cut that way, nothing was changed: it scales or shifts channels by a number that it "
+            "computes from a width"
+        )
 
 
 def _same_partition(a: np.ndarray, b: np.ndarray) -> bool:

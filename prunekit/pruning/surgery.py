@@ -23,7 +23,7 @@ from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
 from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.proving import Change, verify
+from prunekit.pruning.proving import Change, check_scales, verify
 from prunekit.pruning.vocabulary import renumber_tokens
 from prunekit.pruning.widths import solve
 
@@ -87,6 +87,8 @@ def _prune(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, i
     moved = _apply(skeleton, cut)
     exact = all(groups[name].exact for name in plan.keep)
     verify(before, skeleton, Change(cut.dead, _parameters_in(before, cut.gone), moved), exact=exact)
+    if exact and any(groups[name].kind == "head_dim" for name in plan.keep):
+        check_scales(model, skeleton)
     if inplace:
         _replace_parameters(model, cut)
         _apply(model, cut)
