@@ -140,7 +140,7 @@ def _prove(model: Any, folder: Path) -> None:  # noqa: ANN401
     except Exception as error:  # whatever the reader refuses
         raise PrunekitError(f"the GGUF file cannot be read back ({error}); save with layout='plain'") from error
     difference = relative_difference(again, model)
-    if difference > tolerance(model.dtype):
+    if not difference <= tolerance(model.dtype):
         raise PrunekitError(
             f"read back from GGUF this model gives other logits (by a factor of {difference:.1g}): it has parts that "
             f"GGUF's {ARCHITECTURE!r} does not know, such as biases; save with layout='plain'"

@@ -38,7 +38,7 @@ def padded_model(model: Any, cuts: Cuts) -> Any:  # noqa: ANN401
     padded.generation_config = model.generation_config
     padded.to(like.device).eval()
     difference = relative_difference(padded, model)
-    if difference > tolerance(next(model.parameters()).dtype):
+    if not difference <= tolerance(next(model.parameters()).dtype):
         raise _refusal(f"its logits would change by a factor of {difference:.1g}: zeros do not stand for what was cut")
     return padded
 

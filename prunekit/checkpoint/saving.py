@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from prunekit.checkpoint.building import cut_again, empty_model, own_tensors, shapes_of
 from prunekit.checkpoint.cards import OWN, PLAIN, texts_beside
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
-from prunekit.checkpoint.uniform import plain_config
+from prunekit.checkpoint.uniform import has_same_logits, plain_config
 from prunekit.checkpoint.widths import Cuts, layer_widths
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder
@@ -145,11 +145,16 @@ def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
     described = cuts.config.to_dict() | {"architectures": [type(model).__name__]}
     try:
         uncut = empty_model(AutoConfig.for_model(**described))
-        again = shapes_of(cut_again(uncut, cuts.groups, cuts.stages))
+        rebuilt = cut_again(uncut, cuts.groups, cuts.stages)
     except Exception as error:  # code that came with a checkpoint, or a configuration its family refuses
         raise PrunekitError(f"this cut model cannot be rebuilt from its record, so it is not saved: {error}") from error
-    if again != shapes_of(model):
+    if shapes_of(rebuilt) != shapes_of(model):
         raise PrunekitError("this model's shapes are not those of its recorded cuts; it was changed by other means")
+    if not has_same_logits(rebuilt, model):
+        raise PrunekitError(
+            "built again from its record, this model gives other logits: its family computes something from a layer's "
+            "number; keep all layers, or give prunekit.export(layout='padded') a model whose layers all stand"
+        )
     record = {"model_type": MODEL_TYPE, "format": FORMAT, "stages": cuts.stages, "base_config": described}
     return record | layer_widths(cuts)
 
@@ -174,4 +179,7 @@ def write_beside(model: Any, folder: Path, tokenizer: Any, texts: Mapping[str, s
 
 def _tokenizer_beside(model: Any) -> Any:  # noqa: ANN401
     source = getattr(model.config, "name_or_path", "")
+    stages = (getattr(model.config, "prunekit", None) or {}).get("stages", [])
+    if any(name.endswith("vocabulary") for stage in stages for name in stage):
+        return None  # it numbers tokens that are gone
     return load_tokenizer(source, False) if source and Path(source).is_dir() else None

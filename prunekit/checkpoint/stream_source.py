@@ -70,7 +70,7 @@ def _check_one_to_one(folder: Path, stored: dict[str, Stored]) -> None:
     Every parameter must find a stored tensor of its shape that no other parameter took.
     """
     try:
-        shapes = shapes_of(empty_model(AutoConfig.from_pretrained(folder)))
+        shapes = shapes_of(empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
     except Exception:  # of any kind; the load that follows tells what is wrong
         return
     left = Counter(tensor.shape for tensor in stored.values())

@@ -116,6 +116,8 @@ def pointwise(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # 
     if not isinstance(result, Tensor):
         return unknown(mode, func, args, kwargs)
     plane = combine(mode.graph, operands, result.shape)
+    if plane is not None:
+        mode.graph.take_part(plane)
     if plane is not None and _is_nonlinear(mode, func, operands):
         mode.graph.nonlinear.append(plane.flatten())
     if plane is not None and all(op.parameter or len(op.shape) == 0 for op in operands):

@@ -104,6 +104,14 @@ def merge(label: Ints, a: Ints, b: Ints, owners: Owners) -> Ints:
             return label
 
 
+def roles(graph: LabelGraph, label: Ints) -> NDArray[np.uint64]:
+    """The operations that each component took part in, one bit each."""
+    found = np.zeros(int(label.max()) + 1, np.uint64)
+    noted = graph.roles[: len(label)]
+    np.bitwise_or.at(found, label[: len(noted)], noted)
+    return found
+
+
 def _connect(a: Ints, b: Ints, n: int) -> Ints:
     matrix = coo_matrix((np.ones(len(a), np.bool_), (a, b)), shape=(n, n))
     return connected_components(matrix, directed=False)[1].astype(np.int64)

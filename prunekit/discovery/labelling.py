@@ -181,7 +181,7 @@ class LabelMode(TorchDispatchMode):
             result = func(*args, **kwargs)
             return result if choice is None else self.mark_chosen(result, choice)
         if torch.Tag.pointwise in func.tags:
-            self.note_numbers(func, args)
+            self.note_numbers(func, [*args, *kwargs.values()])
         first_lock = len(self.graph.locks)
         result = (rule.apply if rule else unknown)(self, func, args, kwargs)
         for i in range(first_lock, len(self.graph.locks)):

@@ -34,6 +34,8 @@ class LabelGraph:
         self.embedded: list[Tensor] = []
         self.chosen: list[Tensor] = []
         self.vocabulary: list[Tensor] = []
+        self.roles = np.zeros(0, np.uint64)  # a bit for each operation that a node took part in, by its number
+        self.n_operations = 0
         self.slabs: list[tuple[Tensor, Tensor]] = []  # what scores own, in its shape
         self._ends: list[int] = []  # of the ranges of nodes that were made together
         self._kinds: list[str] = []
@@ -86,6 +88,13 @@ class LabelGraph:
         owners = labels.expand(shape)
         self.own(owner_kind, owners, fresh)
         return torch.where(owners == CONSTANT, owners, fresh) if (labels.numpy() == CONSTANT).any() else fresh
+
+    def take_part(self, labels: Tensor) -> None:
+        """Note that these stand in the next operation: after a cut, what is left must stand in the same ones."""
+        if len(self.roles) < self.n_nodes:
+            self.roles = np.concatenate([self.roles, np.zeros(2 * self.n_nodes - len(self.roles), np.uint64)])
+        self.roles[labels.numpy().ravel()] |= np.uint64(1 << (self.n_operations % 61))
+        self.n_operations += 1
 
     def lock(self, labels: Tensor, reason: str) -> None:
         """These may not be cut; `reason` is what the user reads."""

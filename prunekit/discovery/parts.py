@@ -75,7 +75,7 @@ def probing(model: nn.Module, mode: LabelMode, found: dict[str, Part]) -> Iterat
 
     def watch(path: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            stack.append(_channels_among(mode, args, kwargs, refill=path in layers))
+            stack.append(_channels_among(mode, args, kwargs, path in layers, generator))
 
         def leave(_module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
             part = _probe(mode, path, stack.pop(), result, layer_of(path, layers))
@@ -84,7 +84,7 @@ def probing(model: nn.Module, mode: LabelMode, found: dict[str, Part]) -> Iterat
 
         return enter, leave
 
-    uses = _uses(model)
+    uses, generator = _uses(model), torch.Generator().manual_seed(0)
     with ExitStack() as hooks:
         for path, module in model.named_modules():
             if module._modules and layer_of(path, layers) and _uses(module).items() <= uses.items():
@@ -100,14 +100,17 @@ def _uses(model: nn.Module) -> Counter[int]:
     return Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
 
 
-def _channels_among(mode: LabelMode, args: tuple, kwargs: dict, refill: bool) -> list[tuple[Where, Tensor]]:
-    """Values of the labelled arguments; on entering a layer they are made to differ from zero and each other."""
+def _channels_among(
+    mode: LabelMode, args: tuple, kwargs: dict, refill: bool, generator: torch.Generator
+) -> list[tuple[Where, Tensor]]:
+    """Values of the labelled arguments; on entering a layer, or where all are zero, they are made to differ."""
     kept = []
     with untraced():
         for where, tensor in leaves(args, kwargs):
-            if mode.labelled(tensor) and not mode.is_handed(tensor) and tensor.is_floating_point():
-                if refill:
-                    tensor.copy_(torch.arange(1, tensor.numel() + 1).view(tensor.shape))
+            passing = mode.labelled(tensor) and not mode.is_handed(tensor) and not mode.operand(tensor).parameter
+            if passing and tensor.is_floating_point():
+                if refill or not bool(tensor.any()):
+                    tensor.normal_(generator=generator)
                 kept.append((where, tensor.clone()))
     return kept
 

@@ -28,15 +28,20 @@ def free_parameters(model: nn.Module, mode: LabelMode) -> Iterator[None]:
                     fakes[id(p)] = _fake_parameter(mode, names[id(p)], p)
                 undo.append((module._parameters, name, p))
             for name, b in module._buffers.items():
-                if b is not None and b.device.type != "cpu":
+                if b is not None:
                     undo.append((module._buffers, name, b))
         for holder, name, value in undo:
             stand_in = fakes.get(id(value))
-            holder[name] = torch.zeros(value.shape, dtype=value.dtype) if stand_in is None else stand_in
+            holder[name] = _own_copy(value) if stand_in is None else stand_in
         yield
     finally:
         for holder, name, value in undo:
             holder[name] = value
+
+
+def _own_copy(buffer: Tensor) -> Tensor:
+    """A buffer on the CPU that the model may write to."""
+    return torch.zeros(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer.detach().to("cpu", copy=True)
 
 
 def _fake_parameter(mode: LabelMode, name: str, p: Tensor) -> Tensor:

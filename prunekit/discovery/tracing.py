@@ -68,7 +68,11 @@ def _options(forward: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:  # noqa: ANN401
-    named = dict(output) if isinstance(output, dict) else {}
+    named = dict(output) if isinstance(output, dict) else dict(getattr(output, "__dict__", {}))
+    if isinstance(output, (Tensor, tuple, list)):
+        named = {}
+    if not tensors_in(named or output):
+        raise PrunekitError(f"the model returns a {type(output).__name__} without tensors; it must return logits")
     vocabulary = _tie_vocabulary(mode, named.get("logits"))
     for tensor in tensors_in(named or output):
         if tensor is not vocabulary:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.calibration import TOKENS_A_BATCH, Gradients, check_tokens
 from prunekit.discovery.groups import CoupledGroup, Member
+from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.reduction import all_slice_scores, unit_scores
 
@@ -123,7 +124,7 @@ def input_norms(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) 
     squares: dict[str, Tensor] = {}
     n_calls = len(batches) * sum(len(reader.modules) for reader in readers.values())
     bar = tqdm(total=n_calls, desc="activations", unit="layer", leave=False, delay=1)
-    with bar, _watching(readers, squares, bar), computing_wide(model), _evaluating(model), torch.inference_mode():
+    with bar, _watching(readers, squares, bar), computing_wide(model), evaluating(model), torch.no_grad():
         for batch in batches:
             model(input_ids=batch, use_cache=False)
     for name in readers:
@@ -173,15 +174,8 @@ def computing_wide(model: nn.Module) -> Iterator[None]:
             if module._parameters:
                 hooks.callback(module.register_forward_pre_hook(enter).remove)
                 hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
-        yield
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        try:
+            yield
+        finally:
+            for module, parameters in held.items():  # an interrupt passes by the hooks
+                module._parameters.update(parameters)

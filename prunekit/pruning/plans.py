@@ -36,6 +36,8 @@ class PruningPlan:
     def __post_init__(self) -> None:
         for name, units in self.keep.items():
             total = self.n_units.get(name)
+            if not isinstance(units, list) or any(type(unit) is not int for unit in units):
+                raise PrunekitError(f"plan for {name!r} keeps {str(units)[:60]}; it must be a list of integers")
             if not units and total == 1:
                 continue  # a whole layer or block goes
             if total is None or not units or units != sorted(set(units)) or not 0 <= units[0] <= units[-1] < total:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from prunekit.discovery.components import Sites, levels
+from prunekit.discovery.components import Sites, levels, roles
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
@@ -47,8 +47,15 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
     alive = ~change.dead[old.node] & stays[old.site]
     names = tuple((renamed(name, change.moved), dim) for name, dim in old.names if name not in change.gone)
     same_sites = names == new.names and np.array_equal((np.cumsum(stays) - 1)[old.site[alive]], new.site)
-    for expected, found in zip(levels(before.graph, change.dead), levels(after.graph), strict=True):
-        if not same_sites or not _same_partition(expected[old.node[alive]], found[new.node]):
+    same_parts = same_sites
+    for number, (expected, found) in enumerate(
+        zip(levels(before.graph, change.dead), levels(after.graph), strict=True)
+    ):
+        then, now = expected[old.node[alive]], found[new.node]
+        same_parts = same_parts and _same_partition(then, now)
+        if same_parts and exact and number == 0:
+            same_parts = np.array_equal(roles(before.graph, expected)[then], roles(after.graph, found)[now])
+        if not same_parts:
             raise PrunekitError(
                 "this model cannot be cut that way, nothing was changed: the cut model's structure is not the full "
                 "model's structure restricted to the units kept"

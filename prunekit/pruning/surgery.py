@@ -1,6 +1,7 @@
 """A plan becomes a smaller model: parameters are sliced, remembered widths solved, the result proved."""
 
 import copy
+import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,9 +108,10 @@ def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: Prunin
     nothing = np.zeros(before.graph.n_nodes, np.bool_)
     verify(before, trial, Change(nothing, _parameters_in(before, paths), moved), exact=False)
     _record(trial, groups, replace(plan, keep={name: units for name, units in plan.keep.items() if not units}))
-    keep = {renamed(name, moved): units for name, units in plan.keep.items() if units}
-    n_units = {renamed(name, moved): plan.n_units[name] for name, units in plan.keep.items() if units}
-    if any(len(units) < n_units[name] for name, units in keep.items()):
+    cut = {name: units for name, units in plan.keep.items() if 0 < len(units) < plan.n_units[name]}
+    keep = {renamed(name, moved): units for name, units in cut.items()}
+    n_units = {renamed(name, moved): plan.n_units[name] for name in cut}
+    if keep:
         trial = prune(trial, replace(plan, keep=keep, n_units=n_units), inplace=inplace)
     elif not inplace:
         trial = copy.deepcopy(trial)
@@ -133,6 +135,10 @@ def _check_plan(groups: Groups, plan: PruningPlan) -> None:
     for name, units in plan.keep.items():
         if not units and groups[name].kind not in ("block", "layer"):
             raise PrunekitError(f"the plan leaves nothing of {name!r}; keep at least one of its {known[name]} units")
+    gone = [name.rpartition(":")[0] for name, units in plan.keep.items() if not units]
+    for name, units in plan.keep.items():
+        if units and len(units) < known[name] and any(re.match(rf"{re.escape(path)}[.:]", name) for path in gone):
+            raise PrunekitError(f"the plan cuts {name!r}, which goes whole; leave one of the two out of the plan")
 
 
 def _cut(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> _Cut:

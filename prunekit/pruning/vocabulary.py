@@ -37,7 +37,7 @@ def _renumbered(config: Any, new: dict[int, int], n_tokens: int) -> Any:  # noqa
         config.vocab_size = len(new)
     for name, value in list(vars(config).items()):
         if name.endswith("_token_id") and isinstance(value, int):
-            setattr(config, name, new.get(value))
+            vars(config)[name] = new.get(value)  # past families that want a number there
         elif name.endswith("_token_id") and isinstance(value, list):
-            setattr(config, name, [new[token] for token in value if token in new] or None)
+            vars(config)[name] = [new[token] for token in value if token in new] or None
     return config
