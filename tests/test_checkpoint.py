@@ -20,8 +20,15 @@ def folders(tmp_path_factory):
     return Folders(tmp_path_factory.mktemp("checkpoints"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("form", ["even", "uneven"])
+# Norms over all heads and norms of single heads cannot be filled up with zeros; torch's grouped products of experts
+# take neither float64 nor every width.
+NOT_PADDED = ("olmo2", "stablelm_qk", "mixtral", "qwen2_moe")
+PADDED = [name for name in FAMILIES if name not in NOT_PADDED]
+EXPERTS = ("mixtral", "qwen2_moe")
+SAVED = [(name, form) for name in FAMILIES for form in ("even", "uneven") if form == "even" or name not in EXPERTS]
+
+
+@pytest.mark.parametrize(("name", "form"), SAVED)
 def test_logits_are_the_same_after_saving_and_loading(name, form, folders):
     folder, small = folders(name, form), same_cut(name, form == "uneven")
     again, tokenizer = load(folder)
@@ -30,7 +37,7 @@ def test_logits_are_the_same_after_saving_and_loading(name, form, folders):
     assert not list(folder.glob("*.bin")) and not list(folder.parent.glob(".*"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PADDED)
 def test_a_padded_export_is_a_plain_checkpoint_with_the_same_logits(name, folders):
     folder, small = folders(name, "padded"), same_cut(name, True, torch.float64)
     assert json.loads((folder / "config.json").read_text())["model_type"] == small.config.model_type
@@ -69,7 +76,7 @@ for folder in sys.argv[1:]:
 )
 def test_another_process_reads_the_same_with_transformers_alone(imports, folders):
     """With prunekit imported, before transformers or after, everything loads; without it, all but the uneven."""
-    names = ["llama_gqa"] if "transformers" in imports else list(FAMILIES)
+    names = ["llama_gqa"] if "transformers" in imports else PADDED
     paths = [str(folders(name, form)) for name in names for form in ("even", "uneven", "padded")]
     run([sys.executable, "-c", ELSEWHERE.format(imports=imports), *paths])
 
