@@ -1,6 +1,5 @@
 """Taking whole layers and blocks out of a model."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +52,7 @@ def drop(model: nn.Module, parts: list[Part]) -> dict[str, str]:
     """Take layers and blocks out of a model, in place.
 
     Args:
-        model: its modules change, its parameters are not touched.
+        model: its modules and its configurations change, its parameters are not touched.
         parts: what goes.
 
     Returns:
@@ -99,13 +98,13 @@ def remove_elements(model: nn.Module, gone: set[str]) -> dict[str, str]:
     """
     moved: dict[str, str] = {}
     for path in sorted({_list_of(element) for element in gone}):
-        elements = list(model.get_submodule(path).children())
+        elements: Any = model.get_submodule(path)
         kept = [i for i in range(len(elements)) if f"{path}.{i}" not in gone]
         if not kept:
             raise PrunekitError(f"the plan leaves nothing in {path}; keep at least one of its {len(elements)} parts")
-        _renumber(elements, kept)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.ModuleList(elements[i] for i in kept))
+        _renumber(list(elements), kept)
+        for i in sorted(set(range(len(elements))) - set(kept), reverse=True):
+            del elements[i]
         moved |= {f"{path}.{old}": f"{path}.{new}" for new, old in enumerate(kept) if new != old}
     return moved
 
@@ -134,18 +133,13 @@ def _renumber(layers: list[nn.Module], kept: list[int]) -> None:
 
 
 def _shorten_configurations(model: nn.Module, n_layers: int, kept: list[int]) -> None:
-    """The number of layers, and what a configuration lists layer by layer; configurations are copied first."""
-    copies: dict[int, Any] = {}
-    for module in model.modules():
-        config = vars(module).get("config")
-        if config is None or getattr(config, "num_hidden_layers", None) != n_layers:
-            continue
-        if id(config) not in copies:
-            copies[id(config)] = copy.copy(config)
-            for name, value in _layer_lists(config, n_layers):
-                vars(copies[id(config)])[name] = type(value)(value[i] for i in kept)
-            copies[id(config)].num_hidden_layers = len(kept)
-        module.config = copies[id(config)]
+    """The number of layers, and what a configuration lists layer by layer."""
+    configs = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
+    for config in configs.values():
+        if getattr(config, "num_hidden_layers", None) == n_layers:
+            for name, value in list(_layer_lists(config, n_layers)):
+                vars(config)[name] = type(value)(value[i] for i in kept)
+            config.num_hidden_layers = len(kept)
 
 
 def _layer_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:  # noqa: ANN401

@@ -1,14 +1,13 @@
 """A plan becomes a smaller model: parameters are sliced, remembered widths solved, the result proved."""
 
-import copy
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.discovery import Groups
@@ -25,10 +24,10 @@ from prunekit.pruning.arguments import find_selections
 from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.proving import Change, check_scales, verify
+from prunekit.pruning.recording import own_configurations, record
 from prunekit.pruning.vocabulary import renumber_tokens
+from prunekit.pruning.weights import Keep, copied, fill, replace_parameters, without_weights
 from prunekit.pruning.widths import solve
-
-Keep = dict[tuple[str, int], Tensor]  # (parameter, dim) → ascending indices that stay
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +49,24 @@ class _Cut:
     dead: np.ndarray
     gone: set[str]
     tokens: tuple[list[int], int] | None
+
+
+class _Proof(NamedTuple):
+    """A cut that was made on a copy without weights, and proved there.
+
+    Attributes:
+        groups: of the uncut model.
+        plan: which units stay.
+        cut: everything that changes.
+        skeleton: the copy.
+        moved: list elements that stand elsewhere in it, path before → path after.
+    """
+
+    groups: Groups
+    plan: PruningPlan
+    cut: _Cut
+    skeleton: nn.Module
+    moved: dict[str, str]
 
 
 @uncollected()
@@ -83,41 +100,66 @@ def _prune(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, i
     _check_plan(groups, plan)
     if any(not units for units in plan.keep.values()):
         return _without_parts(model, before, groups, plan, inplace)
+    return _carry_out(model, _prove(model, before, groups, plan), inplace)
+
+
+def _prove(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> _Proof:
+    """Make the cut on a copy without weights, and trace that."""
     cut = _cut(model, before, groups, plan)
-    skeleton = _skeleton(model, cut)
+    skeleton = without_weights(model, cut.keep)
     moved = _apply(skeleton, cut)
     exact = all(groups[name].exact for name in plan.keep)
     verify(before, skeleton, Change(cut.dead, _parameters_in(before, cut.gone), moved), exact=exact)
     if exact and any(groups[name].kind == "head_dim" for name in plan.keep):
         check_scales(model, skeleton)
+    return _Proof(groups, plan, cut, skeleton, moved)
+
+
+def _carry_out(model: nn.Module, proof: _Proof, inplace: bool) -> nn.Module:
     if inplace:
-        _replace_parameters(model, cut)
-        _apply(model, cut)
-        small = model
-    else:
-        small = _fill(skeleton, model, cut, moved)
-    _record(small, groups, plan)
+        own_configurations(model)
+        replace_parameters(model, proof.cut.keep)
+        _apply(model, proof.cut)
+    small = model if inplace else fill(proof.skeleton, model, proof.cut.keep, proof.moved)
+    record(small, proof.groups, proof.plan)
     return small
 
 
 def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> nn.Module:
-    """Take whole layers and blocks out first; what else the plan says is cut from what is left."""
+    """Take whole layers and blocks out first; what else the plan says is cut from what is left.
+
+    All of it is tried on a copy that shares the weights, so that nothing is changed where a proof fails.
+    """
     paths = {name.rpartition(":")[0] for name, units in plan.keep.items() if not units}
-    trial = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # weights are shared
-    moved = drop(trial, [before.parts[path] for path in sorted(paths)])
+    parts = [before.parts[path] for path in sorted(paths)]
+    whole = replace(plan, keep={name: units for name, units in plan.keep.items() if not units})
+    trial = copied(model, {id(p): p for p in model.parameters()})
+    moved = drop(trial, parts)
     nothing = np.zeros(before.graph.n_nodes, np.bool_)
     verify(before, trial, Change(nothing, _parameters_in(before, paths), moved), exact=False)
-    _record(trial, groups, replace(plan, keep={name: units for name, units in plan.keep.items() if not units}))
+    record(trial, groups, whole)
+    rest = _what_is_left(plan, moved)
+    if not inplace:
+        return prune(trial, rest) if rest.keep else copied(trial, {})
+    proof = _prove_anew(trial, rest) if rest.keep else None
+    own_configurations(model)
+    drop(model, parts)
+    record(model, groups, whole)
+    return _carry_out(model, proof, inplace=True) if proof else model
+
+
+def _what_is_left(plan: PruningPlan, moved: dict[str, str]) -> PruningPlan:
+    """The groups that are cut and do not go whole, as they are called then."""
     cut = {name: units for name, units in plan.keep.items() if 0 < len(units) < plan.n_units[name]}
-    keep = {renamed(name, moved): units for name, units in cut.items()}
     n_units = {renamed(name, moved): plan.n_units[name] for name in cut}
-    if keep:
-        trial = prune(trial, replace(plan, keep=keep, n_units=n_units), inplace=inplace)
-    elif not inplace:
-        trial = copy.deepcopy(trial)
-    if inplace:
-        vars(model).update(vars(trial))
-    return model if inplace else trial
+    return replace(plan, keep={renamed(name, moved): units for name, units in cut.items()}, n_units=n_units)
+
+
+def _prove_anew(model: nn.Module, plan: PruningPlan) -> _Proof:
+    before = trace(model)
+    groups = find_groups(before)
+    _check_plan(groups, plan)
+    return _prove(model, before, groups, plan)
 
 
 def _parameters_in(before: Trace, paths: set[str]) -> frozenset[str]:
@@ -189,51 +231,6 @@ def _surviving_indices(before: Trace, dead: np.ndarray, gone: frozenset[str]) ->
     return keep
 
 
-def _slice(p: nn.Parameter, keep: dict[int, Tensor]) -> nn.Parameter:
-    data = p.detach()
-    for dim, index in keep.items():
-        data = data.index_select(dim, index.to(data.device))
-    return nn.Parameter(data.contiguous() if keep else data.clone(), requires_grad=p.requires_grad)
-
-
-def _hollow(p: nn.Parameter, keep: dict[int, Tensor]) -> nn.Parameter:
-    shape = [len(keep[d]) if d in keep else n for d, n in enumerate(p.shape)]
-    return nn.Parameter(torch.empty(shape, dtype=p.dtype, device="meta"), requires_grad=False)
-
-
-def _per_parameter(keep: Keep) -> dict[str, dict[int, Tensor]]:
-    out: dict[str, dict[int, Tensor]] = {}
-    for (name, dim), index in keep.items():
-        out.setdefault(name, {})[dim] = index
-    return out
-
-
-def _skeleton(model: nn.Module, cut: _Cut) -> nn.Module:
-    """A deep copy whose parameters have the new shapes and no weights; the old ones are never copied."""
-    keep = _per_parameter(cut.keep)
-    memo: dict[int, Any] = {id(p): _hollow(p, keep.get(name, {})) for name, p in model.named_parameters()}
-    return copy.deepcopy(model, memo)
-
-
-def _fill(skeleton: nn.Module, model: nn.Module, cut: _Cut, moved: dict[str, str]) -> nn.Module:
-    """Give a skeleton the weights that stay, wherever its parameters are held."""
-    keep, weights = _per_parameter(cut.keep), dict(model.named_parameters())
-    came_from = {new: old for old, new in moved.items()}
-    for new, hollow in list(skeleton.named_parameters()):
-        name = renamed(new, came_from)
-        torch.utils.swap_tensors(hollow, _slice(weights[name], keep.get(name, {})))
-    return skeleton
-
-
-def _replace_parameters(model: nn.Module, cut: _Cut) -> None:
-    keep = _per_parameter(cut.keep)
-    small = {id(p): _slice(p, keep[name]) for name, p in model.named_parameters() if name in keep}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and id(p) in small:
-                module._parameters[name] = small[id(p)]
-
-
 def _apply(model: nn.Module, cut: _Cut) -> dict[str, str]:
     """Write the new widths into the modules that remember them; returns which list elements have moved where."""
     modules = dict(model.named_modules())
@@ -258,26 +255,3 @@ def _sync_layer(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
-
-
-def _record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
-    """Note in the configuration what was cut, cut after cut, so that the cuts can be made again on an empty model."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return
-    adapters = hasattr(model, "get_base_model")
-    cut = {
-        _base_name(model, name): list(units)
-        for name, units in plan.keep.items()
-        if len(units) < groups[name].n_units and not (adapters and groups[name].kind == "rank")
-    }
-    earlier = list((getattr(config, "prunekit", None) or {}).get("stages", []))
-    if earlier or cut:
-        config.prunekit = {"stages": [*earlier, cut] if cut else earlier}
-
-
-def _base_name(model: Any, name: str) -> str:
-    """The group's name in the model under an adapter wrapper, which is what is left after merging."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    prefix = next(path for path, module in model.named_modules() if module is inner)
-    return name.removeprefix(f"{prefix}.") if prefix else name

@@ -1,0 +1,46 @@
+"""What configurations say of a cut. They are made the model's own first, since another model may hold the same."""
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from prunekit.discovery import Groups
+from prunekit.pruning.plans import PruningPlan
+
+
+def own_configurations(model: nn.Module) -> None:
+    """Give a model configurations that no other model holds, in place.
+
+    Modules that shared one share its copy, and what stands inside another stands inside that one's copy.
+    """
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        own = vars(module)
+        for name, value in own.items():
+            if name == "config" or isinstance(value, PreTrainedConfig):
+                own[name] = copy.deepcopy(value, copies)
+
+
+def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
+    """Note in the configuration what was cut, cut after cut, so that the cuts can be made again on an empty model."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    adapters = hasattr(model, "get_base_model")
+    cut = {
+        _base_name(model, name): list(units)
+        for name, units in plan.keep.items()
+        if len(units) < groups[name].n_units and not (adapters and groups[name].kind == "rank")
+    }
+    earlier = list((getattr(config, "prunekit", None) or {}).get("stages", []))
+    if earlier or cut:
+        config.prunekit = {"stages": [*earlier, cut] if cut else earlier}
+
+
+def _base_name(model: Any, name: str) -> str:  # noqa: ANN401
+    """The group's name in the model under an adapter wrapper, which is what is left after merging."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    prefix = next(path for path, module in model.named_modules() if module is inner)
+    return name.removeprefix(f"{prefix}.") if prefix else name
