@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from prunekit.checkpoint.experts import fit_for_grouped
 from prunekit.pruning import PruningPlan
 
 if TYPE_CHECKING:
@@ -20,10 +21,15 @@ _FORMS = {  # layout → what is said of it, and the Python that loads it
         _PLAIN_CODE.replace("FOLDER", 'FOLDER", gguf_file="model.gguf'),
     ),
     OWN: (
-        "The configuration of its family has no words for its widths, so it needs prunekit to load.",
+        "The configuration of its family has no words for its widths, so it needs prunekit to load; once that is "
+        "imported, `AutoModelForCausalLM.from_pretrained` loads it too.",
         'import prunekit as pk\n\nmodel, tokenizer = pk.load("THIS FOLDER")',
     ),
 }
+_WRITTEN_OUT = (
+    "torch's grouped products do not take the widths of its experts. `prunekit.load` sets them to run written out; "
+    'with `transformers` alone, say `experts_implementation="eager"`.'
+)
 
 
 def texts_beside(
@@ -56,6 +62,11 @@ def model_card(
     sentence, loader = _FORMS[layout]
     family = f"`{type(model).__name__}`, {parameters:,} parameters. {sentence}"
     parts = ["---\nlibrary_name: prunekit\n---\n# A model saved by prunekit", family]
+    if not fit_for_grouped(model):
+        parts.append(_WRITTEN_OUT)
+        loader = loader.replace(
+            'from_pretrained("THIS FOLDER"', 'from_pretrained("THIS FOLDER", experts_implementation="eager"'
+        )
     parts += _plan_parts(plan) if plan is not None else []
     parts += [f"## Figures\n\n```\n{report}\n```\n\nEvery answer: `report.json`."] if report is not None else []
     return "\n\n".join([*parts, f"## Load\n\n```python\n{loader}\n```"]) + "\n"

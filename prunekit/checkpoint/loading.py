@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from prunekit.checkpoint.building import check_size, cut_again, empty_model, own_tensors
+from prunekit.checkpoint.experts import usable
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_object, stored_tensors
 from prunekit.checkpoint.widths import check_widths
 from prunekit.discovery import discover
@@ -31,6 +32,9 @@ def load(
     source: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, in evaluation mode on the CPU.
+
+    Experts of widths that torch's grouped products do not take are set to run written out
+    (`experts_implementation="eager"`).
 
     Args:
         source: `"world"` for the embedded model, a folder (an existing one wins), or a hub id.
@@ -52,7 +56,7 @@ def load(
         raise PrunekitError(f"{str(source)!r} does not exist; give a checkpoint folder, a hub id or 'world'")
     else:
         model = _load_plain(str(source), dtype, trust_remote_code)
-    return model.eval(), load_tokenizer(str(source), trust_remote_code, model.config)
+    return usable(model).eval(), load_tokenizer(str(source), trust_remote_code, model.config)
 
 
 def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:  # noqa: ANN401
@@ -161,7 +165,7 @@ def load_cut(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) ->
     if os.path.lexists(folder / "generation_config.json"):
         model.generation_config = GenerationConfig.from_dict(read_object(folder / "generation_config.json"))
     model.config.name_or_path = str(folder)
-    return _in_dtype(model, dtype).eval()
+    return usable(_in_dtype(model, dtype)).eval()
 
 
 def _check_record(folder: Path, saved: dict[str, Any]) -> None:

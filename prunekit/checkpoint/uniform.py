@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from prunekit.checkpoint.building import empty_model, shapes_of
+from prunekit.checkpoint.experts import written_out
 from prunekit.checkpoint.widths import Cuts, with_width
 from prunekit.discovery.preparing import evaluating
 
@@ -63,7 +64,7 @@ def has_same_logits(built: Any, model: Any) -> bool:  # noqa: ANN401
 
 @torch.no_grad()
 def first_logits(model: Any) -> torch.Tensor:  # noqa: ANN401
-    """Logits (1, 8, vocabulary) on the first eight tokens of the vocabulary."""
+    """Logits (1, 8, vocabulary) on the first eight tokens of the vocabulary, attention and experts written out."""
     tokens = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
-    with evaluating(model):
+    with evaluating(model), written_out(model):
         return model(tokens).logits
