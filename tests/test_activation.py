@@ -3,8 +3,11 @@
 import pytest
 import torch
 from families import FAMILIES, tokens
+from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
+from wirings import WIRINGS
 
-from prunekit import Activation, CoupledGroup, Member, PrunekitError, discover, score
+from prunekit import Activation, CoupledGroup, Member, PrunekitError, Taylor, discover, score
 from prunekit.importance import IMPORTANCES
 
 
@@ -111,6 +114,56 @@ def test_a_unit_that_hands_on_nothing_scores_zero():
         model.model.layers[0].mlp.up_proj.weight[7] = 0
     found = score(model, groups, Activation(), tokens())["model.layers.0.mlp:ffn_channel"]
     assert found[7] == 0 and found.count_nonzero() == len(found) - 1
+
+
+@pytest.mark.parametrize("normed", [weight_norm, parametrizations.weight_norm])
+def test_a_weight_that_is_computed_is_no_weight_of_a_reader(normed):
+    model = FAMILIES["llama_mha"].model()
+    normed(model.model.layers[0].mlp.down_proj)
+    groups = discover(model)
+    found = score(model, groups, Activation(), tokens())
+    columns = columns_by_hand(model, "model.layers.1.mlp.down_proj")
+    torch.testing.assert_close(found["model.layers.1.mlp:ffn_channel"], columns)
+    own = next(n for n, _ in model.named_parameters() if n.startswith("model.layers.0.mlp.down_proj."))
+    alone = CoupledGroup("it:hidden", "hidden", 1, (Member(own, 0, torch.zeros(1, 1, dtype=torch.long)),), True)
+    with pytest.raises(PrunekitError, match="no linear layer reads 'it:hidden'"):
+        score(model, (alone,), Activation(), tokens())
+
+
+class Named(nn.Linear):
+    """Hands on its input by name."""
+
+    def __call__(self, x):
+        return super().__call__(input=x)
+
+
+def test_a_layer_that_is_called_by_name_is_read_all_the_same():
+    model, groups = FAMILIES["llama_mha"].model(), FAMILIES["llama_mha"].groups()
+    expected = score(model, groups.of_kind("ffn_channel"), Activation(), tokens())
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = Named
+    found = score(model, groups.of_kind("ffn_channel"), Activation(), tokens())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("importance", [Activation(), Taylor()])
+def test_a_model_that_is_not_of_transformers_is_refused(importance):
+    family = next(iter(WIRINGS.values()))
+    with pytest.raises(PrunekitError, match=r"a Wired is no model of transformers.*such as Magnitude\(\)"):
+        score(family.model(), family.groups(), importance, tokens())
+
+
+@pytest.mark.parametrize(
+    ("model", "groups", "message"),
+    [
+        (None, [], "the model is a NoneType; give the one"),
+        (nn.Linear(2, 2), None, "None is no group; give discover"),
+        (nn.Linear(2, 2), ["model.layers.0.mlp:ffn_channel"], "'model.layers.0.mlp:ffn_channel' is no group"),
+    ],
+)
+def test_what_is_no_model_and_no_group_is_refused(model, groups, message):
+    with pytest.raises(PrunekitError, match=message):
+        score(model, groups, Activation(), tokens())
 
 
 def test_what_cannot_be_scored_is_refused():

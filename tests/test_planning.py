@@ -160,6 +160,12 @@ def test_a_ratio_that_is_no_fraction_is_refused(ratio):
             "units of .* cannot go: round_to or min_units lets at most 0.0000",
         ),
         ({"kinds": ["kv_head", "query_head"]}, "give kinds that do not overlap"),
+        ({"kinds": "kv_head"}, r"kinds='kv_head' is no list; give one, such as kinds=\['kv_head'\]"),
+        ({"protect_layers": 0}, r"protect_layers=0 is no list; give one, such as protect_layers=\[0\]"),
+        ({"protect_layers": [[0]]}, r"protect_layers names \[0\]; this model has layers 0 to 1; name some"),
+        ({"min_units": "2"}, "min_units='2' is not allowed; give an integer of 1 or more"),
+        ({"round_to": {"heads": 2}}, "round_to: kind='heads' is not known; choose one of 'kv_head'"),
+        ({"round_to": {"rank": 0}}, "round_to=0 is not allowed"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -174,6 +180,12 @@ def test_scores_that_do_not_fit_are_named():
         plan(GROUPS_GQA, {k: v for k, v in scores.items() if k != name}, 0.2)
     with pytest.raises(PrunekitError, match="must be 96 finite numbers; got shape"):
         plan(GROUPS_GQA, {**scores, name: torch.full((96,), math.nan)}, 0.2)
+    with pytest.raises(PrunekitError, match=f"scores of '{name}' are a list; give a tensor of 96 numbers"):
+        plan(GROUPS_GQA, {**scores, name: scores[name].tolist()}, 0.2)
+    with pytest.raises(PrunekitError, match="scores are a list; give group name → tensor"):
+        plan(GROUPS_GQA, [scores], 0.2)
+    with pytest.raises(PrunekitError, match=r"groups are a tuple; give what discover\(model\) returns"):
+        plan(tuple(GROUPS_GQA), scores, 0.2)
     with pytest.raises(PrunekitError, match="of='units'; give one number"):
         plan(GROUPS_GQA, scores, {"kv_head": 0.5})
 
@@ -190,6 +202,45 @@ def test_text_that_is_no_plan_is_refused(text):
         PruningPlan.from_json(text)
     with pytest.raises(PrunekitError, match="is no file"):
         PruningPlan.load("nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_parameters": 0, "n_parameters_kept": 0}, "n_parameters=0 .* the first above 0"),
+        ({"n_parameters": "9"}, "n_parameters='9' .* must be integers"),
+        ({"n_parameters_kept": 77}, "n_parameters_kept=77; .* the second not larger"),
+        ({"n_units": {"a:kv_head": 4.5}}, "has n_units 4.5; it must say"),
+        ({"n_units": {}}, "has n_units None; it must say"),
+        ({"n_units": [4]}, r"n_units of a plan is \[4\]; it must be a dictionary"),
+        ({"notes": 5}, "notes of a plan is 5; it must be a dictionary"),
+        ({"groups": 5}, "groups of a plan are 5; leave them out"),
+        ({"unit": 5}, "this is no pruning plan .*'unit'"),
+    ],
+)
+def test_odd_values_in_a_plan_are_named(changes, message):
+    sound = {"keep": {"a:kv_head": [1]}, "n_units": {"a:kv_head": 4}, "n_parameters": 9, "n_parameters_kept": 3}
+    assert PruningPlan.from_json(json.dumps(sound)).pruning_ratio == pytest.approx(2 / 3)
+    with pytest.raises(PrunekitError, match=message):
+        PruningPlan.from_json(json.dumps({**sound, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\x80\x04\xff", "cannot be read as text"), (b"[" * 99999, "no pruning plan"), (b"9" * 9999, "no pruning plan")],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, content, message):
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(PrunekitError, match=message):
+        PruningPlan.load(tmp_path / "plan.json")
+
+
+def test_what_is_no_model_and_no_plan_is_refused():
+    made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.2)
+    with pytest.raises(PrunekitError, match=r"the plan is a dict; give what plan\(...\)"):
+        prune(FAMILIES["llama_gqa"].model(), {})
+    with pytest.raises(PrunekitError, match="the model is a NoneType; give the one that the plan was made for"):
+        prune(None, made)
 
 
 @settings(max_examples=10, deadline=None)

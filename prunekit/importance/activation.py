@@ -14,7 +14,7 @@ from prunekit.calibration import TOKENS_A_BATCH, Gradients, check_tokens
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
-from prunekit.importance.reduction import all_slice_scores, unit_scores
+from prunekit.importance.reduction import all_slice_scores, check_takes_tokens, unit_scores
 
 _INPUT_DIM: dict[type[nn.Module], int] = {nn.Linear: 1, Conv1D: 0}
 
@@ -80,12 +80,14 @@ class Activation:
 
 
 def linear_readers(model: nn.Module) -> dict[str, Reader]:
-    """Parameter → how linear layers read with it, for each that is the weight of one."""
+    """Parameter → how linear layers read with it, for each that is the weight of one; not for computed weights."""
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Reader] = {}
     for module in model.modules():
         for dim in (dim for kind, dim in _INPUT_DIM.items() if isinstance(module, kind)):
-            found.setdefault(names[id(module.weight)], Reader(dim, [])).modules.append(module)
+            name = names.get(id(module.weight))
+            if name is not None:
+                found.setdefault(name, Reader(dim, [])).modules.append(module)
     return found
 
 
@@ -117,8 +119,10 @@ def input_norms(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) 
         Parameter name → (n_in,), float32 at least.
 
     Raises:
-        PrunekitError: bad tokens, or an input that is not finite.
+        PrunekitError: a model that does not take tokens as those of transformers do, bad tokens, or an input that
+            is not finite.
     """
+    check_takes_tokens(model)
     tokens = check_tokens(calib, model)
     batches = tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1]))
     squares: dict[str, Tensor] = {}
@@ -137,9 +141,10 @@ def input_norms(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) 
 def _watching(readers: Mapping[str, Reader], squares: dict[str, Tensor], bar: Any) -> Iterator[None]:  # noqa: ANN401
     """While open, the squares of what the layers read are added up."""
 
-    def adder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            total = _wide(args[0]).flatten(0, -2).square().sum(0)  # (tokens, n_in) → (n_in,)
+    def adder(name: str) -> Callable[..., None]:
+        def add(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            (x,) = (*args, *kwargs.values())
+            total = _wide(x).flatten(0, -2).square().sum(0)  # (tokens, n_in) → (n_in,)
             squares[name] = squares[name] + total if name in squares else total
             bar.update()
 
@@ -148,7 +153,7 @@ def _watching(readers: Mapping[str, Reader], squares: dict[str, Tensor], bar: An
     with ExitStack() as hooks:
         for name, reader in readers.items():
             for module in reader.modules:
-                hooks.callback(module.register_forward_pre_hook(adder(name)).remove)
+                hooks.callback(module.register_forward_pre_hook(adder(name), with_kwargs=True).remove)
         yield
 
 

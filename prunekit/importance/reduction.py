@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
@@ -32,6 +32,19 @@ def check_choice(what: str, given: object, allowed: Iterable[object]) -> None:
     allowed = tuple(allowed)
     if given not in allowed:
         raise PrunekitError(f"{what}={given!r} is unknown; allowed: {', '.join(map(repr, allowed))}")
+
+
+def check_takes_tokens(model: nn.Module) -> None:
+    """Refuse to run what does not take tokens as models of transformers do.
+
+    Raises:
+        PrunekitError: it has no input embeddings to tell of.
+    """
+    if not hasattr(model, "get_input_embeddings"):
+        raise PrunekitError(
+            f"a {type(model).__name__} is no model of transformers, so no tokens can be run through it; give one, or "
+            "take an importance that runs nothing, such as Magnitude()"
+        )
 
 
 def slice_scores(weights: Tensor, dim: int, granularity: str) -> Tensor:

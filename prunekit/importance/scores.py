@@ -78,9 +78,11 @@ class Scores(dict[str, Tensor]):
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 if meta.get("format") != _FORMAT:
-                    raise PrunekitError(f"{str(path)!r} is a safetensors file, but not one that Scores.save wrote")
+                    raise PrunekitError(
+                        f"{str(path)!r} is a safetensors file, but not one that Scores.save wrote; give one that it did"
+                    )
                 values = {name: file.get_tensor(name) for name in json.loads(meta["order"])}
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, LookupError, json.JSONDecodeError) as error:
             raise PrunekitError(f"no scores in {str(path)!r}: {error}; give a file that Scores.save wrote") from error
         return cls(values, label=meta["label"], kinds=json.loads(meta["kinds"]))
 

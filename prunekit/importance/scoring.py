@@ -98,13 +98,23 @@ def score(
         )
     if importance.needs_calibration and calib is None:
         raise PrunekitError(f"{importance!r} needs a calibration set: score(model, groups, importance, calib)")
-    chosen = tuple(groups)
+    chosen = _chosen(model, groups)
     _check_belong(model, groups, chosen)
     check_finite(model)
     with torch.no_grad():
         values = importance.unit_scores(model, chosen, calib)
     kinds = {group.name: group.kind for group in chosen}
     return Scores({n: v.detach().cpu() for n, v in values.items()}, label=importance.label, kinds=kinds)
+
+
+def _chosen(model: object, groups: object) -> tuple[CoupledGroup, ...]:
+    if not isinstance(model, nn.Module):
+        raise PrunekitError(f"the model is a {type(model).__name__}; give the one that the groups were discovered in")
+    chosen = tuple(groups) if isinstance(groups, Iterable) else (groups,)
+    for group in chosen:
+        if not isinstance(group, CoupledGroup):
+            raise PrunekitError(f"{group!r:.60} is no group; give discover(model), or some of it as a list")
+    return chosen
 
 
 def _check_belong(model: nn.Module, groups: object, chosen: tuple[CoupledGroup, ...]) -> None:

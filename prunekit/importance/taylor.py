@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from prunekit.calibration import Gradients, gather_gradients
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.importance.reduction import GRANULARITIES, REDUCTIONS, all_slice_scores, check_choice, unit_scores
+from prunekit.importance.reduction import (
+    GRANULARITIES,
+    REDUCTIONS,
+    all_slice_scores,
+    check_choice,
+    check_takes_tokens,
+    unit_scores,
+)
 
 ORDERS = ("first", "second", "mixed")
 
@@ -76,6 +83,7 @@ class Taylor:
         names = dict.fromkeys(member.parameter for group in groups for member in group.members)
         second = self.order != "first"
         if not isinstance(calib, Gradients):
+            check_takes_tokens(model)
             return gather_gradients(model, calib, names, second=second)  # type: ignore[arg-type]
         missing = [name for name in names if name not in calib.g]
         if missing or (second and calib.h is None):

@@ -23,7 +23,11 @@ def by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set
 
 
 def take_parameters(steps: list[Step], ratio: float, counter: Counter) -> list[Step]:
-    """Take what the budget holds: first the same step in every layer or in none, then single steps."""
+    """Take what the budget holds: first the same step in every layer or in none, then single steps.
+
+    Raises:
+        PrunekitError: the steps do not come near enough to the budget.
+    """
     budget = ratio * counter.total
     even = [list(batch) for _, batch in groupby(steps, key=lambda s: (s.key, s.group.kind))]
     taken = _fill(even, budget, counter)
@@ -80,7 +84,11 @@ def take_shares(
     rounding: Mapping[str, int],
     min_units: int,
 ) -> list[Step]:
-    """A share of the units of each group, all at once: as many as rounding and `min_units` let go."""
+    """A share of the units of each group, all at once: as many as rounding and `min_units` let go.
+
+    Raises:
+        PrunekitError: they let too few go.
+    """
     taken = []
     for g in candidates:
         bundles = bundles_of(groups, g, scores[g.name])
@@ -104,7 +112,11 @@ def _refuse_units(name: str, fraction: float, n_units: int, feasible: float) -> 
 def take_units(
     steps: list[Step], candidates: list[CoupledGroup], fractions: dict[str, float], ranking: str
 ) -> list[Step]:
-    """A share of the units of each group, or of all groups of a kind together."""
+    """A share of the units of each group, or of all groups of a kind together.
+
+    Raises:
+        PrunekitError: the steps fall short of a share by more than one a group.
+    """
 
     def pool(g: CoupledGroup) -> str:
         return g.name if ranking == "local" and g.kind not in WHOLE_KINDS else g.kind

@@ -1,6 +1,7 @@
 """From scores to a plan that meets a budget."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -54,10 +55,13 @@ def plan(
     Source: LLM-Pruner (Ma et al. 2023), local and global selection. Differs: its global mode compares head
     sums with single channels and so never removes a head; here scores are taken per parameter.
     """
-    fractions = _check_ratio(pruning_ratio, of, DEFAULT_KINDS if kinds is None else tuple(kinds))
+    _check_types(groups, scores)
+    fractions = _check_ratio(pruning_ratio, of, DEFAULT_KINDS if kinds is None else _listed("kinds", kinds, "kv_head"))
     _check_choice("ranking", ranking, ("local", "global"))
-    candidates = _candidates(groups, scores, tuple(fractions), tuple(protect_layers), exact_only=kinds is None)
-    rounding = {g.name: _rounding(round_to, g) for g in candidates}
+    _check_counts(round_to, min_units)
+    protected = _listed("protect_layers", protect_layers, 0)
+    candidates = _candidates(groups, scores, tuple(fractions), protected, exact_only=kinds is None)
+    rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
     counter = Counter(groups)
     if of == "units" and ranking == "local" and not set(fractions) & set(WHOLE_KINDS):
         taken = take_shares(groups, candidates, scores, fractions, rounding, min_units)
@@ -77,6 +81,31 @@ def plan(
         "of": of, "ranking": ranking, "importance": getattr(scores, "label", None),
     }  # fmt: skip
     return PruningPlan(keep, {g.name: g.n_units for g in candidates}, counter.total, counter.left, notes, groups)
+
+
+def _check_types(groups: object, scores: object) -> None:
+    if not isinstance(groups, Groups):
+        raise PrunekitError(f"groups are a {type(groups).__name__}; give what discover(model) returns")
+    if not isinstance(scores, Mapping):
+        raise PrunekitError(f"scores are a {type(scores).__name__}; give group name → tensor, as score(...) returns")
+
+
+def _listed(name: str, given: Any, example: object) -> tuple[Any, ...]:  # noqa: ANN401
+    """The values of an option that takes several; a text is one value, not its letters."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise PrunekitError(f"{name}={given!r} is no list; give one, such as {name}=[{example!r}]")
+    return tuple(given)
+
+
+def _check_counts(round_to: Any, min_units: Any) -> None:  # noqa: ANN401
+    """Refuses numbers of units that are none, and kinds that nothing is of."""
+    by_kind = round_to if isinstance(round_to, Mapping) else {}
+    for kind in by_kind:
+        _check_choice("round_to: kind", kind, KINDS)
+    rounded = by_kind.values() if isinstance(round_to, Mapping) else [round_to]
+    for name, value in [*(("round_to", value) for value in rounded), ("min_units", min_units)]:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PrunekitError(f"{name}={value!r} is not allowed; give an integer of 1 or more")
 
 
 def _check_ratio(ratio: Ratio, of: str, kinds: tuple[str, ...]) -> dict[str, float]:
@@ -111,11 +140,10 @@ def _candidates(
     *,
     exact_only: bool,
 ) -> list[CoupledGroup]:
-    layers = {g.layer for g in groups}
+    layers = sorted({g.layer for g in groups if g.layer is not None})
     for layer in protected:
         if layer not in layers:
-            known = sorted(number for number in layers if number is not None)
-            span = f"layers {known[0]} to {known[-1]}" if known else "no numbered layers"
+            span = f"layers {layers[0]} to {layers[-1]}; name some of those" if layers else "no numbered layers"
             raise PrunekitError(f"protect_layers names {layer!r}; this model has {span}")
     found = [g for g in groups.of_kind(*kinds) if g.layer is None or g.layer not in protected]
     if exact_only:
@@ -136,15 +164,12 @@ def _check_scores(g: CoupledGroup, scores: Mapping[str, Tensor]) -> None:
     if g.name not in scores:
         raise PrunekitError(f"scores have no entry for {g.name!r}; score the groups of this model first")
     found = scores[g.name]
+    if not isinstance(found, Tensor):
+        raise PrunekitError(
+            f"scores of {g.name!r} are a {type(found).__name__}; give a tensor of {g.n_units} numbers, one a unit"
+        )
     if tuple(found.shape) != (g.n_units,) or not bool(found.isfinite().all()):
         raise PrunekitError(
             f"scores of {g.name!r} must be {g.n_units} finite numbers; got shape {tuple(found.shape)}, "
-            f"{int((~found.isfinite()).sum())} of them not finite"
+            f"{int((~found.isfinite()).sum())} of them not finite; score the groups of this model again"
         )
-
-
-def _rounding(round_to: int | Mapping[str, int], g: CoupledGroup) -> int:
-    value = round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PrunekitError(f"round_to={value!r} is not allowed; give an integer of 1 or more")
-    return value

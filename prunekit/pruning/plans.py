@@ -24,6 +24,9 @@ class PruningPlan:
         n_parameters_kept: parameters of the model after.
         notes: how the plan was made, for the reader.
         groups: what the plan was made of, so that `prune` need not find it again; None in a plan that was read.
+
+    Raises:
+        PrunekitError: units that a group does not have, or numbers of parameters that cannot be.
     """
 
     keep: dict[str, list[int]]
@@ -34,17 +37,14 @@ class PruningPlan:
     groups: Groups | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("keep", "n_units", "notes"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise PrunekitError(f"{name} of a plan is {getattr(self, name)!r:.60}; it must be a dictionary")
+        if self.groups is not None and not isinstance(self.groups, Groups):
+            raise PrunekitError(f"groups of a plan are {self.groups!r:.60}; leave them out, or give discover(model)'s")
+        _check_sizes(self.n_parameters, self.n_parameters_kept)
         for name, units in self.keep.items():
-            total = self.n_units.get(name)
-            if not isinstance(units, list) or any(type(unit) is not int for unit in units):
-                raise PrunekitError(f"plan for {name!r} keeps {str(units)[:60]}; it must be a list of integers")
-            if not units and total == 1:
-                continue  # a whole layer or block goes
-            if total is None or not units or units != sorted(set(units)) or not 0 <= units[0] <= units[-1] < total:
-                raise PrunekitError(
-                    f"plan for {name!r} keeps {str(units)[:60]} of {total} units; "
-                    f"it must be an ascending, non-empty list of distinct numbers from 0 to {(total or 1) - 1}"
-                )
+            _check_units(name, units, self.n_units.get(name))
 
     @property
     def pruning_ratio(self) -> float:
@@ -87,11 +87,17 @@ class PruningPlan:
         try:
             data = json.loads(text)
             return cls(**data) if isinstance(data, Mapping) else cls(**{"keep": data})
-        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        except PrunekitError:
+            raise
+        except (TypeError, ValueError, RecursionError) as error:  # other fields, no JSON, numbers too long, too deep
             raise PrunekitError(f"this is no pruning plan ({error}); give JSON as PruningPlan.save writes") from None
 
     def save(self, path: str | Path) -> None:
-        """Write JSON; the file is complete or not there."""
+        """Write JSON; the file is complete or not there.
+
+        Raises:
+            PrunekitError: the folder is missing or cannot be written to.
+        """
         write_text(Path(path), self.to_json())
 
     @classmethod
@@ -99,11 +105,16 @@ class PruningPlan:
         """Read a plan written by `save`.
 
         Raises:
-            PrunekitError: there is no such file, or it is no plan.
+            PrunekitError: there is no such file, it cannot be read, or it is no plan.
         """
         if not Path(path).is_file():
             raise PrunekitError(f"{str(path)!r} is no file; give the path of a plan written by PruningPlan.save")
-        return cls.from_json(Path(path).read_text())
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PrunekitError(
+                f"{str(path)!r} cannot be read as text ({error}); give a plan written by PruningPlan.save"
+            ) from None
 
     def __repr__(self) -> str:
         cut = sum(len(units) < self.n_units[name] for name, units in self.keep.items())
@@ -115,3 +126,25 @@ class PruningPlan:
     def _repr_html_(self) -> str:
         table = self.table().pivot_table(index="layer", columns="kind", values="kept_fraction", dropna=False)
         return f"<p>{self!r}</p>{table.style.format('{:.0%}', na_rep='').to_html()}"
+
+
+def _check_sizes(before: Any, after: Any) -> None:  # noqa: ANN401
+    if type(before) is not int or type(after) is not int or not 0 <= after <= before or before == 0:
+        raise PrunekitError(
+            f"a plan has n_parameters={before!r} and n_parameters_kept={after!r}; both must be integers, the first "
+            "above 0 and the second not larger"
+        )
+
+
+def _check_units(name: str, units: Any, total: Any) -> None:  # noqa: ANN401
+    if not isinstance(units, list) or any(type(unit) is not int for unit in units):
+        raise PrunekitError(f"plan for {name!r} keeps {str(units)[:60]}; it must be a list of integers")
+    if type(total) is not int:
+        raise PrunekitError(f"plan for {name!r} has n_units {total!r}; it must say how many units the group has")
+    if not units and total == 1:
+        return  # a whole layer or block goes
+    if not units or units != sorted(set(units)) or not 0 <= units[0] <= units[-1] < total:
+        raise PrunekitError(
+            f"plan for {name!r} keeps {str(units)[:60]} of {total} units; "
+            f"it must be an ascending, non-empty list of distinct numbers from 0 to {total - 1}"
+        )

@@ -39,7 +39,7 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
     try:
         after = trace(small)
     except PrunekitError as error:
-        raise PrunekitError(f"this model cannot be cut that way, nothing was changed: {error}") from error
+        raise _refusal(error) from error
     if exact:
         _compare_scalars(before, after)
     old, new = Sites.of(before), Sites.of(after)
@@ -56,10 +56,7 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
         if same_parts and exact and number == 0:
             same_parts = np.array_equal(roles(before.graph, expected)[then], roles(after.graph, found)[now])
         if not same_parts:
-            raise PrunekitError(
-                "this model cannot be cut that way, nothing was changed: the cut model's structure is not the full "
-                "model's structure restricted to the units kept"
-            )
+            raise _refusal("the cut model's structure is not the full model's structure restricted to the units kept")
 
 
 def check_scales(model: nn.Module, small: nn.Module) -> None:
@@ -73,10 +70,14 @@ def check_scales(model: nn.Module, small: nn.Module) -> None:
 
 def _compare_scalars(before: Trace, after: Trace) -> None:
     if before.scalars != after.scalars:
-        raise PrunekitError(
-            "this model cannot be cut that way, nothing was changed: it scales or shifts channels by a number that it "
-            "computes from a width"
-        )
+        raise _refusal("it scales or shifts channels by a number that it computes from a width")
+
+
+def _refusal(why: object) -> PrunekitError:
+    return PrunekitError(
+        f"this model cannot be cut that way, nothing was changed: {why}; keep the groups that are cut there whole, "
+        "or plan with other kinds"
+    )
 
 
 def _same_partition(a: np.ndarray, b: np.ndarray) -> bool:

@@ -89,6 +89,12 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.M
         PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through;
             nothing was changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise PrunekitError(f"the model is a {type(model).__name__}; give the one that the plan was made for")
+    if not isinstance(plan, PruningPlan):
+        raise PrunekitError(
+            f"the plan is a {type(plan).__name__}; give what plan(...) or PruningPlan.load(...) returns"
+        )
     if plan.groups is not None and plan.groups.traced is not None and plan.groups.traced.is_of(model):
         with suppress(PrunekitError):  # where a module's code was changed since, the proof fails: trace it anew
             return _prune(model, plan.groups.traced.trace, plan.groups, plan, inplace)

@@ -71,7 +71,7 @@ def _settle_together(equation: Equation, target: int, known: dict[Key, int]) -> 
     names = ", ".join(".".join(filter(None, a.key)) for a in _open(equation, known))
     raise PrunekitError(
         f"{equation.where or 'the model'} computes a width from {names}; which of them must change to give {target} "
-        "cannot be told, so nothing was cut"
+        "cannot be told, so nothing was cut; keep all units there"
     )
 
 
