@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunekit as pk
-from prunekit import PrunekitError, discover, load, prune, save
+from prunekit import PrunekitError, discover, export, load, prune, save
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +43,13 @@ def test_a_padded_export_is_a_plain_checkpoint_with_the_same_logits(name, folder
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert relative_difference(logits(padded.eval()), logits(small)) <= 1e-12
     assert padded.num_parameters() > small.num_parameters() and not hasattr(padded.config, "prunekit")
+
+
+@pytest.mark.parametrize("name", NOT_PADDED)
+def test_what_cannot_be_filled_up_says_why_and_what_to_do(name, tmp_path):
+    with pytest.raises(PrunekitError, match=r"each head has a norm of its own; save it with prunekit\.save"):
+        export(same_cut(name, True, torch.float64), tmp_path / "out", layout="padded")
+    assert not list(tmp_path.iterdir())
 
 
 ELSEWHERE = """

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunekit.checkpoint.building import empty_model, own_tensors
 from prunekit.checkpoint.uniform import first_logits, reads_back
@@ -32,14 +32,18 @@ def padded_model(model: Any, cuts: Cuts) -> Any:  # noqa: ANN401
     padded = empty_model(_roomy(cuts))
     survivors, like = _survivors(discover(padded), cuts), next(model.parameters())
     state = {name: torch.zeros(p.shape, dtype=like.dtype, device=like.device) for name, p in padded.named_parameters()}
-    state |= {name: _spread(name, t, padded.state_dict()[name].shape, survivors) for name, t in _tensors(model)}
+    shapes = {name: t.shape for name, t in own_tensors(padded).items()}
+    state |= {name: _spread(name, t.detach(), shapes[name], survivors) for name, t in own_tensors(model).items()}
     padded.load_state_dict(state, strict=False, assign=True)
     padded.tie_weights()
     padded.generation_config = model.generation_config
     padded.to(like.device).eval()
     difference = relative_difference(padded, model)
     if not difference <= tolerance(next(model.parameters()).dtype):
-        raise _refusal(f"its logits would change by a factor of {difference:.1g}: zeros do not stand for what was cut")
+        raise _refusal(
+            f"its logits would change by a factor of {difference:.1g}: zeros do not stand for what was cut, as where a "
+            "norm spans it or each head has a norm of its own"
+        )
     return padded
 
 
@@ -89,10 +93,6 @@ def _others(size: int, gone: Tensor) -> Tensor:
     stays = torch.ones(size, dtype=torch.bool)
     stays[gone] = False
     return stays.nonzero().flatten()
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, tensor.detach()) for name, tensor in own_tensors(model).items()]
 
 
 def _spread(name: str, tensor: Tensor, shape: torch.Size, survivors: dict[tuple[str, int], Tensor]) -> Tensor:
