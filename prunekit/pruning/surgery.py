@@ -22,6 +22,7 @@ from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
 from prunekit.pruning.dropping import drop, remove_elements, renamed
+from prunekit.pruning.experts import usable
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.proving import Change, check_scales, verify
 from prunekit.pruning.recording import own_configurations, record
@@ -128,7 +129,7 @@ def _carry_out(model: nn.Module, proof: _Proof, inplace: bool) -> nn.Module:
         _apply(model, proof.cut)
     small = model if inplace else fill(proof.skeleton, model, proof.cut.keep, proof.moved)
     record(small, proof.groups, proof.plan)
-    return small
+    return usable(small)
 
 
 def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> nn.Module:
