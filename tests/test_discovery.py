@@ -176,6 +176,42 @@ def test_low_rank_projections_are_called_rank():
     assert sorted(g.n_units for g in ranks) == [5, 96]  # 96: wide feeds down_proj without a nonlinearity
 
 
+def test_widths_are_seen_however_they_are_handed_over():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.half = 48
+
+        def forward(self, x):
+            left, right = x.narrow(dim=-1, start=0, length=self.half), x.narrow(-1, start=self.half, length=self.half)
+            pairs = left.unflatten(dim=-1, sizes=(self.half // 2, 2))
+            normed = nn.functional.layer_norm(input=right, normalized_shape=(self.half,))
+            return torch.cat((pairs.flatten(-2), normed), -1)
+
+    model = _llama_with_activation(Keywords())
+    numbers = {a.key for e in trace(model).equations for a in e.expression.attributes() if "half" in a.key}
+    assert numbers == {("model.layers.0.mlp.act_fn", "", "half")}
+    wheres = [e.where for e in trace(model).equations if "act_fn" in e.where]
+    assert len(wheres) == 5  # lengths of both, start of the second, what is unflattened, the norm
+
+
+def test_what_a_forward_pass_keeps_on_its_modules_is_gone_after_a_trace():
+    class Keeping(nn.Module):
+        def forward(self, x):
+            self.seen, self._buffers["last"] = x, x
+            return torch.relu(x)
+
+    keeping = Keeping()
+    discover(_llama_with_activation(keeping))
+    assert not hasattr(keeping, "seen") and not dict(keeping.named_buffers())
+
+
+def test_what_is_no_model_is_refused():
+    for thing in (None, "model", nn.Identity()):
+        with pytest.raises(PrunekitError, match="has no parameters to prune; give a causal language model"):
+            discover(thing)
+
+
 def test_a_model_that_does_not_run_is_refused_by_name():
     model = LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=96))
     model.model.layers[1].mlp.down_proj = nn.Linear(95, 64)

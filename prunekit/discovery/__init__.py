@@ -19,6 +19,10 @@ def discover(model: nn.Module) -> Groups:
     or reduce the labels, and connected components of them are the units. Nothing is looked up by model
     name. An operation without a rule locks what it touches (`groups.locked` says what and why).
 
+    What one token cannot show is not seen: code that branches on the length of the sequence, or that folds positions
+    and channels into one dimension. While it runs, hooks on all modules of the process are in place: no other thread
+    should run a model.
+
     Args:
         model: a causal language model. Its weights are not read; they may stand on the meta device.
 
@@ -26,7 +30,7 @@ def discover(model: nn.Module) -> Groups:
         Groups of interchangeable units, layer by layer.
 
     Raises:
-        PrunekitError: the model does not run on a single token.
+        PrunekitError: this is no model with parameters, or it does not run on a single token.
 
     Source: dependency groups as in LLM-Pruner (Ma et al. 2023, §3.1) and Torch-Pruning's DepGraph (Fang et
     al. 2023). Differs: labels on single channels in place of edges between layers, so fused projections,

@@ -114,7 +114,7 @@ class LabelMode(TorchDispatchMode):
             if storage._cdata in self._chosen or (self.labelled(tensor) and not self.is_handed(tensor)):
                 continue
             before.append((storage._cdata, self._storages.pop(storage._cdata, None)))
-            self.trace.arguments[Argument(self.path, where, tuple(tensor.shape))] = (self.graph.n_nodes, tensor)
+            self.trace.arguments[Argument(self.path, where, tuple(tensor.shape))] = (self.graph.n_nodes, tensor.clone())
             self.mark(tensor, self.graph.new(tuple(tensor.shape), ARGUMENT))
         return before
 
@@ -128,8 +128,8 @@ class LabelMode(TorchDispatchMode):
         return all(self.graph.kind_of(plane) == SCORE for plane in self.operand(tensor).planes)
 
     def restore(self, before: list[tuple[Any, Any]]) -> None:
-        """Put back the labels that constants had outside a module."""
-        for key, found in before:
+        """Put back the labels that constants had outside a module, the last first: two may share a storage."""
+        for key, found in reversed(before):
             self._storages.pop(key, None)
             if found is not None:
                 self._storages[key] = found

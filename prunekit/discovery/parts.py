@@ -90,7 +90,7 @@ def probing(model: nn.Module, mode: LabelMode, found: dict[str, Part]) -> Iterat
             if module._modules and layer_of(path, layers) and _uses(module).items() <= uses.items():
                 enter, leave = watch(path)
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(leave).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
 
 

@@ -16,27 +16,19 @@ from prunekit.discovery.parts import untraced
 @contextmanager
 def free_parameters(model: nn.Module, mode: LabelMode) -> Iterator[None]:
     """While open, parameters are one zero, expanded, with fresh labels a dimension; buffers stand on the CPU."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    fakes: dict[int, Tensor] = {}
-    undo: list[tuple[dict[str, Any], str, Any]] = []
+    fakes = {id(p): _fake_parameter(mode, name, p) for name, p in model.named_parameters()}
+    before = [(holder, dict(holder)) for m in model.modules() for holder in (m._parameters, m._buffers)]
     try:
-        for module in model.modules():
-            for name, p in module._parameters.items():
-                if p is None:
-                    continue
-                if id(p) not in fakes:
-                    fakes[id(p)] = _fake_parameter(mode, names[id(p)], p)
-                undo.append((module._parameters, name, p))
-            for name, b in module._buffers.items():
-                if b is not None:
-                    undo.append((module._buffers, name, b))
-        for holder, name, value in undo:
-            stand_in = fakes.get(id(value))
-            holder[name] = _own_copy(value) if stand_in is None else stand_in
+        for holder, was in before:
+            for name, value in was.items():
+                if value is not None:
+                    stand_in = fakes.get(id(value))
+                    holder[name] = _own_copy(value) if stand_in is None else stand_in
         yield
     finally:
-        for holder, name, value in undo:
-            holder[name] = value
+        for holder, was in before:
+            holder.clear()
+            holder.update(was)
 
 
 def _own_copy(buffer: Tensor) -> Tensor:

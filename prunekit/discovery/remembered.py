@@ -117,23 +117,21 @@ def remembering(model: nn.Module, written_out: bool = True) -> Iterator[None]:
         model: whose integers.
         written_out: run attention and experts written out, whatever the model is set to.
     """
-    undo: list[tuple[dict[str, Any], str, Any]] = []
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
         for path, module in model.named_modules():
-            _wrap_attributes(module, path, undo, WRITTEN_OUT if written_out else ())
+            _wrap_attributes(module, path, WRITTEN_OUT if written_out else ())
         yield
     finally:
-        for holder, name, value in reversed(undo):
-            holder[name] = value
+        for own, was in before:  # what the forward pass itself wrote goes too: it is of the trace's tensors
+            own.clear()
+            own.update(was)
 
 
-def _wrap_attributes(
-    module: nn.Module, path: str, undo: list[tuple[dict[str, Any], str, Any]], written_out: tuple[str, ...]
-) -> None:
+def _wrap_attributes(module: nn.Module, path: str, written_out: tuple[str, ...]) -> None:
     own = vars(module)
     for name, value in list(own.items()):
         if _is_width(value):
-            undo.append((own, name, value))
             own[name] = _wrap(value, (path, "", name))
     config = own.get("config")
     if config is not None and hasattr(config, "__dict__"):
@@ -142,7 +140,6 @@ def _wrap_attributes(
             if type(value) is int:
                 vars(mine)[name] = _wrap(value, (path, "config", name))
         vars(mine).update(dict.fromkeys(set(written_out) & set(vars(mine)), "eager"))
-        undo.append((own, "config", config))
         own["config"] = mine
 
 

@@ -32,8 +32,10 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: boo
         written_out: run attention and experts written out, so that every number is seen that they may need.
 
     Raises:
-        PrunekitError: the forward pass does not run on one token.
+        PrunekitError: this is no model with parameters, or its forward pass does not run on one token.
     """
+    if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
+        raise PrunekitError(f"a {type(model).__name__} has no parameters to prune; give a causal language model")
     result = Trace()
     mode = LabelMode(result)
     watcher = IntegerWatcher(mode)

@@ -143,6 +143,12 @@ class IntegerWatcher(TorchFunctionMode):
         return found
 
 
+def _named(args: tuple, kwargs: dict, *names: str) -> list[Any]:
+    """Arguments in this order, however they were handed over; `self` counts as the first name."""
+    bound = dict(zip(names, args, strict=False)) | kwargs
+    return [bound.get(name) for name in names]
+
+
 def _note_shape(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
     sizes = _sizes(args[1:]) or _sizes((kwargs.get("shape") or kwargs.get("size") or (),))
     for dim, size in enumerate(sizes):
@@ -178,25 +184,26 @@ def _note_slice(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict)
 
 
 def _note_narrow(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
-    tensor, dim, start, length = args
+    tensor, dim, start, length = _named(args, kwargs, "input", "dim", "start", "length")
     watcher.see(length, result, dim)
     watcher.see(start, tensor, dim, int(start))
 
 
 def _note_norm(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
-    shape = args[1] if len(args) > 1 else kwargs.get("normalized_shape", ())
+    source, shape = _named(args, kwargs, "input", "normalized_shape")
     for dim, size in enumerate(shape):
-        watcher.see(size, args[0], dim - len(shape))
+        watcher.see(size, source, dim - len(shape))
 
 
 def _note_unflatten(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
-    tensor, dim, sizes = args
+    tensor, dim, sizes = _named(args, kwargs, "input", "dim", "sizes")
     for i, size in enumerate(sizes):
         watcher.see(size, result, dim % tensor.dim() + i)
 
 
 def _note_one_hot(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
-    watcher.see_classes(args[1] if len(args) > 1 else kwargs.get("num_classes"), args[0])
+    chosen, number = _named(args, kwargs, "tensor", "num_classes")
+    watcher.see_classes(number, chosen)
 
 
 _PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
