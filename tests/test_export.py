@@ -82,6 +82,29 @@ def test_a_model_without_some_of_its_layers_is_a_plain_checkpoint(tmp_path):
     assert plain.config.num_hidden_layers == 2 and torch.equal(logits(plain), logits(small))
 
 
+@pytest.mark.parametrize("tokens", [[2, 5, *range(9, 40)], range(30)])  # from the middle and the end, from the end
+def test_a_vocabulary_that_went_along_with_an_uneven_cut_is_saved(tokens, tmp_path):
+    model = llama(vocab_size=48, bos_token_id=5, eos_token_id=[7, 9], pad_token_id=2)
+    small = cut_by(cut_by(model, {"vocabulary": list(tokens), "model.layers.0.mlp:ffn_channel": list(range(9))}),
+                   {"vocabulary": list(range(20)), "model.layers.1.mlp:ffn_channel": [0, 3]})  # fmt: skip
+    pk.save(small, tmp_path / "own")
+    pk.export(small, tmp_path / "padded", layout="padded")
+    for folder in ("own", "padded"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        ids = torch.arange(20)[None]
+        assert torch.allclose(again(ids).logits, small(ids).logits, atol=1e-5) and again.config.vocab_size == 20
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        assert all(getattr(again.config, name) == getattr(small.config, name) for name in names)
+
+
+def test_a_tied_vocabulary_of_another_family_too(tmp_path):
+    cuts = {"transformer.wte:vocabulary": list(range(4, 40)), "transformer.h.0.mlp:ffn_channel": list(range(9))}
+    small = cut_by(FAMILIES["gpt2"].model(dtype=torch.float32), cuts)
+    pk.save(small, tmp_path / "own")
+    again, ids = pk.load(tmp_path / "own")[0], torch.arange(36)[None]
+    assert torch.equal(again(ids).logits, small(ids).logits) and again.config.vocab_size == 36
+
+
 @pytest.mark.parametrize("layout", ["plain", "padded"])
 def test_an_even_model_is_exported_as_it_is(layout, tmp_path):
     small = same_cut("qwen3", False)

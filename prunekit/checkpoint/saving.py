@@ -21,7 +21,7 @@ from prunekit.checkpoint.building import cut_again, empty_model, own_tensors, sh
 from prunekit.checkpoint.cards import OWN, PLAIN, texts_beside
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
 from prunekit.checkpoint.uniform import has_same_logits, plain_config
-from prunekit.checkpoint.widths import Cuts, layer_widths
+from prunekit.checkpoint.widths import Cuts, layer_widths, tokens_left
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder
 from prunekit.pruning import PruningPlan
@@ -142,7 +142,7 @@ def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
     Raises:
         PrunekitError: the record does not lead to this model.
     """
-    described = cuts.config.to_dict() | {"architectures": [type(model).__name__]}
+    described = cuts.described() | {"architectures": [type(model).__name__]}
     try:
         uncut = empty_model(AutoConfig.for_model(**described))
         rebuilt = cut_again(uncut, cuts.groups, cuts.stages)
@@ -181,6 +181,6 @@ def write_beside(model: Any, folder: Path, tokenizer: Any, texts: Mapping[str, s
 def _tokenizer_beside(model: Any) -> Any:  # noqa: ANN401
     source = getattr(model.config, "name_or_path", "")
     stages = (getattr(model.config, "prunekit", None) or {}).get("stages", [])
-    if any(name.endswith("vocabulary") for stage in stages for name in stage):
+    if tokens_left(stages) is not None:
         return None  # it numbers tokens that are gone
     return load_tokenizer(source, False) if source and Path(source).is_dir() else None

@@ -10,6 +10,7 @@ from typing import Any
 from prunekit.checkpoint.building import Shapes, Stages, empty_model, shapes_of
 from prunekit.discovery import KINDS, CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
+from prunekit.pruning.vocabulary import configurations, renumber
 
 Fields = dict[str, int]  # field of a configuration → its value a unit
 
@@ -21,7 +22,8 @@ class Cuts:
     Attributes:
         config: of the uncut model.
         groups: of the uncut model.
-        stages: group name → units kept, cut after cut; whole layers that went are gone from all three.
+        stages: group name → units kept, cut after cut; whole layers that went are gone from all three, and so are
+            tokens behind the last one kept.
     """
 
     config: Any
@@ -38,7 +40,8 @@ class Cuts:
         config = copy.deepcopy(model.config)
         del config.prunekit
         try:
-            return cls(config, discover(empty_model(config)), without_layers(model.config.prunekit["stages"]))
+            stages = without_last_tokens(config, without_layers(model.config.prunekit["stages"]))
+            return cls(config, discover(empty_model(config)), stages)
         except Exception as error:  # code that came with a checkpoint, a record or a configuration that makes no sense
             raise PrunekitError(
                 f"this cut model cannot be rebuilt from its record, so it is not saved: {error}"
@@ -48,6 +51,13 @@ class Cuts:
     def left(self) -> dict[str, list[int]]:
         """Group name → the units left, as the uncut model numbers them."""
         return units_left(self.stages)
+
+    def described(self) -> dict[str, Any]:
+        """The uncut configuration, in which special tokens have their old numbers."""
+        config, kept = copy.deepcopy(self.config), tokens_left(self.stages) or []
+        for part in configurations(config) if kept else ():
+            renumber(part, dict(enumerate(kept)), kept[-1] + 1, kept[-1] + 1)
+        return config.to_dict()
 
     def n_left(self, group: CoupledGroup) -> int:
         """Units left of a group."""
@@ -108,6 +118,35 @@ def _moved_up(stage: dict[str, list[int]], gone: set[str]) -> dict[str, list[int
 
 def _is_layer(name: str, match: re.Match[str], gone: set[str]) -> bool:
     return name[: match.start()] in {layer.rpartition(".")[0] for layer in gone}
+
+
+def without_last_tokens(config: Any, stages: Stages) -> Stages:  # noqa: ANN401
+    """The same cuts made on a vocabulary that ends with the last token kept; how many came behind is not recorded.
+
+    Args:
+        config: of the cut model; it is given the size of the uncut vocabulary. Its special tokens keep their new
+            numbers, which any of the two vocabularies has.
+        stages: group name → units kept, cut after cut.
+    """
+    kept = tokens_left(stages)
+    if kept is None:
+        return stages
+    for part in configurations(config):
+        if getattr(part, "vocab_size", None) == len(kept):
+            part.vocab_size = kept[-1] + 1
+    name = next(name for stage in stages for name in stage if _is_vocabulary(name))
+    first = {name: kept} if kept[-1] >= len(kept) else {}
+    others = [{other: units for other, units in stage.items() if other != name} for stage in stages]
+    return [stage for stage in [first | others[0], *others[1:]] if stage]
+
+
+def tokens_left(stages: Stages) -> list[int] | None:
+    """Token ids left after all stages, as the uncut model numbers them; None where none went."""
+    return next((units for name, units in units_left(stages).items() if _is_vocabulary(name)), None)
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.rpartition(":")[2] == "vocabulary"
 
 
 def units_left(stages: Stages) -> dict[str, list[int]]:
