@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prunekit.checkpoint.experts import fit_for_grouped
 from prunekit.pruning import PruningPlan
+from prunekit.pruning.experts import fit_for_grouped
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report

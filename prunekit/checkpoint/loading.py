@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from prunekit.checkpoint.building import check_size, cut_again, empty_model, own_tensors
-from prunekit.checkpoint.experts import usable
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_object, stored_tensors
 from prunekit.checkpoint.widths import check_widths
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
+from prunekit.pruning.experts import usable
 from prunekit.world import load as load_world
 
 MODEL_TYPE = "prunekit"

@@ -1,14 +1,17 @@
 """Whether a cut model can be said in its family's own configuration, proved by building it from there."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from prunekit.checkpoint.building import empty_model, shapes_of
-from prunekit.checkpoint.experts import written_out
 from prunekit.checkpoint.widths import Cuts, with_width
 from prunekit.discovery.preparing import evaluating
+from prunekit.discovery.remembered import WRITTEN_OUT
 
 
 def plain_config(model: Any, cuts: Cuts | None = None) -> Any:  # noqa: ANN401
@@ -68,3 +71,23 @@ def first_logits(model: Any) -> torch.Tensor:  # noqa: ANN401
     tokens = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
     with evaluating(model), written_out(model):
         return model(tokens).logits
+
+
+@contextmanager
+def written_out(model: nn.Module) -> Iterator[None]:
+    """While open, attention and experts run written out, which is one arithmetic for every width, dtype and device."""
+    configs = _configurations(model)
+    before = [{name: config[name] for name in WRITTEN_OUT if name in config} for config in configs]
+    try:
+        for config, names in zip(configs, before, strict=True):
+            config.update(dict.fromkeys(names, "eager"))
+        yield
+    finally:
+        for config, names in zip(configs, before, strict=True):
+            config.update(names)
+
+
+def _configurations(model: nn.Module) -> list[dict[str, Any]]:
+    """What the configurations of a model's modules hold; a cut layer has one of its own."""
+    found = [vars(module).get("config") for module in model.modules()]
+    return list({id(config): vars(config) for config in found if hasattr(config, "__dict__")}.values())
