@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except PrunekitError as error:
         return _complain(" ".join(str(error).split()), 2)
-    except KeyboardInterrupt:
-        return _complain("interrupted; nothing half-written was left behind", 130)
+    except KeyboardInterrupt as stop:  # some say what was left, to go on from
+        return _complain(f"interrupted; {str(stop) or 'nothing half-written was left behind'}", 130)
 
 
 def _complain(message: str, code: int) -> int:

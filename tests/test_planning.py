@@ -67,6 +67,16 @@ def test_the_parameter_count_is_that_of_the_cut_model():
     assert sum(p.numel() for p in prune(model, made).parameters()) == made.n_parameters_kept
 
 
+def test_a_summary_counts_units_by_kind():
+    made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.25, of="units")
+    assert made.summary().to_dict("index") == {
+        "kv_head": {"groups": 2, "before": 8, "after": 6}, "ffn_channel": {"groups": 2, "before": 192, "after": 144}
+    }  # fmt: skip
+    head, parameters, *kinds = made.summary_rows()
+    assert head == ("", "before", "after", "removed") and kinds[1] == ("ffn_channel units", "192", "144", "25.0%")
+    assert parameters[:3] == ("parameters", f"{made.n_parameters:,}", f"{made.n_parameters_kept:,}")
+
+
 def test_the_refusal_names_a_ratio_that_can_be_met():
     scores = random_scores(GROUPS_GQA)
     with pytest.raises(PrunekitError, match=r"at most 0\.\d+ of the parameters") as refusal:

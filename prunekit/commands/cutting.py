@@ -7,14 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit.commands.choosing import (
+    DRAWN,
+    calibrate_streaming,
+    choose_importance,
+    load_for,
+    make_plan,
+    notes,
+    planning,
+)
 from prunekit.commands.options import (
     Parser,
     add_command,
     add_json,
     add_model,
     listed,
-    load_with_tokenizer,
-    need_tokenizer,
     number,
     print_json,
     text_table,
@@ -23,9 +30,6 @@ from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from prunekit.importance import Importance
     from prunekit.pruning import PruningPlan
 
 TEXT = """\
@@ -53,6 +57,7 @@ PLANNING = (
     "kinds",
     "protect_layers",
     "round_to",
+    *DRAWN,
 )
 
 
@@ -81,11 +86,9 @@ def _add_scoring(parser: Parser) -> None:
         metavar="TEXT",
         help='text file for taylor and activation, or "world" (the default where MODEL is world)',
     )
-    group.add_argument(
-        "--n-samples", type=number(int, 1), default=16, help="windows of that text (default: %(default)s)"
-    )
-    group.add_argument("--seq-len", type=number(int, 2), default=64, help="tokens a window (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="draws the windows, or random scores (default: %(default)s)")
+    group.add_argument("--n-samples", type=number(int, 1), help=f"windows of that text (default: {DRAWN['n_samples']})")
+    group.add_argument("--seq-len", type=number(int, 2), help=f"tokens a window (default: {DRAWN['seq_len']})")
+    group.add_argument("--seed", type=int, help=f"draws the windows, or random scores (default: {DRAWN['seed']})")
 
 
 def _add_planning(parser: Parser) -> None:
@@ -116,13 +119,17 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({**as_dict(args, plan), "seconds": round(time.monotonic() - began, 1)})
         return 0
-    print(f"{args.model} → {args.out}\n\n{text_table(rows(plan))}")
+    print(f"{args.model} → {args.out}\n\n{text_table(plan.summary_rows())}")
     print(f"\n{plan.pruning_ratio:.2%} of the parameters went, in {time.monotonic() - began:.0f} s")
     return 0
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuses a plan together with what makes one, and neither of both, before anything heavy."""
+    """Refuses a plan together with what makes one, and neither of both, before anything heavy.
+
+    Raises:
+        PrunekitError: names the first option too many, or the two of which one is needed.
+    """
     given = [name for name in PLANNING if getattr(args, name) is not None]
     if args.plan is not None and given:
         option = "--" + given[0].replace("_", "-")
@@ -176,25 +183,13 @@ def cut_streaming(args: argparse.Namespace) -> "PruningPlan":
 
     local_folder(args.model)
     options: dict[str, Any] = {"notes": notes(args), **shard_size(args)}
-    try:
-        if args.plan is not None:
-            return prune_checkpoint(args.model, args.out, PruningPlan.load(args.plan), **options)
-        importance = choose_importance(args)
-        check_streamable(importance)
-        calib = calibrate_streaming(args) if importance.needs_calibration else None
-        options |= planning(args)
-        return prune_checkpoint(args.model, args.out, importance, args.pruning_ratio, calib, **options)
-    except KeyboardInterrupt as stop:
-        print("prunekit:", *stop.args, file=sys.stderr)
-        raise
-
-
-def calibrate_streaming(args: argparse.Namespace) -> "Tensor":
-    """The calibration set of the options; of the checkpoint only its tokenizer is read."""
-    from prunekit.checkpoint.loading import load_tokenizer
-
-    check_calibration(args)
-    return calibrate(args, need_tokenizer(args.model, load_tokenizer(args.model, False), "a calibration text"))
+    if args.plan is not None:
+        return prune_checkpoint(args.model, args.out, PruningPlan.load(args.plan), **options)
+    importance = choose_importance(args)
+    check_streamable(importance)
+    calib = calibrate_streaming(args) if importance.needs_calibration else None
+    options |= planning(args)
+    return prune_checkpoint(args.model, args.out, importance, args.pruning_ratio, calib, **options)
 
 
 def shard_size(args: argparse.Namespace) -> dict[str, Any]:
@@ -207,82 +202,6 @@ def n_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def choose_importance(args: argparse.Namespace) -> "Importance":
-    """The importance that the options name."""
-    from prunekit.importance import importance_from_name
-
-    name = args.importance or "taylor"
-    options = {} if args.granularity is None else {"granularity": args.granularity}
-    if name == "random":
-        options["seed"] = args.seed
-    return importance_from_name(name, **options)
-
-
-def load_for(args: argparse.Namespace, importance: "Importance") -> tuple[Any, Any]:
-    """The model, and its tokenizer where the importance reads text."""
-    from prunekit.checkpoint import load
-
-    if not importance.needs_calibration:
-        return load(args.model)
-    check_calibration(args)
-    return load_with_tokenizer(args.model, "a calibration text")
-
-
-def check_calibration(args: argparse.Namespace) -> None:
-    """Refuses an importance that reads text where none is given; the embedded model has its own."""
-    if args.calibration is None and args.model == "world":
-        args.calibration = "world"
-    if args.calibration is None:
-        raise PrunekitError(
-            f"importance {args.importance or 'taylor'!r} reads text; give --calibration with a text file or 'world', "
-            "or take an importance that reads none: l1, l2 or random"
-        )
-
-
-def make_plan(args: argparse.Namespace, model: Any, tokenizer: Any, importance: "Importance") -> "PruningPlan":
-    """Discover, score, plan."""
-    from prunekit.checkpoint.streaming import candidates
-    from prunekit.discovery import discover
-    from prunekit.importance import score
-    from prunekit.pruning import plan
-
-    groups = discover(model)
-    calib = calibrate(args, tokenizer) if importance.needs_calibration else None
-    scores = score(model, candidates(groups, args.kinds), importance, calib)
-    return plan(groups, scores, args.pruning_ratio, **planning(args))
-
-
-def planning(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `plan` that are given."""
-    options = ("of", "ranking", "kinds", "protect_layers", "round_to")
-    return {name: getattr(args, name) for name in options if getattr(args, name) is not None}
-
-
-def calibrate(args: argparse.Namespace, tokenizer: Any) -> "Tensor":
-    """The calibration set of the options."""
-    from prunekit.calibration import calibration_set
-
-    return calibration_set(args.calibration, tokenizer, n_samples=args.n_samples, seq_len=args.seq_len, seed=args.seed)
-
-
-def by_kind(plan: "PruningPlan") -> dict[str, dict[str, int]]:
-    """Kind → groups, units before, units after."""
-    sums = (
-        plan.table()
-        .groupby("kind", sort=False)
-        .agg(groups=("group", "size"), before=("n_units", "sum"), after=("kept", "sum"))
-    )
-    return {str(kind): {str(k): int(v) for k, v in row.items()} for kind, row in sums.to_dict("index").items()}
-
-
-def rows(plan: "PruningPlan") -> list[tuple[object, ...]]:
-    """The table: parameters, then the units of each kind, before and after."""
-    counts = {"parameters": (plan.n_parameters, plan.n_parameters_kept)}
-    counts |= {f"{kind} units": (found["before"], found["after"]) for kind, found in by_kind(plan).items()}
-    body = [(name, f"{a:,}", f"{b:,}", f"{1 - b / a:.1%}") for name, (a, b) in counts.items()]
-    return [("", "before", "after", "removed"), *body]
-
-
 def as_dict(args: argparse.Namespace, plan: "PruningPlan") -> dict[str, Any]:
     """What was done, as plain values."""
     return {
@@ -291,14 +210,6 @@ def as_dict(args: argparse.Namespace, plan: "PruningPlan") -> dict[str, Any]:
         "n_parameters": plan.n_parameters,
         "n_parameters_kept": plan.n_parameters_kept,
         "pruning_ratio": plan.pruning_ratio,
-        "kinds": by_kind(plan),
+        "kinds": plan.summary().to_dict("index"),
         "notes": plan.notes,
     }
-
-
-def notes(args: argparse.Namespace) -> dict[str, str]:
-    """Where the model and its scores come from, for the plan and the model card."""
-    told = {"made from": str(args.model)}
-    if args.calibration is not None and choose_importance(args).needs_calibration:
-        told["calibration"] = f"{args.n_samples} windows of {args.seq_len} tokens, seed {args.seed}"
-    return told

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,10 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, discover, draw, print."""
-    from prunekit.checkpoint import load
     from prunekit.discovery import discover
 
     check_picture(args)
-    model, _ = load(args.model)
-    groups = discover(model)
+    groups = discover(structure_of(args.model))
     if args.plot is not None:
         draw(groups, args.layer, Path(args.plot))
     if args.json:
@@ -53,8 +52,50 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def structure_of(source: str) -> Any:
+    """The model of a folder without its weights, which discovery does not read; whatever else, loaded.
+
+    Raises:
+        PrunekitError: as `load`, which says what is wrong with a checkpoint.
+    """
+    from prunekit.checkpoint import load
+
+    if Path(source).is_dir():
+        with suppress(Exception):  # of any kind, from any family; loading tells
+            return without_weights(Path(source))
+    return load(source)[0]
+
+
+def without_weights(folder: Path) -> Any:
+    """The model that a configuration leads to, empty, cut as recorded.
+
+    Raises:
+        PrunekitError: it does not fit the files, or is not of the class that it names. Whatever else its family raises.
+    """
+    from transformers import AutoConfig
+
+    from prunekit.checkpoint.building import check_size, cut_again, empty_model
+    from prunekit.checkpoint.folders import read_config, stored_tensors
+    from prunekit.checkpoint.loading import LEAST_PART_LEFT, MODEL_TYPE
+    from prunekit.discovery import discover
+
+    saved, stored = read_config(folder), stored_tensors(folder)
+    cut = saved.get("model_type") == MODEL_TYPE
+    plain = None if cut else AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = plain or AutoConfig.for_model(**saved["base_config"])
+    check_size(config, stored, str(folder), factor=LEAST_PART_LEFT if cut else 2)
+    model = empty_model(config)
+    if "prunekit" in saved or type(model).__name__ not in config.architectures:
+        raise PrunekitError(f"{str(folder)!r} is not what its configuration says; load it")
+    return cut_again(model, discover(model), saved["stages"]) if cut else model
+
+
 def check_picture(args: argparse.Namespace) -> None:
-    """Refuses a picture that could not be written, and a layer without one, before anything heavy."""
+    """Refuses a picture that could not be written, and a layer without one, before anything heavy.
+
+    Raises:
+        PrunekitError: names the option, and what to give.
+    """
     if args.plot is None:
         if args.layer is not None:
             raise PrunekitError(f"--layer {args.layer} says which layer to draw; give --plot FILE.png too")
@@ -67,7 +108,11 @@ def check_picture(args: argparse.Namespace) -> None:
 
 
 def draw(groups: "Groups", layer: int | None, path: Path) -> None:
-    """One layer's groups as a picture, written beside its place and moved there."""
+    """One layer's groups as a picture, written beside its place and moved there.
+
+    Raises:
+        PrunekitError: it has no groups, or the picture cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("agg")

@@ -9,20 +9,26 @@ _IMPLEMENTATION, _GROUPED = "_experts_implementation_internal", "grouped_mm"
 
 
 def usable(model: Any) -> Any:  # noqa: ANN401
-    """The model, whose experts run one after the other, where their widths forbid to run them at once.
+    """The model, whose experts run one after the other where their widths forbid to run them at once.
 
     Args:
         model: whose configurations are its own; they change in place. What it is told to run its experts with stays,
             where that is anything but grouped products.
     """
-    for module in model.modules():
-        config = getattr(vars(module).get("config"), "__dict__", {})
-        if config.get(_IMPLEMENTATION) == _GROUPED and not fit_for_grouped(module):
+    for config in (vars(module.config) for module in model.modules() if _has_odd_experts(module)):
+        if config[_IMPLEMENTATION] == _GROUPED:
             config[_IMPLEMENTATION] = "eager"
     return model
 
 
-def fit_for_grouped(module: nn.Module) -> bool:
-    """Whether grouped products take the experts that a module itself holds; True where it holds none."""
-    stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]  # (expert, out, in), or (expert, in, out)
-    return not any(size * p.element_size() % ROW for p in stacked for size in p.shape[1:])
+def fit_for_grouped(model: nn.Module) -> bool:
+    """Whether grouped products take the widths of a model's experts; True where it has none."""
+    return not any(_has_odd_experts(module) for module in model.modules())
+
+
+def _has_odd_experts(module: nn.Module) -> bool:
+    """Stacked weights of a module that chooses how to run them, (expert, out, in) or (expert, in, out)."""
+    if _IMPLEMENTATION not in getattr(vars(module).get("config"), "__dict__", {}):
+        return False
+    stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    return any(size * p.element_size() % ROW for p in stacked for size in p.shape[1:])

@@ -64,6 +64,18 @@ class PruningPlan:
         table.insert(2, "layer", table["group"].str.extract(r"(?:^|\.)(\d+)(?:\.|:)", expand=False).astype("Int64"))
         return table.assign(kept_fraction=table["kept"] / table["n_units"])
 
+    def summary(self) -> pd.DataFrame:
+        """One row a kind: groups, and their units before and after."""
+        table = self.table().groupby("kind", sort=False)
+        return table.agg(groups=("group", "size"), before=("n_units", "sum"), after=("kept", "sum"))
+
+    def summary_rows(self) -> list[tuple[str, str, str, str]]:
+        """What a card or a shell shows, as cells, the head first: parameters and the units of each kind."""
+        counts = [("parameters", self.n_parameters, self.n_parameters_kept)]
+        counts += [(f"{kind} units", row["before"], row["after"]) for kind, row in self.summary().iterrows()]
+        body = [(name, f"{a:,}", f"{b:,}", f"{1 - b / a:.1%}") for name, a, b in counts]
+        return [("", "before", "after", "removed"), *body]
+
     def to_json(self) -> str:
         """The whole plan as JSON text."""
         return json.dumps(

@@ -1,0 +1,98 @@
+"""From the options of `prunekit prune` to an importance, a calibration set and a plan."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from prunekit.commands.options import load_with_tokenizer, need_tokenizer
+from prunekit.errors import PrunekitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prunekit.importance import Importance
+    from prunekit.pruning import PruningPlan
+
+DRAWN = {"n_samples": 16, "seq_len": 64, "seed": 0}  # unless told otherwise
+
+
+def drawn(args: argparse.Namespace) -> dict[str, int]:
+    """How calibration windows are drawn."""
+    return {name: default if getattr(args, name) is None else getattr(args, name) for name, default in DRAWN.items()}
+
+
+def choose_importance(args: argparse.Namespace) -> "Importance":
+    """The importance that the options name."""
+    from prunekit.importance import importance_from_name
+
+    name = args.importance or "taylor"
+    options = {} if args.granularity is None else {"granularity": args.granularity}
+    if name == "random":
+        options["seed"] = drawn(args)["seed"]
+    return importance_from_name(name, **options)
+
+
+def load_for(args: argparse.Namespace, importance: "Importance") -> tuple[Any, Any]:
+    """The model, and its tokenizer where the importance reads text."""
+    from prunekit.checkpoint import load
+
+    if not importance.needs_calibration:
+        return load(args.model)
+    check_calibration(args)
+    return load_with_tokenizer(args.model, "a calibration text")
+
+
+def check_calibration(args: argparse.Namespace) -> None:
+    """Refuses an importance that reads text where none is given; the embedded model has its own.
+
+    Raises:
+        PrunekitError: says what to give, and which importances read none.
+    """
+    if args.calibration is None and args.model == "world":
+        args.calibration = "world"
+    if args.calibration is None:
+        raise PrunekitError(
+            f"importance {args.importance or 'taylor'!r} reads text; give --calibration with a text file or 'world', "
+            "or take an importance that reads none: l1, l2 or random"
+        )
+
+
+def make_plan(args: argparse.Namespace, model: Any, tokenizer: Any, importance: "Importance") -> "PruningPlan":
+    """Discover, score, plan."""
+    from prunekit.checkpoint.streaming import candidates
+    from prunekit.discovery import discover
+    from prunekit.importance import score
+    from prunekit.pruning import plan
+
+    groups = discover(model)
+    calib = calibrate(args, tokenizer) if importance.needs_calibration else None
+    scores = score(model, candidates(groups, args.kinds), importance, calib)
+    return plan(groups, scores, args.pruning_ratio, **planning(args))
+
+
+def planning(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `plan` that are given."""
+    options = ("of", "ranking", "kinds", "protect_layers", "round_to")
+    return {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+
+
+def calibrate(args: argparse.Namespace, tokenizer: Any) -> "Tensor":
+    """The calibration set of the options."""
+    from prunekit.calibration import calibration_set
+
+    return calibration_set(args.calibration, tokenizer, **drawn(args))
+
+
+def calibrate_streaming(args: argparse.Namespace) -> "Tensor":
+    """The calibration set of the options; of the checkpoint only its tokenizer is read."""
+    from prunekit.checkpoint.loading import load_tokenizer
+
+    check_calibration(args)
+    return calibrate(args, need_tokenizer(args.model, load_tokenizer(args.model, False), "a calibration text"))
+
+
+def notes(args: argparse.Namespace) -> dict[str, str]:
+    """Where the model and its scores come from, for the plan and the model card."""
+    told = {"made from": str(args.model)}
+    if args.calibration is not None and choose_importance(args).needs_calibration:
+        told["calibration"] = "{n_samples} windows of {seq_len} tokens, seed {seed}".format(**drawn(args))
+    return told
