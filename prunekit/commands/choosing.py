@@ -21,7 +21,11 @@ def drawn(args: argparse.Namespace) -> dict[str, int]:
 
 
 def choose_importance(args: argparse.Namespace) -> "Importance":
-    """The importance that the options name."""
+    """The importance that the options name.
+
+    Raises:
+        PrunekitError: there is none of that name, or it has no granularity.
+    """
     from prunekit.importance import importance_from_name
 
     name = args.importance or "taylor"
@@ -32,7 +36,11 @@ def choose_importance(args: argparse.Namespace) -> "Importance":
 
 
 def load_for(args: argparse.Namespace, importance: "Importance") -> tuple[Any, Any]:
-    """The model, and its tokenizer where the importance reads text."""
+    """The model, and its tokenizer where the importance reads text.
+
+    Raises:
+        PrunekitError: as `load`, or there is no text or no tokenizer to read it with.
+    """
     from prunekit.checkpoint import load
 
     if not importance.needs_calibration:
@@ -57,7 +65,11 @@ def check_calibration(args: argparse.Namespace) -> None:
 
 
 def make_plan(args: argparse.Namespace, model: Any, tokenizer: Any, importance: "Importance") -> "PruningPlan":
-    """Discover, score, plan."""
+    """Discover, score, plan.
+
+    Raises:
+        PrunekitError: options that do not fit the model, or a ratio that cannot be met.
+    """
     from prunekit.checkpoint.streaming import candidates
     from prunekit.discovery import discover
     from prunekit.importance import score
@@ -79,11 +91,16 @@ def calibrate(args: argparse.Namespace, tokenizer: Any) -> "Tensor":
     """The calibration set of the options."""
     from prunekit.calibration import calibration_set
 
-    return calibration_set(args.calibration, tokenizer, **drawn(args))
+    windows: dict[str, Any] = dict(drawn(args))
+    return calibration_set(args.calibration, tokenizer, **windows)
 
 
 def calibrate_streaming(args: argparse.Namespace) -> "Tensor":
-    """The calibration set of the options; of the checkpoint only its tokenizer is read."""
+    """The calibration set of the options; of the checkpoint only its tokenizer is read.
+
+    Raises:
+        PrunekitError: there is no text, or no tokenizer to read it with.
+    """
     from prunekit.checkpoint.loading import load_tokenizer
 
     check_calibration(args)

@@ -139,7 +139,11 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def cut(args: argparse.Namespace) -> "PruningPlan":
-    """Everything from the model to the saved smaller one."""
+    """Everything from the model to the saved smaller one.
+
+    Raises:
+        PrunekitError: whatever is wrong with the model, the plan, the options or the place.
+    """
     if streams(args):
         return cut_streaming(args)
     from prunekit.checkpoint import load, save
@@ -176,7 +180,12 @@ def streams(args: argparse.Namespace) -> bool:
 
 
 def cut_streaming(args: argparse.Namespace) -> "PruningPlan":
-    """The same with the weights on disk."""
+    """The same with the weights on disk.
+
+    Raises:
+        PrunekitError: as `cut`; also where the model or the importance cannot be streamed.
+        KeyboardInterrupt: says where the finished part lies.
+    """
     from prunekit.checkpoint.stream_source import local_folder
     from prunekit.checkpoint.streaming import check_streamable, prune_checkpoint
     from prunekit.pruning import PruningPlan
