@@ -7,9 +7,9 @@ import pytest
 import torch
 from checkpoint_helpers import cut, same_cut
 from evaluation_helpers import byte_tokenizer, llama
-from families import FAMILIES, logits, plan_keeping
+from families import FAMILIES, GQA, ROUTED, logits, plan_keeping
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import prunekit as pk
 
@@ -80,6 +80,30 @@ def test_a_model_without_some_of_its_layers_is_a_plain_checkpoint(tmp_path):
     pk.save(small, tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert plain.config.num_hidden_layers == 2 and torch.equal(logits(plain), logits(small))
+
+
+NUMBERED = {
+    "gpt2": {"n_embd": 64, "n_layer": 5, "n_head": 8, "scale_attn_by_inverse_layer_idx": True, "n_positions": 64},
+    "diffllama": {"intermediate_size": 96},
+    "qwen2_moe": {**ROUTED, "shared_expert_intermediate_size": 56, "mlp_only_layers": [0, 3]},
+}
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_what_follows_from_a_layers_number_stays_when_layers_go_in_two_cuts(name, tmp_path):
+    """Scales, and lists of numbers of layers, are those of the model that has all its layers."""
+    options = {**GQA, "num_hidden_layers": 5, **NUMBERED[name]}
+    small = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options)).eval()
+    small.config._experts_implementation = "eager"
+    for gone in (1, 0):
+        groups = pk.discover(small)
+        (layer,) = [g.name for g in groups.of_kind("layer") if g.layer == gone]
+        ffn = next(g.name for g in groups.of_kind("ffn_channel") if g.layer == 2)
+        small = pk.prune(small, plan_keeping(groups, {layer: [], ffn: list(range(8 * (gone + 1)))}))
+    pk.save(small, tmp_path / "out")
+    assert torch.equal(logits(pk.load(tmp_path / "out")[0]), logits(small))
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["per_layer_config"]
+    assert [said[number] for number in "01"] == [{"skip": ["layer"]}] * 2 and list(said) == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize("tokens", [[2, 5, *range(9, 40)], range(30)])  # from the middle and the end, from the end

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again, empty_model, own_tensors, shapes_of
 from prunekit.checkpoint.cards import OWN, PLAIN, texts_beside
+from prunekit.checkpoint.layers import drops_layers
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
 from prunekit.checkpoint.uniform import has_same_logits, plain_config
 from prunekit.checkpoint.widths import Cuts, layer_widths, tokens_left
@@ -139,9 +140,20 @@ def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int
 def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
     """What config.json says of a cut model, proved by building it again.
 
+    Where a family computes something from a layer's number, the record is that of the model with all its layers.
+
     Raises:
         PrunekitError: the record does not lead to this model.
     """
+    try:
+        return _record(model, cuts)
+    except PrunekitError:
+        if not drops_layers(model.config.prunekit["stages"]):
+            raise
+    return _record(model, Cuts.of(model, all_layers=True))
+
+
+def _record(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
     described = cuts.described() | {"architectures": [type(model).__name__]}
     try:
         uncut = empty_model(AutoConfig.for_model(**described))
@@ -149,9 +161,11 @@ def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
     except Exception as error:  # code that came with a checkpoint, or a configuration its family refuses
         raise PrunekitError(f"this cut model cannot be rebuilt from its record, so it is not saved: {error}") from error
     if shapes_of(rebuilt) != shapes_of(model):
-        raise PrunekitError("this model's shapes are not those of its recorded cuts; it was changed by other means")
-    dropped = any(name.endswith(":layer") for stage in model.config.prunekit["stages"] for name in stage)
-    if dropped and not has_same_logits(rebuilt, model):
+        raise PrunekitError(
+            "this model's shapes are not those of its recorded cuts; it was changed by other means: make such changes "
+            "to the whole model, save that, load it, and cut it again"
+        )
+    if drops_layers(model.config.prunekit["stages"]) and not has_same_logits(rebuilt, model):
         raise PrunekitError(
             "built again from its record, this model gives other logits: its family computes something from a layer's "
             "number; keep all layers, or give prunekit.export(layout='padded') a model whose layers all stand"

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from prunekit.checkpoint.building import Shapes, Stages, empty_model, shapes_of
+from prunekit.checkpoint.layers import on_all_layers, without_layers
 from prunekit.discovery import KINDS, CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.pruning.vocabulary import configurations, renumber
@@ -22,8 +23,7 @@ class Cuts:
     Attributes:
         config: of the uncut model.
         groups: of the uncut model.
-        stages: group name → units kept, cut after cut; whole layers that went are gone from all three, and so are
-            tokens behind the last one kept.
+        stages: group name → units kept, cut after cut; tokens behind the last one kept are gone from all three.
     """
 
     config: Any
@@ -31,16 +31,22 @@ class Cuts:
     stages: Stages
 
     @classmethod
-    def of(cls, model: Any) -> "Cuts":  # noqa: ANN401
+    def of(cls, model: Any, *, all_layers: bool = False) -> "Cuts":  # noqa: ANN401
         """From a model's record.
+
+        Args:
+            model: as returned by `prune`.
+            all_layers: the uncut model has the layers that went, and they go last; otherwise it never had them.
 
         Raises:
             PrunekitError: the uncut model cannot be built from its configuration.
         """
         config = copy.deepcopy(model.config)
         del config.prunekit
+        stages = model.config.prunekit["stages"]
         try:
-            stages = without_last_tokens(config, without_layers(model.config.prunekit["stages"]))
+            stages = on_all_layers(config, stages) if all_layers else without_layers(stages)
+            stages = without_last_tokens(config, stages)
             return cls(config, discover(empty_model(config)), stages)
         except Exception as error:  # code that came with a checkpoint, a record or a configuration that makes no sense
             raise PrunekitError(
@@ -94,32 +100,6 @@ def role(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=[.:])", "*", name)
 
 
-def without_layers(stages: Stages) -> Stages:
-    """The same cuts made on a model that never had the layers that went; its configuration counts them no more."""
-    done: Stages = []
-    for stage in stages:
-        gone = {name.removesuffix(":layer") for name, units in stage.items() if name.endswith(":layer") and not units}
-        done = [_moved_up(earlier, gone) for earlier in [*done, stage]]
-    return [stage for stage in done if stage]
-
-
-def _moved_up(stage: dict[str, list[int]], gone: set[str]) -> dict[str, list[int]]:
-    """A stage's groups under the names they have once these layers are out."""
-    moved = {}
-    for name, units in stage.items():
-        found = next((match for match in re.finditer(r"\.(\d+)(?=[.:])", name) if _is_layer(name, match, gone)), None)
-        if found is None:
-            moved[name] = units
-        elif name[: found.end()] not in gone:
-            before = sum(f"{name[: found.start()]}.{i}" in gone for i in range(int(found[1])))
-            moved[f"{name[: found.start()]}.{int(found[1]) - before}{name[found.end() :]}"] = units
-    return moved
-
-
-def _is_layer(name: str, match: re.Match[str], gone: set[str]) -> bool:
-    return name[: match.start()] in {layer.rpartition(".")[0] for layer in gone}
-
-
 def without_last_tokens(config: Any, stages: Stages) -> Stages:  # noqa: ANN401
     """The same cuts made on a vocabulary that ends with the last token kept; how many came behind is not recorded.
 
@@ -142,7 +122,8 @@ def without_last_tokens(config: Any, stages: Stages) -> Stages:  # noqa: ANN401
 
 def tokens_left(stages: Stages) -> list[int] | None:
     """Token ids left after all stages, as the uncut model numbers them; None where none went."""
-    return next((units for name, units in units_left(stages).items() if _is_vocabulary(name)), None)
+    of_tokens = [{name: units for name, units in stage.items() if _is_vocabulary(name)} for stage in stages]
+    return next(iter(units_left(of_tokens).values()), None)
 
 
 def _is_vocabulary(name: str) -> bool:
@@ -222,8 +203,15 @@ def layer_widths(cuts: Cuts) -> dict[str, Any]:
 
 def _skipped(left: dict[str, list[int]], layer: int) -> list[str]:
     """The blocks of a layer that went, by their own names."""
-    paths = [name.rpartition(":")[0] for name, units in left.items() if not units]
-    return sorted(path.rpartition(".")[2] for path in paths if f".{layer}." in path)
+    gone = [name.partition(":") for name, units in left.items() if not units]
+    return sorted(
+        kind if kind == "layer" else path.rpartition(".")[2] for path, _, kind in gone if _layer(path) == layer
+    )
+
+
+def _layer(path: str) -> int | None:
+    """The number in a path, as in `CoupledGroup.layer`."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
 def check_widths(saved: dict[str, Any], groups: Groups) -> None:
