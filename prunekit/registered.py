@@ -8,6 +8,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from prunekit.errors import PrunekitError
 
 _WEIGHTS = ["*.json", "*.safetensors"]
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# No code, no pickles, sparing as it is, and what AutoModelForCausalLM adds by itself:
+_SETTLED = ("trust_remote_code", "code_revision", "use_safetensors", "low_cpu_mem_usage", "adapter_kwargs")
 
 
 class PrunekitConfig(PreTrainedConfig):
@@ -37,8 +40,8 @@ class PrunekitForCausalLM:
         dtype: Any = None,  # noqa: ANN401
         device_map: Any = None,  # noqa: ANN401
         output_loading_info: bool = False,
-        quantization_config: Any = None,  # noqa: ANN401
-        **hub: Any,
+        subfolder: str = "",
+        **options: Any,
     ) -> Any:  # noqa: ANN401
         """The model of a cut checkpoint.
 
@@ -46,25 +49,23 @@ class PrunekitForCausalLM:
             source: a folder that `prunekit.save` wrote, or a hub id of one.
             config: read from it already; it holds options such as `attn_implementation`.
             dtype: of the weights; the checkpoint's own by default.
-            device_map: one device, such as `"cuda:0"`.
+            device_map: one device, such as `"cuda:0"` or `{"": 0}`.
             output_loading_info: return a pair, with what `transformers` tells of a load that went well.
-            quantization_config: refused.
-            hub: where and how to fetch it, such as `revision`.
+            subfolder: where the checkpoint lies in its source.
+            options: where and how to fetch it, such as `revision`.
 
         Raises:
             PrunekitError: an option is not for cut checkpoints, or what `prunekit.load` raises.
         """
         from prunekit.checkpoint.loading import load_cut
 
-        if quantization_config is not None or isinstance(device_map, dict) or device_map in ("auto", "balanced"):
-            raise PrunekitError(
-                "a cut checkpoint loads onto one device, unquantized; leave out quantization_config, and give a "
-                "device_map such as 'cuda:0'"
-            )
-        attention = getattr(config, "_attn_implementation", None)
-        options = {} if attention is None else {"attn_implementation": attention}
-        model = load_cut(_folder(source, hub), dtype or hub.get("torch_dtype") or "auto", **options)
-        model = model if device_map is None else model.to(device_map)
+        _check_options(options)
+        device = _one_device(device_map)
+        chosen = {name: getattr(config, f"_{name}", None) for name in ("attn_implementation", "experts_implementation")}
+        folder = _folder(source, subfolder, options)
+        told = {name: value for name, value in chosen.items() if value is not None}
+        model = load_cut(folder, dtype or options.get("torch_dtype") or "auto", **told)
+        model = model if device is None else model.to(device)
         info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, info) if output_loading_info else model
 
@@ -73,10 +74,36 @@ class PrunekitForCausalLM:
         raise PrunekitError("a cut model has no weights to start from; load one with from_pretrained, or cut another")
 
 
-def _folder(source: str | Path, hub: dict[str, Any]) -> Path:
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuses by name what would change something and is not done."""
+    known = {*_HUB, *_SETTLED, "torch_dtype"}
+    for name, value in options.items():
+        if name not in known and not name.startswith("_") and value not in (None, False, {}):
+            raise PrunekitError(
+                f"{name}={value!r} is not for cut checkpoints, which load unquantized and onto one device; leave it "
+                f"out, or take one of dtype, device_map, attn_implementation, subfolder, {', '.join(_HUB)}"
+            )
+
+
+def _one_device(device_map: Any) -> Any:  # noqa: ANN401
+    """The device that a map names, or None."""
+    import torch
+
+    named = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
+    try:
+        return None if device_map is None else torch.device(named)
+    except (RuntimeError, TypeError):
+        raise PrunekitError(
+            f"a cut checkpoint loads onto one device, unquantized, not onto device_map={device_map!r}; give one "
+            "such as 'cuda:0'"
+        ) from None
+
+
+def _folder(source: str | Path, subfolder: str, options: dict[str, Any]) -> Path:
     if Path(source).is_dir():
-        return Path(source)
+        return Path(source) / subfolder
     from huggingface_hub import snapshot_download
 
-    known = {name: hub[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in hub}
-    return Path(snapshot_download(str(source), allow_patterns=_WEIGHTS, **known))
+    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _WEIGHTS]
+    known = {name: options[name] for name in _HUB if name in options}
+    return Path(snapshot_download(str(source), allow_patterns=patterns, **known)) / subfolder

@@ -123,6 +123,12 @@ def test_auto_classes_take_the_usual_options_and_refuse_what_cannot_be(folders):
     assert model.dtype == torch.float16 and model.config._attn_implementation == "eager" and not info["missing_keys"]
     with pytest.raises(PrunekitError, match="onto one device, unquantized"):
         AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+    assert AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}).device.type == "cpu"
+    for options in ({"quantization_config": {"bits": 4}}, {"tp_plan": "auto"}, {"state_dict": {"a": 1}}):
+        with pytest.raises(PrunekitError, match=f"{next(iter(options))}=.* is not for cut checkpoints"):
+            AutoModelForCausalLM.from_pretrained(folder, **options)
+    inside = AutoModelForCausalLM.from_pretrained(folder.parent, subfolder=folder.name)
+    assert torch.equal(logits(inside), logits(same_cut("llama_gqa", True)))
     with pytest.raises(PrunekitError, match="no weights to start from"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
@@ -225,8 +231,10 @@ def test_the_dtype_is_the_checkpoints_unless_told(tmp_path):
         assert {p.dtype for p in again.parameters()} == {torch.float32}
     assert {b.dtype for b in load(tmp_path / "out")[0].buffers()} == {torch.float32}
     assert load("world", dtype=torch.float16)[0].dtype == torch.float16
-    with pytest.raises(PrunekitError, match="dtype='float99' is not known"):
-        load(tmp_path / "out", dtype="float99")
+    for source in (tmp_path / "out", "world"):
+        for dtype in ("float99", "int8", 8):
+            with pytest.raises(PrunekitError, match=f"dtype={dtype!r} is not known"):
+                load(source, dtype=dtype)
 
 
 def test_the_tokenizer_travels_along(tmp_path):
