@@ -203,3 +203,29 @@ def test_generation_with_a_cache_goes_on_alike(tmp_path):
     for folder in ("own", "padded"):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
         assert torch.equal(again.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("write", [pk.save, pk.export])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "plan.json"])
+def test_a_file_of_ones_own_takes_no_place_of_the_checkpoint(write, name, tmp_path):
+    model = llama()
+    plan = plan_keeping(pk.discover(model), {})
+    with pytest.raises(pk.PrunekitError, match=f"{name}' is a part of the checkpoint itself; give yours another name"):
+        write(model, tmp_path / "out", tokenizer=byte_tokenizer(), plan=plan, files={name: "mine"})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [pk.save, pk.export])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": {}}, r"plan=\{\} is none; give what plan\(\)"),
+        ({"report": "x"}, r"report='x' is none; give what evaluate\(\)"),
+        ({"files": ["a"]}, "must map names of files to their texts"),
+        ({"files": {"a": 1}}, "must map names of files to their texts"),
+    ],
+)
+def test_what_is_no_plan_report_or_text_is_refused(write, options, message, tmp_path):
+    with pytest.raises(pk.PrunekitError, match=message):
+        write(llama(), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 import prunekit as pk
 from prunekit import Activation, Magnitude, PrunekitError, Random, Taylor, prune_checkpoint
-from prunekit.checkpoint import stream_writing
+from prunekit.checkpoint import stream_writing, streaming
 from prunekit.cli import main
 from prunekit.importance import Scores
 
@@ -151,7 +152,7 @@ def test_the_dtype_is_that_of_the_files_whatever_the_configuration_says(tmp_path
 SLOW = """
 import sys, time
 import prunekit as pk
-from prunekit.checkpoint import stream_writing
+from prunekit.checkpoint import stream_writing, streaming
 from prunekit.importance import Scores
 
 def slowed(function):
@@ -275,6 +276,35 @@ def test_bad_input_is_refused_and_leaves_nothing(changes, message, tmp_path, mon
     with pytest.raises(PrunekitError, match=message):
         prune_checkpoint(source, tmp_path / "out", how, ratio, **given)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "named"),
+    [(0, 3, "source=3"), (1, None, "out=None"), (3, "much", "pruning_ratio='much'"), (4, [[1, 2]], "calib=")],
+)
+def test_arguments_of_another_type_are_refused_by_name(position, value, named, tmp_path):
+    arguments = [write(tmp_path / "in"), tmp_path / "out", Magnitude(), 0.2, None]
+    arguments[position] = value
+    with pytest.raises(
+        PrunekitError, match=rf"{re.escape(named)}.* is a {type(value).__name__}; prune_checkpoint takes"
+    ):
+        prune_checkpoint(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_second_run_at_the_same_output_is_refused_while_the_first_is_at_work(tmp_path, monkeypatch):
+    source, seen = write(tmp_path / "in"), []
+
+    def meanwhile(*arguments):
+        with pytest.raises(PrunekitError, match=r"another run is at work in .*\.out\.partial'; wait until it ends"):
+            prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
+        seen.append(arguments)
+        return cut(*arguments)
+
+    cut = streaming.cut_without_weights
+    monkeypatch.setattr(streaming, "cut_without_weights", meanwhile)
+    prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
+    assert seen and {path.name for path in tmp_path.iterdir()} == {"in", "out"} and pk.load(tmp_path / "out")
 
 
 def test_an_unfinished_run_of_other_arguments_is_not_taken_over(tmp_path, monkeypatch):

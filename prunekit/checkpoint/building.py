@@ -68,7 +68,10 @@ def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: i
     """
     layers, held = getattr(config, "num_hidden_layers", None) or 0, sum(_elements(t.shape) for t in stored.values())
     if layers > len(stored):
-        raise PrunekitError(f"config.json of {source!r} has {layers:,} layers, but {len(stored)} tensors are stored")
+        raise PrunekitError(
+            f"config.json of {source!r} has {layers:,} layers, but {len(stored)} tensors are stored; "
+            "restore both from one source"
+        )
     try:
         with torch.device("meta"):  # not even buffers cost anything
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

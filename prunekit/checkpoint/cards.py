@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.experts import fit_for_grouped
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
 
-PLAIN, PADDED, GGUF, OWN = "plain", "padded", "gguf", "prunekit"  # layouts
+CARD = "README.md"
 _PLAIN_CODE = (
     'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
 )
@@ -39,7 +40,7 @@ def texts_beside(
     report: "Report | None",
 ) -> dict[str, str]:
     """File name → content of what stands beside the weights: the card, and the plan and the report where given."""
-    texts = {"README.md": model_card(model, layout, plan, report)}
+    texts = {CARD: model_card(model, layout, plan, report)}
     texts |= {"plan.json": plan.to_json()} if plan is not None else {}
     return texts | ({"report.json": report.to_json()} if report is not None else {})
 

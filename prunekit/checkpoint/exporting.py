@@ -6,27 +6,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from prunekit.checkpoint.cards import GGUF, PADDED, PLAIN, texts_beside
+from prunekit.checkpoint.cards import texts_beside
 from prunekit.checkpoint.gguf import write_gguf
 from prunekit.checkpoint.padded import padded_model
 from prunekit.checkpoint.saving import (
     SHARD,
-    check_options,
-    check_saveable,
+    check_saving,
     whole_folder,
-    write_beside,
     write_plain,
+    write_texts,
+    write_tokenizer,
 )
 from prunekit.checkpoint.uniform import plain_config
 from prunekit.checkpoint.widths import Cuts
 from prunekit.errors import PrunekitError
-from prunekit.files import check_new_folder
+from prunekit.layouts import GGUF, LAYOUTS, PADDED
 from prunekit.pruning import PruningPlan
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
-
-LAYOUTS = (PLAIN, PADDED, GGUF)
 
 
 def export(
@@ -62,17 +60,15 @@ def export(
     """
     if layout not in LAYOUTS:
         raise PrunekitError(f"layout={layout!r} is not known; give one of {', '.join(map(repr, LAYOUTS))}")
-    check_new_folder(out)
-    check_saveable(model)
-    check_options(tokenizer, files, max_shard_size)
+    check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
     model, config = (_padded if layout == PADDED else _plain)(model)
-    texts = {**texts_beside(model, layout, plan, report), **(files or {})}
     with whole_folder(out) as folder:
-        write_beside(model, folder, tokenizer, texts)
+        write_tokenizer(model, folder, tokenizer)
         if layout == GGUF:
             write_gguf(model, config, folder)
         else:
             write_plain(model, config, folder, max_shard_size)
+        write_texts(folder, texts_beside(model, layout, plan, report), files or {})
     return Path(out)
 
 

@@ -47,6 +47,7 @@ def load(
     Raises:
         PrunekitError: there is no checkpoint, only a pickled one, or one whose files do not fit each other.
     """
+    dtype = _known_dtype(dtype)
     if str(source) == "world" and not Path(source).exists():
         model, tokenizer = load_world()
         return _in_dtype(model, dtype), tokenizer
@@ -143,7 +144,10 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
     try:
         return AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise PrunekitError(f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {error})") from error
+        raise PrunekitError(
+            f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {_first_line(error)}); restore its "
+            "files from their source, or take them away and give a tokenizer of your own"
+        ) from error
 
 
 def load_cut(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:  # noqa: ANN401
@@ -207,13 +211,20 @@ def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], optio
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
     """Weights in another dtype; buffers, such as rotary frequencies, keep their own, as in a plain load."""
-    if dtype != "auto":
-        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if not isinstance(wanted, torch.dtype):
-            raise PrunekitError(f"dtype={dtype!r} is not known; give 'auto' or one such as torch.float32 or 'float16'")
-        for p in model.parameters():
-            p.data = p.data.to(wanted)
+    wanted = _known_dtype(dtype)
+    for p in model.parameters() if wanted != "auto" else ():
+        p.data = p.data.to(wanted)
     return model
+
+
+def _known_dtype(dtype: torch.dtype | str) -> Any:  # noqa: ANN401
+    """The dtype that is meant, or "auto"; refuses what weights cannot be computed with."""
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise PrunekitError(
+            f"dtype={dtype!r} is not known as one of weights; give 'auto' or one such as torch.float32 or 'float16'"
+        )
+    return wanted
 
 
 def _fill(model: Any, folder: Path, stored: dict[str, Stored]) -> None:  # noqa: ANN401

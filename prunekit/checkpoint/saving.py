@@ -18,13 +18,14 @@ from torch import nn
 from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again, empty_model, own_tensors, shapes_of
-from prunekit.checkpoint.cards import OWN, PLAIN, texts_beside
+from prunekit.checkpoint.cards import CARD, texts_beside
 from prunekit.checkpoint.layers import drops_layers
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
 from prunekit.checkpoint.uniform import has_same_logits, plain_config
 from prunekit.checkpoint.widths import Cuts, layer_widths, tokens_left
 from prunekit.errors import PrunekitError
-from prunekit.files import check_new_folder, new_folder
+from prunekit.files import check_new_folder, new_folder, write_text
+from prunekit.layouts import OWN, PLAIN
 from prunekit.pruning import PruningPlan
 
 if TYPE_CHECKING:
@@ -61,20 +62,28 @@ def save(
         PrunekitError: `out` exists or cannot be written, adapters are not merged, or the model is not what its
             recorded cuts lead to. Nothing is left behind.
     """
-    check_new_folder(out)
-    check_saveable(model)
-    check_options(tokenizer, files, max_shard_size)
+    check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
+    config = description(model)
+    with whole_folder(out) as folder:
+        if isinstance(config, dict):
+            _write_cut(model, config, folder, max_shard_size)
+        else:
+            write_plain(model, config, folder, max_shard_size)
+        write_tokenizer(model, folder, tokenizer)
+        write_texts(folder, texts_beside(model, layout_of(config), plan, report), files or {})
+    return Path(out)
+
+
+def description(model: Any) -> Any:  # noqa: ANN401
+    """What config.json is to say: the family's own configuration where that is proved, else prunekit's record."""
     cuts = Cuts.of(model) if is_cut(model) else None
     config = plain_config(model, cuts)
-    cut = cut_config(model, cuts) if config is None and cuts is not None else None
-    texts = {**texts_beside(model, PLAIN if cut is None else OWN, plan, report), **(files or {})}
-    with whole_folder(out) as folder:
-        if cut is None:
-            write_plain(model, config, folder, max_shard_size)
-        else:
-            _write_cut(model, cut, folder, max_shard_size)
-        write_beside(model, folder, tokenizer, texts)
-    return Path(out)
+    return cut_config(model, cuts) if config is None and cuts is not None else config
+
+
+def layout_of(config: Any) -> str:  # noqa: ANN401
+    """The layout of what a configuration or record describes."""
+    return OWN if isinstance(config, dict) else PLAIN
 
 
 def is_cut(model: Any) -> bool:  # noqa: ANN401
@@ -93,14 +102,34 @@ def check_saveable(model: Any) -> None:  # noqa: ANN401
         raise PrunekitError(f"the model has no weights in {', '.join(empty[:4])}; load them before saving")
 
 
-def check_options(tokenizer: Any, files: Mapping[str, str] | None, max_shard_size: str | int) -> None:  # noqa: ANN401
-    """Refuses what is no tokenizer, no name of a file in the folder, or no size, before anything is computed."""
+def check_saving(
+    model: Any,  # noqa: ANN401
+    out: str | Path,
+    tokenizer: Any,  # noqa: ANN401
+    plan: Any,  # noqa: ANN401
+    report: Any,  # noqa: ANN401
+    files: Any,  # noqa: ANN401
+    max_shard_size: str | int,
+) -> None:
+    """Refuses whatever `save` and `export` cannot write, before anything is computed."""
+    check_new_folder(out)
+    check_saveable(model)
+    if plan is not None and not isinstance(plan, PruningPlan):
+        raise PrunekitError(f"plan={plan!r} is none; give what plan() or PruningPlan.load() returns")
+    if report is not None and not hasattr(report, "to_json"):
+        raise PrunekitError(f"report={report!r} is none; give what evaluate() or Report.load() returns")
+    if files is not None and not _is_texts(files):
+        raise PrunekitError(f"files={files!r} must map names of files to their texts, as in {{'LICENSE': '…'}}")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise PrunekitError(f"tokenizer={tokenizer!r} is none; give what load() or AutoTokenizer returns")
     for name in files or {}:
         if Path(name).name != name:
             raise PrunekitError(f"files: {name!r} does not lie in the folder itself; give plain file names")
     check_shard_size(max_shard_size)
+
+
+def _is_texts(files: Any) -> bool:  # noqa: ANN401
+    return isinstance(files, Mapping) and all(isinstance(text, str) for pair in files.items() for text in pair)
 
 
 def check_shard_size(size: str | int) -> None:
@@ -176,20 +205,41 @@ def _record(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
 
 def _write_cut(model: Any, cut: dict[str, Any], folder: Path, max_shard_size: str | int) -> None:  # noqa: ANN401
     """Weights under prunekit's own names; save_pretrained renames some."""
-    (folder / "config.json").write_text(json.dumps(cut, indent=1))
+    write_configurations(model, cut, folder)
     state = {name: t.detach().contiguous() for name, t in own_tensors(model).items()}
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+
+
+def write_configurations(model: Any, config: Any, folder: Path) -> None:  # noqa: ANN401
+    """config.json, from a configuration or a record, and that of generation."""
+    if isinstance(config, dict):
+        write_text(folder / "config.json", json.dumps(config, indent=1))
+    else:
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
 
 
-def write_beside(model: Any, folder: Path, tokenizer: Any, texts: Mapping[str, str]) -> None:  # noqa: ANN401
-    """The tokenizer, by default the one that stands where the model was loaded from, and texts."""
+def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+    """The tokenizer, by default the one that stands where the model was loaded from."""
     tokenizer = tokenizer if tokenizer is not None else _tokenizer_beside(model)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for name, content in texts.items():
-        (folder / name).write_text(content, encoding="utf-8")
+
+
+def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """What prunekit tells beside the weights, and a user's own files, of which only the card may take another's place.
+
+    Raises:
+        PrunekitError: one has the name of a file that is written already.
+    """
+    for name, text in made.items():
+        write_text(folder / name, text)
+    for name, text in files.items():
+        if name != CARD and (folder / name).exists():
+            raise PrunekitError(f"files: {name!r} is a part of the checkpoint itself; give yours another name")
+        write_text(folder / name, text)
 
 
 def _tokenizer_beside(model: Any) -> Any:  # noqa: ANN401

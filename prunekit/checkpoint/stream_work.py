@@ -1,5 +1,6 @@
 """The work folder of a run over a checkpoint: what is finished stays in it, for the same run only."""
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -77,9 +78,34 @@ class Work:
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PrunekitError(f"cannot write to {str(self.root.parent)!r} ({error.strerror})") from None
+            raise _unwritable(self.root.parent, error) from None
         for step, now in facts.items():
             write_text(self.root / f"{step}.json", json.dumps(now, indent=1))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep every other run out of the folder; the system lets go of the lock of a run that was killed.
+
+        Raises:
+            PrunekitError: another run is at work there, or nothing can be written there.
+        """
+        path = self.root.with_name(f"{self.root.name}.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise _unwritable(path.parent, error) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise PrunekitError(
+                    f"another run is at work in {str(self.root)!r}; wait until it ends, or choose another output"
+                ) from None
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     @contextmanager
     def kept_if_stopped(self) -> Iterator[None]:
@@ -107,6 +133,12 @@ class Work:
             out.rmdir()
         self.checkpoint.replace(out)
         shutil.rmtree(self.root)
+
+
+def _unwritable(folder: Path, error: OSError) -> PrunekitError:
+    return PrunekitError(
+        f"cannot write to {str(folder)!r} ({error.strerror}); choose an output folder where you may write"
+    )
 
 
 def _short(value: object) -> str:

@@ -14,11 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from prunekit.checkpoint.building import own_tensors
-from prunekit.checkpoint.cards import OWN, PLAIN, texts_beside
+from prunekit.checkpoint.cards import texts_beside
 from prunekit.checkpoint.folders import INDEX
-from prunekit.checkpoint.saving import cut_config, is_cut, write_beside
-from prunekit.checkpoint.uniform import plain_config
-from prunekit.checkpoint.widths import Cuts
+from prunekit.checkpoint.saving import description, layout_of, write_configurations, write_texts, write_tokenizer
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 from prunekit.pruning import PruningPlan, prune
@@ -114,7 +112,10 @@ def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard
 def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
-            raise PrunekitError(f"{name} has NaN or infinite weights: the checkpoint is damaged, or overflowed float16")
+            raise PrunekitError(
+                f"{name} has NaN or infinite weights: the checkpoint is damaged, or overflowed float16; "
+                "restore it from its source, or convert it from one in bfloat16 or float32"
+            )
     beside = path.with_name(f".{path.name}")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
     beside.replace(path)
@@ -129,13 +130,7 @@ def write_the_rest(small: Any, folder: Path, plan: PruningPlan, tokenizer: Any) 
     for shard in sorted(folder.glob("model*.safetensors")):
         small.load_state_dict(load_file(shard), strict=False, assign=True)
     small.tie_weights()
-    cuts = Cuts.of(small) if is_cut(small) else None
-    config = plain_config(small, cuts)
-    if config is None and cuts is not None:
-        write_text(folder / "config.json", json.dumps(cut_config(small, cuts), indent=1))
-    else:
-        config.architectures = [type(small).__name__]
-        config.save_pretrained(folder)
-    if getattr(small, "generation_config", None) is not None:
-        small.generation_config.save_pretrained(folder)
-    write_beside(small, folder, tokenizer, texts_beside(small, OWN if config is None else PLAIN, plan, None))
+    config = description(small)
+    write_configurations(small, config, folder)
+    write_tokenizer(small, folder, tokenizer)
+    write_texts(folder, texts_beside(small, layout_of(config), plan, None), {})

@@ -86,14 +86,16 @@ def prune_checkpoint(
             `.OUT.partial` of another run.
         KeyboardInterrupt: says where the finished part lies.
     """
+    _check_types(source=(source, str | Path), out=(out, str | Path), notes=(notes, Mapping | None))
+    _check_types(pruning_ratio=(pruning_ratio, float | int | Mapping | None), calib=(calib, Tensor | None))
     out, work = check_new_folder(out), Work.beside(Path(out))
     check_shard_size(max_shard_size)
     _check_arguments(how, pruning_ratio, calib)
     order = _Order(local_folder(source), how, _plain(pruning_ratio), calib, _plain(options), max_shard_size)
     work.check(order.facts())
-    with work.kept_if_stopped():
+    with work.alone(), work.kept_if_stopped():
         plan = _fill(work, order, notes or {})
-    work.finish(out)
+        work.finish(out)
     return plan
 
 
@@ -110,6 +112,13 @@ def check_streamable(importance: Importance) -> None:
         )
     if not isinstance(importance, Importance):
         raise PrunekitError(f"{importance!r} is no importance and no plan; give Activation(), Magnitude() or Random()")
+
+
+def _check_types(**arguments: tuple[object, Any]) -> None:
+    for name, (value, kind) in arguments.items():
+        if not isinstance(value, kind):
+            names = str(kind).replace("pathlib.", "").replace("torch.", "").replace("collections.abc.", "")
+            raise PrunekitError(f"{name}={value!r} is a {type(value).__name__}; prune_checkpoint takes {names} there")
 
 
 def _check_arguments(how: Importance | PruningPlan, ratio: object, calib: Tensor | None) -> None:

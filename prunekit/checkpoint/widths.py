@@ -13,6 +13,7 @@ from prunekit.discovery import KINDS, CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.pruning.vocabulary import configurations, renumber
 
+HEADS = ("kv_head", "query_head")  # whose counts have standard names
 Fields = dict[str, int]  # field of a configuration → its value a unit
 
 
@@ -187,7 +188,7 @@ def layer_widths(cuts: Cuts) -> dict[str, Any]:
     whole: dict[str, Any] = {"num_hidden_layers": cuts.config.num_hidden_layers}
     layers: dict[str, dict[str, Any]] = {}
     for name, groups in cuts.roles.items():
-        fields = cuts.fields[name] or (head_fields(cuts.config, groups[0]) if "head" in groups[0].kind else {})
+        fields = cuts.fields[name] or (head_fields(cuts.config, groups[0]) if groups[0].kind in HEADS else {})
         for group in groups:
             said = {field: cuts.n_left(group) * per_unit for field, per_unit in fields.items()}
             if group.layer is None:
@@ -232,7 +233,9 @@ def check_widths(saved: dict[str, Any], groups: Groups) -> None:
         for field, value in fields.items():
             right = _skipped(left, int(layer)) == value if field == "skip" else _stands(value, saved.get(field), there)
             if not right:
-                raise PrunekitError(f"per_layer_config says {field}={value!r} for layer {layer}, its stages do not")
+                raise PrunekitError(
+                    f"per_layer_config says {field}={value!r} for layer {layer}, its stages do not; restore config.json"
+                )
 
 
 def _stands(value: Any, whole: int | None, there: list[tuple[int, int]]) -> bool:  # noqa: ANN401

@@ -6,8 +6,7 @@ from typing import Any
 
 from prunekit.commands.options import add_command, add_json, add_model, print_json, text_table
 from prunekit.files import check_new_folder
-
-LAYOUTS = ("plain", "padded", "gguf")  # as in prunekit.checkpoint.exporting, without waiting for torch
+from prunekit.layouts import LAYOUTS
 
 TEXT = """\
 Writes a folder that loads without prunekit, proved to give the same logits:
