@@ -89,7 +89,7 @@ def _one_device(device_map: Any) -> Any:  # noqa: ANN401
     """The device that a map names, or None."""
     import torch
 
-    named = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
+    named: Any = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
     try:
         return None if device_map is None else torch.device(named)
     except (RuntimeError, TypeError):

@@ -8,6 +8,7 @@ from checkpoint_helpers import same_cut
 from evaluation_helpers import TEXT, byte_tokenizer, llama
 from families import FAMILIES, logits, plan_keeping, relative_difference
 from gguf import GGUFReader
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunekit as pk
@@ -63,7 +64,38 @@ def test_a_byte_level_vocabulary_travels_along(tmp_path):
     bare = {"add_special_tokens": False}
     assert again(TEXT, **bare)["input_ids"] == tokenizer(TEXT, **bare)["input_ids"]
     fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos")] == [0, 1]
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def splitting(split):
+    """A byte tokenizer that splits texts in a way of its own first."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return tokenizer
+
+
+def test_llama_3s_splitting_is_told_by_its_name(tmp_path):
+    pk.export(
+        llama(), tmp_path / "out", layout="gguf", tokenizer=splitting(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"))
+    )
+    assert GGUFReader(tmp_path / "out" / "model.gguf").fields["tokenizer.ggml.pre"].contents() == "llama-bpe"
+
+
+@pytest.mark.parametrize("split", [pre_tokenizers.Split(Regex(r"\w+"), "isolated"), pre_tokenizers.Digits()])
+def test_a_splitting_that_llama_cpp_has_no_name_for_leaves_the_vocabulary_out_and_says_so(split, tmp_path):
+    with pytest.warns(UserWarning, match="holds no vocabulary: llama.cpp is not known to split texts as"):
+        pk.export(llama(), tmp_path / "out", layout="gguf", tokenizer=splitting(split))
+    fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "none" and "tokenizer.ggml.pre" not in fields
 
 
 def test_a_real_model_and_its_sentencepiece_vocabulary(shared, tmp_path):

@@ -4,6 +4,7 @@ Only the `llama` architecture, which knows one width: what `prunekit.export` han
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from prunekit.errors import PrunekitError
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"
+_SPLITTINGS = {  # regular expression of a Split, None for the one that ByteLevel has built in → llama.cpp's name
+    None: "gpt-2",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+": "llama-bpe",
+}
 _KINDS = {  # dtype → GGUF's name for a matrix, and for a file, of it
     torch.float32: ("F32", "ALL_F32"),
     torch.float16: ("F16", "MOSTLY_F16"),
@@ -99,17 +105,18 @@ def _add_tensor(gguf: Any, writer: Any, wanted: str | None, name: str, tensor: T
 
 
 def _add_vocabulary(gguf: Any, writer: Any, folder: Path, config: Any) -> None:  # noqa: ANN401
-    """The words of a BPE tokenizer; of any other, which llama.cpp does not know, the file holds none."""
+    """The words of a BPE tokenizer; of any other, or where texts are split otherwise, the file holds none."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"model": {"type": "none"}}
-    if tokenizer["model"]["type"] != "BPE":
+    pre = _splitting(tokenizer)
+    if tokenizer["model"]["type"] != "BPE" or pre is None:
         writer.add_tokenizer_model("none")
         return
     by_bytes = not tokenizer["model"].get("byte_fallback")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
     words, kinds = _words(gguf.TokenType, tokenizer, config.vocab_size)
     writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(words)
     writer.add_token_types(kinds)
     if by_bytes:
@@ -120,6 +127,24 @@ def _add_vocabulary(gguf: Any, writer: Any, folder: Path, config: Any) -> None: 
     gguf.SpecialVocab(folder, special_token_types=("bos", "eos", "unk", "pad"), n_vocab=len(words)).add_to_gguf(
         writer, quiet=True
     )
+
+
+def _splitting(tokenizer: dict[str, Any]) -> str | None:
+    """llama.cpp's name for how a BPE tokenizer splits a text into words; None, with a warning, where it has none."""
+    if tokenizer["model"]["type"] != "BPE" or tokenizer["model"].get("byte_fallback"):
+        return "default"  # not read there: words of SentencePiece, or none at all
+    whole = tokenizer.get("pre_tokenizer") or {}
+    *splits, last = whole.get("pretokenizers", [whole])
+    found = [split.get("pattern", {}).get("Regex", "") for split in splits] + [None] * last.get("use_regex", True)
+    by_bytes = last.get("type") == "ByteLevel" and not last["add_prefix_space"] and not tokenizer.get("normalizer")
+    if by_bytes and len(found) == 1 and found[0] in _SPLITTINGS:
+        return _SPLITTINGS[found[0]]
+    warnings.warn(
+        "model.gguf holds no vocabulary: llama.cpp is not known to split texts as this tokenizer does; give it token "
+        "ids, made with the tokenizer.json beside",
+        stacklevel=2,
+    )
+    return None
 
 
 def _words(types: Any, tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:  # noqa: ANN401
