@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,48 +11,46 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from prunekit.discovery.labelling import Trace
-from prunekit.discovery.labels import ACTIVATION, SCORE, Ints, LabelGraph
+from prunekit.discovery.labels import ACTIVATION, FIRST, SCORE, Ints, LabelGraph
 
 Owners = tuple[Ints, Ints, Ints]  # owners, members in their order, where each owner's members start
 
 
 @dataclass(frozen=True, eq=False)
 class Sites:
-    """Every index of every parameter dimension, in the order of `named_parameters()`.
+    """Every index of every parameter dimension, in the order of `named_parameters()`: the first nodes of a trace.
 
     Attributes:
         names: (parameter, dim) of each site.
-        node: node of each index.
-        site: site number of each index.
-        index: position along the dimension.
+        slices: where each site's indices stand among all.
     """
 
     names: tuple[tuple[str, int], ...]
-    node: Ints
-    site: Ints
-    index: Ints
+    slices: tuple[slice, ...]
 
     @classmethod
     def of(cls, trace: Trace) -> "Sites":
         """Lay out the sites of a trace."""
-        spans = list(trace.offsets.items())
-        sizes = [size for _, (_, size) in spans]
-        return cls(
-            names=tuple(name for name, _ in spans),
-            node=np.concatenate([np.arange(start, start + size) for _, (start, size) in spans]),
-            site=np.repeat(np.arange(len(spans)), sizes),
-            index=np.concatenate([np.arange(size) for size in sizes]),
-        )
+        stops = np.cumsum([size for _, size in trace.offsets.values()]).tolist()
+        return cls(tuple(trace.offsets), tuple(slice(*ends) for ends in zip([0, *stops], stops, strict=False)))
 
-    def of_parameters(self) -> Iterator[slice]:
-        """The rows of each parameter, all its dimensions."""
-        names, ends = [name for name, _ in self.names], np.cumsum(np.bincount(self.site, minlength=len(self.names)))
-        start = 0
-        for i, end in enumerate(ends.tolist()):
-            if i + 1 == len(names) or names[i + 1] != names[i]:
-                if end > start:
-                    yield slice(start, end)
-                start = end
+    @property
+    def n_indices(self) -> int:
+        """Of all sites together."""
+        return self.slices[-1].stop
+
+    @property
+    def site(self) -> Ints:
+        """Site number of each index."""
+        return np.repeat(np.arange(len(self.slices)), [rows.stop - rows.start for rows in self.slices])
+
+    def of_nodes(self, values: NDArray[Any]) -> NDArray[Any]:
+        """What stands at the node of each index, of values that nodes have."""
+        return values[FIRST : FIRST + self.n_indices]
+
+    def node_of(self, site: int, positions: Ints) -> int:
+        """The node of the first of these positions of a site."""
+        return FIRST + self.slices[site].start + int(positions[0])
 
 
 def joined(parts: Iterable[Ints]) -> Ints:
@@ -63,11 +62,6 @@ def pairs(edges: Iterable[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
     """Relations, flat: the one side and the other."""
     edges = list(edges)
     return joined(a for a, _ in edges), joined(b for _, b in edges)
-
-
-def owners_of(graph: LabelGraph) -> Owners:
-    """All OWNS relations of a graph, by owner."""
-    return by_owner(*pairs(chain.from_iterable(graph.owns.values())))
 
 
 def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None, owners: Owners | None = None) -> Iterator[Ints]:
@@ -97,11 +91,12 @@ def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None, owners: Own
 
 def merge(label: Ints, a: Ints, b: Ints, owners: Owners) -> Ints:
     """Components after pairs of them have joined, and the owners whose members have."""
-    while True:
-        label = _connect(a, b, int(label.max()) + 1)[label]
-        a, b = _settled_owners(label, *owners)
-        if not len(a):
-            return label
+    label = _connect(a, b, int(label.max()) + 1)[label]
+    owner, member, starts = label[owners[0]], label[owners[1]], owners[2]
+    above = np.arange(int(label.max()) + 1)  # components of components, which are few
+    while len((news := _settled_owners(above[owner], above[member], starts))[0]):
+        above = _connect(*news, int(above.max()) + 1)[above]
+    return above[label]
 
 
 def roles(graph: LabelGraph, label: Ints) -> NDArray[np.uint64]:
@@ -113,6 +108,8 @@ def roles(graph: LabelGraph, label: Ints) -> NDArray[np.uint64]:
 
 
 def _connect(a: Ints, b: Ints, n: int) -> Ints:
+    if not len(a):
+        return np.arange(n)
     matrix = coo_matrix((np.ones(len(a), np.bool_), (a, b)), shape=(n, n))
     return connected_components(matrix, directed=False)[1].astype(np.int64)
 
@@ -125,13 +122,13 @@ def by_owner(owner: Ints, member: Ints) -> Owners:
     return owner[starts], member, starts
 
 
-def _settled_owners(label: Ints, owner: Ints, member: Ints, starts: Ints) -> tuple[Ints, Ints]:
+def _settled_owners(owner: Ints, member: Ints, starts: Ints) -> tuple[Ints, Ints]:
     """Components of owners, and of their members where these share one that the owner is not yet in."""
     if not len(owner):
         return owner, member
-    low, high = (f.reduceat(label[member], starts) for f in (np.minimum, np.maximum))
-    news = (low == high) & (low != label[owner])
-    return label[owner[news]], low[news]
+    low, high = (f.reduceat(member, starts) for f in (np.minimum, np.maximum))
+    news = (low == high) & (low != owner)
+    return owner[news], low[news]
 
 
 def spread_death(graph: LabelGraph, dead: NDArray[np.bool_]) -> NDArray[np.bool_]:

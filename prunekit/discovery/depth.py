@@ -1,20 +1,22 @@
 """Groups of one unit: whole layers, and the blocks in them."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.parts import Part
 
 
-def depth_groups(trace: Trace, hidden: set[int]) -> list[CoupledGroup]:
+def depth_groups(trace: Trace, hidden: NDArray[np.bool_]) -> list[CoupledGroup]:
     """Layers that hand the hidden channels on, and the outermost blocks in them, when their parameters are zero.
 
     Args:
         trace: of the model.
-        hidden: nodes of hidden channels.
+        hidden: (n_nodes,), True for hidden channels.
     """
-    parts = [part for part in trace.parts.values() if part.node in hidden]
+    parts = [part for part in trace.parts.values() if hidden[part.node]]
     layers = [part for part in parts if part.path == part.layer and part.echo]
     inside = [part for part in parts if part.path != part.layer]
     blocks = [part for part in inside if not any(part.path.startswith(f"{other.path}.") for other in inside)]

@@ -12,6 +12,7 @@ Ints = NDArray[np.int64]
 
 CONSTANT = 0
 LOCKED = 1
+FIRST = 2  # what is a channel
 
 # Who owns copies: a score owns the channels it weighs, an expanded activation its copies, a parameter its
 # uses, a statistic what it was taken over. Only the first two ever merge into one unit.
@@ -26,7 +27,7 @@ class LabelGraph:
     """
 
     def __init__(self) -> None:
-        self.n_nodes = 2
+        self.n_nodes = FIRST
         self.same: list[tuple[Ints, Ints]] = []
         self.owns: dict[str, list[tuple[Ints, Ints]]] = {kind: [] for kind in (SCORE, ACTIVATION, PARAMETER, STATISTIC)}
         self.locks: list[tuple[Tensor, str]] = []

@@ -44,14 +44,14 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
         _compare_scalars(before, after)
     old, new = Sites.of(before), Sites.of(after)
     stays = np.array([name not in change.gone for name, _ in old.names], np.bool_)
-    alive = ~change.dead[old.node] & stays[old.site]
+    alive = ~old.of_nodes(change.dead) & stays[old.site]
     names = tuple((renamed(name, change.moved), dim) for name, dim in old.names if name not in change.gone)
     same_sites = names == new.names and np.array_equal((np.cumsum(stays) - 1)[old.site[alive]], new.site)
     same_parts = same_sites
     for number, (expected, found) in enumerate(
         zip(levels(before.graph, change.dead), levels(after.graph), strict=True)
     ):
-        then, now = expected[old.node[alive]], found[new.node]
+        then, now = old.of_nodes(expected)[alive], new.of_nodes(found)
         same_parts = same_parts and _same_partition(then, now)
         if same_parts and exact and number == 0:
             same_parts = np.array_equal(roles(before.graph, expected)[then], roles(after.graph, found)[now])
