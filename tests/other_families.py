@@ -16,6 +16,7 @@ from families import (
     MHA,
     MULTI_QUERY,
     NO_LAYER,
+    PADDED,
     ROUTED,
     SIZED,
     VOCABULARY,
@@ -46,6 +47,13 @@ DIFFICULT = named(
             "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
            {**MULTI_QUERY, "ffn_channel~": (24, 16)}, last={"ffn_channel": (40, 40)},
            locked={"model.layers.1.mlp.gate.weight[dim 0]": "model.layers.1.mlp.gate: is multiplied with or added"}),
+    # the same, and positions are chosen by value
+    native("deepseek_v32", "deepseek_v32",
+           {**MHA, **PHASED, "num_key_value_heads": 8, "n_group": 1, "topk_group": 1, "q_lora_rank": 24,
+            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_n_heads": 4,
+            "index_head_dim": 16, "index_topk": 4},
+           {"kv_head": (), "ffn_channel~": (24, 16)}, last={"ffn_channel": (40, 40)}, attentions=EAGER,
+           locked={"model.layers.1.self_attn.indexer.weights_proj.weight[dim 0]": "topk is not understood"}),
     # its residual stream is float32 whatever the model is
     native("mamba", "mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "state_size": 8},
            {"kv_head": (), "ffn_channel": (), "block": (1,)}, attentions=EAGER, dtype=torch.float32, tolerance=1e-5,
@@ -71,6 +79,10 @@ UNLISTED = named(
     # sinusoids tell its channels apart
     native("ctrl", "ctrl", {**GPT, "dff": 96}, {"ffn_channel": (96,)}, spanning={}, attentions=EAGER,
            locked={"transformer.w.weight[dim 1]": "transformer: is multiplied with or added to a constant"}),
+    # sizes read one by one; its attention returns a list, and a norm stands behind each sum, in the layer
+    native("openai_gpt", "openai-gpt", GPT, {"block": (1,), "layer": ()}, attentions=EAGER),
+    # masks that are expanded to all sequences
+    native("modernbert", "modernbert-decoder", {**MHA, **PADDED, "max_position_embeddings": 64}),
     native("nanochat", "nanochat", SIZED),
     native("olmo3", "olmo3", GQA, spanned=HEADS),
     native("vaultgemma", "vaultgemma", SIZED, attentions=EAGER),

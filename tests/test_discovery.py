@@ -300,3 +300,36 @@ def test_several_tokens_may_run_through_writes_in_place():
     """As torch's own RMSNorm writes; a cut of heads with slopes looks at several tokens."""
     model = nn.Sequential(nn.Embedding(5, 8), nn.RMSNorm(8), nn.Linear(8, 5))
     assert trace(model, (2, 3)).graph.n_nodes > 0
+
+
+class Masked(LlamaMLP):
+    """Fills its channels where one number, expanded to all of them, says so."""
+
+    def forward(self, x):
+        hidden = self.up_proj(x)
+        return self.down_proj(hidden.masked_fill((torch.zeros(1) > 1).expand_as(hidden), -1.0))
+
+
+def test_a_number_that_is_expanded_pins_nothing():
+    model = LlamaForCausalLM(config := LlamaConfig(**COMMON, intermediate_size=96))
+    model.model.layers[1].mlp = Masked(config)
+    assert discover(model)["model.layers.1.mlp:ffn_channel"].n_units == 96
+
+
+class Hashed(nn.Module):
+    """A language model whose second table is looked up by a number that it computes from the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.hashed = nn.Embedding(48, 16), nn.Embedding(8, 16)
+        self.head = nn.Linear(16, 48, bias=False)
+
+    def forward(self, tokens):
+        return {"logits": self.head(self.plain(tokens) + self.hashed(tokens % 8))}
+
+
+def test_a_vocabulary_whose_numbers_are_computed_with_is_locked():
+    groups = discover(Hashed())
+    assert not groups.of_kind("vocabulary")
+    assert "also computed with (remainder)" in groups.locked["plain.weight[dim 0]"]
+    assert "head.weight[dim 0]" in groups.locked

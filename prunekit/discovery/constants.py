@@ -4,6 +4,7 @@ ALiBi gives each head a slope of its own, and the model makes all of them and ha
 lost heads must pick the slopes of those it kept.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,8 +38,13 @@ class Argument:
 def constants_among(args: tuple, kwargs: dict) -> Iterator[tuple[Where, Tensor]]:
     """Tensors of more than one element, and where they stand."""
     for where, tensor in leaves(args, kwargs):
-        if 1 < tensor.numel() <= LARGEST and not isinstance(tensor, nn.Parameter):
+        if n_stored(tensor) > 1 and tensor.numel() <= LARGEST and not isinstance(tensor, nn.Parameter):
             yield where, tensor
+
+
+def n_stored(tensor: Tensor) -> int:
+    """Elements of a tensor, expanded ones counted once."""
+    return math.prod([n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step])
 
 
 def leaves(args: tuple, kwargs: dict) -> Iterator[tuple[Where, Tensor]]:

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.discovery import arithmetic, movement  # noqa: F401  they register their rules
 from prunekit.discovery.choices import Choice, chosen_by
-from prunekit.discovery.constants import Argument, constants_among
-from prunekit.discovery.labels import ARGUMENT, SCORE, LabelGraph, varying_dims
+from prunekit.discovery.constants import Argument, constants_among, n_stored
+from prunekit.discovery.labels import ARGUMENT, SCORE, LabelGraph, along, varying_dims
 from prunekit.discovery.operations import RULES, tensors_in, unknown
 from prunekit.discovery.parts import Part
 from prunekit.discovery.remembered import Key
@@ -61,6 +61,7 @@ class LabelMode(TorchDispatchMode):
         self.entered = ""  # of the module that began to run last
         self.choices: list[Choice] = []
         self.token_rows: list[Tensor] = []  # labels of the rows that were looked up by token
+        self.token_use = ""  # an operation that did something else with the tokens
         self._input: torch.UntypedStorage | None = None
         self._storages: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
         self._chosen: dict[int, tuple[int, torch.UntypedStorage]] = {}
@@ -87,7 +88,7 @@ class LabelMode(TorchDispatchMode):
         key = tensor.untyped_storage()._cdata
         found = self._storages.get(key)
         if found is None:
-            uniform = tensor.numel() == 1 or _still_uniform(tensor)
+            uniform = n_stored(tensor) == 1 or _still_uniform(tensor)
             return Operand((), tensor.shape, uniform=uniform, choice=self._chosen.get(key, (None,))[0])
         plane = found[0].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         return Operand((plane,), tensor.shape)
@@ -103,7 +104,9 @@ class LabelMode(TorchDispatchMode):
         flat = self._storages[storage._cdata][0]
         if plane.untyped_storage()._cdata == flat.untyped_storage()._cdata:
             plane = plane.clone()  # what is written in place may be its own labels, expanded
-        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(plane)
+        copies = {d for d, step in enumerate(tensor.stride()) if not step}  # of one element, which has one label
+        labels, plane = (along(t, set(range(t.dim())) - copies) for t in (tensor, plane.expand(tensor.shape)))
+        flat.as_strided(labels.shape, labels.stride(), labels.storage_offset()).copy_(plane)
         return tensor
 
     def label_arguments(self, args: tuple, kwargs: dict) -> list[tuple[Any, Any]]:
@@ -176,6 +179,7 @@ class LabelMode(TorchDispatchMode):
         if rule is not None and rule.always:
             return rule.apply(self, func, args, kwargs)
         tensors = tensors_in((args, kwargs))
+        self._see_tokens(func, args, tensors)
         if not any(map(self.labelled, tensors)):
             choice = chosen_by(self, tensors) if self.choices else None
             result = func(*args, **kwargs)
@@ -190,10 +194,17 @@ class LabelMode(TorchDispatchMode):
                 self.graph.locks[i] = (labels, f"{self.path}: {reason} ({func.overloadpacket.__name__})")
         return result
 
+    def _see_tokens(self, func: Any, args: tuple, tensors: list[Tensor]) -> None:  # noqa: ANN401
+        """Tokens may be numbered anew where rows are looked up by them, and nothing else is done with their numbers."""
+        if any(t.dtype == torch.long and self.is_input(t) for t in tensors):
+            looks_up = func.overloadpacket in movement.LOOK_UPS and not any(map(self.is_input, tensors_in(args[:1])))
+            if not looks_up and func.overloadpacket not in movement.VIEWS:
+                self.token_use = func.overloadpacket.__name__
+
 
 def _still_uniform(tensor: Tensor) -> bool:
     """Whether a constant made of equal values still is; it may have been written to since."""
-    return hasattr(tensor, UNIFORM) and bool((tensor == tensor.reshape(-1)[:1]).all())
+    return hasattr(tensor, UNIFORM) and tensor.numel() > 0 and bool((tensor == tensor.reshape(-1)[:1]).all())
 
 
 def _scalars(mode: LabelMode, tree: Any) -> tuple[float, ...]:  # noqa: ANN401

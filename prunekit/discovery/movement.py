@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from prunekit.discovery.labelling import LabelMode
 
 
-@rule(
+_VIEWS = (
     "view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "t", "transpose", "permute", "slice", "select",
     "split", "split_with_sizes", "chunk", "unbind", "unsqueeze", "squeeze", "narrow", "detach", "alias", "diagonal",
     "as_strided", "movedim", "swapaxes", "swapdims", "lift_fresh", "numpy_T", "mT",
 )  # fmt: skip
+VIEWS = {getattr(aten, name) for name in (*_VIEWS, "expand") if hasattr(aten, name)}
+LOOK_UPS = {aten.embedding, aten.index, aten.index_select}
+
+
+@rule(*_VIEWS)
 def look(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
     """A view: activations share the labels with the storage; parameters have their planes viewed too."""
     source = mode.operand(args[0])

@@ -124,7 +124,7 @@ def _probe(
 ) -> Part | None:
     with untraced():
         results = [(where[1:], t) for where, t in leaves((returned,), {}) if t.is_floating_point()]
-        if not results or len(results[0][0]) > 1:
+        if not results or len(results[0][0]) > 1 or isinstance(returned, list):
             return None
         where, result = results[0]
         if not all(mode.is_score(other) for _, other in results[1:] if mode.labelled(other)):

@@ -84,7 +84,7 @@ def _factors(expression: Attribute | Operation) -> tuple[Attribute | Operation, 
 
 def _positions(span: Span, label: Ints) -> Ints | None:
     """The component at every position along a span, where each position has one and they are not all the same."""
-    if len(span.planes) != 1 or span.stop is not None:
+    if len(span.planes) != 1 or span.stop is not None or not span.planes[0].numel():
         return None
     plane = np.moveaxis(span.planes[0].numpy(), span.dim, 0)
     found = label[plane.reshape(len(plane), -1)]

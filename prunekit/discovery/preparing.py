@@ -17,7 +17,8 @@ from prunekit.discovery.parts import untraced
 def free_parameters(model: nn.Module, mode: LabelMode) -> Iterator[None]:
     """While open, parameters are one zero, expanded, with fresh labels a dimension; buffers stand on the CPU."""
     fakes = {id(p): _fake_parameter(mode, name, p) for name, p in model.named_parameters()}
-    before = [(holder, dict(holder)) for m in model.modules() for holder in (m._parameters, m._buffers)]
+    holders: list[dict[str, Any]] = [vars(m)[name] for m in model.modules() for name in ("_parameters", "_buffers")]
+    before = [(holder, dict(holder)) for holder in holders]
     try:
         for holder, was in before:
             for name, value in was.items():

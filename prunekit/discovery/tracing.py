@@ -88,9 +88,10 @@ def _tie_vocabulary(mode: LabelMode, logits: Tensor | None) -> Tensor | None:
     """A token's logit goes with the rows that are looked up by it; returns the logits where they are understood."""
     planes = () if logits is None else mode.operand(logits).planes
     alike = len(planes) == 1 and all(rows.numel() == planes[0].shape[-1] for rows in mode.token_rows)
-    if not mode.token_rows or not alike or varying_dims(planes[0]) != {planes[0].dim() - 1}:
+    if not mode.token_rows or mode.token_use or not alike or varying_dims(planes[0]) != {planes[0].dim() - 1}:
+        also = f", which are also computed with ({mode.token_use})" if mode.token_use else ""
         for rows in mode.token_rows:
-            mode.graph.lock(rows, "rows are looked up by the input's tokens")
+            mode.graph.lock(rows, f"rows are looked up by the input's tokens{also}")
         return None
     answers = along(planes[0], {planes[0].dim() - 1}).flatten()
     for rows in mode.token_rows:

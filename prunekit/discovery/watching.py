@@ -35,6 +35,8 @@ class Span:
         Args:
             dead: bool (n_nodes,).
         """
+        if not self.planes[0].numel():
+            return self.planes[0].shape[self.dim]
         gone = torch.zeros(self.planes[0].shape, dtype=torch.bool)
         for plane in self.planes:
             gone = gone | dead[plane]
@@ -88,7 +90,7 @@ class IntegerWatcher(TorchFunctionMode):
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SIZE_READS:
-            return self._measured(args[0], result)
+            return self._measured(args[0], result, *_named(args, kwargs, "input", "dim")[1:])
         if func in _VALUE_READS:
             for plane in self._mode.operand(args[0]).planes:
                 self._mode.lock(plane, f"its values are read by Python code ({func.__name__})")
@@ -113,12 +115,12 @@ class IntegerWatcher(TorchFunctionMode):
         if isinstance(number, Remembered) and isinstance(tensor, Tensor):
             self._seen.append(_Sighting(number, tensor, dim, stop, self._mode.path))
 
-    def _measured(self, tensor: Tensor, sizes: Any) -> Any:  # noqa: ANN401
+    def _measured(self, tensor: Tensor, sizes: Any, dim: int | None) -> Any:  # noqa: ANN401
         """Sizes read off a labelled tensor are numbers that change with it."""
-        if not isinstance(sizes, torch.Size):
-            return sizes
         if not self._mode.labelled(tensor):
             return sizes
+        if dim is not None:
+            return self._size(tensor, dim, sizes) if sizes > 1 else sizes
         return torch.Size(self._size(tensor, d, n) if n > 1 else n for d, n in enumerate(sizes))
 
     def _size(self, tensor: Tensor, dim: int, size: int) -> Remembered:
