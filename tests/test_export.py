@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoint_helpers import cut, same_cut
 from evaluation_helpers import byte_tokenizer, llama
-from families import FAMILIES, GQA, ROUTED, logits, plan_keeping
+from families import FAMILIES, GQA, MHA, ROUTED, logits, plan_keeping
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -54,6 +54,16 @@ def test_widths_beyond_heads_and_channels_are_said_where_the_family_can(tmp_path
     pk.export(small, tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert plain.config.hidden_size == 56 and torch.equal(logits(plain), logits(small))
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_neox", "stablelm"]
+)  # six dimensions turn, and eight heads are no multiple of six
+def test_dimensions_of_heads_are_not_said_as_numbers_of_heads(name, tmp_path):
+    small = kept(FAMILIES[name].model(dtype=torch.float32), "head_dim", [5, 4])
+    pk.save(small, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["per_layer_config"] == {}
+    assert torch.equal(logits(pk.load(tmp_path / "out")[0]), logits(small))
 
 
 def cut_by(model, keep):
@@ -119,6 +129,7 @@ def test_a_vocabulary_that_went_along_with_an_uneven_cut_is_saved(tokens, tmp_pa
         assert torch.allclose(again(ids).logits, small(ids).logits, atol=1e-5) and again.config.vocab_size == 20
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         assert all(getattr(again.config, name) == getattr(small.config, name) for name in names)
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["base_config"]["vocab_size"] == 48
 
 
 def test_a_tied_vocabulary_of_another_family_too(tmp_path):
@@ -127,6 +138,17 @@ def test_a_tied_vocabulary_of_another_family_too(tmp_path):
     pk.save(small, tmp_path / "own")
     again, ids = pk.load(tmp_path / "own")[0], torch.arange(36)[None]
     assert torch.equal(again(ids).logits, small(ids).logits) and again.config.vocab_size == 36
+
+
+@pytest.mark.parametrize("ffn", [{}, {"model.layers.0.mlp:ffn_channel": list(range(9))}])
+def test_special_tokens_go_where_the_family_wants_a_number(ffn, tmp_path):
+    options = {"pad_token_id": 3, "bos_token_id": 4, "cls_token_id": 4, "sep_token_id": 40}
+    config = AutoConfig.for_model("modernbert-decoder", **MHA, **options)
+    small = cut_by(AutoModelForCausalLM.from_config(config).eval(), {"vocabulary": list(range(3, 30)), **ffn})
+    pk.save(small, tmp_path / "out")
+    again, ids = pk.load(tmp_path / "out")[0], torch.arange(27)[None]
+    assert torch.equal(again(ids).logits, small(ids).logits)
+    assert [getattr(again.config, name) for name in options] == [0, 1, 1, -1]
 
 
 @pytest.mark.parametrize("layout", ["plain", "padded"])

@@ -75,11 +75,7 @@ def model_card(
 
 def _plan_parts(plan: PruningPlan) -> list[str]:
     facts = "\n".join(f"- {name}: {value}" for name, value in plan.notes.items() if not isinstance(value, dict | list))
-    table = plan.table().groupby("kind", sort=False)[["n_units", "kept"]].sum()
-    counts = {"parameters": (plan.n_parameters, plan.n_parameters_kept)}
-    counts |= {f"{kind} units": (int(row["n_units"]), int(row["kept"])) for kind, row in table.iterrows()}
-    rows = [(name, f"{a:,}", f"{b:,}", f"{1 - b / a:.1%}") for name, (a, b) in counts.items()]
-    shown = markdown_table([("", "before", "after", "removed"), *rows])
+    shown = markdown_table(plan.summary_rows())
     return ["## The cut", *([facts] if facts else []), shown, "Which units stay: `plan.json`."]
 
 

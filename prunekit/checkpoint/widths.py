@@ -24,7 +24,7 @@ class Cuts:
     Attributes:
         config: of the uncut model.
         groups: of the uncut model.
-        stages: group name → units kept, cut after cut; tokens behind the last one kept are gone from all three.
+        stages: group name → units kept, cut after cut.
     """
 
     config: Any
@@ -44,10 +44,10 @@ class Cuts:
         """
         config = copy.deepcopy(model.config)
         del config.prunekit
-        stages = model.config.prunekit["stages"]
+        record = model.config.prunekit
         try:
-            stages = on_all_layers(config, stages) if all_layers else without_layers(stages)
-            stages = without_last_tokens(config, stages)
+            on_all_tokens(config, record)
+            stages = on_all_layers(config, record["stages"]) if all_layers else without_layers(record["stages"])
             return cls(config, discover(empty_model(config)), stages)
         except Exception as error:  # code that came with a checkpoint, a record or a configuration that makes no sense
             raise PrunekitError(
@@ -101,24 +101,17 @@ def role(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=[.:])", "*", name)
 
 
-def without_last_tokens(config: Any, stages: Stages) -> Stages:  # noqa: ANN401
-    """The same cuts made on a vocabulary that ends with the last token kept; how many came behind is not recorded.
+def on_all_tokens(config: Any, record: dict[str, Any]) -> None:  # noqa: ANN401
+    """Gives a configuration the size of the uncut vocabulary; special tokens keep their new numbers, which it has too.
 
     Args:
-        config: of the cut model; it is given the size of the uncut vocabulary. Its special tokens keep their new
-            numbers, which any of the two vocabularies has.
-        stages: group name → units kept, cut after cut.
+        config: of the cut model.
+        record: what it says of its cuts.
     """
-    kept = tokens_left(stages)
-    if kept is None:
-        return stages
-    for part in configurations(config):
+    kept = tokens_left(record["stages"])
+    for part in configurations(config) if kept is not None else ():
         if getattr(part, "vocab_size", None) == len(kept):
-            part.vocab_size = kept[-1] + 1
-    name = next(name for stage in stages for name in stage if _is_vocabulary(name))
-    first = {name: kept} if kept[-1] >= len(kept) else {}
-    others = [{other: units for other, units in stage.items() if other != name} for stage in stages]
-    return [stage for stage in [first | others[0], *others[1:]] if stage]
+            part.vocab_size = record["n_tokens"]
 
 
 def tokens_left(stages: Stages) -> list[int] | None:
@@ -193,7 +186,7 @@ def layer_widths(cuts: Cuts) -> dict[str, Any]:
             said = {field: cuts.n_left(group) * per_unit for field, per_unit in fields.items()}
             if group.layer is None:
                 whole |= said
-            elif group.name in cuts.left:
+            elif said and group.name in cuts.left:
                 whole |= {field: getattr(cuts.config, field) for field in fields}
                 layers.setdefault(str(group.layer), {}).update(said)
     for group in cuts.groups:

@@ -24,7 +24,10 @@ def own_configurations(model: nn.Module) -> None:
 
 
 def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
-    """Note in the configuration what was cut, cut after cut, so that the cuts can be made again on an empty model."""
+    """Note in the configuration what was cut, cut after cut, so that the cuts can be made again on an empty model.
+
+    How many tokens there were is noted too, since a configuration says only how many are left.
+    """
     config = getattr(model, "config", None)
     if config is None:
         return
@@ -34,9 +37,10 @@ def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
         for name, units in plan.keep.items()
         if len(units) < groups[name].n_units and not (adapters and groups[name].kind == "rank")
     }
-    earlier = list((getattr(config, "prunekit", None) or {}).get("stages", []))
-    if earlier or cut:
-        config.prunekit = {"stages": [*earlier, cut] if cut else earlier}
+    earlier = getattr(config, "prunekit", None) or {"stages": []}
+    sizes = [groups[name].n_units for name in plan.keep if groups[name].kind == "vocabulary"]
+    if cut:
+        config.prunekit = {**({"n_tokens": sizes[0]} if sizes else {}), **earlier, "stages": [*earlier["stages"], cut]}
 
 
 def _base_name(model: Any, name: str) -> str:  # noqa: ANN401

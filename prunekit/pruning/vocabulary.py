@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -10,12 +11,14 @@ ONE = ("_token_id", "_token_ids", "_token_index")  # how fields end that hold a 
 SOME = ("suppress_tokens", "begin_suppress_tokens")  # any of these tokens
 SEQUENCES = ("bad_words_ids", "force_words_ids")  # tokens in a row, or choices between such
 BIASES = "sequence_bias"  # pairs of tokens in a row and a number
+NO_TOKEN = -1  # where a family wants a number: no token has this one
 
 
 def renumber_tokens(model: nn.Module, kept: list[int], n_tokens: int) -> None:
     """Write the new vocabulary size and the new numbers of special tokens, in place.
 
-    A special token that is not kept is None from then on; a sequence that it stands in is dropped.
+    A special token that is not kept is None from then on, or -1 where the family takes no None; a sequence that it
+    stands in is dropped.
 
     Args:
         model: its embeddings are cut already, or about to be; its configurations are its own.
@@ -58,12 +61,20 @@ def renumber(config: Any, new: Mapping[int, int], n_before: int, n_after: int) -
         config.vocab_size = n_after
     for name, value in list(own.items()):
         if name.endswith(ONE) and type(value) is int:
-            own[name] = new.get(value)  # past families that want a number there
+            _name(config, name, new.get(value))
         elif name.endswith(ONE) or name in (*SOME, *SEQUENCES):
-            own[name] = _listed(value, new, in_a_row=name in SEQUENCES) if isinstance(value, list) else value
+            _name(config, name, _listed(value, new, name in SEQUENCES) if isinstance(value, list) else value)
         elif name == BIASES and value:
             pairs = value.items() if isinstance(value, Mapping) else value
             own[name] = [[[new[t] for t in row], bias] for row, bias in pairs if all(t in new for t in row)] or None
+
+
+def _name(config: Any, field: str, tokens: Any) -> None:  # noqa: ANN401
+    """Let a field name these tokens, or none."""
+    try:
+        setattr(config, field, tokens)
+    except StrictDataclassFieldValidationError:
+        vars(config)[field] = NO_TOKEN
 
 
 def _listed(value: list[Any], new: Mapping[int, int], in_a_row: bool) -> list[Any] | None:
