@@ -183,6 +183,7 @@ def test_killed_twice_it_goes_on_to_the_same_bytes(tmp_path):
     shards = work / "checkpoint"
     kill_when(SLOW, (source, out), lambda: (work / "scores.safetensors").exists())
     assert 0 < len(Scores.load(work / "scores.safetensors")) < 4 and not list(shards.glob("model*"))
+    assert (tmp_path / ".out.partial.lock").exists()
     kill_when(SLOW, (source, out), lambda: len(list(shards.glob("model*.safetensors"))) == 2)
     before = {path.name: path.stat().st_mtime_ns for path in shards.glob("model*.safetensors")}
     assert not out.exists()
@@ -305,6 +306,48 @@ def test_a_second_run_at_the_same_output_is_refused_while_the_first_is_at_work(t
     monkeypatch.setattr(streaming, "cut_without_weights", meanwhile)
     prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
     assert seen and {path.name for path in tmp_path.iterdir()} == {"in", "out"} and pk.load(tmp_path / "out")
+
+
+def test_what_came_to_stand_in_the_outputs_place_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    source, out = write(tmp_path / "in"), tmp_path / "out"
+
+    def meanwhile(*arguments):
+        out.mkdir()
+        (out / "mine").write_text("precious")
+        return write_the_rest(*arguments)
+
+    write_the_rest = streaming.write_the_rest
+    monkeypatch.setattr(streaming, "write_the_rest", meanwhile)
+    with pytest.raises(PrunekitError, match=r"out' exists; choose a new folder, or remove it first"):
+        prune_checkpoint(source, out, Magnitude(), 0.2)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    monkeypatch.undo()
+    (out / "mine").unlink()
+    monkeypatch.setattr(stream_writing, "save_file", lambda *_, **__: pytest.fail("written again"))
+    assert prune_checkpoint(source, out, Magnitude(), 0.2) and pk.load(out)
+
+
+def test_a_lock_that_a_killed_run_left_blocks_nobody(tmp_path):
+    (tmp_path / ".out.partial.lock").touch()
+    prune_checkpoint(write(tmp_path / "in"), tmp_path / "out", Magnitude(), 0.2)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+
+
+def test_a_system_without_such_locks_streams_too(tmp_path):
+    script = "import sys; sys.modules['fcntl'] = None; import prunekit as pk; "
+    script += "pk.prune_checkpoint(sys.argv[1], sys.argv[2], pk.Magnitude(), 0.2)"
+    arguments = [sys.executable, "-c", script, str(write(tmp_path / "in")), str(tmp_path / "out")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"} and pk.load(tmp_path / "out")
+
+
+def test_damaged_notes_of_an_unfinished_run_are_named(tmp_path):
+    source, notes = write(tmp_path / "in"), tmp_path / ".out.partial" / "scoring.json"
+    notes.parent.mkdir()
+    notes.write_text("{")
+    with pytest.raises(PrunekitError, match=r"scoring\.json' is not JSON"):
+        prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
 
 
 def test_an_unfinished_run_of_other_arguments_is_not_taken_over(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The work folder of a run over a checkpoint: what is finished stays in it, for the same run only."""
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -13,8 +12,14 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from prunekit.checkpoint.folders import read_object
 from prunekit.errors import PrunekitError
-from prunekit.files import write_text
+from prunekit.files import check_new_folder, write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows has no lock that goes with the process that holds it
+    fcntl = None  # type: ignore[assignment]
 
 Facts = Mapping[str, Any]
 """What a run was asked for, as JSON: two runs with equal facts give equal files."""
@@ -57,11 +62,11 @@ class Work:
             facts: step → what it is made with.
 
         Raises:
-            PrunekitError: names the first fact that differs.
+            PrunekitError: names the first fact that differs, or the file of them that is damaged.
         """
         for step, now in json.loads(json.dumps(facts)).items():
             path = self.root / f"{step}.json"
-            before = json.loads(path.read_text()) if path.is_file() else now
+            before = read_object(path) if path.is_file() else now
             for name in [name for name in now if now[name] != before.get(name)][:1]:
                 raise PrunekitError(
                     f"{str(self.root)!r} holds an unfinished run with another {name}: {_short(before.get(name))}, now "
@@ -84,11 +89,14 @@ class Work:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep every other run out of the folder; the system lets go of the lock of a run that was killed.
+        """Keep every other run out of the folder, where the system lets go of the lock of a run that was killed.
 
         Raises:
             PrunekitError: another run is at work there, or nothing can be written there.
         """
+        if fcntl is None:
+            yield
+            return
         path = self.root.with_name(f"{self.root.name}.lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +133,12 @@ class Work:
             raise PrunekitError(f"cannot go on ({reason}); {kept}, once there is room") from error
 
     def finish(self, out: Path) -> None:
-        """Move the finished output into its place and drop the rest."""
+        """Move the finished output into its place and drop the rest.
+
+        Raises:
+            PrunekitError: something stands there by now; nothing is lost.
+        """
+        check_new_folder(out)
         for beside in self.checkpoint.glob(".*"):  # what a killed run was just writing
             beside.unlink()
         self.checkpoint.chmod(0o755)
