@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from prunekit.checkpoint.building import Stages
-from prunekit.pruning.dropping import _layer_lists
+from prunekit.pruning.dropping import layer_lists
 
 
 def without_layers(stages: Stages) -> Stages:
@@ -74,7 +74,7 @@ def _lengthen(config: Any, gone: list[int]) -> None:  # noqa: ANN401
 
     What it lists layer by layer says nothing of those that went; they take after a neighbour, and go again.
     """
-    for name, value in list(_layer_lists(config, config.num_hidden_layers)):
+    for name, value in list(layer_lists(config, config.num_hidden_layers)):
         longer = list(value)
         for number in gone:
             longer.insert(number, longer[min(number, len(longer) - 1)])

@@ -70,7 +70,7 @@ def first_logits(model: Any) -> torch.Tensor:  # noqa: ANN401
     """Logits (1, 8, vocabulary) on the first eight tokens of the vocabulary, attention and experts written out."""
     tokens = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
     with evaluating(model), written_out(model):
-        return model(tokens).logits
+        return model(tokens, use_cache=False).logits
 
 
 @contextmanager

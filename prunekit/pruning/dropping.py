@@ -1,6 +1,8 @@
 """Taking whole layers and blocks out of a model."""
 
+import inspect
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,19 +19,22 @@ class Skipped(nn.Module):
 
     Args:
         part: how the block returned its result.
+        writes: whether the block wrote keys to the cache. The cache counts tokens there, so it is given a channel of
+            zeros.
 
     Attributes:
-        layer_idx: where the block kept its keys. The cache counts tokens there, so it is given a channel of zeros.
+        layer_idx: where the block kept its keys.
     """
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, writes: bool) -> None:
         super().__init__()
-        self.part, self.layer_idx = part, int(str(part.layer).rpartition(".")[2])
+        self.part, self.writes, self.layer_idx = part, writes, int(str(part.layer).rpartition(".")[2])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Zeros, or the argument that the block handed on."""
         like = dict(leaves(args, kwargs))[self.part.like]
-        self._count_tokens(like, (*args, *kwargs.values()))
+        if self.writes:
+            self._count_tokens(like, (*args, *kwargs.values()))
         result = like if self.part.echo else torch.zeros_like(like)
         if not self.part.result:
             return result
@@ -38,34 +43,33 @@ class Skipped(nn.Module):
     def _count_tokens(self, like: Tensor, arguments: tuple) -> None:
         for cache in arguments:
             if isinstance(cache, Cache):
-                kept = cache.layers[self.layer_idx : self.layer_idx + 1]
-                if all(hasattr(layer, "update") for layer in kept):  # not so for the states of linear attention
-                    empty = like.new_zeros(like.shape[0], 1, like.shape[1], 1)  # (batch, head, seq, d_head)
-                    cache.update(empty, empty, self.layer_idx)
+                empty = like.new_zeros(like.shape[0], 1, like.shape[1], 1)  # (batch, head, seq, d_head)
+                cache.update(empty, empty, self.layer_idx)
 
     def extra_repr(self) -> str:
         """What stood here."""
         return self.part.path
 
 
-def drop(model: nn.Module, parts: list[Part]) -> dict[str, str]:
+def drop(model: nn.Module, parts: list[Part], writers: set[str]) -> dict[str, str]:
     """Take layers and blocks out of a model, in place.
 
     Args:
         model: its modules and its configurations change, its parameters are not touched.
         parts: what goes.
+        writers: paths of the blocks that write keys to a cache.
 
     Returns:
         Path before → path after, for every layer that stays and stands elsewhere now.
 
     Raises:
-        PrunekitError: no layer would stay.
+        PrunekitError: no layer would stay, or the configuration cannot tell the layers that do.
     """
     layers = {part.path for part in parts if part.path == part.layer}
     for part in parts:
         if part.layer not in layers:
             parent, _, name = part.path.rpartition(".")
-            setattr(model.get_submodule(parent), name, Skipped(part))
+            setattr(model.get_submodule(parent), name, Skipped(part, part.path in writers))
     if not layers:
         return {}
     n_layers = {path: len(model.get_submodule(path)._modules) for path in {_list_of(layer) for layer in layers}}
@@ -133,16 +137,47 @@ def _renumber(layers: list[nn.Module], kept: list[int]) -> None:
 
 
 def _shorten_configurations(model: nn.Module, n_layers: int, kept: list[int]) -> None:
-    """The number of layers, and what a configuration lists layer by layer."""
+    """The number of layers, and what a configuration says layer by layer."""
     configs = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
     for config in configs.values():
         if getattr(config, "num_hidden_layers", None) == n_layers:
-            for name, value in list(_layer_lists(config, n_layers)):
+            computed = {name: [value[i] for i in kept] for name, value in _computed_lists(config, n_layers)}
+            for name, value in list(layer_lists(config, n_layers)):
                 vars(config)[name] = type(value)(value[i] for i in kept)
             config.num_hidden_layers = len(kept)
+            for name, expected in computed.items():
+                _check_computed(config, name, expected)
 
 
-def _layer_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+def layer_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """Fields of a configuration that say something of each layer, and their values."""
     for name, value in vars(config).items():
         if isinstance(value, (list, tuple)) and len(value) == n_layers and "layer" in name:
             yield name, value
+
+
+def _computed_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """As `layer_lists`, of what is no field but follows from others, such as a period."""
+    for name, member in inspect.getmembers_static(type(config)):
+        value = _answer(config, name) if isinstance(member, property) else None
+        if isinstance(value, (list, tuple)) and len(value) == n_layers:
+            yield name, value
+
+
+def _answer(config: Any, name: str) -> Any:  # noqa: ANN401
+    try:
+        return getattr(config, name)
+    except Exception:  # whatever a property raises where it does not apply
+        return None
+
+
+def _check_computed(config: Any, name: str, expected: list[Any]) -> None:  # noqa: ANN401
+    """Masks and caches are made from such lists, so that one which is off gives wrong logits."""
+    pairs = enumerate(zip_longest(_answer(config, name) or (), expected))
+    wrong = next(((number, *pair) for number, pair in pairs if pair[0] != pair[1]), None)
+    if wrong is not None:
+        raise PrunekitError(
+            f"{name} of a {type(config).__name__} is computed from its other fields: without the layers that go it "
+            f"would call layer {wrong[0]} {wrong[1]!r}, which is {wrong[2]!r}; take layers from the end instead, or "
+            "such that the kinds of those that stay follow one another as before"
+        )

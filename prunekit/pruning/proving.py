@@ -9,6 +9,7 @@ from prunekit.discovery.components import Sites, levels, roles
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
+from prunekit.pruning.caching import find_writers
 from prunekit.pruning.dropping import renamed
 
 
@@ -68,6 +69,18 @@ def check_scales(model: nn.Module, small: nn.Module) -> None:
     _compare_scalars(*(trace(m, written_out=False) for m in (model, small)))
 
 
+def check_cache(small: nn.Module) -> None:
+    """A model that ran with a cache must do so without some of its layers, such as all that have attention.
+
+    Raises:
+        PrunekitError: it does not.
+    """
+    try:
+        find_writers(small, set())
+    except PrunekitError as error:
+        raise _refusal(f"without the layers or blocks that go, {error}") from error
+
+
 def _compare_scalars(before: Trace, after: Trace) -> None:
     if before.scalars != after.scalars:
         raise _refusal("it scales or shifts channels by a number that it computes from a width")
@@ -75,7 +88,7 @@ def _compare_scalars(before: Trace, after: Trace) -> None:
 
 def _refusal(why: object) -> PrunekitError:
     return PrunekitError(
-        f"this model cannot be cut that way, nothing was changed: {why}; keep the groups that are cut there whole, "
+        f"this model cannot be cut that way, nothing was changed: {str(why).rstrip('.')}; keep the groups that are cut there whole, "
         "or plan with other kinds"
     )
 

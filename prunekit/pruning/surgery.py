@@ -21,10 +21,11 @@ from prunekit.discovery.remembered import Key, set_attribute
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
+from prunekit.pruning.caching import find_writers
 from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.experts import usable
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.proving import Change, check_scales, verify
+from prunekit.pruning.proving import Change, check_cache, check_scales, verify
 from prunekit.pruning.recording import own_configurations, record
 from prunekit.pruning.vocabulary import renumber_tokens
 from prunekit.pruning.weights import Keep, copied, fill, replace_parameters, without_weights
@@ -140,19 +141,30 @@ def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: Prunin
     paths = {name.rpartition(":")[0] for name, units in plan.keep.items() if not units}
     parts = [before.parts[path] for path in sorted(paths)]
     whole = replace(plan, keep={name: units for name, units in plan.keep.items() if not units})
+    writers = _writers(model, paths)
     trial = copied(model, {id(p): p for p in model.parameters()})
-    moved = drop(trial, parts)
+    moved = drop(trial, parts, paths if writers is None else writers)
     nothing = np.zeros(before.graph.n_nodes, np.bool_)
     verify(before, trial, Change(nothing, _parameters_in(before, paths), moved), exact=False)
+    if writers is not None:
+        check_cache(trial)
     record(trial, groups, whole)
     rest = _what_is_left(plan, moved)
     if not inplace:
         return prune(trial, rest) if rest.keep else copied(trial, {})
     proof = _prove_anew(trial, rest) if rest.keep else None
     own_configurations(model)
-    drop(model, parts)
+    drop(model, parts, paths if writers is None else writers)
     record(model, groups, whole)
     return _carry_out(model, proof, inplace=True) if proof else model
+
+
+def _writers(model: nn.Module, paths: set[str]) -> set[str] | None:
+    """Those of the modules that write keys to a cache; None where the model does not run with one."""
+    try:
+        return find_writers(model, paths)
+    except PrunekitError:
+        return None
 
 
 def _what_is_left(plan: PruningPlan, moved: dict[str, str]) -> PruningPlan:
