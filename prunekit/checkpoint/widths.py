@@ -108,9 +108,9 @@ def on_all_tokens(config: Any, record: dict[str, Any]) -> None:  # noqa: ANN401
         config: of the cut model.
         record: what it says of its cuts.
     """
-    kept = tokens_left(record["stages"])
-    for part in configurations(config) if kept is not None else ():
-        if getattr(part, "vocab_size", None) == len(kept):
+    n_left = len(tokens_left(record["stages"]) or ())
+    for part in configurations(config) if n_left else ():
+        if getattr(part, "vocab_size", None) == n_left:
             part.vocab_size = record["n_tokens"]
 
 
