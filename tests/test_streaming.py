@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from evaluation_helpers import TEXT, byte_tokenizer, llama
-from families import FAMILIES, logits, tokens
+from families import FAMILIES, logits, plan_keeping, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -103,6 +103,15 @@ def test_a_plan_is_taken_as_it_is(tmp_path):
     prune_checkpoint(source, tmp_path / "out", plan, notes={"made by": "hand"})
     assert torch.equal(logits(pk.load(tmp_path / "out")[0]), logits(small))
     assert pk.PruningPlan.load(tmp_path / "out" / "plan.json").notes["made by"] == "hand"
+
+
+def test_a_tokenizer_of_tokens_that_went_does_not_travel_along(dense, tmp_path):
+    groups = pk.discover(pk.load(dense)[0])
+    for n_left in (200, 258):
+        plan = plan_keeping(groups, {"vocabulary": list(range(n_left))})
+        prune_checkpoint(dense, tmp_path / str(n_left), plan)
+        model, tokenizer = pk.load(tmp_path / str(n_left))
+        assert model.config.vocab_size == n_left and (tokenizer is None) == (n_left < 258)
 
 
 def interrupt_while_writing(monkeypatch, with_what=KeyboardInterrupt):

@@ -121,7 +121,7 @@ def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
     beside.replace(path)
 
 
-def write_the_rest(small: Any, folder: Path, plan: PruningPlan, tokenizer: Any) -> None:  # noqa: ANN401
+def write_the_rest(small: Any, folder: Path, plan: PruningPlan) -> None:  # noqa: ANN401
     """What stands beside the shards: configuration, tokenizer, plan and card, as `save` writes them.
 
     The configuration is the family's own where that is proved. The proof is that of `save`: a model built from it
@@ -132,5 +132,5 @@ def write_the_rest(small: Any, folder: Path, plan: PruningPlan, tokenizer: Any) 
     small.tie_weights()
     config = description(small)
     write_configurations(small, config, folder)
-    write_tokenizer(small, folder, tokenizer)
+    write_tokenizer(small, folder, None)
     write_texts(folder, texts_beside(small, layout_of(config), plan, None), {})

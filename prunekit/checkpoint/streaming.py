@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
 
 def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     """Everything from the mapped model to a complete folder, as far as it is not there already."""
-    model, tokenizer = map_checkpoint(order.folder)
+    model, _ = map_checkpoint(order.folder)
     plan = order.how if isinstance(order.how, PruningPlan) else _plan(model, order, work)
     small, postponed = cut_without_weights(model, plan)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
@@ -151,7 +151,7 @@ def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     work.claim(order.facts())
     plan.save(work.plan)
     write_shards(small, postponed, work.checkpoint, order.max_shard_size)
-    write_the_rest(small, work.checkpoint, plan, tokenizer)
+    write_the_rest(small, work.checkpoint, plan)
     return plan
 
 
