@@ -188,6 +188,16 @@ def test_a_hybrid_without_attention_is_refused():
         pruned_and_zeroed(EVERYONE["lfm2"], {NEEDED["lfm2"]: []})
 
 
+def test_a_block_that_the_rest_is_reached_through_is_named():
+    """A norm stands behind a residual sum, inside the block; the other block of the plan could go."""
+    config = AutoConfig.for_model("xlnet", d_model=64, n_layer=3, n_head=8, d_inner=96, vocab_size=48)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    groups, could = discover(model), {"transformer.layer.0.rel_attn:block": []}
+    assert prune(model, plan_keeping(groups, could))
+    with pytest.raises(PrunekitError, match=r"^transformer.layer.1.ff cannot go: .* only through it"):
+        prune(model, plan_keeping(groups, could | {"transformer.layer.1.ff:block": []}))
+
+
 class Biased(nn.Module):
     """An FFN that adds a constant, which stays when its parameters are zero."""
 

@@ -12,6 +12,12 @@ from prunekit.errors import PrunekitError
 from prunekit.pruning.caching import find_writers
 from prunekit.pruning.dropping import renamed
 
+OTHER = "the cut model's structure is not the full model's structure restricted to the units kept"
+APART = (
+    "without what goes whole, channels that belong together come apart, since others reach the rest of the model only "
+    "through it, as where a residual sum is made and normed inside it"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Change:
@@ -26,6 +32,11 @@ class Change:
     dead: np.ndarray
     gone: frozenset[str] = frozenset()
     moved: dict[str, str] = field(default_factory=dict)
+
+
+def parameters_in(before: Trace, paths: set[str]) -> frozenset[str]:
+    """Parameters of a traced model that lie in these modules."""
+    return frozenset(name for name in before.shapes if any(name.startswith(f"{path}.") for path in paths))
 
 
 def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> None:
@@ -57,7 +68,8 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
         if same_parts and exact and number == 0:
             same_parts = np.array_equal(roles(before.graph, expected)[then], roles(after.graph, found)[now])
         if not same_parts:
-            raise _refusal("the cut model's structure is not the full model's structure restricted to the units kept")
+            apart = same_sites and not change.dead.any() and _follows(now, then)
+            raise _refusal(APART if apart else OTHER)
 
 
 def check_scales(model: nn.Module, small: nn.Module) -> None:
@@ -88,8 +100,8 @@ def _compare_scalars(before: Trace, after: Trace) -> None:
 
 def _refusal(why: object) -> PrunekitError:
     return PrunekitError(
-        f"this model cannot be cut that way, nothing was changed: {str(why).rstrip('.')}; keep the groups that are cut there whole, "
-        "or plan with other kinds"
+        f"this model cannot be cut that way, nothing was changed: {str(why).rstrip('.')}; keep the groups that are cut "
+        "there whole, or plan with other kinds"
     )
 
 

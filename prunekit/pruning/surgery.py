@@ -21,12 +21,12 @@ from prunekit.discovery.remembered import Key, set_attribute
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
-from prunekit.pruning.caching import find_writers
 from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.experts import usable
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.proving import Change, check_cache, check_scales, verify
+from prunekit.pruning.proving import Change, check_scales, parameters_in, verify
 from prunekit.pruning.recording import own_configurations, record
+from prunekit.pruning.trials import try_without
 from prunekit.pruning.vocabulary import renumber_tokens
 from prunekit.pruning.weights import Keep, copied, fill, replace_parameters, without_weights
 from prunekit.pruning.widths import solve
@@ -117,7 +117,7 @@ def _prove(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -
     skeleton = without_weights(model, cut.keep)
     moved = _apply(skeleton, cut)
     exact = all(groups[name].exact for name in plan.keep)
-    verify(before, skeleton, Change(cut.dead, _parameters_in(before, cut.gone), moved), exact=exact)
+    verify(before, skeleton, Change(cut.dead, parameters_in(before, cut.gone), moved), exact=exact)
     if exact and any(groups[name].kind == "head_dim" for name in plan.keep):
         check_scales(model, skeleton)
     return _Proof(groups, plan, cut, skeleton, moved)
@@ -141,30 +141,16 @@ def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: Prunin
     paths = {name.rpartition(":")[0] for name, units in plan.keep.items() if not units}
     parts = [before.parts[path] for path in sorted(paths)]
     whole = replace(plan, keep={name: units for name, units in plan.keep.items() if not units})
-    writers = _writers(model, paths)
-    trial = copied(model, {id(p): p for p in model.parameters()})
-    moved = drop(trial, parts, paths if writers is None else writers)
-    nothing = np.zeros(before.graph.n_nodes, np.bool_)
-    verify(before, trial, Change(nothing, _parameters_in(before, paths), moved), exact=False)
-    if writers is not None:
-        check_cache(trial)
-    record(trial, groups, whole)
-    rest = _what_is_left(plan, moved)
+    trial = try_without(model, before, parts)
+    record(trial.model, groups, whole)
+    rest = _what_is_left(plan, trial.moved)
     if not inplace:
-        return prune(trial, rest) if rest.keep else copied(trial, {})
-    proof = _prove_anew(trial, rest) if rest.keep else None
+        return prune(trial.model, rest) if rest.keep else copied(trial.model, {})
+    proof = _prove_anew(trial.model, rest) if rest.keep else None
     own_configurations(model)
-    drop(model, parts, paths if writers is None else writers)
+    drop(model, parts, trial.writers)
     record(model, groups, whole)
     return _carry_out(model, proof, inplace=True) if proof else model
-
-
-def _writers(model: nn.Module, paths: set[str]) -> set[str] | None:
-    """Those of the modules that write keys to a cache; None where the model does not run with one."""
-    try:
-        return find_writers(model, paths)
-    except PrunekitError:
-        return None
 
 
 def _what_is_left(plan: PruningPlan, moved: dict[str, str]) -> PruningPlan:
@@ -179,10 +165,6 @@ def _prove_anew(model: nn.Module, plan: PruningPlan) -> _Proof:
     groups = find_groups(before)
     _check_plan(groups, plan)
     return _prove(model, before, groups, plan)
-
-
-def _parameters_in(before: Trace, paths: set[str]) -> frozenset[str]:
-    return frozenset(name for name in before.shapes if any(name.startswith(f"{path}.") for path in paths))
 
 
 def _check_plan(groups: Groups, plan: PruningPlan) -> None:
@@ -213,7 +195,7 @@ def _cut(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> 
     _check_locks(before, dead)
     widths = solve(before, torch.from_numpy(dead))
     gone = _emptied_elements(model, before, dead)
-    keep = _surviving_indices(before, dead, _parameters_in(before, gone))
+    keep = _surviving_indices(before, dead, parameters_in(before, gone))
     kept = [(units, plan.n_units[name]) for name, units in plan.keep.items() if groups[name].kind == "vocabulary"]
     return _Cut(keep, widths, find_selections(before, dead, model), dead, gone, kept[0] if kept else None)
 
