@@ -148,6 +148,16 @@ def test_prune_prints_one_table(dense, tmp_path, capsys):
     assert "parameters" in captured.out and "ffn_channel units" in captured.out and "before" in captured.out
 
 
+def test_prune_by_a_plan_that_takes_tokens_leaves_their_tokenizer_behind(dense, tmp_path, capsys):
+    model, _ = load(dense)
+    size = model.config.vocab_size
+    name = discover(model).of_kind("vocabulary")[0].name
+    PruningPlan({name: list(range(0, size, 2))}, {name: size}, 10, 9).save(tmp_path / "plan.json")
+    run_json(capsys, "prune", dense, "--plan", tmp_path / "plan.json", "--out", tmp_path / "out")
+    assert load(tmp_path / "out")[0].get_input_embeddings().weight.shape[0] == len(range(0, size, 2))
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
 def test_prune_as_json_and_by_its_own_plan_again(dense, cut, tmp_path, capsys):
     found = run_json(capsys, "prune", dense, "--plan", cut / "plan.json", "--out", tmp_path / "again")
     assert found["n_parameters_kept"] == PruningPlan.load(cut / "plan.json").n_parameters_kept

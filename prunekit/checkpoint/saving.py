@@ -244,7 +244,10 @@ def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str])
 
 def _tokenizer_beside(model: Any) -> Any:  # noqa: ANN401
     source = getattr(model.config, "name_or_path", "")
-    stages = (getattr(model.config, "prunekit", None) or {}).get("stages", [])
-    if tokens_left(stages) is not None:
-        return None  # it numbers tokens that are gone
-    return load_tokenizer(source, False) if source and Path(source).is_dir() else None
+    there = bool(source) and Path(source).is_dir() and keeps_tokens(model)
+    return load_tokenizer(source, False) if there else None
+
+
+def keeps_tokens(model: Any) -> bool:  # noqa: ANN401
+    """Whether a model has all the tokens that it had; if not, its old tokenizer would number them wrongly."""
+    return tokens_left((getattr(model.config, "prunekit", None) or {}).get("stages", [])) is None
