@@ -1,7 +1,7 @@
 """The command line: the same functions from a shell.
 
 Each command is a module of `prunekit.commands` with `add` (its options) and a function that runs it. What is bad input
-ends with exit code 2 and one line on standard error; an interrupt with 130.
+ends with exit code 2 and one line on standard error; an interrupt with 130; a reader that goes, like `head`, with 141.
 """
 
 import os
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        0 when all went well, 1 where a notebook of the tour failed, 2 for bad input, 130 when interrupted.
+        0 when all went well, 1 where a notebook of the tour failed, 2 for bad input, 130 when interrupted, 141 when
+            nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -52,11 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return notebooks.run_tour(arguments[1:])
         args = build_parser().parse_args(arguments)
         be_quiet()
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()  # here, where a closed pipe is met, not at exit
+        return code
     except SystemExit as stop:  # argparse, after --help
         return int(stop.code or 0)
     except PrunekitError as error:
         return _complain(" ".join(str(error).split()), 2)
+    except BrokenPipeError:  # quietly; what is not written yet goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt as stop:  # some say what was left, to go on from
         return _complain(f"interrupted; {str(stop) or 'nothing half-written was left behind'}", 130)
 

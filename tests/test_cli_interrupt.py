@@ -1,4 +1,8 @@
-"""What the command line says of an interrupt: one line, and a true one."""
+"""What the command line says of an interrupt: one line, and a true one; of a reader that went, nothing."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 from evaluation_helpers import llama
@@ -10,7 +14,7 @@ from prunekit.cli import main
     ("options", "place", "said"),
     [
         (["--streaming"], "prunekit.checkpoint.streaming.write_shards", "interrupted; what is finished lies in "),
-        ([], "prunekit.checkpoint.saving.write_beside", "interrupted; nothing half-written was left behind"),
+        ([], "prunekit.checkpoint.saving.write_texts", "interrupted; nothing half-written was left behind"),
     ],
 )
 def test_an_interrupt_is_one_true_line(options, place, said, tmp_path, monkeypatch, capsys):
@@ -25,3 +29,12 @@ def test_an_interrupt_is_one_true_line(options, place, said, tmp_path, monkeypat
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prunekit: ")]
     assert len(lines) == 1 and lines[0].startswith(f"prunekit: {said}")
     assert ((tmp_path / ".out.partial").exists(), (tmp_path / "out").exists()) == (bool(options), False)
+
+
+def test_a_reader_that_went_ends_the_command_quietly():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "prunekit", "discover", "world", "--json"]
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
