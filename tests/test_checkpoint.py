@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from checkpoint_helpers import Folders, cut, same_cut
 from families import FAMILIES, logits, plan_keeping, relative_difference
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -287,3 +289,31 @@ def test_the_public_vocabulary_is_whole_and_opens_no_room_unasked():
         pk.nowhere  # noqa: B018
     quick = "import sys, prunekit.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", quick], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (OSError("no network"), "was not fetched before, and the hub cannot be reached now; give the path"),
+        (HfHubHTTPError("404", response=MagicMock()), "does not load "),
+    ],
+)
+def test_a_name_that_is_no_folder_and_no_hub_id_is_said_to_be_neither(answer, said, monkeypatch, caplog):
+    """The hub is asked once; where it does not answer, its client is kept from asking for every file six times."""
+    asked, options = [], {}
+
+    def ask(url):
+        asked.append(url)
+        raise answer
+
+    def refuse(source, **given):
+        options.update(given)
+        raise OSError("nothing there")
+
+    monkeypatch.setattr("prunekit.checkpoint.loading.get_hf_file_metadata", ask)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(PrunekitError, match=f"^there is no folder 'qwne3', and as a hub id it {said}"):
+        load("qwne3")
+    offline = {"local_files_only": True} if type(answer) is OSError else {}
+    assert len(asked) == 1 and options["adapter_kwargs"] == offline
+    assert options.get("local_files_only", False) == bool(offline) and not caplog.records

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -102,6 +104,7 @@ def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
 
 
 def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:  # noqa: ANN401
+    where = _where(source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -110,20 +113,45 @@ def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) 
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            adapter_kwargs=where,  # asked for on a way of its own
+            **where,
         )
     except PrunekitError:
         raise
     except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own
-        raise PrunekitError(
-            f"cannot load {source!r} as a causal language model ({type(error).__name__}: {_first_line(error)}); "
-            "give a folder with config.json and safetensors, or a hub id that can be reached"
-        ) from error
+        raise _unloadable(source, where, f"{type(error).__name__}: {_first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]][:4])
         raise PrunekitError(
             f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source"
         )
     return model
+
+
+def _unloadable(source: str, where: dict[str, bool], why: str) -> PrunekitError:
+    if Path(source).is_dir():
+        return PrunekitError(
+            f"cannot load {source!r} as a causal language model ({why}); give a folder with config.json and "
+            "safetensors, or a hub id that can be reached"
+        )
+    what = "was not fetched before, and the hub cannot be reached now" if where else f"does not load ({why})"
+    return PrunekitError(
+        f"there is no folder {source!r}, and as a hub id it {what}; give the path of a folder with config.json and "
+        "safetensors, or a hub id that can be reached"
+    )
+
+
+def _where(source: str) -> dict[str, bool]:
+    """Only files fetched before, where the hub does not answer; asked once, since each file is tried six times."""
+    if Path(source).is_dir():
+        return {}
+    try:
+        get_hf_file_metadata(hf_hub_url(source, "config.json"))
+    except HfHubHTTPError:  # an answer too
+        return {}
+    except Exception:  # the client's, the network's, or that of a name which is no hub id
+        return {"local_files_only": True}
+    return {}
 
 
 def _check_floats(folder: Path, model: nn.Module, stored: dict[str, Stored]) -> None:
@@ -142,7 +170,9 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
     if Path(source).is_dir() and not list(Path(source).glob("tokenizer*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            source, config=config, trust_remote_code=trust_remote_code, **_where(source)
+        )
     except Exception as error:
         raise PrunekitError(
             f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {_first_line(error)}); restore its "
