@@ -86,7 +86,9 @@ def _texts(source: TextSource) -> list[str]:
 
             return list(documents(WORLD_DOCUMENTS, split="train"))
         if _looks_like_path(source):
-            raise PrunekitError(f"{str(source)!r} is not a file; give {_ACCEPTED}")
+            raise PrunekitError(
+                f'{str(source)!r} is not a file that exists; give a .txt, .json or .jsonl file, a text, or "world"'
+            )
         return [str(source)]
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise PrunekitError(f"cannot read documents from {_shown(source)}; give {_ACCEPTED}")

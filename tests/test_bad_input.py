@@ -88,7 +88,15 @@ PRUNE = {
     "a layer that is not there": ("good --importance l2 --pruning-ratio 0.2 --protect-layers 9", ["9", "0 to 1"]),
     "no calibration text": ("good --pruning-ratio 0.2", ["'taylor'", "--calibration", "l2"]),
     "empty calibration text": ("good --pruning-ratio 0.2 --calibration empty.txt", ["empty.txt", "holds no text"]),
-    "missing calibration text": ("good --pruning-ratio 0.2 --calibration gone.txt", ["'gone.txt'", "is not a file"]),
+    "missing calibration text": (
+        "good --pruning-ratio 0.2 --calibration gone.txt",
+        ["'gone.txt' is not a file that exists", ".jsonl"],
+    ),
+    "unknown kind before the model": (
+        "./gone --importance l2 --pruning-ratio 0.2 --kinds nose",
+        ["'nose'", "'kv_head'"],
+    ),
+    "misspelt option": ("good --prunning-ratio 0.2", ["--prunning-ratio", "prunekit prune --help"]),
     "text that is not UTF-8": ("good --pruning-ratio 0.2 --calibration latin.txt", ["latin.txt", "UTF-8"]),
     "calibration shorter than a window": (
         "good --pruning-ratio 0.2 --calibration short.txt",
@@ -106,6 +114,7 @@ PRUNE = {
     "weights that are NaN": ("nan --importance l2 --pruning-ratio 0.2", ["layers.1.mlp.up_proj", "NaN"]),
     "weights cut short": ("torn --importance l2 --pruning-ratio 0.2", ["torn", "cannot be read"]),
     "a plan that is not there": ("good --plan gone.json", ["'gone.json'", "no file"]),
+    "a configuration for a plan": ("good --plan good/config.json", ["no pruning plan: it has no 'keep'"]),
     "a plan that is no JSON": ("good --plan text.txt", ["no pruning plan", "JSON"]),
 }
 
@@ -157,7 +166,7 @@ OTHERS = {
         "evaluate good --data text.txt --metrics perplexity --window 32 --stride 64",
         ["stride=64", "32"],
     ),
-    "questions of another world": ("evaluate good --metrics zero_shot", ["tasks", "world"]),
+    "questions of another world": ("evaluate good --metrics zero_shot", ["tasks=", "world", "--metrics"]),
     "the same model twice": ("evaluate good good --metrics cost", ["'good'", "twice"]),
     "no notebooks": ("lab full", ["'full'", "no notebooks"]),
 }

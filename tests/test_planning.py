@@ -89,6 +89,21 @@ def test_the_refusal_names_a_ratio_that_can_be_met():
     assert plan(GROUPS_GQA, scores, nearest, kinds=("kv_head",)).pruning_ratio == pytest.approx(nearest, abs=TOLERANCE)
 
 
+def test_what_rounding_forbids_is_refused_by_its_name():
+    groups = GROUPS_GQA
+    for size in (1000, 32):  # no step at all, steps that are too large
+        with pytest.raises(PrunekitError, match=f"pruning_ratio=0.25 cannot be met.*round_to={size}"):
+            plan(groups, random_scores(groups), 0.25, round_to=size)
+
+
+def test_a_kind_that_rounding_leaves_whole_is_named():
+    groups = GROUPS_GQA
+    made = plan(groups, random_scores(groups), 0.1132, round_to=8)
+    assert all(not made.removed(name) for name in made.keep if name.endswith("kv_head"))
+    assert "kv_head: no smaller number of units for round_to=8" in repr(made)
+    assert "ffn_channel" not in repr(made) and "kv_head" not in repr(plan(groups, random_scores(groups), 0.1132))
+
+
 def test_lowest_scores_go_first_and_local_ranking_takes_equal_shares():
     scores = {g.name: torch.arange(g.n_units).float() for g in GROUPS_GQA}
     made = plan(GROUPS_GQA, scores, 0.25)
@@ -206,9 +221,17 @@ def test_a_plan_that_keeps_nonsense_is_refused(keep):
         PruningPlan({"a:kv_head": keep}, {"a:kv_head": 4}, 10, 5)
 
 
-@pytest.mark.parametrize("text", ["nonsense", "[1, 2]", '{"keep": {}}', '{"unknown": 1}'])
-def test_text_that_is_no_plan_is_refused(text):
-    with pytest.raises(PrunekitError, match="this is no pruning plan"):
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("nonsense", "Expecting value"),
+        ("[1, 2]", "it is a list"),
+        ('{"keep": {}}', "it has no 'n_units'"),
+        ('{"model_type": "llama"}', "it has no 'keep'; give JSON as PruningPlan.save writes"),
+    ],
+)
+def test_text_that_is_no_plan_is_refused(text, why):
+    with pytest.raises(PrunekitError, match=f"this is no pruning plan.*{why}"):
         PruningPlan.from_json(text)
     with pytest.raises(PrunekitError, match="is no file"):
         PruningPlan.load("nowhere.json")
@@ -225,7 +248,7 @@ def test_text_that_is_no_plan_is_refused(text):
         ({"n_units": [4]}, r"n_units of a plan is \[4\]; it must be a dictionary"),
         ({"notes": 5}, "notes of a plan is 5; it must be a dictionary"),
         ({"groups": 5}, "groups of a plan are 5; leave them out"),
-        ({"unit": 5}, "this is no pruning plan .*'unit'"),
+        ({"unit": 5}, "this is no pruning plan: it has a field 'unit'"),
     ],
 )
 def test_odd_values_in_a_plan_are_named(changes, message):

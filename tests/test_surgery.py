@@ -86,6 +86,9 @@ def test_a_plan_for_another_model_is_refused():
     plan = PruningPlan({"model.layers.0.mlp:ffn_channel": [0]}, {"model.layers.0.mlp:ffn_channel": 77}, 10, 5)
     with pytest.raises(PrunekitError, match="for another model: it has 77 units .* this model has 96"):
         prune(FAMILIES["llama_mha"].model(), plan)
+    plan = PruningPlan({"h.0.mlp:ffn_channel": [0]}, {"h.0.mlp:ffn_channel": 77}, 10, 5)
+    with pytest.raises(PrunekitError, match="this model has no such group; make a plan from discover"):
+        prune(FAMILIES["llama_mha"].model(), plan)
 
 
 class TwoUses(nn.Module):

@@ -1,6 +1,7 @@
 """From the options of `prunekit prune` to an importance, a calibration set and a plan."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from prunekit.commands.options import load_with_tokenizer, need_tokenizer
@@ -39,10 +40,12 @@ def load_for(args: argparse.Namespace, importance: "Importance") -> tuple[Any, A
     """The model, and its tokenizer where the importance reads text.
 
     Raises:
-        PrunekitError: as `load`, or there is no text or no tokenizer to read it with.
+        PrunekitError: as `load`, there is no text or no tokenizer to read it with, or no model has such kinds.
     """
     from prunekit.checkpoint import load
+    from prunekit.pruning.planning import check_options
 
+    check_options(args.pruning_ratio, **planning(args))
     if not importance.needs_calibration:
         return load(args.model)
     check_calibration(args)
@@ -78,7 +81,10 @@ def make_plan(args: argparse.Namespace, model: Any, tokenizer: Any, importance: 
     groups = discover(model)
     calib = calibrate(args, tokenizer) if importance.needs_calibration else None
     scores = score(model, candidates(groups, args.kinds), importance, calib)
-    return plan(groups, scores, args.pruning_ratio, **planning(args))
+    made = plan(groups, scores, args.pruning_ratio, **planning(args))
+    if "whole" in made.notes:
+        print(f"prunekit: nothing goes of {made.notes['whole']}", file=sys.stderr)
+    return made
 
 
 def planning(args: argparse.Namespace) -> dict[str, Any]:

@@ -100,6 +100,11 @@ def measure(args: argparse.Namespace, source: str) -> "Report":
         metrics = ("perplexity", "cost")
     if "perplexity" in metrics and args.data is None and not of_world:
         raise PrunekitError(f"{source!r} brings no text of its own; give --data with a text file, or other --metrics")
+    if "zero_shot" in metrics and not of_world:
+        raise PrunekitError(
+            f"zero_shot asks in the world's own words, and {source!r} was not made from the world; leave zero_shot out "
+            "of --metrics, or ask questions of your own in Python: evaluate(…, tasks=…)"
+        )
     options = {name: getattr(args, name) for name in ("window", "stride", "protocol", "separator")}
     return evaluate(model, tokenizer, metrics, text=args.data, perplexity_options=options)
 

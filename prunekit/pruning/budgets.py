@@ -14,6 +14,24 @@ from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, bundles_of, stops
 TOLERANCE = 0.005  # of the model's parameters
 
 
+def held_by_rounding(
+    groups: Groups,
+    candidates: list[CoupledGroup],
+    scores: Mapping[str, Tensor],
+    rounding: Mapping[str, int],
+    min_units: int,
+) -> list[str]:
+    """Kinds that could lose units, but to no number that rounding allows."""
+
+    def kinds_that_go(round_to: Mapping[str, int]) -> set[str]:
+        bundles = {g: bundles_of(groups, g, scores[g.name]) for g in candidates if g.kind not in WHOLE_KINDS}
+        return {
+            g.kind for g, found in bundles.items() if stops_of(len(found), len(found[0]), round_to[g.name], min_units)
+        }
+
+    return sorted(kinds_that_go(dict.fromkeys(rounding, 1)) - kinds_that_go(rounding))
+
+
 def by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set[int]]:
     """Units that go, for every candidate."""
     gone: dict[str, set[int]] = {g.name: set() for g in candidates}
@@ -22,8 +40,10 @@ def by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set
     return gone
 
 
-def take_parameters(steps: list[Step], ratio: float, counter: Counter) -> list[Step]:
+def take_parameters(steps: list[Step], ratio: float, counter: Counter, rounded: str) -> list[Step]:
     """Take what the budget holds: first the same step in every layer or in none, then single steps.
+
+    `rounded` is what a refusal says of rounding, such as `"round_to=16"`; empty where nothing is rounded.
 
     Raises:
         PrunekitError: the steps do not come near enough to the budget.
@@ -34,7 +54,7 @@ def take_parameters(steps: list[Step], ratio: float, counter: Counter) -> list[S
     done = set(map(id, taken))
     taken += _fill([[s] for s in steps if id(s) not in done], budget, counter)
     if budget - (counter.total - counter.left) > TOLERANCE * counter.total:
-        _refuse(steps, taken, ratio, counter)
+        _refuse(steps, taken, ratio, counter, rounded)
     return taken
 
 
@@ -54,19 +74,20 @@ def _fill(batches: list[list[Step]], budget: float, counter: Counter) -> list[St
     return taken
 
 
-def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter) -> None:
+def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter, rounded: str) -> None:
+    limits, less, steps_of = (f"{rounded}, and ", ", round less", f" for {rounded}") if rounded else ("", "", "")
     reached = _round_up(1 - counter.left / counter.total)
     done = set(map(id, taken))
     rest = [s for s in steps if id(s) not in done]
     if not rest:
         raise PrunekitError(
-            f"pruning_ratio={ratio} cannot be met: with what is protected or not of the chosen kinds, "
-            f"at most {reached:.4f} of the parameters can go; ask for that or less, or allow more kinds"
+            f"pruning_ratio={ratio} cannot be met: with {limits}what is protected or not of the chosen kinds, "
+            f"at most {reached:.4f} of the parameters can go; ask for that or less{less}, or allow more kinds"
         )
     above = _round_up(1 - (counter.left - min(counter.cost(s) for s in rest)) / counter.total)
     nearest = min((reached, above), key=lambda r: abs(r - ratio))
     raise PrunekitError(
-        f"pruning_ratio={ratio} cannot be met within {TOLERANCE:.1%}: units are too large; "
+        f"pruning_ratio={ratio} cannot be met within {TOLERANCE:.1%}: units are too large{steps_of}; "
         f"the nearest feasible ratios are {reached:.4f} and {above:.4f}, so ask for {nearest:.4f}"
     )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prunekit.discovery import KINDS, CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.pruning.budgets import by_group, take_parameters, take_shares, take_units
+from prunekit.pruning.budgets import by_group, held_by_rounding, take_parameters, take_shares, take_units
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, all_steps
 
@@ -56,13 +56,14 @@ def plan(
     sums with single channels and so never removes a head; here scores are taken per parameter.
     """
     _check_types(groups, scores)
-    fractions = _check_ratio(pruning_ratio, of, DEFAULT_KINDS if kinds is None else _listed("kinds", kinds, "kv_head"))
-    _check_choice("ranking", ranking, ("local", "global"))
-    _check_counts(round_to, min_units)
+    chosen = DEFAULT_KINDS if kinds is None else _listed("kinds", kinds, "kv_head")
     protected = _listed("protect_layers", protect_layers, 0)
+    fractions = check_options(
+        pruning_ratio, of=of, ranking=ranking, kinds=chosen, round_to=round_to, min_units=min_units
+    )
     candidates = _candidates(groups, scores, tuple(fractions), protected, exact_only=kinds is None)
     rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
-    counter = Counter(groups)
+    counter, rounded = Counter(groups), _rounded(round_to)
     if of == "units" and ranking == "local" and not set(fractions) & set(WHOLE_KINDS):
         taken = take_shares(groups, candidates, scores, fractions, rounding, min_units)
     else:
@@ -70,7 +71,7 @@ def plan(
         if of == "units":
             taken = take_units(steps, candidates, fractions, ranking)
         else:
-            taken = take_parameters(steps, next(iter(fractions.values()), 0.0), counter)
+            taken = take_parameters(steps, next(iter(fractions.values()), 0.0), counter, rounded)
     gone = by_group(taken, candidates)
     if of == "units":
         for g in candidates:
@@ -80,7 +81,40 @@ def plan(
         "pruning_ratio": dict(pruning_ratio) if isinstance(pruning_ratio, Mapping) else pruning_ratio,
         "of": of, "ranking": ranking, "importance": getattr(scores, "label", None),
     }  # fmt: skip
+    if rounded and (held := held_by_rounding(groups, candidates, scores, rounding, min_units)):
+        notes["whole"] = f"{', '.join(held)}: no smaller number of units for {rounded}"
     return PruningPlan(keep, {g.name: g.n_units for g in candidates}, counter.total, counter.left, notes, groups)
+
+
+def check_options(
+    pruning_ratio: Ratio,
+    *,
+    of: str = "parameters",
+    ranking: str = "local",
+    kinds: Iterable[str] | None = None,
+    protect_layers: Iterable[int] = (),
+    round_to: int | Mapping[str, int] = 1,
+    min_units: int = 1,
+) -> dict[str, float]:
+    """Refuses options of `plan` that hold for no model, before there is one.
+
+    Returns:
+        Fraction that is to go, for each kind that may be cut.
+
+    Raises:
+        PrunekitError: bad arguments.
+    """
+    chosen = DEFAULT_KINDS if kinds is None else _listed("kinds", kinds, "kv_head")
+    _check_choice("ranking", ranking, ("local", "global"))
+    _check_counts(round_to, min_units)
+    _listed("protect_layers", protect_layers, 0)
+    return _check_ratio(pruning_ratio, of, chosen)
+
+
+def _rounded(round_to: int | Mapping[str, int]) -> str:
+    """What is said of rounding; nothing where there is none."""
+    rounds = any(n > 1 for n in round_to.values()) if isinstance(round_to, Mapping) else round_to > 1
+    return f"round_to={round_to}" if rounds else ""
 
 
 def _check_types(groups: object, scores: object) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import pandas as pd
 from prunekit.discovery import Groups
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
+
+_NO_PLAN, _GIVE = "this is no pruning plan", "give JSON as PruningPlan.save writes"
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,10 @@ class PruningPlan:
         """
         try:
             data = json.loads(text)
-            return cls(**data) if isinstance(data, Mapping) else cls(**{"keep": data})
-        except PrunekitError:
-            raise
-        except (TypeError, ValueError, RecursionError) as error:  # other fields, no JSON, numbers too long, too deep
-            raise PrunekitError(f"this is no pruning plan ({error}); give JSON as PruningPlan.save writes") from None
+        except (ValueError, RecursionError) as error:  # no JSON, numbers too long, too deep
+            raise PrunekitError(f"{_NO_PLAN} ({error}); {_GIVE}") from None
+        _check_fields(data, cls)
+        return cls(**data)
 
     def save(self, path: str | Path) -> None:
         """Write JSON; the file is complete or not there.
@@ -132,12 +133,25 @@ class PruningPlan:
         cut = sum(len(units) < self.n_units[name] for name, units in self.keep.items())
         return (
             f"PruningPlan({self.pruning_ratio:.2%} of {self.n_parameters:,} parameters go; "
-            f"{cut} of {len(self.keep)} groups are cut)"
+            f"{cut} of {len(self.keep)} groups are cut{self._whole()})"
         )
+
+    def _whole(self) -> str:
+        return f"; {self.notes['whole']}" if "whole" in self.notes else ""
 
     def _repr_html_(self) -> str:
         table = self.table().pivot_table(index="layer", columns="kind", values="kept_fraction", dropna=False)
         return f"<p>{self!r}</p>{table.style.format('{:.0%}', na_rep='').to_html()}"
+
+
+def _check_fields(data: Any, plan: type[PruningPlan]) -> None:  # noqa: ANN401
+    if not isinstance(data, Mapping):
+        raise PrunekitError(f"{_NO_PLAN}: it is a {type(data).__name__}; {_GIVE}")
+    needed = {each.name: each.default is each.default_factory for each in fields(plan)}  # both MISSING
+    for name in (name for name in needed if needed[name] and name not in data):
+        raise PrunekitError(f"{_NO_PLAN}: it has no {name!r}; {_GIVE}")
+    for name in (name for name in data if name not in needed):
+        raise PrunekitError(f"{_NO_PLAN}: it has a field {name!r:.60}; {_GIVE}")
 
 
 def _check_sizes(before: Any, after: Any) -> None:  # noqa: ANN401

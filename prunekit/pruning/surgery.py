@@ -172,8 +172,8 @@ def _check_plan(groups: Groups, plan: PruningPlan) -> None:
     for name, n in plan.n_units.items():
         if known.get(name) != n:
             raise PrunekitError(
-                f"the plan is for another model: it has {n} units in {name!r}, this model has {known.get(name)}; "
-                "make a plan from discover(model) of this model"
+                f"the plan is for another model: it has {n} units in {name!r}, "
+                f"this model has {known.get(name, 'no such group')}; make a plan from discover(model) of this model"
             )
     for name, units in plan.keep.items():
         if not units and groups[name].kind not in ("block", "layer"):
