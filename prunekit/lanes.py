@@ -11,7 +11,7 @@ from prunekit.discovery.groups import KINDS, CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
 from prunekit.pruning.steps import WHOLE_KINDS
 
-PLURALS = {"entry": "entries", "row": "rows", "column": "columns", "matrix": "matrices", "parameter": "parameters"}
+PLURALS = {"entry": "entries", "row": "rows", "column": "columns", "matrix": "matrices", "tensor": "tensors"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Part:
         name: as short as can be told from the others.
         shape: of the parameter; () for a whole module.
         dim: dimension that is cut.
-        owned: the indices along `dim` of one unit; of a whole module, one a parameter.
+        owned: the indices along `dim` of one unit; of a whole module, one a tensor.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Part:
         """Such as `"16 rows"`."""
         from_last = self.dim - len(self.shape)
         word = "entry" if len(self.shape) == 1 else {-1: "column", -2: "row"}.get(from_last, "matrix")
-        word, n = ("parameter" if not self.shape else word), len(self.owned)
+        word, n = ("tensor" if not self.shape else word), len(self.owned)
         return f"{n} {word if n == 1 else PLURALS[word]}"
 
 
@@ -44,6 +44,7 @@ class Lane:
     """Groups of one kind and one size.
 
     Attributes:
+        name: the kind, and such as `"#2"` where lanes of the same kind are numbered.
         kind: of the groups.
         n_units: of each.
         exact: whether they are.
@@ -51,6 +52,7 @@ class Lane:
         groups: the parts of each.
     """
 
+    name: str
     kind: str
     n_units: int
     exact: bool
@@ -74,14 +76,15 @@ def layer_table(groups: Groups, *, layer: int | None = None, kinds: Sequence[str
         kinds: kinds of group to list, where the layer has them.
 
     Returns:
-        One row a kind and size of group: kind, groups, units (of each), exact, one unit takes.
+        One row a kind and size of group: kind (with the number in the group's name, where there is one), groups, units
+        (of each), exact, one unit takes.
 
     Raises:
         PrunekitError: there are no groups, or none of these kinds in that layer.
     """
     lanes = layer_lanes(groups, first_layer(groups) if layer is None else layer, kinds)
     rows = [
-        (lane.kind, len(lane.groups), lane.n_units, lane.exact, "; ".join(map(told, lane.groups))) for lane in lanes
+        (lane.name, len(lane.groups), lane.n_units, lane.exact, "; ".join(map(told, lane.groups))) for lane in lanes
     ]
     return pd.DataFrame(rows, columns=["kind", "groups", "units", "exact", "one unit takes"]).set_index("kind")
 
@@ -127,7 +130,8 @@ def layer_lanes(groups: Groups, layer: int, kinds: Sequence[str]) -> list[Lane]:
         raise PrunekitError(f"layer {layer} has no group of kind {', '.join(kinds)}; it has {', '.join(there)}")
     names = short_names({module_of(name) for name in groups.shapes if number_in(name) in (layer, None)})
     parts = {key: [parts_of(group, groups, layer, names) for group in same] for key, same in chosen.items()}
-    return [Lane(*key, tuple(filter(None, found))) for key, found in parts.items() if any(found)]
+    own = {key: same[0].name.rpartition(":")[2] for key, same in chosen.items()}
+    return [Lane(own[key], *key, tuple(filter(None, found))) for key, found in parts.items() if any(found)]
 
 
 def where(group: CoupledGroup) -> str:

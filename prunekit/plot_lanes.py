@@ -6,6 +6,7 @@ from math import ceil
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 from prunekit.discovery.groups import KINDS, Groups
@@ -15,6 +16,7 @@ from prunekit.plot_style import KIND_COLORS, projected
 
 # Inches, and points for letters: legible from the last row on a slide of 13.3 × 7.5 inches.
 WIDTH, LABEL, LANE, BOX, SHEET = 13.0, 2.1, 0.56, 0.38, 0.05
+MARGIN = 0.12  # round the whole, so that no letter touches the edge
 COLUMN = (WIDTH - LABEL) / 14  # parts begin at multiples of this
 NAME_SIZE, NOTE_SIZE, KIND_SIZE = 12, 11, 14
 LETTER = 0.56 / 72  # inches a point of size: the mean width of a letter
@@ -53,7 +55,7 @@ def plot_groups(
     for (lane, places), height, top in zip(placed, heights, np.cumsum([0, *heights]), strict=False):
         draw_lane(ax, lane, places, float(top), width, height)
     ax.set_title(f"Layer {layer}: what goes together", loc="left", fontsize=18, weight="bold")
-    ax.set_title("coloured and counted: what one unit takes", loc="right", fontsize=NAME_SIZE, color=INK)
+    ax.set_title("coloured and counted: what one unit takes", loc="right", fontsize=NAME_SIZE)
     ax.set(xlim=(0, width), ylim=(sum(heights), 0))
     ax.axis("off")
     return ax
@@ -82,7 +84,8 @@ def part_width(part: Part) -> float:
 
 def new_axes(height: float) -> Axes:
     """Axes on a figure of its own, this high under the title."""
-    return plt.subplots(figsize=(WIDTH, height + 0.55), layout="constrained")[1]
+    layout = ConstrainedLayoutEngine(h_pad=MARGIN, w_pad=MARGIN)
+    return plt.subplots(figsize=(WIDTH, height + 0.45 + 2 * MARGIN), layout=layout)[1]
 
 
 def draw_lane(ax: Axes, lane: Lane, places: Sequence[Placed], top: float, width: float, height: float) -> None:
@@ -90,7 +93,7 @@ def draw_lane(ax: Axes, lane: Lane, places: Sequence[Placed], top: float, width:
     color, first = KIND_COLORS[lane.kind], [id(parts[0]) for parts in lane.groups]
     for broad, alpha in ((width, 0.1), (0.1, 1.0)):
         ax.add_patch(Rectangle((0, top + 0.03), broad, height - 0.06, facecolor=color, alpha=alpha, lw=0))
-    ax.text(0.22, top + LANE * 0.3, lane.kind, fontsize=KIND_SIZE, weight="bold", va="center")
+    ax.text(0.22, top + LANE * 0.3, lane.name, fontsize=KIND_SIZE, weight="bold", va="center")
     ax.text(0.22, top + LANE * 0.61, f"{lane.size}\n{lane.where}".strip(), fontsize=NOTE_SIZE, va="top")
     for what, x, line in places:
         left, y = LABEL + x, top + line * LANE + (LANE - BOX) / 2

@@ -90,11 +90,19 @@ def test_discover_as_json(dense, gpt2, capsys):
 
 
 @pytest.mark.parametrize("options", [(), ("--layer", "1")])
-def test_discover_draws_a_layer(gpt2, tmp_path, options):
+def test_discover_draws_a_layer(gpt2, tmp_path, capsys, options):
     picture = tmp_path / "layer.png"
     picture.write_text("an old one")
     assert main(["discover", str(gpt2), "--plot", str(picture), *options]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [picture]
+    assert f"drawn: {picture}" in capsys.readouterr().out
+
+
+def test_discover_makes_the_folder_of_a_picture(gpt2, tmp_path, capsys):
+    picture = tmp_path / "no" / "such" / "layer.svg"
+    assert run_json(capsys, "discover", gpt2, "--plot", picture)["plot"] == str(picture) and picture.is_file()
+    assert main(["discover", str(gpt2), "--plot", str(picture / "layer.svg")]) == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,7 +110,6 @@ def test_discover_draws_a_layer(gpt2, tmp_path, options):
     [
         (("--plot", "OUT/a.png", "--layer", "7"), "layer 7 has no groups; layers [0, 1] have"),
         (("--plot", "OUT/a.xyz"), "ends with .png, .pdf, .svg"),
-        (("--plot", "OUT/no/a.png"), "create the folder"),
         (("--layer", "1"), "give --plot FILE.png too"),
     ],
 )

@@ -227,7 +227,7 @@ def test_every_kind_of_the_layer_is_told_in_picture_and_table(family):
     ax.figure.canvas.draw()
     texts = {text.get_text().splitlines()[0] for text in ax.texts}
     kinds = {group.kind for group in groups if group.layer in (0, None)}
-    assert kinds <= texts and kinds == set(table.index)
+    assert kinds <= texts and kinds == {name.partition("#")[0] for name in table.index}
     assert all(f"{units:,} unit" in "".join(t.get_text() for t in ax.texts) for units in table["units"])
     assert ax.get_title(loc="left") == "Layer 0: what goes together"
 
@@ -237,6 +237,8 @@ def test_letters_stay_inside_and_apart():
     ax.figure.canvas.draw()
     boxes = [text.get_window_extent() for text in ax.texts]
     assert all(box.x1 <= ax.figure.bbox.x1 for box in boxes)
+    tops = [title.get_window_extent().y1 for title in (ax._left_title, ax._right_title)]
+    assert max(tops) < ax.figure.bbox.y1 - 5, "the title keeps off the edge"
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     assert min(text.get_fontsize() for text in ax.texts) >= 11
     assert any(text.get_text() == "and 6 more" for text in ax.texts), "14 matrices of rank do not fit in two lines"
@@ -244,13 +246,21 @@ def test_letters_stay_inside_and_apart():
 
 def test_a_layer_as_a_table():
     told = layer_table(groups_of("llama_gqa"))["one unit takes"]
+    assert told["layer"] == "9 tensors of layer 0", "parameters are numbers, and these are none"
     assert told["kv_head"] == "16 rows of q_proj, 8 rows of k_proj, v_proj, 16 columns of o_proj"
     assert told["ffn_channel"] == "1 row of gate_proj, up_proj, 1 column of down_proj"
-    assert told["block"] == "4 parameters of self_attn; 3 parameters of mlp"
+    assert told["block"] == "4 tensors of self_attn; 3 tensors of mlp"
     assert told["vocabulary"] == "1 row of embed_tokens, lm_head"
     assert layer_table(groups_of("gpt2"), layer=1, kinds=("ffn_channel",))["one unit takes"].tolist() == [
         "1 column of c_fc + bias, 1 row of mlp.c_proj"
     ]
+
+
+def test_two_groups_of_a_kind_go_by_their_own_names():
+    groups = groups_of("gpt_neox")  # rotary dimensions, and the rest
+    names = {name.rpartition(":")[2] for name in (g.name for g in groups.of_kind("head_dim"))}
+    assert len(names) == 2 and names <= set(layer_table(groups).index)
+    assert names <= {text.get_text() for text in plot_groups(groups).texts}
 
 
 def test_groups_are_drawn_where_told():

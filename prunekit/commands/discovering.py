@@ -43,12 +43,14 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         draw(groups, args.layer, Path(args.plot))
     if args.json:
-        print_json({"model": args.model, **as_dict(groups)})
+        print_json({"model": args.model, **as_dict(groups), **({} if args.plot is None else {"plot": args.plot})})
         return 0
     print(f"{args.model}: {groups.n_parameters:,} parameters\n\n{text_table(kind_rows(groups))}")
     print("\nlocked, so never cut:" if groups.locked else "\nnothing is locked")
     for what, why in groups.locked.items():
         print(f"  {what}: {why}")
+    if args.plot is not None:
+        print(f"\ndrawn: {args.plot}")
     return 0
 
 
@@ -100,11 +102,8 @@ def check_picture(args: argparse.Namespace) -> None:
         if args.layer is not None:
             raise PrunekitError(f"--layer {args.layer} says which layer to draw; give --plot FILE.png too")
         return
-    path = Path(args.plot)
-    if path.suffix not in PICTURES:
+    if Path(args.plot).suffix not in PICTURES:
         raise PrunekitError(f"--plot {args.plot!r} is no picture; give a name that ends with {', '.join(PICTURES)}")
-    if not path.parent.is_dir():
-        raise PrunekitError(f"--plot {args.plot!r}: create the folder {str(path.parent)!r} first")
 
 
 def draw(groups: "Groups", layer: int | None, path: Path) -> None:
@@ -120,6 +119,7 @@ def draw(groups: "Groups", layer: int | None, path: Path) -> None:
 
     figure: Any = plot_groups(groups, layer=layer).figure
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as beside:
             figure.savefig(Path(beside) / path.name, dpi=150)
             (Path(beside) / path.name).replace(path)
