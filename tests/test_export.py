@@ -36,7 +36,7 @@ def test_padding_takes_the_next_head_count_that_the_family_reads(tmp_path):
     pk.export(small, tmp_path / "out", layout="padded")
     padded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert padded.config.num_attention_heads == 4 and torch.allclose(logits(padded), logits(small), rtol=1e-12)
-    with pytest.raises(pk.PrunekitError, match="cannot say these widths; export with layout='padded'"):
+    with pytest.raises(pk.PrunekitError, match=r"widths \(kv_head: 3 of 8 in each layer\); .*--layout padded"):
         pk.export(small, tmp_path / "plain")
 
 
@@ -157,6 +157,31 @@ def test_an_even_model_is_exported_as_it_is(layout, tmp_path):
     pk.export(small, tmp_path / "out", layout=layout)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert plain.num_parameters() == small.num_parameters() and torch.equal(logits(plain), logits(small))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A plain checkpoint of its family" in card and "filled up with zeros" not in card
+    assert ("nothing had to be filled up" in card) == (layout == "padded")
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [
+        ({"model.layers.0.mlp:ffn_channel": range(9)}, ["ffn_channel: 9 to 96 of 96 in each layer"]),
+        ({"model.layers.0.self_attn:block": (), "model.layers.0.mlp:block": ()}, ["self_attn: 1 went", "mlp: 1 went"]),
+        (
+            {f"model.layers.{layer}.self_attn:head_dim": range(3) for layer in (0, 1)},
+            ["head_dim: 3 of 4 in each layer"],
+        ),
+        (
+            {"model.layers.0.self_attn:block": (), "model.layers.1.mlp:ffn_channel": range(7)},
+            ["ffn_channel: 7 to 96 of 96 in each layer", "self_attn: 1 went"],
+        ),
+    ],
+)
+def test_the_card_says_which_widths_the_family_has_no_words_for(keep, said, tmp_path):
+    small = cut_by(FAMILIES["llama_mha"].model(), {name: list(units) for name, units in keep.items()})
+    pk.save(small, tmp_path / "own")
+    assert f"has no words for its widths ({'; '.join(said)}), so" in (tmp_path / "own" / "README.md").read_text()
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["not_plain"] == said
 
 
 def test_half_precision_is_padded_within_its_own_rounding(tmp_path):
@@ -207,7 +232,7 @@ def test_tokenizer_generation_config_plan_and_figures_travel_along(tmp_path):
     assert "ranking: global" in card and "needs prunekit to load" in card and "pk.load(" in card
     assert f"{small.num_parameters():,}" in card and "weight_bytes" in card
     assert pk.Report.load(tmp_path / "one" / "report.json")["parameters"] == small.num_parameters()
-    assert "filled up" in (tmp_path / "two" / "README.md").read_text()
+    assert "ffn_channel: " in card and "filled up with zeros" in (tmp_path / "two" / "README.md").read_text()
 
 
 def test_a_card_of_ones_own_takes_the_place_of_the_made_one(tmp_path):

@@ -92,8 +92,10 @@ def test_llama_3s_splitting_is_told_by_its_name(tmp_path):
 
 @pytest.mark.parametrize("split", [pre_tokenizers.Split(Regex(r"\w+"), "isolated"), pre_tokenizers.Digits()])
 def test_a_splitting_that_llama_cpp_has_no_name_for_leaves_the_vocabulary_out_and_says_so(split, tmp_path):
-    with pytest.warns(UserWarning, match="holds no vocabulary: llama.cpp is not known to split texts as"):
+    reason = "model.gguf holds no vocabulary: llama.cpp is not known to split texts as"
+    with pytest.warns(UserWarning, match=reason):
         pk.export(llama(), tmp_path / "out", layout="gguf", tokenizer=splitting(split))
+    assert reason in (tmp_path / "out" / "README.md").read_text()
     fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["tokenizer.ggml.model"].contents() == "none" and "tokenizer.ggml.pre" not in fields
 
@@ -110,10 +112,40 @@ def test_a_real_model_and_its_sentencepiece_vocabulary(shared, tmp_path):
 
 def test_a_vocabulary_of_whole_words_stays_outside_the_file(tmp_path):
     model, tokenizer = pk.load("world")
-    pk.export(model, tmp_path / "out", layout="gguf", tokenizer=tokenizer)
+    with pytest.warns(UserWarning, match="llama.cpp is not known to read a WordLevel tokenizer"):
+        pk.export(model, tmp_path / "out", layout="gguf", tokenizer=tokenizer)
     fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["tokenizer.ggml.model"].contents() == "none" and "tokenizer.ggml.tokens" not in fields
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("again", [False, True])  # a plain checkpoint keeps no record of what was cut
+def test_the_words_of_the_uncut_vocabulary_stay_outside_the_file(again, tmp_path):
+    tokenizer = byte_tokenizer()
+    model = llama(head_dim=8)
+    groups = pk.discover(model)
+    kept = list(range(9, len(tokenizer)))
+    small = pk.prune(model, plan_keeping(groups, {groups.of_kind("vocabulary")[0].name: kept}))
+    if again:
+        pk.save(small, tmp_path / "plain")
+        small, _ = pk.load(tmp_path / "plain")
+    with pytest.warns(UserWarning, match=f"beyond the {len(kept)} of this model.* before tokens went"):
+        pk.export(small, tmp_path / "out", layout="gguf", tokenizer=tokenizer)
+    assert "tokenizer.ggml.tokens" not in GGUFReader(tmp_path / "out" / "model.gguf").fields
+
+
+def test_reading_back_shows_no_progress(tmp_path, capsys):
+    pk.export(llama(), tmp_path / "out", layout="gguf", tokenizer=byte_tokenizer())
+    assert "onvert" not in capsys.readouterr().err
+
+
+def test_a_token_added_to_an_uncut_model_is_left_out_and_the_others_stay(tmp_path):
+    tokenizer = byte_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    pk.export(llama(vocab_size=size), tmp_path / "out", layout="gguf", tokenizer=tokenizer)
+    words = GGUFReader(tmp_path / "out" / "model.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert len(words) == size and "<added>" not in words
 
 
 def _without_gguf(monkeypatch):
@@ -135,8 +167,12 @@ def _long_rope():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: same_cut("llama_gqa", True), "cannot say these widths; export with layout='padded'"),
-        (lambda: FAMILIES["qwen3"].model(dtype=torch.float32), "'llama' with rope 'default' only, and this is 'qwen3'"),
+        (
+            lambda: same_cut("llama_gqa", True),
+            r"\(kv_head: 1 to 2 of 4 in each layer; .*\); export with layout='padded'",
+        ),
+        (lambda: same_cut("qwen3", False), "'llama' with rope 'default' only, and this is 'qwen3'"),
+        (lambda: same_cut("gpt2", True), "'llama' with rope 'default' only, and this is 'gpt2'"),  # not its widths
         (_long_rope, "rope 'default' only, and this is 'llama' with rope 'linear'"),
         (lambda: FAMILIES["llama_gqa"].model(), "GGUF has no torch.float64; convert the model"),
         (lambda: same_cut("llama_biased", False), "gives other logits .* such as biases"),

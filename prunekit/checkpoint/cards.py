@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from prunekit.checkpoint.widths import takes_tokens, tokens_went
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.experts import fit_for_grouped
@@ -16,17 +17,23 @@ _PLAIN_CODE = (
 )
 _FORMS = {  # layout → what is said of it, and the Python that loads it
     PLAIN: ("A plain checkpoint of its family.", _PLAIN_CODE),
-    PADDED: ("Its layers were of uneven widths and are filled up to even ones with zeros.", _PLAIN_CODE),
+    PADDED: (
+        "The configuration of its family has no words for its widths ({unsaid}), so they are filled up with zeros.",
+        _PLAIN_CODE,
+    ),
     GGUF: (
         "`model.gguf` holds the weights in llama.cpp's form.",
         _PLAIN_CODE.replace("FOLDER", 'FOLDER", gguf_file="model.gguf'),
     ),
     OWN: (
-        "The configuration of its family has no words for its widths, so it needs prunekit to load; once that is "
-        "imported, `AutoModelForCausalLM.from_pretrained` loads it too.",
+        "The configuration of its family has no words for its widths ({unsaid}), so it needs prunekit to load; once "
+        "that is imported, `AutoModelForCausalLM.from_pretrained` loads it too.",
         'import prunekit as pk\n\nmodel, tokenizer = pk.load("THIS FOLDER")',
     ),
 }
+_NOT_FILLED = "A plain checkpoint of its family; nothing had to be filled up."
+RENUMBERED = "its tokens were renumbered"
+LISTED = "plan.json lists, under keep, the old number of each new one"
 _WRITTEN_OUT = (
     "torch's grouped products do not take the widths of its experts. `prunekit.load` sets them to run written out; "
     'with `transformers` alone, say `experts_implementation="eager"`.'
@@ -38,9 +45,12 @@ def texts_beside(
     layout: str,
     plan: PruningPlan | None,
     report: "Report | None",
+    *,
+    unsaid: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> dict[str, str]:
     """File name → content of what stands beside the weights: the card, and the plan and the report where given."""
-    texts = {CARD: model_card(model, layout, plan, report)}
+    texts = {CARD: model_card(model, layout, plan, report, unsaid=unsaid, remarks=remarks)}
     texts |= {"plan.json": plan.to_json()} if plan is not None else {}
     return texts | ({"report.json": report.to_json()} if report is not None else {})
 
@@ -50,6 +60,9 @@ def model_card(
     layout: str,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
+    *,
+    unsaid: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> str:
     """The card of a model in Markdown.
 
@@ -58,11 +71,14 @@ def model_card(
         layout: `"plain"`, `"padded"`, `"gguf"` or `"prunekit"`.
         plan: by which it was cut; what stands in its notes is told too.
         report: what was measured about the model.
+        unsaid: the widths that its family has no words for.
+        remarks: more sentences about it.
     """
     parameters = sum(p.numel() for p in model.parameters())
     sentence, loader = _FORMS[layout]
+    sentence = _NOT_FILLED if layout == PADDED and not unsaid else sentence.format(unsaid="; ".join(unsaid))
     family = f"`{type(model).__name__}`, {parameters:,} parameters. {sentence}"
-    parts = ["---\nlibrary_name: prunekit\n---\n# A model saved by prunekit", family]
+    parts = ["---\nlibrary_name: prunekit\n---\n# A model saved by prunekit", family, *remarks]
     if not fit_for_grouped(model):
         parts.append(_WRITTEN_OUT)
         loader = loader.replace(
@@ -71,6 +87,14 @@ def model_card(
     parts += _plan_parts(plan) if plan is not None else []
     parts += [f"## Figures\n\n```\n{report}\n```\n\nEvery answer: `report.json`."] if report is not None else []
     return "\n\n".join([*parts, f"## Load\n\n```python\n{loader}\n```"]) + "\n"
+
+
+def renumbered(model: Any, plan: PruningPlan | None, tokenizer: Any) -> list[str]:  # noqa: ANN401
+    """What a card says of a tokenizer: that none is there, where tokens went and no other was given."""
+    if tokenizer is not None or not tokens_went(model, plan):
+        return []
+    listed = f" ({LISTED})" if plan is not None and takes_tokens(plan) else ""
+    return [f"{RENUMBERED.capitalize()}{listed}. The tokenizer of the uncut model does not fit, and none is saved."]
 
 
 def _plan_parts(plan: PruningPlan) -> list[str]:

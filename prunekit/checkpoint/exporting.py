@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from prunekit.checkpoint.cards import texts_beside
-from prunekit.checkpoint.gguf import write_gguf
+from prunekit.checkpoint.cards import renumbered, texts_beside
+from prunekit.checkpoint.gguf import check_family, write_gguf
 from prunekit.checkpoint.padded import padded_model
 from prunekit.checkpoint.saving import (
     SHARD,
     check_saving,
+    is_cut,
     whole_folder,
     write_plain,
     write_texts,
     write_tokenizer,
 )
-from prunekit.checkpoint.uniform import plain_config
+from prunekit.checkpoint.uniform import plain_config, unsaid
 from prunekit.checkpoint.widths import Cuts
 from prunekit.errors import PrunekitError
 from prunekit.layouts import GGUF, LAYOUTS, PADDED
@@ -61,32 +62,32 @@ def export(
     if layout not in LAYOUTS:
         raise PrunekitError(f"layout={layout!r} is not known; give one of {', '.join(map(repr, LAYOUTS))}")
     check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
-    model, config = (_padded if layout == PADDED else _plain)(model)
+    if layout == GGUF:
+        check_family(model)
+    remarks = renumbered(model, plan, tokenizer)
+    model, config, filled = _even(model, layout)
     with whole_folder(out) as folder:
         write_tokenizer(model, folder, tokenizer)
         if layout == GGUF:
-            write_gguf(model, config, folder)
+            remarks += write_gguf(model, config, folder)
         else:
             write_plain(model, config, folder, max_shard_size)
-        write_texts(folder, texts_beside(model, layout, plan, report), files or {})
+        made = texts_beside(model, layout, plan, report, unsaid=filled, remarks=remarks)
+        write_texts(folder, made, files or {})
     return Path(out)
 
 
-def _plain(model: Any) -> tuple[Any, Any]:  # noqa: ANN401
-    config = plain_config(model)
-    if config is None:
-        raise PrunekitError(
-            f"the configuration of {type(model).__name__} cannot say these widths; export with layout='padded', or "
-            "save it with prunekit.save"
-        )
-    return model, config
-
-
-def _padded(model: Any) -> tuple[Any, Any]:  # noqa: ANN401
-    config = plain_config(model)
-    if config is not None:
-        return model, config
-    name_or_path = model.config.name_or_path
-    model = padded_model(model, Cuts.of(model))
-    model.config.name_or_path = name_or_path
-    return model, model.config
+def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:  # noqa: ANN401
+    """A model of even widths, a configuration that says them, and which had to be filled up for that."""
+    cuts = Cuts.of(model) if is_cut(model) else None
+    config = plain_config(model, cuts)
+    if config is not None or cuts is None:
+        return model, config, []
+    if layout == PADDED:
+        padded = padded_model(model, cuts)
+        padded.config.name_or_path = model.config.name_or_path
+        return padded, padded.config, unsaid(cuts)
+    raise PrunekitError(
+        f"the configuration of {type(model).__name__} cannot say these widths ({'; '.join(unsaid(cuts))}); export with "
+        "layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves, which says them"
+    )

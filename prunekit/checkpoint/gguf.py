@@ -3,8 +3,11 @@
 Only the `llama` architecture, which knows one width: what `prunekit.export` hands on is even already.
 """
 
+import io
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint.padded import relative_difference, tolerance
+from prunekit.checkpoint.widths import tokens_went
 from prunekit.errors import PrunekitError
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"
+_PLAIN_INSTEAD = "export with layout='plain' (in a shell: --layout plain)"
 _SPLITTINGS = {  # regular expression of a Split, None for the one that ByteLevel has built in → llama.cpp's name
     None: "gpt-2",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -29,7 +34,11 @@ _KINDS = {  # dtype → GGUF's name for a matrix, and for a file, of it
 }
 
 
-def write_gguf(model: Any, config: Any, folder: Path) -> None:  # noqa: ANN401
+class NoVocabulary(UserWarning):
+    """A GGUF file was written without the words of its tokens."""
+
+
+def write_gguf(model: Any, config: Any, folder: Path) -> list[str]:  # noqa: ANN401
     """Write `model.gguf`, with the vocabulary of the tokenizer that stands in the folder already.
 
     Args:
@@ -37,16 +46,18 @@ def write_gguf(model: Any, config: Any, folder: Path) -> None:  # noqa: ANN401
         config: a plain configuration that says its widths.
         folder: to write into.
 
+    Returns:
+        What is to be told of the file: why it holds no vocabulary, which is warned of too.
+
     Raises:
         PrunekitError: the gguf package is missing, GGUF's `llama` cannot say this model, or what is read back gives
             other logits.
     """
     gguf = _package()
-    _check(model, config)
     writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURE)
     _add_sizes(writer, config)
     writer.add_file_type(gguf.LlamaFileType[_KINDS[model.dtype][1]])
-    _add_vocabulary(gguf, writer, folder, config)
+    remarks = _add_vocabulary(gguf, writer, folder, model)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.named_parameters():
         _add_tensor(gguf, writer, names.get_name(name, (".weight", ".bias")), name, _interleaved(name, tensor, config))
@@ -54,6 +65,23 @@ def write_gguf(model: Any, config: Any, folder: Path) -> None:  # noqa: ANN401
         write()
     writer.close()
     _prove(model, folder)
+    return remarks
+
+
+def check_family(model: Any) -> None:  # noqa: ANN401
+    """Refuses what GGUF's `llama` is not, whatever its widths, before anything else is asked of it.
+
+    Raises:
+        PrunekitError: another family, a rope or a dtype that cannot be said.
+    """
+    config = model.config
+    rope = config.to_dict().get("rope_parameters") or {}
+    if config.model_type != ARCHITECTURE or rope.get("rope_type") != "default":
+        what = f"{config.model_type!r} with rope {rope.get('rope_type')!r}"
+        raise PrunekitError(f"a GGUF file is written of {ARCHITECTURE!r} with rope 'default' only, and this is {what}")
+    if model.dtype not in _KINDS:
+        known = ", ".join(map(str, _KINDS))
+        raise PrunekitError(f"GGUF has no {model.dtype}; convert the model to one of {known}")
 
 
 def _package() -> Any:  # noqa: ANN401
@@ -62,16 +90,6 @@ def _package() -> Any:  # noqa: ANN401
     except ImportError:
         raise PrunekitError("layout='gguf' needs the gguf package; pip install 'prunekit[gguf]'") from None
     return gguf
-
-
-def _check(model: Any, config: Any) -> None:  # noqa: ANN401
-    rope = config.to_dict().get("rope_parameters") or {}
-    if config.model_type != ARCHITECTURE or rope.get("rope_type") != "default":
-        what = f"{config.model_type!r} with rope {rope.get('rope_type')!r}"
-        raise PrunekitError(f"a GGUF file is written of {ARCHITECTURE!r} with rope 'default' only, and this is {what}")
-    if model.dtype not in _KINDS:
-        known = ", ".join(map(str, _KINDS))
-        raise PrunekitError(f"GGUF has no {model.dtype}; convert the model to one of {known}")
 
 
 def _add_sizes(writer: Any, config: Any) -> None:  # noqa: ANN401
@@ -104,19 +122,21 @@ def _add_tensor(gguf: Any, writer: Any, wanted: str | None, name: str, tensor: T
     writer.add_tensor(wanted, data, raw_dtype=kind)
 
 
-def _add_vocabulary(gguf: Any, writer: Any, folder: Path, config: Any) -> None:  # noqa: ANN401
-    """The words of a BPE tokenizer; of any other, or where texts are split otherwise, the file holds none."""
+def _add_vocabulary(gguf: Any, writer: Any, folder: Path, model: Any) -> list[str]:  # noqa: ANN401
+    """The words of a BPE tokenizer, or none and the reason, with a warning."""
     path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"model": {"type": "none"}}
-    pre = _splitting(tokenizer)
-    if tokenizer["model"]["type"] != "BPE" or pre is None:
+    tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    lacking = _lacking(tokenizer, model)
+    if tokenizer is None or lacking:
         writer.add_tokenizer_model("none")
-        return
-    by_bytes = not tokenizer["model"].get("byte_fallback")
+        remark = f"{FILE} holds no vocabulary: {lacking}"
+        warnings.warn(remark, NoVocabulary, stacklevel=4)
+        return [f"{remark}."]
+    by_bytes = _by_bytes(tokenizer)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
-    words, kinds = _words(gguf.TokenType, tokenizer, config.vocab_size)
+    words, kinds = _words(gguf.TokenType, tokenizer, model.config.vocab_size)
     writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
-    writer.add_tokenizer_pre(pre)
+    writer.add_tokenizer_pre(_splitting(tokenizer) if by_bytes else "default")  # of SentencePiece, it is not read
     writer.add_token_list(words)
     writer.add_token_types(kinds)
     if by_bytes:
@@ -127,46 +147,73 @@ def _add_vocabulary(gguf: Any, writer: Any, folder: Path, config: Any) -> None: 
     gguf.SpecialVocab(folder, special_token_types=("bos", "eos", "unk", "pad"), n_vocab=len(words)).add_to_gguf(
         writer, quiet=True
     )
+    return []
+
+
+def _lacking(tokenizer: dict[str, Any] | None, model: Any) -> str | None:  # noqa: ANN401
+    """Why the file of a model cannot hold a tokenizer's words; None where it can."""
+    if tokenizer is None:
+        return "there is no tokenizer.json; give it token ids"
+    if _is_anothers(tokenizer, model):
+        return (
+            f"the tokenizer has tokens beyond the {model.config.vocab_size} of this model, so it is another's, such as "
+            "that of the model before tokens went; give it token ids in their new numbers"
+        )
+    advice = "give it token ids, made with the tokenizer.json beside"
+    if tokenizer["model"]["type"] != "BPE":
+        return f"llama.cpp is not known to read a {tokenizer['model']['type']} tokenizer; {advice}"
+    if _by_bytes(tokenizer) and _splitting(tokenizer) is None:
+        return f"llama.cpp is not known to split texts as this tokenizer does; {advice}"
+    return None
+
+
+def _is_anothers(tokenizer: dict[str, Any], model: Any) -> bool:  # noqa: ANN401
+    """Whether words have numbers that the model has not; ones that were added to an uncut model's are left out."""
+    own = ("NORMAL", "BYTE")
+    numbers = [number for number, _, kind in _numbered(tokenizer) if kind in own or tokens_went(model)]
+    return max(numbers, default=-1) >= model.config.vocab_size
+
+
+def _by_bytes(tokenizer: dict[str, Any]) -> bool:
+    return not tokenizer["model"].get("byte_fallback")
 
 
 def _splitting(tokenizer: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how a BPE tokenizer splits a text into words; None, with a warning, where it has none."""
-    if tokenizer["model"]["type"] != "BPE" or tokenizer["model"].get("byte_fallback"):
-        return "default"  # not read there: words of SentencePiece, or none at all
+    """llama.cpp's name for how a byte-level tokenizer splits a text into words; None where it has none."""
     whole = tokenizer.get("pre_tokenizer") or {}
     *splits, last = whole.get("pretokenizers", [whole])
     found = [split.get("pattern", {}).get("Regex", "") for split in splits] + [None] * last.get("use_regex", True)
-    by_bytes = last.get("type") == "ByteLevel" and not last["add_prefix_space"] and not tokenizer.get("normalizer")
-    if by_bytes and len(found) == 1 and found[0] in _SPLITTINGS:
-        return _SPLITTINGS[found[0]]
-    warnings.warn(
-        "model.gguf holds no vocabulary: llama.cpp is not known to split texts as this tokenizer does; give it token "
-        "ids, made with the tokenizer.json beside",
-        stacklevel=2,
-    )
-    return None
+    level = last.get("type") == "ByteLevel" and not last["add_prefix_space"] and not tokenizer.get("normalizer")
+    return _SPLITTINGS.get(found[0]) if level and len(found) == 1 else None
+
+
+def _numbered(tokenizer: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
+    """Number, word and kind of every token; what was added comes last and counts."""
+    vocabulary = tokenizer["model"].get("vocab", {})
+    if isinstance(vocabulary, list):  # Unigram: words with scores, by their numbers
+        vocabulary = {word: number for number, (word, _) in enumerate(vocabulary)}
+    for word, number in vocabulary.items():
+        yield number, word, "BYTE" if len(word) == 6 and word.startswith("<0x") else "NORMAL"
+    for added in tokenizer.get("added_tokens", []):
+        yield added["id"], added["content"], "CONTROL" if added["special"] else "USER_DEFINED"
 
 
 def _words(types: Any, tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:  # noqa: ANN401
     """Every word by its number, with its kind; numbers that the tokenizer leaves open are unused."""
-    found = {number: (word, types.NORMAL) for word, number in tokenizer["model"]["vocab"].items()}
-    for number, (word, _) in found.items():
-        if len(word) == 6 and word.startswith("<0x"):
-            found[number] = (word, types.BYTE)
-    for added in tokenizer.get("added_tokens", []):
-        found[added["id"]] = (added["content"], types.CONTROL if added["special"] else types.USER_DEFINED)
+    found = {number: (word, types[kind]) for number, word, kind in _numbered(tokenizer)}
     rows = [found.get(number, (f"<unused {number}>", types.UNUSED)) for number in range(size)]
     return [word for word, _ in rows], [int(kind) for _, kind in rows]
 
 
 def _prove(model: Any, folder: Path) -> None:  # noqa: ANN401
     try:
-        again = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+        with redirect_stderr(io.StringIO()):  # the reader's own progress
+            again = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     except Exception as error:  # whatever the reader refuses
-        raise PrunekitError(f"the GGUF file cannot be read back ({error}); save with layout='plain'") from error
+        raise PrunekitError(f"the GGUF file cannot be read back ({error}); {_PLAIN_INSTEAD}") from error
     difference = relative_difference(again, model)
     if not difference <= tolerance(model.dtype):
         raise PrunekitError(
             f"read back from GGUF this model gives other logits (by a factor of {difference:.1g}): it has parts that "
-            f"GGUF's {ARCHITECTURE!r} does not know, such as biases; save with layout='plain'"
+            f"GGUF's {ARCHITECTURE!r} does not know, such as biases; {_PLAIN_INSTEAD}"
         )

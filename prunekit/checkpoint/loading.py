@@ -18,10 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from prunekit.checkpoint.building import check_size, cut_again, empty_model, own_tensors
+from prunekit.checkpoint.cards import LISTED
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_object, stored_tensors
-from prunekit.checkpoint.widths import check_widths
+from prunekit.checkpoint.widths import check_widths, tokens_went
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
+from prunekit.pruning import PruningPlan
 from prunekit.pruning.experts import usable
 from prunekit.world import load as load_world
 
@@ -59,7 +61,9 @@ def load(
         raise PrunekitError(f"{str(source)!r} does not exist; give a checkpoint folder, a hub id or 'world'")
     else:
         model = _load_plain(str(source), dtype, trust_remote_code)
-    return usable(model).eval(), load_tokenizer(str(source), trust_remote_code, model.config)
+    tokenizer = load_tokenizer(str(source), trust_remote_code, model.config)
+    _check_numbers(Path(source), model, tokenizer)
+    return usable(model).eval(), tokenizer
 
 
 def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:  # noqa: ANN401
@@ -159,6 +163,18 @@ def _check_floats(folder: Path, model: nn.Module, stored: dict[str, Stored]) -> 
     for name, _ in model.named_parameters():
         if name in stored and not stored[name].is_float:
             raise PrunekitError(f"{name!r} of {str(folder)!r} is stored as {stored[name].dtype}; restore the weights")
+
+
+def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:  # noqa: ANN401
+    """Refuses the tokenizer of the model that tokens were cut from, which numbers them as before."""
+    size, path = model.get_input_embeddings().num_embeddings, folder / "plan.json"
+    if tokenizer is None or len(tokenizer) <= size:
+        return
+    if tokens_went(model, PruningPlan.load(path) if path.is_file() else None):
+        raise PrunekitError(
+            f"the tokens of {str(folder)!r} were renumbered ({LISTED}), and its tokenizer has {len(tokenizer)} for "
+            f"{size}: it is the uncut model's; take its files away, or put one there that has the new numbers"
+        )
 
 
 def _first_line(error: Exception) -> str:

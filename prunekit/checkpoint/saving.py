@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again, empty_model, own_tensors, shapes_of
-from prunekit.checkpoint.cards import CARD, texts_beside
+from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
 from prunekit.checkpoint.layers import drops_layers
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
-from prunekit.checkpoint.uniform import has_same_logits, plain_config
-from prunekit.checkpoint.widths import Cuts, layer_widths, tokens_left
+from prunekit.checkpoint.uniform import has_same_logits, plain_config, unsaid
+from prunekit.checkpoint.widths import Cuts, layer_widths, tokens_went
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
@@ -70,7 +70,9 @@ def save(
         else:
             write_plain(model, config, folder, max_shard_size)
         write_tokenizer(model, folder, tokenizer)
-        write_texts(folder, texts_beside(model, layout_of(config), plan, report), files or {})
+        remarks = renumbered(model, plan, tokenizer)
+        made = texts_beside(model, layout_of(config), plan, report, unsaid=not_plain(config), remarks=remarks)
+        write_texts(folder, made, files or {})
     return Path(out)
 
 
@@ -84,6 +86,11 @@ def description(model: Any) -> Any:  # noqa: ANN401
 def layout_of(config: Any) -> str:  # noqa: ANN401
     """The layout of what a configuration or record describes."""
     return OWN if isinstance(config, dict) else PLAIN
+
+
+def not_plain(config: Any) -> list[str]:  # noqa: ANN401
+    """What of the widths that a configuration or record describes the family has no words for."""
+    return config.get("not_plain", []) if isinstance(config, dict) else []
 
 
 def is_cut(model: Any) -> bool:  # noqa: ANN401
@@ -200,7 +207,7 @@ def _record(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
             "number; keep all layers, or give prunekit.export(layout='padded') a model whose layers all stand"
         )
     record = {"model_type": MODEL_TYPE, "format": FORMAT, "stages": cuts.stages, "base_config": described}
-    return record | layer_widths(cuts)
+    return record | {"not_plain": unsaid(cuts)} | layer_widths(cuts)
 
 
 def _write_cut(model: Any, cut: dict[str, Any], folder: Path, max_shard_size: str | int) -> None:  # noqa: ANN401
@@ -250,4 +257,4 @@ def _tokenizer_beside(model: Any) -> Any:  # noqa: ANN401
 
 def keeps_tokens(model: Any) -> bool:  # noqa: ANN401
     """Whether a model has all the tokens that it had; if not, its old tokenizer would number them wrongly."""
-    return tokens_left((getattr(model.config, "prunekit", None) or {}).get("stages", [])) is None
+    return not tokens_went(model)

@@ -14,9 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from prunekit.checkpoint.building import own_tensors
-from prunekit.checkpoint.cards import texts_beside
+from prunekit.checkpoint.cards import renumbered, texts_beside
 from prunekit.checkpoint.folders import INDEX
-from prunekit.checkpoint.saving import description, layout_of, write_configurations, write_texts, write_tokenizer
+from prunekit.checkpoint.saving import (
+    description,
+    layout_of,
+    not_plain,
+    write_configurations,
+    write_texts,
+    write_tokenizer,
+)
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 from prunekit.pruning import PruningPlan, prune
@@ -133,4 +140,6 @@ def write_the_rest(small: Any, folder: Path, plan: PruningPlan) -> None:  # noqa
     config = description(small)
     write_configurations(small, config, folder)
     write_tokenizer(small, folder, None)
-    write_texts(folder, texts_beside(small, layout_of(config), plan, None), {})
+    remarks = renumbered(small, plan, None)
+    made = texts_beside(small, layout_of(config), plan, None, unsaid=not_plain(config), remarks=remarks)
+    write_texts(folder, made, {})

@@ -1,7 +1,7 @@
 """Whether a cut model can be said in its family's own configuration, proved by building it from there."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from prunekit.checkpoint.building import empty_model, shapes_of
 from prunekit.checkpoint.widths import Cuts, with_width
+from prunekit.discovery import CoupledGroup
 from prunekit.discovery.preparing import evaluating
 from prunekit.discovery.remembered import WRITTEN_OUT
 
@@ -37,6 +38,41 @@ def narrowed(cuts: Cuts) -> Any:  # noqa: ANN401
     for name, groups in cuts.roles.items():
         config = with_width(config, cuts.fields[name], max(cuts.n_left(group) for group in groups))
     return config
+
+
+def unsaid(cuts: Cuts) -> list[str]:
+    """What of a cut its family has no words for, such as `"ffn_channel: 396 to 397 of 512 in each layer"`.
+
+    A width that differs between layers, that no field says, or whose value the family refuses, and blocks that went.
+    Where each can be said and only all together cannot, all are named.
+    """
+    gone = [name for name, units in cuts.left.items() if not units]
+    widths = [groups for name, groups in cuts.roles.items() if not _can_say(cuts, name)]
+    widths = widths if widths or gone else list(cuts.roles.values())
+    kinds = [name.rpartition(":")[0].rpartition(".")[2] if name.endswith(":block") else "layer" for name in gone]
+    told = [_width(cuts, [group for group in groups if not _inside(group, gone)]) for groups in widths]
+    return list(dict.fromkeys([*told, *(f"{kind}: {kinds.count(kind)} went" for kind in kinds)]))
+
+
+def _can_say(cuts: Cuts, name: str) -> bool:
+    counts, fields = {cuts.n_left(group) for group in cuts.roles[name]}, cuts.fields[name]
+    return len(counts) == 1 and bool(fields) and reads_back(with_width(cuts.config, fields, counts.pop()))
+
+
+def _inside(group: CoupledGroup, gone: Iterable[str]) -> bool:
+    return any(f"{group.name.partition(':')[0]}.".startswith(f"{name.rpartition(':')[0]}.") for name in gone)
+
+
+def _width(cuts: Cuts, groups: list[CoupledGroup]) -> str:
+    left, whole = ({n(group) for group in groups} for n in (cuts.n_left, lambda group: group.n_units))
+    of_layers = len({group.layer for group in groups}) == len(groups)
+    where = "" if len(groups) == 1 else f" in each {'layer' if of_layers else 'group'}"
+    return f"{groups[0].kind}: {_span(left)} of {_span(whole)}{where}"
+
+
+def _span(counts: set[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def reads_back(config: Any) -> bool:  # noqa: ANN401

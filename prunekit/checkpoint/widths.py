@@ -11,6 +11,7 @@ from prunekit.checkpoint.building import Shapes, Stages, empty_model, shapes_of
 from prunekit.checkpoint.layers import on_all_layers, without_layers
 from prunekit.discovery import KINDS, CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
+from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.vocabulary import configurations, renumber
 
 HEADS = ("kv_head", "query_head")  # whose counts have standard names
@@ -118,6 +119,17 @@ def tokens_left(stages: Stages) -> list[int] | None:
     """Token ids left after all stages, as the uncut model numbers them; None where none went."""
     of_tokens = [{name: units for name, units in stage.items() if _is_vocabulary(name)} for stage in stages]
     return next(iter(units_left(of_tokens).values()), None)
+
+
+def tokens_went(model: Any, plan: PruningPlan | None = None) -> bool:  # noqa: ANN401
+    """Whether tokens have new numbers, by a model's own record or by the plan that it was cut by."""
+    recorded = (getattr(model.config, "prunekit", None) or {}).get("stages", [])
+    return tokens_left(recorded) is not None or (plan is not None and takes_tokens(plan))
+
+
+def takes_tokens(plan: PruningPlan) -> bool:
+    """Whether tokens go by a plan."""
+    return any(_is_vocabulary(name) and len(units) < plan.n_units[name] for name, units in plan.keep.items())
 
 
 def _is_vocabulary(name: str) -> bool:
