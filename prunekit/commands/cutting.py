@@ -121,7 +121,31 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{args.model} → {args.out}\n\n{text_table(plan.summary_rows())}")
     print(f"\n{plan.pruning_ratio:.2%} of the parameters went, in {time.monotonic() - began:.0f} s")
+    for line in remarks(args, plan):
+        print(line)
     return 0
+
+
+def remarks(args: argparse.Namespace, plan: "PruningPlan") -> list[str]:
+    """What is to be known of the folder written: that tokens have new numbers, that it is not plain."""
+    from prunekit.checkpoint.cards import LISTED, RENUMBERED
+    from prunekit.checkpoint.folders import read_config
+    from prunekit.checkpoint.saving import not_plain
+    from prunekit.checkpoint.widths import takes_tokens
+
+    told = [f"{RENUMBERED} ({LISTED}): no tokenizer is saved"] if takes_tokens(plan) else []
+    widths = not_plain(read_config(Path(args.out)))
+    if widths:
+        even = "--of units keeps layers even, " if uneven_by_parameters(args, plan) else ""
+        advice = f"loads with prunekit; {even}prunekit export --layout padded fills them up"
+        told.append(f"not a plain checkpoint ({'; '.join(widths)}): {advice}")
+    return told
+
+
+def uneven_by_parameters(args: argparse.Namespace, plan: "PruningPlan") -> bool:
+    """Whether layers differ only because a number of parameters was to be met."""
+    asked = args.plan is None and args.of != "units" and args.ranking != "global"
+    return asked and bool((plan.table().groupby("kind")["kept"].nunique() > 1).any())
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -1,12 +1,15 @@
 """`prunekit export`: a checkpoint in a form that other programs load."""
 
 import argparse
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+from prunekit.commands.cutting import n_parameters
 from prunekit.commands.options import add_command, add_json, add_model, print_json, text_table
 from prunekit.files import check_new_folder
-from prunekit.layouts import LAYOUTS
+from prunekit.layouts import GGUF, LAYOUTS
 
 TEXT = """\
 Writes a folder that loads without prunekit, proved to give the same logits:
@@ -31,7 +34,10 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, export, print."""
-    from prunekit.checkpoint import export, load
+    from transformers import AutoConfig
+
+    from prunekit.checkpoint import load
+    from prunekit.checkpoint.building import empty_model
     from prunekit.pruning import PruningPlan
 
     check_new_folder(args.out)
@@ -39,11 +45,29 @@ def run(args: argparse.Namespace) -> int:
     cut_by = Path(args.model) / "plan.json"
     options: dict[str, Any] = {"plan": PruningPlan.load(cut_by)} if cut_by.is_file() else {}
     options |= {} if args.max_shard_size is None else {"max_shard_size": args.max_shard_size}
-    out = export(model, args.out, layout=args.layout, tokenizer=tokenizer, **options)
+    out = export_saying(model, args.out, layout=args.layout, tokenizer=tokenizer, **options)
+    before = n_parameters(model)
+    after = before if args.layout == GGUF else n_parameters(empty_model(AutoConfig.from_pretrained(out)))
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     if args.json:
-        print_json({"model": args.model, "out": args.out, "layout": args.layout, "files": files})
+        counts = {"n_parameters": before, "n_parameters_written": after}
+        print_json({"model": args.model, "out": args.out, "layout": args.layout, **counts, "files": files})
         return 0
     print(f"{args.model} → {args.out}, {args.layout}\n")
+    print(f"{before:,} parameters before, {after:,} after\n")
     print(text_table([("", "bytes"), *((name, f"{size:,}") for name, size in files.items())]))
     return 0
+
+
+def export_saying(*args: Any, **options: Any) -> Path:
+    """`export`, with what it warns of on standard error."""
+    from prunekit.checkpoint import export
+    from prunekit.checkpoint.gguf import NoVocabulary
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", NoVocabulary)
+        out = export(*args, **options)
+    for warning in told:
+        if issubclass(warning.category, NoVocabulary):
+            print(f"prunekit: {warning.message}", file=sys.stderr)
+    return out
