@@ -465,3 +465,13 @@ def test_files_that_may_not_be_read_are_told(good, open_folder):
     said = script(READ, open_folder / "config", open_folder / "model")
     assert len(said) == 2
     assert all(name in line and "Permission denied" in line for name, line in zip(names, said, strict=True))
+
+
+def test_an_implementation_that_a_checkpoint_names_is_not_fetched(good, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(good / "cut", folder)
+    described = json.loads((folder / "config.json").read_text())
+    described["base_config"] |= dict.fromkeys(("attn_implementation", "_attn_implementation"), "somebody/kernel")
+    (folder / "config.json").write_text(json.dumps(described))
+    loaded, _ = pk.load(folder)
+    assert loaded.config._attn_implementation == "sdpa"

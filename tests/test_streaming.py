@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import prunekit as pk
-from prunekit import Activation, Magnitude, PrunekitError, Random, Taylor, prune_checkpoint
+from prunekit import Activation, Magnitude, PrunekitError, PruningPlan, Random, Taylor, prune_checkpoint
 from prunekit.checkpoint import stream_writing, streaming
+from prunekit.checkpoint.stream_work import Work
 from prunekit.cli import main
 from prunekit.importance import Scores
 
@@ -453,3 +454,26 @@ def test_the_embedded_model_is_not_streamed(tmp_path, capsys):
     options = ("--pruning-ratio", "0.2", "--importance", "activation", "--streaming", "--out", tmp_path / "out")
     assert run("world", *options) == 2
     assert "'world' is not a folder on this machine" in capsys.readouterr().err
+
+
+def test_a_disk_without_locks_streams_too(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("prunekit.checkpoint.stream_work.fcntl.flock", refused)
+    with Work.beside(tmp_path / "out").alone():
+        pass
+
+
+def test_a_lock_that_is_of_no_file_any_more_is_none(tmp_path, monkeypatch):
+    """Another run ended, and took the file away, between our opening and locking it."""
+    lock = tmp_path / ".out.partial.lock"
+    monkeypatch.setattr("prunekit.checkpoint.stream_work.fcntl.flock", lambda *_: lock.unlink())
+    with pytest.raises(PrunekitError, match="another run is at work"), Work.beside(tmp_path / "out").alone():
+        pass
+
+
+def test_a_plan_leaves_nothing_else_to_say(tmp_path):
+    plan = PruningPlan({}, {}, 10, 10)
+    with pytest.raises(PrunekitError, match=r"the plan says already what goes; leave out round_to=8"):
+        prune_checkpoint("anywhere", tmp_path / "out", plan, round_to=8)

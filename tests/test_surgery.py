@@ -8,7 +8,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunekit import PrunekitError, PruningPlan, discover, prune
+from prunekit.discovery.labelling import Trace
 from prunekit.pruning import proving
+from prunekit.pruning.surgery import _emptied_elements
 
 
 def groups_of(name):
@@ -172,3 +174,14 @@ def test_the_second_trace_refuses_another_structure(monkeypatch):
 )
 def test_partitions_are_compared_whatever_their_numbers(other, same):
     assert proving._same_partition(np.array([0, 0, 1]), np.array(other)) is same
+
+
+def test_of_lists_in_lists_the_outermost_element_goes():
+    model = nn.Module()
+    model.experts = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(2)) for _ in range(3))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    offsets = {(name, 0): (2 + 2 * i, 2) for i, name in enumerate(shapes)}
+    dead = np.zeros(2 + 2 * len(shapes), np.bool_)
+    for (name, _), (start, size) in offsets.items():
+        dead[start : start + size] = name.startswith(("experts.1.", "experts.2.0."))
+    assert _emptied_elements(model, Trace(offsets=offsets, shapes=shapes), dead) == {"experts.1", "experts.2.0"}

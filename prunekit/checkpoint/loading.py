@@ -5,13 +5,14 @@ by building the uncut model without weights and cutting it the same way, so it c
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -151,9 +152,9 @@ def _where(source: str) -> dict[str, bool]:
         return {}
     try:
         get_hf_file_metadata(hf_hub_url(source, "config.json"))
-    except HfHubHTTPError:  # an answer too
+    except (HfHubHTTPError, HFValidationError):  # an answer too, or no name that a hub could know
         return {}
-    except Exception:  # the client's, the network's, or that of a name which is no hub id
+    except Exception:  # the client's or the network's
         return {"local_files_only": True}
     return {}
 
@@ -240,7 +241,7 @@ def _is_list_of(value: Any, kind: type) -> bool:  # noqa: ANN401
 
 def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], options: dict[str, Any]) -> Any:  # noqa: ANN401
     try:
-        config = AutoConfig.for_model(**saved["base_config"])
+        config = AutoConfig.for_model(**_without_kernels(saved["base_config"]))
         check_size(config, stored, str(folder), factor=LEAST_PART_LEFT)
         model = empty_model(config, **options)
         groups = discover(model)
@@ -253,6 +254,13 @@ def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], optio
             f"config.json of {str(folder)!r} does not lead to a model ({kind}{_first_line(error)}); "
             "restore it from its source"
         ) from error
+
+
+def _without_kernels(described: Any) -> Any:  # noqa: ANN401
+    """A configuration that names no implementation of attention or experts: some would be fetched, and run."""
+    if not isinstance(described, dict):
+        return described
+    return {k: _without_kernels(v) for k, v in described.items() if not re.search(r"_implementation(_internal)?$", k)}
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -106,10 +107,15 @@ class Work:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                held = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            except BlockingIOError:
+                held = False
+            except OSError:  # a disk that keeps no locks
+                held = True
+            if not held:  # or it ended between our opening the file and locking it, and another one has begun
                 raise PrunekitError(
                     f"another run is at work in {str(self.root)!r}; wait until it ends, or choose another output"
-                ) from None
+                )
             try:
                 yield
             finally:

@@ -1,6 +1,5 @@
 """Writing a cut checkpoint shard by shard, from a model whose parameters are views of mapped files."""
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from prunekit.checkpoint.saving import (
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 from prunekit.pruning import PruningPlan, prune
+from prunekit.pruning.weights import copied
 
 aten = torch.ops.aten
 _POSTPONED = (aten.index_select.default, aten.clone.default)  # what slicing a parameter comes to
@@ -87,7 +87,7 @@ class Postponed(TorchDispatchMode):
 
 def cut_without_weights(model: nn.Module, plan: PruningPlan) -> tuple[Any, Postponed]:
     """The smaller model as `prune` proves it, with stand-ins for what was sliced, and what they stand for."""
-    sharing = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    sharing: Any = copied(model, {id(p): p for p in model.parameters()})
     with Postponed(model) as postponed:
         return prune(sharing, plan, inplace=True), postponed
 
@@ -118,7 +118,7 @@ def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard
 
 def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        if tensor.numel() and tensor.is_floating_point() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
             raise PrunekitError(
                 f"{name} has NaN or infinite weights: the checkpoint is damaged, or overflowed float16; "
                 "restore it from its source, or convert it from one in bfloat16 or float32"

@@ -90,7 +90,7 @@ def prune_checkpoint(
     _check_types(pruning_ratio=(pruning_ratio, float | int | Mapping | None), calib=(calib, Tensor | None))
     out, work = check_new_folder(out), Work.beside(Path(out))
     check_shard_size(max_shard_size)
-    _check_arguments(how, pruning_ratio, calib)
+    _check_arguments(how, {"pruning_ratio": pruning_ratio, "calib": calib, **options})
     order = _Order(local_folder(source), how, _plain(pruning_ratio), calib, _plain(options), max_shard_size)
     work.check(order.facts())
     with work.alone(), work.kept_if_stopped():
@@ -121,15 +121,15 @@ def _check_types(**arguments: tuple[object, Any]) -> None:
             raise PrunekitError(f"{name}={value!r} is a {type(value).__name__}; prune_checkpoint takes {names} there")
 
 
-def _check_arguments(how: Importance | PruningPlan, ratio: object, calib: Tensor | None) -> None:
+def _check_arguments(how: Importance | PruningPlan, given: Mapping[str, Any]) -> None:
     if isinstance(how, PruningPlan):
-        if ratio is not None:
-            raise PrunekitError(f"the plan says already what goes; leave out pruning_ratio={ratio!r}")
+        for name in (name for name, value in given.items() if value is not None):
+            raise PrunekitError(f"the plan says already what goes; leave out {name}={str(given[name])[:40]}")
         return
     check_streamable(how)
-    if ratio is None:
+    if given["pruning_ratio"] is None:
         raise PrunekitError("how much is to go? give pruning_ratio, such as 0.2")
-    if how.needs_calibration and calib is None:
+    if how.needs_calibration and given["calib"] is None:
         raise PrunekitError(f"{how!r} needs a calibration set: prune_checkpoint(source, out, importance, ratio, calib)")
 
 

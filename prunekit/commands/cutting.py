@@ -60,6 +60,8 @@ PLANNING = (
     *DRAWN,
 )
 
+OF = "what the ratio counts: parameters (default; widths may differ a little between layers) or units (the same in all)"
+
 
 def add(commands: Any) -> None:
     """Add the command."""
@@ -94,7 +96,7 @@ def _add_scoring(parser: Parser) -> None:
 def _add_planning(parser: Parser) -> None:
     group = parser.add_argument_group("what may go")
     group.add_argument("--ranking", help="local: every group loses the same share (default); global: all compete")
-    group.add_argument("--of", help="what the ratio counts: parameters (default) or units")
+    group.add_argument("--of", help=OF)
     group.add_argument("--kinds", type=listed(), help="kinds of groups, with commas (default: kv_head,ffn_channel)")
     group.add_argument("--protect-layers", type=listed(number(int, 0)), metavar="0,4", help="layers that stay whole")
     group.add_argument("--round-to", type=number(int, 1), help="keep multiples of this many units (default: 1)")
@@ -133,7 +135,8 @@ def remarks(args: argparse.Namespace, plan: "PruningPlan") -> list[str]:
     from prunekit.checkpoint.saving import not_plain
     from prunekit.checkpoint.widths import takes_tokens
 
-    told = [f"{RENUMBERED} ({LISTED}): no tokenizer is saved"] if takes_tokens(plan) else []
+    told = [f"nothing goes of {plan.notes['whole']}"] if "whole" in plan.notes and args.streaming else []
+    told += [f"{RENUMBERED} ({LISTED}): no tokenizer is saved"] if takes_tokens(plan) else []
     widths = not_plain(read_config(Path(args.out)))
     if widths:
         even = "--of units keeps layers even, " if uneven_by_parameters(args, plan) else ""

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from prunekit.errors import PrunekitError
@@ -118,11 +119,24 @@ def need_tokenizer(source: str, tokenizer: Any, why: str) -> Any:
     Raises:
         PrunekitError: there is none, and `why` needs one.
     """
+    if tokenizer is None and _lost_tokens(Path(source)):
+        raise PrunekitError(
+            f"{source!r} has no tokenizer, and {why} needs one: its tokens were renumbered (plan.json lists under keep "
+            "the old number of each new one), so that of the uncut model does not fit; put one of the new numbers there"
+        )
     if tokenizer is None:
         raise PrunekitError(
             f"{source!r} has no tokenizer, and {why} needs one; copy tokenizer.json and tokenizer_config.json into it"
         )
     return tokenizer
+
+
+def _lost_tokens(folder: Path) -> bool:
+    from prunekit.checkpoint.widths import takes_tokens
+    from prunekit.pruning import PruningPlan
+
+    path = folder / "plan.json"
+    return path.is_file() and takes_tokens(PruningPlan.load(path))
 
 
 def print_json(value: Any) -> None:

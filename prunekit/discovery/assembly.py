@@ -79,7 +79,8 @@ def _signatures(sites: Sites, label: Ints, private: set[int], n: int) -> NDArray
     shared = signature != 0
     for site in private:
         mine = label[sites.slices[site]]
-        signature[mine[0]] += np.uint64(0) if shared[mine[0]] else codes[site] * np.uint64(len(mine))
+        if not shared[mine[0]]:
+            np.add.at(signature, mine, codes[site])
     return signature
 
 

@@ -201,7 +201,7 @@ def _cut(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> 
 
 
 def _emptied_elements(model: nn.Module, before: Trace, dead: np.ndarray) -> set[str]:
-    """Elements of lists of modules of whose parameters nothing is left."""
+    """Elements of lists of modules of whose parameters nothing is left, the outermost where lists lie in lists."""
     whole = {name: True for name in before.shapes}
     for (name, _), (start, size) in before.offsets.items():
         whole[name] = whole[name] and bool(dead[start : start + size].all())
@@ -210,7 +210,7 @@ def _emptied_elements(model: nn.Module, before: Trace, dead: np.ndarray) -> set[
         inside = [whole[name] for name in whole if name.startswith(f"{path}.")]
         if inside and all(inside):
             gone.add(path)
-    return gone
+    return {path for path in gone if not any(path.startswith(f"{other}.") for other in gone)}
 
 
 def _check_locks(before: Trace, dead: np.ndarray) -> None:
