@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prunekit.discovery import CoupledGroup, Groups, Member, discover
     from prunekit.errors import PrunekitError
     from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
-    from prunekit.importance import Activation, Magnitude, Random, Taylor, score
+    from prunekit.importance import Activation, HyWIA, Magnitude, Random, Taylor, fuse, score
     from prunekit.pruning import PruningPlan, plan, prune
     from prunekit.recovery import LoRA, recover
 
@@ -38,7 +38,7 @@ _ROOMS = {
     "discovery": ("CoupledGroup", "Groups", "Member", "discover"),
     "errors": ("PrunekitError",),
     "evaluation": ("Report", "compare", "compare_accuracy", "cost", "evaluate", "perplexity", "zero_shot"),
-    "importance": ("Activation", "Magnitude", "Random", "Taylor", "score"),
+    "importance": ("Activation", "HyWIA", "Magnitude", "Random", "Taylor", "fuse", "score"),
     "pruning": ("PruningPlan", "plan", "prune"),
     "recovery": ("LoRA", "recover"),
 }
@@ -47,6 +47,7 @@ __all__ = [
     "Activation",
     "CoupledGroup",
     "Groups",
+    "HyWIA",
     "LoRA",
     "Magnitude",
     "Member",
@@ -62,6 +63,7 @@ __all__ = [
     "discover",
     "evaluate",
     "export",
+    "fuse",
     "load",
     "perplexity",
     "plan",

@@ -2,6 +2,7 @@
 
 from prunekit.importance.activation import Activation
 from prunekit.importance.baselines import Magnitude, Random
+from prunekit.importance.fusion import FusedScores, HyWIA, fuse
 from prunekit.importance.scores import Scores
 from prunekit.importance.scoring import IMPORTANCES, Importance, importance_from_name, score
 from prunekit.importance.taylor import Taylor
@@ -9,11 +10,14 @@ from prunekit.importance.taylor import Taylor
 __all__ = [
     "IMPORTANCES",
     "Activation",
+    "FusedScores",
+    "HyWIA",
     "Importance",
     "Magnitude",
     "Random",
     "Scores",
     "Taylor",
+    "fuse",
     "importance_from_name",
     "score",
 ]

@@ -32,7 +32,7 @@ class Scores(dict[str, Tensor]):
     def table(self) -> pd.DataFrame:
         """One row a unit: group, kind, layer, unit, score."""
         rows = [
-            (name, self.kinds[name], _layer(name), unit, score)
+            (name, self.kinds[name], layer_of(name), unit, score)
             for name, values in self.items()
             for unit, score in enumerate(values.tolist())
         ]
@@ -94,5 +94,6 @@ class Scores(dict[str, Tensor]):
         return f"<p>{self!r}</p>{self.summary().to_html()}"
 
 
-def _layer(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a group of this name lies in."""
     return CoupledGroup(name, "", 0, (), True).layer

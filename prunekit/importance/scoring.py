@@ -12,6 +12,7 @@ from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
 from prunekit.importance.activation import Activation
 from prunekit.importance.baselines import Magnitude, Random
+from prunekit.importance.fusion import HyWIA
 from prunekit.importance.scores import Scores
 from prunekit.importance.taylor import Taylor
 
@@ -39,6 +40,7 @@ IMPORTANCES: dict[str, Callable[..., Importance]] = {
     "taylor-vector": partial(Taylor, granularity="vector"),
     "taylor-second": partial(Taylor, order="second"),
     "taylor-mixed": partial(Taylor, order="mixed"),
+    "hywia": HyWIA,
     "activation": Activation,
     "l1": partial(Magnitude, p=1),
     "l2": partial(Magnitude, p=2),
@@ -103,6 +105,8 @@ def score(
     check_finite(model)
     with torch.no_grad():
         values = importance.unit_scores(model, chosen, calib)
+    if isinstance(values, Scores):
+        return values
     kinds = {group.name: group.kind for group in chosen}
     return Scores({n: v.detach().cpu() for n, v in values.items()}, label=importance.label, kinds=kinds)
 

@@ -68,7 +68,7 @@ class Taylor:
         Raises:
             PrunekitError: gradients without what the order needs, or what `gather_gradients` raises.
         """
-        gradients = self._gather(model, groups, calib)
+        gradients = self.gathered(model, groups, calib)
         parameters = dict(model.named_parameters())
 
         def weight_scores(name: str) -> Tensor:
@@ -77,9 +77,14 @@ class Taylor:
         slices = all_slice_scores(groups, weight_scores, self.granularity)
         return {group.name: unit_scores(group, slices, self.reduction) for group in groups}
 
-    def _gather(
+    def gathered(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
     ) -> Gradients:
+        """The gradients that groups need, from tokens, or those that are given where they hold all.
+
+        Raises:
+            PrunekitError: gradients without what the order needs, or what `gather_gradients` raises.
+        """
         names = dict.fromkeys(member.parameter for group in groups for member in group.members)
         second = self.order != "first"
         if not isinstance(calib, Gradients):

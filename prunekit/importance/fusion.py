@@ -1,0 +1,163 @@
+"""Fusing a coarse and a fine estimate of importance, each group with weights of its own (HyWIA)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration import Gradients
+from prunekit.discovery.groups import CoupledGroup
+from prunekit.errors import PrunekitError
+from prunekit.importance.reduction import check_choice
+from prunekit.importance.scores import Scores, layer_of
+from prunekit.importance.taylor import Taylor
+
+Weights = tuple[float, float]  # of the coarse and of the fine scores
+Rule = str | Weights | Callable[[Tensor, Tensor], Weights]
+
+
+def attention_weights(coarse: Tensor, fine: Tensor) -> Weights:
+    """How much each of two estimates is attended to by both.
+
+    With T = [c; f], each divided by its mean over the group's n units, the weights are the column means of
+    softmax(T·Tᵀ / n).
+
+    Args:
+        coarse: (n_units,).
+        fine: (n_units,).
+
+    Source: HyWIA (Liu et al., arXiv 2403.10799). The paper says that attention sets the blend, and not how: this is
+        our reconstruction.
+    """
+    both = torch.stack([coarse, fine]).double()
+    both = both / both.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    attention = torch.softmax(both @ both.T / both.shape[1], -1)
+    a, b = attention.mean(0).tolist()
+    return a, b
+
+
+def uncertainty_weights(coarse: Tensor, fine: Tensor) -> Weights:
+    """Inverse means, summing up to 1: both estimates then weigh the same in the group's total.
+
+    Args:
+        coarse: (n_units,).
+        fine: (n_units,).
+
+    Source: SAAP (arXiv 2412.15127), homoscedastic uncertainty, which comes to inverse-mean weights.
+    """
+    c, f = float(coarse.double().mean()), float(fine.double().mean())
+    return (f / (c + f), c / (c + f)) if c + f > 0 else (0.5, 0.5)
+
+
+RULES: dict[str, Callable[[Tensor, Tensor], Weights]] = {
+    "attention": attention_weights,
+    "uncertainty": uncertainty_weights,
+}
+
+
+class FusedScores(Scores):
+    """Scores, and the weights that each group's two estimates were given.
+
+    Attributes:
+        weights: group name → (coarse, fine).
+    """
+
+    weights: Mapping[str, Weights]
+
+    def weight_table(self) -> pd.DataFrame:
+        """One row a group: group, kind, layer, coarse, fine."""
+        rows = [(name, self.kinds[name], layer_of(name), *self.weights[name]) for name in self]
+        return pd.DataFrame(rows, columns=["group", "kind", "layer", "coarse", "fine"])
+
+
+def fuse(coarse: Scores, fine: Scores, rule: Rule = "attention") -> FusedScores:
+    """A weighted sum of two estimates, with weights for each group.
+
+    Args:
+        coarse: such as `Taylor("vector")` gives.
+        fine: of the same groups, such as `Taylor("element")` gives.
+        rule: `"attention"`, `"uncertainty"`, a fixed pair of weights, or a function of a group's coarse and fine
+            scores, (n_units,) each. (1, 0) gives the coarse scores back, (0, 1) the fine ones, to the last bit.
+
+    Raises:
+        PrunekitError: an unknown rule, weights that are no two numbers of which one is above 0, or scores of
+            different groups.
+    """
+    if list(coarse) != list(fine):
+        other = next(iter({*coarse} ^ {*fine}), "another order")
+        raise PrunekitError(f"coarse and fine scores are of different groups ({other}); score the same with both")
+    weights = {name: _weights(rule, coarse[name], fine[name]) for name in coarse}
+    values = {name: a * coarse[name] + b * fine[name] for name, (a, b) in weights.items()}
+    fused = FusedScores(values, label=f"{coarse.label} + {fine.label}, {_rule_name(rule)}", kinds=coarse.kinds)
+    fused.weights = weights
+    return fused
+
+
+def _weights(rule: Rule, coarse: Tensor, fine: Tensor) -> Weights:
+    if isinstance(rule, str):
+        check_choice("rule", rule, RULES)
+        rule = RULES[rule]
+    pair = rule(coarse, fine) if callable(rule) else rule
+    try:
+        a, b = map(float, pair)
+    except (TypeError, ValueError):
+        a = b = float("nan")
+    if not (0 <= a < float("inf") and 0 <= b < float("inf") and a + b > 0):
+        raise PrunekitError(f"rule={rule!r} gives {pair!r}; give two weights, not negative and not both 0: (0.5, 0.5)")
+    return a, b
+
+
+def _rule_name(rule: Rule) -> str:
+    return rule if isinstance(rule, str) else getattr(rule, "__name__", str(rule))
+
+
+@dataclass(frozen=True)
+class HyWIA:
+    """Taylor importance by row (coarse) and by weight (fine), fused group by group.
+
+    Attributes:
+        rule: as in `fuse`.
+        order: as in `Taylor`, of both.
+        reduction: as in `Taylor`, of both.
+
+    Source: HyWIA (Liu et al., arXiv 2403.10799; AAAI 2025). Differs: the fusion rule is our reconstruction.
+    """
+
+    rule: Rule = "attention"
+    order: str = "first"
+    reduction: str = "sum"
+
+    def __post_init__(self) -> None:
+        _weights(self.rule, torch.ones(2), torch.ones(2))
+        Taylor(order=self.order, reduction=self.reduction)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True: gradients come from a calibration set."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and legends."""
+        return f"HyWIA {_rule_name(self.rule)}" + ("" if self.order == "first" else f", {self.order}")
+
+    def unit_scores(
+        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
+    ) -> FusedScores:
+        """Group name → (n_units,), with the weights that were chosen.
+
+        Raises:
+            PrunekitError: what `Taylor` raises.
+        """
+        fine = Taylor("element", self.order, self.reduction)
+        gradients = fine.gathered(model, groups, calib)
+        kinds = {group.name: group.kind for group in groups}
+        both = [
+            Scores(taylor.unit_scores(model, groups, gradients), label=taylor.label, kinds=kinds)
+            for taylor in (replace(fine, granularity="vector"), fine)
+        ]
+        fused = fuse(*both, self.rule)
+        fused.label = self.label
+        return fused
