@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from prunekit.discovery import CoupledGroup, Groups, Member, discover
     from prunekit.errors import PrunekitError
     from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
-    from prunekit.importance import Activation, HyWIA, Magnitude, Random, Taylor, fuse, score
+    from prunekit.importance import (
+        Activation,
+        Fluctuation,
+        HyWIA,
+        Magnitude,
+        Random,
+        Reconstruction,
+        Taylor,
+        fuse,
+        score,
+    )
     from prunekit.pruning import PruningPlan, plan, prune
     from prunekit.recovery import LoRA, recover
 
@@ -38,7 +48,17 @@ _ROOMS = {
     "discovery": ("CoupledGroup", "Groups", "Member", "discover"),
     "errors": ("PrunekitError",),
     "evaluation": ("Report", "compare", "compare_accuracy", "cost", "evaluate", "perplexity", "zero_shot"),
-    "importance": ("Activation", "HyWIA", "Magnitude", "Random", "Taylor", "fuse", "score"),
+    "importance": (
+        "Activation",
+        "Fluctuation",
+        "HyWIA",
+        "Magnitude",
+        "Random",
+        "Reconstruction",
+        "Taylor",
+        "fuse",
+        "score",
+    ),
     "pruning": ("PruningPlan", "plan", "prune"),
     "recovery": ("LoRA", "recover"),
 }
@@ -46,6 +66,7 @@ _ROOMS = {
 __all__ = [
     "Activation",
     "CoupledGroup",
+    "Fluctuation",
     "Groups",
     "HyWIA",
     "LoRA",
@@ -54,6 +75,7 @@ __all__ = [
     "PrunekitError",
     "PruningPlan",
     "Random",
+    "Reconstruction",
     "Report",
     "Taylor",
     "calibration_set",

@@ -1,8 +1,9 @@
 """Groups and statistics → one score a unit."""
 
-from prunekit.importance.activation import Activation
+from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.fusion import FusedScores, HyWIA, fuse
+from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.scores import Scores
 from prunekit.importance.scoring import IMPORTANCES, Importance, importance_from_name, score
 from prunekit.importance.taylor import Taylor
@@ -10,11 +11,13 @@ from prunekit.importance.taylor import Taylor
 __all__ = [
     "IMPORTANCES",
     "Activation",
+    "Fluctuation",
     "FusedScores",
     "HyWIA",
     "Importance",
     "Magnitude",
     "Random",
+    "Reconstruction",
     "Scores",
     "Taylor",
     "fuse",

@@ -154,10 +154,10 @@ class HyWIA:
         fine = Taylor("element", self.order, self.reduction)
         gradients = fine.gathered(model, groups, calib)
         kinds = {group.name: group.kind for group in groups}
-        both = [
+        coarse, fine_scores = (
             Scores(taylor.unit_scores(model, groups, gradients), label=taylor.label, kinds=kinds)
             for taylor in (replace(fine, granularity="vector"), fine)
-        ]
-        fused = fuse(*both, self.rule)
+        )
+        fused = fuse(coarse, fine_scores, self.rule)
         fused.label = self.label
         return fused

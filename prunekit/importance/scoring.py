@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from prunekit.calibration import Gradients, check_finite
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
-from prunekit.importance.activation import Activation
+from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.fusion import HyWIA
+from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.scores import Scores
 from prunekit.importance.taylor import Taylor
 
@@ -42,6 +43,8 @@ IMPORTANCES: dict[str, Callable[..., Importance]] = {
     "taylor-mixed": partial(Taylor, order="mixed"),
     "hywia": HyWIA,
     "activation": Activation,
+    "fluctuation": Fluctuation,
+    "reconstruction": Reconstruction,
     "l1": partial(Magnitude, p=1),
     "l2": partial(Magnitude, p=2),
     "random": Random,

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from prunekit.calibration import TOKENS_A_BATCH, check_tokens
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
-from prunekit.importance.activation import Reader, computing_wide, linear_readers
+from prunekit.importance.inputs import Reader, computing_wide, linear_readers
 from prunekit.pruning.plans import PruningPlan
 
 RIDGE = 0.01
@@ -71,8 +71,8 @@ def compensate(
         PrunekitError: a ridge that is not above 0, bad tokens, models that do not belong together, or activations
             that are not finite; layers done before stay re-fitted.
 
-    Source: least squares as in OSSCAR (Meng et al. 2024, Eq. 3) and ZipLM (Kurtic et al. 2023). Differs: the targets are
-        the dense model's own outputs at each layer, so that what earlier layers lack is made up for too.
+    Source: least squares as in OSSCAR (Meng et al. 2024) and ZipLM (Kurtic et al. 2023). Differs: the targets are the
+        dense model's own outputs at each layer, so that what earlier layers lack is made up for too.
     """
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 < ridge < float("inf"):
         raise PrunekitError(f"ridge={ridge!r} is not allowed; give a number above 0, such as {RIDGE}")
@@ -98,7 +98,7 @@ def _readers(small: nn.Module, model: nn.Module) -> dict[str, Reader]:
     return {
         path: reader
         for path, reader in own.items()
-        if reader.modules[0].weight.shape[reader.input_dim] < dense[path].shape[reader.input_dim]
+        if small.get_parameter(f"{path}.weight").shape[reader.input_dim] < dense[path].shape[reader.input_dim]
     }
 
 
@@ -144,7 +144,7 @@ class _Reached(Exception):  # noqa: N818 - no error
 def _until(module: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """While open, forward passes end at a module, and its inputs and outputs, (n_tokens, …) each, are noted."""
 
-    def note(_module: nn.Module, args: Any, kwargs: Any, result: Tensor) -> None:  # noqa: ANN401
+    def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], result: Tensor) -> None:
         (x,) = (*args, *kwargs.values())
         seen.append((x.flatten(0, -2), result.flatten(0, -2)))
         raise _Reached
