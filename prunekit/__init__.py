@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         fuse,
         score,
     )
-    from prunekit.pruning import PruningPlan, plan, prune
+    from prunekit.pruning import PruningPlan, compensate, plan, prune
     from prunekit.recovery import LoRA, recover
 
 __version__ = "0.1.0"
@@ -59,7 +59,7 @@ _ROOMS = {
         "fuse",
         "score",
     ),
-    "pruning": ("PruningPlan", "plan", "prune"),
+    "pruning": ("PruningPlan", "compensate", "plan", "prune"),
     "recovery": ("LoRA", "recover"),
 }
 
@@ -81,6 +81,7 @@ __all__ = [
     "calibration_set",
     "compare",
     "compare_accuracy",
+    "compensate",
     "cost",
     "discover",
     "evaluate",

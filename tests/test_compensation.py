@@ -1,6 +1,7 @@
-"""Compensation: what can be made up for is, least squares by hand, every family, the dense model untouched, refusals."""
+"""Compensation: what can be made up for, least squares by hand, every family, the dense model untouched, refusals."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def cut(family, seed=0):
     """A dense model, a plan that takes half its heads and channels, and what is left."""
     model, groups = family.model(), family.groups()
     plan = plan_keeping(groups, random_units(family, groups, seed, share=HALF))
-    plan = PruningPlan(plan.keep, plan.n_units, plan.n_parameters, plan.n_parameters_kept, groups=groups)
+    plan = replace(plan, groups=groups)
     return model, plan, prune(model, plan)
 
 
@@ -122,5 +123,24 @@ def test_models_and_tokens_that_do_not_belong_are_refused():
         compensate(small, model, plan, calibration() + 100)
     with pytest.raises(PrunekitError, match="carries no groups"):
         compensate(small, model, PruningPlan.from_json(plan.to_json()), calibration())
-    with pytest.raises(PrunekitError, match="no layer of the cut model lost inputs"):
-        compensate(model, model, plan, calibration())
+    with pytest.raises(PrunekitError, match="leave out inplace=True"):
+        prune(model, plan, inplace=True, compensate=calibration())
+    with pytest.raises(PrunekitError, match="a calibration set is an integer tensor"):
+        prune(model, plan, compensate="texts")
+
+
+def test_prune_compensates_what_a_layer_drop_leaves_too():
+    """As the drop first and then the rest; where nothing lost inputs, nothing is re-fitted."""
+    family = FAMILIES["llama_gqa"]
+    model, groups = family.model(), family.groups()
+    calib, channels = calibration(), "model.layers.1.mlp:ffn_channel"
+    only_layer = plan_keeping(groups, {"model.layers.0:layer": []})
+    both = plan_keeping(groups, {"model.layers.0:layer": [], channels: list(range(40))})
+    dropped = prune(model, only_layer)
+    assert torch.equal(logits(prune(model, only_layer, compensate=calib)), logits(dropped))
+    rest = discover(dropped)
+    plan = plan_keeping(rest, {channels.replace("1", "0"): list(range(40))})
+    plan = replace(plan, groups=rest)
+    expected = prune(dropped, plan, compensate=calib)
+    assert torch.equal(logits(prune(model, both, compensate=calib)), logits(expected))
+    assert not torch.equal(logits(prune(model, both)), logits(expected))

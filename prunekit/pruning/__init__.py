@@ -1,7 +1,8 @@
 """From scores to a plan, from a plan to a smaller model."""
 
+from prunekit.pruning.compensation import compensate
 from prunekit.pruning.planning import plan
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.surgery import prune
 
-__all__ = ["PruningPlan", "plan", "prune"]
+__all__ = ["PruningPlan", "compensate", "plan", "prune"]

@@ -80,8 +80,6 @@ def compensate(
     batches = tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1]))
     readers = _in_order(small, _readers(small, model), batches[0])
     kept = _kept_outputs(plan)
-    if not readers:
-        raise PrunekitError("no layer of the cut model lost inputs that it reads; give prune(model, plan), and model")
     rows = []
     with evaluating(small), evaluating(model):
         for path, reader in tqdm(readers.items(), desc="compensate", unit="layer", leave=False, delay=1):

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from prunekit.calibration import check_tokens
 from prunekit.discovery import Groups
 from prunekit.discovery.components import spread_death
 from prunekit.discovery.constants import Selection, select
@@ -21,6 +22,7 @@ from prunekit.discovery.remembered import Key, set_attribute
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
+from prunekit.pruning.compensation import compensate as refit
 from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.experts import usable
 from prunekit.pruning.plans import PruningPlan
@@ -72,7 +74,7 @@ class _Proof(NamedTuple):
 
 
 @uncollected()
-def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.Module:
+def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False, compensate: Tensor | None = None) -> nn.Module:
     """A smaller model that computes what `model` computes with the removed units zeroed.
 
     The cut is first made on a copy without weights, which is traced again and must have the partition of
@@ -83,6 +85,8 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.M
         plan: which units stay.
         inplace: cut `model` itself and return it. Otherwise new, smaller parameters are built and `model`
             is left alone.
+        compensate: integers (n_samples, seq_len), on which what reads the pruned units is re-fitted, as
+            `prunekit.compensate` does; None to leave it as it is. Not with `inplace`.
 
     Returns:
         The smaller model. What was cut stands in `config.prunekit`, cut after cut.
@@ -97,18 +101,27 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False) -> nn.M
         raise PrunekitError(
             f"the plan is a {type(plan).__name__}; give what plan(...) or PruningPlan.load(...) returns"
         )
+    if compensate is not None:
+        if inplace:
+            raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")
+        check_tokens(compensate, model)
     if plan.groups is not None and plan.groups.traced is not None and plan.groups.traced.is_of(model):
         with suppress(PrunekitError):  # where a module's code was changed since, the proof fails: trace it anew
-            return _prune(model, plan.groups.traced.trace, plan.groups, plan, inplace)
+            return _prune(model, plan.groups.traced.trace, plan.groups, plan, inplace, compensate)
     before = trace(model)
-    return _prune(model, before, find_groups(before), plan, inplace)
+    return _prune(model, before, find_groups(before), plan, inplace, compensate)
 
 
-def _prune(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> nn.Module:
+def _prune(
+    model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool, calib: Tensor | None
+) -> nn.Module:
     _check_plan(groups, plan)
     if any(not units for units in plan.keep.values()):
-        return _without_parts(model, before, groups, plan, inplace)
-    return _carry_out(model, _prove(model, before, groups, plan), inplace)
+        return _without_parts(model, before, groups, plan, inplace, calib)
+    small = _carry_out(model, _prove(model, before, groups, plan), inplace)
+    if calib is not None:
+        refit(small, model, replace(plan, groups=groups), calib)
+    return small
 
 
 def _prove(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> _Proof:
@@ -133,7 +146,9 @@ def _carry_out(model: nn.Module, proof: _Proof, inplace: bool) -> nn.Module:
     return usable(small)
 
 
-def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> nn.Module:
+def _without_parts(
+    model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool, calib: Tensor | None
+) -> nn.Module:
     """Take whole layers and blocks out first; what else the plan says is cut from what is left.
 
     All of it is tried on a copy that shares the weights, so that nothing is changed where a proof fails.
@@ -145,7 +160,7 @@ def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: Prunin
     record(trial.model, groups, whole)
     rest = _what_is_left(plan, trial.moved)
     if not inplace:
-        return prune(trial.model, rest) if rest.keep else copied(trial.model, {})
+        return prune(trial.model, rest, compensate=calib) if rest.keep else copied(trial.model, {})
     proof = _prove_anew(trial.model, rest) if rest.keep else None
     own_configurations(model)
     drop(model, parts, trial.writers)
