@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
     from prunekit.importance import (
         Activation,
+        BlockInfluence,
         Fluctuation,
         HyWIA,
         Magnitude,
@@ -50,6 +51,7 @@ _ROOMS = {
     "evaluation": ("Report", "compare", "compare_accuracy", "cost", "evaluate", "perplexity", "zero_shot"),
     "importance": (
         "Activation",
+        "BlockInfluence",
         "Fluctuation",
         "HyWIA",
         "Magnitude",
@@ -58,13 +60,14 @@ _ROOMS = {
         "Taylor",
         "fuse",
         "score",
-    ),
+    ),  # fmt: skip
     "pruning": ("PruningPlan", "compensate", "plan", "prune"),
     "recovery": ("LoRA", "recover"),
 }
 
 __all__ = [
     "Activation",
+    "BlockInfluence",
     "CoupledGroup",
     "Fluctuation",
     "Groups",

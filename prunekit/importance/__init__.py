@@ -3,6 +3,7 @@
 from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.fusion import FusedScores, HyWIA, fuse
+from prunekit.importance.influence import BlockInfluence
 from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.scores import Scores
 from prunekit.importance.scoring import IMPORTANCES, Importance, importance_from_name, score
@@ -11,6 +12,7 @@ from prunekit.importance.taylor import Taylor
 __all__ = [
     "IMPORTANCES",
     "Activation",
+    "BlockInfluence",
     "Fluctuation",
     "FusedScores",
     "HyWIA",

@@ -13,6 +13,7 @@ from prunekit.errors import PrunekitError
 from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.fusion import HyWIA
+from prunekit.importance.influence import BlockInfluence
 from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.scores import Scores
 from prunekit.importance.taylor import Taylor
@@ -43,6 +44,7 @@ IMPORTANCES: dict[str, Callable[..., Importance]] = {
     "taylor-mixed": partial(Taylor, order="mixed"),
     "hywia": HyWIA,
     "activation": Activation,
+    "block-influence": BlockInfluence,
     "fluctuation": Fluctuation,
     "reconstruction": Reconstruction,
     "l1": partial(Magnitude, p=1),
