@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         fuse,
         score,
     )
-    from prunekit.pruning import PruningPlan, compensate, plan, prune
+    from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
     from prunekit.recovery import LoRA, recover
 
 __version__ = "0.1.0"
@@ -61,7 +61,7 @@ _ROOMS = {
         "fuse",
         "score",
     ),  # fmt: skip
-    "pruning": ("PruningPlan", "compensate", "plan", "prune"),
+    "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
     "recovery": ("LoRA", "recover"),
 }
 
@@ -93,6 +93,7 @@ __all__ = [
     "load",
     "perplexity",
     "plan",
+    "plan_in_steps",
     "prune",
     "prune_checkpoint",
     "recover",

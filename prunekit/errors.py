@@ -7,3 +7,7 @@ class PrunekitError(ValueError):
     The message names the value given, what is allowed, and the next step. Nothing was changed or
     half-written when it is raised.
     """
+
+
+class BudgetError(PrunekitError):
+    """A budget that no plan meets: units are too large for it, or too few may go."""

@@ -1,8 +1,9 @@
 """From scores to a plan, from a plan to a smaller model."""
 
 from prunekit.pruning.compensation import compensate
+from prunekit.pruning.iterating import plan_in_steps
 from prunekit.pruning.planning import plan
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.surgery import prune
 
-__all__ = ["PruningPlan", "compensate", "plan", "prune"]
+__all__ = ["PruningPlan", "compensate", "plan", "plan_in_steps", "prune"]

@@ -8,7 +8,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from prunekit.discovery import CoupledGroup, Groups
-from prunekit.errors import PrunekitError
+from prunekit.errors import BudgetError
 from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, bundles_of, stops_of
 
 TOLERANCE = 0.005  # of the model's parameters
@@ -80,13 +80,13 @@ def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter
     done = set(map(id, taken))
     rest = [s for s in steps if id(s) not in done]
     if not rest:
-        raise PrunekitError(
+        raise BudgetError(
             f"pruning_ratio={ratio} cannot be met: with {limits}what is protected or not of the chosen kinds, "
             f"at most {reached:.4f} of the parameters can go; ask for that or less{less}, or allow more kinds"
         )
     above = _round_up(1 - (counter.left - min(counter.cost(s) for s in rest)) / counter.total)
     nearest = min((reached, above), key=lambda r: abs(r - ratio))
-    raise PrunekitError(
+    raise BudgetError(
         f"pruning_ratio={ratio} cannot be met within {TOLERANCE:.1%}: units are too large{steps_of}; "
         f"the nearest feasible ratios are {reached:.4f} and {above:.4f}, so ask for {nearest:.4f}"
     )
@@ -124,7 +124,7 @@ def take_shares(
 
 
 def _refuse_units(name: str, fraction: float, n_units: int, feasible: float) -> NoReturn:
-    raise PrunekitError(
+    raise BudgetError(
         f"{fraction:.4f} of the {n_units} units of {name!r} cannot go: round_to or min_units lets "
         f"at most {feasible / n_units:.4f} go; ask for that, or round less"
     )

@@ -9,7 +9,7 @@ from prunekit.discovery import KINDS, CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.pruning.budgets import by_group, held_by_rounding, take_parameters, take_shares, take_units
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, all_steps
+from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, all_steps, gone_first
 
 DEFAULT_KINDS = ("kv_head", "ffn_channel")
 
@@ -27,6 +27,7 @@ def plan(
     protect_layers: Iterable[int] = (),
     round_to: int | Mapping[str, int] = 1,
     min_units: int = 1,
+    after: PruningPlan | None = None,
 ) -> PruningPlan:
     """Which units stay, so that a fraction of the model goes.
 
@@ -45,6 +46,7 @@ def plan(
         protect_layers: layers whose groups stay whole, counted from 0.
         round_to: what is kept of a cut group is a multiple of this; an int or kind → int.
         min_units: units every group keeps at least.
+        after: an earlier, smaller plan; what goes in it goes first, if it scores lowest.
 
     Returns:
         A plan whose parameter count is within 0.5% of the model's parameters of what was asked.
@@ -68,6 +70,8 @@ def plan(
         taken = take_shares(groups, candidates, scores, fractions, rounding, min_units)
     else:
         steps = all_steps(groups, candidates, scores, ranking, rounding, min_units)
+        if after is not None:
+            steps = gone_first(steps, {name: set(after.removed(name)) for name in after.keep})
         if of == "units":
             taken = take_units(steps, candidates, fractions, ranking)
         else:

@@ -74,6 +74,12 @@ def all_steps(
     return sorted(steps, key=lambda step: (step.key, step.group.kind))
 
 
+def gone_first(steps: list[Step], gone: Mapping[str, set[int]]) -> list[Step]:
+    """The same steps, those before all others whose units are gone already, of a kind at once."""
+    known = [s._replace(key=-math.inf) if set(s.units) <= gone.get(s.group.name, set()) else s for s in steps]
+    return sorted(known, key=lambda step: (step.key, step.group.kind))
+
+
 def _whole_steps(
     groups: Groups, candidates: list[CoupledGroup], scores: Mapping[str, Tensor], ranking: str
 ) -> list[Step]:

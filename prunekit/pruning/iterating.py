@@ -1,0 +1,87 @@
+"""A plan made in steps, with scores refreshed between them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prunekit.discovery import Groups, discover
+from prunekit.errors import BudgetError, PrunekitError
+from prunekit.importance import Importance, Scores, score
+from prunekit.pruning.planning import DEFAULT_KINDS, Ratio, plan
+from prunekit.pruning.plans import PruningPlan
+from prunekit.pruning.steps import WHOLE_KINDS
+from prunekit.pruning.surgery import prune
+
+
+def plan_in_steps(
+    model: nn.Module,
+    importance: Importance,
+    pruning_ratio: Ratio,
+    calib: Tensor | None = None,
+    *,
+    n_steps: int,
+    **options: Any,  # noqa: ANN401
+) -> PruningPlan:
+    """A plan of equal steps: after each, what is left is cut out and scored again.
+
+    Args:
+        model: the dense model; it is left alone.
+        importance: as for `score`.
+        pruning_ratio: as for `plan`, of the dense model, after the last step.
+        calib: as for `score`.
+        n_steps: 1 or more. A step that is too small for a unit is passed over; its share goes with the next.
+        options: of `plan`, but no whole blocks and layers, which would move those behind them.
+
+    Returns:
+        One plan for the dense model. What went in a step stays gone.
+
+    Raises:
+        PrunekitError: a number of steps that is none, kinds that go whole, or what `score`, `plan` and `prune` raise.
+
+    Source: LLM-Pruner (Ma et al. 2023), iterative pruning. Differs: a step smaller than one head does not fail.
+    """
+    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
+        raise PrunekitError(f"n_steps={n_steps!r} is not allowed; give an integer of 1 or more")
+    kinds = tuple(options.get("kinds") or DEFAULT_KINDS)
+    if set(kinds) & set(WHOLE_KINDS):
+        raise PrunekitError(f"kinds={kinds} has some that go whole; take blocks and layers in a plan of their own")
+    groups = discover(model)
+    chosen, small = plan(groups, _ones(groups), 0.0, **options), model
+    for step in tqdm(range(1, n_steps + 1), desc="steps", leave=False, delay=1):
+        scores = _scores(groups, chosen, small, importance, calib)
+        try:
+            chosen = plan(groups, scores, _part(pruning_ratio, step / n_steps), **options, after=chosen)
+        except BudgetError:
+            if step == n_steps:
+                raise
+            continue
+        if step < n_steps:
+            small = prune(model, chosen)
+    return chosen
+
+
+def _ones(groups: Groups) -> dict[str, Tensor]:
+    return {group.name: torch.ones(group.n_units) for group in groups}
+
+
+def _part(ratio: Ratio, share: float) -> Ratio:
+    return ratio * share if isinstance(ratio, (int, float)) else {kind: part * share for kind, part in ratio.items()}
+
+
+def _scores(
+    groups: Groups, chosen: PruningPlan, small: nn.Module, importance: Importance, calib: Tensor | None
+) -> Scores:
+    """Scores of what is left, as the dense model numbers its units; what is gone scores below everything."""
+    left = discover(small)
+    missing = [name for name in chosen.keep if name not in {group.name for group in left}]
+    if missing:
+        raise PrunekitError(f"{missing[0]!r} is not found again after a step; plan it in one step")
+    fresh = score(small, [left[name] for name in chosen.keep], importance, calib)
+    lowest = min(float(values.min()) for values in fresh.values()) - 1
+    scores = {}
+    for name, units in chosen.keep.items():
+        scores[name] = torch.full((groups[name].n_units,), lowest, dtype=fresh[name].dtype)
+        scores[name][units] = fresh[name]
+    return Scores(scores, label=f"{fresh.label}, in steps", kinds=fresh.kinds)
