@@ -19,7 +19,7 @@ from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
-from prunekit.importance import Importance, Random, Scores, Taylor
+from prunekit.importance import HyWIA, Importance, Random, Scores, Taylor
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
 from prunekit.pruning.planning import DEFAULT_KINDS
@@ -105,7 +105,7 @@ def check_streamable(importance: Importance) -> None:
     Raises:
         PrunekitError: names those that do not.
     """
-    if isinstance(importance, Taylor):
+    if isinstance(importance, (Taylor, HyWIA)):
         raise PrunekitError(
             f"{importance!r} needs the gradient of every weight, which takes more memory than the model; to stream a "
             "checkpoint, take Activation(), Magnitude() or Random(): activation, l1, l2 or random by name"
