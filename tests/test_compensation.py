@@ -1,14 +1,17 @@
 """Compensation: what can be made up for, least squares by hand, every family, the dense model untouched, refusals."""
 
 import copy
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
 from families import FAMILIES, logits, plan_keeping, random_units, relative_difference
+from torch import nn
 
 from prunekit import PrunekitError, PruningPlan, discover, prune
-from prunekit.pruning.compensation import compensate
+from prunekit.pruning import surgery
+from prunekit.pruning.compensation import _run_once, compensate
 
 HALF = 0.5
 
@@ -144,3 +147,76 @@ def test_prune_compensates_what_a_layer_drop_leaves_too():
     expected = prune(dropped, plan, compensate=calib)
     assert torch.equal(logits(prune(model, both, compensate=calib)), logits(expected))
     assert not torch.equal(logits(prune(model, both)), logits(expected))
+
+
+def test_whole_layers_are_refused_where_their_places_cannot_be_told():
+    family = FAMILIES["llama_gqa"]
+    model, groups = family.model(), family.groups()
+    keep = {"model.layers.0:layer": [], "model.layers.1.mlp:ffn_channel": list(range(40))}
+    plan = replace(plan_keeping(groups, keep), groups=groups)
+    small = prune(model, plan)
+    with pytest.raises(PrunekitError, match="take whole layers and blocks out first, then cut and compensate what is"):
+        compensate(small, model, plan, calibration())
+
+
+def test_tied_embeddings_are_left_alone():
+    """Under a cut of the residual stream the head reads fewer inputs, but its weight is the embeddings' too."""
+    family = FAMILIES["llama_tied"]
+    model, groups = family.model(), family.groups()
+    name = groups.of_kind("hidden")[0].name
+    plan = replace(plan_keeping(groups, {name: list(range(48))}), groups=groups)
+    small = prune(model, plan)
+    embeddings = small.get_input_embeddings().weight.clone()
+    table = compensate(small, model, plan, calibration())
+    assert "model.layers.0.mlp.gate_proj" in set(table["module"])
+    assert torch.equal(small.get_input_embeddings().weight, embeddings)
+    assert small.lm_head.weight is small.get_input_embeddings().weight
+
+
+def test_what_goes_wrong_in_the_fit_is_said_once_and_outside_the_cut(monkeypatch):
+    """The cut itself is made again where it fails on the trace that the plan carries; the fit is not."""
+    family = FAMILIES["llama_gqa"]
+    model = family.model()
+    groups = discover(model)
+    plan = replace(plan_keeping(groups, {"model.layers.1.mlp:ffn_channel": list(range(40))}), groups=groups)
+    collected = []
+
+    def fails(*_args):
+        collected.append(gc.isenabled())
+        raise PrunekitError("no fit")
+
+    monkeypatch.setattr(surgery, "refit", fails)
+    with pytest.raises(PrunekitError, match="no fit"):
+        prune(model, plan, compensate=calibration())
+    assert collected == [True]
+
+
+def test_a_layer_that_reads_zeros_stays_as_it_is():
+    model, _, _ = cut(FAMILIES["llama_mha"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    groups = discover(model)
+    plan = replace(plan_keeping(groups, {"model.layers.0.mlp:ffn_channel": list(range(40))}), groups=groups)
+    small = prune(model, plan)
+    weight = small.model.layers[0].mlp.down_proj.weight.clone()
+    compensate(small, model, plan, calibration())
+    assert torch.equal(small.model.layers[0].mlp.down_proj.weight, weight)
+
+
+class Reading(nn.Module):
+    """Layers that read tokens late, once, twice, in part and never."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("late", "once", "twice", "part", "never"):
+            setattr(self, name, nn.Linear(4, 4))
+
+    def forward(self, input_ids, use_cache):
+        x = input_ids[..., None].float().expand(*input_ids.shape, 4)
+        return self.late(self.twice(self.twice(self.once(input=x))) + self.part(x[:, :1]))
+
+
+def test_only_layers_that_read_each_token_once_may_be_fitted():
+    model = Reading()
+    assert _run_once(model, ["late", "once", "twice", "part", "never"], calibration()) == ["once", "late"]
+    assert not any(module._forward_pre_hooks for module in model.modules())

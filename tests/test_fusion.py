@@ -83,3 +83,18 @@ def test_bad_rules_and_different_groups_are_refused(scored):
         fuse(some, fine)
     with pytest.raises(PrunekitError, match="order='third' is unknown"):
         HyWIA(order="third")
+
+
+def test_scores_that_say_more_are_plain_numbers_too(scored):
+    """Whatever an importance returns, what `score` returns hangs on no graph."""
+    model, chosen, coarse, _ = scored
+
+    class Attached(HyWIA):
+        def unit_scores(self, model, groups, calib):
+            fused = super().unit_scores(model, groups, calib)
+            fused.update({name: value.clone().requires_grad_() for name, value in fused.items()})
+            return fused
+
+    found = score(model, chosen, Attached(), tokens())
+    assert isinstance(found, FusedScores) and list(found) == list(coarse)
+    assert not any(value.requires_grad for value in found.values())

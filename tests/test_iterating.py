@@ -72,5 +72,31 @@ def test_what_cannot_be_is_refused(model):
         plan_in_steps(model, Magnitude(), 0.6, n_steps=4, kinds=["query_head"], of="units")
     with pytest.raises(PrunekitError, match="cannot be met"):
         plan_in_steps(model, Magnitude(), 0.95, n_steps=3)
-    with pytest.raises(PrunekitError, match=r"pruning_ratio=2.0 is not allowed"):
+    with pytest.raises(PrunekitError, match=r"pruning_ratio=2 is not allowed"):
         plan_in_steps(model, Magnitude(), 2, n_steps=1)
+    for ratio in ("0.2", None, {"layer": 0.5}, {"ffn_channels": 0.5}):
+        with pytest.raises(PrunekitError, match=r"is not allowed; give a fraction|go whole|is not known"):
+            plan_in_steps(model, Magnitude(), ratio, n_steps=2, of="units")
+    with pytest.raises(PrunekitError, match="kinds is empty"):
+        plan_in_steps(model, Magnitude(), 0.2, n_steps=2, kinds=[])
+    with pytest.raises(PrunekitError, match="after is a dict; give an earlier plan"):
+        groups = discover(model)
+        plan(groups, score(model, groups, Magnitude()), 0.2, after={})
+
+
+def test_arguments_are_checked_before_the_model_is_looked_at(monkeypatch):
+    monkeypatch.setattr(iterating, "discover", lambda _: pytest.fail("discovered"))
+    for options in ({"ranking": "best"}, {"kinds": "kv_head"}, {"round_to": 0}, {"of": "heads"}):
+        with pytest.raises(PrunekitError):
+            plan_in_steps(None, Magnitude(), 0.2, n_steps=2, **options)
+
+
+def test_kinds_may_be_a_generator_and_those_of_a_mapping_count(model):
+    listed, drawn = (
+        plan_in_steps(model, Magnitude(), 0.2, n_steps=2, kinds=kinds).keep
+        for kinds in (["ffn_channel"], (kind for kind in ["ffn_channel"]))
+    )
+    assert drawn == listed
+    ratio, groups = {"query_head": 0.5}, discover(model)
+    plain = plan(groups, score(model, groups, Magnitude()), ratio, of="units")
+    assert plan_in_steps(model, Magnitude(), ratio, n_steps=1, of="units").keep == plain.keep

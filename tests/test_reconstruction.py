@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from prunekit import Fluctuation, PrunekitError, Reconstruction, discover, plan, prune, score
 from prunekit.importance import IMPORTANCES
 from prunekit.importance import reconstruction as room
+from prunekit.importance.activation import _moments, _variance
 from prunekit.importance.reconstruction import greedy_costs
 from prunekit.pruning.compensation import compensate
 
@@ -116,3 +117,15 @@ def test_what_cannot_be_scored_is_refused():
     for ridge in (0, -1.0, float("nan"), "x", True):
         with pytest.raises(PrunekitError, match=r"ridge=.* is not allowed"):
             Reconstruction(ridge=ridge)
+
+
+def test_inputs_that_are_all_zero_or_lost_to_rounding():
+    weight, units = torch.ones(6, 2, dtype=torch.float64), torch.arange(6).view(3, 2)
+    for ridge in (1e-12, 0.01, 1e300):
+        assert greedy_costs(torch.zeros(6, 6, dtype=torch.float64), weight, units, ridge).isfinite().all()
+    with pytest.raises(PrunekitError, match=r"ridge=1e-30 is too small .* try 0.01"):
+        greedy_costs(torch.ones(6, 6, dtype=torch.float64), weight, units, 1e-30)
+
+
+def test_one_token_does_not_fluctuate():
+    assert torch.equal(_variance(_moments(torch.tensor([[1.0, -3.0]]))), torch.zeros(2, dtype=torch.float64))

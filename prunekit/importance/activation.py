@@ -92,7 +92,7 @@ def _moments(x: Tensor) -> Tensor:
 
 def _variance(sums: Tensor) -> Tensor:
     n, total, squares = sums
-    return ((squares - total.square() / n) / (n - 1)).clamp_min(0)
+    return ((squares - total.square() / n) / (n - 1).clamp_min(1)).clamp_min(0)  # of one token: none
 
 
 def _scored(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, linear_readers, members_read, sums_over_inputs, wide
 
+RIDGE = 0.01
 ROOM = 2**30  # bytes of XᵀX that are held at once
 
 
@@ -20,7 +22,7 @@ class Reconstruction:
 
     With X the inputs of the layer that reads a group (o_proj, down_proj), W its weights (in, out) and
     H = XᵀX + λI, a unit u costs tr(W_uᵀ [(H⁻¹)_uu]⁻¹ W_u). The cheapest goes, W and H⁻¹ are brought up to date, and so
-    on until one is left; a unit's score is what it cost when it went, or a cheaper one before it, as a part of ‖XW‖².
+    on until one is left; a unit's score is what it cost when it went, or a dearer one before it, as a part of ‖XW‖².
     So scores follow the order of the choice, and are right with `prune(..., compensate=calib)`, which re-fits.
 
     Attributes:
@@ -30,11 +32,10 @@ class Reconstruction:
         Stork 1993). Differs: one greedy pass, no local search, no latency.
     """
 
-    ridge: float = 0.01
+    ridge: float = RIDGE
 
     def __post_init__(self) -> None:
-        if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 < self.ridge < 1e9:
-            raise PrunekitError(f"ridge={self.ridge!r} is not allowed; give a number above 0, such as 0.01")
+        check_ridge(self.ridge)
 
     @property
     def needs_calibration(self) -> bool:
@@ -70,6 +71,34 @@ class Reconstruction:
         return {group.name: found[group.name].float() for group in groups}
 
 
+def check_ridge(ridge: Any) -> None:  # noqa: ANN401
+    """Refuse a ridge that is no finite number above 0.
+
+    Raises:
+        PrunekitError: names the value given.
+    """
+    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 < ridge < float("inf"):
+        raise PrunekitError(f"ridge={ridge!r} is not allowed; give a number above 0, such as {RIDGE}")
+
+
+def factor(gram: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor L of XᵀX + λI = LLᵀ.
+
+    Args:
+        gram: XᵀX, float64 (n_in, n_in); it may be all zero.
+        ridge: λ, as a part of the mean of XᵀX's diagonal.
+
+    Raises:
+        PrunekitError: a ridge so small that it is lost to rounding.
+    """
+    bounds = torch.finfo(gram.dtype)
+    damping = (ridge * gram.diagonal().mean()).clamp(bounds.tiny**0.5, bounds.max**0.5)  # and so is its inverse
+    lower, failed = torch.linalg.cholesky_ex(gram + damping * torch.eye(len(gram)).to(gram))
+    if failed:
+        raise PrunekitError(f"ridge={ridge!r} is too small for inputs that depend on each other; try {RIDGE}")
+    return lower
+
+
 def greedy_costs(gram: Tensor, weight: Tensor, units: Tensor, ridge: float) -> Tensor:
     """What each unit costs when the cheapest goes first, as a part of what the layer puts out.
 
@@ -81,10 +110,12 @@ def greedy_costs(gram: Tensor, weight: Tensor, units: Tensor, ridge: float) -> T
 
     Returns:
         float64 (n_units,), each at least that of the unit which went before it.
+
+    Raises:
+        PrunekitError: what `factor` raises.
     """
     size = (weight * (gram @ weight)).sum().clamp_min(torch.finfo(torch.float64).tiny)
-    damping = ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + damping))
+    inverse = torch.cholesky_inverse(factor(gram, ridge))
     weight, units = weight.clone(), units.to(gram.device)
     left, costs, highest = list(range(len(units))), torch.zeros(len(units)).to(gram), torch.zeros(()).to(gram)
     while left:

@@ -110,10 +110,11 @@ def score(
     check_finite(model)
     with torch.no_grad():
         values = importance.unit_scores(model, chosen, calib)
-    if isinstance(values, Scores):
+    plain = {name: value.detach().cpu() for name, value in values.items()}
+    if isinstance(values, Scores):  # it may say more than its numbers
+        values.update(plain)
         return values
-    kinds = {group.name: group.kind for group in chosen}
-    return Scores({n: v.detach().cpu() for n, v in values.items()}, label=importance.label, kinds=kinds)
+    return Scores(plain, label=importance.label, kinds={group.name: group.kind for group in chosen})
 
 
 def _chosen(model: object, groups: object) -> tuple[CoupledGroup, ...]:

@@ -1,7 +1,8 @@
 """Compensation: what reads pruned units is re-fitted, so that it hands on nearly what it did in the dense model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,8 @@ from prunekit.calibration import TOKENS_A_BATCH, check_tokens
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, computing_wide, linear_readers
+from prunekit.importance.reconstruction import RIDGE, check_ridge, factor
 from prunekit.pruning.plans import PruningPlan
-
-RIDGE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,7 @@ class _Fit:
 
     def solved(self, ridge: float) -> Tensor:
         """The change of the weights (n_in, n_out) that takes most of R away and stays small."""
-        damping = ridge * self.gram.diagonal().mean()
-        factor = torch.linalg.cholesky(self.gram + damping * torch.eye(len(self.gram)).to(self.gram))
-        return torch.cholesky_solve(self.cross, factor)
+        return torch.cholesky_solve(self.cross, factor(self.gram, ridge))
 
     def lack_after(self, change: Tensor) -> float:
         """‖R‖² once the weights have changed."""
@@ -55,12 +53,13 @@ def compensate(
 
     A layer with inputs X, in the cut model as re-fitted so far, and outputs Y in the dense model gets the weights
     W + Δ with Δ = (XᵀX + λI)⁻¹ Xᵀ(Y − XW): the least squares of its output error, drawn towards W by the ridge. Its
-    bias, where it has one, is fitted along. No gradient is needed, and only sums over tokens are kept.
+    bias, where it has one, is fitted along. No gradient is needed, and only sums over tokens are kept. Layers with a
+    tied weight and those that do not read each token exactly once, such as experts, are left as they are.
 
     Args:
         small: what `prune(model, plan)` returned; it is changed.
         model: the dense model.
-        plan: by which it was cut.
+        plan: by which it was cut; of no whole layers and blocks, behind which others would move.
         calib: integers (n_samples, seq_len).
         ridge: λ, as a part of the mean of XᵀX's diagonal; above 0.
 
@@ -68,23 +67,24 @@ def compensate(
         One row a layer: module, inputs (left), error_before and error_after (‖Y − XW‖² / ‖Y‖²).
 
     Raises:
-        PrunekitError: a ridge that is not above 0, bad tokens, models that do not belong together, or activations
-            that are not finite; layers done before stay re-fitted.
+        PrunekitError: a plan that takes whole layers or blocks, a ridge that is not above 0 or too small, bad tokens,
+            models that do not belong together, or activations that are not finite; layers done before stay re-fitted.
 
     Source: least squares as in OSSCAR (Meng et al. 2024) and ZipLM (Kurtic et al. 2023). Differs: the targets are the
         dense model's own outputs at each layer, so that what earlier layers lack is made up for too.
     """
-    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 < ridge < float("inf"):
-        raise PrunekitError(f"ridge={ridge!r} is not allowed; give a number above 0, such as {RIDGE}")
+    check_ridge(ridge)
+    kept = _kept_outputs(plan)
     tokens = check_tokens(calib, model)
     batches = tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1]))
-    readers = _in_order(small, _readers(small, model), batches[0])
-    kept = _kept_outputs(plan)
+    readers = _readers(small, model)
     rows = []
     with evaluating(small), evaluating(model):
-        for path, reader in tqdm(readers.items(), desc="compensate", unit="layer", leave=False, delay=1):
-            fit = _gather(small, model, path, kept.get((path, 1 - reader.input_dim)), batches)
-            rows.append(_refit(small.get_submodule(path), reader, fit, path, ridge))
+        also = set(_run_once(model, readers, batches[0]))
+        paths = [path for path in _run_once(small, readers, batches[0]) if path in also]
+        for path in tqdm(paths, desc="compensate", unit="layer", leave=False, delay=1):
+            fit = _gather(small, model, path, kept.get((path, 1 - readers[path].input_dim)), batches)
+            rows.append(_refit(small.get_submodule(path), readers[path], fit, path, ridge))
     return pd.DataFrame(rows, columns=["module", "inputs", "error_before", "error_after"])
 
 
@@ -92,11 +92,14 @@ def _readers(small: nn.Module, model: nn.Module) -> dict[str, Reader]:
     """Path → how it reads, for the linear layers of their own that lost inputs; they stand where they stood."""
     dense = {name.removesuffix(".weight"): p for name, p in model.named_parameters() if name.endswith(".weight")}
     found = {name.removesuffix(".weight"): reader for name, reader in linear_readers(small).items()}
-    own = {path: reader for path, reader in found.items() if len(reader.modules) == 1 and path in dense}
+    weights = dict(small.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, weights.values()))  # a tied weight serves others too, such as embeddings
     return {
         path: reader
-        for path, reader in own.items()
-        if small.get_parameter(f"{path}.weight").shape[reader.input_dim] < dense[path].shape[reader.input_dim]
+        for path, reader in found.items()
+        if path in dense
+        and uses[id(weight := weights[f"{path}.weight"])] == 1
+        and weight.shape[reader.input_dim] < dense[path].shape[reader.input_dim]
     }
 
 
@@ -104,6 +107,12 @@ def _kept_outputs(plan: PruningPlan) -> dict[tuple[str, int], Tensor]:
     """(path, dim of its weight) → the rows that stay, where some go."""
     if plan.groups is None:
         raise PrunekitError("the plan was read from a file and carries no groups; make it again with plan(groups, ...)")
+    for name, units in plan.keep.items():
+        if not units:  # layers behind it stand elsewhere in the cut model
+            raise PrunekitError(
+                f"the plan leaves nothing of {name!r}: take whole layers and blocks out first, then cut and compensate "
+                "what is left"
+            )
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for name in plan.keep:
         for member in plan.groups[name].members:
@@ -118,20 +127,23 @@ def _kept_outputs(plan: PruningPlan) -> dict[tuple[str, int], Tensor]:
     return kept
 
 
-def _in_order(model: nn.Module, readers: dict[str, Reader], batch: Tensor) -> dict[str, Reader]:
-    """The readers in the order in which they first run; those that do not are left out."""
-    order: list[str] = []
-    hooks = [
-        reader.modules[0].register_forward_pre_hook(lambda *_, path=path: order.append(path))
-        for path, reader in readers.items()
-    ]
-    try:
-        with evaluating(model):
-            model(input_ids=batch, use_cache=False)  # type: ignore[operator]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {path: readers[path] for path in dict.fromkeys(order)}
+def _run_once(model: nn.Module, paths: Iterable[str], batch: Tensor) -> list[str]:
+    """Of these modules those that read each token of a batch exactly once, in the order in which they run."""
+    read: dict[str, list[int]] = {}
+
+    def noting(path: str) -> Callable[..., None]:
+        def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            (x,) = (*args, *kwargs.values())
+            read.setdefault(path, []).append(x.shape[:-1].numel())
+
+        return note
+
+    with ExitStack() as hooks:
+        for path in paths:
+            module = model.get_submodule(path)
+            hooks.callback(module.register_forward_pre_hook(noting(path), with_kwargs=True).remove)
+        model(input_ids=batch, use_cache=False)  # type: ignore[operator]
+    return [path for path, n_rows in read.items() if n_rows == [batch.numel()]]
 
 
 class _Reached(Exception):  # noqa: N818 - no error

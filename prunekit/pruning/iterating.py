@@ -1,5 +1,6 @@
 """A plan made in steps, with scores refreshed between them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from tqdm.auto import tqdm
 from prunekit.discovery import Groups, discover
 from prunekit.errors import BudgetError, PrunekitError
 from prunekit.importance import Importance, Scores, score
-from prunekit.pruning.planning import DEFAULT_KINDS, Ratio, plan
+from prunekit.pruning.planning import Ratio, check_options, plan
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.steps import WHOLE_KINDS
 from prunekit.pruning.surgery import prune
@@ -44,11 +45,12 @@ def plan_in_steps(
     """
     if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
         raise PrunekitError(f"n_steps={n_steps!r} is not allowed; give an integer of 1 or more")
-    kinds = tuple(options.get("kinds") or DEFAULT_KINDS)
+    options = {name: tuple(value) if isinstance(value, Iterator) else value for name, value in options.items()}
+    kinds = tuple(check_options(pruning_ratio, **options))
     if set(kinds) & set(WHOLE_KINDS):
         raise PrunekitError(f"kinds={kinds} has some that go whole; take blocks and layers in a plan of their own")
     groups = discover(model)
-    chosen, small = plan(groups, _ones(groups), 0.0, **options), model
+    chosen, small = plan(groups, _ones(groups), _part(pruning_ratio, 0.0), **options), model
     for step in tqdm(range(1, n_steps + 1), desc="steps", leave=False, delay=1):
         scores = _scores(groups, chosen, small, importance, calib)
         try:

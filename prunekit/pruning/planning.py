@@ -57,7 +57,7 @@ def plan(
     Source: LLM-Pruner (Ma et al. 2023), local and global selection. Differs: its global mode compares head
     sums with single channels and so never removes a head; here scores are taken per parameter.
     """
-    _check_types(groups, scores)
+    _check_types(groups, scores, after)
     chosen = DEFAULT_KINDS if kinds is None else _listed("kinds", kinds, "kv_head")
     protected = _listed("protect_layers", protect_layers, 0)
     fractions = check_options(
@@ -121,11 +121,13 @@ def _rounded(round_to: int | Mapping[str, int]) -> str:
     return f"round_to={round_to}" if rounds else ""
 
 
-def _check_types(groups: object, scores: object) -> None:
+def _check_types(groups: object, scores: object, after: object) -> None:
     if not isinstance(groups, Groups):
         raise PrunekitError(f"groups are a {type(groups).__name__}; give what discover(model) returns")
     if not isinstance(scores, Mapping):
         raise PrunekitError(f"scores are a {type(scores).__name__}; give group name → tensor, as score(...) returns")
+    if after is not None and not isinstance(after, PruningPlan):
+        raise PrunekitError(f"after is a {type(after).__name__}; give an earlier plan, as plan(...) returns, or None")
 
 
 def _listed(name: str, given: Any, example: object) -> tuple[Any, ...]:  # noqa: ANN401

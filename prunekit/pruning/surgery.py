@@ -73,7 +73,20 @@ class _Proof(NamedTuple):
     moved: dict[str, str]
 
 
-@uncollected()
+class _Pruned(NamedTuple):
+    """A smaller model, and what a re-fit of it needs.
+
+    Attributes:
+        small: the model.
+        dense: what it was cut from; where whole parts went, the model without them.
+        plan: by which it was cut from that, with the groups of that.
+    """
+
+    small: nn.Module
+    dense: nn.Module
+    plan: PruningPlan
+
+
 def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False, compensate: Tensor | None = None) -> nn.Module:
     """A smaller model that computes what `model` computes with the removed units zeroed.
 
@@ -86,14 +99,15 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False, compens
         inplace: cut `model` itself and return it. Otherwise new, smaller parameters are built and `model`
             is left alone.
         compensate: integers (n_samples, seq_len), on which what reads the pruned units is re-fitted, as
-            `prunekit.compensate` does; None to leave it as it is. Not with `inplace`.
+            `prunekit.compensate` does; None to leave it as it is. Not with `inplace`. Where whole layers or blocks
+            go too, the target of the re-fit is the model without them; where nothing else goes, nothing is re-fitted.
 
     Returns:
         The smaller model. What was cut stands in `config.prunekit`, cut after cut.
 
     Raises:
-        PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through;
-            nothing was changed then.
+        PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through, or what
+            `compensate` raises; nothing was changed then.
     """
     if not isinstance(model, nn.Module):
         raise PrunekitError(f"the model is a {type(model).__name__}; give the one that the plan was made for")
@@ -105,23 +119,27 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False, compens
         if inplace:
             raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")
         check_tokens(compensate, model)
+    pruned = _prune(model, plan, inplace)
+    if compensate is not None and pruned.plan.keep:
+        refit(*pruned, compensate)
+    return pruned.small
+
+
+@uncollected()
+def _prune(model: nn.Module, plan: PruningPlan, inplace: bool) -> _Pruned:
     if plan.groups is not None and plan.groups.traced is not None and plan.groups.traced.is_of(model):
         with suppress(PrunekitError):  # where a module's code was changed since, the proof fails: trace it anew
-            return _prune(model, plan.groups.traced.trace, plan.groups, plan, inplace, compensate)
+            return _prune_traced(model, plan.groups.traced.trace, plan.groups, plan, inplace)
     before = trace(model)
-    return _prune(model, before, find_groups(before), plan, inplace, compensate)
+    return _prune_traced(model, before, find_groups(before), plan, inplace)
 
 
-def _prune(
-    model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool, calib: Tensor | None
-) -> nn.Module:
+def _prune_traced(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> _Pruned:
     _check_plan(groups, plan)
     if any(not units for units in plan.keep.values()):
-        return _without_parts(model, before, groups, plan, inplace, calib)
+        return _without_parts(model, before, groups, plan, inplace)
     small = _carry_out(model, _prove(model, before, groups, plan), inplace)
-    if calib is not None:
-        refit(small, model, replace(plan, groups=groups), calib)
-    return small
+    return _Pruned(small, model, replace(plan, groups=groups))
 
 
 def _prove(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> _Proof:
@@ -146,9 +164,7 @@ def _carry_out(model: nn.Module, proof: _Proof, inplace: bool) -> nn.Module:
     return usable(small)
 
 
-def _without_parts(
-    model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool, calib: Tensor | None
-) -> nn.Module:
+def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> _Pruned:
     """Take whole layers and blocks out first; what else the plan says is cut from what is left.
 
     All of it is tried on a copy that shares the weights, so that nothing is changed where a proof fails.
@@ -159,13 +175,15 @@ def _without_parts(
     trial = try_without(model, before, parts)
     record(trial.model, groups, whole)
     rest = _what_is_left(plan, trial.moved)
-    if not inplace:
-        return prune(trial.model, rest, compensate=calib) if rest.keep else copied(trial.model, {})
     proof = _prove_anew(trial.model, rest) if rest.keep else None
-    own_configurations(model)
-    drop(model, parts, trial.writers)
-    record(model, groups, whole)
-    return _carry_out(model, proof, inplace=True) if proof else model
+    if inplace:
+        own_configurations(model)
+        drop(model, parts, trial.writers)
+        record(model, groups, whole)
+    left = model if inplace else trial.model
+    if proof is None:
+        return _Pruned(model if inplace else copied(left, {}), left, rest)
+    return _Pruned(_carry_out(left, proof, inplace), left, replace(rest, groups=proof.groups))
 
 
 def _what_is_left(plan: PruningPlan, moved: dict[str, str]) -> PruningPlan:
