@@ -102,6 +102,11 @@ def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
     return calib.to(embedding.weight.device, torch.long)
 
 
+def in_batches(tokens: Tensor) -> tuple[Tensor, ...]:
+    """Samples (n_samples, seq_len) in portions that run at once."""
+    return tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1]))
+
+
 def check_finite(model: nn.Module) -> None:
     """Refuse a model that has a weight which is NaN, infinite or not there.
 
@@ -168,7 +173,7 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
     tokens, chosen = check_tokens(calib, model), _chosen(model, parameters)
     g = {name: _zeros_like(p) for name, p in chosen.items()}
     h = {name: _zeros_like(p) for name, p in chosen.items()} if second else None
-    batches = tokens.split(1 if second else max(1, TOKENS_A_BATCH // tokens.shape[1]))
+    batches = tokens.split(1) if second else in_batches(tokens)
     loss = 0.0
     with _collecting(model, chosen, g, h, len(tokens)), torch.enable_grad():
         for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, delay=1):

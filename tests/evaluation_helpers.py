@@ -71,6 +71,15 @@ def opt(seed=0):
     return OPTForCausalLM(config).eval()
 
 
+def dense_folder(root, **options):
+    """A checkpoint folder with a tokenizer, and a text beside it; with options of `save_pretrained`."""
+    folder = root / "dense"
+    llama(num_key_value_heads=4, num_attention_heads=8, head_dim=4).save_pretrained(folder, **options)
+    byte_tokenizer().save_pretrained(folder)
+    (folder.parent / "text.txt").write_text(TEXT)
+    return folder
+
+
 def choice_task(n_questions=24, normalize=False, name="made_up"):
     """Choices of unequal length behind contexts of unequal length."""
     animals = ["a cat", "an old grey dog", "bees", "the very small bird"]

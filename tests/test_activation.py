@@ -79,7 +79,7 @@ def test_batches_add_up(monkeypatch):
     model = FAMILIES["opt"].model()
     groups = discover(model).of_kind("ffn_channel")
     whole = score(model, groups, Activation(), tokens())
-    monkeypatch.setattr("prunekit.importance.inputs.TOKENS_A_BATCH", 9)
+    monkeypatch.setattr("prunekit.calibration.TOKENS_A_BATCH", 9)
     apart = score(model, groups, Activation(), tokens())
     for name, values in whole.items():
         torch.testing.assert_close(apart[name], values)

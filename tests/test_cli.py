@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from evaluation_helpers import TEXT, byte_tokenizer, llama
+from evaluation_helpers import dense_folder
 from families import FAMILIES
 from shared import shared_path
 from transformers import AutoModelForCausalLM
@@ -23,11 +23,7 @@ COMMANDS = ("discover", "prune", "recover", "evaluate", "export", "tour", "lab")
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A checkpoint folder with a tokenizer, and a text beside it."""
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    llama(num_key_value_heads=4, num_attention_heads=8, head_dim=4).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    (folder.parent / "text.txt").write_text(TEXT)
-    return folder
+    return dense_folder(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from evaluation_helpers import TEXT, byte_tokenizer, llama
+from evaluation_helpers import byte_tokenizer, dense_folder
 from gguf import GGUFReader
 
 from prunekit import discover, load
@@ -14,11 +14,7 @@ from prunekit.pruning import PruningPlan
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A checkpoint folder with a tokenizer, and a text beside it."""
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    llama(num_key_value_heads=4, num_attention_heads=8, head_dim=4).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    (folder.parent / "text.txt").write_text(TEXT)
-    return folder
+    return dense_folder(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

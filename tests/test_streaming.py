@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from evaluation_helpers import TEXT, byte_tokenizer, llama
+from evaluation_helpers import dense_folder
 from families import FAMILIES, logits, plan_keeping, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -404,11 +404,7 @@ def test_a_weight_that_is_not_finite_is_refused(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "dense"
-    llama(num_key_value_heads=4, num_attention_heads=8, head_dim=4).save_pretrained(folder, max_shard_size="60KB")
-    byte_tokenizer().save_pretrained(folder)
-    (folder.parent / "text.txt").write_text(TEXT)
-    return folder
+    return dense_folder(tmp_path_factory.mktemp("models"), max_shard_size="60KB")
 
 
 def run(*arguments):

@@ -251,10 +251,5 @@ def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str])
 
 def _tokenizer_beside(model: Any) -> Any:  # noqa: ANN401
     source = getattr(model.config, "name_or_path", "")
-    there = bool(source) and Path(source).is_dir() and keeps_tokens(model)
+    there = bool(source) and Path(source).is_dir() and not tokens_went(model)  # which it would number wrongly
     return load_tokenizer(source, False) if there else None
-
-
-def keeps_tokens(model: Any) -> bool:  # noqa: ANN401
-    """Whether a model has all the tokens that it had; if not, its old tokenizer would number them wrongly."""
-    return not tokens_went(model)

@@ -13,6 +13,7 @@ from prunekit.checkpoint.widths import Cuts, with_width
 from prunekit.discovery import CoupledGroup
 from prunekit.discovery.preparing import evaluating
 from prunekit.discovery.remembered import WRITTEN_OUT
+from prunekit.pruning.recording import configurations_of
 
 
 def plain_config(model: Any, cuts: Cuts | None = None) -> Any:  # noqa: ANN401
@@ -112,7 +113,7 @@ def first_logits(model: Any) -> torch.Tensor:  # noqa: ANN401
 @contextmanager
 def written_out(model: nn.Module) -> Iterator[None]:
     """While open, attention and experts run written out, which is one arithmetic for every width, dtype and device."""
-    configs = _configurations(model)
+    configs = [vars(config) for config in configurations_of(model)]
     before = [{name: config[name] for name in WRITTEN_OUT if name in config} for config in configs]
     try:
         for config, names in zip(configs, before, strict=True):
@@ -121,9 +122,3 @@ def written_out(model: nn.Module) -> Iterator[None]:
     finally:
         for config, names in zip(configs, before, strict=True):
             config.update(names)
-
-
-def _configurations(model: nn.Module) -> list[dict[str, Any]]:
-    """What the configurations of a model's modules hold; a cut layer has one of its own."""
-    found = [vars(module).get("config") for module in model.modules()]
-    return list({id(config): vars(config) for config in found if hasattr(config, "__dict__")}.values())

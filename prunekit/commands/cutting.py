@@ -174,7 +174,7 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
     if streams(args):
         return cut_streaming(args)
     from prunekit.checkpoint import load, save
-    from prunekit.checkpoint.saving import keeps_tokens
+    from prunekit.checkpoint.widths import tokens_went
     from prunekit.pruning import PruningPlan, prune
 
     if args.plan is not None:
@@ -188,7 +188,7 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
     small = prune(model, plan, inplace=True)
     plan = replace(plan, n_parameters=before, n_parameters_kept=n_parameters(small))  # a plan may be written by hand
     plan = replace(plan, notes={**plan.notes, **notes(args)})
-    save(small, args.out, tokenizer=tokenizer if keeps_tokens(small) else None, plan=plan, **shard_size(args))
+    save(small, args.out, tokenizer=None if tokens_went(small) else tokenizer, plan=plan, **shard_size(args))
     return plan
 
 

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from prunekit.calibration import Gradients
 from prunekit.discovery.groups import CoupledGroup
-from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import linear_readers, members_read, sums_over_inputs, wide
-from prunekit.importance.reduction import all_slice_scores, unit_scores
+from prunekit.importance.reduction import all_slice_scores, tokens_for, unit_scores
 
 
 @dataclass(frozen=True)
@@ -103,12 +102,11 @@ def _scored(
     weigh: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Unit scores from one score a weight, made of what is summed up over its inputs and of the weight (out, in)."""
-    if not isinstance(calib, Tensor):
-        raise PrunekitError(f"this importance reads tokens, not {calib!r}; give integers (n_samples, seq_len)")
+    tokens = tokens_for("this importance", calib)
     readers = linear_readers(model)
     read = [replace(group, members=members_read(group, readers)) for group in groups]
     names = dict.fromkeys(member.parameter for group in read for member in group.members)
-    sums = sums_over_inputs(model, calib, {name: readers[name] for name in names}, measure)
+    sums = sums_over_inputs(model, tokens, {name: readers[name] for name in names}, measure)
     parameters = dict(model.named_parameters())
 
     def weight_scores(name: str) -> Tensor:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration import TOKENS_A_BATCH, Gradients, check_tokens
+from prunekit.calibration import Gradients, check_tokens, in_batches
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import computing_wide, wide
-from prunekit.importance.reduction import check_takes_tokens
+from prunekit.importance.reduction import check_takes_tokens, tokens_for
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,14 @@ class BlockInfluence:
         Raises:
             PrunekitError: no tokens, a group that is no whole layer, or activations that are not finite.
         """
-        if not isinstance(calib, Tensor):
-            raise PrunekitError(f"BlockInfluence() reads tokens, not {calib!r}; give integers (n_samples, seq_len)")
+        tokens = tokens_for("BlockInfluence()", calib)
         for group in groups:
             if group.kind != "layer":
                 raise PrunekitError(
                     f"{group.name!r} is no whole layer, so it has no block influence; choose groups.of_kind('layer')"
                 )
         check_takes_tokens(model)
-        tokens = check_tokens(calib, model)
+        tokens = check_tokens(tokens, model)
         turned: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for group in groups:
@@ -57,7 +56,7 @@ class BlockInfluence:
                 stack.callback(layer.register_forward_hook(_adder(turned, group.name), with_kwargs=True).remove)
             for context in (evaluating(model), computing_wide(model), torch.no_grad()):
                 stack.enter_context(context)
-            for batch in tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1])):
+            for batch in in_batches(tokens):
                 model(input_ids=batch, use_cache=False)  # type: ignore[operator]
         for name, total in turned.items():
             if not bool(total.isfinite()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from prunekit.calibration import TOKENS_A_BATCH, check_tokens
+from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
@@ -88,7 +88,7 @@ def sums_over_inputs(
     """
     check_takes_tokens(model)
     tokens = check_tokens(calib, model)
-    batches = tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1]))
+    batches = in_batches(tokens)
     sums: dict[str, Tensor] = {}
     n_calls = len(batches) * sum(len(reader.modules) for reader in readers.values())
     bar = tqdm(total=n_calls, desc="activations", unit="layer", leave=False, delay=1)

@@ -11,6 +11,7 @@ from prunekit.calibration import Gradients
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, linear_readers, members_read, sums_over_inputs, wide
+from prunekit.importance.reduction import tokens_for
 
 RIDGE = 0.01
 ROOM = 2**30  # bytes of XᵀX that are held at once
@@ -56,14 +57,13 @@ class Reconstruction:
             PrunekitError: no tokens, a group that no linear layer or more than one reads, or activations that are not
                 finite.
         """
-        if not isinstance(calib, Tensor):
-            raise PrunekitError(f"Reconstruction() reads tokens, not {calib!r}; give integers (n_samples, seq_len)")
+        tokens = tokens_for("Reconstruction()", calib)
         readers = linear_readers(model)
         found: dict[str, Tensor] = {}
         parameters = dict(model.named_parameters())
         for read in _in_portions({group.name: _one_reader(group, readers) for group in groups}):
             names = {member.parameter: readers[member.parameter] for member in read.values()}
-            grams = sums_over_inputs(model, calib, names, lambda x: x.T @ x)
+            grams = sums_over_inputs(model, tokens, names, lambda x: x.T @ x)
             for name, member in read.items():
                 weight = wide(parameters[member.parameter].detach())
                 weight = weight.T if names[member.parameter].input_dim == 1 else weight

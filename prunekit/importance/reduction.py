@@ -47,6 +47,17 @@ def check_takes_tokens(model: nn.Module) -> None:
         )
 
 
+def tokens_for(who: str, calib: object) -> Tensor:
+    """The calibration set of an importance that runs tokens itself, such as `"Reconstruction()"`.
+
+    Raises:
+        PrunekitError: it is something else, such as gradients.
+    """
+    if not isinstance(calib, Tensor):
+        raise PrunekitError(f"{who} reads tokens, not {calib!r}; give integers (n_samples, seq_len)")
+    return calib
+
+
 def slice_scores(weights: Tensor, dim: int, granularity: str) -> Tensor:
     """One score a row, column or other slice along `dim`, from one score a weight.
 

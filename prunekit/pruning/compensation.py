@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.calibration import TOKENS_A_BATCH, check_tokens
+from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, computing_wide, linear_readers
@@ -76,7 +76,7 @@ def compensate(
     check_ridge(ridge)
     kept = _kept_outputs(plan)
     tokens = check_tokens(calib, model)
-    batches = tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1]))
+    batches = in_batches(tokens)
     readers = _readers(small, model)
     rows = []
     with evaluating(small), evaluating(model):

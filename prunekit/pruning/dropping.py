@@ -12,6 +12,7 @@ from transformers import Cache
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.parts import Part
 from prunekit.errors import PrunekitError
+from prunekit.pruning.recording import configurations_of
 
 
 class Skipped(nn.Module):
@@ -138,8 +139,7 @@ def _renumber(layers: list[nn.Module], kept: list[int]) -> None:
 
 def _shorten_configurations(model: nn.Module, n_layers: int, kept: list[int]) -> None:
     """The number of layers, and what a configuration says layer by layer."""
-    configs = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
-    for config in configs.values():
+    for config in configurations_of(model):
         if getattr(config, "num_hidden_layers", None) == n_layers:
             computed = {name: [value[i] for i in kept] for name, value in _computed_lists(config, n_layers)}
             for name, value in list(layer_lists(config, n_layers)):

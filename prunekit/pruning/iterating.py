@@ -51,8 +51,10 @@ def plan_in_steps(
         raise PrunekitError(f"kinds={kinds} has some that go whole; take blocks and layers in a plan of their own")
     groups = discover(model)
     chosen, small = plan(groups, _ones(groups), _part(pruning_ratio, 0.0), **options), model
+    scores: Scores | None = None
     for step in tqdm(range(1, n_steps + 1), desc="steps", leave=False, delay=1):
-        scores = _scores(groups, chosen, small, importance, calib)
+        if scores is None:  # a step that was passed over changed nothing
+            scores = _scores(groups, chosen, small, importance, calib)
         try:
             chosen = plan(groups, scores, _part(pruning_ratio, step / n_steps), **options, after=chosen)
         except BudgetError:
@@ -60,7 +62,7 @@ def plan_in_steps(
                 raise
             continue
         if step < n_steps:
-            small = prune(model, chosen)
+            small, scores = prune(model, chosen), None
     return chosen
 
 

@@ -10,6 +10,12 @@ from prunekit.discovery import Groups
 from prunekit.pruning.plans import PruningPlan
 
 
+def configurations_of(model: nn.Module) -> list[Any]:
+    """The configurations that a model's modules hold, each once; a cut layer has one of its own."""
+    found = [vars(module).get("config") for module in model.modules()]
+    return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())
+
+
 def own_configurations(model: nn.Module) -> None:
     """Give a model configurations that no other model holds, in place.
 
