@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from prunekit.errors import PrunekitError
     from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
     from prunekit.importance import (
+        Ablation,
         Activation,
         BlockInfluence,
         Fluctuation,
@@ -50,6 +51,7 @@ _ROOMS = {
     "errors": ("PrunekitError",),
     "evaluation": ("Report", "compare", "compare_accuracy", "cost", "evaluate", "perplexity", "zero_shot"),
     "importance": (
+        "Ablation",
         "Activation",
         "BlockInfluence",
         "Fluctuation",
@@ -66,6 +68,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Ablation",
     "Activation",
     "BlockInfluence",
     "CoupledGroup",

@@ -3,12 +3,16 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from prunekit.discovery.parts import outermost_elements
+from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.text import DOCUMENT_SEPARATOR, TextSource, read_documents, tokenize
 
@@ -107,6 +111,24 @@ def in_batches(tokens: Tensor) -> tuple[Tensor, ...]:
     return tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1]))
 
 
+@torch.no_grad()
+def mean_loss(model: nn.Module, calib: Tensor) -> float:
+    """Mean loss over a calibration set, nats a token.
+
+    Args:
+        model: a causal LM; left as it was.
+        calib: integers (n_samples, seq_len).
+
+    Raises:
+        PrunekitError: bad tokens, or a loss that is not finite.
+    """
+    tokens, total = check_tokens(calib, model), 0.0
+    with evaluating(model):
+        for batch in in_batches(tokens):
+            total += _summed_loss(model, batch).item()
+    return total / len(tokens)
+
+
 def check_finite(model: nn.Module) -> None:
     """Refuse a model that has a weight which is NaN, infinite or not there.
 
@@ -153,7 +175,8 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
     The model is left as it was, whatever happens: training mode, `requires_grad` and `.grad` of every
     parameter. Frozen and half-precision parameters are fine; sums are kept in float32 (float64 for
     float64). Each gradient is added to its sum and freed as soon as it exists, so the peak is the model,
-    the sums and the activations of one batch (one sample where `second`).
+    the sums and the activations of one batch (one sample where `second`); after
+    `model.gradient_checkpointing_enable()` those between its layers and inside one.
 
     Args:
         model: a causal LM.
@@ -175,7 +198,7 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
     h = {name: _zeros_like(p) for name, p in chosen.items()} if second else None
     batches = tokens.split(1) if second else in_batches(tokens)
     loss = 0.0
-    with _collecting(model, chosen, g, h, len(tokens)), torch.enable_grad():
+    with _collecting(model, chosen, g, h, len(tokens)), _checkpointed(model), torch.enable_grad():
         for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, delay=1):
             loss += _backward(model, batch) / len(tokens)
     _check_gradients(g)
@@ -200,13 +223,35 @@ def _zeros_like(parameter: Tensor) -> Tensor:
 
 def _backward(model: nn.Module, batch: Tensor) -> float:
     """Backward through the summed loss of a batch's samples; the sum."""
+    loss = _summed_loss(model, batch)
+    loss.backward()
+    return loss.item()
+
+
+def _summed_loss(model: nn.Module, batch: Tensor) -> Tensor:
     loss = model(input_ids=batch, labels=batch, use_cache=False).loss * len(batch)
     if not bool(torch.isfinite(loss)):
         raise PrunekitError(
             f"the loss is {loss.item()} though all weights are finite: load the model in float32 or bfloat16"
         )
-    loss.backward()
-    return loss.item()
+    return loss
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """While open, activations inside a layer are computed again on the way back, where a model is set to do so."""
+    asked = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    modules = [model.get_submodule(path) for path in outermost_elements(model)] if asked else []
+    before = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 @contextmanager

@@ -259,6 +259,13 @@ LOAD = {
     "a format of the future": ("cut", config(format=2), ["has format 2", "reads 1"]),
     "no format": ("cut", config(format=None), ["has format None"]),
     "stages that are no list": ("cut", config(stages={}), ["stages", "a list of group name"]),
+    "biases that are no names": ("cut", config(biases=[3]), ["biases", "list of names"]),
+    "a bias of what is no layer": ("cut", config(biases=["model.norm.bias"]), ["no linear layer", "model.norm.bias"]),
+    "a bias that is not stored": (
+        "cut",
+        config(biases=["model.layers.0.mlp.up_proj.bias"]),
+        ["lacks the weights of model.layers.0.mlp.up_proj.bias"],
+    ),
     "units that are words": ("cut", stage(mlp__ffn_channel=["all"]), ["stages", "units kept"]),
     "a group that is not there": ("cut", stage(mlp__nose=[0]), ["no group is called 'model.layers.0.mlp:nose'"]),
     "a unit that is not there": ("cut", stage(mlp__ffn_channel=[0, 96]), ["ffn_channel", "0 to 95"]),

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, logits, plan_keeping, random_units, relative_difference
+from families import FAMILIES, logits, plan_keeping, random_units, relative_difference, zero_units
 from torch import nn
 
-from prunekit import PrunekitError, PruningPlan, discover, prune
+from prunekit import PrunekitError, PruningPlan, discover, export, load, prune, save
+from prunekit.layerwise import Layerwise
 from prunekit.pruning import surgery
 from prunekit.pruning.compensation import _run_once, compensate
 
@@ -60,17 +61,18 @@ def test_one_layer_by_hand():
         model(calibration()), small(calibration())
     for hook in hooks:
         hook.remove()
-    x = seen["small"][0].flatten(0, 1)
-    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    old = plain.get_submodule(last)
-    start = torch.cat([old.weight, old.bias[None]])
-    y = seen["dense"][1].flatten(0, 1)
-    gram = x.T @ x
-    damping = 0.05 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    expected = start + torch.linalg.solve(gram + damping, x.T @ (y - x @ start))
-    torch.testing.assert_close(small.get_submodule(last).weight, expected[:-1])
-    torch.testing.assert_close(small.get_submodule(last).bias, expected[-1])
-    assert table["error_after"].iloc[-1] == pytest.approx(float((y - x @ expected).square().sum() / y.square().sum()))
+    x, y, old = seen["small"][0].flatten(0, 1), seen["dense"][1].flatten(0, 1), plain.get_submodule(last)
+    with torch.no_grad():
+        rest = y - old(x)
+        centred = x - x.mean(0)
+        gram = centred.T @ centred
+        damping = 0.05 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        change = torch.linalg.solve(gram + damping, centred.T @ rest)
+        weight, bias = old.weight + change, old.bias + (rest - x @ change).mean(0)
+    torch.testing.assert_close(small.get_submodule(last).weight.detach(), weight)
+    torch.testing.assert_close(small.get_submodule(last).bias.detach(), bias)
+    left = y - x @ weight - bias
+    assert table["error_after"].iloc[-1] == pytest.approx(float(left.square().sum() / y.square().sum()))
 
 
 EVERY = [name for name in FAMILIES if "peft" not in name]
@@ -84,6 +86,80 @@ def test_each_layer_and_the_whole_come_nearer_in_every_family(name):
     assert len(table) and (table["error_after"] <= table["error_before"]).all()
     assert relative_difference(logits(small), logits(model)) < before
     assert all(torch.equal(value, dense[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "opt_projected", "gemma3", "mixtral"])
+def test_layer_by_layer_is_the_same_as_from_the_start_each_time(name, monkeypatch):
+    """OPT's projections stand before and behind the layers."""
+    model, plan, small = cut(FAMILIES[name])
+    if name == "opt_projected":
+        whole = replace(plan_keeping(discover(model), {**plan.keep, "model.decoder:hidden": list(range(12))}))
+        plan = replace(whole, groups=discover(model)) if "model.decoder:hidden" in whole.n_units else plan
+    other = copy.deepcopy(small)
+    table = compensate(small, model, plan, calibration(96))
+    monkeypatch.setattr(Layerwise, "of", lambda *_: None)
+    again = compensate(other, model, plan, calibration(96))
+    assert torch.equal(logits(other), logits(small)) and table.equals(again)
+
+
+def test_a_bias_alone_is_the_mean_of_what_is_lacking():
+    """FLAP's compensation: LLaMA's readers are given a bias, and no weight changes."""
+    model, plan, small = cut(FAMILIES["llama_gqa"])
+    plain = copy.deepcopy(small)
+    table = compensate(small, model, plan, calibration(), fit="bias")
+    first = table["module"].iloc[0]
+    assert first == "model.layers.0.self_attn.o_proj"
+    with torch.no_grad():
+        outputs = {}
+        for key, m in {"dense": model, "plain": plain}.items():
+            hook = m.get_submodule(first).register_forward_hook(lambda _, x, y, key=key: outputs.update({key: y}))
+            m(calibration())
+            hook.remove()
+    expected = (outputs["dense"] - outputs["plain"]).mean((0, 1))
+    torch.testing.assert_close(small.get_submodule(first).bias.detach(), expected)
+    assert all(torch.equal(p, dict(small.named_parameters())[n]) for n, p in plain.named_parameters())
+    assert (table["error_after"] < table["error_before"]).all()
+
+
+@pytest.mark.parametrize(("fit", "better"), [("bias", "none"), ("both", "weights")])
+def test_more_that_may_be_fitted_leaves_a_smaller_error(fit, better):
+    model, plan, small = cut(FAMILIES["qwen2"])
+    first = compensate(small, model, plan, calibration(96), fit=fit)["error_after"].iloc[0]
+    other = prune(model, plan)
+    table = compensate(other, model, plan, calibration(96))
+    assert first < table["error_before" if better == "none" else "error_after"].iloc[0]
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen2", "olmo"])
+def test_biases_that_were_added_are_saved_and_cut_along(name, tmp_path):
+    """Also after whole layers went, when modules stand elsewhere."""
+    model, plan, small = cut(FAMILIES[name])
+    compensate(small, model, plan, calibration(), fit="bias")
+    groups = discover(small)
+    keep = {"model.layers.0:layer": [], groups.of_kind("ffn_channel")[1].name: list(range(20))}
+    for number, m in enumerate((small, prune(small, plan_keeping(groups, keep)))):
+        folder = save(m, tmp_path / str(number), plan=plan)
+        loaded = load(folder)[0]
+        assert torch.equal(logits(loaded), logits(m)) and loaded.model.layers[-1].mlp.down_proj.bias is not None
+        assert "linear layers were given one" in (folder / "README.md").read_text()
+        assert [g.n_units for g in discover(loaded)] == [g.n_units for g in discover(m)]
+        with pytest.raises(PrunekitError, match="no word for the biases that were added; re-fit with fit='weights'"):
+            export(m, tmp_path / "padded", layout="padded")
+
+
+def test_cut_is_zero_with_biases_that_were_added():
+    model, plan, small = cut(FAMILIES["llama_gqa"])
+    compensate(small, model, plan, calibration(), fit="both")
+    groups = discover(small)
+    keep = {group.name: list(range(group.n_units // 2)) for group in groups.of_kind("ffn_channel")}
+    rest = plan_keeping(groups, keep)
+    assert relative_difference(logits(prune(small, rest)), logits(zero_units(small, groups, rest))) < 1e-12
+
+
+def test_an_unknown_fit_is_refused():
+    model, plan, small = cut(FAMILIES["llama_gqa"])
+    with pytest.raises(PrunekitError, match="fit='biases' is unknown; allowed: 'weights', 'bias', 'both'"):
+        compensate(small, model, plan, calibration(), fit="biases")
 
 
 def test_nothing_changes_under_an_endless_ridge():
@@ -181,7 +257,7 @@ def test_what_goes_wrong_in_the_fit_is_said_once_and_outside_the_cut(monkeypatch
     plan = replace(plan_keeping(groups, {"model.layers.1.mlp:ffn_channel": list(range(40))}), groups=groups)
     collected = []
 
-    def fails(*_args):
+    def fails(*_args, **_options):
         collected.append(gc.isenabled())
         raise PrunekitError("no fit")
 

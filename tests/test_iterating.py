@@ -38,7 +38,7 @@ def test_steps_are_nested_and_the_last_meets_the_budget(model, monkeypatch, opti
 def test_scores_are_those_of_what_is_left(model, monkeypatch):
     """With two layers that depend on each other, scores change, and so does the choice."""
     seen = []
-    monkeypatch.setattr(iterating, "score", lambda *args: seen.append(score(*args)) or seen[-1])
+    monkeypatch.setattr(iterating, "score", lambda *args, **more: seen.append(score(*args, **more)) or seen[-1])
     plan_in_steps(model, Taylor(), 0.4, CALIB, n_steps=2)
     name = "model.layers.1.mlp:ffn_channel"
     assert len(seen) == 2 and len(seen[1][name]) < len(seen[0][name])

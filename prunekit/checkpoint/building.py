@@ -1,5 +1,6 @@
 """Models without weights: built from a configuration, cut again as recorded, measured before memory is asked for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,17 +37,27 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | kept
 
 
-def cut_again(model: Any, groups: Groups, stages: Stages) -> Any:  # noqa: ANN401
+def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] = ()) -> Any:  # noqa: ANN401
     """An uncut model without weights, with every recorded cut made again in order.
 
     Args:
         model: that is cut in place.
         groups: of the model.
         stages: group name → units kept, cut after cut.
+        biases: parameters that linear layers were given since.
+
+    Raises:
+        PrunekitError: a bias of what is no linear layer, or has one; or what `prune` raises.
     """
     for number, keep in enumerate(stages):
         groups = discover(model) if number else groups
         model = prune(model, _recorded_plan(groups, keep), inplace=True)
+    modules = dict(model.named_modules())
+    for name in biases:
+        linear = modules.get(name.removesuffix(".bias"))
+        if not name.endswith(".bias") or not isinstance(linear, nn.Linear) or linear.bias is not None:
+            raise PrunekitError(f"no linear layer lacks a bias called {name!r}")
+        linear.bias = nn.Parameter(linear.weight.new_empty(linear.out_features))
     return model
 
 

@@ -228,10 +228,11 @@ def _check_record(folder: Path, saved: dict[str, Any]) -> None:
     stages: Any = saved.get("stages")
     base = saved.get("base_config")
     units = [u for stage in stages for u in stage.values()] if _is_list_of(stages, dict) else [None]
-    if not isinstance(base, dict) or not all(_is_list_of(u, int) for u in units):
+    named = _is_list_of(saved.get("biases", []), str)
+    if not isinstance(base, dict) or not all(_is_list_of(u, int) for u in units) or not named:
         raise PrunekitError(
             f"config.json of {str(folder)!r} must have base_config, an object, and stages, a list of group name → "
-            "units kept; restore it from its source"
+            "units kept, and its biases, if any, must be a list of names; restore it from its source"
         )
 
 
@@ -245,7 +246,7 @@ def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], optio
         check_size(config, stored, str(folder), factor=LEAST_PART_LEFT)
         model = empty_model(config, **options)
         groups = discover(model)
-        small = cut_again(model, groups, saved["stages"])
+        small = cut_again(model, groups, saved["stages"], saved.get("biases", []))
         check_widths(saved, groups)
         return small
     except Exception as error:  # a configuration its family refuses: any exception of any validator
@@ -282,10 +283,15 @@ def _known_dtype(dtype: torch.dtype | str) -> Any:  # noqa: ANN401
 
 
 def _fill(model: Any, folder: Path, stored: dict[str, Stored]) -> None:  # noqa: ANN401
-    """Give an empty model its weights, file by file; tied ones are stored once."""
+    """Give an empty model its weights, file by file; tied ones are stored once.
+
+    They are copied to memory of torch's own: a mapped file is aligned otherwise, and on some processors other kernels
+    would then compute other last digits than before the model was saved.
+    """
     _check_fit(model, folder, stored)
     for file in sorted({tensor.file for tensor in stored.values()}):
-        model.load_state_dict(load_file(file), strict=False, assign=True)
+        weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
 
 

@@ -29,6 +29,8 @@ def padded_model(model: Any, cuts: Cuts) -> Any:  # noqa: ANN401
     Raises:
         PrunekitError: zeros would change what it computes, as where a norm's statistics span what was cut.
     """
+    if cuts.biases:
+        raise _refusal("its configuration has no word for the biases that were added; re-fit with fit='weights'")
     padded = empty_model(_roomy(cuts))
     survivors, like = _survivors(discover(padded), cuts), next(model.parameters())
     state = {name: torch.zeros(p.shape, dtype=like.dtype, device=like.device) for name, p in padded.named_parameters()}

@@ -193,7 +193,7 @@ def _record(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
     described = cuts.described() | {"architectures": [type(model).__name__]}
     try:
         uncut = empty_model(AutoConfig.for_model(**described))
-        rebuilt = cut_again(uncut, cuts.groups, cuts.stages)
+        rebuilt = cut_again(uncut, cuts.groups, cuts.stages, cuts.biases)
     except Exception as error:  # code that came with a checkpoint, or a configuration its family refuses
         raise PrunekitError(f"this cut model cannot be rebuilt from its record, so it is not saved: {error}") from error
     if shapes_of(rebuilt) != shapes_of(model):
@@ -207,6 +207,7 @@ def _record(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
             "number; keep all layers, or give prunekit.export(layout='padded') a model whose layers all stand"
         )
     record = {"model_type": MODEL_TYPE, "format": FORMAT, "stages": cuts.stages, "base_config": described}
+    record |= {"biases": list(cuts.biases)} if cuts.biases else {}
     return record | {"not_plain": unsaid(cuts)} | layer_widths(cuts)
 
 

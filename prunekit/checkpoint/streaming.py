@@ -19,7 +19,7 @@ from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
-from prunekit.importance import HyWIA, Importance, Random, Scores, Taylor
+from prunekit.importance import Ablation, HyWIA, Importance, Random, Scores, Taylor
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
 from prunekit.pruning.planning import DEFAULT_KINDS
@@ -105,10 +105,15 @@ def check_streamable(importance: Importance) -> None:
     Raises:
         PrunekitError: names those that do not.
     """
-    if isinstance(importance, (Taylor, HyWIA)):
+    if isinstance(importance, (Taylor, HyWIA, Ablation)):
+        why = (
+            "silences units in memory, one after the other"
+            if isinstance(importance, Ablation)
+            else "needs the gradient of every weight, which takes more memory than the model"
+        )
         raise PrunekitError(
-            f"{importance!r} needs the gradient of every weight, which takes more memory than the model; to stream a "
-            "checkpoint, take Activation(), Magnitude() or Random(): activation, l1, l2 or random by name"
+            f"{importance!r} {why}; to stream a checkpoint, take Activation(), Magnitude() or Random(): activation, "
+            "l1, l2 or random by name"
         )
     if not isinstance(importance, Importance):
         raise PrunekitError(f"{importance!r} is no importance and no plan; give Activation(), Magnitude() or Random()")

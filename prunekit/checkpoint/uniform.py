@@ -44,15 +44,16 @@ def narrowed(cuts: Cuts) -> Any:  # noqa: ANN401
 def unsaid(cuts: Cuts) -> list[str]:
     """What of a cut its family has no words for, such as `"ffn_channel: 396 to 397 of 512 in each layer"`.
 
-    A width that differs between layers, that no field says, or whose value the family refuses, and blocks that went.
-    Where each can be said and only all together cannot, all are named.
+    A width that differs between layers, that no field says, or whose value the family refuses, blocks that went, and
+    biases that came. Where each can be said and only all together cannot, all are named.
     """
     gone = [name for name, units in cuts.left.items() if not units]
     widths = [groups for name, groups in cuts.roles.items() if not _can_say(cuts, name)]
-    widths = widths if widths or gone else list(cuts.roles.values())
+    added = [f"bias: {len(cuts.biases)} linear layers were given one"] if cuts.biases else []
+    widths = widths if widths or gone or added else list(cuts.roles.values())
     kinds = [name.rpartition(":")[0].rpartition(".")[2] if name.endswith(":block") else "layer" for name in gone]
     told = [_width(cuts, [group for group in groups if not _inside(group, gone)]) for groups in widths]
-    return list(dict.fromkeys([*told, *(f"{kind}: {kinds.count(kind)} went" for kind in kinds)]))
+    return list(dict.fromkeys([*told, *(f"{kind}: {kinds.count(kind)} went" for kind in kinds), *added]))
 
 
 def _can_say(cuts: Cuts, name: str) -> bool:

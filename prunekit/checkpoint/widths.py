@@ -26,11 +26,13 @@ class Cuts:
         config: of the uncut model.
         groups: of the uncut model.
         stages: group name → units kept, cut after cut.
+        biases: parameters that the uncut model has nothing like, such as `compensate(fit="bias")` adds.
     """
 
     config: Any
     groups: Groups
     stages: Stages
+    biases: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: Any, *, all_layers: bool = False) -> "Cuts":  # noqa: ANN401
@@ -49,7 +51,8 @@ class Cuts:
         try:
             on_all_tokens(config, record)
             stages = on_all_layers(config, record["stages"]) if all_layers else without_layers(record["stages"])
-            return cls(config, discover(empty_model(config)), stages)
+            groups = discover(empty_model(config))
+            return cls(config, groups, stages, _added_biases(model, groups))
         except Exception as error:  # code that came with a checkpoint, a record or a configuration that makes no sense
             raise PrunekitError(
                 f"this cut model cannot be rebuilt from its record, so it is not saved: {error}"
@@ -98,8 +101,13 @@ class Cuts:
 
 
 def role(name: str) -> str:
-    """A group's name without the number of its layer."""
+    """A group's or parameter's name without the number of its layer."""
     return re.sub(r"(?<=\.)\d+(?=[.:])", "*", name)
+
+
+def _added_biases(model: Any, groups: Groups) -> tuple[str, ...]:  # noqa: ANN401
+    known = set(map(role, groups.shapes))
+    return tuple(n for n, _ in model.named_parameters() if n.endswith(".bias") and role(n) not in known)
 
 
 def on_all_tokens(config: Any, record: dict[str, Any]) -> None:  # noqa: ANN401

@@ -46,7 +46,7 @@ def load_for(args: argparse.Namespace, importance: "Importance") -> tuple[Any, A
     from prunekit.pruning.planning import check_options
 
     check_options(args.pruning_ratio, **planning(args))
-    if not importance.needs_calibration:
+    if not importance.needs_calibration and not args.normalize:
         return load(args.model)
     check_calibration(args)
     return load_with_tokenizer(args.model, "a calibration text")
@@ -76,12 +76,16 @@ def make_plan(args: argparse.Namespace, model: Any, tokenizer: Any, importance: 
     from prunekit.checkpoint.streaming import candidates
     from prunekit.discovery import discover
     from prunekit.importance import score
-    from prunekit.pruning import plan
+    from prunekit.pruning import plan, plan_in_steps
 
-    groups = discover(model)
-    calib = calibrate(args, tokenizer) if importance.needs_calibration else None
-    scores = score(model, candidates(groups, args.kinds), importance, calib)
-    made = plan(groups, scores, args.pruning_ratio, **planning(args))
+    calib = calibrate(args, tokenizer) if importance.needs_calibration or args.normalize else None
+    if args.steps:
+        options = planning(args) | {"n_steps": args.steps, "normalize": args.normalize}
+        made = plan_in_steps(model, importance, args.pruning_ratio, calib, **options)
+    else:
+        groups = discover(model)
+        scores = score(model, candidates(groups, args.kinds), importance, calib, normalize=args.normalize)
+        made = plan(groups, scores, args.pruning_ratio, **planning(args))
     if "whole" in made.notes:
         print(f"prunekit: nothing goes of {made.notes['whole']}", file=sys.stderr)
     return made
@@ -116,6 +120,9 @@ def calibrate_streaming(args: argparse.Namespace) -> "Tensor":
 def notes(args: argparse.Namespace) -> dict[str, str]:
     """Where the model and its scores come from, for the plan and the model card."""
     told = {"made from": str(args.model)}
-    if args.calibration is not None and choose_importance(args).needs_calibration:
+    reads = args.compensate or args.normalize or (args.plan is None and choose_importance(args).needs_calibration)
+    if args.compensate:
+        told["compensated"] = f"{args.compensate} re-fitted by least squares"
+    if args.calibration is not None and reads:
         told["calibration"] = "{n_samples} windows of {seq_len} tokens, seed {seed}".format(**drawn(args))
     return told

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.commands.choosing import (
     DRAWN,
+    calibrate,
     calibrate_streaming,
     choose_importance,
     load_for,
@@ -22,6 +23,7 @@ from prunekit.commands.options import (
     add_json,
     add_model,
     listed,
+    need_tokenizer,
     number,
     print_json,
     text_table,
@@ -53,6 +55,8 @@ PLANNING = (
     "granularity",
     "calibration",
     "ranking",
+    "normalize",
+    "steps",
     "of",
     "kinds",
     "protect_layers",
@@ -60,6 +64,10 @@ PLANNING = (
     *DRAWN,
 )
 
+NAMES = (
+    "taylor, taylor-vector, taylor-second, taylor-mixed, hywia, activation, fluctuation, reconstruction, ablation, "
+    "block-influence, l1, l2 or random"
+)
 OF = "what the ratio counts: parameters (default; widths may differ a little between layers) or units (the same in all)"
 
 
@@ -74,19 +82,19 @@ def add(commands: Any) -> None:
     parser.add_argument("--plan", metavar="PLAN.json", help="cut by this plan; nothing is scored")
     _add_scoring(parser)
     _add_planning(parser)
+    _add_compensation(parser)
     _add_writing(parser)
     add_json(parser)
 
 
 def _add_scoring(parser: Parser) -> None:
     group = parser.add_argument_group("what is important")
-    names = "taylor, taylor-vector, taylor-second, taylor-mixed, activation, l1, l2 or random (default: taylor)"
-    group.add_argument("--importance", help=names)
+    group.add_argument("--importance", help=f"{NAMES} (default: taylor)")
     group.add_argument("--granularity", help="of taylor: element (default) or vector")
     group.add_argument(
         "--calibration",
         metavar="TEXT",
-        help='text file for taylor and activation, or "world" (the default where MODEL is world)',
+        help='text file for all but l1, l2 and random, or "world" (the default where MODEL is world)',
     )
     group.add_argument("--n-samples", type=number(int, 1), help=f"windows of that text (default: {DRAWN['n_samples']})")
     group.add_argument("--seq-len", type=number(int, 2), help=f"tokens a window (default: {DRAWN['seq_len']})")
@@ -96,10 +104,23 @@ def _add_scoring(parser: Parser) -> None:
 def _add_planning(parser: Parser) -> None:
     group = parser.add_argument_group("what may go")
     group.add_argument("--ranking", help="local: every group loses the same share (default); global: all compete")
+    group.add_argument("--normalize", choices=("loss",), help="loss: scores scaled to what the loss really does")
+    group.add_argument("--steps", type=number(int, 1), help="cut in so many steps, scored anew after each (default: 1)")
     group.add_argument("--of", help=OF)
     group.add_argument("--kinds", type=listed(), help="kinds of groups, with commas (default: kv_head,ffn_channel)")
     group.add_argument("--protect-layers", type=listed(number(int, 0)), metavar="0,4", help="layers that stay whole")
     group.add_argument("--round-to", type=number(int, 1), help="keep multiples of this many units (default: 1)")
+
+
+def _add_compensation(parser: Parser) -> None:
+    group = parser.add_argument_group("what is left")
+    group.add_argument(
+        "--compensate",
+        nargs="?",
+        const="weights",
+        choices=("weights", "bias", "both"),
+        help="re-fit what reads the pruned units on the calibration text: its weights (default), its bias, or both",
+    )
 
 
 def _add_writing(parser: Parser) -> None:
@@ -157,12 +178,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         PrunekitError: names the first option too many, or the two of which one is needed.
     """
-    given = [name for name in PLANNING if getattr(args, name) is not None]
+    read = ("calibration", *DRAWN) if args.compensate else ()  # by the re-fit too
+    given = [name for name in PLANNING if getattr(args, name) is not None and name not in read]
     if args.plan is not None and given:
         option = "--" + given[0].replace("_", "-")
         raise PrunekitError(f"--plan says already what goes; leave out {option}, or leave out --plan")
     if args.plan is None and args.pruning_ratio is None:
         raise PrunekitError("how much is to go? give --pruning-ratio, such as 0.2, or --plan PLAN.json")
+    if args.compensate and args.calibration is None and args.model != "world":
+        raise PrunekitError("--compensate reads text; give --calibration with a text file or 'world'")
 
 
 def cut(args: argparse.Namespace) -> "PruningPlan":
@@ -185,7 +209,11 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
         model, tokenizer = load_for(args, importance)
         plan = make_plan(args, model, tokenizer, importance)
     before = n_parameters(model)
-    small = prune(model, plan, inplace=True)
+    if args.compensate:
+        calib = calibrate(args, need_tokenizer(args.model, tokenizer, "a calibration text"))
+        small = prune(model, plan, compensate=calib, fit=args.compensate)
+    else:
+        small = prune(model, plan, inplace=True)
     plan = replace(plan, n_parameters=before, n_parameters_kept=n_parameters(small))  # a plan may be written by hand
     plan = replace(plan, notes={**plan.notes, **notes(args)})
     save(small, args.out, tokenizer=None if tokens_went(small) else tokenizer, plan=plan, **shard_size(args))
@@ -218,6 +246,9 @@ def cut_streaming(args: argparse.Namespace) -> "PruningPlan":
     from prunekit.checkpoint.streaming import check_streamable, prune_checkpoint
     from prunekit.pruning import PruningPlan
 
+    for name in ("compensate", "normalize", "steps"):
+        if getattr(args, name) is not None:
+            raise PrunekitError(f"--{name} needs the whole model in memory; leave it out, or give --no-streaming")
     local_folder(args.model)
     options: dict[str, Any] = {"notes": notes(args), **shard_size(args)}
     if args.plan is not None:

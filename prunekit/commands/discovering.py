@@ -89,7 +89,7 @@ def without_weights(folder: Path) -> Any:
     model = empty_model(config)
     if "prunekit" in saved or type(model).__name__ not in config.architectures:
         raise PrunekitError(f"{str(folder)!r} is not what its configuration says; load it")
-    return cut_again(model, discover(model), saved["stages"]) if cut else model
+    return cut_again(model, discover(model), saved["stages"], saved.get("biases", [])) if cut else model
 
 
 def check_picture(args: argparse.Namespace) -> None:

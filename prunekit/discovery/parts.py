@@ -67,6 +67,18 @@ def list_elements(model: nn.Module) -> set[str]:
     return {f"{path}.{i}" for path, module in lists for i in range(len(module))}
 
 
+def outermost_elements(model: nn.Module) -> list[str]:
+    """Paths of the elements of the longest list of modules that lies in no other one, in order: the layers."""
+    elements = list_elements(model)
+    lists: dict[str, list[str]] = {}
+    for path in elements:
+        above = path.rpartition(".")[0]
+        if not any(f"{above}.".startswith(f"{other}.") for other in elements):
+            lists.setdefault(above, []).append(path)
+    longest = max(lists.values(), key=lambda paths: len(paths), default=[])
+    return sorted(longest, key=lambda path: int(path.rpartition(".")[2]))
+
+
 @contextmanager
 def probing(model: nn.Module, mode: LabelMode, found: dict[str, Part]) -> Iterator[None]:
     """While open, every module with parts of its own is watched; what does nothing goes into `found`."""

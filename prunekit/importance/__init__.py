@@ -1,5 +1,6 @@
 """Groups and statistics → one score a unit."""
 
+from prunekit.importance.ablation import Ablation, silenced
 from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.fusion import FusedScores, HyWIA, fuse
@@ -11,6 +12,7 @@ from prunekit.importance.taylor import Taylor
 
 __all__ = [
     "IMPORTANCES",
+    "Ablation",
     "Activation",
     "BlockInfluence",
     "Fluctuation",
@@ -25,4 +27,5 @@ __all__ = [
     "fuse",
     "importance_from_name",
     "score",
+    "silenced",
 ]

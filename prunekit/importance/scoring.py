@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from prunekit.calibration import Gradients, check_finite
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
+from prunekit.importance.ablation import Ablation, scaled_to_loss
 from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.fusion import HyWIA
 from prunekit.importance.influence import BlockInfluence
 from prunekit.importance.reconstruction import Reconstruction
+from prunekit.importance.reduction import check_choice
 from prunekit.importance.scores import Scores
 from prunekit.importance.taylor import Taylor
 
@@ -43,6 +45,7 @@ IMPORTANCES: dict[str, Callable[..., Importance]] = {
     "taylor-second": partial(Taylor, order="second"),
     "taylor-mixed": partial(Taylor, order="mixed"),
     "hywia": HyWIA,
+    "ablation": Ablation,
     "activation": Activation,
     "block-influence": BlockInfluence,
     "fluctuation": Fluctuation,
@@ -81,6 +84,8 @@ def score(
     groups: Groups | Iterable[CoupledGroup],
     importance: Importance,
     calib: Tensor | Gradients | None = None,
+    *,
+    normalize: str | None = None,
 ) -> Scores:
     """How important is each unit of each group.
 
@@ -91,14 +96,20 @@ def score(
             members of `Importance`.
         calib: integers (n_samples, seq_len), or what `gather_gradients` gathered over them (so that several
             importances share one pass); None where the importance reads no data.
+        normalize: `"loss"` multiplies each group's scores by one factor, so that those of its lower half add up to
+            what the loss really rises by when that half is silenced (one pass a group). Then units of different groups
+            and kinds compare under `plan(ranking="global")`, whatever the importance; the order inside a group stays.
+            None leaves scores as they are, which compare across groups where they estimate a loss themselves
+            (`Taylor`).
 
     Returns:
         Group name → detached float CPU tensor (n_units,): float32, or float64 for a float64 model.
 
     Raises:
         PrunekitError: no groups, groups of another model, no calibration set where one is needed, weights
-            that are NaN or infinite, or what the importance raises.
+            that are NaN or infinite, an unknown `normalize`, or what the importance raises.
     """
+    check_choice("normalize", normalize, (None, "loss"))
     if not isinstance(importance, Importance):
         raise PrunekitError(
             f"importance {importance!r} is unknown; give Taylor(), Activation(), Magnitude() or Random()"
@@ -111,10 +122,10 @@ def score(
     with torch.no_grad():
         values = importance.unit_scores(model, chosen, calib)
     plain = {name: value.detach().cpu() for name, value in values.items()}
-    if isinstance(values, Scores):  # it may say more than its numbers
-        values.update(plain)
-        return values
-    return Scores(plain, label=importance.label, kinds={group.name: group.kind for group in chosen})
+    kinds = {group.name: group.kind for group in chosen}
+    found = values if isinstance(values, Scores) else Scores(plain, label=importance.label, kinds=kinds)
+    found.update(plain)  # what are scores already may say more than their numbers
+    return scaled_to_loss(model, chosen, found, calib) if normalize == "loss" else found
 
 
 def _chosen(model: object, groups: object) -> tuple[CoupledGroup, ...]:

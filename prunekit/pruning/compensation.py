@@ -1,8 +1,8 @@
 """Compensation: what reads pruned units is re-fitted, so that it hands on nearly what it did in the dense model."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, in_batches
+from prunekit.discovery.parts import layer_of, list_elements
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, computing_wide, linear_readers
 from prunekit.importance.reconstruction import RIDGE, check_ridge, factor
+from prunekit.importance.reduction import check_choice
+from prunekit.layerwise import Layerwise
 from prunekit.pruning.plans import PruningPlan
+
+FITS = ("weights", "bias", "both")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,18 +31,31 @@ class _Fit:
     Attributes:
         gram: XᵀX of the inputs that are left, (n_in, n_in); with a bias, the last input is 1.
         cross: XᵀR, (n_in, n_out), with R what the outputs lack.
+        biased: whether there is a bias.
         lack: ‖R‖² before the fit.
         size: ‖Y‖² of the dense outputs.
     """
 
     gram: Tensor
     cross: Tensor
+    biased: bool
     lack: float
     size: float
 
     def solved(self, ridge: float) -> Tensor:
-        """The change of the weights (n_in, n_out) that takes most of R away and stays small."""
-        return torch.cholesky_solve(self.cross, factor(self.gram, ridge))
+        """The change of the weights (n_in, n_out) that takes most of R away and stays small; a bias may be any size."""
+        if not self.biased:
+            return torch.cholesky_solve(self.cross, factor(self.gram, ridge))
+        n, inputs, rest = self.gram[-1, -1], self.gram[:-1, -1], self.cross[-1]  # of tokens, and sums over them
+        centred = self.gram[:-1, :-1] - torch.outer(inputs, inputs) / n
+        change = torch.cholesky_solve(self.cross[:-1] - torch.outer(inputs, rest) / n, factor(centred, ridge))
+        return torch.cat([change, (rest - inputs @ change)[None] / n])
+
+    def constant(self) -> Tensor:
+        """The change (n_in, n_out) of the bias alone: the mean of R."""
+        change = torch.zeros_like(self.cross)
+        change[-1] = self.cross[-1] / self.gram[-1, -1]
+        return change
 
     def lack_after(self, change: Tensor) -> float:
         """‖R‖² once the weights have changed."""
@@ -47,44 +65,61 @@ class _Fit:
 
 @torch.no_grad()
 def compensate(
-    small: nn.Module, model: nn.Module, plan: PruningPlan, calib: Tensor, *, ridge: float = RIDGE
+    small: nn.Module,
+    model: nn.Module,
+    plan: PruningPlan,
+    calib: Tensor,
+    *,
+    fit: str = "weights",
+    ridge: float = RIDGE,
 ) -> pd.DataFrame:
     """Re-fit every linear layer of a cut model that lost inputs, in the order in which they run.
 
     A layer with inputs X, in the cut model as re-fitted so far, and outputs Y in the dense model gets the weights
-    W + Δ with Δ = (XᵀX + λI)⁻¹ Xᵀ(Y − XW): the least squares of its output error, drawn towards W by the ridge. Its
-    bias, where it has one, is fitted along. No gradient is needed, and only sums over tokens are kept. Layers with a
-    tied weight and those that do not read each token exactly once, such as experts, are left as they are.
+    W + Δ with Δ = (XᵀX + λI)⁻¹ Xᵀ(Y − XW): the least squares of its output error, drawn towards W by the ridge. With a
+    bias, X and Y − XW are centred, and the bias takes up their means. No gradient is needed. Only sums over tokens
+    are kept, and of each model what stands between two layers. Layers with a tied weight and those that do not read
+    each token exactly once, such as experts, are left as they are.
 
     Args:
         small: what `prune(model, plan)` returned; it is changed.
         model: the dense model.
         plan: by which it was cut; of no whole layers and blocks, behind which others would move.
         calib: integers (n_samples, seq_len).
-        ridge: λ, as a part of the mean of XᵀX's diagonal; above 0.
+        fit: `"weights"`, and the biases that are there; `"bias"`, the mean of Y − XW and nothing else; or `"both"`.
+            The last two add a bias where there is none, which most families have no word for: such a checkpoint
+            loads with prunekit.
+        ridge: λ, as a part of the mean of XᵀX's diagonal; above 0. Not used with `"bias"`.
 
     Returns:
         One row a layer: module, inputs (left), error_before and error_after (‖Y − XW‖² / ‖Y‖²).
 
     Raises:
-        PrunekitError: a plan that takes whole layers or blocks, a ridge that is not above 0 or too small, bad tokens,
-            models that do not belong together, or activations that are not finite; layers done before stay re-fitted.
+        PrunekitError: an unknown `fit`, a plan that takes whole layers or blocks, a ridge that is not above 0 or too
+            small, bad tokens, models that do not belong together, or activations that are not finite; layers done
+            before stay re-fitted.
 
-    Source: least squares as in OSSCAR (Meng et al. 2024) and ZipLM (Kurtic et al. 2023). Differs: the targets are the
-        dense model's own outputs at each layer, so that what earlier layers lack is made up for too.
+    Source: least squares as in OSSCAR (Meng et al. 2024) and ZipLM (Kurtic et al. 2023); the bias alone as in FLAP (An
+        et al., AAAI 2024). Differs: the targets are the dense model's own outputs at each layer, so that what earlier
+        layers lack is made up for too.
     """
+    check_choice("fit", fit, FITS)
     check_ridge(ridge)
     kept = _kept_outputs(plan)
     tokens = check_tokens(calib, model)
     batches = in_batches(tokens)
     readers = _readers(small, model)
     rows = []
-    with evaluating(small), evaluating(model):
+    with evaluating(small), evaluating(model), computing_wide(small), computing_wide(model):
         also = set(_run_once(model, readers, batches[0]))
         paths = [path for path in _run_once(small, readers, batches[0]) if path in also]
+        passes = _Passes(small, batches), _Passes(model, batches)
         for path in tqdm(paths, desc="compensate", unit="layer", leave=False, delay=1):
-            fit = _gather(small, model, path, kept.get((path, 1 - readers[path].input_dim)), batches)
-            rows.append(_refit(small.get_submodule(path), readers[path], fit, path, ridge))
+            module, reader = small.get_submodule(path), readers[path]
+            biased = fit != "weights" or module.bias is not None
+            found = _gather(*passes, path, kept.get((path, 1 - reader.input_dim)), biased, len(batches))
+            change = found.constant() if fit == "bias" else found.solved(ridge)
+            rows.append(_refit(module, reader, found, change, path))
     return pd.DataFrame(rows, columns=["module", "inputs", "error_before", "error_after"])
 
 
@@ -146,58 +181,65 @@ def _run_once(model: nn.Module, paths: Iterable[str], batch: Tensor) -> list[str
     return [path for path, n_rows in read.items() if n_rows == [batch.numel()]]
 
 
-class _Reached(Exception):  # noqa: N818 - no error
-    """Ends a forward pass once what it was made for is known."""
+class _Passes:
+    """Passes of batches through a model, layer by layer where its layers are a chain."""
+
+    def __init__(self, model: nn.Module, batches: tuple[Tensor, ...]) -> None:
+        self._model, self._batches = model, batches
+        self._chain: Layerwise | None = None
+        self._tried = False
+
+    def at(self, path: str, batch: int) -> tuple[Tensor, Tensor]:
+        """What a linear layer reads and returns for a batch, (n_tokens, n_in) and (n_tokens, n_out)."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], result: Tensor) -> None:
+            (x,) = (*args, *kwargs.values())
+            seen.append((x.flatten(0, -2), result.flatten(0, -2)))
+
+        hook = self._model.get_submodule(path).register_forward_hook(note, with_kwargs=True)
+        try:
+            self._run(path, batch)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def _run(self, path: str, batch: int) -> None:
+        layer = layer_of(path, list_elements(self._model))
+        if layer is not None and not self._tried:  # only now: what comes before the layers is re-fitted already
+            self._chain, self._tried = Layerwise.of(self._model, self._batches), True
+        if self._chain is not None and layer in self._chain.layers:
+            self._chain.run(self._chain.layers.index(layer), batch)
+        else:
+            self._model(input_ids=self._batches[batch], use_cache=False)
 
 
-@contextmanager
-def _until(module: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """While open, forward passes end at a module, and its inputs and outputs, (n_tokens, …) each, are noted."""
-
-    def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], result: Tensor) -> None:
-        (x,) = (*args, *kwargs.values())
-        seen.append((x.flatten(0, -2), result.flatten(0, -2)))
-        raise _Reached
-
-    hook = module.register_forward_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _run_until(model: nn.Module, path: str, batch: Tensor) -> tuple[Tensor, Tensor]:
-    seen: list[tuple[Tensor, Tensor]] = []
-    with _until(model.get_submodule(path), seen), computing_wide(model), suppress(_Reached):
-        model(input_ids=batch, use_cache=False)  # type: ignore[operator]
-    return seen[0]
-
-
-def _gather(small: nn.Module, model: nn.Module, path: str, kept: Tensor | None, batches: tuple[Tensor, ...]) -> _Fit:
+def _gather(small: _Passes, dense: _Passes, path: str, kept: Tensor | None, biased: bool, n_batches: int) -> _Fit:
+    """Least squares of one layer; with a bias it reads one input more, which is 1."""
     sums: list[Tensor] = []
     lack = size = 0.0
-    for batch in batches:
-        (x, got), (_, wanted) = _run_until(small, path, batch), _run_until(model, path, batch)
+    for batch in range(n_batches):
+        (x, got), (_, wanted) = small.at(path, batch), dense.at(path, batch)
         wanted = wanted if kept is None else wanted[:, kept.to(wanted.device)]
         if got.shape != wanted.shape:
             raise PrunekitError(f"{path} gives {tuple(got.shape)} in the cut model, {tuple(wanted.shape)} in the dense")
         x, rest = x.double(), (wanted - got).double()
-        if small.get_submodule(path).bias is not None:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1) if biased else x
         news = [x.T @ x, x.T @ rest]
         sums = [old + new for old, new in zip(sums, news, strict=True)] if sums else news
         lack, size = lack + float(rest.square().sum()), size + float(wanted.double().square().sum())
     if not all(bool(total.isfinite().all()) for total in sums):
         raise PrunekitError(f"what {path} reads is not finite; check the weights")
-    return _Fit(sums[0], sums[1], lack, size)
+    return _Fit(sums[0], sums[1], biased, lack, size)
 
 
-def _refit(module: Any, reader: Reader, fit: _Fit, path: str, ridge: float) -> tuple[str, int, float, float]:  # noqa: ANN401
-    change = fit.solved(ridge)
+def _refit(module: Any, reader: Reader, fit: _Fit, change: Tensor, path: str) -> tuple[str, int, float, float]:  # noqa: ANN401
     n_in = module.weight.shape[reader.input_dim]
     weights = change[:n_in] if reader.input_dim == 0 else change[:n_in].T
     module.weight.add_(weights.to(module.weight))
-    if module.bias is not None:
+    if len(change) > n_in:
+        if module.bias is None:
+            module.bias = nn.Parameter(module.weight.new_zeros(change.shape[1]), module.weight.requires_grad)
         module.bias.add_(change[n_in].to(module.bias))
     size = max(fit.size, torch.finfo(torch.float64).tiny)
     return path, n_in, fit.lack / size, fit.lack_after(change) / size

@@ -1,13 +1,14 @@
 """A plan made in steps, with scores refreshed between them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.discovery import Groups, discover
+from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import BudgetError, PrunekitError
 from prunekit.importance import Importance, Scores, score
 from prunekit.pruning.planning import Ratio, check_options, plan
@@ -23,6 +24,7 @@ def plan_in_steps(
     calib: Tensor | None = None,
     *,
     n_steps: int,
+    normalize: str | None = None,
     **options: Any,  # noqa: ANN401
 ) -> PruningPlan:
     """A plan of equal steps: after each, what is left is cut out and scored again.
@@ -33,6 +35,7 @@ def plan_in_steps(
         pruning_ratio: as for `plan`, of the dense model, after the last step.
         calib: as for `score`.
         n_steps: 1 or more. A step that is too small for a unit is passed over; its share goes with the next.
+        normalize: as for `score`.
         options: of `plan`, but no whole blocks and layers, which would move those behind them.
 
     Returns:
@@ -51,10 +54,11 @@ def plan_in_steps(
         raise PrunekitError(f"kinds={kinds} has some that go whole; take blocks and layers in a plan of their own")
     groups = discover(model)
     chosen, small = plan(groups, _ones(groups), _part(pruning_ratio, 0.0), **options), model
+    scored = partial(score, importance=importance, calib=calib, normalize=normalize)
     scores: Scores | None = None
     for step in tqdm(range(1, n_steps + 1), desc="steps", leave=False, delay=1):
         if scores is None:  # a step that was passed over changed nothing
-            scores = _scores(groups, chosen, small, importance, calib)
+            scores = _scores(groups, chosen, small, scored)
         try:
             chosen = plan(groups, scores, _part(pruning_ratio, step / n_steps), **options, after=chosen)
         except BudgetError:
@@ -75,14 +79,14 @@ def _part(ratio: Ratio, share: float) -> Ratio:
 
 
 def _scores(
-    groups: Groups, chosen: PruningPlan, small: nn.Module, importance: Importance, calib: Tensor | None
+    groups: Groups, chosen: PruningPlan, small: nn.Module, scored: Callable[[nn.Module, list[CoupledGroup]], Scores]
 ) -> Scores:
     """Scores of what is left, as the dense model numbers its units; what is gone scores below everything."""
     left = discover(small)
     missing = [name for name in chosen.keep if name not in {group.name for group in left}]
     if missing:
         raise PrunekitError(f"{missing[0]!r} is not found again after a step; plan it in one step")
-    fresh = score(small, [left[name] for name in chosen.keep], importance, calib)
+    fresh = scored(small, [left[name] for name in chosen.keep])
     lowest = min(float(values.min()) for values in fresh.values()) - 1
     scores = {}
     for name, units in chosen.keep.items():

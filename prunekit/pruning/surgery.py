@@ -21,7 +21,9 @@ from prunekit.discovery.preparing import uncollected
 from prunekit.discovery.remembered import Key, set_attribute
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
+from prunekit.importance.reduction import check_choice
 from prunekit.pruning.arguments import find_selections
+from prunekit.pruning.compensation import FITS
 from prunekit.pruning.compensation import compensate as refit
 from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.experts import usable
@@ -87,7 +89,14 @@ class _Pruned(NamedTuple):
     plan: PruningPlan
 
 
-def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False, compensate: Tensor | None = None) -> nn.Module:
+def prune(
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    inplace: bool = False,
+    compensate: Tensor | None = None,
+    fit: str = "weights",
+) -> nn.Module:
     """A smaller model that computes what `model` computes with the removed units zeroed.
 
     The cut is first made on a copy without weights, which is traced again and must have the partition of
@@ -101,6 +110,7 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False, compens
         compensate: integers (n_samples, seq_len), on which what reads the pruned units is re-fitted, as
             `prunekit.compensate` does; None to leave it as it is. Not with `inplace`. Where whole layers or blocks
             go too, the target of the re-fit is the model without them; where nothing else goes, nothing is re-fitted.
+        fit: what of it, as in `prunekit.compensate`: `"weights"`, `"bias"` or `"both"`.
 
     Returns:
         The smaller model. What was cut stands in `config.prunekit`, cut after cut.
@@ -119,9 +129,10 @@ def prune(model: nn.Module, plan: PruningPlan, *, inplace: bool = False, compens
         if inplace:
             raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")
         check_tokens(compensate, model)
+    check_choice("fit", fit, FITS)
     pruned = _prune(model, plan, inplace)
     if compensate is not None and pruned.plan.keep:
-        refit(*pruned, compensate)
+        refit(*pruned, compensate, fit=fit)
     return pruned.small
 
 

@@ -1,0 +1,132 @@
+"""A model run layer by layer: tokens wait between two layers, so that no layer is run again to reach the next."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.discovery.constants import leaves
+from prunekit.discovery.parts import outermost_elements
+
+
+class _Call(NamedTuple):
+    """How a layer is called: its arguments, with nothing at `where`, the place of the residual stream."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    where: int | str
+
+    def filled(self, hidden: Tensor | None) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with a residual stream."""
+        if isinstance(self.where, str):
+            return self.args, {**self.kwargs, self.where: hidden}
+        return (*self.args[: self.where], hidden, *self.args[self.where + 1 :]), self.kwargs
+
+    def emptied(self) -> "_Call":
+        """The same without a residual stream, which would be held."""
+        return _Call(*self.filled(None), self.where)
+
+    def others(self) -> list[Tensor]:
+        """All tensors but the residual stream."""
+        return [tensor for _, tensor in leaves(self.args, self.kwargs)]
+
+
+class _Passage(NamedTuple):
+    """One batch on its way: the residual stream in front of the first layer, and how each layer is called."""
+
+    hidden: Tensor
+    calls: list[_Call]
+
+
+class Layerwise:
+    """Batches of tokens on their way through the layers of a model.
+
+    Attributes:
+        layers: paths of the layers, in order.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[str], passages: list[_Passage]) -> None:
+        self.layers = layers
+        self._modules = [model.get_submodule(path) for path in layers]
+        self._hidden, self._calls = [p.hidden for p in passages], [p.calls for p in passages]
+        self._next = 0
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: tuple[Tensor, ...]) -> "Layerwise | None":
+        """Batches in front of the first layer; None for a model whose layers are no simple chain.
+
+        They are one where each layer reads what the one before it returned, and where nothing else that it is handed
+        depends on a layer, which is tried with one batch whose residual stream is turned round.
+
+        Args:
+            model: a causal LM in evaluation mode. The weights of its layers may change afterwards.
+            batches: integers (batch, seq), one or more.
+        """
+        layers = outermost_elements(model)
+        passages = [p for batch in batches if (p := _follow(model, layers, batch)) is not None] if layers else []
+        turned = _follow(model, layers, batches[0], lambda hidden: hidden.flip(-1)) if passages else None
+        if len(passages) < len(batches) or turned is None:
+            return None
+        alike = all(map(_same_others, passages[0].calls, turned.calls))
+        return cls(model, layers, passages) if alike else None
+
+    def run(self, number: int, batch: int) -> Tensor:
+        """What a layer returns for one batch, (batch, seq, d_model); all batches wait in front of it then."""
+        self._go_to(number)
+        args, kwargs = self._calls[batch][number].filled(self._hidden[batch])
+        return _first_float(self._modules[number](*args, **kwargs))
+
+    def _go_to(self, number: int) -> None:
+        if number < self._next:
+            raise ValueError(f"the batches are past layer {number}")
+        for passed in range(self._next, number):
+            self._hidden = [self.run(passed, batch) for batch in range(len(self._hidden))]
+            self._next = passed + 1
+
+
+def _follow(
+    model: nn.Module, layers: list[str], batch: Tensor, change: Callable[[Tensor], Tensor] | None = None
+) -> _Passage | None:
+    """Run a batch, the first layer's residual stream changed; None where a layer does not read the one before it."""
+    calls: list[_Call] = []
+    stream: list[Tensor] = []  # in front of the first layer, then where the batch is now
+
+    def enter(_module: nn.Module, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+        places = [key for key, value in (*enumerate(args), *kwargs.items()) if _is_stream(value, stream)]
+        if not places:
+            return None
+        call = _Call(args, kwargs, places[0])
+        if not stream:
+            hidden = kwargs[places[0]] if isinstance(places[0], str) else args[places[0]]
+            stream.append(hidden if change is None else change(hidden))
+        calls.append(call.emptied())
+        return call.filled(stream[-1])
+
+    def leave(_module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
+        stream[1:] = [_first_float(result)]
+
+    with ExitStack() as hooks:
+        for path in layers:
+            layer = model.get_submodule(path)  # a hook of the layer's own may change what it is handed: go before it
+            hooks.callback(layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+            hooks.callback(layer.register_forward_hook(leave).remove)
+        model(input_ids=batch, use_cache=False)  # type: ignore[operator]
+    return _Passage(stream[0], calls) if len(calls) == len(layers) else None
+
+
+def _is_stream(value: Any, stream: list[Tensor]) -> bool:  # noqa: ANN401
+    """Whether an argument is what the layer before returned; for the first layer, activations (batch, seq, d_model)."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return torch.equal(value, stream[-1]) if stream else value.dim() == 3
+
+
+def _first_float(result: Any) -> Tensor:  # noqa: ANN401
+    return next(tensor for _, tensor in leaves((result,), {}) if tensor.is_floating_point())
+
+
+def _same_others(a: _Call, b: _Call) -> bool:
+    pairs = zip(a.others(), b.others(), strict=True)
+    return a.where == b.where and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)

@@ -1,0 +1,6 @@
+"""Recipes: one published system a page, made of the primitives."""
+
+from prunekit.recipes.hywia import hywia
+from prunekit.recipes.llm_pruner import llm_pruner
+
+__all__ = ["hywia", "llm_pruner"]

@@ -1,0 +1,144 @@
+"""LLM-Pruner (Ma, Fang and Wang, NeurIPS 2023): discover coupled structures, score them, cut, recover with LoRA."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from prunekit.discovery import Groups, discover
+from prunekit.errors import PrunekitError
+from prunekit.importance import Importance, Taylor
+from prunekit.importance.reduction import check_choice
+from prunekit.pruning import PruningPlan, plan_in_steps, prune
+from prunekit.pruning.planning import DEFAULT_KINDS, check_options
+from prunekit.pruning.steps import Counter, Step
+from prunekit.recovery import LoRA, recover
+from prunekit.text import TextSource
+
+MODES = ("block", "channel", "layer")
+ELEMENT1 = Taylor("element", "first")
+
+
+class Pruned(NamedTuple):
+    """What a recipe returns.
+
+    Attributes:
+        model: the smaller one, recovered where there were data to recover with.
+        plan: by which it was cut.
+    """
+
+    model: Any
+    plan: PruningPlan
+
+
+def llm_pruner(
+    model: nn.Module,
+    calib: Tensor | None,
+    pruning_ratio: float = 0.25,
+    *,
+    mode: str = "block",
+    importance: Importance = ELEMENT1,
+    layers: Iterable[int] | None = None,
+    ranking: str = "local",
+    normalize: str | None = None,
+    n_steps: int = 1,
+    data: Tensor | TextSource | None = None,
+    tokenizer: Any = None,  # noqa: ANN401
+    recovery: LoRA | None = None,
+) -> Pruned:
+    """Prune as LLM-Pruner does, and recover. `evaluate(small, tokenizer)` measures as the paper does.
+
+    Args:
+        model: the dense model; it is left alone.
+        calib: integers (n_samples, seq_len), in the paper 10 samples of 64 tokens; None where `importance` reads none.
+        pruning_ratio: what goes of the heads and FFN channels of `layers` (block), of the hidden channels (channel),
+            of the layers (layer).
+        mode: `"block"` cuts heads and FFN channels, `"channel"` the residual stream through the whole model, and
+            `"layer"` keeps the first layers and drops the others, whatever the importance.
+        importance: `Taylor("vector")` is the paper's `vectorize`, `Taylor()` Element¹, `Taylor(order="second")`
+            Element², `Taylor(order="mixed")` both; `Magnitude(p=1)`, `Magnitude(p=2)` and `Random()` its baselines.
+        layers: those that block mode cuts; None spares the first eighth and the last sixteenth, so that of 32 layers
+            4 to 29 are cut as in the paper.
+        ranking: of block mode. `"local"`: every group loses this share of its units. `"global"`: the units of all
+            groups compete for this share of all parameters in those groups, by score per parameter.
+        normalize: `"loss"` makes the scores of any importance comparable for `"global"`, as in `score`.
+        n_steps: steps of equal size, with scores refreshed between them.
+        data: to recover with, as for `recover`; None leaves the model untuned.
+        tokenizer: needed where `data` is text.
+        recovery: how; None is the paper's, `LoRA.paper()`.
+
+    Returns:
+        The smaller model and the plan. The width that channel mode leaves is one that the number of heads divides, so
+        that the model saves as a plain checkpoint.
+
+    Raises:
+        PrunekitError: an unknown mode, or what `score`, `plan`, `prune` and `recover` raise.
+
+    Source: sections 3.1 to 3.3 and the released code's `--block_wise`, `--channel_wise` and `--layer_wise`. Differs:
+        shares are rounded to the nearest unit, the reference's down to whole heads; scores are aligned with
+        grouped-query attention; the reference's global ranking compares head sums with single channels, and so never
+        removes a head.
+    """
+    check_choice("mode", mode, MODES)
+    groups = discover(model)
+    if mode == "layer":
+        chosen = _first_layers(groups, pruning_ratio)
+    else:
+        options = _of_channels(model) if mode == "channel" else _of_blocks(groups, layers, ranking)
+        share = pruning_ratio * options.pop("share", 1.0)
+        options |= {"n_steps": n_steps, "normalize": normalize}
+        chosen = plan_in_steps(model, importance, share, calib, **options)
+    small = prune(model, chosen)
+    if data is not None:
+        small = recover(small, recovery or LoRA.paper(), data, tokenizer=tokenizer, inplace=True)
+    return Pruned(small, chosen)
+
+
+def _of_blocks(groups: Groups, layers: Iterable[int] | None, ranking: str) -> dict[str, Any]:
+    """Options for a plan that cuts heads and channels of some layers; globally, the share of parameters they hold."""
+    spared = spared_layers(groups, layers)
+    options = {"protect_layers": spared, "ranking": ranking}
+    if ranking == "local":
+        return options | {"of": "units"}
+    cut = [group for group in groups.of_kind(*DEFAULT_KINDS) if group.exact and group.layer not in spared]
+    names = {member.parameter for group in cut for member in group.members}
+    return options | {"share": sum(math.prod(groups.shapes[name]) for name in names) / groups.n_parameters}
+
+
+def middle_layers(n_layers: int) -> range:
+    """The layers that the paper cuts: not the first eighth and the last sixteenth, of 32 those from 4 to 29."""
+    first, last = (max(1, n_layers // part) if n_layers > 2 else 0 for part in (8, 16))
+    return range(first, n_layers - last)
+
+
+def spared_layers(groups: Groups, layers: Iterable[int] | None) -> list[int]:
+    """The layers that stay whole; None cuts the middle ones.
+
+    Raises:
+        PrunekitError: layers that the model does not have.
+    """
+    every = sorted({group.layer for group in groups if group.layer is not None})
+    chosen = set(middle_layers(len(every)) if layers is None else layers)
+    if unknown := chosen - set(every):
+        raise PrunekitError(f"layers={sorted(unknown)} are none of this model's {len(every)}; give some of those")
+    return [layer for layer in every if layer not in chosen]
+
+
+def _of_channels(model: Any) -> dict[str, Any]:  # noqa: ANN401
+    heads = getattr(model.config, "num_attention_heads", 1)
+    return {"kinds": ["hidden"], "of": "units", "round_to": {"hidden": heads}}
+
+
+def _first_layers(groups: Groups, pruning_ratio: float) -> PruningPlan:
+    """A plan that keeps the first layers, at least one."""
+    check_options(pruning_ratio)
+    layers, counter = groups.of_kind("layer"), Counter(groups)
+    if len(layers) < 2:
+        raise PrunekitError(f"{len(layers)} whole layers can go of this model; choose mode='block' or 'channel'")
+    gone = layers[len(layers) - min(round(pruning_ratio * len(layers)), len(layers) - 1) :]
+    for layer in gone:
+        counter.take(Step(layer, (0,), 0.0))
+    keep = {layer.name: [] if layer in gone else [0] for layer in layers}
+    notes = {"pruning_ratio": pruning_ratio, "of": "units", "importance": "the first layers stay"}
+    return PruningPlan(keep, dict.fromkeys(keep, 1), counter.total, counter.left, notes, groups)

@@ -1,0 +1,90 @@
+"""`prunekit prune`: every importance by its name, scores scaled to the loss, steps, and what is left re-fitted."""
+
+import json
+
+import pytest
+import torch
+from evaluation_helpers import TEXT, dense_folder
+from safetensors.torch import load_file
+
+import prunekit as pk
+from prunekit.cli import main
+from prunekit.importance import IMPORTANCES
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return dense_folder(tmp_path_factory.mktemp("models"))
+
+
+def cut(dense, out, *options, ratio="0.2"):
+    arguments = ["prune", str(dense), "--out", str(out), "--calibration", str(dense.parent / "text.txt"), *options]
+    return main([*arguments, "--pruning-ratio", ratio] if ratio else arguments)
+
+
+def calib(dense):
+    _, tokenizer = pk.load(dense)
+    return pk.calibration_set(TEXT, tokenizer, n_samples=16, seq_len=64, seed=0)
+
+
+@pytest.mark.parametrize("name", IMPORTANCES)
+def test_every_importance_can_be_named(name, dense, tmp_path, capsys):
+    whole = name == "block-influence"
+    kinds = ("--kinds", "layer", "--of", "units") if whole else ()
+    options = ("--importance", name, "--seq-len", "16", *kinds)
+    assert cut(dense, tmp_path / "out", *options, ratio="0.5" if whole else "0.2") == 0
+    capsys.readouterr()
+    main(["prune", "--help"])
+    assert name in " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+
+
+@pytest.mark.parametrize("fit", [None, "weights", "bias", "both"])
+def test_compensation_is_that_of_the_library(fit, dense, tmp_path):
+    assert cut(dense, tmp_path / "out", "--compensate", *([fit] if fit else [])) == 0
+    model, _ = pk.load(dense)
+    plan = pk.PruningPlan.load(tmp_path / "out" / "plan.json")
+    expected = pk.prune(model, plan, compensate=calib(dense), fit=fit or "weights")
+    found, wanted = load_file(tmp_path / "out" / "model.safetensors"), dict(expected.named_parameters())
+    assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in found)
+    assert plan.notes["compensated"] == f"{fit or 'weights'} re-fitted by least squares"
+    assert "16 windows of 64 tokens" in plan.notes["calibration"]
+
+
+def test_a_plan_can_be_carried_out_with_compensation(dense, tmp_path):
+    assert cut(dense, tmp_path / "first") == 0
+    plan = str(tmp_path / "first" / "plan.json")
+    assert cut(dense, tmp_path / "second", "--plan", plan, "--compensate", "--n-samples", "8", ratio=None) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert changed and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
+
+
+def test_steps_and_scaling_are_those_of_the_library(dense, tmp_path):
+    options = ("--steps", "2", "--normalize", "loss", "--ranking", "global", "--importance", "l2")
+    assert cut(dense, tmp_path / "out", *options) == 0
+    model, _ = pk.load(dense)
+    expected = pk.plan_in_steps(model, pk.Magnitude(), 0.2, calib(dense), n_steps=2, normalize="loss", ranking="global")
+    found = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert found["keep"] == expected.keep and found["notes"]["importance"] == "L2, scaled to the loss, in steps"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--compensate", "all"), "invalid choice: 'all'"),
+        (("--normalize", "size"), "invalid choice: 'size'"),
+        (("--steps", "0"), "'0' is not a whole number from 1"),
+        (("--compensate", "--streaming"), "--compensate needs the whole model in memory"),
+        (("--steps", "2", "--streaming"), "--steps needs the whole model in memory"),
+        (("--importance", "ablation", "--streaming"), "silences units in memory"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(options, message, dense, tmp_path, capsys):
+    assert cut(dense, tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_compensation_without_a_text_is_refused(dense, tmp_path, capsys):
+    arguments = ["prune", str(dense), "--out", str(tmp_path / "out"), "--pruning-ratio", "0.2", "--compensate"]
+    assert main([*arguments, "--importance", "l2"]) == 2
+    assert "--compensate reads text; give --calibration" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""The recipes: each mode of LLM-Pruner against plans made by hand, HyWIA's pure blends, plain checkpoints, refusals."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES, logits
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import prunekit as pk
+from prunekit import PrunekitError
+from prunekit.recipes import hywia, llm_pruner
+from prunekit.recipes.llm_pruner import middle_layers
+
+CALIB = torch.randint(0, 96, (8, 16), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Six layers, so that some are spared."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=6, hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=96, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def test_the_paper_cuts_layers_4_to_29_of_32():
+    assert list(middle_layers(32)) == list(range(4, 30))
+    assert [list(middle_layers(n)) for n in (1, 2, 3)] == [[0], [0, 1], [1]]
+
+
+def test_block_mode_takes_a_share_of_the_middle_layers(model):
+    small, plan = llm_pruner(model, CALIB, 0.25)
+    groups = pk.discover(model)
+    scores = pk.score(model, groups.of_kind("kv_head", "ffn_channel"), pk.Taylor(), CALIB)
+    expected = pk.plan(groups, scores, 0.25, of="units", protect_layers=[0, 5])
+    assert plan.keep == expected.keep and torch.equal(logits_of(small), logits_of(pk.prune(model, expected)))
+    assert {len(units) for name, units in plan.keep.items() if name.endswith("kv_head")} == {3}
+    everything = llm_pruner(model, CALIB, 0.25, layers=range(6)).plan
+    assert len(everything.keep) == 12 and len(plan.keep) == 8
+
+
+def test_global_ranking_takes_heads_and_channels_of_the_same_share(model):
+    """The reference compares sums over heads with single channels, and removes no head at all."""
+    small, plan = llm_pruner(model, CALIB, 0.4, ranking="global", layers=range(6))
+    inside = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
+    gone = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small.parameters())
+    assert gone / inside == pytest.approx(0.4, abs=0.01)
+    heads = {name: len(units) for name, units in plan.keep.items() if name.endswith("kv_head")}
+    assert min(heads.values()) < 4 and len(set(heads.values())) > 1
+    scaled = llm_pruner(model, CALIB, 0.4, ranking="global", layers=range(6), normalize="loss").plan
+    assert scaled.keep != plan.keep and "scaled to the loss" in scaled.notes["importance"]
+
+
+@pytest.mark.parametrize("order", ["first", "second", "mixed"])
+def test_channel_mode_shrinks_the_residual_stream_to_a_plain_checkpoint(order, model, tmp_path):
+    """With every order: the reference fails with the mixed one."""
+    small, plan = llm_pruner(model, CALIB, 0.25, mode="channel", importance=pk.Taylor(order=order))
+    assert list(plan.keep) == [group.name for group in pk.discover(model).of_kind("hidden")]
+    assert small.lm_head.in_features == small.model.norm.weight.shape[0] == 48
+    assert small.model.embed_tokens.embedding_dim == 48
+    pk.save(small, tmp_path / "small", plan=plan)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert (config["model_type"], config["hidden_size"]) == ("llama", 48)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(logits_of(plain), logits_of(small))
+
+
+def test_layer_mode_keeps_the_first_layers(model, tmp_path):
+    small, plan = llm_pruner(model, None, 0.5, mode="layer")
+    assert len(small.model.layers) == 3 == small.config.num_hidden_layers
+    for kept, was in zip(small.model.layers, model.model.layers, strict=False):
+        assert torch.equal(kept.mlp.up_proj.weight, was.mlp.up_proj.weight)
+    assert plan.n_parameters_kept == sum(p.numel() for p in small.parameters())
+    pk.save(small, tmp_path / "small", plan=plan)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "small")), logits_of(small))
+    assert len(llm_pruner(model, None, 0.99, mode="layer").model.model.layers) == 1
+
+
+def test_steps_refresh_scores_and_take_as_much(model):
+    once, thrice = (llm_pruner(model, CALIB, 0.5, n_steps=n).plan for n in (1, 3))
+    assert once.n_parameters_kept == thrice.n_parameters_kept and once.keep != thrice.keep
+
+
+@pytest.mark.parametrize("recipe", [llm_pruner, hywia])
+def test_recovery_follows_where_there_is_data(recipe, model):
+    before = [p.clone() for p in model.parameters()]
+    untuned = recipe(model, CALIB, 0.25)
+    tuned = recipe(model, CALIB, 0.25, data=CALIB, recovery=pk.LoRA(r=2, max_steps=3, batch_size=2))
+    assert tuned.plan.keep == untuned.plan.keep and len(tuned.model.recovery_log.losses) == 3
+    assert not torch.equal(logits_of(tuned.model), logits_of(untuned.model))
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(("rule", "granularity"), [((1, 0), "vector"), ((0, 1), "element")])
+def test_hywia_with_one_estimate_is_llm_pruner(rule, granularity, model):
+    fused = hywia(model, CALIB, 0.25, rule=rule)
+    assert fused.plan.keep == llm_pruner(model, CALIB, 0.25, importance=pk.Taylor(granularity)).plan.keep
+    assert set(fused.scores.weight_table()["coarse"]) == {float(rule[0])}
+
+
+def test_hywia_returns_weights_for_each_group(model):
+    table = hywia(model, CALIB, 0.25, order="mixed").scores.weight_table()
+    assert len(table) == 12 and (table["coarse"] + table["fine"]).tolist() == pytest.approx([1] * 12)
+
+
+def test_other_families_too():
+    family = FAMILIES["bloom"]
+    for mode in ("block", "layer", "channel"):
+        small = llm_pruner(family.model(), CALIB % 48, 0.5, mode=mode).model
+        assert logits(small).isfinite().all()
+
+
+def test_what_cannot_be_is_refused(model):
+    with pytest.raises(PrunekitError, match="mode='head' is unknown; allowed: 'block', 'channel', 'layer'"):
+        llm_pruner(model, CALIB, mode="head")
+    for recipe in (llm_pruner, hywia):
+        with pytest.raises(PrunekitError, match=r"layers=\[6, 9\] are none of this model's 6"):
+            recipe(model, CALIB, layers=[2, 6, 9])
+    with pytest.raises(PrunekitError, match=r"pruning_ratio=1.5 is not allowed"):
+        llm_pruner(model, None, 1.5, mode="layer")
+    with pytest.raises(PrunekitError, match="needs a calibration set"):
+        llm_pruner(model, None)
+    with pytest.raises(PrunekitError, match="the recovery data is text"):
+        llm_pruner(model, CALIB, data="some text")
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(CALIB).logits
