@@ -12,7 +12,7 @@ from torch import nn
 from prunekit import PrunekitError, PruningPlan, discover, export, load, prune, save
 from prunekit.layerwise import Layerwise
 from prunekit.pruning import surgery
-from prunekit.pruning.compensation import _run_once, compensate
+from prunekit.pruning.compensation import _gather, _run_once, compensate
 
 HALF = 0.5
 
@@ -63,16 +63,17 @@ def test_one_layer_by_hand():
         hook.remove()
     x, y, old = seen["small"][0].flatten(0, 1), seen["dense"][1].flatten(0, 1), plain.get_submodule(last)
     with torch.no_grad():
-        rest = y - old(x)
-        centred = x - x.mean(0)
-        gram = centred.T @ centred
+        rest, sizes = y - old(x), y.square().sum(1, keepdim=True)
+        w = 1 / (sizes + 1e-3 * sizes.median())  # of each token
+        centred = x - (w * x).sum(0) / w.sum()
+        gram = centred.T @ (w * centred)
         damping = 0.05 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        change = torch.linalg.solve(gram + damping, centred.T @ rest)
-        weight, bias = old.weight + change, old.bias + (rest - x @ change).mean(0)
+        change = torch.linalg.solve(gram + damping, centred.T @ (w * rest))
+        weight, bias = old.weight + change, old.bias + (w * (rest - x @ change)).sum(0) / w.sum()
     torch.testing.assert_close(small.get_submodule(last).weight.detach(), weight)
     torch.testing.assert_close(small.get_submodule(last).bias.detach(), bias)
-    left = y - x @ weight - bias
-    assert table["error_after"].iloc[-1] == pytest.approx(float(left.square().sum() / y.square().sum()))
+    left = w * (y - x @ weight - bias).square()
+    assert table["error_after"].iloc[-1] == pytest.approx(float(left.sum() / (w * y.square()).sum()))
 
 
 EVERY = [name for name in FAMILIES if "peft" not in name]
@@ -115,7 +116,9 @@ def test_a_bias_alone_is_the_mean_of_what_is_lacking():
             hook = m.get_submodule(first).register_forward_hook(lambda _, x, y, key=key: outputs.update({key: y}))
             m(calibration())
             hook.remove()
-    expected = (outputs["dense"] - outputs["plain"]).mean((0, 1))
+    sizes = outputs["dense"].square().sum(-1, keepdim=True)
+    w = 1 / (sizes + 1e-3 * sizes.median())
+    expected = (w * (outputs["dense"] - outputs["plain"])).sum((0, 1)) / w.sum()
     torch.testing.assert_close(small.get_submodule(first).bias.detach(), expected)
     assert all(torch.equal(p, dict(small.named_parameters())[n]) for n, p in plain.named_parameters())
     assert (table["error_after"] < table["error_before"]).all()
@@ -265,6 +268,30 @@ def test_what_goes_wrong_in_the_fit_is_said_once_and_outside_the_cut(monkeypatch
     with pytest.raises(PrunekitError, match="no fit"):
         prune(model, plan, compensate=calibration())
     assert collected == [True]
+
+
+class Seen:
+    """Stands for the passes of a model."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def at(self, _path, _batch):
+        return self.x, self.y
+
+
+def test_one_massive_token_does_not_decide_for_all():
+    """Its bias is that of the other tokens, though it lacks ten thousand times as much as they."""
+    torch.manual_seed(0)
+    x, got, wanted = torch.randn(50, 6), torch.randn(50, 4), torch.randn(50, 4)
+    scale = torch.ones(50, 1)
+    scale[0] = 1e4
+    plain, massive = (
+        _gather(Seen(s * x, s * got), Seen(s * x, s * wanted), "layer", None, True, 1).constant()[-1]
+        for s in (torch.ones(50, 1), scale)
+    )
+    assert float((massive - plain).norm()) < 0.5 * float(plain.norm())
+    assert float((scale * (wanted - got)).mean(0).norm()) > 100 * float(plain.norm())  # the plain mean
 
 
 def test_a_layer_that_reads_zeros_stays_as_it_is():

@@ -22,11 +22,12 @@ from prunekit.layerwise import Layerwise
 from prunekit.pruning.plans import PruningPlan
 
 FITS = ("weights", "bias", "both")
+LEAST_SIZE = 1e-3  # of a token's output, as a part of the median; one that is nearly zero would count for too much
 
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Least squares of one linear layer, summed up over tokens.
+    """Least squares of one linear layer, summed up over tokens, each divided by the size of its dense output.
 
     Attributes:
         gram: XᵀX of the inputs that are left, (n_in, n_in); with a bias, the last input is 1.
@@ -46,7 +47,7 @@ class _Fit:
         """The change of the weights (n_in, n_out) that takes most of R away and stays small; a bias may be any size."""
         if not self.biased:
             return torch.cholesky_solve(self.cross, factor(self.gram, ridge))
-        n, inputs, rest = self.gram[-1, -1], self.gram[:-1, -1], self.cross[-1]  # of tokens, and sums over them
+        n, inputs, rest = self.gram[-1, -1], self.gram[:-1, -1], self.cross[-1]  # tokens, weighed, and sums over them
         centred = self.gram[:-1, :-1] - torch.outer(inputs, inputs) / n
         change = torch.cholesky_solve(self.cross[:-1] - torch.outer(inputs, rest) / n, factor(centred, ridge))
         return torch.cat([change, (rest - inputs @ change)[None] / n])
@@ -77,9 +78,11 @@ def compensate(
 
     A layer with inputs X, in the cut model as re-fitted so far, and outputs Y in the dense model gets the weights
     W + Δ with Δ = (XᵀX + λI)⁻¹ Xᵀ(Y − XW): the least squares of its output error, drawn towards W by the ridge. With a
-    bias, X and Y − XW are centred, and the bias takes up their means. No gradient is needed. Only sums over tokens
-    are kept, and of each model what stands between two layers. Layers with a tied weight and those that do not read
-    each token exactly once, such as experts, are left as they are.
+    bias, X and Y − XW are centred, and the bias takes up their means. The rows of X and Y are divided by the size of
+    the token's dense output first, so that a few tokens with massive activations, such as the first of a sequence, do
+    not decide for all. No gradient is needed. Only sums over tokens are kept, and of each model what stands between
+    two layers. Layers with a tied weight and those that do not read each token exactly once, such as experts, are left
+    as they are.
 
     Args:
         small: what `prune(model, plan)` returned; it is changed.
@@ -101,7 +104,7 @@ def compensate(
 
     Source: least squares as in OSSCAR (Meng et al. 2024) and ZipLM (Kurtic et al. 2023); the bias alone as in FLAP (An
         et al., AAAI 2024). Differs: the targets are the dense model's own outputs at each layer, so that what earlier
-        layers lack is made up for too.
+        layers lack is made up for too, and tokens count alike.
     """
     check_choice("fit", fit, FITS)
     check_ridge(ridge)
@@ -223,14 +226,21 @@ def _gather(small: _Passes, dense: _Passes, path: str, kept: Tensor | None, bias
         wanted = wanted if kept is None else wanted[:, kept.to(wanted.device)]
         if got.shape != wanted.shape:
             raise PrunekitError(f"{path} gives {tuple(got.shape)} in the cut model, {tuple(wanted.shape)} in the dense")
-        x, rest = x.double(), (wanted - got).double()
+        x, rest, wanted = x.double(), (wanted - got).double(), wanted.double()
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1) if biased else x
+        x, rest, wanted = (t * _token_weights(wanted) for t in (x, rest, wanted))
         news = [x.T @ x, x.T @ rest]
         sums = [old + new for old, new in zip(sums, news, strict=True)] if sums else news
-        lack, size = lack + float(rest.square().sum()), size + float(wanted.double().square().sum())
+        lack, size = lack + float(rest.square().sum()), size + float(wanted.square().sum())
     if not all(bool(total.isfinite().all()) for total in sums):
         raise PrunekitError(f"what {path} reads is not finite; check the weights")
     return _Fit(sums[0], sums[1], biased, lack, size)
+
+
+def _token_weights(wanted: Tensor) -> Tensor:
+    """1 / ‖y‖ of each token, (n_tokens, 1): its relative error counts, however massive its activations are."""
+    sizes = wanted.square().sum(1, keepdim=True)
+    return (sizes + LEAST_SIZE * sizes.median()).clamp_min(torch.finfo(sizes.dtype).tiny).rsqrt()
 
 
 def _refit(module: Any, reader: Reader, fit: _Fit, change: Tensor, path: str) -> tuple[str, int, float, float]:  # noqa: ANN401
