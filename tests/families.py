@@ -5,12 +5,15 @@ What is not a number in the options of a model is told beside them.
 
 import random
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunekit.discovery import Groups, discover
@@ -20,6 +23,7 @@ Units = dict[str, tuple[int, ...]]  # kind → units of each group; "~" behind a
 Options = dict[str, object]
 
 VOCABULARY = 48
+ALIGNMENT = 64  # bytes, of the memory that torch allocates on CPUs
 COMMON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": VOCABULARY}
 COUNTED = ("kv_head", "query_head", "expert", "ffn_channel", "rank", "hidden", "block", "layer")
 BOTH, EAGER = ("eager", "sdpa"), ("eager",)
@@ -266,10 +270,27 @@ def zero_units(model: nn.Module, groups: Groups, plan: PruningPlan) -> nn.Module
     return model
 
 
+class Unrounded(TorchDispatchMode):
+    """While open, what a model would cast to float32, as most do in norms and some in attention, becomes float64."""
+
+    def __torch_dispatch__(  # noqa: D105
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: Options | None = None
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        return func(*args, **kwargs | ({"dtype": torch.float64} if kwargs.get("dtype") is torch.float32 else {}))
+
+
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    """Logits (batch, seq, vocabulary) on `tokens()`, without a cache."""
-    return model(tokens(), **({"use_cache": False} if hasattr(model, "config") else {})).logits
+    """Logits (batch, seq, vocabulary) on `tokens()`, without a cache; of a model of float64, in that from end to end.
+
+    Weights that were mapped from a file are first moved to where torch would have put them: in what order a kernel sums
+    may depend on how its operands are aligned.
+    """
+    for p in model.parameters():
+        p.data = p.data.clone() if p.data_ptr() % ALIGNMENT else p.data
+    with Unrounded() if next(model.parameters()).dtype == torch.float64 else nullcontext():
+        return model(tokens(), **({"use_cache": False} if hasattr(model, "config") else {})).logits
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def test_a_padded_export_is_a_plain_checkpoint_with_the_same_logits(name, folder
     written_out = {"experts_implementation": "eager"}  # grouped products have no float64
     padded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **written_out)
     assert not info["missing_keys"] and not info["mismatched_keys"]
-    assert relative_difference(logits(padded.eval()), logits(small)) <= 1e-12
+    assert relative_difference(logits(padded.eval()), logits(small)) < FAMILIES[name].tolerance
     assert padded.num_parameters() > small.num_parameters() and not hasattr(padded.config, "prunekit")
 
 
@@ -70,10 +70,12 @@ for folder in sys.argv[1:]:
         assert own and "prunekit" not in sys.modules and "model type `prunekit`" in str(error), (folder, error)
         continue
     assert own <= ("prunekit" in sys.modules), folder + " loads without prunekit"
+    for p in model.parameters():
+        p.data = p.data.clone()  # aligned as in the process that saved it
     with torch.no_grad():
-        found = model(expected["ids"]).logits
-    rounding = 1e-12 if folder.endswith("padded") else 0
-    assert torch.allclose(found, expected["logits"], rtol=rounding, atol=rounding), folder
+        difference = model(expected["ids"], use_cache=False).logits - expected["logits"]
+    # families compute in part in float32, which the logits of a padded model, of float64, were spared
+    assert difference.norm() <= (1e-6 if folder.endswith("padded") else 0) * expected["logits"].norm(), folder
 """
 
 

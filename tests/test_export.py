@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoint_helpers import cut, same_cut
 from evaluation_helpers import byte_tokenizer, llama
-from families import FAMILIES, GQA, MHA, ROUTED, logits, plan_keeping
+from families import FAMILIES, GQA, MHA, ROUTED, logits, plan_keeping, relative_difference
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -27,7 +27,8 @@ def test_padding_goes_no_wider_than_the_widest_layer(tmp_path):
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert weights["model.layers.0.mlp.down_proj.weight"].shape == (64, 40)
     assert not weights["model.layers.0.mlp.down_proj.weight"][:, 17:].any()
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(small))
+    padded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative_difference(logits(padded), logits(small)) < FAMILIES["llama_mha"].tolerance
 
 
 def test_padding_takes_the_next_head_count_that_the_family_reads(tmp_path):

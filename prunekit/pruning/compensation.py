@@ -22,12 +22,11 @@ from prunekit.layerwise import Layerwise
 from prunekit.pruning.plans import PruningPlan
 
 FITS = ("weights", "bias", "both")
-LEAST_SIZE = 1e-3  # of a token's output, as a part of the median; one that is nearly zero would count for too much
 
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Least squares of one linear layer, summed up over tokens, each divided by the size of its dense output.
+    """Least squares of one linear layer, summed up over tokens, of which none counts for more than the median one.
 
     Attributes:
         gram: XᵀX of the inputs that are left, (n_in, n_in); with a bias, the last input is 1.
@@ -78,11 +77,12 @@ def compensate(
 
     A layer with inputs X, in the cut model as re-fitted so far, and outputs Y in the dense model gets the weights
     W + Δ with Δ = (XᵀX + λI)⁻¹ Xᵀ(Y − XW): the least squares of its output error, drawn towards W by the ridge. With a
-    bias, X and Y − XW are centred, and the bias takes up their means. The rows of X and Y are divided by the size of
-    the token's dense output first, so that a few tokens with massive activations, such as the first of a sequence, do
-    not decide for all. No gradient is needed. Only sums over tokens are kept, and of each model what stands between
-    two layers. Layers with a tied weight and those that do not read each token exactly once, such as experts, are left
-    as they are.
+    bias, X and Y − XW are centred, and the bias takes up their means. A token whose dense output is larger than the
+    median token's counts as if it were as large: else a few with massive activations, such as the first of a
+    sequence, would decide for all.
+
+    No gradient is needed. Only sums over tokens are kept, and of each model what stands between two layers. Layers
+    with a tied weight and those that do not read each token exactly once, such as experts, are left as they are.
 
     Args:
         small: what `prune(model, plan)` returned; it is changed.
@@ -104,7 +104,7 @@ def compensate(
 
     Source: least squares as in OSSCAR (Meng et al. 2024) and ZipLM (Kurtic et al. 2023); the bias alone as in FLAP (An
         et al., AAAI 2024). Differs: the targets are the dense model's own outputs at each layer, so that what earlier
-        layers lack is made up for too, and tokens count alike.
+        layers lack is made up for too, and massive tokens are held down.
     """
     check_choice("fit", fit, FITS)
     check_ridge(ridge)
@@ -238,9 +238,10 @@ def _gather(small: _Passes, dense: _Passes, path: str, kept: Tensor | None, bias
 
 
 def _token_weights(wanted: Tensor) -> Tensor:
-    """1 / ‖y‖ of each token, (n_tokens, 1): its relative error counts, however massive its activations are."""
-    sizes = wanted.square().sum(1, keepdim=True)
-    return (sizes + LEAST_SIZE * sizes.median()).clamp_min(torch.finfo(sizes.dtype).tiny).rsqrt()
+    """What the rows of tokens are multiplied by, (n_tokens, 1): large outputs count as the median one."""
+    sizes = wanted.norm(dim=1, keepdim=True)
+    median = sizes.median().clamp_min(torch.finfo(sizes.dtype).tiny)
+    return median / sizes.clamp_min(median)
 
 
 def _refit(module: Any, reader: Reader, fit: _Fit, change: Tensor, path: str) -> tuple[str, int, float, float]:  # noqa: ANN401
