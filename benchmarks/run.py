@@ -11,31 +11,26 @@ are. Its one step scores, chooses and cuts. The 7B and 70B shapes, on no memory,
 """
 
 import argparse
-import csv
-import importlib.metadata
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch_pruning as tp
+from machine import RESULTS, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunekit as pk
 from prunekit.pruning import surgery
 
 RATIO = 0.25
-HERE = Path(__file__).parent
+PEER = "torch-pruning"
 
 
 class Shape(NamedTuple):
@@ -207,30 +202,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures belong to, without naming the machine."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch_pruning": importlib.metadata.version("torch-pruning"),
-    }
-
-
-def save(rows: list[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_suffix(".part")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*machine(), *rows[0]])
-        writer.writeheader()
-        writer.writerows({**machine(), **row} for row in rows)
-    beside.replace(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
@@ -240,11 +211,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Unwrapped parameters", module="torch_pruning")
     for name in sorted(args.shapes, key=every.index):
         if name in WEIGHTLESS:
-            save(discover_weightless(name, args.repeats), HERE / f"results/discover_{name}.csv")
+            save(discover_weightless(name, args.repeats), RESULTS / f"discover_{name}.csv", PEER)
             continue
         rows = compare(name, args.repeats)
         report(name, rows)
-        save(rows, HERE / f"results/discover_and_prune_{name}.csv")
+        save(rows, RESULTS / f"discover_and_prune_{name}.csv", PEER)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from prunekit.errors import PrunekitError
 from prunekit.lanes import layer_table
+from prunekit.plot_curves import plot_fusion, plot_tradeoff
 from prunekit.plot_lanes import plot_groups
 from prunekit.plot_structure import plot_coupled_group
 from prunekit.plot_style import (
@@ -35,10 +36,12 @@ __all__ = [
     "plot_accuracy",
     "plot_agreement",
     "plot_coupled_group",
+    "plot_fusion",
     "plot_groups",
     "plot_loss",
     "plot_plan",
     "plot_scores",
+    "plot_tradeoff",
     "side_by_side",
 ]
 

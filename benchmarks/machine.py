@@ -1,0 +1,45 @@
+"""What figures belong to, where they are written, and the texts and models that lie beside the project."""
+
+import csv
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Commit, system and versions, without naming the machine."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in packages}
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **versions,
+    }
+
+
+def save(rows: list[dict[str, Any]], path: Path, *packages: str) -> None:
+    """Write rows with what they belong to, complete or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    beside, told = path.with_suffix(".part"), machine(*packages)
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*told, *rows[0]])
+        writer.writeheader()
+        writer.writerows({**told, **row} for row in rows)
+    beside.replace(path)
+
+
+def shared(path: str) -> Path:
+    """A model or text beside the project: `../shared`, or PRUNEKIT_SHARED."""
+    return Path(os.environ.get("PRUNEKIT_SHARED") or HERE.parent.parent / "shared", path)

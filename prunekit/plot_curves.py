@@ -1,0 +1,83 @@
+"""Pictures of choices across sizes and depth: what a budget costs, and how estimates are fused."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from prunekit.plot_style import MARKERS, axes_or_new, colors_of, legend_outside, projected, require_columns
+
+DASHES = ("-", "--", "-.", ":")
+
+
+@projected
+def plot_tradeoff(table: pd.DataFrame, *, y: str = "perplexity", ax: Axes | None = None) -> Axes:
+    """What does a budget cost? One curve a method, the median over its rows at one ratio, with their range as a band.
+
+    Args:
+        table: columns method, ratio and `y`, one row a measured model (several where there are seeds). Rows of the
+            method `"dense"` become a line across.
+        y: what is drawn up, such as `"perplexity"` (logarithmic) or `"mean_accuracy"` (a fraction).
+        ax: where to draw; None is a new figure.
+
+    Returns:
+        The axes: the fraction of parameters removed across, `y` up.
+
+    Raises:
+        PrunekitError: the table is empty or has not these columns.
+    """
+    require_columns(table, ("method", "ratio", y), "columns method, ratio and what is measured")
+    dense, rows = table[table["method"] == "dense"], table[table["method"] != "dense"]
+    colors = colors_of(table["method"])
+    ax = axes_or_new(ax)
+    for number, (name, curve) in enumerate(rows.groupby("method", sort=False)):
+        found = curve.groupby("ratio")[y].agg(["median", "min", "max"])
+        _draw(ax, found, str(name), colors[str(name)], number)
+    if len(dense):
+        ax.axhline(dense[y].median(), color=colors["dense"], linewidth=1.5, linestyle=":", label="dense")
+    ax.set(xlabel="parameters removed", ylabel=y.replace("_", " "), title="What a budget costs")
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if y == "perplexity":
+        ax.set(yscale="log", ylabel="perplexity (logarithmic)")
+        ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    else:
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    legend_outside(ax)
+    return ax
+
+
+def _draw(ax: Axes, found: pd.DataFrame, name: str, color: str, number: int) -> None:
+    """A median with the range around it; markers and dashes tell curves apart without colour."""
+    marker, dash = MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
+    ax.plot(found.index, found["median"], dash, label=name, color=color, marker=marker, linewidth=2.2, markersize=8)
+    ax.fill_between(found.index, found["min"], found["max"], color=color, alpha=0.15, linewidth=0)
+
+
+@projected
+def plot_fusion(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """How much does each layer listen to the coarse estimate? One curve a kind of group, the fine one has the rest.
+
+    Args:
+        table: columns kind, layer, coarse and fine, one row a group: `FusedScores.weight_table()`. A column `rule`
+            draws one curve for each rule and kind.
+        ax: where to draw; None is a new figure.
+
+    Returns:
+        The axes: layers across, coarse / (coarse + fine) up, with a line where both weigh the same.
+
+    Raises:
+        PrunekitError: the table is empty or has not these columns.
+    """
+    require_columns(table, ("kind", "layer", "coarse", "fine"), "FusedScores.weight_table()")
+    names = table["kind"] if "rule" not in table else table["rule"] + ", " + table["kind"]
+    rows = table.assign(series=names, share=table["coarse"] / (table["coarse"] + table["fine"])).dropna(subset="layer")
+    colors = colors_of(rows["series"])
+    ax = axes_or_new(ax)
+    for number, (name, curve) in enumerate(rows.groupby("series", sort=False)):
+        found = curve.groupby("layer")["share"].agg(["median", "min", "max"])
+        _draw(ax, found, str(name), colors[str(name)], number)
+    ax.axhline(0.5, color="black", linewidth=1.2, linestyle="--", label="both alike")
+    ax.set(xlabel="layer", ylabel="weight of the coarse estimate", ylim=(-0.02, 1.02), title="Fusion across depth")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    legend_outside(ax)
+    return ax
