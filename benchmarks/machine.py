@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
+@cache
 def machine(*packages: str) -> dict[str, Any]:
-    """Commit, system and versions, without naming the machine."""
+    """Commit at the start, system and versions, without naming the machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in packages}
     return {
