@@ -94,7 +94,7 @@ def time_torch_pruning(model: LlamaForCausalLM) -> tuple[Seconds, int]:
     return seconds, count(model)
 
 
-def torch_pruner(model: LlamaForCausalLM) -> tp.pruner.BasePruner:
+def torch_pruner(model: LlamaForCausalLM, importance: tp.importance.Importance | None = None) -> tp.pruner.BasePruner:
     heads = model.config.num_attention_heads
     attentions = [layer.self_attn for layer in model.model.layers]
     channels = [linear for layer in model.model.layers for linear in (layer.mlp.gate_proj, layer.mlp.up_proj)]
@@ -102,7 +102,7 @@ def torch_pruner(model: LlamaForCausalLM) -> tp.pruner.BasePruner:
     return tp.pruner.BasePruner(
         model,
         torch.zeros(1, 8, dtype=torch.long),
-        tp.importance.GroupMagnitudeImportance(p=2),
+        importance or tp.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio_dict=dict.fromkeys([*channels, *projections], RATIO),  # heads are cut where theirs is above 0
         pruning_ratio=0.0,
         num_heads=dict.fromkeys(projections, heads),
