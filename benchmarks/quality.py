@@ -126,12 +126,13 @@ def measured(subject: Subject, model: Any) -> dict[str, float]:
     return {"perplexity": round(figures["perplexity"], 4), "mean_accuracy": round(figures["mean_accuracy"], 4)}
 
 
-def measure(name: str, seeds: list[int], ratios: list[float]) -> Iterator[dict[str, Any]]:
+def measure(
+    name: str, seeds: list[int], ratios: list[float], done: set[tuple[str, int, float, str]]
+) -> Iterator[dict[str, Any]]:
     """One row a cut and stage: all methods at one ratio, ratio after ratio, seed after seed."""
     subject = SUBJECTS[name]()
     groups = pk.discover(subject.model)
     units = groups.of_kind("kv_head", "ffn_channel")
-    done = known(name)
     if ("dense", 0, 0.0, "untuned") not in done:
         yield row_of("dense", 0, 0.0, "untuned", 0.0) | measured(subject, subject.model)
     for seed in seeds:
@@ -158,15 +159,11 @@ def row_of(method: str, seed: int, ratio: float, stage: str, removed: float) -> 
     return {"method": method, "seed": seed, "ratio": ratio, "stage": stage, "removed": round(removed, 4)}
 
 
-def path_of(name: str) -> Path:
-    return RESULTS / f"quality_{name}.csv"
-
-
-def known(name: str) -> set[tuple[str, int, float, str]]:
+def known(path: Path) -> set[tuple[str, int, float, str]]:
     """What was measured before, and is not measured again."""
-    if not path_of(name).exists():
+    if not path.exists():
         return set()
-    table = pd.read_csv(path_of(name))
+    table = pd.read_csv(path)
     return set(zip(table["method"], table["seed"], table["ratio"], table["stage"], strict=True))
 
 
@@ -181,9 +178,9 @@ def append(row: dict[str, Any], path: Path) -> None:
         writer.writerow(row)
 
 
-def draw(name: str) -> None:
+def draw(name: str, path: Path) -> None:
     """Perplexity and accuracy against what went, before and after recovery, as one picture; medians in the shell."""
-    table = pd.read_csv(path_of(name))
+    table = pd.read_csv(path)
     fig, axes = plt.subplots(2, 2, figsize=(16, 11), layout="constrained", sharex=True)
     for column, stage in enumerate(("untuned", "recovered")):
         rows = table[(table["stage"] == stage) | (table["method"] == "dense")]
@@ -192,7 +189,7 @@ def draw(name: str) -> None:
             ax.set_title(f"{name}, {stage}", loc="left")
             if (line, column) != (0, 1):
                 ax.get_legend().remove()
-    fig.savefig(path_of(name).with_suffix(".png"), dpi=80)
+    fig.savefig(path.with_suffix(".png"), dpi=80)
     for stage, rows in table[table["method"] != "dense"].groupby("stage", sort=False):
         for measure in ("perplexity", "mean_accuracy"):
             wide = rows.pivot_table(index="method", columns="ratio", values=measure, aggfunc="median", sort=False)
@@ -204,15 +201,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=[*SUBJECTS], default=[*SUBJECTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[*SEEDS], help="the first one's cuts are recovered too")
     parser.add_argument("--ratios", nargs="+", type=float, default=[*RATIOS])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; what is measured there already stays")
     parser.add_argument("--report", action="store_true", help="measure nothing, draw what there is")
     args = parser.parse_args()
     for name in args.models:
         if name != "world" and not shared("models").is_dir():
             print(f"{name} is left out: there is no {shared('models')}; set PRUNEKIT_SHARED")
             continue
-        for row in () if args.report else measure(name, args.seeds, args.ratios):
-            append(row, path_of(name))
-        draw(name)
+        path = args.out / f"quality_{name}.csv"
+        args.out.mkdir(parents=True, exist_ok=True)
+        for row in () if args.report else measure(name, args.seeds, args.ratios, known(path)):
+            append(row, path)
+        draw(name, path)
 
 
 if __name__ == "__main__":
