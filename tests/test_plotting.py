@@ -21,10 +21,12 @@ from prunekit.plotting import (
     plot_accuracy,
     plot_agreement,
     plot_coupled_group,
+    plot_fusion,
     plot_groups,
     plot_loss,
     plot_plan,
     plot_scores,
+    plot_tradeoff,
     side_by_side,
 )
 
@@ -64,6 +66,24 @@ def accuracies():
 
 def losses(n=20):
     return pd.DataFrame({"step": range(1, n + 1), "loss": np.linspace(5, 2, n)})
+
+
+def budgets():
+    """Two methods at two ratios over three seeds, and the dense model."""
+    rows = [
+        (method, ratio, start + 10 * ratio * seed)
+        for method, start in (("element", 4.0), ("L2", 8.0))
+        for ratio in (0.2, 0.5)
+        for seed in range(3)
+    ]
+    return pd.DataFrame([("dense", 0.0, 3.0), *rows], columns=["method", "ratio", "perplexity"])
+
+
+def fusions():
+    rows = [
+        (kind, layer, 0.2 + 0.1 * layer, 0.4) for kind in ("kv_head", "ffn_channel") for layer in (0, 1) for _ in "ab"
+    ]
+    return pd.DataFrame(rows, columns=["kind", "layer", "coarse", "fine"])
 
 
 def two_groups():
@@ -107,6 +127,8 @@ PLOTS = {
     "plan": lambda ax=None: plot_plan(plan_table(), ax=ax),
     "loss": lambda ax=None: plot_loss(losses(), ax=ax),
     "accuracy": lambda ax=None: plot_accuracy(accuracies(), ax=ax),
+    "tradeoff": lambda ax=None: plot_tradeoff(budgets(), ax=ax),
+    "fusion": lambda ax=None: plot_fusion(fusions(), ax=ax),
     "agreement": lambda ax=None: plot_agreement(side_by_side({"taylor": scores(), "magnitude": scores(1)}), ax=ax),
 }
 
@@ -159,6 +181,24 @@ def test_accuracies_have_their_models_colour_error_and_chance():
     assert [segment[0][1] for segment in chance.get_segments()] == [0.5, 0.25]
     assert [text.get_text() for text in ax.get_legend().get_texts()][-1] == "chance"
     assert len({container[0].get_hatch() for container in bars.values()}) == 3
+
+
+def test_a_tradeoff_has_medians_in_a_methods_colour_their_range_and_the_dense_model():
+    ax = plot_tradeoff(budgets())
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines["element"].get_xdata()) == [0.2, 0.5] and list(lines["element"].get_ydata()) == [6.0, 9.0]
+    assert lines["element"].get_color() == METHOD_COLORS["element"] and set(lines["dense"].get_ydata()) == {3.0}
+    bands = [band.get_paths()[0].get_extents() for band in ax.collections]
+    assert (bands[0].ymin, bands[0].ymax) == (4.0, 14.0) and ax.get_yscale() == "log"
+    assert plot_tradeoff(budgets().rename(columns={"perplexity": "accuracy"}), y="accuracy").get_yscale() == "linear"
+
+
+def test_fusion_shows_the_share_of_the_coarse_estimate():
+    ax = plot_fusion(fusions())
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines["kv_head"].get_ydata()) == pytest.approx([0.2 / 0.6, 0.3 / 0.7])
+    both = pd.concat([fusions().assign(rule=rule) for rule in ("attention", "uncertainty")])
+    assert "uncertainty, kv_head" in {line.get_label() for line in plot_fusion(both).lines}
 
 
 def test_methods_without_a_colour_get_different_ones():
@@ -276,6 +316,8 @@ REFUSED = {
     "loss columns": (lambda: plot_loss(scores()), "step, loss"),
     "compare table": (lambda: plot_accuracy(pd.DataFrame({"perplexity": [1.0]})), "compare_accuracy"),
     "agreement": (lambda: plot_agreement(side_by_side({"a": scores()}), y="b"), "no b"),
+    "tradeoff": (lambda: plot_tradeoff(budgets(), y="accuracy"), "has no accuracy"),
+    "fusion": (lambda: plot_fusion(budgets()), "kind, layer, coarse, fine"),
     "other units": (lambda: side_by_side({"a": scores(), "b": scores().iloc[1:]}), "not about the same units"),
     "no scores": (lambda: side_by_side({}), "nothing"),
     "layer without groups": (lambda: plot_groups(two_groups(), layer=7), "layer 7 has no groups; layers .0. have"),
