@@ -50,7 +50,7 @@ def methods(seed: int) -> dict[str, Method]:
         "element": Method(pk.Taylor("element")),
         "HyWIA attention": Method(pk.HyWIA("attention")),
         "HyWIA uncertainty": Method(pk.HyWIA("uncertainty")),
-        "FLAP": Method(pk.Fluctuation(), fit="bias"),
+        "FLAP-style": Method(pk.Fluctuation(), fit="bias"),
         "element, re-fit": Method(pk.Taylor("element"), fit="weights"),
         "reconstruction, re-fit": Method(pk.Reconstruction(), fit="weights"),
         "reconstruction, re-fit, global": Method(pk.Reconstruction(), "global", "loss", "weights"),

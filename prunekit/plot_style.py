@@ -24,7 +24,7 @@ METHOD_COLORS = {
     "element": "#0072B2",
     "HyWIA attention": "#CC79A7",
     "HyWIA uncertainty": "#882255",
-    "FLAP": "#44AA99",
+    "FLAP-style": "#44AA99",
     "element, re-fit": "#D55E00",
     "reconstruction, re-fit": "#117733",
     "reconstruction, re-fit, global": "#332288",

@@ -33,7 +33,8 @@ def plan(
 
     Units go in the order of their scores, lowest first. With `ranking="local"` every group loses the same
     share; with `"global"` units compete across groups by score per parameter removed, which makes a head
-    and a channel comparable where the score is a sum over parameters.
+    and a channel comparable where scores of all groups are in one unit: Taylor's and ablation's estimate the loss,
+    and `score(..., normalize="loss")` scales any others to it.
 
     Args:
         groups: what `discover` found.
