@@ -140,12 +140,15 @@ def count(model: torch.nn.Module) -> int:
 TOOLS = {"prunekit": time_prunekit, "torch-pruning": time_torch_pruning}
 
 
-def compare(name: str, repeats: int) -> list[dict[str, Any]]:
+Tools = dict[str, Callable[[LlamaForCausalLM], tuple[Seconds, int]]]
+
+
+def compare(name: str, shape: Shape, repeats: int, tools: Tools) -> list[dict[str, Any]]:
     """One row a tool, stage and repeat; the tools take turns, after one round that does not count."""
     rows: list[dict[str, Any]] = []
     for repeat in range(-1, repeats):
-        for tool, run in TOOLS.items():
-            model = build(SHAPES[name])
+        for tool, run in tools.items():
+            model = build(shape)
             dense = count(model)
             seconds, left = run(model)
             told = {"shape": name, "tool": tool, "repeat": repeat, "parameters_left": round(left / dense, 4)}
@@ -213,7 +216,7 @@ def main() -> None:
         if name in WEIGHTLESS:
             save(discover_weightless(name, args.repeats), RESULTS / f"discover_{name}.csv", PEER)
             continue
-        rows = compare(name, args.repeats)
+        rows = compare(name, SHAPES[name], args.repeats, TOOLS)
         report(name, rows)
         save(rows, RESULTS / f"discover_and_prune_{name}.csv", PEER)
 

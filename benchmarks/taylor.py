@@ -27,10 +27,10 @@ from run import (
     Seconds,
     Shape,
     build,
+    compare,
     count,
     stage,
     stage_medians,
-    stage_rows,
     staged,
     torch_pruner,
 )
@@ -81,19 +81,6 @@ def time_torch_pruning(model: LlamaForCausalLM) -> tuple[Seconds, int]:
 
 
 TOOLS = {"prunekit": time_prunekit, PEER: time_torch_pruning}
-
-
-def compare(name: str, repeats: int) -> list[dict[str, Any]]:
-    """One row a tool, stage and repeat; the tools take turns, after one round that does not count."""
-    rows: list[dict[str, Any]] = []
-    for repeat in range(-1, repeats):
-        for tool, run in TOOLS.items():
-            model = build(SHAPES[name])
-            dense = count(model)
-            seconds, left = run(model)
-            told = {"shape": name, "tool": tool, "repeat": repeat, "parameters_left": round(left / dense, 4)}
-            rows += [{**told, **row} for row in stage_rows(seconds)]
-    return [row for row in rows if row["repeat"] >= 0]
 
 
 def peak_of(name: str, tool: str) -> int:
@@ -149,7 +136,7 @@ def main() -> None:
     if args.alone:
         return alone(*args.alone)
     for name in args.shapes:
-        rows, peaks = compare(name, args.repeats), {tool: peak_of(name, tool) for tool in TOOLS}
+        rows, peaks = compare(name, SHAPES[name], args.repeats, TOOLS), {tool: peak_of(name, tool) for tool in TOOLS}
         report(name, rows, peaks)
         save(
             [{**row, "peak_mb": round(peaks[row["tool"]] / 1e6, 1)} for row in rows],

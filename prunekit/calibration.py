@@ -194,13 +194,14 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
     """
     check_finite(model)
     tokens, chosen = check_tokens(calib, model), _chosen(model, parameters)
-    g = {name: _zeros_like(p) for name, p in chosen.items()}
+    found: dict[str, Tensor] = {}
     h = {name: _zeros_like(p) for name, p in chosen.items()} if second else None
     batches = tokens.split(1) if second else in_batches(tokens)
     loss = 0.0
-    with _collecting(model, chosen, g, h, len(tokens)), _checkpointed(model), torch.enable_grad():
+    with _collecting(model, chosen, found, h, len(tokens)), _checkpointed(model), torch.enable_grad():
         for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, delay=1):
             loss += _backward(model, batch) / len(tokens)
+    g = {name: found[name] if name in found else _zeros_like(p) for name, p in chosen.items()}
     _check_gradients(g)
     return Gradients(g, None if h is None else {n: t.div_(len(tokens)) for n, t in h.items()}, loss, len(tokens))
 
@@ -273,7 +274,7 @@ def _collecting(
             p.requires_grad_(False)
         for name, p in chosen.items():
             p.requires_grad_(True)
-            add = _adder(g[name], None if h is None else h[name], n_samples)
+            add = _adder(g, None if h is None else h[name], name, n_samples)
             handles.append(p.register_post_accumulate_grad_hook(add))
         yield
     finally:
@@ -286,15 +287,18 @@ def _collecting(
             module.training = mode
 
 
-def _adder(g: Tensor, h: Tensor | None, n_samples: int) -> Any:
-    """Hook that adds a parameter's new gradient to its sums and frees it."""
+def _adder(g: dict[str, Tensor], h: Tensor | None, name: str, n_samples: int) -> Any:
+    """Hook that adds a parameter's new gradient to its sums and frees it; the first one becomes the sum."""
 
     def add(parameter: Tensor) -> None:
-        gradient = parameter.grad.to(g.dtype)  # type: ignore[union-attr]
+        gradient = parameter.grad.to(torch.promote_types(parameter.dtype, torch.float32))  # type: ignore[union-attr]
         parameter.grad = None
-        g.add_(gradient, alpha=1 / n_samples)
         if h is not None:
             h.addcmul_(gradient, gradient)
+        if name in g:
+            g[name].add_(gradient, alpha=1 / n_samples)
+        else:
+            g[name] = gradient.div_(n_samples)
 
     return add
 

@@ -47,6 +47,8 @@ example:
   prunekit prune world --pruning-ratio 0.25 --importance taylor --out small/
   prunekit prune path/to/checkpoint --pruning-ratio 0.2 --importance taylor \\
       --calibration text.txt --out small/
+  prunekit prune path/to/checkpoint --pruning-ratio 0.2 --importance reconstruction \\
+      --calibration text.txt --compensate --out small/
   prunekit prune path/to/checkpoint --plan plan.json --out small/
   prunekit prune path/to/large --pruning-ratio 0.2 --importance l2 --streaming --out small/"""
 PLANNING = (

@@ -53,7 +53,7 @@ def hywia(
         layers: those that are cut; None as in `llm_pruner`.
         data: to recover with, as for `recover`; None leaves the model untuned.
         tokenizer: needed where `data` is text.
-        recovery: how; None is LLM-Pruner's, `LoRA.paper()`, as the authors take it.
+        recovery: how; None is LLM-Pruner's, `LoRA.paper()`.
 
     Returns:
         The smaller model, the plan, and the scores with their weights.
