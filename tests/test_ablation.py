@@ -13,6 +13,7 @@ from prunekit import (
     Magnitude,
     PrunekitError,
     Random,
+    Reconstruction,
     Taylor,
     calibration_set,
     discover,
@@ -75,11 +76,26 @@ def test_scaled_scores_add_up_to_what_the_loss_rises_by(name, importance):
     for group in groups.of_kind(*CUT):
         before, after = plain[group.name], scaled[group.name]
         assert torch.equal(before.argsort(stable=True), after.argsort(stable=True))
-        low = before.argsort(stable=True)[: group.n_units // 2]
-        with silenced(model, group, low.tolist()):
+        with silenced(model, group, range(group.n_units)):
             without = mean_loss(model, CALIB)
-        assert float(after[low].sum()) == pytest.approx(max(without - mean_loss(model, CALIB), 0), rel=1e-3, abs=1e-7)
+        assert float(after.sum()) == pytest.approx(max(without - mean_loss(model, CALIB), 0), rel=1e-3, abs=1e-7)
     assert scaled.label == f"{importance.label}, scaled to the loss"
+
+
+def test_what_costs_nothing_in_part_is_not_taken_for_nothing_as_a_whole():
+    """Half of the first layer's channels of the world can go for free, and the layer cannot."""
+    model, tokenizer = load("world")
+    calib = calibration_set("world", tokenizer, n_samples=8, seq_len=64)
+    groups = discover(model)
+    channels = groups.of_kind("ffn_channel")
+    scores = score(model, channels, Reconstruction(), calib, normalize="loss")
+    low = scores[channels[0].name].argsort()[:256].tolist()
+    dense = mean_loss(model, calib)
+    with silenced(model, channels[0], low):
+        assert mean_loss(model, calib) < 1.05 * dense
+    assert float(scores[channels[0].name].sum()) > 1
+    made = plan(groups, scores, 0.4, ranking="global", kinds=["ffn_channel"])
+    assert mean_loss(prune(model, made), calib) < 1.3 * mean_loss(model, calib)
 
 
 def test_a_layer_that_does_nothing_gives_its_channels_once_scores_are_scaled():
@@ -103,6 +119,8 @@ def test_what_cannot_be_is_refused():
     heads = groups.of_kind("kv_head")
     with pytest.raises(PrunekitError, match="normalize='size' is unknown; allowed: None, 'loss'"):
         score(model, heads, Magnitude(), CALIB, normalize="size")
+    with pytest.raises(PrunekitError, match="ablation scores of .* go below 0 and cannot be shared out"):
+        score(model, heads, Ablation(), CALIB, normalize="loss")
     with pytest.raises(PrunekitError, match="normalize='loss' reads tokens, not None"):
         score(model, heads, Magnitude(), normalize="loss")
     names = [member.parameter for member in heads[0].members]

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from prunekit.calibration import Gradients, mean_loss
 from prunekit.discovery.groups import CoupledGroup
+from prunekit.errors import PrunekitError
 from prunekit.importance.reduction import check_takes_tokens, tokens_for
 from prunekit.importance.scores import Scores
 
@@ -84,29 +85,33 @@ class Ablation:
 def scaled_to_loss(
     model: nn.Module, groups: Iterable[CoupledGroup], scores: Scores, calib: Tensor | Gradients | None
 ) -> Scores:
-    """Scores in nats a token: one factor a group, so that those of its lower half add up to what the loss rises by.
+    """Scores in nats a token: each group's share out what the loss rises by when the whole group is silenced.
 
-    The half of the units that scores lowest is silenced, one group at a time, and the loss measured. The order inside
-    a group stays; across groups, scores of any kind become comparable.
+    One factor a group, so the order inside it stays; across groups and kinds, scores of any importance become
+    comparable. Silencing less would be nearer to what a plan does, but a part that costs nothing tells nothing of the
+    rest.
 
     Args:
         model: the model that was scored; it is left as it was.
         groups: those that were scored.
-        scores: of every importance, not negative.
+        scores: of any importance, none below 0.
         calib: integers (n_samples, seq_len).
 
     Raises:
-        PrunekitError: no tokens, or a loss that is not finite.
+        PrunekitError: no tokens, scores below 0, or a loss that is not finite.
     """
     tokens = _tokens("normalize='loss'", model, calib)
+    for name, values in scores.items():
+        if float(values.min()) < 0:
+            raise PrunekitError(
+                f"{scores.label} scores of {name!r} go below 0 and cannot be shared out; leave out normalize"
+            )
     dense = mean_loss(model, tokens)
     for group in tqdm(list(groups), desc="scaling", unit="group", leave=False, delay=1):
-        values = scores[group.name]
-        low = values.argsort(stable=True)[: max(1, group.n_units // 2)]
-        with silenced(model, group, low.tolist()):
+        with silenced(model, group, range(group.n_units)):
             rise = max(mean_loss(model, tokens) - dense, LEAST * dense)
-        total = float(values[low].double().sum())
-        scores[group.name] = values * (rise / total) if total > 0 else values
+        total = float(scores[group.name].double().sum())
+        scores[group.name] = scores[group.name] * (rise / total) if total > 0 else scores[group.name]
     scores.label = f"{scores.label}, scaled to the loss"
     return scores
 

@@ -96,9 +96,9 @@ def score(
             members of `Importance`.
         calib: integers (n_samples, seq_len), or what `gather_gradients` gathered over them (so that several
             importances share one pass); None where the importance reads no data.
-        normalize: `"loss"` multiplies each group's scores by one factor, so that those of its lower half add up to
-            what the loss really rises by when that half is silenced (one pass a group). Then units of different groups
-            and kinds compare under `plan(ranking="global")`, whatever the importance; the order inside a group stays.
+        normalize: `"loss"` multiplies each group's scores by one factor, so that they add up to what the loss really
+            rises by when the group is silenced (one pass a group). Then units of different groups and kinds compare
+            under `plan(ranking="global")`, whatever the importance; the order inside a group stays.
             None leaves scores as they are, which compare across groups where they estimate a loss themselves
             (`Taylor`).
 
