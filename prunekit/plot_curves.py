@@ -4,7 +4,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from prunekit.plot_style import MARKERS, axes_or_new, colors_of, legend_outside, projected, require_columns
+from prunekit.plot_style import (
+    KIND_COLORS,
+    MARKERS,
+    METHOD_COLORS,
+    axes_or_new,
+    colors_of,
+    legend_outside,
+    projected,
+    require_columns,
+)
 
 DASHES = ("-", "--", "-.", ":")
 
@@ -68,13 +77,15 @@ def plot_fusion(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         PrunekitError: the table is empty or has not these columns.
     """
     require_columns(table, ("kind", "layer", "coarse", "fine"), "FusedScores.weight_table()")
-    names = table["kind"] if "rule" not in table else table["rule"] + ", " + table["kind"]
-    rows = table.assign(series=names, share=table["coarse"] / (table["coarse"] + table["fine"])).dropna(subset="layer")
-    colors = colors_of(rows["series"])
+    rows = table.assign(share=table["coarse"] / (table["coarse"] + table["fine"])).dropna(subset="layer")
+    by_rule = "rule" in table  # a colour a rule then, and a marker a kind
+    of_rules = {name.removeprefix("HyWIA "): color for name, color in METHOD_COLORS.items()}
+    colors = colors_of(rows["rule"], of_rules) if by_rule else colors_of(rows["kind"], KIND_COLORS)
+    numbers = {kind: number for number, kind in enumerate(rows["kind"].unique())}
     ax = axes_or_new(ax)
-    for number, (name, curve) in enumerate(rows.groupby("series", sort=False)):
+    for name, curve in rows.groupby(["rule", "kind"] if by_rule else ["kind"], sort=False):
         found = curve.groupby("layer")["share"].agg(["median", "min", "max"])
-        _draw(ax, found, str(name), colors[str(name)], number)
+        _draw(ax, found, ", ".join(name), colors[name[0]], numbers[name[-1]])
     ax.axhline(0.5, color="black", linewidth=1.2, linestyle="--", label="both alike")
     ax.set(xlabel="layer", ylabel="weight of the coarse estimate", ylim=(-0.02, 1.02), title="Fusion across depth")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

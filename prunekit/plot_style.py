@@ -87,15 +87,21 @@ def require_columns(table: pd.DataFrame, columns: Iterable[str], source: str) ->
 
 
 def legend_outside(ax: Axes) -> None:
-    """The title on the left above the axes and the legend on the right, where it hides no data; chance comes last."""
+    """The title on the left above the axes and the legend on the right, where it hides no data; chance comes last.
+
+    More than four entries stand beside the axes, one below the other.
+    """
     ax.set_title(ax.get_title(), loc="left")
     ax.set_title("")
     entries = sorted(zip(*ax.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] == "chance")
+    if len(entries) > 4:
+        ax.legend(*zip(*entries, strict=True), loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        return
     ax.legend(
         *zip(*entries, strict=True),
         loc="lower right",
         bbox_to_anchor=(1, 1),
-        ncols=min(len(entries), 4),
+        ncols=len(entries),
         frameon=False,
         columnspacing=1,
         handlelength=1.6,

@@ -75,6 +75,17 @@ def test_every_part_is_cut_as_if_zero(name):
         assert len(names) == len(list(zeroed.named_parameters())) - n_gone
 
 
+@pytest.mark.parametrize("name", [*DIFFERENT, *WIRINGS, *DIFFICULT])
+def test_all_blocks_of_one_kind_are_cut_as_if_zero(name):
+    """A gate that multiplies what a block returns holds all hidden channels, and goes with the block."""
+    family = EVERYONE[name]
+    blocks = [group.name for group in family.groups().of_kind("block")]
+    for kind in {name.rpartition(".")[2] for name in blocks}:
+        keep = {name: [] for name in blocks if name.endswith(f".{kind}")}
+        small, zeroed = pruned_and_zeroed(family, keep)
+        assert relative_difference(logits(small), logits(zeroed)) < family.tolerance, list(keep)
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, "gpt_neo", "deepseek_v3"])
 def test_the_cache_keeps_in_step_without_the_first_attention(name):
     """The cache counts its tokens in layer 0; the second prompt is padded."""

@@ -74,9 +74,9 @@ def biased_matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict)
 def linear(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
     """Input @ weightᵀ + bias in one step, where the weight is a plain matrix of rows and columns."""
     source, weight = mode.operand(args[0]), mode.operand(args[1])
-    plain = [varying_dims(plane) for plane in weight.planes] == [{0}, {1}]
-    last = len(source.shape) - 1
-    if source.parameter or not plain or not any(last in varying_dims(plane) for plane in source.planes):
+    wide = [{d} if n > 1 else set() for d, n in enumerate(weight.shape)]
+    plain = any(wide) and [varying_dims(plane) for plane in weight.planes] == wide
+    if source.parameter or not plain or not any(map(_tells_last, source.planes)):
         return unknown(mode, func, args, kwargs)
     rows, columns = weight.planes[0][:, 0], weight.planes[1][0]
     inner = combine(mode.graph, [source, Operand((columns,), columns.shape, True)], source.shape)
@@ -84,6 +84,12 @@ def linear(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noq
     shape = torch.Size((*source.shape[:-1], len(rows)))
     operands = [Operand((spread_rows(mode.graph, inner, rows),), shape), *map(mode.operand, tensors_in(args[2:]))]
     return mode.mark(torch.zeros(shape, dtype=args[0].dtype), combine(mode.graph, operands, shape))
+
+
+def _tells_last(plane: Tensor) -> bool:
+    """Whether a plane tells the channels of the last dimension apart, or there is but one and nothing else to tell."""
+    dims, last = varying_dims(plane), plane.dim() - 1
+    return last in dims or (plane.shape[last] == 1 and not dims)
 
 
 @rule("matmul")

@@ -60,9 +60,8 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
     names = tuple((renamed(name, change.moved), dim) for name, dim in old.names if name not in change.gone)
     same_sites = names == new.names and np.array_equal((np.cumsum(stays) - 1)[old.site[alive]], new.site)
     same_parts = same_sites
-    for number, (expected, found) in enumerate(
-        zip(levels(before.graph, change.dead), levels(after.graph), strict=True)
-    ):
+    dead = change.dead | _only_in(before, old, change, ~stays)
+    for number, (expected, found) in enumerate(zip(levels(before.graph, dead), levels(after.graph), strict=True)):
         then, now = old.of_nodes(expected)[alive], new.of_nodes(found)
         same_parts = same_parts and _same_partition(then, now)
         if same_parts and exact and number == 0:
@@ -70,6 +69,18 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
         if not same_parts:
             apart = same_sites and not change.dead.any() and _follows(now, then)
             raise _refusal(APART if apart else OTHER)
+
+
+def _only_in(before: Trace, sites: Sites, change: Change, gone: np.ndarray) -> np.ndarray:
+    """Nodes that nothing but parameters that go whole hold: what they own, they hold together no longer."""
+    if not change.gone:
+        return change.dead
+    label = next(levels(before.graph, change.dead))
+    held = sites.of_nodes(label)
+    alone = np.zeros(int(label.max()) + 1, np.bool_)
+    alone[held] = True
+    alone[held[~gone[sites.site]]] = False
+    return alone[label]
 
 
 def check_scales(model: nn.Module, small: nn.Module) -> None:
