@@ -29,6 +29,7 @@ test: setup ## run every test and every notebook
 bench: .venv/.bench ## time prunekit against Torch-Pruning, side by side, and a small part of bench-quality
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/taylor.py
+	rm -rf build/bench
 	$(BIN)/python benchmarks/quality.py --models world --seeds 0 --ratios 0.2 0.5 --out build/bench
 
 bench-quality: setup ## what is left at equal size, many ways over seeds: an hour; goes on where it was

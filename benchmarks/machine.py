@@ -17,8 +17,8 @@ RESULTS = HERE / "results"
 
 @cache
 def machine(*packages: str) -> dict[str, Any]:
-    """Commit at the start, system and versions, without naming the machine."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    """Commit when it is first asked for (do so before measuring), system and versions, without naming the machine."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in packages}
     return {
         "commit": commit.stdout.strip() or "unknown",

@@ -1,8 +1,8 @@
 """What is left of a model at equal size: perplexity and zero-shot accuracy of many ways to prune it, over seeds.
 
 Every row is a real cut: scored and re-fitted on one calibration set, drawn by the seed, to one fraction of the model's
-parameters, before and (with the first seed) after the same recovery. Rows are appended as they are measured, so a run
-that was stopped goes on where it was. `--report` only draws what there is and prints medians.
+parameters, before and (with the first seed) after the same recovery. Rows are appended as they are measured, each with
+its commit, so a run that was stopped goes on where it was. `--report` only draws what there is and prints medians.
 
 The embedded world is measured on its validation text and tasks, stories260K on the last fifth of a sample of
 TinyStories and on PIQA and ARC-easy, where a model of that size is at chance.
@@ -135,8 +135,7 @@ def measure(
     units = groups.of_kind("kv_head", "ffn_channel")
     if ("dense", 0, 0.0, "untuned") not in done:
         yield row_of("dense", 0, 0.0, "untuned", 0.0) | measured(subject, subject.model)
-    last = [(SEEDS[0], "recovered")] if SEEDS[0] in seeds else []
-    for seed, stage in [*((seed, "untuned") for seed in seeds), *last]:
+    for seed, stage in [*((seed, "untuned") for seed in seeds), (seeds[0], "recovered")]:
         sizes = {"n_samples": N_SAMPLES, "seq_len": SEQ_LEN, "seed": seed}
         calib = pk.calibration_set(subject.training, subject.tokenizer, **sizes)
         scores: dict[str, Any] = {}
@@ -202,6 +201,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder; what is measured there already stays")
     parser.add_argument("--report", action="store_true", help="measure nothing, draw what there is")
     args = parser.parse_args()
+    machine()  # the commit that is measured, whatever comes later
     for name in args.models:
         if name != "world" and not shared("models").is_dir():
             print(f"{name} is left out: there is no {shared('models')}; set PRUNEKIT_SHARED")

@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 import torch_pruning as tp
-from machine import RESULTS, save
+from machine import RESULTS, machine, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunekit as pk
@@ -211,6 +211,7 @@ def main() -> None:
     every = [*WEIGHTLESS, *SHAPES]  # in this order, so that no weights count towards the memory of the former
     parser.add_argument("--shapes", nargs="+", choices=every, default=every)
     args = parser.parse_args()
+    machine(PEER)  # the commit that is measured, whatever comes later
     warnings.filterwarnings("ignore", "Unwrapped parameters", module="torch_pruning")
     for name in sorted(args.shapes, key=every.index):
         if name in WEIGHTLESS:

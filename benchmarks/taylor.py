@@ -2,9 +2,10 @@
 
 Both cut a quarter of the heads and FFN channels by the same score, first-order and element by element, summed over a
 unit, from the same 10 × 64 tokens. Both make one backward pass over all of them; what it takes of the whole is told,
-and the ratio of the rest. Seconds are CPU seconds of this process, as in run.py, whose remarks hold here too. Peak
-memory is what a process of its own holds beyond the model, measured once a tool; for prunekit that includes the new,
-smaller model, since the old one is left alone.
+and the ratio of the rest. (prunekit's leaves out the gradients of what is not cut: embeddings, norms, the head.)
+Seconds are CPU seconds of this process, as in run.py, whose remarks hold here too. Peak memory is what a process of its
+own holds beyond the model, measured once a tool; for prunekit that includes the new, smaller model, since the old one
+is left alone.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from unittest import mock
 import psutil
 import torch
 import torch_pruning as tp
-from machine import RESULTS, save
+from machine import RESULTS, machine, save
 from run import (
     PEER,
     RATIO,
@@ -135,6 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.alone:
         return alone(*args.alone)
+    machine(PEER)  # the commit that is measured, whatever comes later
     for name in args.shapes:
         rows, peaks = compare(name, SHAPES[name], args.repeats, TOOLS), {tool: peak_of(name, tool) for tool in TOOLS}
         report(name, rows, peaks)

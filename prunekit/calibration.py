@@ -242,15 +242,15 @@ def _summed_loss(model: nn.Module, batch: Tensor) -> Tensor:
 def _checkpointed(model: nn.Module) -> Iterator[None]:
     """While open, activations inside a layer are computed again on the way back, where a model is set to do so."""
     asked = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    modules = [model.get_submodule(path) for path in outermost_elements(model)] if asked else []
-    before = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+    modules = dict.fromkeys(model.get_submodule(path) for path in outermost_elements(model)) if asked else {}
+    before = {module: vars(module).get("forward") for module in modules}
     try:
+        for module in modules:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
-            del module.forward
+        for module, own in before.items():
+            vars(module).pop("forward", None)
             if own is not None:
                 module.forward = own
 

@@ -76,7 +76,9 @@ class Layerwise:
         """What a layer returns for one batch, (batch, seq, d_model); all batches wait in front of it then."""
         self._go_to(number)
         args, kwargs = self._calls[batch][number].filled(self._hidden[batch])
-        return _first_float(self._modules[number](*args, **kwargs))
+        result = _first_float(self._modules[number](*args, **kwargs))
+        assert result is not None  # it was followed there
+        return result
 
     def _go_to(self, number: int) -> None:
         if number < self._next:
@@ -105,7 +107,8 @@ def _follow(
         return call.filled(stream[-1])
 
     def leave(_module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
-        stream[1:] = [_first_float(result)]
+        after = _first_float(result)
+        stream[1:] = [] if after is None else [after]  # with none, the next layer is found to read something else
 
     with ExitStack() as hooks:
         for path in layers:
@@ -120,11 +123,14 @@ def _is_stream(value: Any, stream: list[Tensor]) -> bool:  # noqa: ANN401
     """Whether an argument is what the layer before returned; for the first layer, activations (batch, seq, d_model)."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
-    return torch.equal(value, stream[-1]) if stream else value.dim() == 3
+    if not stream:
+        return value.dim() == 3
+    alike = (value.shape, value.device) == (stream[-1].shape, stream[-1].device)
+    return alike and torch.equal(value, stream[-1])
 
 
-def _first_float(result: Any) -> Tensor:  # noqa: ANN401
-    return next(tensor for _, tensor in leaves((result,), {}) if tensor.is_floating_point())
+def _first_float(result: Any) -> Tensor | None:  # noqa: ANN401
+    return next((tensor for _, tensor in leaves((result,), {}) if tensor.is_floating_point()), None)
 
 
 def _same_others(a: _Call, b: _Call) -> bool:

@@ -23,7 +23,8 @@ from prunekit import (
     score,
 )
 from prunekit.calibration import gather_gradients, mean_loss
-from prunekit.importance import silenced
+from prunekit.importance import Scores, silenced
+from prunekit.importance.ablation import scaled_to_loss
 
 CALIB = torch.randint(0, 48, (8, 12), generator=torch.Generator().manual_seed(3))
 CUT = ("kv_head", "ffn_channel")
@@ -119,8 +120,13 @@ def test_what_cannot_be_is_refused():
     heads = groups.of_kind("kv_head")
     with pytest.raises(PrunekitError, match="normalize='size' is unknown; allowed: None, 'loss'"):
         score(model, heads, Magnitude(), CALIB, normalize="size")
-    with pytest.raises(PrunekitError, match="ablation scores of .* go below 0 and cannot be shared out"):
+    with pytest.raises(PrunekitError, match="Ablation.. measures the loss already; leave out normalize"):
         score(model, heads, Ablation(), CALIB, normalize="loss")
+    with pytest.raises(PrunekitError, match="'model.layers.0:layer' has one unit"):
+        score(model, groups.of_kind("layer"), Magnitude(), CALIB, normalize="loss")
+    negative = Scores({heads[0].name: torch.tensor([1.0, -1.0])}, label="odd", kinds={heads[0].name: "kv_head"})
+    with pytest.raises(PrunekitError, match="odd scores of .* go below 0 and cannot be shared out"):
+        scaled_to_loss(model, heads[:1], negative, CALIB)
     with pytest.raises(PrunekitError, match="normalize='loss' reads tokens, not None"):
         score(model, heads, Magnitude(), normalize="loss")
     names = [member.parameter for member in heads[0].members]

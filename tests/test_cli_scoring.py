@@ -46,7 +46,7 @@ def test_compensation_is_that_of_the_library(fit, dense, tmp_path):
     expected = pk.prune(model, plan, compensate=calib(dense), fit=fit or "weights")
     found, wanted = load_file(tmp_path / "out" / "model.safetensors"), dict(expected.named_parameters())
     assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in found)
-    assert plan.notes["compensated"] == f"{fit or 'weights'} re-fitted by least squares"
+    assert plan.notes["compensate"] == f"{fit or 'weights'}, where a linear layer lost inputs"
     assert "16 windows of 64 tokens" in plan.notes["calibration"]
 
 
@@ -84,7 +84,29 @@ def test_what_cannot_be_is_refused_in_one_line(options, message, dense, tmp_path
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_compensation_without_a_text_is_refused(dense, tmp_path, capsys):
-    arguments = ["prune", str(dense), "--out", str(tmp_path / "out"), "--pruning-ratio", "0.2", "--compensate"]
+@pytest.mark.parametrize("option", ["--compensate", "--normalize=loss"])
+def test_what_reads_text_is_refused_without_one(option, dense, tmp_path, capsys):
+    arguments = ["prune", str(dense), "--out", str(tmp_path / "out"), "--pruning-ratio", "0.2", option]
     assert main([*arguments, "--importance", "l2"]) == 2
-    assert "--compensate reads text; give --calibration" in capsys.readouterr().err
+    assert f"{option.partition('=')[0]} reads text; give --calibration" in capsys.readouterr().err
+
+
+def test_the_worlds_text_is_the_default_of_compensation_too(tmp_path):
+    options = [
+        "--importance",
+        "l2",
+        "--compensate",
+        "--n-samples",
+        "2",
+        "--seq-len",
+        "16",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(["prune", "world", "--pruning-ratio", "0.05", *options]) == 0
+
+
+def test_a_checkpoint_with_added_biases_is_not_told_to_be_padded(dense, tmp_path, capsys):
+    assert cut(dense, tmp_path / "out", "--compensate", "bias") == 0
+    told = capsys.readouterr().out
+    assert "linear layers were given one): loads with prunekit\n" in told and "padded" not in told

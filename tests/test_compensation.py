@@ -146,7 +146,7 @@ def test_biases_that_were_added_are_saved_and_cut_along(name, tmp_path):
         assert torch.equal(logits(loaded), logits(m)) and loaded.model.layers[-1].mlp.down_proj.bias is not None
         assert "linear layers were given one" in (folder / "README.md").read_text()
         assert [g.n_units for g in discover(loaded)] == [g.n_units for g in discover(m)]
-        with pytest.raises(PrunekitError, match="no word for the biases that were added; re-fit with fit='weights'"):
+        with pytest.raises(PrunekitError, match="were given biases, others not; re-fit with fit='weights'"):
             export(m, tmp_path / "padded", layout="padded")
 
 
@@ -157,6 +157,48 @@ def test_cut_is_zero_with_biases_that_were_added():
     keep = {group.name: list(range(group.n_units // 2)) for group in groups.of_kind("ffn_channel")}
     rest = plan_keeping(groups, keep)
     assert relative_difference(logits(prune(small, rest)), logits(zero_units(small, groups, rest))) < 1e-12
+
+
+def test_biases_are_not_added_to_adapters():
+    model, plan, small = cut(FAMILIES["llama_peft"])
+    for fit in ("bias", "both"):
+        with pytest.raises(PrunekitError, match=r"would add biases to adapters.*merge_and_unload\(\) first"):
+            compensate(small, model, plan, calibration(), fit=fit)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama_biased"])
+def test_a_layer_that_reads_a_constant_is_fitted_by_its_bias(name):
+    """Centring leaves rounding noise there."""
+    model = FAMILIES[name].model()
+    channels = discover(model).of_kind("ffn_channel")[0]
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for member in channels.members:
+            if not member.parameter.endswith("bias") and member.width and parameters[member.parameter].dim() == 2:
+                reads = "down_proj" in member.parameter or "fc2" in member.parameter or "mlp.c_proj" in member.parameter
+                if not reads:
+                    parameters[member.parameter].zero_()
+    groups = discover(model)
+    plan = replace(plan_keeping(groups, {channels.name: list(range(channels.n_units // 2))}), groups=groups)
+    small = prune(model, plan)
+    assert compensate(small, model, plan, calibration())["error_after"].iloc[0] < 1e-9
+
+
+def test_tokens_that_went_are_refused():
+    family = FAMILIES["llama_gqa"]
+    model, groups = family.model(), family.groups()
+    keep = {groups.of_kind("vocabulary")[0].name: list(range(40)), "model.layers.0.mlp:ffn_channel": list(range(40))}
+    plan = replace(plan_keeping(groups, keep), groups=groups)
+    with pytest.raises(PrunekitError, match="the plan takes tokens, and the calibration set has their old numbers"):
+        prune(model, plan, compensate=calibration() % 40)
+
+
+def test_another_dense_model_is_refused():
+    model, plan, small = cut(FAMILIES["llama_mha"])
+    with pytest.raises(PrunekitError, match=r"the order is compensate\(small, model, plan, calib\)"):
+        compensate(model, small, plan, calibration())
+    with pytest.raises(PrunekitError, match="the plan is a dict; give the one that the model was cut by"):
+        compensate(small, model, {}, calibration())
 
 
 def test_an_unknown_fit_is_refused():

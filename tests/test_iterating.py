@@ -66,6 +66,8 @@ def test_what_cannot_be_is_refused(model):
     for n_steps in (0, -1, 1.5, True, "2"):
         with pytest.raises(PrunekitError, match=r"n_steps=.* is not allowed; give an integer of 1 or more"):
             plan_in_steps(model, Magnitude(), 0.2, n_steps=n_steps)
+    with pytest.raises(PrunekitError, match="after which calib would name other tokens; take tokens in one step"):
+        plan_in_steps(model, Taylor(), 0.1, CALIB, n_steps=2, kinds=["vocabulary", "ffn_channel"])
     with pytest.raises(PrunekitError, match="take blocks and layers in a plan of their own"):
         plan_in_steps(model, Magnitude(), 0.2, n_steps=2, kinds=["layer"])
     with pytest.raises(PrunekitError, match="'model.layers.0.self_attn:query_head' is not found again after a step"):

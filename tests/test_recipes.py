@@ -119,8 +119,17 @@ def test_what_cannot_be_is_refused(model):
     for recipe in (llm_pruner, hywia):
         with pytest.raises(PrunekitError, match=r"layers=\[6, 9\] are none of this model's 6"):
             recipe(model, CALIB, layers=[2, 6, 9])
-    with pytest.raises(PrunekitError, match=r"pruning_ratio=1.5 is not allowed"):
-        llm_pruner(model, None, 1.5, mode="layer")
+        for layers in (1, "234"):
+            with pytest.raises(PrunekitError, match=r"layers=.* is no list; give one, such as layers=range"):
+                recipe(model, CALIB, layers=layers)
+        for ratio in (1.2, "0.25", None):
+            with pytest.raises(PrunekitError, match=r"pruning_ratio=.* is not allowed"):
+                recipe(model, CALIB, ratio)
+    for options in ({"mode": "layer"}, {"ranking": "global"}):
+        with pytest.raises(PrunekitError, match=r"pruning_ratio=1.2 is not allowed"):
+            llm_pruner(model, CALIB, 1.2, **options)
+    with pytest.raises(PrunekitError, match="rule='magic' is unknown"):
+        hywia(model, CALIB, rule="magic")
     with pytest.raises(PrunekitError, match="needs a calibration set"):
         llm_pruner(model, None)
     with pytest.raises(PrunekitError, match="the recovery data is text"):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 import prunekit as pk
 from prunekit import Activation, Magnitude, PrunekitError, PruningPlan, Random, Taylor, prune_checkpoint
 from prunekit.checkpoint import stream_writing, streaming
+from prunekit.checkpoint.stream_source import map_checkpoint
 from prunekit.checkpoint.stream_work import Work
 from prunekit.cli import main
 from prunekit.importance import Scores
@@ -400,6 +402,22 @@ def test_a_weight_that_is_not_finite_is_refused(name, tmp_path):
     with pytest.raises(PrunekitError, match="not finite|NaN or infinite"):
         prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux' list of mapped files")
+def test_a_cut_checkpoint_stays_mapped(tmp_path):
+    """Where a plain load copies it to memory of torch's own."""
+    family = FAMILIES["llama_gqa"]
+    groups = family.groups()
+    keep = {groups.of_kind("ffn_channel")[0].name: list(range(17))}
+    pk.save(pk.prune(family.model(), plan_keeping(groups, keep)), tmp_path / "cut")
+    for load_it, of_files in ((map_checkpoint, True), (pk.load, False)):
+        model, _ = load_it(tmp_path / "cut")
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+        spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+        mapped = [any(low <= p.data_ptr() < high for low, high in spans) for p in model.parameters()]
+        assert set(mapped) == {of_files}
+        del model
 
 
 @pytest.fixture(scope="module")

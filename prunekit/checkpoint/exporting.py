@@ -27,6 +27,8 @@ from prunekit.pruning import PruningPlan
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
 
+KEEP = "keep the checkpoint that prunekit saves, or re-fit with fit='weights', which adds none"
+
 
 def export(
     model: nn.Module,
@@ -87,6 +89,8 @@ def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:  # noqa: ANN40
         padded = padded_model(model, cuts)
         padded.config.name_or_path = model.config.name_or_path
         return padded, padded.config, unsaid(cuts)
+    if cuts.biases:
+        raise PrunekitError(f"{type(model).__name__} was given biases that its configuration cannot say; {KEEP}")
     raise PrunekitError(
         f"the configuration of {type(model).__name__} cannot say these widths ({'; '.join(unsaid(cuts))}); export with "
         "layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves, which says them"

@@ -197,12 +197,13 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
         ) from error
 
 
-def load_cut(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:  # noqa: ANN401
+def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = False, **options: Any) -> Any:  # noqa: ANN401
     """The model of a folder with `model_type: "prunekit"`, an object of its family's own class.
 
     Args:
         folder: that `save` wrote.
         dtype: of the weights; the checkpoint's own by default.
+        mapped: parameters are views of the mapped files and cost no memory; else copies.
         options: for building the model, such as `attn_implementation`.
 
     Raises:
@@ -212,7 +213,7 @@ def load_cut(folder: Path, dtype: torch.dtype | str = "auto", **options: Any) ->
     _check_record(folder, saved)
     stored = stored_tensors(folder)
     model = _build(folder, saved, stored, options)
-    _fill(model, folder, stored)
+    _fill(model, folder, stored, mapped)
     if os.path.lexists(folder / "generation_config.json"):
         model.generation_config = GenerationConfig.from_dict(read_object(folder / "generation_config.json"))
     model.config.name_or_path = str(folder)
@@ -282,15 +283,15 @@ def _known_dtype(dtype: torch.dtype | str) -> Any:  # noqa: ANN401
     return wanted
 
 
-def _fill(model: Any, folder: Path, stored: dict[str, Stored]) -> None:  # noqa: ANN401
+def _fill(model: Any, folder: Path, stored: dict[str, Stored], mapped: bool) -> None:  # noqa: ANN401
     """Give an empty model its weights, file by file; tied ones are stored once.
 
-    They are copied to memory of torch's own: a mapped file is aligned otherwise, and on some processors other kernels
-    would then compute other last digits than before the model was saved.
+    Unless they stay mapped, they are copied to memory of torch's own: a mapped file is aligned otherwise, and on some
+    processors other kernels would then compute other last digits than before the model was saved.
     """
     _check_fit(model, folder, stored)
     for file in sorted({tensor.file for tensor in stored.values()}):
-        weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        weights = {name: tensor if mapped else tensor.clone() for name, tensor in load_file(file).items()}
         model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
 

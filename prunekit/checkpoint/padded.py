@@ -30,7 +30,7 @@ def padded_model(model: Any, cuts: Cuts) -> Any:  # noqa: ANN401
         PrunekitError: zeros would change what it computes, as where a norm's statistics span what was cut.
     """
     if cuts.biases:
-        raise _refusal("its configuration has no word for the biases that were added; re-fit with fit='weights'")
+        raise _refusal("some of its layers were given biases, others not; re-fit with fit='weights', which adds none")
     padded = empty_model(_roomy(cuts))
     survivors, like = _survivors(discover(padded), cuts), next(model.parameters())
     state = {name: torch.zeros(p.shape, dtype=like.dtype, device=like.device) for name, p in padded.named_parameters()}

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from prunekit.checkpoint.building import empty_model, shapes_of
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, stored_tensors
-from prunekit.checkpoint.loading import MODEL_TYPE, load
+from prunekit.checkpoint.loading import MODEL_TYPE, load, load_cut, load_tokenizer
 from prunekit.errors import PrunekitError
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -32,9 +32,11 @@ def map_checkpoint(source: str | Path) -> tuple[Any, Any]:
     folder = local_folder(source)
     config, stored = read_config(folder), stored_tensors(folder)
     check_dtypes(folder, stored)
-    if config.get("model_type") != MODEL_TYPE:
-        _check_one_to_one(folder, stored)
-    return load(folder, dtype=_common_dtype(stored.values()))
+    dtype = _common_dtype(stored.values())
+    if config.get("model_type") == MODEL_TYPE:
+        return load_cut(folder, dtype, mapped=True), load_tokenizer(str(folder), False)
+    _check_one_to_one(folder, stored)
+    return load(folder, dtype=dtype)
 
 
 def local_folder(source: str | Path) -> Path:

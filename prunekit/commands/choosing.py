@@ -46,7 +46,7 @@ def load_for(args: argparse.Namespace, importance: "Importance") -> tuple[Any, A
     from prunekit.pruning.planning import check_options
 
     check_options(args.pruning_ratio, **planning(args))
-    if not importance.needs_calibration and not args.normalize:
+    if not importance.needs_calibration and not args.normalize and not args.compensate:
         return load(args.model)
     check_calibration(args)
     return load_with_tokenizer(args.model, "a calibration text")
@@ -122,7 +122,7 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
     told = {"made from": str(args.model)}
     reads = args.compensate or args.normalize or (args.plan is None and choose_importance(args).needs_calibration)
     if args.compensate:
-        told["compensated"] = f"{args.compensate} re-fitted by least squares"
+        told["compensate"] = f"{args.compensate}, where a linear layer lost inputs"
     if args.calibration is not None and reads:
         told["calibration"] = "{n_samples} windows of {seq_len} tokens, seed {seed}".format(**drawn(args))
     return told

@@ -70,6 +70,7 @@ NAMES = (
     "taylor, taylor-vector, taylor-second, taylor-mixed, hywia, activation, fluctuation, reconstruction, ablation, "
     "block-influence, l1, l2 or random"
 )
+PADDED = "prunekit export --layout padded"
 OF = "what the ratio counts: parameters (default; widths may differ a little between layers) or units (the same in all)"
 
 
@@ -163,7 +164,8 @@ def remarks(args: argparse.Namespace, plan: "PruningPlan") -> list[str]:
     widths = not_plain(read_config(Path(args.out)))
     if widths:
         even = "--of units keeps layers even, " if uneven_by_parameters(args, plan) else ""
-        advice = f"loads with prunekit; {even}prunekit export --layout padded fills them up"
+        biased = any(width.startswith("bias:") for width in widths)  # which zeros cannot fill up
+        advice = "loads with prunekit" if biased else f"loads with prunekit; {even}{PADDED} fills them up"
         told.append(f"not a plain checkpoint ({'; '.join(widths)}): {advice}")
     return told
 
@@ -187,8 +189,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise PrunekitError(f"--plan says already what goes; leave out {option}, or leave out --plan")
     if args.plan is None and args.pruning_ratio is None:
         raise PrunekitError("how much is to go? give --pruning-ratio, such as 0.2, or --plan PLAN.json")
-    if args.compensate and args.calibration is None and args.model != "world":
-        raise PrunekitError("--compensate reads text; give --calibration with a text file or 'world'")
+    if args.calibration is None and args.model == "world":
+        args.calibration = "world" if args.compensate or args.normalize else None
+    for name in ("compensate", "normalize"):
+        if getattr(args, name) and args.calibration is None:
+            raise PrunekitError(f"--{name} reads text; give --calibration with a text file or 'world'")
 
 
 def cut(args: argparse.Namespace) -> "PruningPlan":
@@ -206,13 +211,15 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
     if args.plan is not None:
         plan = PruningPlan.load(args.plan)
         model, tokenizer = load(args.model)
+        if args.compensate:
+            need_tokenizer(args.model, tokenizer, "a calibration text")
     else:
         importance = choose_importance(args)
         model, tokenizer = load_for(args, importance)
         plan = make_plan(args, model, tokenizer, importance)
     before = n_parameters(model)
     if args.compensate:
-        calib = calibrate(args, need_tokenizer(args.model, tokenizer, "a calibration text"))
+        calib = calibrate(args, tokenizer)
         small = prune(model, plan, compensate=calib, fit=args.compensate)
     else:
         small = prune(model, plan, inplace=True)

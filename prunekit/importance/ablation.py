@@ -24,7 +24,7 @@ def silenced(model: nn.Module, group: CoupledGroup, units: Iterable[int]) -> Ite
     Args:
         model: the model that the group was discovered in.
         group: of which the units are.
-        units: their numbers.
+        units: their numbers. What runs inside builds no graph for gradients.
     """
     parameters, owned, held = dict(model.named_parameters()), list(units), []
     with torch.no_grad():
@@ -80,6 +80,22 @@ class Ablation:
                         found[group.name][unit] = mean_loss(model, tokens) - dense
                     bar.update()
         return found
+
+
+def check_scalable(importance: object, groups: Iterable[CoupledGroup]) -> None:
+    """Refuse what scaling to the loss would be pointless for.
+
+    Raises:
+        PrunekitError: scores that are losses already, or groups of one unit, whose scores would all become that.
+    """
+    if isinstance(importance, Ablation):
+        raise PrunekitError("Ablation() measures the loss already; leave out normalize")
+    single = next((group.name for group in groups if group.n_units == 1), None)
+    if single is not None:
+        raise PrunekitError(
+            f"{single!r} has one unit, so that normalize='loss' would only measure the loss without it; score it with "
+            "Ablation(), or leave out normalize"
+        )
 
 
 def scaled_to_loss(

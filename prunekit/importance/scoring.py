@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prunekit.calibration import Gradients, check_finite
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
-from prunekit.importance.ablation import Ablation, scaled_to_loss
+from prunekit.importance.ablation import Ablation, check_scalable, scaled_to_loss
 from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.fusion import HyWIA
@@ -103,7 +103,7 @@ def score(
             (`Taylor`).
 
     Returns:
-        Group name → detached float CPU tensor (n_units,): float32, or float64 for a float64 model.
+        Group name → detached float CPU tensor (n_units,): float32, or float64 for a float64 model and losses.
 
     Raises:
         PrunekitError: no groups, groups of another model, no calibration set where one is needed, weights
@@ -118,6 +118,8 @@ def score(
         raise PrunekitError(f"{importance!r} needs a calibration set: score(model, groups, importance, calib)")
     chosen = _chosen(model, groups)
     _check_belong(model, groups, chosen)
+    if normalize is not None:
+        check_scalable(importance, chosen)
     check_finite(model)
     with torch.no_grad():
         values = importance.unit_scores(model, chosen, calib)

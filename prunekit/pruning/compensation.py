@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, in_batches
-from prunekit.discovery.parts import layer_of, list_elements
+from prunekit.discovery.parts import layer_of, outermost_elements
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, computing_wide, linear_readers
@@ -48,6 +48,8 @@ class _Fit:
             return torch.cholesky_solve(self.cross, factor(self.gram, ridge))
         n, inputs, rest = self.gram[-1, -1], self.gram[:-1, -1], self.cross[-1]  # tokens, weighed, and sums over them
         centred = self.gram[:-1, :-1] - torch.outer(inputs, inputs) / n
+        rounding = len(inputs) * torch.finfo(self.gram.dtype).eps  # is all that is left of constant inputs
+        centred.diagonal().add_(rounding * self.gram.diagonal()[:-1].sum())
         change = torch.cholesky_solve(self.cross[:-1] - torch.outer(inputs, rest) / n, factor(centred, ridge))
         return torch.cat([change, (rest - inputs @ change)[None] / n])
 
@@ -78,8 +80,8 @@ def compensate(
     A layer with inputs X, in the cut model as re-fitted so far, and outputs Y in the dense model gets the weights
     W + Δ with Δ = (XᵀX + λI)⁻¹ Xᵀ(Y − XW): the least squares of its output error, drawn towards W by the ridge. With a
     bias, X and Y − XW are centred, and the bias takes up their means. A token whose dense output is larger than the
-    median token's counts as if it were as large: else a few with massive activations, such as the first of a
-    sequence, would decide for all.
+    median token's (of its batch, about 1,024 tokens) counts as if it were as large: else a few with massive
+    activations, such as the first of a sequence, would decide for all.
 
     No gradient is needed. Only sums over tokens are kept, and of each model what stands between two layers. Layers
     with a tied weight and those that do not read each token exactly once, such as experts, are left as they are.
@@ -87,7 +89,7 @@ def compensate(
     Args:
         small: what `prune(model, plan)` returned; it is changed.
         model: the dense model.
-        plan: by which it was cut; of no whole layers and blocks, behind which others would move.
+        plan: by which it was cut; of no whole layers and blocks, behind which others would move, and of no tokens.
         calib: integers (n_samples, seq_len).
         fit: `"weights"`, and the biases that are there; `"bias"`, the mean of Y − XW and nothing else; or `"both"`.
             The last two add a bias where there is none, which most families have no word for: such a checkpoint
@@ -95,12 +97,12 @@ def compensate(
         ridge: λ, as a part of the mean of XᵀX's diagonal; above 0. Not used with `"bias"`.
 
     Returns:
-        One row a layer: module, inputs (left), error_before and error_after (‖Y − XW‖² / ‖Y‖²).
+        One row a layer: module, inputs (left), error_before and error_after (‖Y − XW‖² / ‖Y‖², tokens weighed so).
 
     Raises:
-        PrunekitError: an unknown `fit`, a plan that takes whole layers or blocks, a ridge that is not above 0 or too
-            small, bad tokens, models that do not belong together, or activations that are not finite; layers done
-            before stay re-fitted.
+        PrunekitError: an unknown `fit`, one that adds biases to unmerged adapters, a plan that takes whole layers,
+            blocks or tokens or is of another dense model, a ridge that is not above 0 or too small, bad tokens, or
+            activations that are not finite; layers done before stay re-fitted.
 
     Source: least squares as in OSSCAR (Meng et al. 2024) and ZipLM (Kurtic et al. 2023); the bias alone as in FLAP (An
         et al., AAAI 2024). Differs: the targets are the dense model's own outputs at each layer, so that what earlier
@@ -108,7 +110,9 @@ def compensate(
     """
     check_choice("fit", fit, FITS)
     check_ridge(ridge)
-    kept = _kept_outputs(plan)
+    if fit != "weights" and hasattr(small, "peft_config"):
+        raise PrunekitError(f"fit={fit!r} would add biases to adapters, which merging drops: merge_and_unload() first")
+    kept = _kept_outputs(plan, model)
     tokens = check_tokens(calib, model)
     batches = in_batches(tokens)
     readers = _readers(small, model)
@@ -141,11 +145,17 @@ def _readers(small: nn.Module, model: nn.Module) -> dict[str, Reader]:
     }
 
 
-def _kept_outputs(plan: PruningPlan) -> dict[tuple[str, int], Tensor]:
+def _kept_outputs(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
     """(path, dim of its weight) → the rows that stay, where some go."""
+    if not isinstance(plan, PruningPlan):
+        raise PrunekitError(f"the plan is a {type(plan).__name__}; give the one that the model was cut by")
     if plan.groups is None:
         raise PrunekitError("the plan was read from a file and carries no groups; make it again with plan(groups, ...)")
+    if {name: tuple(p.shape) for name, p in model.named_parameters()} != dict(plan.groups.shapes):
+        raise PrunekitError("the plan is of another dense model; the order is compensate(small, model, plan, calib)")
     for name, units in plan.keep.items():
+        if plan.groups[name].kind == "vocabulary" and len(units) < plan.n_units[name]:
+            raise PrunekitError("the plan takes tokens, and the calibration set has their old numbers: cut those later")
         if not units:  # layers behind it stand elsewhere in the cut model
             raise PrunekitError(
                 f"the plan leaves nothing of {name!r}: take whole layers and blocks out first, then cut and compensate "
@@ -188,7 +198,7 @@ class _Passes:
     """Passes of batches through a model, layer by layer where its layers are a chain."""
 
     def __init__(self, model: nn.Module, batches: tuple[Tensor, ...]) -> None:
-        self._model, self._batches = model, batches
+        self._model, self._batches, self._layers = model, batches, outermost_elements(model)
         self._chain: Layerwise | None = None
         self._tried = False
 
@@ -208,11 +218,11 @@ class _Passes:
         return seen[0]
 
     def _run(self, path: str, batch: int) -> None:
-        layer = layer_of(path, list_elements(self._model))
+        layer = layer_of(path, set(self._layers))
         if layer is not None and not self._tried:  # only now: what comes before the layers is re-fitted already
             self._chain, self._tried = Layerwise.of(self._model, self._batches), True
-        if self._chain is not None and layer in self._chain.layers:
-            self._chain.run(self._chain.layers.index(layer), batch)
+        if layer is not None and self._chain is not None:
+            self._chain.run(self._layers.index(layer), batch)
         else:
             self._model(input_ids=self._batches[batch], use_cache=False)
 

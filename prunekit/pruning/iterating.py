@@ -50,6 +50,8 @@ def plan_in_steps(
         raise PrunekitError(f"n_steps={n_steps!r} is not allowed; give an integer of 1 or more")
     options = {name: tuple(value) if isinstance(value, Iterator) else value for name, value in options.items()}
     kinds = tuple(check_options(pruning_ratio, **options))
+    if "vocabulary" in kinds and calib is not None:
+        raise PrunekitError("kinds has vocabulary, after which calib would name other tokens; take tokens in one step")
     if set(kinds) & set(WHOLE_KINDS):
         raise PrunekitError(f"kinds={kinds} has some that go whole; take blocks and layers in a plan of their own")
     groups = discover(model)

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from prunekit.calibration import gather_gradients
 from prunekit.discovery import discover
-from prunekit.importance import FusedScores, Taylor, fuse, score
+from prunekit.importance import FusedScores, HyWIA, Taylor, fuse, score
 from prunekit.importance.fusion import Rule
 from prunekit.pruning import PruningPlan, plan, prune
-from prunekit.pruning.planning import DEFAULT_KINDS
+from prunekit.pruning.planning import DEFAULT_KINDS, check_options
 from prunekit.recipes.llm_pruner import spared_layers
 from prunekit.recovery import LoRA, recover
 from prunekit.text import TextSource
@@ -63,6 +63,8 @@ def hywia(
 
     Source: the paper's four steps. Reconstructed: the fusion rule, which the paper does not write out.
     """
+    HyWIA(rule, order)  # refuses what is none before anything is computed
+    check_options(pruning_ratio, of="units")
     groups = discover(model)
     spared = spared_layers(groups, layers)
     units = groups.of_kind(*DEFAULT_KINDS)

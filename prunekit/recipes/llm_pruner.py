@@ -70,7 +70,8 @@ def llm_pruner(
 
     Returns:
         The smaller model and the plan. The width that channel mode leaves is one that the number of heads divides, so
-        that the model saves as a plain checkpoint.
+        that the model saves as a plain checkpoint where the family's configuration has a head size of its own (LLaMA,
+        Mistral, Qwen3 and others).
 
     Raises:
         PrunekitError: an unknown mode, or what `score`, `plan`, `prune` and `recover` raise.
@@ -81,6 +82,7 @@ def llm_pruner(
         removes a head.
     """
     check_choice("mode", mode, MODES)
+    check_options(pruning_ratio)
     groups = discover(model)
     if mode == "layer":
         chosen = _first_layers(groups, pruning_ratio)
@@ -119,7 +121,9 @@ def spared_layers(groups: Groups, layers: Iterable[int] | None) -> list[int]:
         PrunekitError: layers that the model does not have.
     """
     every = sorted({group.layer for group in groups if group.layer is not None})
-    chosen = set(middle_layers(len(every)) if layers is None else layers)
+    if isinstance(layers, str) or not isinstance(layers, Iterable | None):
+        raise PrunekitError(f"layers={layers!r} is no list; give one, such as layers=range(4, 30)")
+    chosen = {every[i] for i in middle_layers(len(every))} if layers is None else set(layers)
     if unknown := chosen - set(every):
         raise PrunekitError(f"layers={sorted(unknown)} are none of this model's {len(every)}; give some of those")
     return [layer for layer in every if layer not in chosen]
@@ -132,7 +136,6 @@ def _of_channels(model: Any) -> dict[str, Any]:  # noqa: ANN401
 
 def _first_layers(groups: Groups, pruning_ratio: float) -> PruningPlan:
     """A plan that keeps the first layers, at least one."""
-    check_options(pruning_ratio)
     layers, counter = groups.of_kind("layer"), Counter(groups)
     if len(layers) < 2:
         raise PrunekitError(f"{len(layers)} whole layers can go of this model; choose mode='block' or 'channel'")
