@@ -184,8 +184,8 @@ def draw(name: str, path: Path) -> None:
         for line, measure in enumerate(("perplexity", "mean_accuracy")):
             ax = plot_tradeoff(rows, y=measure, ax=axes[line, column])
             ax.set_title(f"{name}, {stage}", loc="left")
-            if (line, column) != (0, 1):
-                ax.get_legend().remove()
+            ax.get_legend().remove()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     fig.savefig(path.with_suffix(".png"), dpi=80)
     for stage, rows in table[table["method"] != "dense"].groupby("stage", sort=False):
         for measure in ("perplexity", "mean_accuracy"):

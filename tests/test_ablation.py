@@ -122,7 +122,7 @@ def test_what_cannot_be_is_refused():
         score(model, heads, Magnitude(), CALIB, normalize="size")
     with pytest.raises(PrunekitError, match="Ablation.. measures the loss already; leave out normalize"):
         score(model, heads, Ablation(), CALIB, normalize="loss")
-    with pytest.raises(PrunekitError, match="'model.layers.0:layer' has one unit"):
+    with pytest.raises(PrunekitError, match="'model.layers.0:layer' goes whole"):
         score(model, groups.of_kind("layer"), Magnitude(), CALIB, normalize="loss")
     negative = Scores({heads[0].name: torch.tensor([1.0, -1.0])}, label="odd", kinds={heads[0].name: "kv_head"})
     with pytest.raises(PrunekitError, match="odd scores of .* go below 0 and cannot be shared out"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES
 
-from prunekit import Magnitude, PrunekitError, Taylor, discover, plan, prune, score
+from prunekit import Magnitude, PrunekitError, Random, Taylor, discover, plan, prune, score
 from prunekit.pruning import iterating, plan_in_steps
 
 CALIB = torch.randint(0, 48, (8, 12), generator=torch.Generator().manual_seed(2))
@@ -53,6 +53,12 @@ def test_scores_are_those_of_what_is_left(model, monkeypatch):
 def test_a_score_that_does_not_change_chooses_the_same_in_any_number_of_steps(model):
     plans = [plan_in_steps(model, Magnitude(), 0.3, n_steps=n, kinds=["ffn_channel"]).keep for n in (1, 3, 7)]
     assert plans[0] == plans[1] == plans[2]
+
+
+def test_scaled_scores_go_on_where_a_step_leaves_one_head(model):
+    options = {"kinds": ["kv_head"], "of": "units", "normalize": "loss", "ranking": "global"}
+    found = plan_in_steps(model, Random(), 0.5, CALIB, n_steps=4, **options)
+    assert sum(map(len, found.keep.values())) == 4
 
 
 def test_steps_smaller_than_a_head_are_passed_over(model):

@@ -107,7 +107,9 @@ def _add_scoring(parser: Parser) -> None:
 def _add_planning(parser: Parser) -> None:
     group = parser.add_argument_group("what may go")
     group.add_argument("--ranking", help="local: every group loses the same share (default); global: all compete")
-    group.add_argument("--normalize", choices=("loss",), help="loss: scores scaled to what the loss really does")
+    group.add_argument(
+        "--normalize", choices=("loss",), help="loss, for global: scores scaled to what the loss really does"
+    )
     group.add_argument("--steps", type=number(int, 1), help="cut in so many steps, scored anew after each (default: 1)")
     group.add_argument("--of", help=OF)
     group.add_argument("--kinds", type=listed(), help="kinds of groups, with commas (default: kv_head,ffn_channel)")
@@ -194,6 +196,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("compensate", "normalize"):
         if getattr(args, name) and args.calibration is None:
             raise PrunekitError(f"--{name} reads text; give --calibration with a text file or 'world'")
+    if args.normalize and args.ranking != "global":
+        raise PrunekitError("--normalize lets groups compete, which they do with --ranking global alone; give that too")
 
 
 def cut(args: argparse.Namespace) -> "PruningPlan":

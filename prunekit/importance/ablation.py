@@ -86,14 +86,14 @@ def check_scalable(importance: object, groups: Iterable[CoupledGroup]) -> None:
     """Refuse what scaling to the loss would be pointless for.
 
     Raises:
-        PrunekitError: scores that are losses already, or groups of one unit, whose scores would all become that.
+        PrunekitError: scores that are losses already, or whole layers and blocks, whose scores would all become that.
     """
     if isinstance(importance, Ablation):
         raise PrunekitError("Ablation() measures the loss already; leave out normalize")
-    single = next((group.name for group in groups if group.n_units == 1), None)
-    if single is not None:
+    whole = next((group.name for group in groups if group.kind in ("layer", "block")), None)
+    if whole is not None:
         raise PrunekitError(
-            f"{single!r} has one unit, so that normalize='loss' would only measure the loss without it; score it with "
+            f"{whole!r} goes whole, so that normalize='loss' would only measure the loss without it; score it with "
             "Ablation(), or leave out normalize"
         )
 
