@@ -144,10 +144,10 @@ Tools = dict[str, Callable[[LlamaForCausalLM], tuple[Seconds, int]]]
 
 
 def compare(name: str, shape: Shape, repeats: int, tools: Tools) -> list[dict[str, Any]]:
-    """One row a tool, stage and repeat; the tools take turns, after one round that does not count."""
+    """One row a tool, stage and repeat; the tools take turns at going first, after one round that does not count."""
     rows: list[dict[str, Any]] = []
     for repeat in range(-1, repeats):
-        for tool, run in tools.items():
+        for tool, run in [*tools.items()][:: -1 if repeat % 2 else 1]:
             model = build(shape)
             dense = count(model)
             seconds, left = run(model)
