@@ -116,7 +116,8 @@ def test_lowest_scores_go_first_and_local_ranking_takes_equal_shares():
 
 def test_global_ranking_removes_heads_too():
     """The reference ranks head sums against single channels, and so never removes a head."""
-    made = plan(GROUPS_GQA, {g.name: _parameters(g) * torch.rand(g.n_units) for g in GROUPS_GQA}, 0.3, ranking="global")
+    drawn = random_scores(GROUPS_GQA)  # a share of what each unit holds
+    made = plan(GROUPS_GQA, {g.name: _parameters(g) * drawn[g.name] for g in GROUPS_GQA}, 0.3, ranking="global")
     assert any(len(made.keep[g.name]) < g.n_units for g in GROUPS_GQA.of_kind("kv_head"))
     assert len({len(kept) for name, kept in made.keep.items() if "ffn" in name}) > 1
 
