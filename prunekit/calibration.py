@@ -198,7 +198,8 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
     h = {name: _zeros_like(p) for name, p in chosen.items()} if second else None
     batches = tokens.split(1) if second else in_batches(tokens)
     loss = 0.0
-    with _collecting(model, chosen, found, h, len(tokens)), _checkpointed(model), torch.enable_grad():
+    collecting = _collecting(model, chosen, found, h, len(tokens))
+    with evaluating(model), collecting, _checkpointed(model), torch.enable_grad():
         for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, delay=1):
             loss += _backward(model, batch) / len(tokens)
     g = {name: found[name] if name in found else _zeros_like(p) for name, p in chosen.items()}
@@ -263,12 +264,10 @@ def _collecting(
     h: dict[str, Tensor] | None,
     n_samples: int,
 ) -> Iterator[None]:
-    """Within, every backward adds to `g` and `h`; afterwards the model is as before."""
-    training = {module: module.training for module in model.modules()}
+    """Within, every backward adds to `g` and `h`; afterwards the parameters are as before."""
     before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     handles = []
     try:
-        model.eval()
         for p in before:
             p.grad = None
             p.requires_grad_(False)
@@ -283,8 +282,6 @@ def _collecting(
         for p, (requires_grad, grad) in before.items():
             p.requires_grad_(requires_grad)
             p.grad = grad
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _adder(g: dict[str, Tensor], h: Tensor | None, name: str, n_samples: int) -> Any:

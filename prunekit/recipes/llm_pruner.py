@@ -78,9 +78,8 @@ def llm_pruner(
 
     Source: sections 3.1 to 3.3 and the released code's `--block_wise`, `--channel_wise` and `--layer_wise`. Differs:
         shares are rounded to the nearest unit (in channel mode down to what the heads divide), the reference's down to
-        whole heads; scores are aligned with
-        grouped-query attention; the reference's global ranking compares head sums with single channels, and so never
-        removes a head.
+        whole heads; scores are aligned with grouped-query attention; the reference's global ranking compares head sums
+        with single channels, and so never removes a head.
     """
     check_choice("mode", mode, MODES)
     check_options(pruning_ratio)
