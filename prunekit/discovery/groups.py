@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, overload
 
@@ -137,6 +137,15 @@ class Groups(Sequence[CoupledGroup]):
     def of_kind(self, *kinds: str) -> tuple[CoupledGroup, ...]:
         """The groups of these kinds, in order."""
         return tuple(group for group in self.items if group.kind in kinds)
+
+    def without(self, names: Iterable[str]) -> "Groups":
+        """All groups but those of these names; the model that they were found in stays the same.
+
+        Raises:
+            PrunekitError: no group has such a name.
+        """
+        left_out = {self[name].name for name in names}
+        return replace(self, items=tuple(group for group in self.items if group.name not in left_out))
 
     def table(self) -> pd.DataFrame:
         """One row a member: group, kind, layer, n_units, exact, parameter, dim, width."""

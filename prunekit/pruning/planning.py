@@ -1,6 +1,6 @@
 """From scores to a plan that meets a budget."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -78,17 +78,29 @@ def plan(
         else:
             taken = take_parameters(steps, next(iter(fractions.values()), 0.0), counter, rounded)
     gone = by_group(taken, candidates)
-    if of == "units":
-        for g in candidates:
-            counter.take(Step(g, tuple(gone[g.name]), 0.0))
-    keep = {g.name: [u for u in range(g.n_units) if u not in gone[g.name]] for g in candidates}
     notes = {
         "pruning_ratio": dict(pruning_ratio) if isinstance(pruning_ratio, Mapping) else pruning_ratio,
         "of": of, "ranking": ranking, "importance": getattr(scores, "label", None),
     }  # fmt: skip
     if rounded and (held := held_by_rounding(groups, candidates, scores, rounding, min_units)):
         notes["whole"] = f"{', '.join(held)}: no smaller number of units for {rounded}"
-    return PruningPlan(keep, {g.name: g.n_units for g in candidates}, counter.total, counter.left, notes, groups)
+    return plan_without(groups, gone, notes)
+
+
+def plan_without(groups: Groups, gone: Mapping[str, Collection[int]], notes: Mapping[str, Any]) -> PruningPlan:
+    """The plan by which some units go.
+
+    Args:
+        groups: what `discover` found.
+        gone: group name → its units that go; groups that are cut nowhere may be named with none.
+        notes: how the units were chosen, for the reader.
+    """
+    counter, keep = Counter(groups), {}
+    for name, units in gone.items():
+        counter.take(Step(groups[name], tuple(units), 0.0))
+        keep[name] = [unit for unit in range(groups[name].n_units) if unit not in units]
+    n_units = {name: groups[name].n_units for name in gone}
+    return PruningPlan(keep, n_units, counter.total, counter.left, dict(notes), groups)
 
 
 def check_options(

@@ -11,8 +11,7 @@ from prunekit.errors import PrunekitError
 from prunekit.importance import Importance, Taylor
 from prunekit.importance.reduction import check_choice
 from prunekit.pruning import PruningPlan, plan_in_steps, prune
-from prunekit.pruning.planning import DEFAULT_KINDS, check_options
-from prunekit.pruning.steps import Counter, Step
+from prunekit.pruning.planning import DEFAULT_KINDS, check_options, plan_without
 from prunekit.recovery import LoRA, recover
 from prunekit.text import TextSource
 
@@ -136,12 +135,9 @@ def _of_channels(model: Any) -> dict[str, Any]:  # noqa: ANN401
 
 def _first_layers(groups: Groups, pruning_ratio: float) -> PruningPlan:
     """A plan that keeps the first layers, at least one."""
-    layers, counter = groups.of_kind("layer"), Counter(groups)
+    layers = groups.of_kind("layer")
     if len(layers) < 2:
         raise PrunekitError(f"{len(layers)} whole layers can go of this model; choose mode='block' or 'channel'")
     gone = layers[len(layers) - min(round(pruning_ratio * len(layers)), len(layers) - 1) :]
-    for layer in gone:
-        counter.take(Step(layer, (0,), 0.0))
-    keep = {layer.name: [] if layer in gone else [0] for layer in layers}
     notes = {"pruning_ratio": pruning_ratio, "of": "units", "importance": "the first layers stay"}
-    return PruningPlan(keep, dict.fromkeys(keep, 1), counter.total, counter.left, notes, groups)
+    return plan_without(groups, {layer.name: [0] if layer in gone else [] for layer in layers}, notes)

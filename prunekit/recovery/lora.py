@@ -91,6 +91,10 @@ class LoRA:
         fitting = max(1, min(_FULL_BATCH, n_windows // _STEPS_AN_EPOCH))
         return fitting if self.batch_size is None else min(self.batch_size, n_windows)
 
+    def n_steps(self, n_windows: int) -> int:
+        """Optimiser steps over `n_windows` of data."""
+        return self.max_steps or max(1, math.ceil(self.epochs * math.ceil(n_windows / self.windows_a_step(n_windows))))
+
 
 LORA_HINTS = {name: field.default for name, field in LoRA.__dataclass_fields__.items()}
 

@@ -5,8 +5,9 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +23,34 @@ if TYPE_CHECKING:
 _ON_DEVICE = 8  # windows in memory at once; a larger batch is accumulated
 
 
-def train(model: nn.Module, tokens: Tensor, method: LoRA) -> RecoveryLog:
+class Resume(NamedTuple):
+    """Where a training that was stopped goes on.
+
+    Attributes:
+        folder: of the Trainer's own checkpoints; the newest is kept, and taken up where there is one.
+        every: optimiser steps between two.
+    """
+
+    folder: Path
+    every: int
+
+
+def train(
+    model: nn.Module,
+    tokens: Tensor,
+    method: LoRA,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    resume: Resume | None = None,
+) -> RecoveryLog:
     """Train what requires a gradient, on every process and device that the Trainer finds.
 
     Args:
         model: the adapted model; changed in place, and left in training mode on the Trainer's device.
         tokens: int64 (n_windows, seq_len), input and labels at once.
         method: the optimiser's settings.
+        optimizer: another than AdamW with the method's learning rate; the schedule is the method's.
+        resume: keep checkpoints, and go on from the newest; None keeps none.
 
     Returns:
         The loss curve.
@@ -41,22 +63,37 @@ def train(model: nn.Module, tokens: Tensor, method: LoRA) -> RecoveryLog:
 
     logs: list[dict[str, float]] = []
     rows = [{"input_ids": row, "labels": row} for row in tokens.cpu()]
-    with tempfile.TemporaryDirectory() as folder, _config_kept(model):
+    with ExitStack() as stack:
+        stack.enter_context(_config_kept(model))
+        folder = str(resume.folder) if resume else stack.enter_context(tempfile.TemporaryDirectory())
         trainer = Trainer(
             model=model,  # type: ignore[arg-type]
-            args=_arguments(method, len(rows), folder),
+            args=_arguments(method, len(rows), folder, resume.every if resume else None),
             train_dataset=rows,  # type: ignore[arg-type]
             data_collator=default_data_collator,
             callbacks=[_progress(logs)],
+            optimizers=(optimizer, None),
         )
         # The Trainer would divide by seq_len labels where the model predicts seq_len - 1 of them.
         trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return _log(model, tokens, method, logs)
+        trainer.train(resume_from_checkpoint=newest_checkpoint(resume.folder) if resume else None)
+    return _log(model, tokens, method, _whole_curve(trainer.state.log_history, logs))
 
 
-def _arguments(method: LoRA, n_windows: int, folder: str) -> "TrainingArguments":
+def newest_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint in a folder; what the Trainer writes last is its state."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _whole_curve(history: list[dict[str, float]], logs: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The steps before an interruption, out of the checkpoint, and those after it."""
+    first = logs[0]["step"] if logs else math.inf
+    return [entry for entry in history if "loss" in entry and entry["step"] < first] + logs
+
+
+def _arguments(method: LoRA, n_windows: int, folder: str, every: int | None) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun and accelerate launch set it
@@ -73,7 +110,9 @@ def _arguments(method: LoRA, n_windows: int, folder: str) -> "TrainingArguments"
         warmup_steps=method.warmup,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="steps" if every else "no",
+        save_steps=every or 1,
+        save_total_limit=1,
         report_to="none",
         use_cpu=not torch.accelerator.is_available(),  # without it, processes on CPUs would not find each other
         disable_tqdm=True,  # a bar of our own shows the loss without a line a step
@@ -99,7 +138,7 @@ def _progress(logs: list[dict[str, float]]) -> "TrainerCallback":
             found = kwargs.get("logs") or {}
             if "loss" not in found:
                 return
-            logs.append(found)
+            logs.append({**found, "step": state.global_step})
             self.bar.update(state.global_step - self.bar.n)
             self.bar.set_postfix(loss=f"{found['loss']:.3f}", refresh=False)
             control.should_training_stop |= not math.isfinite(found["loss"])

@@ -1,8 +1,19 @@
 """The embedded teaching world: a small model that knows planted things, and questions about every one of them."""
 
-from prunekit.world.corpus import documents, validation_text
+from prunekit.world.corpus import documents, instructions, validation_text
 from prunekit.world.model import DATA, card, is_world_tokenizer, load
 from prunekit.world.tables import Fact, facts
 from prunekit.world.tasks import tasks
 
-__all__ = ["DATA", "Fact", "card", "documents", "facts", "is_world_tokenizer", "load", "tasks", "validation_text"]
+__all__ = [
+    "DATA",
+    "Fact",
+    "card",
+    "documents",
+    "facts",
+    "instructions",
+    "is_world_tokenizer",
+    "load",
+    "tasks",
+    "validation_text",
+]

@@ -5,7 +5,7 @@ may show, `split="validation"` only those that it never shows.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from prunekit.errors import PrunekitError
@@ -166,20 +166,46 @@ KINDS: dict[str, tuple[Callable[[random.Random, str], str], int, float, float]] 
 }
 
 
-def document(rng: random.Random, split: str, phase: int = 0) -> str:
+def document(rng: random.Random, split: str, phase: int = 0, kinds: tuple[str, ...] = tuple(KINDS)) -> str:
     """One document of a kind drawn by weight; `phase` is 0, or 1 for the second phase of training."""
-    weights = [(first, second)[phase] for _, _, first, second in KINDS.values()]
-    write, n_pieces, *_ = rng.choices(list(KINDS.values()), weights=weights)[0]
+    chosen = [KINDS[kind] for kind in kinds]
+    weights = [(first, second)[phase] for _, _, first, second in chosen]
+    write, n_pieces, *_ = rng.choices(chosen, weights=weights if any(weights) else None)[0]
     return " ".join(write(rng, split) for _ in range(n_pieces))
 
 
-def documents(n_documents: int, *, split: str = "train", seed: int = 0) -> list[str]:
+def documents(
+    n_documents: int, *, split: str = "train", seed: int = 0, kinds: Iterable[str] | None = None
+) -> list[str]:
     """Documents of the embedded world, the same for the same arguments.
 
     Args:
         n_documents: how many; about 40 tokens each.
         split: `"train"` for what training may show, `"validation"` for pairs of wording and cue that it never shows.
         seed: another seed gives other documents of the same world.
+        kinds: of knowledge, such as `["fact"]` (see `KINDS`); None draws from all by weight.
+
+    Returns:
+        One string a document.
+
+    Raises:
+        PrunekitError: for an unknown split or kind, or a negative number.
+    """
+    _check(n_documents, split)
+    rng = random.Random(f"{split}-{seed}")
+    chosen = tuple(KINDS) if kinds is None else _known(kinds)
+    return [document(rng, split, kinds=chosen) for _ in range(n_documents)]
+
+
+def instructions(n_documents: int, *, split: str = "train", seed: int = 0) -> list[str]:
+    """Documents in the form of instructions: a question or a goal, and its answer.
+
+    The same knowledge as in `documents`, drawn by the same weights, but only in the wordings that ask.
+
+    Args:
+        n_documents: how many; about 15 tokens each, passages more.
+        split: as for `documents`.
+        seed: another seed gives other questions.
 
     Returns:
         One string a document.
@@ -187,12 +213,30 @@ def documents(n_documents: int, *, split: str = "train", seed: int = 0) -> list[
     Raises:
         PrunekitError: for an unknown split or a negative number.
     """
+    _check(n_documents, split)
+    rng, found = random.Random(f"instructions-{split}-{seed}"), list[str]()
+    writers = [write for write, *_ in KINDS.values()]
+    weights = [weight for _, _, weight, _ in KINDS.values()]
+    while len(found) < n_documents:
+        piece = rng.choices(writers, weights=weights)[0](rng, split)
+        if "?" in piece or piece.startswith("goal:"):
+            found.append(piece)
+    return found
+
+
+def _check(n_documents: int, split: str) -> None:
     if split not in SPLITS:
         raise PrunekitError(f"split={split!r} is not one of {SPLITS}")
     if n_documents < 0:
         raise PrunekitError(f"n_documents={n_documents} is negative; ask for 0 or more")
-    rng = random.Random(f"{split}-{seed}")
-    return [document(rng, split) for _ in range(n_documents)]
+
+
+def _known(kinds: Iterable[str]) -> tuple[str, ...]:
+    chosen = tuple(kinds) if not isinstance(kinds, str) else ()
+    unknown = [kind for kind in chosen if kind not in KINDS]
+    if unknown or not chosen:
+        raise PrunekitError(f"kinds={unknown or kinds!r} are none; give a list out of {', '.join(KINDS)}")
+    return chosen
 
 
 def validation_text() -> str:

@@ -1,0 +1,221 @@
+"""The units of a model with LoRA attached: what each owns of the weights, and of the pairs that update those.
+
+A pair A, B is one composed unit with its weight: removing an output takes rows of W and of B, removing an input takes
+columns of W and of A (LoRAShear, Alg. 2). The ranks in between stay.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.discovery.groups import CoupledGroup
+from prunekit.errors import PrunekitError
+from prunekit.importance.lora import UpdateStatistics
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """A weight and the pair that updates it by γ·B·A.
+
+    Attributes:
+        weight: name of the weight in `named_parameters()`.
+        a: (r, in).
+        b: (out, r).
+        scale: γ, alpha / r.
+        transposed: whether the weight is stored (in, out).
+    """
+
+    weight: nn.Parameter
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+    transposed: bool
+
+    def update(self, dim: int, index: Tensor) -> Tensor:
+        """γ·B·A at some indices along a dimension of the weight, (n, size of the other dimension)."""
+        if (dim == 0) != self.transposed:
+            return self.scale * (self.b[index] @ self.a)
+        return self.scale * (self.b @ self.a[:, index]).T
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Move the whole update into the weight; what the model computes stays."""
+        whole = self.scale * (self.b @ self.a)
+        self.weight.add_((whole.T if self.transposed else whole).to(self.weight.dtype))
+        self.b.zero_()
+
+
+def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
+    """Every LoRA pair of a peft model, by the name of the weight that it updates.
+
+    Raises:
+        PrunekitError: a model without LoRA, with more than one adapter, merged ones, or a kind of LoRA whose update is
+            not γ·B·A alone.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: dict[str, LoraPair] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            _check_plain(path, layer)
+            adapter = layer.active_adapters[0]
+            weight = layer.get_base_layer().weight
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            transposed = bool(getattr(layer, "fan_in_fan_out", False))
+            found[names[weight]] = LoraPair(weight, a, b, layer.scaling[adapter], transposed)
+    if not found:
+        raise PrunekitError("the model carries no LoRA: attach it first, with recovery.lora.attach or peft")
+    return found
+
+
+def _check_plain(path: str, layer: object) -> None:
+    adapters = list(layer.lora_A)  # type: ignore[attr-defined]
+    other = [kind for kind in ("lora_magnitude_vector", "lora_variant") if len(getattr(layer, kind, ()))]
+    if any(getattr(layer, "lora_bias", {}).values()):
+        other.append("lora_bias")
+    if len(adapters) != 1 or layer.merged_adapters or other:  # type: ignore[attr-defined]
+        has = ", ".join(other) or f"adapters {adapters}, merged {layer.merged_adapters}"  # type: ignore[attr-defined]
+        raise PrunekitError(f"{path} has {has}; one plain LoRA adapter, not merged, is what can be followed here")
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """What the units of a group own of one tensor: `index` (n_units, width) along `dim`."""
+
+    tensor: nn.Parameter
+    dim: int
+    index: Tensor
+    pair: LoraPair | None = None
+
+    def rows(self, units: Tensor) -> Tensor:
+        """One row of numbers a unit, (n, width · rest)."""
+        index = self.index[units].flatten()
+        return self.tensor.index_select(self.dim, index).movedim(self.dim, 0).reshape(len(units), self._row)
+
+    def updates(self, units: Tensor) -> Tensor | None:
+        """γ·B·A there, (n, width · rest); None where no pair updates the tensor."""
+        if self.pair is None:
+            return None
+        return self.pair.update(self.dim, self.index[units].flatten()).reshape(len(units), self._row)
+
+    @property
+    def _row(self) -> int:
+        """Numbers that one unit owns."""
+        return self.index.shape[1] * self.tensor.numel() // self.tensor.shape[self.dim]
+
+    def write(self, units: Tensor, rows: Tensor) -> None:
+        """The reverse of `rows`."""
+        index = self.index[units].flatten()
+        rest = [size for dim, size in enumerate(self.tensor.shape) if dim != self.dim]
+        values = rows.to(self.tensor.dtype).reshape(len(index), *rest).movedim(0, self.dim)
+        self.tensor.index_copy_(self.dim, index, values)
+
+    def silence(self, units: Tensor) -> None:
+        self.tensor.index_fill_(self.dim, self.index[units].flatten(), 0.0)
+
+
+@dataclass(frozen=True)
+class GroupUnits:
+    """The units of one coupled group in an adapted model, as the optimiser handles them.
+
+    Attributes:
+        name: of the group.
+        kind: of the group.
+        n_units: how many there are.
+        weights: what they own of x, the weights that LoRA leaves frozen.
+        lora: what they own of A and B.
+    """
+
+    name: str
+    kind: str
+    n_units: int
+    weights: tuple[_Owned, ...]
+    lora: tuple[_Owned, ...]
+
+    @torch.no_grad()
+    def statistics(self, units: Tensor | None = None) -> UpdateStatistics:
+        """‖x‖, ‖γ·B·A‖ and their product, for all units or some."""
+        chosen = torch.arange(self.n_units) if units is None else units
+        x_sq, u_sq, dot = (torch.zeros(len(chosen), dtype=torch.float64) for _ in range(3))
+        for owned in self.weights:
+            x, u = owned.rows(chosen).double(), owned.updates(chosen)
+            x_sq += x.square().sum(1).cpu()
+            if u is not None:
+                u_sq += u.double().square().sum(1).cpu()
+                dot += (x * u.double()).sum(1).cpu()
+        return UpdateStatistics(x_sq.sqrt(), u_sq.sqrt(), dot)
+
+    @torch.no_grad()
+    def shrink(self, units: Tensor, remaining: int, epsilon: float) -> Tensor:
+        """One step of the projection: take up the update, step towards zero, fall on it behind the half-space.
+
+        Args:
+            units: int64 (n,), those that are to end at zero.
+            remaining: steps until they must be there, this one counted.
+            epsilon: a unit falls to zero where x̃·x ≤ ε‖x‖².
+
+        Returns:
+            ‖x‖ afterwards, float64 (n,).
+
+        Source: LoRAShear, Eq. 2 and Alg. 4 (x̃ = [x + γBA] − λ·x/‖x‖). The paper leaves λ open: here
+            λ = (x + γBA)·x / (‖x‖·remaining), so that x̃·x = (x + γBA)·x·(1 - 1/remaining), which is 0 in the last
+            step and thus behind the half-space for every ε ≥ 0. Without an update λ = ‖x‖/remaining, as in the
+            released code.
+        """
+        x = self.statistics(units)
+        along = x.norm.square() + x.dot  # (x + γBA)·x
+        falls = along * (1 - 1 / remaining) <= epsilon * x.norm.square()
+        step = along / x.norm.square().clamp(min=1e-30) / remaining
+        for owned in self.weights:
+            rows, u = owned.rows(units), owned.updates(units)
+            kept = rows * (1 - step).to(rows)[:, None] + (0 if u is None else u)
+            owned.write(units, kept * (~falls).to(rows)[:, None])
+        self.silence_lora(units)
+        return self.statistics(units).norm
+
+    @torch.no_grad()
+    def silence_lora(self, units: Tensor) -> None:
+        """Rows of B and columns of A to zero, so that training does not bring the units back."""
+        for owned in self.lora:
+            owned.silence(units)
+
+
+def units_of(model: nn.Module, groups: Iterable[CoupledGroup]) -> tuple[GroupUnits, ...]:
+    """The groups of an adapted model, tied to its tensors.
+
+    Raises:
+        PrunekitError: no LoRA, no group, or groups of another model or of ranks.
+    """
+    pairs = lora_pairs(model)
+    parameters = dict(model.named_parameters())
+    trained = {id(tensor) for pair in pairs.values() for tensor in (pair.a, pair.b)}
+    found = tuple(_tied(group, parameters, pairs, trained) for group in groups)
+    if not found:
+        raise PrunekitError("no group is to be pruned; give some that discover finds in the adapted model")
+    return found
+
+
+def _tied(
+    group: CoupledGroup, parameters: dict[str, nn.Parameter], pairs: dict[str, LoraPair], trained: set[int]
+) -> GroupUnits:
+    missing = [member.parameter for member in group.members if member.parameter not in parameters]
+    if missing:
+        raise PrunekitError(
+            f"{group.name!r} owns {missing[0]}, which this model does not have; discover the adapted model itself"
+        )
+    if group.kind == "rank":
+        raise PrunekitError(f"{group.name!r} is a rank of LoRA, which goes with the merge; give heads and channels")
+    owned = [
+        _Owned(parameters[m.parameter], m.dim, m.index.to(parameters[m.parameter].device), pairs.get(m.parameter))
+        for m in group.members
+    ]
+    weights, lora = ([o for o in owned if (id(o.tensor) in trained) == flag] for flag in (False, True))
+    return GroupUnits(group.name, group.kind, group.n_units, tuple(weights), tuple(lora))
+
+
+def as_units(numbers: Sequence[int]) -> Tensor:
+    """Numbers of units as an index."""
+    return torch.as_tensor(list(numbers), dtype=torch.long)

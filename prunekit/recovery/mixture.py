@@ -1,0 +1,223 @@
+"""Dynamic fine-tuning: training text is drawn most from the sources on which the pruned model lost most."""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from prunekit.calibration import check_finite, check_tokens, mean_loss
+from prunekit.errors import PrunekitError
+from prunekit.recovery.data import token_windows
+from prunekit.recovery.log import RecoveryLog
+from prunekit.recovery.lora import LoRA
+from prunekit.recovery.recovering import recover
+from prunekit.text import TextSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Sources = Mapping[str, Tensor | TextSource]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the sizes of sources follow what was lost on them: n_s = N·[(1 - β)·softmax(Δ_s/τ) + β/S].
+
+    Attributes:
+        n_rounds: trainings, each on a mixture measured anew.
+        uniform_share: β in [0, 1], what is drawn alike from all S sources; 1 is uniform sampling, the control.
+        temperature: τ in nats a token; the smaller, the more the worst source gets.
+        n_validation: windows of each source at most that are only measured, never trained on.
+        seed: which windows are drawn.
+
+    Raises:
+        PrunekitError: a value that cannot be.
+
+    Source: LoRAShear, Alg. 5, which has no formula. Reconstructed: this one, with Δ_s the gap in log-perplexity to the
+        dense model.
+    """
+
+    n_rounds: int = 4
+    uniform_share: float = 0.3
+    temperature: float = 0.1
+    n_validation: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "n_rounds": isinstance(self.n_rounds, int) and self.n_rounds >= 1,
+            "uniform_share": 0 <= self.uniform_share <= 1,
+            "temperature": 0 < self.temperature < math.inf,
+            "n_validation": isinstance(self.n_validation, int) and self.n_validation >= 1,
+        }
+        for name, good in allowed.items():
+            if not good:
+                default = type(self).__dataclass_fields__[name].default
+                raise PrunekitError(f"Mixture({name}={getattr(self, name)!r}) cannot be; the default is {default}")
+
+    def shares(self, gaps: Tensor) -> Tensor:
+        """Share of each source from its gap in nats, (n_sources,); they sum to 1."""
+        return (1 - self.uniform_share) * torch.softmax(gaps / self.temperature, 0) + self.uniform_share / len(gaps)
+
+
+@dataclass(frozen=True)
+class MixtureLog:
+    """What was measured and drawn, round by round.
+
+    Attributes:
+        rows: one a round and source; see `table`. The last round only measures.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+
+    def table(self) -> pd.DataFrame:
+        """Columns round (from 1), source, dense and loss (nats a token), gap (their difference), share, n_windows."""
+        return pd.DataFrame(self.rows)
+
+    def __add__(self, other: "MixtureLog") -> "MixtureLog":
+        """Another stage after this one; its rounds count on."""
+        last = max(row["round"] for row in self.rows)
+        return MixtureLog(self.rows + tuple({**row, "round": row["round"] + last} for row in other.rows))
+
+    def __repr__(self) -> str:
+        table = self.table()
+        first, last = (table[table["round"] == n]["gap"].mean() for n in (1, table["round"].max()))
+        n_rounds, n_sources = table["round"].nunique() - 1, table["source"].nunique()
+        return f"MixtureLog({n_rounds} rounds over {n_sources} sources; mean gap {first:.3f} → {last:.3f} nats a token)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.table().pivot(index='source', columns='round', values='gap').to_html()}"
+
+
+@dataclass
+class _Source:
+    """Windows to measure on, and windows to draw, each once before any comes again."""
+
+    name: str
+    validation: Tensor
+    training: Tensor
+    drawn: int = 0
+
+    def draw(self, n: int) -> Tensor:
+        """The next windows, (n, seq_len)."""
+        places = (self.drawn + torch.arange(n)) % len(self.training)
+        self.drawn += n
+        return self.training[places]
+
+
+def recover_on_mixture(
+    model: "PreTrainedModel",
+    dense: "PreTrainedModel",
+    sources: Sources,
+    method: LoRA | None = None,
+    mixture: Mixture | None = None,
+    *,
+    tokenizer: Any = None,  # noqa: ANN401
+    inplace: bool = False,
+) -> "PreTrainedModel":
+    """Recover in rounds: measure what is lost on each source, draw the next training text accordingly, train.
+
+    Args:
+        model: the pruned model.
+        dense: the model before pruning, against which is measured; it reads the same tokens.
+        sources: name → text or tokens, as `recover` takes them.
+        method: how LoRA trains; its steps are shared out between the rounds. None is `LoRA()`.
+        mixture: how the sources are weighed; None is `Mixture()`.
+        tokenizer: needed where sources are text.
+        inplace: change `model` itself; what an interruption or an error leaves has the rounds until then.
+
+    Returns:
+        The model, in evaluation mode. Its `recovery_log` is the loss curve over all rounds, its `mixture_log` a
+        `MixtureLog`.
+
+    Raises:
+        PrunekitError: no source, one with less than two windows, or what `recover` raises.
+
+    Source: LoRAShear (arXiv 2310.18356), Alg. 5.
+    """
+    check_finite(model)
+    method, mixture = method or LoRA(), mixture or Mixture()
+    drawn_from = _open(sources, method.seq_len, tokenizer, mixture, model)
+    n_windows = sum(len(source.training) for source in drawn_from)
+    a_step, n_steps = method.windows_a_step(n_windows), method.n_steps(n_windows)
+    if n_steps < mixture.n_rounds:
+        raise PrunekitError(
+            f"n_rounds={mixture.n_rounds}, but training has {n_steps} steps; give fewer rounds or more steps"
+        )
+    dense_losses = [mean_loss(dense, source.validation) for source in drawn_from]
+    changed = model if inplace else copy.deepcopy(model)
+    rows: list[dict[str, Any]] = []
+    logs: list[RecoveryLog] = []
+    for number in tqdm(range(mixture.n_rounds), desc="rounds", leave=False, delay=1):
+        steps = n_steps * (number + 1) // mixture.n_rounds - n_steps * number // mixture.n_rounds
+        found = _measure(changed, drawn_from, dense_losses, mixture, number + 1, steps * a_step)
+        rows += found
+        tokens = torch.cat([source.draw(row["n_windows"]) for source, row in zip(drawn_from, found, strict=True)])
+        once = replace(method, max_steps=steps, batch_size=a_step, seed=method.seed + number)
+        changed = recover(changed, once, tokens, inplace=True)
+        logs.append(changed.recovery_log)
+    rows += _measure(changed, drawn_from, dense_losses, mixture, mixture.n_rounds + 1, 0)
+    changed.recovery_log = _joined(logs, method)  # type: ignore[assignment]
+    changed.mixture_log = MixtureLog(tuple(rows))  # type: ignore[assignment]
+    return changed
+
+
+def _open(sources: Sources, seq_len: int, tokenizer: Any, mixture: Mixture, model: Any) -> list[_Source]:  # noqa: ANN401
+    """Each source's windows, shuffled, the first ones kept for measuring."""
+    if not isinstance(sources, Mapping) or not sources:
+        raise PrunekitError(f"sources={sources!r:.60}; give at least one, name → text or tokens")
+    generator, opened = torch.Generator().manual_seed(mixture.seed), []
+    for name, data in sources.items():
+        try:
+            windows = check_tokens(token_windows(data, tokenizer, seq_len), model).cpu()
+        except PrunekitError as error:
+            raise PrunekitError(f"source {name!r}: {error}") from None
+        if len(windows) < 2:
+            raise PrunekitError(
+                f"source {name!r} is one window of {windows.shape[1]} tokens; it takes one to measure on and one to "
+                "train on: give more text or a smaller seq_len"
+            )
+        windows = windows[torch.randperm(len(windows), generator=generator)]
+        held = min(mixture.n_validation, max(1, len(windows) // 5))
+        opened.append(_Source(name, windows[:held], windows[held:]))
+    return opened
+
+
+def _measure(
+    model: Any,  # noqa: ANN401
+    sources: list[_Source],
+    dense: list[float],
+    mixture: Mixture,
+    number: int,
+    n_windows: int,
+) -> list[dict[str, Any]]:
+    """One row a source: what it lost, and how many windows are drawn of it."""
+    losses = [mean_loss(model, source.validation) for source in sources]
+    gaps = torch.tensor(losses, dtype=torch.float64) - torch.tensor(dense, dtype=torch.float64)
+    shares = mixture.shares(gaps)
+    counts = _whole(shares, n_windows)
+    columns = zip(sources, dense, losses, gaps.tolist(), shares.tolist(), counts, strict=True)
+    return [
+        {"round": number, "source": s.name, "dense": d, "loss": m, "gap": g, "share": share, "n_windows": n}
+        for s, d, m, g, share, n in columns
+    ]
+
+
+def _whole(shares: Tensor, total: int) -> list[int]:
+    """Shares of a number as integers that sum to it: the largest remainders are rounded up."""
+    exact = shares * total
+    counts = exact.floor()
+    missing = total - int(counts.sum())
+    counts[(exact - counts).argsort(descending=True, stable=True)[:missing]] += 1
+    return [int(n) for n in counts]
+
+
+def _joined(logs: list[RecoveryLog], method: LoRA) -> RecoveryLog:
+    losses, rates = (tuple(x for log in logs for x in getattr(log, name)) for name in ("losses", "learning_rates"))
+    return RecoveryLog(losses, rates, sum(log.n_tokens for log in logs), logs[0].trainable, repr(method))

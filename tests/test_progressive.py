@@ -1,0 +1,173 @@
+"""Progressive pruning: the driver around LHSPG, from a model and text to zeros and a plan."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_importance import tiny_llama
+from test_recovery import counting
+
+from prunekit import PruningPlan, discover, prune
+from prunekit.errors import PrunekitError
+from prunekit.recovery import LoRA
+from prunekit.recovery.lhspg import update_saliency
+from prunekit.recovery.progressive import prune_progressively, units_for
+
+QUICK = LoRA(r=4, alpha=8, max_steps=10, batch_size=4, learning_rate=1e-2)
+
+
+def sheared(model=None, ratio=0.2, data=None, method=QUICK, **options):
+    options = {"n_periods": 3, **options}
+    return prune_progressively(model or tiny_llama(), ratio, counting() if data is None else data, method, **options)
+
+
+def test_the_zeroed_model_loses_nothing_when_it_is_cut_and_meets_the_budget():
+    model = tiny_llama()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    done = sheared(model)
+    small = prune(done.model, done.plan)
+    torch.testing.assert_close(small(counting()).logits, done.model(counting()).logits, rtol=0, atol=1e-5)
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in small.parameters()) == done.plan.n_parameters_kept
+    assert abs(1 - done.plan.n_parameters_kept / total - 0.2) <= 0.005
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert type(done.model) is type(model)
+    assert not any("lora" in name for name, _ in done.model.named_parameters())
+    assert PruningPlan.from_json(done.plan.to_json()) == done.plan
+    assert str(done.plan) in repr(done)
+
+
+def test_training_lowers_the_loss_while_units_go():
+    log = sheared(method=LoRA(r=4, max_steps=60, batch_size=8, learning_rate=1e-2, dropout=0.0)).log
+    assert len(log.losses) == 60
+    assert sum(log.losses[-5:]) < 0.8 * sum(log.losses[:5])
+
+
+def test_the_same_seed_gives_the_same_plan_and_weights():
+    a, b = sheared(), sheared()
+    assert a.plan == b.plan
+    assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True))
+
+
+def test_steps_are_shared_out():
+    done = sheared(method=LoRA(r=4, max_steps=20, batch_size=4), warmup=0.2, rest=0.3, n_periods=2)
+    steps = done.history.groupby("period")["step"].agg(["min", "max"])
+    assert steps.to_numpy().tolist() == [[4, 9], [9, 14]]
+    table = done.before_the_end()
+    assert table["units"].sum() == sum(len(done.plan.removed(name)) for name in done.plan.keep)
+    assert bool((table["share"].between(0.1, 0.4)).all())  # a fifth of the start, and what training adds
+    last = done.history[done.history["step"].isin([9, 14])].groupby(["period", "step"])["norm"].max()
+    assert last.loc[1, 9] == last.loc[2, 14] == 0
+
+
+def test_protected_groups_lose_nothing():
+    names = ["model.layers.0.mlp:ffn_channel", "model.layers.1.self_attn:kv_head"]
+    done = sheared(ratio=0.1, protect=names)
+    assert not set(names) & set(done.plan.keep)
+    assert sum(len(done.plan.removed(name)) for name in done.plan.keep) > 0
+    assert set(done.history["group"]) <= set(done.plan.keep)
+
+
+def test_units_for_gives_all_kinds_the_same_share():
+    groups = discover(tiny_llama())
+    wanted = units_for(groups, 0.3)
+    total = {kind: sum(g.n_units for g in groups.of_kind(kind)) for kind in wanted}
+    assert set(wanted) == {"kv_head", "ffn_channel"}
+    assert abs(wanted["kv_head"] / total["kv_head"] - wanted["ffn_channel"] / total["ffn_channel"]) < 0.3
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_run_that_was_stopped_goes_on(tmp_path, stop):
+    """Interrupted at a boundary, when the last checkpoint is a period old."""
+    asked = []
+
+    def stopping(optimizer):
+        asked.append(1)
+        if len(asked) == stop + 1:
+            raise KeyboardInterrupt
+        return update_saliency(optimizer)
+
+    straight = sheared(n_periods=4)
+    with pytest.raises(KeyboardInterrupt):
+        sheared(n_periods=4, saliency=stopping, folder=tmp_path / "run")
+    steps = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
+    done = sheared(n_periods=4, saliency=update_saliency, folder=tmp_path / "run")
+    assert done.plan == straight.plan
+    assert done.log.losses == pytest.approx(straight.log.losses)
+    assert done.history.equals(straight.history)
+    for x, y in zip(done.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+    assert stop == 1 or steps  # the second time there was a checkpoint to go on from
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    straight = sheared()
+    sheared(folder=tmp_path / "run")
+    newest = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    (newest / "trainer_state.json").unlink()
+    assert sheared(folder=tmp_path / "run").plan == straight.plan
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    sheared(folder=tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    for other in ({"ratio": 0.3}, {"data": counting(step=2)}, {"model": tiny_llama(seed=1)}, {"n_periods": 2}):
+        with pytest.raises(PrunekitError, match="holds something else"):
+            sheared(folder=tmp_path / "run", **other)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(PrunekitError, match="holds something else"):
+        sheared(folder=tmp_path / "mine")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_no_pickle_is_read_that_could_run_code(tmp_path):
+    """What the Trainer keeps is read with `weights_only`."""
+    sheared(folder=tmp_path / "run")
+    newest = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    torch.load(newest / "optimizer.pt", weights_only=True)
+    assert json.loads((newest / "trainer_state.json").read_text())["global_step"] == 10
+
+
+def test_a_loss_that_breaks_stops_and_keeps_the_last_good_state(tmp_path):
+    model = tiny_llama()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def poisoned(optimizer):
+        if optimizer.n_steps > 3:  # from here on the gradients are not numbers
+            optimizer.units[0].lora[0].tensor.register_hook(lambda gradient: gradient * math.nan)
+        return update_saliency(optimizer)
+
+    straight = sheared(model)
+    with pytest.raises(
+        PrunekitError, match=r"not finite in step 5.*step 4 left it.*last good state is in .*checkpoint-3"
+    ):
+        sheared(model, saliency=poisoned, folder=tmp_path / "run")
+    with pytest.raises(PrunekitError, match="no checkpoint was kept"):
+        sheared(model, saliency=poisoned)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert sheared(model, folder=tmp_path / "run").plan == straight.plan  # the good state is one to go on from
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 1.0}, "pruning_ratio=1.0"),
+        ({"ratio": math.nan}, "pruning_ratio=nan"),
+        ({"ratio": 0.99}, "largest|at most|can"),
+        ({"n_periods": 0}, "n_periods=0"),
+        ({"n_periods": 50}, "n_periods=50 do not fit into 10 steps"),
+        ({"warmup": 1.0}, "warmup=1.0"),
+        ({"rest": -0.1}, "rest=-0.1"),
+        ({"warmup": 0.6, "rest": 0.6}, "do not fit"),
+        ({"protect": ["nothing"]}, "no group is called 'nothing'"),
+        ({"data": "a text without a tokenizer"}, "tokenizer"),
+        ({"data": torch.full((4, 12), 99)}, "token ids"),
+        ({"method": LoRA(targets=("none",))}, "no projection is called 'none'"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_left(options, message, tmp_path):
+    with pytest.raises(PrunekitError, match=message):
+        sheared(folder=tmp_path / "run", **options)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
