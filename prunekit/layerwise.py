@@ -1,7 +1,7 @@
 """A model run layer by layer: tokens wait between two layers, so that no layer is run again to reach the next."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.parts import outermost_elements
+
+Inputs = Tensor | Mapping[str, Tensor]  # token ids, or the model's keyword arguments
 
 
 class _Call(NamedTuple):
@@ -33,11 +35,26 @@ class _Call(NamedTuple):
         return [tensor for _, tensor in leaves(self.args, self.kwargs)]
 
 
+class _Answer(NamedTuple):
+    """What a layer returns: its tuple without tensors, or () for a tensor alone; `where` is the stream's place in it.
+
+    Other tensors beside it, such as attention weights, are not held: nothing reads them that is asked for here.
+    """
+
+    rest: tuple
+    where: int
+
+    def filled(self, hidden: Tensor) -> Any:  # noqa: ANN401
+        """The same with a residual stream."""
+        return (*self.rest[: self.where], hidden, *self.rest[self.where + 1 :]) if self.rest else hidden
+
+
 class _Passage(NamedTuple):
-    """One batch on its way: the residual stream in front of the first layer, and how each layer is called."""
+    """One batch on its way: the residual stream in front of the first layer, how layers are called and answer."""
 
     hidden: Tensor
     calls: list[_Call]
+    answers: list[_Answer]
 
 
 class Layerwise:
@@ -47,14 +64,18 @@ class Layerwise:
         layers: paths of the layers, in order.
     """
 
-    def __init__(self, model: nn.Module, layers: list[str], passages: list[_Passage]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: list[str], batches: Sequence[Inputs], passages: list[_Passage]
+    ) -> None:
         self.layers = layers
+        self._model, self._batches = model, batches
         self._modules = [model.get_submodule(path) for path in layers]
         self._hidden, self._calls = [p.hidden for p in passages], [p.calls for p in passages]
+        self._answers = passages[0].answers
         self._next = 0
 
     @classmethod
-    def of(cls, model: nn.Module, batches: tuple[Tensor, ...]) -> "Layerwise | None":
+    def of(cls, model: nn.Module, batches: Sequence[Inputs]) -> "Layerwise | None":
         """Batches in front of the first layer; None for a model whose layers are no simple chain.
 
         They are one where each layer reads what the one before it returned, and where nothing else that it is handed
@@ -62,7 +83,8 @@ class Layerwise:
 
         Args:
             model: a causal LM in evaluation mode. The weights of its layers may change afterwards.
-            batches: integers (batch, seq), one or more.
+            batches: integers (batch, seq), one or more; or each as the model's keyword arguments, where it takes
+                more than `input_ids`.
         """
         layers = outermost_elements(model)
         passages = [p for batch in batches if (p := _follow(model, layers, batch)) is not None] if layers else []
@@ -70,7 +92,7 @@ class Layerwise:
         if len(passages) < len(batches) or turned is None:
             return None
         alike = all(map(_same_others, passages[0].calls, turned.calls))
-        return cls(model, layers, passages) if alike else None
+        return cls(model, layers, batches, passages) if alike else None
 
     def run(self, number: int, batch: int) -> Tensor:
         """What a layer returns for one batch, (batch, seq, d_model); all batches wait in front of it then."""
@@ -79,6 +101,23 @@ class Layerwise:
         result = _first_float(self._modules[number](*args, **kwargs))
         assert result is not None  # it was followed there
         return result
+
+    def logits(self, number: int, batch: int, hidden: Tensor) -> Tensor:
+        """The model's logits (batch, seq, vocabulary) for one batch; the layers below `number` are not run.
+
+        The model runs as it always does, but these layers all answer with `hidden`, the residual stream in front of
+        layer `number`: what `run` returned for the layer before it.
+        """
+        with self._standing_in(number, hidden):
+            return self._model(**_arguments(self._batches[batch])).logits
+
+    @contextmanager
+    def _standing_in(self, number: int, hidden: Tensor) -> Iterator[None]:
+        """While open, the layers below `number` return a residual stream whatever they are handed."""
+        with ExitStack() as stack:
+            for module, answer in zip(self._modules[:number], self._answers, strict=False):
+                stack.enter_context(_answering(module, answer.filled(hidden)))
+            yield
 
     def _go_to(self, number: int) -> None:
         if number < self._next:
@@ -89,10 +128,11 @@ class Layerwise:
 
 
 def _follow(
-    model: nn.Module, layers: list[str], batch: Tensor, change: Callable[[Tensor], Tensor] | None = None
+    model: nn.Module, layers: list[str], batch: Inputs, change: Callable[[Tensor], Tensor] | None = None
 ) -> _Passage | None:
     """Run a batch, the first layer's residual stream changed; None where a layer does not read the one before it."""
     calls: list[_Call] = []
+    answers: list[_Answer] = []
     stream: list[Tensor] = []  # in front of the first layer, then where the batch is now
 
     def enter(_module: nn.Module, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
@@ -109,14 +149,40 @@ def _follow(
     def leave(_module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
         after = _first_float(result)
         stream[1:] = [] if after is None else [after]  # with none, the next layer is found to read something else
+        answers.append(_answer(result))
 
     with ExitStack() as hooks:
         for path in layers:
             layer = model.get_submodule(path)  # a hook of the layer's own may change what it is handed: go before it
             hooks.callback(layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
             hooks.callback(layer.register_forward_hook(leave).remove)
-        model(input_ids=batch, use_cache=False)  # type: ignore[operator]
-    return _Passage(stream[0], calls) if len(calls) == len(layers) else None
+        model(**_arguments(batch))
+    return _Passage(stream[0], calls, answers) if len(calls) == len(layers) else None
+
+
+def _arguments(batch: Inputs) -> dict[str, Any]:
+    """What the model is called with: no cache, which batches that wait would not fill."""
+    return {**(batch if isinstance(batch, Mapping) else {"input_ids": batch}), "use_cache": False}
+
+
+@contextmanager
+def _answering(module: nn.Module, result: Any) -> Iterator[None]:  # noqa: ANN401
+    """While open, a module returns this and computes nothing."""
+    own = vars(module).get("forward")  # accelerate's hooks, for one, put theirs there
+    module.forward = lambda *_args, **_kwargs: result
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _answer(result: Any) -> _Answer:  # noqa: ANN401
+    if not isinstance(result, tuple):
+        return _Answer((), 0)
+    where = next((i for i, value in enumerate(result) if isinstance(value, Tensor) and value.is_floating_point()), 0)
+    return _Answer(tuple(None if isinstance(value, Tensor) else value for value in result), where)
 
 
 def _is_stream(value: Any, stream: list[Tensor]) -> bool:  # noqa: ANN401

@@ -106,11 +106,13 @@ def test_shares_become_whole_windows(shares, total):
 
 
 def test_stages_follow_each_other_in_the_log():
-    rows = tuple({"round": n, "source": "a", "gap": 1.0 / n} for n in (1, 2))
+    rows = tuple({"round": n, "source": "a", "gap": 1.0 / n, "n_windows": 4 * (2 - n)} for n in (1, 2))
     log = MixtureLog(rows) + MixtureLog(rows)
     assert log.table()["round"].tolist() == [1, 2, 3, 4]
-    assert "3 rounds over 1 sources; mean gap 1.000 → 0.500" in repr(log)
+    assert "2 rounds over 1 sources; mean gap 1.000 → 0.500" in repr(log)
     assert "<table" in log._repr_html_()
+    assert MixtureLog(()) + log == log
+    assert "nothing" in repr(MixtureLog(())) + MixtureLog(())._repr_html_()
 
 
 @pytest.mark.parametrize(

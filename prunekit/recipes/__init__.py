@@ -2,5 +2,6 @@
 
 from prunekit.recipes.hywia import hywia
 from prunekit.recipes.llm_pruner import llm_pruner
+from prunekit.recipes.lorashear import lorashear
 
-__all__ = ["hywia", "llm_pruner"]
+__all__ = ["hywia", "llm_pruner", "lorashear"]

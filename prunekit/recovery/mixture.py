@@ -82,17 +82,20 @@ class MixtureLog:
 
     def __add__(self, other: "MixtureLog") -> "MixtureLog":
         """Another stage after this one; its rounds count on."""
-        last = max(row["round"] for row in self.rows)
+        last = max((row["round"] for row in self.rows), default=0)
         return MixtureLog(self.rows + tuple({**row, "round": row["round"] + last} for row in other.rows))
 
     def __repr__(self) -> str:
+        if not self.rows:
+            return "MixtureLog(nothing was drawn)"
         table = self.table()
         first, last = (table[table["round"] == n]["gap"].mean() for n in (1, table["round"].max()))
-        n_rounds, n_sources = table["round"].nunique() - 1, table["source"].nunique()
+        n_rounds, n_sources = (table.groupby("round")["n_windows"].sum() > 0).sum(), table["source"].nunique()
         return f"MixtureLog({n_rounds} rounds over {n_sources} sources; mean gap {first:.3f} → {last:.3f} nats a token)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.table().pivot(index='source', columns='round', values='gap').to_html()}"
+        table = self.table().pivot(index="source", columns="round", values="gap").to_html() if self.rows else ""
+        return f"<p>{self!r}</p>{table}"
 
 
 @dataclass
@@ -143,7 +146,7 @@ def recover_on_mixture(
     """
     check_finite(model)
     method, mixture = method or LoRA(), mixture or Mixture()
-    drawn_from = _open(sources, method.seq_len, tokenizer, mixture, model)
+    drawn_from = _open(source_windows(sources, tokenizer, method.seq_len, model), mixture)
     n_windows = sum(len(source.training) for source in drawn_from)
     a_step, n_steps = method.windows_a_step(n_windows), method.n_steps(n_windows)
     if n_steps < mixture.n_rounds:
@@ -168,24 +171,40 @@ def recover_on_mixture(
     return changed
 
 
-def _open(sources: Sources, seq_len: int, tokenizer: Any, mixture: Mixture, model: Any) -> list[_Source]:  # noqa: ANN401
-    """Each source's windows, shuffled, the first ones kept for measuring."""
+def source_windows(
+    sources: Sources,
+    tokenizer: Any,  # noqa: ANN401
+    seq_len: int,
+    model: Any,  # noqa: ANN401
+) -> dict[str, Tensor]:
+    """Each source as windows of tokens, int64 (n_windows, seq_len) on the CPU.
+
+    Raises:
+        PrunekitError: no source, or one that cannot be read or has less than two windows, by name.
+    """
     if not isinstance(sources, Mapping) or not sources:
         raise PrunekitError(f"sources={sources!r:.60}; give at least one, name → text or tokens")
-    generator, opened = torch.Generator().manual_seed(mixture.seed), []
+    found = {}
     for name, data in sources.items():
         try:
-            windows = check_tokens(token_windows(data, tokenizer, seq_len), model).cpu()
+            found[name] = check_tokens(token_windows(data, tokenizer, seq_len), model).cpu()
         except PrunekitError as error:
             raise PrunekitError(f"source {name!r}: {error}") from None
-        if len(windows) < 2:
+        if len(found[name]) < 2:
             raise PrunekitError(
-                f"source {name!r} is one window of {windows.shape[1]} tokens; it takes one to measure on and one to "
-                "train on: give more text or a smaller seq_len"
+                f"source {name!r} is one window of {found[name].shape[1]} tokens; it takes one to measure on and one "
+                "to train on: give more text or a smaller seq_len"
             )
-        windows = windows[torch.randperm(len(windows), generator=generator)]
-        held = min(mixture.n_validation, max(1, len(windows) // 5))
-        opened.append(_Source(name, windows[:held], windows[held:]))
+    return found
+
+
+def _open(windows: dict[str, Tensor], mixture: Mixture) -> list[_Source]:
+    """Each source's windows, shuffled, the first ones kept for measuring."""
+    generator, opened = torch.Generator().manual_seed(mixture.seed), []
+    for name, rows in windows.items():
+        shuffled = rows[torch.randperm(len(rows), generator=generator)]
+        held = min(mixture.n_validation, max(1, len(rows) // 5))
+        opened.append(_Source(name, shuffled[:held], shuffled[held:]))
     return opened
 
 

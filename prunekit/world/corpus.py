@@ -165,6 +165,8 @@ KINDS: dict[str, tuple[Callable[[random.Random, str], str], int, float, float]] 
     "lookup": (_lookup, 1, 0.0, 0.60),
 }
 
+ASKING = ("fact", "two_hop", "reading", "coreference", "tool", "material", "arithmetic")  # kinds that have questions
+
 
 def document(rng: random.Random, split: str, phase: int = 0, kinds: tuple[str, ...] = tuple(KINDS)) -> str:
     """One document of a kind drawn by weight; `phase` is 0, or 1 for the second phase of training."""
@@ -193,11 +195,13 @@ def documents(
     """
     _check(n_documents, split)
     rng = random.Random(f"{split}-{seed}")
-    chosen = tuple(KINDS) if kinds is None else _known(kinds)
+    chosen = tuple(KINDS) if kinds is None else _known(kinds, tuple(KINDS))
     return [document(rng, split, kinds=chosen) for _ in range(n_documents)]
 
 
-def instructions(n_documents: int, *, split: str = "train", seed: int = 0) -> list[str]:
+def instructions(
+    n_documents: int, *, split: str = "train", seed: int = 0, kinds: Iterable[str] | None = None
+) -> list[str]:
     """Documents in the form of instructions: a question or a goal, and its answer.
 
     The same knowledge as in `documents`, drawn by the same weights, but only in the wordings that ask.
@@ -206,19 +210,20 @@ def instructions(n_documents: int, *, split: str = "train", seed: int = 0) -> li
         n_documents: how many; about 15 tokens each, passages more.
         split: as for `documents`.
         seed: another seed gives other questions.
+        kinds: of knowledge, out of `ASKING`; None draws from all of those.
 
     Returns:
         One string a document.
 
     Raises:
-        PrunekitError: for an unknown split or a negative number.
+        PrunekitError: for an unknown split, a kind that is never asked for, or a negative number.
     """
     _check(n_documents, split)
+    chosen = [KINDS[kind] for kind in (ASKING if kinds is None else _known(kinds, ASKING))]
     rng, found = random.Random(f"instructions-{split}-{seed}"), list[str]()
-    writers = [write for write, *_ in KINDS.values()]
-    weights = [weight for _, _, weight, _ in KINDS.values()]
     while len(found) < n_documents:
-        piece = rng.choices(writers, weights=weights)[0](rng, split)
+        write, *_ = rng.choices(chosen, weights=[weight for _, _, weight, _ in chosen])[0]
+        piece = write(rng, split)
         if "?" in piece or piece.startswith("goal:"):
             found.append(piece)
     return found
@@ -231,11 +236,11 @@ def _check(n_documents: int, split: str) -> None:
         raise PrunekitError(f"n_documents={n_documents} is negative; ask for 0 or more")
 
 
-def _known(kinds: Iterable[str]) -> tuple[str, ...]:
+def _known(kinds: Iterable[str], allowed: tuple[str, ...]) -> tuple[str, ...]:
     chosen = tuple(kinds) if not isinstance(kinds, str) else ()
-    unknown = [kind for kind in chosen if kind not in KINDS]
+    unknown = [kind for kind in chosen if kind not in allowed]
     if unknown or not chosen:
-        raise PrunekitError(f"kinds={unknown or kinds!r} are none; give a list out of {', '.join(KINDS)}")
+        raise PrunekitError(f"kinds={unknown or kinds!r} are none; give a list out of {', '.join(allowed)}")
     return chosen
 
 

@@ -1,0 +1,188 @@
+"""Knowledge distribution: what a model no longer knows when a group, or a unit of it, is silenced alone."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prunekit.calibration import check_finite
+from prunekit.discovery.groups import CoupledGroup
+from prunekit.errors import PrunekitError
+from prunekit.evaluation.likelihood import evaluating, require_finite
+from prunekit.importance.ablation import silenced
+from prunekit.knowledge_questions import Exam, Tasks, Texts, make_exam
+from prunekit.knowledge_record import Record, Silencing, fingerprint
+from prunekit.knowledge_result import KnowledgeDistribution
+from prunekit.knowledge_running import Runner
+
+__all__ = ["KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units"]
+
+POSITIONS = 1024  # a forward pass; on a CPU more takes more memory and longer, since less of it stays in the cache
+
+
+def knowledge_distribution(
+    model: nn.Module,
+    tokenizer: Any,
+    groups: Iterable[CoupledGroup],
+    scores: Mapping[str, Tensor],
+    *,
+    ratios: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    tasks: Tasks | None = None,
+    text: Texts | None = None,
+    path: str | Path | None = None,
+    tokens_a_batch: int = POSITIONS,
+) -> KnowledgeDistribution:
+    """Where does a model hold what it knows? Each group alone is silenced in part, and everything is asked again.
+
+    The units that score lowest go first. Layers below the silenced one are not run again, and sequences that begin
+    alike are read once, where this model is found to give the same likelihoods so.
+
+    Args:
+        model: a causal LM of `transformers`; it is left as it was, also when interrupted.
+        tokenizer: the model's own tokenizer.
+        groups: groups discovered in this model.
+        scores: group name → (n_units,), as `score` returns them. Groups of one unit (blocks, layers) need none.
+        ratios: fractions of a group's units, in (0, 1]; at least one unit is silenced. Groups of one unit are
+            silenced once, at ratio 1.
+        tasks: questions, as for `zero_shot`; None with no text takes the embedded world's, for its tokenizer.
+        text: anything that `measure_perplexity` takes, or name of a domain → such a text. It is cut into windows of
+            128 tokens (or what the model takes) that do not overlap, BOS first.
+        path: a .safetensors file that is written whenever a group is finished, and from which a run with the same
+            model, silencings and questions goes on.
+        tokens_a_batch: positions a forward pass, about; it does not change the result.
+
+    Returns:
+        A `KnowledgeDistribution`. A silencing that leaves no finite likelihood does not end the run: its loss there is
+        infinite, and nothing is hit.
+
+    Raises:
+        PrunekitError: no groups, or those of another model; ratios out of range; scores that miss a group, are not
+            finite or not one a unit; nothing to ask; weights that are NaN or infinite; a file at `path` of another run.
+
+    Source: LoRAShear (Chen et al. 2023, arXiv 2310.18356), Alg. 3, which measures perplexity on one set. Here each
+    question and window is kept, so that it can be told which knowledge goes.
+    """
+    chosen = _check_groups(model, groups)
+    _check_ratios(ratios)
+    plan = [row for group in chosen for row in _shares(group, _check_scores(group, scores), ratios)]
+    return _measure(model, tokenizer, plan, tasks, text, path, tokens_a_batch)
+
+
+def knowledge_of_units(
+    model: nn.Module,
+    tokenizer: Any,
+    groups: Iterable[CoupledGroup],
+    *,
+    tasks: Tasks | None = None,
+    text: Texts | None = None,
+    path: str | Path | None = None,
+    tokens_a_batch: int = POSITIONS,
+) -> KnowledgeDistribution:
+    """What does one head hold? Each unit of some groups alone is silenced, and everything is asked again.
+
+    Args and errors are those of `knowledge_distribution`; the table has a column `unit`.
+    """
+    chosen = _check_groups(model, groups)
+    plan = [
+        Silencing(group, (unit,), {**_told(group), "ratio": 1 / group.n_units, "n_silenced": 1, "unit": unit})
+        for group in chosen
+        for unit in range(group.n_units)
+    ]
+    return _measure(model, tokenizer, plan, tasks, text, path, tokens_a_batch)
+
+
+def _told(group: CoupledGroup) -> dict[str, Any]:
+    return {"group": group.name, "kind": group.kind, "layer": group.layer}
+
+
+def _check_groups(model: nn.Module, groups: Iterable[CoupledGroup]) -> list[CoupledGroup]:
+    """The groups, each once, all of this model."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    found = list({group.name: group for group in groups}.values())
+    if not found:
+        raise PrunekitError("there are no groups to silence; discover(model) finds them, and says in .locked why not")
+    for group in found:
+        for member in group.members:
+            shape = shapes.get(member.parameter, ())
+            if member.dim >= len(shape) or int(member.index.max()) >= shape[member.dim]:
+                raise PrunekitError(
+                    f"group {group.name!r} is not of this model, where {member.parameter} is "
+                    f"{tuple(shape) or 'missing'}; call discover(model) on this model"
+                )
+    return found
+
+
+def _check_ratios(ratios: Sequence[float]) -> None:
+    bad = [ratio for ratio in ratios if not 0 < ratio <= 1]
+    if bad or not len(ratios):
+        raise PrunekitError(f"ratios={ratios!r}; give fractions of a group's units above 0 and at most 1, one or more")
+
+
+def _check_scores(group: CoupledGroup, scores: Mapping[str, Tensor]) -> Tensor:
+    """A group's scores, float64 on the CPU; zeros for a group of one unit that has none."""
+    if group.name not in scores:
+        if group.n_units == 1:
+            return torch.zeros(1, dtype=torch.float64)
+        raise PrunekitError(f"no scores of {group.name!r}; score these groups: score(model, groups, importance, calib)")
+    values = torch.as_tensor(scores[group.name]).detach().to("cpu", torch.float64)
+    if values.shape != (group.n_units,) or not bool(values.isfinite().all()):
+        raise PrunekitError(
+            f"the scores of {group.name!r} have shape {tuple(values.shape)} and {int((~values.isfinite()).sum())} "
+            f"values that are not finite; give ({group.n_units},) finite ones: score this model anew"
+        )
+    return values
+
+
+def _shares(group: CoupledGroup, scores: Tensor, ratios: Sequence[float]) -> Iterator[Silencing]:
+    """A group's units that score lowest, at each ratio."""
+    order = scores.argsort(stable=True).tolist()
+    for ratio in dict.fromkeys(ratios) if group.n_units > 1 else (1.0,):
+        units = tuple(sorted(order[: max(1, round(ratio * group.n_units))]))
+        yield Silencing(group, units, {**_told(group), "ratio": float(ratio), "n_silenced": len(units)})
+
+
+def _measure(
+    model: nn.Module,
+    tokenizer: Any,
+    plan: list[Silencing],
+    tasks: Tasks | None,
+    text: Texts | None,
+    path: str | Path | None,
+    tokens_a_batch: int,
+) -> KnowledgeDistribution:
+    """All silencings, those of the lowest layer first."""
+    if tokens_a_batch < 1:
+        raise PrunekitError(f"tokens_a_batch={tokens_a_batch}; it is a number of positions, at least 1")
+    check_finite(model)
+    exam = make_exam(model, tokenizer, tasks, text)
+    record = Record(plan, exam, path, fingerprint(model, exam, plan) if path is not None else "")
+    if record.missing():
+        with evaluating(model):
+            _run(model, exam, record, tokens_a_batch)
+    return record.result()
+
+
+def _run(model: nn.Module, exam: Exam, record: Record, tokens_a_batch: int) -> None:
+    """Measure what is missing, and leave what is finished in the file, whatever ends it."""
+    runner = Runner(model, exam.spans, tokens_a_batch)
+    groups = {row.group.name: row.group for row in record.missing()}
+    layers = {name: runner.layers_of(group) for name, group in groups.items()}
+    done = len(record.plan) - len(record.missing())
+    bar = tqdm(desc="knowledge", total=len(record.plan), initial=done, unit="silencing", leave=False, delay=1)
+    dense = runner.sums(min(layers.values())[:1])
+    require_finite(dense, model)
+    record.begin(exam.marks(dense), runner)
+    with bar:
+        try:
+            for name in sorted(groups, key=lambda name: layers[name]):
+                for row in [row for row in record.missing() if row.group.name == name]:
+                    if row.key not in record.marks:
+                        with silenced(model, row.group, row.units):
+                            record.marks[row.key] = exam.marks(runner.sums(layers[name]))
+                    bar.update()
+                record.save()
+        finally:
+            record.save()

@@ -1,0 +1,70 @@
+"""Tables and arrays in one safetensors file, complete or as it was."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from prunekit.errors import PrunekitError
+
+FORMAT = "prunekit.knowledge/1"
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Path:
+    """Write arrays, and as JSON what else there is to say; the file is moved into place when it is whole.
+
+    Raises:
+        PrunekitError: the folder is missing or cannot be written to.
+    """
+    told = {"format": FORMAT, **{name: json.dumps(value) for name, value in meta.items()}}
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, Path(beside) / "it", told)
+            (Path(beside) / "it").replace(path)
+    except OSError as error:
+        raise PrunekitError(f"cannot write {str(path)!r} ({error}); give a path in a folder that is there") from error
+    return path
+
+
+def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What `write_arrays` wrote.
+
+    Raises:
+        PrunekitError: there is no such file, or it holds something else.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            told = dict(file.metadata() or {})
+            if told.pop("format", None) != FORMAT:
+                raise PrunekitError(f"{str(path)!r} holds no knowledge distribution; give a file that its save() wrote")
+            names = file.keys()  # the file itself is no iterable
+            return {name: file.get_tensor(name) for name in names}, {k: json.loads(v) for k, v in told.items()}
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise PrunekitError(
+            f"no knowledge distribution in {str(path)!r}: {error}; give a file that its save() wrote"
+        ) from error
+
+
+def plain(frame: pd.DataFrame) -> dict[str, list[Any]]:
+    """A table as column → list, for JSON: what is missing becomes None."""
+    objects = frame.astype(object)
+    return {str(name): objects[name].where(frame[name].notna(), None).tolist() for name in frame}
+
+
+def table_of(columns: Mapping[str, list[Any]], numbers: tuple[str, ...]) -> pd.DataFrame:
+    """The table that `plain` wrote down; columns of `numbers` are float even where all are missing."""
+    found = pd.DataFrame(columns)
+    return found.astype({name: float for name in numbers if name in found})
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """A tensor's values as they lie in memory, of any type."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,163 @@
+"""What a model is asked to find out what it knows: questions and windows of text, as spans and as a table."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration import check_tokens
+from prunekit.errors import PrunekitError
+from prunekit.evaluation.language_modelling import check_length, choose_window, encode, read_texts
+from prunekit.evaluation.likelihood import Span, check_batches, max_positions
+from prunekit.evaluation.multiple_choice import choice_lengths, named_tasks, question_spans
+from prunekit.evaluation.windows import cut_windows
+from prunekit.questions import Question, Task
+from prunekit.text import TextSource
+
+Tasks = Mapping[str, Task] | Iterable[Task]
+Texts = Tensor | TextSource | Mapping[str, Tensor | TextSource]
+TEXT = "text"  # the domain of a text that was given no name
+
+
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """All that is asked, questions first, then windows of text.
+
+    Attributes:
+        table: one row a question or window: task, domain, tier, hops, context, right (the text of the right choice, or
+            the window's), n_tokens (scored tokens of that), chance (NaN for a window).
+        spans: one a choice and one a window, in the order of the table.
+        places: (n_questions, n_choices at most): the number of each choice's span, -1 where there are fewer.
+        lengths: float64, like `places`: what a choice's sum is divided by before the largest is taken.
+        answers: int64 (n_questions,), the right choices.
+    """
+
+    table: pd.DataFrame
+    spans: list[Span]
+    places: Tensor
+    lengths: Tensor
+    answers: Tensor
+
+    def marks(self, sums: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """What was hit, and the loss.
+
+        Args:
+            sums: float64 (n_spans,), in nats.
+
+        Returns:
+            bool (n_questions + n_windows,), windows never; and float64, for a question the cross-entropy in nats of the
+            right choice among all, for a window the nats a token. A loss that is not finite is infinite, and no hit.
+        """
+        chosen = sums[self.places].masked_fill(self.places < 0, -torch.inf)  # (n_questions, n_choices)
+        sound = (chosen.isfinite() | (self.places < 0)).all(1)
+        hit = sound & ((chosen / self.lengths).argmax(1) == self.answers)
+        among = -chosen.log_softmax(1).gather(1, self.answers[:, None])[:, 0]
+        windows = self.table["chance"].isna().to_numpy()
+        n_windows = int(windows.sum())
+        tokens = torch.from_numpy(self.table["n_tokens"].to_numpy()[windows])
+        read = -sums[len(sums) - n_windows :] / tokens
+        loss = torch.cat([among.masked_fill(~sound, torch.inf), read]).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        return np.concatenate([hit.numpy(), np.zeros(n_windows, dtype=bool)]), loss.numpy()
+
+
+def make_exam(model: nn.Module, tokenizer: Any, tasks: Tasks | None, text: Texts | None) -> Exam:
+    """All questions of the tasks, and all windows of the texts.
+
+    Raises:
+        PrunekitError: neither is given and the tokenizer is not the embedded world's; a domain is in both; or what
+            `zero_shot` and `measure_perplexity` refuse.
+    """
+    asked = _asked(tokenizer, tasks, text)
+    limit = max_positions(model)
+    choices = [
+        question_spans(tokenizer, question, limit, f"question {number} of task {task.name!r}")
+        for task, number, question in asked
+    ]
+    rows = [_row(task, question, spans) for (task, _, question), spans in zip(asked, choices, strict=True)]
+    read = [(name, span) for name, source in _named_texts(text).items() for span in _windows(model, tokenizer, source)]
+    _check_apart({row["domain"] for row in rows} | {row["task"] for row in rows}, {name for name, _ in read})
+    rows += [_window_row(tokenizer, name, span) for name, span in read]
+    spans = [span for several in choices for span in several] + [span for _, span in read]
+    check_batches(model, spans, batch_size=1)
+    return Exam(pd.DataFrame(rows), spans, *_layout([(task, question) for task, _, question in asked]))
+
+
+def _asked(tokenizer: Any, tasks: Tasks | None, text: Texts | None) -> list[tuple[Task, int, Question]]:
+    if tasks is None and text is None:
+        from prunekit import world
+
+        if not world.is_world_tokenizer(tokenizer):
+            raise PrunekitError(
+                "nothing is asked: give tasks= (as for zero_shot), text= (as for perplexity), or both; only the "
+                "embedded world brings questions of its own"
+            )
+        tasks = world.tasks()
+    found = [] if tasks is None else named_tasks(tasks)
+    return [(task, number, question) for task in found for number, question in enumerate(task.questions)]
+
+
+def _row(task: Task, question: Question, spans: list[Span]) -> dict[str, Any]:
+    contexts = question.contexts or (question.context,) * len(question.choices)
+    return {
+        "task": task.name,
+        "domain": question.domain,
+        "tier": question.tier,
+        "hops": question.hops,
+        "context": contexts[question.answer],
+        "right": question.choices[question.answer],
+        "n_tokens": spans[question.answer].n_scored,
+        "chance": 1 / len(question.choices),
+    }
+
+
+def _window_row(tokenizer: Any, name: str, span: Span) -> dict[str, Any]:
+    told = tokenizer.decode(span.tokens[span.start :])
+    return {"task": name, "domain": name, "tier": None, "hops": None, "context": "", "right": told,
+            "n_tokens": span.n_scored, "chance": float("nan")}  # fmt: skip
+
+
+def _layout(asked: list[tuple[Task, Question]]) -> Iterator[Tensor]:
+    """Places, lengths and answers of an exam."""
+    most = max((len(question.choices) for _, question in asked), default=1)
+    places = torch.full((len(asked), most), -1)
+    lengths = torch.ones(len(asked), most, dtype=torch.float64)
+    first = 0
+    for number, (task, question) in enumerate(asked):
+        n = len(question.choices)
+        places[number, :n] = torch.arange(first, first + n)
+        if task.normalize:
+            lengths[number, :n] = choice_lengths(question)
+        first += n
+    yield from (places, lengths, torch.tensor([question.answer for _, question in asked], dtype=torch.long))
+
+
+def _named_texts(text: Texts | None) -> Mapping[str, Tensor | TextSource]:
+    if text is None:
+        return {}
+    return text if isinstance(text, Mapping) else {TEXT: text}
+
+
+def _windows(model: nn.Module, tokenizer: Any, source: Tensor | TextSource) -> list[Span]:
+    """Windows over a text that do not overlap, BOS first, as `perplexity` cuts them; rows of tokens as they are."""
+    if isinstance(source, Tensor):
+        return [Span(tuple(row), 1) for row in check_tokens(source, model).tolist()]
+    window = choose_window(model, None, "windows")
+    assert window is not None  # whole texts are always cut
+    bos = tokenizer.bos_token_id is not None
+    sequences = [encode(tokenizer, document, bos) for document in read_texts(source, "windows", None)]
+    spans = [span for tokens in sequences for span in cut_windows(tokens, window)]
+    check_length(sequences, spans, "windows", window)
+    return spans
+
+
+def _check_apart(asked: set[str], read: set[str]) -> None:
+    both = sorted(asked & read)
+    if both:
+        raise PrunekitError(
+            f"{both[0]!r} names both questions and a text, which are measured in different units; give the text "
+            f"another name: text={{'{both[0]} text': …}}"
+        )

@@ -1,0 +1,125 @@
+"""What is to be silenced and what has been measured of it, kept in a file from which an interrupted run goes on."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from prunekit.discovery.groups import CoupledGroup
+from prunekit.errors import PrunekitError
+from prunekit.knowledge_files import bytes_of, plain
+from prunekit.knowledge_questions import Exam
+from prunekit.knowledge_result import KnowledgeDistribution
+from prunekit.knowledge_running import Runner
+
+Marks = tuple[np.ndarray, np.ndarray]  # hit and loss, (n_questions,) each
+Key = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Silencing:
+    """Units of a group, and the row that tells of it."""
+
+    group: CoupledGroup
+    units: tuple[int, ...]
+    told: dict[str, Any]
+
+    @property
+    def key(self) -> Key:
+        """The same for all rows that need but one measurement."""
+        return self.group.name, self.units
+
+
+class Record:
+    """Marks of all silencings, as far as they go.
+
+    Attributes:
+        plan: one a row of the result; rows of the same units share their marks.
+        marks: what has been measured.
+    """
+
+    def __init__(self, plan: Sequence[Silencing], exam: Exam, path: str | Path | None, mark: str) -> None:
+        """Goes on where the file ends, if there is one.
+
+        Raises:
+            PrunekitError: the file is of another run, or none of this kind; or it could not be written.
+        """
+        self.plan, self.marks = plan, dict[Key, Marks]()
+        self._exam, self._path, self._fingerprint, self._saved = exam, None if path is None else Path(path), mark, 0
+        self._dense: Marks | None = None
+        self._packed = self._resumed = False
+        if self._path is not None:
+            _check_path(self._path)
+            if self._path.exists():
+                self._read(self._path)
+
+    def missing(self) -> list[Silencing]:
+        """What is still to be measured."""
+        return [row for row in self.plan if row.key not in self.marks]
+
+    def begin(self, dense: Marks, runner: Runner) -> None:
+        """Take what the model says as it is, unless an earlier run has, and how it is run."""
+        self._dense = self._dense or dense
+        self._packed, self._resumed = runner.packed, runner.resumed
+
+    def result(self) -> KnowledgeDistribution:
+        """All rows that are measured."""
+        rows = [row for row in self.plan if row.key in self.marks]
+        assert self._dense is not None  # measured first
+        silencings = pd.DataFrame([{**row.told, "units": [*row.units]} for row in rows], columns=self._columns())
+        empty = np.empty((0, len(self._exam.table)))
+        hit, loss = (np.stack([self.marks[row.key][i] for row in rows]) if rows else empty for i in (0, 1))
+        return KnowledgeDistribution(
+            silencings, self._exam.table, hit.astype(bool), loss, *self._dense, self._packed, self._resumed,
+            len(self.plan) - len(rows), self._fingerprint,
+        )  # fmt: skip
+
+    def save(self) -> None:
+        """Write the file, where there is one to write and something new to say."""
+        if self._path is not None and len(self.marks) > self._saved:
+            self.result().save(self._path)
+            self._saved = len(self.marks)
+
+    def _columns(self) -> list[str]:
+        return [*self.plan[0].told, "units"]
+
+    def _read(self, path: Path) -> None:
+        before = KnowledgeDistribution.load(path)
+        if before.fingerprint != self._fingerprint:
+            raise PrunekitError(
+                f"{str(path)!r} is of another run: its model, silencings or questions differ; give another path, or "
+                "remove the file to measure anew"
+            )
+        keys = zip(before.silencings["group"], before.silencings["units"], strict=True)
+        self.marks = {(name, (*units,)): (before.hit[i], before.loss[i]) for i, (name, units) in enumerate(keys)}
+        self._dense, self._saved = (before.dense_hit, before.dense_loss), len(self.marks)
+        self._packed, self._resumed = before.packed, before.resumed
+
+
+def _check_path(path: Path) -> None:
+    if path.suffix != ".safetensors" or not path.parent.is_dir():
+        raise PrunekitError(f"path={str(path)!r}; give a .safetensors file in a folder that is there")
+
+
+def fingerprint(model: nn.Module, exam: Exam, plan: Sequence[Silencing]) -> str:
+    """What changes when a weight, a question or a silencing does."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(bytes_of(tensor))
+    asked: dict[str, Any] = {
+        "spans": [(span.start, span.tokens) for span in exam.spans],
+        "questions": plain(exam.table),
+        "places": exam.places.tolist(),
+        "lengths": exam.lengths.tolist(),
+        "answers": exam.answers.tolist(),
+        "plan": [(row.told, row.units) for row in plan],
+    }
+    found.update(json.dumps(asked).encode())
+    return found.hexdigest()

@@ -1,0 +1,285 @@
+"""What a model knows where: a measure of every question and text, with each group silenced alone, as a value."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from prunekit.errors import PrunekitError
+from prunekit.knowledge_files import plain, read_arrays, table_of, write_arrays
+
+BY = ("domain", "task", "tier", "hops")
+MEASURES = ("accuracy", "loss")
+RATIOS = (0.25, 0.5)  # our reading of LoRAShear's set P
+_TOLD = ("packed", "resumed", "unfinished", "fingerprint")
+_ARRAYS = ("hit", "loss", "dense_hit", "dense_loss")
+
+
+@dataclass(frozen=True, eq=False)
+class KnowledgeDistribution:
+    """What each question and window of text loses when units are silenced, one group at a time.
+
+    Attributes:
+        silencings: one row a measurement: group, kind, layer, ratio, n_silenced, units (a list), and where single
+            units were silenced, unit.
+        questions: one row a question or window of text: task, domain, tier, hops, context, right (the text of the
+            right choice, or of the window), n_tokens (scored ones of it), chance (NaN for a window).
+        hit: bool (n_silencings, n_questions), whether the right choice was found; never so for a window.
+        loss: float64 (n_silencings, n_questions). For a question −log of the right choice's share of the likelihood
+            of all choices, in nats; for a window nats a token. Infinite where the silenced model broke down.
+        dense_hit: bool (n_questions,), of the model as it is.
+        dense_loss: float64 (n_questions,).
+        packed: whether many sequences shared a row of the model's batches.
+        resumed: whether the layers below a silenced one were left out.
+        unfinished: silencings that were to be measured and are not, in a file of a run that was interrupted.
+        fingerprint: of the model's weights, the questions and all silencings; "" where nothing was to be saved.
+    """
+
+    silencings: pd.DataFrame
+    questions: pd.DataFrame
+    hit: np.ndarray
+    loss: np.ndarray
+    dense_hit: np.ndarray
+    dense_loss: np.ndarray
+    packed: bool
+    resumed: bool
+    unfinished: int = 0
+    fingerprint: str = ""
+
+    def table(self, by: str = "domain", measure: str = "accuracy") -> pd.DataFrame:
+        """The change of a measure, one row a silencing and domain (task, tier, number of hops).
+
+        Args:
+            by: one of `"domain" "task" "tier" "hops"`; what has no such label is left out.
+            measure: `"accuracy"` in [0, 1], of questions alone, or `"loss"`, in nats a question, or nats a token of a
+                text, whose windows weigh as many tokens as they have.
+
+        Returns:
+            Columns group, kind, layer, ratio, n_silenced, unit (where single units were silenced), `by`, n (questions,
+            or windows), dense, value, change (value − dense: worse is below 0 for accuracy, above 0 for loss).
+
+        Raises:
+            PrunekitError: no such label or measure, or nothing has that label.
+        """
+        _check_choice("by", by, BY)
+        _check_choice("measure", measure, MEASURES)
+        labels = self.questions[by].where(self.questions["chance"].notna() | (measure == "loss"))
+        named = self.silencings.drop(columns="units")
+        parts = [self._part(named, by, key, labels == key, measure) for key in labels.dropna().unique()]
+        if not parts:
+            raise PrunekitError(f"nothing that has an {measure} has a {by} here; ask for another of {', '.join(BY)}")
+        return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
+
+    def _part(self, named: pd.DataFrame, by: str, key: Any, chosen: pd.Series, measure: str) -> pd.DataFrame:
+        rows = np.flatnonzero(chosen)
+        values, dense = (self.hit, self.dense_hit) if measure == "accuracy" else (self.loss, self.dense_loss)
+        window = self.questions["chance"].isna().to_numpy()[rows]
+        weights = np.where(window, self.questions["n_tokens"].to_numpy()[rows], 1)
+        value, before = np.average(values[:, rows], axis=1, weights=weights), np.average(dense[rows], weights=weights)
+        return named.assign(**{by: key, "n": len(rows), "dense": before, "value": value, "change": value - before})
+
+    def damage(self, measure: str = "loss", ratios: Sequence[float] = RATIOS) -> pd.DataFrame:
+        """How much worse a group's silencing makes things: the mean over ratios and domains, which all weigh the same.
+
+        Args:
+            measure: `"loss"`, or `"accuracy"`, whose fall then counts.
+            ratios: those to take the mean over. Whole blocks and layers are silenced at ratio 1 alone, and are left
+                out where that is not among these.
+
+        Returns:
+            One row a group: group, kind, layer, damage (above 0: worse).
+
+        Raises:
+            PrunekitError: single units were silenced, or a ratio was not measured.
+
+        Source: LoRAShear (arXiv 2310.18356), Alg. 3, whose measure is perplexity.
+        Reconstructed: the mean change of log-perplexity over P = {.25, .5}; the paper does not give P.
+        """
+        table = _worse(self.table("domain", measure), measure)
+        if "unit" in table:
+            raise PrunekitError("single units were silenced here, not shares of groups; read table(), or agreement()")
+        chosen = np.isclose(table["ratio"].to_numpy()[:, None], np.asarray(ratios, dtype=float)).any(1)
+        missing = [r for r in ratios if not np.isclose(table["ratio"].to_numpy(), r).any()]
+        if missing or not len(ratios):
+            had = ", ".join(f"{ratio:g}" for ratio in sorted(table["ratio"].unique()))
+            raise PrunekitError(f"ratios={ratios!r} were not all measured; give some of {had}")
+        found = table[chosen].groupby("group", sort=False).agg(
+            kind=("kind", "first"), layer=("layer", "first"), damage=("worse", "mean")
+        )  # fmt: skip
+        return found.reset_index()
+
+    def unprunable(self, gamma: float = 0.1, measure: str = "loss", ratios: Sequence[float] = RATIOS) -> list[str]:
+        """Names of the groups that are damaged most, the worst first; to be left whole.
+
+        Args:
+            gamma: fraction of the groups, in [0, 1], rounded up.
+            measure: as for `damage`.
+            ratios: as for `damage`.
+
+        Raises:
+            PrunekitError: gamma is out of range, or what `damage` raises.
+
+        Source: LoRAShear (arXiv 2310.18356), Alg. 3. Reconstructed: γ = .1; the paper does not give it.
+        """
+        if not 0 <= gamma <= 1:
+            raise PrunekitError(f"gamma={gamma}; it is a fraction of the groups, from 0 to 1")
+        found = self.damage(measure, ratios).sort_values("damage", ascending=False, kind="stable")
+        n = math.ceil(round(gamma * len(found), 9))
+        return found["group"].tolist()[:n]
+
+    def died(self, group: str, *, ratio: float | None = None, unit: int | None = None) -> pd.DataFrame:
+        """The questions that were answered right and no longer are: which facts die with this head?
+
+        Args:
+            group: name of a group that was silenced.
+            ratio: the share that was silenced; None where there was but one.
+            unit: the unit that was silenced, where single ones were.
+
+        Returns:
+            Rows of `questions`, with dense and loss: nats before and after.
+
+        Raises:
+            PrunekitError: that was not measured.
+        """
+        row = self._row(group, "unit" if unit is not None else "ratio", unit if unit is not None else ratio)
+        gone = self.dense_hit & ~self.hit[row]
+        return self.questions[gone].assign(dense=self.dense_loss[gone], loss=self.loss[row][gone])
+
+    def _row(self, group: str, column: str, value: float | None) -> int:
+        rows = self.silencings[self.silencings["group"] == group]
+        if rows.empty:
+            raise PrunekitError(
+                f"no group {group!r} was silenced; one of {', '.join(self.silencings['group'].unique())}"
+            )
+        if column == "ratio" and "unit" in rows:
+            raise PrunekitError(f"single units of {group!r} were silenced; give unit=, one of {rows['unit'].tolist()}")
+        known = rows[column] if column in rows else pd.Series(dtype=float)
+        fits = known.index[np.isclose(known.to_numpy(dtype=float), value)] if value is not None else rows.index
+        if len(fits) != 1:
+            shown = ", ".join(f"{v:g}" for v in known) or f"shares of it: give ratio=, of {rows['ratio'].tolist()}"
+            raise PrunekitError(f"{column}={value} of {group!r} was not measured; there is {shown}")
+        return int(fits[0])
+
+    def agreement(
+        self,
+        scores_by_name: Mapping[str, Mapping[str, Tensor]],
+        by: str = "domain",
+        measure: str = "loss",
+        ratio: float | None = None,
+    ) -> pd.DataFrame:
+        """Does a score know what silencing really costs? Rank correlation of the two, one kind of group at a time.
+
+        Args:
+            scores_by_name: name → scores of the same groups, whose sum over what is silenced is compared.
+            by: as for `table`.
+            measure: as for `table`; what counts is how much worse it becomes.
+            ratio: compare at this share alone; None takes all, where a score that only counts units does well too.
+
+        Returns:
+            Columns score, kind (`"all"` for all kinds together), `by`, spearman (NaN where all are equal), n
+            (silencings of groups that have that score).
+
+        Raises:
+            PrunekitError: no scores, scores of other groups, or a ratio that was not measured.
+        """
+        table = _worse(self.table(by, measure), measure)
+        n_keys = len(table) // len(self.silencings)
+        table = table.assign(number=np.repeat(np.arange(len(self.silencings)), n_keys))
+        table = table if ratio is None else table[np.isclose(table["ratio"], ratio)]
+        if table.empty or not scores_by_name:
+            raise PrunekitError(
+                f"nothing to compare at ratio={ratio} with {len(scores_by_name)} scores; give one of each"
+            )
+        rows = []
+        for name, scores in scores_by_name.items():
+            sums = self._summed(name, scores)
+            scored = table.assign(score=sums[table["number"]]).dropna(subset="score")
+            for kind in [*scored["kind"].unique(), "all"]:
+                for key, part in scored[(scored["kind"] == kind) | (kind == "all")].groupby(by, sort=False):
+                    rows.append((name, kind, key, _spearman(part["score"], part["worse"]), len(part)))
+        return pd.DataFrame(rows, columns=["score", "kind", by, "spearman", "n"])
+
+    def _summed(self, name: str, scores: Mapping[str, Tensor]) -> np.ndarray:
+        """The summed score of what each row silences, NaN where its group has none."""
+        found = np.full(len(self.silencings), np.nan)
+        for row, (group, units) in enumerate(zip(self.silencings["group"], self.silencings["units"], strict=True)):
+            if group in scores:
+                values = torch.as_tensor(scores[group]).double()
+                if max(units) >= len(values):
+                    raise PrunekitError(
+                        f"{name!r} has {len(values)} scores of {group!r}, which has more units; score it"
+                    )
+                found[row] = float(values[units].sum())
+        if np.isnan(found).all():
+            raise PrunekitError(f"{name!r} scores none of these groups, such as {self.silencings['group'][0]!r}")
+        return found
+
+    def save(self, path: str | Path) -> Path:
+        """Write to one safetensors file, moved into place when it is whole; an old one there is replaced.
+
+        Raises:
+            PrunekitError: the folder does not exist, or cannot be written to.
+        """
+        meta = {name: getattr(self, name) for name in _TOLD}
+        tables = {"silencings": plain(self.silencings), "questions": plain(self.questions)}
+        return write_arrays(Path(path), {name: getattr(self, name) for name in _ARRAYS}, {**meta, **tables})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "KnowledgeDistribution":
+        """Read what `save` wrote, or as much as a run with this `path` has finished.
+
+        Raises:
+            PrunekitError: there is no such file, or it holds something else.
+        """
+        arrays, meta = read_arrays(path)
+        try:
+            tables = table_of(meta["silencings"], ()), table_of(meta["questions"], ("chance",))
+            values: dict[str, Any] = {
+                **{name: arrays[name] for name in _ARRAYS},
+                **{name: meta[name] for name in _TOLD},
+            }
+        except KeyError as error:
+            raise PrunekitError(f"{str(path)!r} lacks {error}, so it is damaged; measure again") from None
+        return cls(*tables, **values)
+
+    def __repr__(self) -> str:
+        n_windows = int(self.questions["chance"].isna().sum())
+        asked = f"{len(self.questions) - n_windows:,} questions" + (f", {n_windows:,} windows" if n_windows else "")
+        left = f", {self.unfinished} more to measure" if self.unfinished else ""
+        how = (
+            f"{'packed' if self.packed else 'plain'} rows, {'resumed at' if self.resumed else 'run through all'} layers"
+        )
+        n_groups = self.silencings["group"].nunique()
+        return f"KnowledgeDistribution({len(self.silencings)} silencings of {n_groups} groups{left}; {asked}; {how})"
+
+    def _repr_html_(self) -> str:
+        if self.silencings.empty:
+            return f"<p>{self!r}</p>"
+        mean = self.table("domain", "loss").pivot_table(
+            index="kind", columns="domain", values="change", aggfunc="mean", sort=False
+        )  # fmt: skip
+        return f"<p>{self!r}</p><p>mean change of the loss</p>{mean.to_html(float_format='{:+.3f}'.format)}"
+
+
+def _worse(table: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """With a column of how much worse it became, whichever way the measure goes."""
+    return table.assign(worse=table["change"] * (1 if measure == "loss" else -1))
+
+
+def _spearman(a: pd.Series, b: pd.Series) -> float:
+    """Pearson's correlation of the ranks, of which equal values share one; NaN where one side is all equal."""
+    x, y = a.rank().to_numpy(), b.rank().to_numpy()
+    x, y = x - x.mean(), y - y.mean()
+    size = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / size if size > 0 else math.nan
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise PrunekitError(f"{name}={value!r}; it is one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,117 @@
+"""Pictures of training that prunes: units on their way to zero, and what was drawn from which source."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.ticker import MaxNLocator
+
+from prunekit.errors import PrunekitError
+from prunekit.plot_style import HATCHES, MARKERS, axes_or_new, colors_of, legend_outside, projected, require_columns
+
+MOST = 400  # lines; more are a blot
+LABELS = {  # what is drawn up, and the title
+    "n_windows": ("windows drawn", "What training drew"),
+    "gap": ("loss above the dense model's (nats a token)", "What was still lacking"),
+}
+
+
+@projected
+def plot_norms(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None = None) -> Axes:
+    """How do units go? The norm of each, from the step in which it was chosen to the zero at its period's end.
+
+    Args:
+        table: columns period, step, group, unit and norm, one row a unit and step: `LHSPG.history()`.
+        kind: of the units drawn; None is the kind with most units.
+        ax: where to draw; None is a new figure.
+
+    Returns:
+        The axes: steps of training across, norm up, one line a unit, the layer as its colour; dotted lines between
+        periods.
+
+    Raises:
+        PrunekitError: the table is empty, or has not these columns or no such kind.
+    """
+    require_columns(table, ("period", "step", "group", "unit", "norm"), "LHSPG.history()")
+    kinds = table["group"].str.extract(r"([a-z_]+)(?:#\d+)?$", expand=False)
+    kind = kind or str(kinds.mode()[0])
+    rows = table[kinds == kind]
+    require_columns(rows, (), f"a kind out of {', '.join(sorted(set(kinds)))}")
+    ax = axes_or_new(ax)
+    _draw_paths(ax, rows)
+    ends = table.groupby("period")["step"].agg(["min", "max"])
+    for step in sorted({*ends["min"], *ends["max"]}):
+        ax.axvline(step, color="black", linewidth=1.2, linestyle=":")
+    low, top = rows.loc[rows["norm"] > 0, "norm"].min(), rows["norm"].max()
+    for number, row in ends.iterrows():
+        ax.text(row.mean(), 1.2 * top, f"period {number}", ha="center", va="bottom", fontsize="small")
+    title = f"Units of kind {kind} on their way to zero"
+    ax.set(xlabel="optimiser step", ylabel="norm of a unit (logarithmic, with 0)", title=title)
+    ax.set_yscale("symlog", linthresh=low, linscale=1)
+    ax.set(ylim=(-0.1 * low, 2 * top), xlim=(0, 1.01 * ends["max"].max()))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax
+
+
+def _draw_paths(ax: Axes, rows: pd.DataFrame) -> None:
+    """One line a unit, coloured by layer."""
+    wide = rows.pivot_table(index=["group", "unit", "period"], columns="step", values="norm")
+    wide = wide.iloc[:: max(1, len(wide) // MOST)]
+    layers = wide.index.get_level_values("group").str.extract(r"(?:^|\.)(\d+)(?:\.|:)", expand=False).astype(float)
+    paths = [list(row.dropna().items()) for _, row in wide.iterrows()]
+    crowded = len(paths) > 50
+    lines = LineCollection(paths, cmap="viridis", linewidths=0.8 if crowded else 2.2, alpha=0.6 if crowded else 0.9)
+    lines.set_array(layers.to_numpy())
+    ax.add_collection(lines)
+    if layers.notna().any():
+        ax.figure.colorbar(lines, ax=ax, label="layer", pad=0.02, ticks=MaxNLocator(integer=True))
+
+
+@projected
+def plot_mixture(table: pd.DataFrame, *, y: str = "n_windows", ax: Axes | None = None) -> Axes:
+    """What was trained on, and why? Each round's windows by source, or the gap that decided it.
+
+    Args:
+        table: columns round, source, gap and n_windows, one row a round and source: `MixtureLog.table()`.
+        y: `"n_windows"` stacks what was drawn; `"gap"` draws what each source still lacked, in nats a token.
+        ax: where to draw; None is a new figure.
+
+    Returns:
+        The axes: rounds across, windows drawn or gap to the dense model up.
+
+    Raises:
+        PrunekitError: another `y`, or a table that is empty or has not these columns.
+    """
+    if y not in LABELS:
+        raise PrunekitError(f"y={y!r}; choose one of {', '.join(map(repr, LABELS))}")
+    require_columns(table, ("round", "source", "n_windows", "gap"), "MixtureLog.table()")
+    wide = table.pivot_table(index="round", columns="source", values=y, sort=False)
+    colors = colors_of(wide.columns, {})
+    ax = axes_or_new(ax)
+    draw = _stack if y == "n_windows" else _follow
+    draw(ax, wide, colors)
+    label, title = LABELS[y]
+    ax.set(xlabel="round", ylabel=label, title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_outside(ax)
+    return ax
+
+
+def _stack(ax: Axes, wide: pd.DataFrame, colors: dict[str, str]) -> None:
+    """One bar a round in which something was drawn."""
+    wide = wide[wide.sum(axis=1) > 0]
+    bottom = wide.cumsum(axis=1) - wide
+    for number, name in enumerate(wide.columns):
+        hatch = HATCHES[number % len(HATCHES)]
+        bars = ax.bar(wide.index, wide[name], bottom=bottom[name], label=name, color=colors[name], hatch=hatch)
+        for bar in bars:
+            bar.set(edgecolor="white", linewidth=0.5)
+    ax.grid(False, axis="x")
+
+
+def _follow(ax: Axes, wide: pd.DataFrame, colors: dict[str, str]) -> None:
+    """One curve a source."""
+    for number, name in enumerate(wide.columns):
+        marker, dash = MARKERS[number % len(MARKERS)], "-" if number < len(MARKERS) else "--"
+        ax.plot(wide.index, wide[name], dash, label=name, color=colors[name], marker=marker, linewidth=2, markersize=8)
+    ax.axhline(0, color="black", linewidth=1.2, linestyle="--", label="dense")
