@@ -37,8 +37,9 @@ if TYPE_CHECKING:
         fuse,
         score,
     )
+    from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution, knowledge_of_units
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
-    from prunekit.recovery import LoRA, recover
+    from prunekit.recovery import LHSPG, LoRA, Mixture, prune_progressively, recover, recover_on_mixture
 
 __version__ = "0.1.0"
 
@@ -63,8 +64,9 @@ _ROOMS = {
         "fuse",
         "score",
     ),  # fmt: skip
+    "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units"),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
-    "recovery": ("LoRA", "recover"),
+    "recovery": ("LHSPG", "LoRA", "Mixture", "prune_progressively", "recover", "recover_on_mixture"),
 }
 
 __all__ = [
@@ -75,9 +77,12 @@ __all__ = [
     "Fluctuation",
     "Groups",
     "HyWIA",
+    "KnowledgeDistribution",
+    "LHSPG",
     "LoRA",
     "Magnitude",
     "Member",
+    "Mixture",
     "PrunekitError",
     "PruningPlan",
     "Random",
@@ -93,13 +98,17 @@ __all__ = [
     "evaluate",
     "export",
     "fuse",
+    "knowledge_distribution",
+    "knowledge_of_units",
     "load",
     "perplexity",
     "plan",
     "plan_in_steps",
     "prune",
     "prune_checkpoint",
+    "prune_progressively",
     "recover",
+    "recover_on_mixture",
     "save",
     "score",
     "zero_shot",

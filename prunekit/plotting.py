@@ -16,7 +16,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from prunekit.errors import PrunekitError
 from prunekit.lanes import layer_table
 from prunekit.plot_curves import plot_fusion, plot_tradeoff
+from prunekit.plot_knowledge import plot_knowledge, plot_score_agreement, plot_units
 from prunekit.plot_lanes import plot_groups
+from prunekit.plot_recovery import plot_mixture, plot_norms
 from prunekit.plot_structure import plot_coupled_group
 from prunekit.plot_style import (
     HATCHES,
@@ -38,10 +40,15 @@ __all__ = [
     "plot_coupled_group",
     "plot_fusion",
     "plot_groups",
+    "plot_knowledge",
     "plot_loss",
+    "plot_mixture",
+    "plot_norms",
     "plot_plan",
+    "plot_score_agreement",
     "plot_scores",
     "plot_tradeoff",
+    "plot_units",
     "side_by_side",
 ]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_calibration import tokenizer, words  # noqa: F401
 from test_importance import tiny_llama
 from test_recovery import counting
 
@@ -13,6 +14,7 @@ from prunekit.calibration import mean_loss
 from prunekit.errors import PrunekitError
 from prunekit.recovery import LoRA
 from prunekit.recovery.mixture import Mixture, MixtureLog, _whole, recover_on_mixture
+from prunekit.recovery.sources import join, open_sources, shuffle
 
 QUICK = LoRA(r=4, alpha=8, max_steps=8, batch_size=4, learning_rate=1e-2, dropout=0.0)
 SOURCES = {"ones": counting(24, step=1), "threes": counting(24, step=3)}
@@ -121,7 +123,7 @@ def test_stages_follow_each_other_in_the_log():
         ({}, "give at least one"),
         ("text", "give at least one"),
         ({"empty": ""}, "source 'empty'"),
-        ({"ones": SOURCES["ones"], "one": counting(1)}, "source 'one' is one window"),
+        ({"ones": SOURCES["ones"], "one": counting(1)}, "source 'one' has 12 tokens in 1 pieces"),
         ({"ones": SOURCES["ones"], "text": "no tokenizer"}, "source 'text'.*tokenizer"),
         ({"strange": torch.full((4, 12), 99)}, "source 'strange'.*token ids"),
     ],
@@ -144,3 +146,28 @@ def test_mixtures_that_cannot_be_are_refused(name, value):
 def test_more_rounds_than_steps_are_refused():
     with pytest.raises(PrunekitError, match="n_rounds=9, but training has 8 steps"):
         recover_on_mixture(tiny_llama(), tiny_llama(), SOURCES, QUICK, Mixture(n_rounds=9))
+
+
+def test_documents_of_several_sources_share_a_window():
+    texts = {name: torch.full((40, 8), token) for token, name in enumerate(("a", "b"), 1)}
+    opened = open_sources(texts, None, 8, tiny_llama())
+    windows = join(shuffle([d for source in opened for d in source.draw(16)], seed=0), 16)
+    assert windows.shape == (16, 16)
+    mixed = [bool((row == 1).any() and (row == 2).any()) for row in windows]
+    assert 3 < sum(mixed) < 14
+
+
+def test_every_document_comes_once_before_any_comes_again():
+    rows = torch.arange(20)[:, None].repeat(1, 4)
+    (source,) = open_sources({"a": rows}, None, 4, tiny_llama())
+    first = [int(d[0]) for d in source.draw(16)]
+    assert len(set(first)) == 16 == source.n_windows
+    assert [int(d[0]) for d in source.draw(16)] == first
+    assert not set(first) & set(source.validation[:, 0].tolist())
+
+
+def test_long_documents_are_cut_and_short_ones_joined(tokenizer):  # noqa: F811
+    text = {"long": " ".join([words(1, 45)] * 7), "short": [words(1, 9)] * 60}
+    long, short = open_sources(text, tokenizer, 12, tiny_llama())
+    assert {len(d) for d in long.documents} <= set(range(1, 13))
+    assert short.validation.shape[1] == long.validation.shape[1] == 12

@@ -1,6 +1,7 @@
 """The recipes: each mode of LLM-Pruner against plans made by hand, HyWIA's pure blends, plain checkpoints, refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import prunekit as pk
 from prunekit import PrunekitError
-from prunekit.recipes import hywia, llm_pruner
+from prunekit.recipes import hywia, llm_pruner, lorashear
 from prunekit.recipes.llm_pruner import middle_layers
+from prunekit.recovery.sources import join, open_sources, shuffle
 
 CALIB = torch.randint(0, 96, (8, 16), generator=torch.Generator().manual_seed(4))
 
@@ -139,3 +141,62 @@ def test_what_cannot_be_is_refused(model):
 @torch.no_grad()
 def logits_of(model):
     return model(CALIB).logits
+
+
+# LoRAShear
+
+SHEARING = {"method": pk.LoRA(r=4, max_steps=20, batch_size=2, learning_rate=1e-3), "mixture": pk.Mixture(n_rounds=2)}
+
+
+def sources(n=24):
+    return {
+        "ones": (torch.arange(n)[:, None] * 7 + torch.arange(16)) % 96,
+        "threes": (torch.arange(n)[:, None] + 3 * torch.arange(16)) % 96,
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pk.load("world")[1]
+
+
+def test_lorashear_is_its_steps(model, tokenizer):
+    """Distribution, protection, LHSPG, construction, two stages on mixtures: each as the primitive has it."""
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    done = lorashear(model, tokenizer, sources(), 0.2, gamma=0.2, instructions={"ones": sources()["ones"]}, **SHEARING)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert abs(done.plan.pruning_ratio - 0.2) <= 0.005
+    assert sum(p.numel() for p in done.model.parameters()) == done.plan.n_parameters_kept
+    protected = done.knowledge.unprunable(0.2)
+    assert len(protected) == 3 and not set(protected) & set(done.plan.keep)
+    assert len(done.knowledge.silencings) == 12 * 2
+    assert set(done.knowledge.questions["domain"]) == {"ones", "threes"}
+    assert len(done.progress.log.losses) == 12
+    table = done.mixture.table()
+    assert table["round"].nunique() == 2 * 3
+    assert set(table[table["round"] > 3]["source"]) == {"ones"}
+    opened = open_sources(sources(), None, 16, model, n_validation=8)
+    rows = join(shuffle([row for source in opened for row in source.documents], seed=0), 16)
+    expected = pk.prune_progressively(model, 0.2, rows, replace(SHEARING["method"], max_steps=12), protect=protected)
+    assert expected.plan == done.plan
+
+
+def test_lorashear_leaves_out_a_stage_of_no_share(model, tokenizer):
+    done = lorashear(model, tokenizer, sources(), 0.2, shares=(1.0, 0.0, 0.0), importance=pk.Taylor(), **SHEARING)
+    assert not done.mixture.rows
+    torch.testing.assert_close(logits_of(done.model), logits_of(done.progress.model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.6, 0.3, 0.3), (1.2, -0.1, -0.1)])
+def test_lorashear_refuses_shares_that_are_none(model, tokenizer, shares):
+    with pytest.raises(PrunekitError, match="three that sum to 1"):
+        lorashear(model, tokenizer, sources(), shares=shares)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({}, "give at least one"), ({"one": sources()["ones"][:1]}, "source 'one' has 16 tokens in 1 pieces")],
+)
+def test_lorashear_refuses_sources_that_are_none(model, tokenizer, given, message):
+    with pytest.raises(PrunekitError, match=message):
+        lorashear(model, tokenizer, given)

@@ -224,3 +224,32 @@ def bigram(tokenizer):
 def test_a_bigram_model_scores_chance(name, bigram):
     task = world.tasks()[name]
     assert accuracy(task, bigram) == pytest.approx(task.chance, abs=MARGIN)
+
+
+def test_documents_of_one_kind_are_of_that_kind():
+    assert all("plus" in text or "minus" in text or " add" in text or "take" in text or "have" in text
+               for text in world.documents(20, kinds=["arithmetic"]))  # fmt: skip
+    both = world.documents(200, kinds=["arithmetic", "script"])
+    assert 20 < sum(any(digit in text for digit in "0123456789") for text in both) < 180
+    assert world.documents(5, kinds=["lookup"])  # of no weight in the first phase of training
+
+
+def test_instructions_ask_and_are_answered():
+    found = world.instructions(300)
+    assert found == world.instructions(300)
+    assert found != world.instructions(300, seed=1)
+    assert all("?" in text or text.startswith("goal:") for text in found)
+    assert not any("?" in text[-2:] for text in found)
+    assert all("goal" in text or "?" in text for text in world.instructions(20, kinds=["tool"]))
+
+
+@pytest.mark.parametrize("make", [world.documents, world.instructions])
+@pytest.mark.parametrize("kinds", [["magic"], "fact", []])
+def test_kinds_that_are_none_are_refused(make, kinds):
+    with pytest.raises(PrunekitError, match="give a list out of fact, two_hop"):
+        make(1, kinds=kinds)
+
+
+def test_what_is_never_asked_has_no_instructions():
+    with pytest.raises(PrunekitError, match="copying"):
+        world.instructions(1, kinds=["copying"])

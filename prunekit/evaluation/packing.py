@@ -120,8 +120,7 @@ def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 def packed_batches(model: nn.Module, spans: Sequence[Span], rows: Sequence[Row], tokens_a_batch: int) -> list[Batch]:
     """Batches of rows of similar widths, padded on the right, with the tree as mask and positions."""
-    dtype = next(model.parameters()).dtype
-    found = []
+    dtype, found = _dtype(model), []
     for several in _in_batches(rows, tokens_a_batch, equal=False):
         width = max(len(row.tokens) for row in several)
         seen = torch.from_numpy(np.stack([row.visible(width) for row in several]))[:, None]
@@ -141,6 +140,11 @@ def plain_batches(model: nn.Module, spans: Sequence[Span], tokens_a_batch: int) 
         _batch(several, spans, {"input_ids": torch.tensor([row.tokens for row in several])}, device_of(model))
         for several in _in_batches(unpacked(spans), tokens_a_batch, equal=True)
     ]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """That of the model's numbers; quantised weights are no numbers."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _in_batches(rows: Sequence[Row], tokens_a_batch: int, *, equal: bool) -> Iterator[list[Row]]:
@@ -220,7 +224,7 @@ def _packs(model: nn.Module, spans: Sequence[Span], rows: Sequence[Row], tokens_
         return False
     untold = [replace(batch, inputs={"input_ids": batch.inputs["input_ids"]}) for batch in trial]
     control = _error(span_sums(model, untold, len(spans))[chosen], own)
-    coarse = 8 * torch.finfo(next(model.parameters()).dtype).eps
+    coarse = 8 * torch.finfo(_dtype(model)).eps
     return error <= max(TOLERANCE, coarse) and error < CONTROL * control
 
 

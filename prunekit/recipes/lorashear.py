@@ -3,9 +3,6 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
 from prunekit.importance import Importance, Taylor, score
@@ -14,9 +11,11 @@ from prunekit.pruning import PruningPlan, prune
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.recovery import LoRA
 from prunekit.recovery.lhspg import importance_saliency, update_saliency
-from prunekit.recovery.mixture import Mixture, MixtureLog, Sources, recover_on_mixture, source_windows
+from prunekit.recovery.mixture import Mixture, MixtureLog, recover_on_mixture
 from prunekit.recovery.progressive import Progressed, prune_progressively
+from prunekit.recovery.sources import Sources, join, open_sources, shuffle
 
+N_ASKED, N_CALIBRATION = 8, 32  # windows of each source, and of all together
 RATIOS = (0.25, 0.5)  # of a group's units, at which it is asked what the model knows without them
 
 
@@ -57,8 +56,8 @@ def lorashear(
     Args:
         model: the dense model; it is left alone.
         tokenizer: its tokenizer.
-        sources: pretraining-like text, name → text or tokens. Progressive pruning reads all of it; a sample of each
-            says where knowledge lies.
+        sources: pretraining-like text, name → text or tokens. Progressive pruning reads all of it but a few windows,
+            which say where knowledge lies.
         pruning_ratio: fraction of all the model's parameters that goes.
         instructions: the sources of the second stage; None goes on with `sources`.
         method: how LoRA trains, over all stages together. None is `LoRA()`.
@@ -81,15 +80,15 @@ def lorashear(
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise PrunekitError(f"shares={shares!r}; give three that sum to 1, such as (0.6, 0.3, 0.1)")
     method = method or LoRA()
-    windows = source_windows(sources, tokenizer, method.seq_len, model)
-    everything = torch.cat(list(windows.values()))
+    opened = open_sources(sources, tokenizer, method.seq_len, model, n_validation=N_ASKED)
+    everything = join(shuffle([d for source in opened for d in source.documents], seed=0), opened[0].seq_len)
     n_steps = method.n_steps(len(everything))
     pruning, tuning, instructing = (replace(method, max_steps=round(share * n_steps) or None) for share in shares)
 
-    calib = sample(everything, 32)
+    calib = everything[:N_CALIBRATION]
     units = discover(model).of_kind(*DEFAULT_KINDS)
     scores = score(model, units, importance or Taylor(), calib)
-    asked = {name: sample(rows, 8) for name, rows in windows.items()}
+    asked = {source.name: source.validation for source in opened}
     knowledge = knowledge_distribution(model, tokenizer, units, scores, ratios=RATIOS, text=asked)
 
     progress = prune_progressively(
@@ -102,13 +101,8 @@ def lorashear(
         saliency=update_saliency if importance is None else importance_saliency(importance, calib),
     )
     small, log = prune(progress.model, progress.plan), MixtureLog(())
-    for data, how in ((windows, tuning), (instructions or windows, instructing)):
+    for data, how in ((sources, tuning), (instructions or sources, instructing)):
         if how.max_steps:
             small = recover_on_mixture(small, model, data, how, mixture, tokenizer=tokenizer, inplace=True)
             log += small.mixture_log
     return Sheared(small, progress.plan, knowledge, progress, log)
-
-
-def sample(windows: Tensor, n: int) -> Tensor:
-    """Some windows, the same at every call."""
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:n]]

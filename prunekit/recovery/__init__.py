@@ -1,7 +1,22 @@
-"""Training after pruning."""
+"""Training after pruning, and while pruning."""
 
+from prunekit.recovery.lhspg import LHSPG, importance_saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA
+from prunekit.recovery.mixture import Mixture, MixtureLog, recover_on_mixture
+from prunekit.recovery.progressive import Progressed, prune_progressively
 from prunekit.recovery.recovering import recover
 
-__all__ = ["LoRA", "RecoveryLog", "recover"]
+__all__ = [
+    "LHSPG",
+    "LoRA",
+    "Mixture",
+    "MixtureLog",
+    "Progressed",
+    "RecoveryLog",
+    "importance_saliency",
+    "prune_progressively",
+    "recover",
+    "recover_on_mixture",
+    "update_saliency",
+]

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +10,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prunekit.calibration import check_finite, check_tokens, mean_loss
+from prunekit.calibration import check_finite, mean_loss
 from prunekit.errors import PrunekitError
-from prunekit.recovery.data import token_windows
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA
 from prunekit.recovery.recovering import recover
-from prunekit.text import TextSource
+from prunekit.recovery.sources import Source, Sources, join, open_sources, shuffle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Sources = Mapping[str, Tensor | TextSource]
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Mixture:
         n_rounds: trainings, each on a mixture measured anew.
         uniform_share: β in [0, 1], what is drawn alike from all S sources; 1 is uniform sampling, the control.
         temperature: τ in nats a token; the smaller, the more the worst source gets.
-        n_validation: windows of each source at most that are only measured, never trained on.
+        n_validation: windows of each source that are only measured, never trained on; at most a fifth of it.
         seed: which windows are drawn.
 
     Raises:
@@ -98,22 +94,6 @@ class MixtureLog:
         return f"<p>{self!r}</p>{table}"
 
 
-@dataclass
-class _Source:
-    """Windows to measure on, and windows to draw, each once before any comes again."""
-
-    name: str
-    validation: Tensor
-    training: Tensor
-    drawn: int = 0
-
-    def draw(self, n: int) -> Tensor:
-        """The next windows, (n, seq_len)."""
-        places = (self.drawn + torch.arange(n)) % len(self.training)
-        self.drawn += n
-        return self.training[places]
-
-
 def recover_on_mixture(
     model: "PreTrainedModel",
     dense: "PreTrainedModel",
@@ -129,7 +109,7 @@ def recover_on_mixture(
     Args:
         model: the pruned model.
         dense: the model before pruning, against which is measured; it reads the same tokens.
-        sources: name → text or tokens, as `recover` takes them.
+        sources: name → text or tokens, as `open_sources` takes them. Their documents are mixed in every window.
         method: how LoRA trains; its steps are shared out between the rounds. None is `LoRA()`.
         mixture: how the sources are weighed; None is `Mixture()`.
         tokenizer: needed where sources are text.
@@ -140,14 +120,16 @@ def recover_on_mixture(
         `MixtureLog`.
 
     Raises:
-        PrunekitError: no source, one with less than two windows, or what `recover` raises.
+        PrunekitError: no source, one that is too small to be measured and trained on, or what `recover` raises.
 
     Source: LoRAShear (arXiv 2310.18356), Alg. 5.
     """
     check_finite(model)
     method, mixture = method or LoRA(), mixture or Mixture()
-    drawn_from = _open(source_windows(sources, tokenizer, method.seq_len, model), mixture)
-    n_windows = sum(len(source.training) for source in drawn_from)
+    drawn_from = open_sources(
+        sources, tokenizer, method.seq_len, model, n_validation=mixture.n_validation, seed=mixture.seed
+    )
+    n_windows = sum(source.n_windows for source in drawn_from)
     a_step, n_steps = method.windows_a_step(n_windows), method.n_steps(n_windows)
     if n_steps < mixture.n_rounds:
         raise PrunekitError(
@@ -161,9 +143,10 @@ def recover_on_mixture(
         steps = n_steps * (number + 1) // mixture.n_rounds - n_steps * number // mixture.n_rounds
         found = _measure(changed, drawn_from, dense_losses, mixture, number + 1, steps * a_step)
         rows += found
-        tokens = torch.cat([source.draw(row["n_windows"]) for source, row in zip(drawn_from, found, strict=True)])
         once = replace(method, max_steps=steps, batch_size=a_step, seed=method.seed + number)
-        changed = recover(changed, once, tokens, inplace=True)
+        drawn = [d for source, row in zip(drawn_from, found, strict=True) for d in source.draw(row["n_windows"])]
+        windows = join(shuffle(drawn, once.seed), drawn_from[0].seq_len)
+        changed = recover(changed, once, windows[: steps * a_step], inplace=True)
         logs.append(changed.recovery_log)
     rows += _measure(changed, drawn_from, dense_losses, mixture, mixture.n_rounds + 1, 0)
     changed.recovery_log = _joined(logs, method)  # type: ignore[assignment]
@@ -171,46 +154,9 @@ def recover_on_mixture(
     return changed
 
 
-def source_windows(
-    sources: Sources,
-    tokenizer: Any,  # noqa: ANN401
-    seq_len: int,
-    model: Any,  # noqa: ANN401
-) -> dict[str, Tensor]:
-    """Each source as windows of tokens, int64 (n_windows, seq_len) on the CPU.
-
-    Raises:
-        PrunekitError: no source, or one that cannot be read or has less than two windows, by name.
-    """
-    if not isinstance(sources, Mapping) or not sources:
-        raise PrunekitError(f"sources={sources!r:.60}; give at least one, name → text or tokens")
-    found = {}
-    for name, data in sources.items():
-        try:
-            found[name] = check_tokens(token_windows(data, tokenizer, seq_len), model).cpu()
-        except PrunekitError as error:
-            raise PrunekitError(f"source {name!r}: {error}") from None
-        if len(found[name]) < 2:
-            raise PrunekitError(
-                f"source {name!r} is one window of {found[name].shape[1]} tokens; it takes one to measure on and one "
-                "to train on: give more text or a smaller seq_len"
-            )
-    return found
-
-
-def _open(windows: dict[str, Tensor], mixture: Mixture) -> list[_Source]:
-    """Each source's windows, shuffled, the first ones kept for measuring."""
-    generator, opened = torch.Generator().manual_seed(mixture.seed), []
-    for name, rows in windows.items():
-        shuffled = rows[torch.randperm(len(rows), generator=generator)]
-        held = min(mixture.n_validation, max(1, len(rows) // 5))
-        opened.append(_Source(name, shuffled[:held], shuffled[held:]))
-    return opened
-
-
 def _measure(
     model: Any,  # noqa: ANN401
-    sources: list[_Source],
+    sources: list[Source],
     dense: list[float],
     mixture: Mixture,
     number: int,

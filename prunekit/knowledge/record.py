@@ -13,10 +13,10 @@ from torch import nn
 
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.knowledge_files import bytes_of, plain
-from prunekit.knowledge_questions import Exam
-from prunekit.knowledge_result import KnowledgeDistribution
-from prunekit.knowledge_running import Runner
+from prunekit.knowledge.files import bytes_of, plain
+from prunekit.knowledge.questions import Exam
+from prunekit.knowledge.result import KnowledgeDistribution
+from prunekit.knowledge.running import Runner
 
 Marks = tuple[np.ndarray, np.ndarray]  # hit and loss, (n_questions,) each
 Key = tuple[str, tuple[int, ...]]

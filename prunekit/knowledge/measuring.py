@@ -13,12 +13,10 @@ from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import evaluating, require_finite
 from prunekit.importance.ablation import silenced
-from prunekit.knowledge_questions import Exam, Tasks, Texts, make_exam
-from prunekit.knowledge_record import Record, Silencing, fingerprint
-from prunekit.knowledge_result import KnowledgeDistribution
-from prunekit.knowledge_running import Runner
-
-__all__ = ["KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units"]
+from prunekit.knowledge.questions import Exam, Tasks, Texts, make_exam
+from prunekit.knowledge.record import Record, Silencing, fingerprint
+from prunekit.knowledge.result import KnowledgeDistribution
+from prunekit.knowledge.running import Runner
 
 POSITIONS = 1024  # a forward pass; on a CPU more takes more memory and longer, since less of it stays in the cache
 
@@ -101,7 +99,11 @@ def _told(group: CoupledGroup) -> dict[str, Any]:
 def _check_groups(model: nn.Module, groups: Iterable[CoupledGroup]) -> list[CoupledGroup]:
     """The groups, each once, all of this model."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    found = list({group.name: group for group in groups}.values())
+    given = list(groups) if isinstance(groups, Iterable) else [groups]
+    for one in given:
+        if not isinstance(one, CoupledGroup):
+            raise PrunekitError(f"{one!r:.60} is no group; give discover(model), or some of it as a list")
+    found = list({group.name: group for group in given}.values())
     if not found:
         raise PrunekitError("there are no groups to silence; discover(model) finds them, and says in .locked why not")
     for group in found:

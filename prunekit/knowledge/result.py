@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import PrunekitError
-from prunekit.knowledge_files import plain, read_arrays, table_of, write_arrays
+from prunekit.knowledge.files import plain, read_arrays, table_of, write_arrays
 
 BY = ("domain", "task", "tier", "hops")
 MEASURES = ("accuracy", "loss")
@@ -61,8 +61,9 @@ class KnowledgeDistribution:
                 text, whose windows weigh as many tokens as they have.
 
         Returns:
-            Columns group, kind, layer, ratio, n_silenced, unit (where single units were silenced), `by`, n (questions,
-            or windows), dense, value, change (value − dense: worse is below 0 for accuracy, above 0 for loss).
+            Columns group, kind, layer, ratio, n_silenced, unit (where single units were silenced), `by`, measure, n
+            (questions, or windows), dense, value, change (value − dense: worse is below 0 for accuracy, above 0 for
+            loss).
 
         Raises:
             PrunekitError: no such label or measure, or nothing has that label.
@@ -82,7 +83,9 @@ class KnowledgeDistribution:
         window = self.questions["chance"].isna().to_numpy()[rows]
         weights = np.where(window, self.questions["n_tokens"].to_numpy()[rows], 1)
         value, before = np.average(values[:, rows], axis=1, weights=weights), np.average(dense[rows], weights=weights)
-        return named.assign(**{by: key, "n": len(rows), "dense": before, "value": value, "change": value - before})
+        return named.assign(
+            **{by: key, "measure": measure, "n": len(rows), "dense": before, "value": value, "change": value - before}
+        )
 
     def damage(self, measure: str = "loss", ratios: Sequence[float] = RATIOS) -> pd.DataFrame:
         """How much worse a group's silencing makes things: the mean over ratios and domains, which all weigh the same.

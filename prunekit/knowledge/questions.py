@@ -87,10 +87,10 @@ def make_exam(model: nn.Module, tokenizer: Any, tasks: Tasks | None, text: Texts
 
 
 def _asked(tokenizer: Any, tasks: Tasks | None, text: Texts | None) -> list[tuple[Task, int, Question]]:
-    if tasks is None and text is None:
+    if tasks is None and not text:
         from prunekit import world
 
-        if not world.is_world_tokenizer(tokenizer):
+        if text is not None or not world.is_world_tokenizer(tokenizer):
             raise PrunekitError(
                 "nothing is asked: give tasks= (as for zero_shot), text= (as for perplexity), or both; only the "
                 "embedded world brings questions of its own"

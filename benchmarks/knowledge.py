@@ -1,0 +1,113 @@
+"""Time of the knowledge distribution of the embedded world, prunekit against the plain loop over the same silencings.
+
+The plain loop is a fair one: questions are tokenised once, the model stays in memory, weights are zeroed in place, and
+each pass is `log_likelihoods`, which reads the context of a question once for all its choices. It takes as long for
+each silencing, so that some of them, evenly spread, stand for all; ours is timed on all. Half of them go before ours
+and half after it, so that a machine that grows busier is unfair to neither. Whether both give the same is asserted.
+Seconds are CPU seconds of this process, with as many threads as OMP_NUM_THREADS says; they count everything from the
+groups and scores on (questions, the trial of packing, and the table).
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from machine import RESULTS, machine, save
+
+import prunekit as pk
+from prunekit.discovery.groups import CoupledGroup
+from prunekit.evaluation.likelihood import log_likelihoods
+from prunekit.evaluation.packing import pack, unpacked
+from prunekit.importance.ablation import silenced
+from prunekit.importance.scores import Scores
+from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution
+from prunekit.knowledge.questions import Exam, make_exam
+
+RATIOS = (0.25, 0.5, 0.75, 1.0)
+KINDS = ("kv_head", "query_head", "ffn_channel", "block", "layer")
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """A result and its CPU seconds."""
+    before = time.process_time()
+    return work(), time.process_time() - before
+
+
+def every_silencing(groups: list[CoupledGroup], scores: Scores) -> list[tuple[CoupledGroup, list[int]]]:
+    """What is silenced, as `knowledge_distribution` has it."""
+    return [
+        (group, sorted(scores[group.name].argsort(stable=True)[: round(ratio * group.n_units)].tolist()))
+        for group in groups
+        for ratio in (RATIOS if group.n_units > 1 else (1.0,))
+    ]
+
+
+def naive(model: Any, exam: Exam, some: list[tuple[CoupledGroup, list[int]]]) -> list[Any]:
+    """Hits and losses, measured by the plain loop."""
+    marks = []
+    for group, units in some:
+        with silenced(model, group, units):
+            marks.append(exam.marks(log_likelihoods(model, exam.spans, batch_size=32)))
+    return marks
+
+
+def check_equal(found: KnowledgeDistribution, rows: list[int], marks: list[Any]) -> float:
+    """The largest difference of a loss, in nats; no hit may differ but where two choices are all but equal."""
+    differences = [np.abs(found.loss[row] - loss).max() for row, (_, loss) in zip(rows, marks, strict=True)]
+    flipped = sum(int((found.hit[row] != hit).sum()) for row, (hit, _) in zip(rows, marks, strict=True))
+    assert max(differences) < 2e-3 and flipped <= len(rows), (max(differences), flipped)
+    return float(max(differences))
+
+
+def count_tokens(exam: Exam) -> dict[str, int]:
+    """Positions that a pass of all questions runs through, read in three ways."""
+    contexts = {span.tokens[: span.start - 1] for span in exam.spans}
+    shared = sum(map(len, contexts)) + sum(len(span.tokens) - span.start for span in exam.spans)
+    return {
+        "tokens, each choice alone": sum(len(row.tokens) for row in unpacked(exam.spans)),
+        "tokens, contexts shared": shared,
+        "tokens, packed": sum(len(row.tokens) for row in pack(exam.spans)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=8, help="silencings that the plain loop measures")
+    parser.add_argument("--layers", type=int, nargs="*", help="only these layers (default: all)")
+    args = parser.parse_args()
+    machine()  # the commit that is measured, whatever comes later
+    model, tokenizer = pk.load("world")
+    groups = pk.discover(model)
+    chosen = [g for g in groups.of_kind(*KINDS) if args.layers is None or g.layer in args.layers]
+    scores = pk.score(model, chosen, pk.Taylor(), pk.calibration_set("world", tokenizer, seq_len=64, seed=0))
+    log_likelihoods(model, make_exam(model, tokenizer, None, None).spans[:64], batch_size=32)  # warm
+    exam, plan = make_exam(model, tokenizer, None, None), every_silencing(chosen, scores)
+    n = len(plan)
+    rows = np.linspace(0, n - 1, min(args.sample, n)).round().astype(int).tolist()
+    some, half = [plan[row] for row in rows], len(rows) // 2
+    before, seconds_before = timed(lambda: naive(model, exam, some[:half]))
+    found, ours = timed(lambda: knowledge_distribution(model, tokenizer, chosen, scores, ratios=RATIOS))
+    after, seconds_after = timed(lambda: naive(model, exam, some[half:]))
+    assert found.silencings["units"].tolist() == [units for _, units in plan]
+    theirs = seconds_before + seconds_after
+    apart, tokens = check_equal(found, rows, before + after), count_tokens(exam)
+    table = [
+        {"method": "plain loop", "silencings": len(rows), "cpu_seconds": round(theirs, 1)},
+        {"method": "prunekit", "silencings": n, "cpu_seconds": round(ours, 1)},
+    ]
+    for row in table:
+        row["seconds_a_silencing"] = round(row["cpu_seconds"] / row["silencings"], 3)
+        row["questions"], row["spans"] = len(exam.table), len(exam.spans)
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
+    each = table[0]["seconds_a_silencing"]
+    print(", ".join(f"{name}: {value:,}" for name, value in tokens.items()))
+    print(f"the plain loop would take {each * n:.0f} CPU s for all {n}; factor {each * n / ours:.2f}")
+    print(f"{found!r}; largest difference of a loss {apart:.1e} nats; {torch.get_num_threads()} thread(s)")
+    save(table, RESULTS / ("knowledge.csv" if args.layers is None else "knowledge_some.csv"))
+
+
+if __name__ == "__main__":
+    main()

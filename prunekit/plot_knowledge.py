@@ -1,0 +1,171 @@
+"""Pictures of what a model knows where: what is lost with each group or unit, and which score foresees it."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
+
+from prunekit.errors import PrunekitError
+from prunekit.plot_style import axes_or_new, projected, require_columns
+
+GIVEN = "KnowledgeDistribution.table()"
+COLORS = "PuOr"  # dark at both ends, of which the orange one is always the worse
+HATCH = "///"  # over what has become worse, so that it shows without colour
+LABELS = ("domain", "task", "tier", "hops")
+
+
+@projected
+def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes | None = None) -> Axes:
+    """Which knowledge goes with which group? The change of each domain, one row a group.
+
+    Args:
+        table: columns kind, layer, ratio, a domain (or task, tier, hops), measure and change:
+            `KnowledgeDistribution.table()`.
+        ratio: share of each group that was silenced; None is the largest. Groups of one unit are drawn at any.
+        ax: where to draw; None is a new figure.
+
+    Returns:
+        The axes: domains across, groups down by layer, the change as colour: orange and hatched is worse.
+
+    Raises:
+        PrunekitError: the table has not these columns, or not this ratio.
+    """
+    require_columns(table, ("kind", "layer", "ratio", "measure", "change"), GIVEN)
+    ratio = float(table["ratio"].max()) if ratio is None else ratio
+    at = np.isclose(table["ratio"], ratio)
+    if not at.any():
+        raise PrunekitError(f"ratio={ratio} was not measured; one of {sorted(set(table['ratio'].tolist()))}")
+    whole = table["kind"].isin(["block", "layer"])
+    rows = table[at | whole]
+    names = [f"{_layer(layer)}{_short(group, kind)}" for group, kind, layer in _keys(rows)]
+    ax = _changes(rows, names, ax)
+    ax.set(title=f"What is lost with each group, {ratio:.0%} of it silenced", ylabel="layer and kind")
+    return ax
+
+
+@projected
+def plot_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Which knowledge goes with which head? The change of each domain, one row a unit.
+
+    Args:
+        table: columns kind, layer, unit, a domain (or task, tier, hops), measure and change: `table()` of what
+            `knowledge_of_units` returns.
+        ax: where to draw; None is a new figure.
+
+    Returns:
+        The axes: domains across, units down as layer.unit, the change as colour: orange and hatched is worse.
+
+    Raises:
+        PrunekitError: the table has not these columns.
+    """
+    require_columns(table, ("kind", "layer", "unit", "measure", "change"), f"{GIVEN} of single units")
+    kinds = table["kind"].unique()
+    names = [
+        f"{_layer(layer).strip()}.{unit}" + (f" {kind}" if len(kinds) > 1 else "")
+        for kind, layer, unit in zip(table["kind"], table["layer"], table["unit"], strict=True)
+    ]
+    ax = _changes(table, names, ax)
+    of = kinds[0] if len(kinds) == 1 else "unit"
+    ax.set(title=f"What is lost with each {of} alone", ylabel=f"layer.unit ({', '.join(kinds)})")
+    return ax
+
+
+@projected
+def plot_score_agreement(table: pd.DataFrame, *, kind: str = "all", ax: Axes | None = None) -> Axes:
+    """Which score foresees what is lost? Rank correlation of scores with real changes, domain by domain.
+
+    Args:
+        table: columns score, kind, a domain (or task, tier, hops) and spearman:
+            `KnowledgeDistribution.agreement(scores)`.
+        kind: the kind of group; `"all"` is all together.
+        ax: where to draw; None is a new figure.
+
+    Returns:
+        The axes: domains across, scores down, Spearman's correlation as colour and number.
+
+    Raises:
+        PrunekitError: the table has not these columns, or not this kind.
+    """
+    require_columns(table, ("score", "kind", "spearman"), "KnowledgeDistribution.agreement(scores)")
+    rows = table[table["kind"] == kind]
+    require_columns(rows, (), f"a kind out of {', '.join(table['kind'].unique())}")
+    by = _label(table)
+    grid = rows.pivot_table(index="score", columns=by, values="spearman", sort=False, dropna=False)
+    ax = _heat(axes_or_new(ax), grid, 1.0, "Spearman's ρ with the real change", worse=None)
+    for (row, column), value in np.ndenumerate(grid.to_numpy(float)):
+        shade = "white" if abs(value) > 0.6 else "black"
+        ax.text(column, row, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", color=shade)
+    told = "all kinds" if kind == "all" else kind
+    ax.set(title=f"Which score foresees what is lost? ({told})", ylabel="score", xlabel=by)
+    return ax
+
+
+def _keys(rows: pd.DataFrame) -> zip:
+    groups = rows["group"] if "group" in rows else pd.Series("", index=rows.index)
+    return zip(groups, rows["kind"], rows["layer"], strict=True)
+
+
+def _layer(layer: float | None) -> str:
+    return "" if layer is None or pd.isna(layer) else f"{int(layer)} "
+
+
+def _short(group: str, kind: str) -> str:
+    """A kind, with the module where several of that kind lie in one layer."""
+    return f"{kind} {group.rpartition(':')[0].rpartition('.')[2]}" if kind == "block" else kind
+
+
+def _label(table: pd.DataFrame) -> str:
+    found = next((column for column in LABELS if column in table), None)
+    if found is None:
+        raise PrunekitError(f"the table has no domain (task, tier, hops); give {GIVEN}")
+    return found
+
+
+def _changes(rows: pd.DataFrame, names: list[str], ax: Axes | None) -> Axes:
+    """A heatmap of changes; which way is worse is told by the measure, in [0, 1] or in nats."""
+    by = _label(rows)
+    ordered = rows.assign(name=names).sort_values("layer", kind="stable", na_position="first")
+    layers = ordered.drop_duplicates("name")["layer"].to_numpy(float)
+    grid = ordered.pivot_table(index="name", columns=by, values="change", sort=False, dropna=False)
+    falls = bool((rows["measure"] == "accuracy").all())
+    grid = 100 * grid if falls else grid
+    finite = np.abs(grid.to_numpy(float))
+    most = float(np.max(finite[np.isfinite(finite)], initial=0)) or 1.0
+    unit = "accuracy (points)" if falls else "loss (nats)"
+    ax = _heat(axes_or_new(ax), grid.clip(-most, most), most, f"change of {unit}", worse=-1 if falls else 1)
+    for edge in np.flatnonzero(np.diff(layers)):
+        ax.axhline(edge + 0.5, color="0.6", linewidth=0.8)
+    ax.set_xlabel(by)
+    return ax
+
+
+def _heat(ax: Axes, grid: pd.DataFrame, most: float, label: str, *, worse: int | None) -> Axes:
+    """Colours centred on zero, with a bar; what is a quarter as bad as the worst, or more, is hatched."""
+    values = np.ma.masked_invalid(grid.to_numpy(float))
+    colors = f"{COLORS}_r" if worse == 1 else COLORS
+    ax.grid(False)
+    edges = np.arange(grid.shape[1] + 1) - 0.5, np.arange(grid.shape[0] + 1) - 0.5
+    mesh = ax.pcolormesh(*edges, values, cmap=colors, norm=TwoSlopeNorm(0, -most, most), rasterized=True)
+    for row, column in np.argwhere((worse or 0) * values.filled(0) > most / 4):
+        place = (column - 0.5, row - 0.5)
+        ax.add_patch(Rectangle(place, 1, 1, fill=False, hatch=HATCH, edgecolor="white", linewidth=0))
+    bar = ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
+    _ticks(ax, grid)
+    ax.invert_yaxis()
+    return ax
+
+
+def _ticks(ax: Axes, grid: pd.DataFrame) -> None:
+    """Names along both sides, each where there is room."""
+    step = 1 + (len(grid) - 1) // 32
+    size = "medium" if len(grid) <= 18 else "x-small"
+    ax.set_yticks(range(0, len(grid), step), [str(name) for name in grid.index[::step]], fontsize=size)
+    ax.set_xticks(range(grid.shape[1]), [_text(name) for name in grid.columns], rotation=25, ha="right")
+    ax.tick_params(length=0)
+
+
+def _text(name: object) -> str:
+    return f"{name:g}" if isinstance(name, float) else str(name)

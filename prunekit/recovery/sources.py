@@ -1,0 +1,136 @@
+"""Sources of training text: documents of tokens, drawn in turn and joined into windows."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.calibration import check_tokens
+from prunekit.errors import PrunekitError
+from prunekit.text import DOCUMENT_SEPARATOR, TextSource, read_documents, tokenize
+
+Sources = Mapping[str, Tensor | TextSource]
+
+
+@dataclass
+class Source:
+    """One source's text, a part of which is only measured on.
+
+    Attributes:
+        name: of the source.
+        documents: to train on, shuffled, each int64 (length,) with 1 to seq_len tokens.
+        validation: to measure on, int64 (n_windows, seq_len).
+        drawn: documents drawn so far.
+    """
+
+    name: str
+    documents: list[Tensor]
+    validation: Tensor
+    drawn: int = 0
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a window."""
+        return self.validation.shape[1]
+
+    @property
+    def n_windows(self) -> int:
+        """Windows that the documents to train on fill."""
+        return sum(map(len, self.documents)) // self.seq_len
+
+    def draw(self, n_windows: int) -> list[Tensor]:
+        """The next documents, so many that they fill some windows; each comes once before any comes again."""
+        found: list[Tensor] = []
+        n_tokens = n_windows * self.seq_len
+        while n_tokens > 0:
+            found.append(self.documents[self.drawn % len(self.documents)])
+            n_tokens -= len(found[-1])
+            self.drawn += 1
+        return found
+
+
+def open_sources(
+    sources: Sources,
+    tokenizer: Any,  # noqa: ANN401
+    seq_len: int,
+    model: Any,  # noqa: ANN401
+    *,
+    n_validation: int = 32,
+    seed: int = 0,
+) -> list[Source]:
+    """Read sources, shuffle their documents, and lay some aside.
+
+    Args:
+        sources: name → what `prunekit.text.read_documents` reads, a `datasets.Dataset` with `input_ids`, or integers
+            (n, length), whose rows are documents. Longer documents are cut into pieces of `seq_len` tokens.
+        tokenizer: needed where a source is text.
+        seq_len: tokens of a window; not used where all sources are integers of one length, which is taken.
+        model: that will read them.
+        n_validation: windows laid aside of each source, at most, and at most a fifth of it.
+        seed: of the shuffling.
+
+    Raises:
+        PrunekitError: no source, or one that cannot be read or is too small to be measured and trained on, by name.
+    """
+    if not isinstance(sources, Mapping) or not sources:
+        raise PrunekitError(f"sources={sources!r:.60}; give at least one, name → text or tokens")
+    generator = torch.Generator().manual_seed(seed)
+    lengths = {data.shape[-1] if isinstance(data, Tensor) else None for data in sources.values()}
+    seq_len = next(iter(lengths), None) or seq_len if len(lengths) == 1 else seq_len
+    return [_open(name, data, tokenizer, seq_len, model, n_validation, generator) for name, data in sources.items()]
+
+
+def _open(
+    name: str,
+    data: Tensor | TextSource,
+    tokenizer: Any,  # noqa: ANN401
+    seq_len: int,
+    model: Any,  # noqa: ANN401
+    n_validation: int,
+    generator: torch.Generator,
+) -> Source:
+    try:
+        documents = [p for document in _documents(data, tokenizer) for p in document.split(seq_len) if len(document)]
+        if sum(map(len, documents)) > 1:
+            check_tokens(join(documents, 2), model)
+    except PrunekitError as error:
+        raise PrunekitError(f"source {name!r}: {error}") from None
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    n_tokens = sum(map(len, documents))
+    wanted = min(n_validation, max(1, n_tokens // seq_len // 5)) * seq_len
+    held, length = 0, 0
+    while length < wanted and held < len(documents):
+        length += len(documents[order[held]])
+        held += 1
+    if length < wanted or held == len(documents):
+        raise PrunekitError(
+            f"source {name!r} has {n_tokens} tokens in {len(documents)} pieces; it takes a window of {seq_len} tokens "
+            "to measure on, and something else to train on: give more text, or a method with a smaller seq_len"
+        )
+    shuffled = [documents[i] for i in order]
+    return Source(name, shuffled[held:], join(shuffled[:held], seq_len))
+
+
+def _documents(data: Tensor | TextSource, tokenizer: Any) -> Iterable[Tensor]:  # noqa: ANN401
+    if isinstance(data, Tensor):
+        return data.cpu()
+    if "input_ids" in (getattr(data, "column_names", None) or ()):
+        return [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in data]  # type: ignore[union-attr,call-overload,index]
+    if tokenizer is None:
+        raise PrunekitError("it is text: give tokenizer=tokenizer, or token ids")
+    return [tokenize([text], tokenizer) for text in read_documents(data, separator=DOCUMENT_SEPARATOR)]
+
+
+def join(documents: Sequence[Tensor], seq_len: int) -> Tensor:
+    """Documents one after the other, cut into windows side by side, int64 (n_windows, seq_len); the rest is dropped."""
+    stream = torch.cat(list(documents)).long()
+    n_windows = len(stream) // seq_len
+    return stream[: n_windows * seq_len].view(n_windows, seq_len)
+
+
+def shuffle(documents: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """The same documents in another order, so that a window holds several sources."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    return [documents[i] for i in order.tolist()]
