@@ -10,10 +10,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab tour test bench bench-quality lint clean
+.PHONY: help setup lab tour test bench bench-quality bench-lorashear lint clean
 
 help: ## say what there is to do
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.installed ## install everything into .venv
 
@@ -26,14 +26,19 @@ tour: setup ## run the series headless: build/notebooks/*.html and build/summary
 test: setup ## run every test and every notebook
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
 
-bench: .venv/.bench ## time prunekit against Torch-Pruning, side by side, and a small part of bench-quality
+bench: .venv/.bench ## time prunekit against Torch-Pruning and naive loops, and a small part of bench-quality
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/taylor.py
+	$(BIN)/python benchmarks/knowledge.py
 	rm -rf build/bench
 	$(BIN)/python benchmarks/quality.py --models world --seeds 0 --ratios 0.2 0.5 --out build/bench
 
 bench-quality: setup ## what is left at equal size, many ways over seeds: an hour; goes on where it was
 	$(BIN)/python benchmarks/quality.py
+
+bench-lorashear: setup ## pruning while training beside pruning first, over seeds: hours; goes on where it was
+	$(BIN)/python benchmarks/lorashear.py world
+	$(BIN)/python benchmarks/lorashear.py stories260K
 
 lint: setup ## check style, types and the form of the notebooks
 	$(BIN)/ruff check .
