@@ -358,3 +358,15 @@ def test_groups_are_copied_without_their_trace():
     groups = discover(FAMILIES["llama_gqa"].model())
     again = copy.deepcopy(groups)
     assert groups.traced is not None and again.traced is None and [g.name for g in again] == [g.name for g in groups]
+
+
+def test_groups_can_be_left_out_by_name():
+    names = ["model.layers.0.mlp:ffn_channel", "model.layers.1.self_attn:kv_head"]
+    fewer = GROUPS_GQA.without(names)
+    assert [g.name for g in fewer] == [g.name for g in GROUPS_GQA if g.name not in names]
+    assert fewer.n_parameters == GROUPS_GQA.n_parameters
+    made = plan(fewer, random_scores(GROUPS_GQA), 0.1)
+    assert not set(names) & set(made.keep)
+    assert abs(made.pruning_ratio - 0.1) <= TOLERANCE
+    with pytest.raises(PrunekitError, match="no group is called 'none'"):
+        GROUPS_GQA.without(["none"])

@@ -2,9 +2,16 @@
 
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from shared import ROOT
 from test_importance import tiny_llama
 from test_recovery import counting
 
@@ -171,3 +178,45 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(options, message, tmp_pat
     with pytest.raises(PrunekitError, match=message):
         sheared(folder=tmp_path / "run", **options)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+WORK = """
+import os, signal, sys, torch
+from test_progressive import sheared
+from prunekit.recovery.lhspg import update_saliency
+
+def saliency(optimizer):
+    if sys.argv[2] == "killed" and optimizer.redundant and sum(map(len, optimizer.redundant.values())):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update_saliency(optimizer)
+
+done = sheared(saliency=saliency, folder=sys.argv[1] or None)
+total = sum(p.double().abs().sum() for p in done.model.parameters()).item()
+print("RESULT", round(total, 6), sum(len(done.plan.removed(name)) for name in done.plan.keep))
+"""
+
+
+def run_apart(tmp_path, *launcher, given):
+    (tmp_path / "work.py").write_text(WORK)
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(tmp_path / "work.py"), *given]
+    return subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=300)
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    assert run_apart(tmp_path, given=[str(folder), "killed"]).returncode == -signal.SIGKILL
+    assert list(folder.glob("checkpoint-*"))
+    done, straight = sheared(folder=folder), sheared()
+    assert done.plan == straight.plan
+    assert all(torch.equal(a, b) for a, b in zip(done.model.parameters(), straight.model.parameters(), strict=True))
+
+
+def test_two_processes_prune_the_same_units(tmp_path):
+    """As `accelerate launch` and `torchrun` run it: both end with the same weights and the asked number of zeros."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = run_apart(tmp_path, *launcher, given=["", "whole"])
+    results = re.findall(r"RESULT (\S+) (\d+)", done.stdout)
+    assert done.returncode == 0 and len(results) == 2, done.stderr[-2000:]
+    assert results[0] == results[1]
+    assert int(results[0][1]) == sum(units_for(discover(tiny_llama()), 0.2).values())
