@@ -6,6 +6,7 @@ Every row is a real cut, trained for the same number of steps on as many tokens:
 * `LLM-Pruner + LoRA, all layers`: the same without sparing.
 * `LHSPG`: units shrink to zero during the first part of the steps, the rest is plain LoRA; no layer is protected and
   text is drawn as it comes.
+* `LHSPG's units at once + LoRA`: the units that LHSPG chose, cut before all steps of LoRA; the control of leaving slowly.
 * `LoRAShear, uniform`: distribution, protection and LHSPG, then sources drawn alike; the control.
 * `LoRAShear`: the same, sources drawn by what was lost.
 * `…, proxies`: units chosen by the authors' released proxies in place of Taylor.
@@ -32,7 +33,7 @@ from prunekit.recipes import lorashear
 from prunekit.recipes.llm_pruner import spared_layers
 from prunekit.recovery.lhspg import importance_saliency
 from prunekit.recovery.mixture import Mixture
-from prunekit.recovery.progressive import prune_progressively
+from prunekit.recovery.progressive import Progressed, prune_progressively
 from prunekit.world.corpus import ASKING, KINDS
 
 SEEDS, RATIOS = (0, 1, 2), (0.2, 0.5)
@@ -93,13 +94,24 @@ def llm_pruner(subject: Subject, ratio: float, seed: int, *, spare: bool) -> Any
     )
 
 
-def lhspg(subject: Subject, ratio: float, seed: int, *, proxies: bool = False) -> Any:
-    method, given = replace(TRAINING, seed=seed), {"tokenizer": subject.tokenizer}
-    first = replace(method, max_steps=round(SHARES[0] * method.max_steps))
+def progressed(subject: Subject, ratio: float, seed: int, *, proxies: bool = False) -> Progressed:
+    first = replace(TRAINING, seed=seed, max_steps=round(SHARES[0] * TRAINING.max_steps))
     options = {} if proxies else {"saliency": importance_saliency(pk.Taylor(), calibration(subject, seed))}
-    done = prune_progressively(subject.model, ratio, subject.text(seed), first, **options, **given)
-    last = replace(method, max_steps=method.max_steps - first.max_steps)
-    return pk.recover(pk.prune(done.model, done.plan), last, subject.text(seed + 100), inplace=True, **given)
+    return prune_progressively(subject.model, ratio, subject.text(seed), first, tokenizer=subject.tokenizer, **options)
+
+
+def lhspg(subject: Subject, ratio: float, seed: int, *, proxies: bool = False) -> Any:
+    done = progressed(subject, ratio, seed, proxies=proxies)
+    last = replace(TRAINING, seed=seed, max_steps=TRAINING.max_steps - len(done.log.losses))
+    small = pk.prune(done.model, done.plan)
+    return pk.recover(small, last, subject.text(seed + 100), tokenizer=subject.tokenizer, inplace=True)
+
+
+def same_units(subject: Subject, ratio: float, seed: int) -> Any:
+    small = pk.prune(subject.model, progressed(subject, ratio, seed).plan)
+    return pk.recover(
+        small, replace(TRAINING, seed=seed), subject.text(seed), tokenizer=subject.tokenizer, inplace=True
+    )
 
 
 def shear(subject: Subject, ratio: float, seed: int, *, mixture: Mixture, proxies: bool = False) -> Any:
@@ -124,6 +136,7 @@ METHODS: dict[str, Callable[[Subject, float, int], Any]] = {
     "LLM-Pruner + LoRA": lambda *given: llm_pruner(*given, spare=True),
     "LLM-Pruner + LoRA, all layers": lambda *given: llm_pruner(*given, spare=False),
     "LHSPG": lhspg,
+    "LHSPG's units at once + LoRA": same_units,
     "LoRAShear": lambda *given: shear(*given, mixture=Mixture()),
     "LoRAShear, uniform": lambda *given: shear(*given, mixture=UNIFORM),
     "LHSPG, proxies": lambda *given: lhspg(*given, proxies=True),

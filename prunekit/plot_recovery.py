@@ -45,7 +45,8 @@ def plot_norms(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None 
     for number, row in ends.iterrows():
         ax.text(row.mean(), 1.2 * top, f"period {number}", ha="center", va="bottom", fontsize="small")
     title = f"Units of kind {kind} on their way to zero"
-    ax.set(xlabel="optimiser step", ylabel="norm of a unit (logarithmic, with 0)", title=title)
+    ax.set(xlabel="optimiser step", ylabel="norm of a unit (logarithmic, with 0)")
+    ax.set_title(title, loc="left")
     ax.set_yscale("symlog", linthresh=low, linscale=1)
     ax.set(ylim=(-0.1 * low, 2 * top), xlim=(0, 1.01 * ends["max"].max()))
     ax.yaxis.set_major_formatter("{x:g}")

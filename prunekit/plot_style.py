@@ -45,8 +45,9 @@ KIND_COLORS = {
     "rank": "#999933",
     "vocabulary": "#777777",
 }
-SPARE_COLORS = ("#CC79A7", "#56B4E9", "#882255", "#117733", "#F0E442", "#44AA99", "#661100")
+SPARE_COLORS = ("#CC79A7", "#56B4E9", "#882255", "#117733", "#44AA99", "#661100", "#F0E442")  # yellow lines are faint
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "++")
+LETTERS = 64  # of a legend above the axes
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FIGURE = (10, 5.625)  # inches: 1280 × 720 at 128 dots an inch
 P = ParamSpec("P")
@@ -89,12 +90,12 @@ def require_columns(table: pd.DataFrame, columns: Iterable[str], source: str) ->
 def legend_outside(ax: Axes) -> None:
     """The title on the left above the axes and the legend on the right, where it hides no data; chance comes last.
 
-    More than four entries stand beside the axes, one below the other.
+    More than four entries, or long ones, stand beside the axes, one below the other.
     """
     ax.set_title(ax.get_title(), loc="left")
     ax.set_title("")
     entries = sorted(zip(*ax.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] == "chance")
-    if len(entries) > 4:
+    if len(entries) > 4 or sum(len(label) for _, label in entries) > LETTERS:
         ax.legend(*zip(*entries, strict=True), loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         return
     ax.legend(

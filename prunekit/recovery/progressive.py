@@ -35,7 +35,8 @@ class Progressed(NamedTuple):
     """What progressive pruning returns.
 
     Attributes:
-        model: of the shape that it had, with zeros; `prune(model, plan)` computes the same and is smaller.
+        model: of the shape that it had, with zeros; `prune(model, plan)` computes the same and is smaller. Its
+            `recovery_log` is `log`.
         plan: the units that are zero go.
         log: the loss curve.
         history: the norm of each of these units, step by step, as `LHSPG.history` has it.
@@ -131,7 +132,8 @@ def prune_progressively(
             log = train(adapted, tokens, method, optimizer=optimizer, resume=resume)
         except PrunekitError as error:
             raise PrunekitError(f"{error}; {_what_is_left(resume)}") from None
-    small = detach(adapted, merge=True).eval()
+    small: Any = detach(adapted, merge=True).eval()
+    small.recovery_log = log
     gone = {_plain(name): units for name, units in optimizer.redundant.items()}
     notes = {"pruning_ratio": pruning_ratio, "of": "parameters", "importance": "LHSPG", "n_periods": n_periods}
     chosen = plan_without(groups, gone, notes)
