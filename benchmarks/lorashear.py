@@ -6,7 +6,8 @@ Every row is a real cut, trained for the same number of steps on as many tokens:
 * `LLM-Pruner + LoRA, all layers`: the same without sparing.
 * `LHSPG`: units shrink to zero during the first part of the steps, the rest is plain LoRA; no layer is protected and
   text is drawn as it comes.
-* `LHSPG's units at once + LoRA`: the units that LHSPG chose, cut before all steps of LoRA; the control of leaving slowly.
+* `LHSPG's units at once + LoRA`: the units that LHSPG chose, cut before all steps of LoRA; the control of leaving
+  slowly.
 * `LoRAShear, uniform`: distribution, protection and LHSPG, then sources drawn alike; the control.
 * `LoRAShear`: the same, sources drawn by what was lost.
 * `…, proxies`: units chosen by the authors' released proxies in place of Taylor.
