@@ -17,7 +17,7 @@ from prunekit.importance.lora import UpdateStatistics, lora_saliency
 from prunekit.pruning.planning import plan_without
 from prunekit.recovery.lhspg import LHSPG, importance_saliency, update_saliency
 from prunekit.recovery.lora import LoRA, attach, detach
-from prunekit.recovery.lora_units import GroupUnits, LoraPair, _Owned, units_of
+from prunekit.recovery.lora_units import GroupUnits, LoraPair, _Owned, lora_pairs, units_of
 
 KINDS = ("kv_head", "ffn_channel")
 WANTED = {"kv_head": 1, "ffn_channel": 7}
@@ -181,12 +181,30 @@ def test_the_units_of_a_period_are_the_least_salient():
 def test_a_merge_changes_no_output_and_takes_the_update_into_the_weights():
     model = adapted()
     weight = dict(model.named_parameters())[f"{L}mlp.up_proj.base_layer.weight"]
-    optimizer = shearing(model, wanted={"ffn_channel": 0})
     before, outputs = weight.clone(), model(input_ids=TOKENS).logits
-    optimizer._turn(1)
+    for pair in lora_pairs(model).values():
+        pair.merge()
     torch.testing.assert_close(model(input_ids=TOKENS).logits, outputs, rtol=1e-4, atol=1e-5)
     assert not torch.equal(weight, before)
     assert not any(bool(p.any()) for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_a_period_ends_with_a_merge():
+    model = adapted()
+    optimizer = shearing(model, wanted={"ffn_channel": 0})  # a period may take nothing
+    lora = [p for n, p in model.named_parameters() if "lora_B" in n]
+    for n_steps in (2, 3, 3):  # the warm-up, and both periods
+        assert all(bool(p.any()) for p in lora) or n_steps == 3
+        train(model, optimizer, n_steps)
+        assert any(bool(p.any()) for p in lora) == (n_steps == 2)
+    assert optimizer.finished and optimizer.history().empty
+
+
+def test_few_units_in_many_periods():
+    model = adapted()
+    optimizer = shearing(model, wanted={"kv_head": 1}, n_periods=5, period_steps=2)
+    train(model, optimizer, optimizer.pruning_steps)
+    assert optimizer.finished and sum(map(len, optimizer.redundant.values())) == 1
 
 
 PEFT = [
@@ -332,6 +350,12 @@ def test_units_that_training_does_not_move_are_finite():
         ({"period_steps": 1.5}, "period_steps=1.5"),
         ({"n_periods": 0}, "n_periods=0"),
         ({"epsilon": 1.0}, "epsilon=1.0"),
+        ({"epsilon": "x"}, "epsilon='x'"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"betas": (2.0, 0.9)}, r"betas\[0\]=2.0"),
+        ({"saliency": None}, "saliency=None"),
+        ({"wanted": 5}, "n_units=5"),
         ({"min_units": 0}, "min_units=0"),
         ({"wanted": {"ffn_channel": 23}}, "23 units of kind 'ffn_channel' are to go, but only 22 may"),
         ({"wanted": {"kv_head": -1}}, "-1"),
@@ -397,11 +421,96 @@ def test_saliency_that_says_nothing_of_a_group_is_refused(scores):
         train(model, optimizer, 2)
 
 
-def test_another_optimisers_state_is_refused():
+def test_other_states_are_refused_and_change_nothing():
     model = adapted()
-    state = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).state_dict()
-    with pytest.raises(PrunekitError, match="no state of an LHSPG"):
-        shearing(model).load_state_dict(state)
+    optimizer = shearing(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).state_dict()
+    states = [shearing(adapted(), **o) for o in ({"period_steps": 5}, {"n_periods": 3}, {"wanted": {"ffn_channel": 7}})]
+    groups = [g for g in discover(model).of_kind("ffn_channel") if g.layer == 0]
+    states += [LHSPG(adapted(), groups, {"ffn_channel": 7}, warmup_steps=2, period_steps=3, n_periods=2)]
+    for state in [adamw, *(other.state_dict() for other in states)]:
+        with pytest.raises(PrunekitError, match="no state of an LHSPG"):
+            optimizer.load_state_dict(state)
+    fewer = shearing(adapted(targets=("up_proj", "down_proj")))
+    with pytest.raises(PrunekitError, match="no state|other LoRA parameters"):
+        fewer.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_an_interrupt_while_saliency_is_asked_loses_nothing():
+    """The next step asks again: as many units go, at the same boundaries."""
+    asked = []
+
+    def saliency(optimizer):
+        asked.append(optimizer.n_steps)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return update_saliency(optimizer)
+
+    model = adapted()
+    optimizer = shearing(model, saliency=saliency)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer, 8)
+    train(model, optimizer, 8 - optimizer.n_steps)
+    assert asked == [2, 5, 5]
+    assert optimizer.finished and sum(map(len, optimizer.redundant.values())) == sum(WANTED.values())
+
+
+def test_refused_scores_leave_the_update_where_it_was():
+    model = adapted()
+    optimizer = shearing(model, saliency=lambda o: update_saliency(o) if o.n_steps < 5 else {})
+    with pytest.raises(PrunekitError, match="saliency of"):
+        train(model, optimizer, 8)
+    assert optimizer.n_steps == 5
+    assert any(bool(p.any()) for n, p in model.named_parameters() if "lora_B" in n)  # not merged
+
+
+def test_hooks_of_an_optimiser_run_once_a_step():
+    model = adapted()
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # after which AdamW.step is a wrapper that runs hooks, too
+    optimizer, ran = shearing(model), []
+    optimizer.register_step_post_hook(lambda *_: ran.append(1))
+    train(model, optimizer, 3)
+    assert len(ran) == 3
+
+
+def test_a_model_may_move_after_the_optimiser_was_made():
+    """As the Trainer does: indices follow the tensors. There is one device here, so the tensors are fakes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        owned = _Owned(torch.empty(4, 2, device="cuda"), 0, torch.zeros(2, 1, dtype=torch.long))
+        rows = owned.rows(torch.zeros(1, dtype=torch.long))
+        assert rows.device.type == "cuda"
+        owned.write(torch.zeros(1, dtype=torch.long), rows)
+        owned.silence(torch.zeros(1, dtype=torch.long))
+
+
+def test_overlapping_groups_are_refused():
+    model = adapted()
+    with pytest.raises(PrunekitError, match="do not overlap"):
+        units_of(model, discover(model).of_kind("kv_head", "query_head"))
+
+
+def test_weights_that_train_themselves_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(FAMILIES["opt"].model(), LoraConfig(target_modules=["fc1", "fc2"], bias="all"))
+    with pytest.raises(PrunekitError, match=r"fc1.*trained itself"):
+        units_of(model, discover(model).of_kind("ffn_channel"))
+
+
+def test_two_adapted_modules_of_one_weight_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_llama()
+    base.model.layers[1].mlp.up_proj.weight = base.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(PrunekitError, match="shares its weight"):
+        lora_pairs(get_peft_model(base, LoraConfig(target_modules=["up_proj"])))
+    embedding = get_peft_model(tiny_llama(), LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(PrunekitError, match="a Embedding"):
+        lora_pairs(embedding)
 
 
 def test_saliency_refuses_another_sign_and_nothing():

@@ -126,6 +126,8 @@ def test_stages_follow_each_other_in_the_log():
         ({"ones": SOURCES["ones"], "one": counting(1)}, "source 'one' has 12 tokens in 1 pieces"),
         ({"ones": SOURCES["ones"], "text": "no tokenizer"}, "source 'text'.*tokenizer"),
         ({"strange": torch.full((4, 12), 99)}, "source 'strange'.*token ids"),
+        ({"real": torch.rand(4, 12)}, "source 'real'.*give integers"),
+        ({"flat": torch.arange(12)}, "source 'flat'.*give integers"),
     ],
 )
 def test_sources_that_cannot_be_are_refused(sources, message):
@@ -136,10 +138,10 @@ def test_sources_that_cannot_be_are_refused(sources, message):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("n_rounds", 0), ("uniform_share", 1.1), ("uniform_share", -0.1), ("temperature", 0.0), ("temperature", math.inf),
-     ("n_validation", 0)],
+     ("n_validation", 0), ("n_rounds", True), ("temperature", "x")],
 )  # fmt: skip
 def test_mixtures_that_cannot_be_are_refused(name, value):
-    with pytest.raises(PrunekitError, match=f"{name}={value}"):
+    with pytest.raises(PrunekitError, match=f"{name}={value!r}"):
         Mixture(**{name: value})
 
 

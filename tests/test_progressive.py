@@ -15,10 +15,10 @@ from shared import ROOT
 from test_importance import tiny_llama
 from test_recovery import counting
 
-from prunekit import PruningPlan, discover, prune
+from prunekit import PruningPlan, discover, plan, prune
 from prunekit.errors import PrunekitError
 from prunekit.recovery import LoRA
-from prunekit.recovery.lhspg import update_saliency
+from prunekit.recovery.lhspg import LHSPG, update_saliency
 from prunekit.recovery.progressive import prune_progressively, units_for
 
 QUICK = LoRA(r=4, alpha=8, max_steps=10, batch_size=4, learning_rate=1e-2)
@@ -81,7 +81,55 @@ def test_units_for_gives_all_kinds_the_same_share():
     wanted = units_for(groups, 0.3)
     total = {kind: sum(g.n_units for g in groups.of_kind(kind)) for kind in wanted}
     assert set(wanted) == {"kv_head", "ffn_channel"}
-    assert abs(wanted["kv_head"] / total["kv_head"] - wanted["ffn_channel"] / total["ffn_channel"]) < 0.3
+    least = {kind: 1 / n for kind, n in total.items()}  # what one unit more would be
+    shares = {kind: wanted[kind] / total[kind] for kind in wanted}
+    assert abs(shares["kv_head"] - shares["ffn_channel"]) <= max(least.values())
+
+
+def test_units_of_different_sizes_are_refused():
+    """No number of units would meet the budget, whichever layers saliency takes them from."""
+    model = uneven_queries()
+    with pytest.raises(PrunekitError, match="units of kind 'kv_head' have .* to .* parameters"):
+        units_for(discover(model), 0.2)
+
+
+def uneven_queries():
+    """A LLaMA whose first layer has lost half of the query heads of each KV head."""
+    model = tiny_llama(n_heads=8, n_kv=2)
+    groups = discover(model)
+    scores = {g.name: torch.arange(float(g.n_units)) for g in groups}
+    return prune(model, plan(groups, scores, 0.5, of="units", kinds=["query_head"], protect_layers=[1]))
+
+
+def test_the_model_can_be_trained_on_as_the_one_that_was_given():
+    model = tiny_llama()
+    model.lm_head.weight.requires_grad_(False)
+    done = sheared(model)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {name: p.requires_grad for name, p in done.model.named_parameters()} == flags
+    done.model(input_ids=counting(), labels=counting()).loss.backward()
+
+
+def test_nothing_may_go():
+    done = sheared(ratio=0.0)
+    assert done.plan.pruning_ratio == 0
+    assert done.history.empty
+
+
+def test_steps_that_were_passed_over_are_noticed(monkeypatch):
+    """As a scaler of gradients does: the last period would not have ended."""
+    step = LHSPG.step
+    passed = []
+
+    def skipping(self, closure=None):
+        if self.n_steps == 4 and not passed:
+            passed.append(1)
+            return None
+        return step(self, closure)
+
+    monkeypatch.setattr(LHSPG, "step", skipping)
+    with pytest.raises(PrunekitError, match="after 9 of the 10 steps"):
+        sheared()
 
 
 @pytest.mark.parametrize("stop", [1, 2])
@@ -117,11 +165,16 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    sheared(folder=tmp_path / "run")
+    sheared(ratio=0.1, folder=tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    for other in ({"ratio": 0.3}, {"data": counting(step=2)}, {"model": tiny_llama(seed=1)}, {"n_periods": 2}):
+    louder = tiny_llama()  # the same but for one layer's weights, as after a recovery
+    louder.model.layers[1].mlp.up_proj.weight.data *= 3
+    protect = ["model.layers.0.mlp:ffn_channel"]
+    others = ({"ratio": 0.3}, {"data": counting(step=2)}, {"model": tiny_llama(seed=1)}, {"model": louder},
+              {"n_periods": 2}, {"protect": protect}, {"rest": 0.3})  # fmt: skip
+    for other in others:
         with pytest.raises(PrunekitError, match="holds something else"):
-            sheared(folder=tmp_path / "run", **other)
+            sheared(folder=tmp_path / "run", **{"ratio": 0.1, **other})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(PrunekitError, match="holds something else"):
@@ -177,13 +230,13 @@ def test_a_loss_that_breaks_stops_and_keeps_the_last_good_state(tmp_path):
 def test_what_cannot_be_is_refused_and_nothing_is_left(options, message, tmp_path):
     with pytest.raises(PrunekitError, match=message):
         sheared(folder=tmp_path / "run", **options)
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not (tmp_path / "run").exists()  # so that the corrected call finds nothing in its way
 
 
 WORK = """
 import os, signal, sys, torch
 from test_progressive import sheared
-from prunekit.recovery.lhspg import update_saliency
+from prunekit.recovery.lhspg import LHSPG, update_saliency
 
 def saliency(optimizer):
     if sys.argv[2] == "killed" and optimizer.redundant and sum(map(len, optimizer.redundant.values())):
@@ -215,7 +268,7 @@ def test_a_killed_run_goes_on(tmp_path):
 def test_two_processes_prune_the_same_units(tmp_path):
     """As `accelerate launch` and `torchrun` run it: both end with the same weights and the asked number of zeros."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = run_apart(tmp_path, *launcher, given=["", "whole"])
+    done = run_apart(tmp_path, *launcher, given=[str(tmp_path / "run"), "whole"])
     results = re.findall(r"RESULT (\S+) (\d+)", done.stdout)
     assert done.returncode == 0 and len(results) == 2, done.stderr[-2000:]
     assert results[0] == results[1]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_lorashear_is_its_steps(model, tokenizer):
     table = done.mixture.table()
     assert table["round"].nunique() == 2 * 3
     assert set(table[table["round"] > 3]["source"]) == {"ones"}
-    opened = open_sources(sources(), None, 16, model, n_validation=8)
+    opened = open_sources(sources(), None, 16, model)
     rows = join(shuffle([row for source in opened for row in source.documents], seed=0), 16)
     expected = pk.prune_progressively(model, 0.2, rows, replace(SHEARING["method"], max_steps=12), protect=protected)
     assert expected.plan == done.plan
@@ -185,6 +186,59 @@ def test_lorashear_leaves_out_a_stage_of_no_share(model, tokenizer):
     done = lorashear(model, tokenizer, sources(), 0.2, shares=(1.0, 0.0, 0.0), importance=pk.Taylor(), **SHEARING)
     assert not done.mixture.rows
     torch.testing.assert_close(logits_of(done.model), logits_of(done.progress.model), rtol=0, atol=1e-4)
+
+
+def test_lorashear_never_trains_on_what_it_measures_on(model, tokenizer, monkeypatch):
+    """Not in the pruning either, which reads all the rest."""
+    from prunekit.recovery import mixture, progressive
+
+    held, trained = [], []
+    real_loss, real_train, real_recover = mixture.mean_loss, progressive.train, mixture.recover
+    monkeypatch.setattr(mixture, "mean_loss", lambda m, t: held.append(t) or real_loss(m, t))
+    monkeypatch.setattr(progressive, "train", lambda m, t, *a, **o: trained.append(t) or real_train(m, t, *a, **o))
+    monkeypatch.setattr(mixture, "recover", lambda m, how, t, **o: trained.append(t) or real_recover(m, how, t, **o))
+    lorashear(model, tokenizer, sources(), 0.2, **SHEARING | {"mixture": pk.Mixture(n_rounds=2, seed=3)})
+    rows = {tuple(row.tolist()) for tokens in trained for row in tokens}
+    assert len(trained) == 5 and rows
+    assert not rows & {tuple(row.tolist()) for tokens in held for row in tokens}
+
+
+def test_lorashear_goes_on_where_it_was_stopped(model, tokenizer, tmp_path, monkeypatch):
+    module = import_module("prunekit.recipes.lorashear")
+    given = (model, tokenizer, sources(), 0.2)
+    straight = lorashear(*given, **SHEARING)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "recover_on_mixture", stop)
+        with pytest.raises(KeyboardInterrupt):
+            lorashear(*given, folder=tmp_path / "run", **SHEARING)
+    measured = []
+    monkeypatch.setattr("prunekit.knowledge.measuring.silenced", lambda *a: measured.append(a))
+    done = lorashear(*given, folder=tmp_path / "run", **SHEARING)
+    assert not measured and done.plan == straight.plan
+    assert torch.equal(logits_of(done.model), logits_of(straight.model))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": 2.0}, "gamma=2.0"),
+        ({"n_periods": 0}, "n_periods=0"),
+        ({"n_periods": 12}, "n_periods=12 do not fit into 12 steps"),
+        ({"pruning_ratio": 0.99}, "at most"),
+        ({"instructions": {"one": "/no/such.txt"}}, "source 'one'.*not a file"),
+        ({"instructions": {}}, "give at least one"),
+        ({"mixture": pk.Mixture(n_rounds=5)}, "n_rounds=5, but training has 2 steps"),
+        ({"shares": (0.0, 0.5, 0.5)}, "do not fit into 0 steps"),
+    ],
+)
+def test_lorashear_refuses_before_any_work(model, tokenizer, options, message, monkeypatch):
+    monkeypatch.setattr("prunekit.knowledge.measuring.silenced", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(PrunekitError, match=message):
+        lorashear(model, tokenizer, **{"sources": sources(), **SHEARING, **options})
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.6, 0.3, 0.3), (1.2, -0.1, -0.1)])

@@ -29,7 +29,8 @@ def lora_saliency(statistics: Mapping[str, UpdateStatistics], *, cosine_sign: in
     """One score a unit, the mean of five: ‖x‖, ‖x‖/‖u‖, 1 + cos(x, u), |x·u| and ½(x·u)².
 
     Each is divided by its L2 norm over all units of all groups first. A unit that training does not move has no
-    direction: its cosine counts as 0, and its ‖x‖/‖u‖ as the largest that was found.
+    direction: its cosine counts as 0, and its ‖x‖/‖u‖ as the largest that was found (as 0 where it
+    is zero already).
 
     Args:
         statistics: group name → sums of its units.
@@ -52,7 +53,7 @@ def lora_saliency(statistics: Mapping[str, UpdateStatistics], *, cosine_sign: in
     x, u, dot = (torch.cat(sums) for sums in zip(*statistics.values(), strict=True))
     moved = u > 0
     steady = torch.where(moved, x / u.clamp(min=_TINY), 0.0)
-    steady = torch.where(moved, steady, steady.max())
+    steady = torch.where(moved | (x == 0), steady, steady.max())
     cosine = torch.where(moved, dot / (x * u).clamp(min=_TINY), 0.0)
     proxies = (x, steady, 1 + cosine_sign * cosine, dot.abs(), dot.square() / 2)
     mean = sum(proxy / proxy.norm().clamp(min=_TINY) for proxy in proxies) / len(proxies)

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor
 
 from prunekit.errors import PrunekitError
 
@@ -63,8 +61,3 @@ def table_of(columns: Mapping[str, list[Any]], numbers: tuple[str, ...]) -> pd.D
     """The table that `plain` wrote down; columns of `numbers` are float even where all are missing."""
     found = pd.DataFrame(columns)
     return found.astype({name: float for name in numbers if name in found})
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    """A tensor's values as they lie in memory, of any type."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

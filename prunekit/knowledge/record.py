@@ -1,6 +1,5 @@
 """What is to be silenced and what has been measured of it, kept in a file from which an interrupted run goes on."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from torch import nn
 
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.knowledge.files import bytes_of, plain
+from prunekit.fingerprint import digest_of
+from prunekit.knowledge.files import plain
 from prunekit.knowledge.questions import Exam
 from prunekit.knowledge.result import KnowledgeDistribution
 from prunekit.knowledge.running import Runner
@@ -109,10 +109,7 @@ def _check_path(path: Path) -> None:
 
 def fingerprint(model: nn.Module, exam: Exam, plan: Sequence[Silencing]) -> str:
     """What changes when a weight, a question or a silencing does."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(bytes_of(tensor))
+    found = digest_of(model)
     asked: dict[str, Any] = {
         "spans": [(span.start, span.tokens) for span in exam.spans],
         "questions": plain(exam.table),

@@ -10,7 +10,7 @@ from prunekit.discovery.groups import CoupledGroup
 from prunekit.discovery.parts import layer_of
 from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.packing import TOLERANCE, Batch, choose_batches, span_sums
-from prunekit.knowledge.files import bytes_of
+from prunekit.fingerprint import bytes_of
 from prunekit.layerwise import Layerwise
 
 Layers = tuple[int, ...]

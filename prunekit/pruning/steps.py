@@ -61,7 +61,7 @@ def all_steps(
         if g.kind in WHOLE_KINDS:
             continue
         bundles, values = bundles_of(groups, g, scores[g.name]), scores[g.name].tolist()
-        size, per_unit = len(bundles[0]), _parameters_per_unit(groups, g)
+        size, per_unit = len(bundles[0]), parameters_per_unit(groups, g)
         start = 0
         for stop in stops_of(len(bundles), size, rounding[g.name], min_units):
             units = tuple(unit for bundle in bundles[start:stop] for unit in bundle)
@@ -86,7 +86,7 @@ def _whole_steps(
     """Whole layers and blocks compete with their own kind, whatever the ranking; the best of a kind stays."""
     steps = []
     for kind in WHOLE_KINDS:
-        worth = {g.name: float(scores[g.name]) / _parameters_per_unit(groups, g) for g in candidates if g.kind == kind}
+        worth = {g.name: float(scores[g.name]) / parameters_per_unit(groups, g) for g in candidates if g.kind == kind}
         order = sorted(worth, key=lambda name: worth[name])
         for rank, name in enumerate(order[:-1]):
             steps.append(Step(groups[name], (0,), (rank + 0.5) / len(order) if ranking == "local" else worth[name]))
@@ -114,7 +114,8 @@ def _kv_group_of(groups: Groups, g: CoupledGroup) -> list[int]:
     return [0] * g.n_units
 
 
-def _parameters_per_unit(groups: Groups, g: CoupledGroup) -> int:
+def parameters_per_unit(groups: Groups, g: CoupledGroup) -> int:
+    """Parameters that one unit of a group owns, in the model as it is."""
     shapes = groups.shapes
     return sum(m.width * math.prod(shapes[m.parameter]) // shapes[m.parameter][m.dim] for m in g.members)
 

@@ -1,7 +1,11 @@
 """LoRAShear (Chen et al., arXiv 2310.18356): find where knowledge lies, prune progressively, tune on what was lost."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
@@ -10,12 +14,14 @@ from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution
 from prunekit.pruning import PruningPlan, prune
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.recovery import LoRA
+from prunekit.recovery.choosing import check_reals
 from prunekit.recovery.lhspg import importance_saliency, update_saliency
-from prunekit.recovery.mixture import Mixture, MixtureLog, recover_on_mixture
-from prunekit.recovery.progressive import Progressed, prune_progressively
-from prunekit.recovery.sources import Sources, join, open_sources, shuffle
+from prunekit.recovery.mixture import Mixture, MixtureLog, opened, recover_on_mixture, steps_over
+from prunekit.recovery.progressive import Progressed, prune_progressively, split_steps, units_for
+from prunekit.recovery.sources import Source, Sources, join, shuffle
 
 N_ASKED, N_CALIBRATION = 8, 32  # windows of each source, and of all together
+WARMUP = 0.1  # of the steps of progressive pruning
 RATIOS = (0.25, 0.5)  # of a group's units, at which it is asked what the model knows without them
 
 
@@ -50,14 +56,15 @@ def lorashear(
     importance: Importance | None = None,
     n_periods: int = 5,
     shares: tuple[float, float, float] = (0.6, 0.3, 0.1),
+    folder: str | Path | None = None,
 ) -> Sheared:
     """Distribution, protection, progressive pruning with transfer, construction, dynamic fine-tuning.
 
     Args:
         model: the dense model; it is left alone.
         tokenizer: its tokenizer.
-        sources: pretraining-like text, name → text or tokens. Progressive pruning reads all of it but a few windows,
-            which say where knowledge lies.
+        sources: pretraining-like text, name → text or tokens. Some windows of each are laid aside: they say where
+            knowledge lies and what was lost, and are never trained on.
         pruning_ratio: fraction of all the model's parameters that goes.
         instructions: the sources of the second stage; None goes on with `sources`.
         method: how LoRA trains, over all stages together. None is `LoRA()`.
@@ -67,30 +74,26 @@ def lorashear(
             by `Taylor()` and chooses by the paper's proxies.
         n_periods: in which the units go.
         shares: of the steps, for progressive pruning, `sources` and `instructions`.
+        folder: where an interrupted run goes on, as far as the end of the pruning; a new one, or one of the same run.
 
     Returns:
         The smaller model, and what was found on the way.
 
     Raises:
-        PrunekitError: shares that do not sum to 1, or what the steps raise.
+        PrunekitError: shares that do not sum to 1, or what the steps raise; arguments are checked before any work.
 
     Source: Alg. 1 to 5. Reconstructed: the ratios of the distribution and γ, which are not given; see `Mixture` and
         `prune_progressively` for what else.
     """
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
-        raise PrunekitError(f"shares={shares!r}; give three that sum to 1, such as (0.6, 0.3, 0.1)")
-    method = method or LoRA()
-    opened = open_sources(sources, tokenizer, method.seq_len, model, n_validation=N_ASKED)
-    everything = join(shuffle([d for source in opened for d in source.documents], seed=0), opened[0].seq_len)
-    n_steps = method.n_steps(len(everything))
-    pruning, tuning, instructing = (replace(method, max_steps=round(share * n_steps) or None) for share in shares)
+    method, mixture = method or LoRA(), mixture or Mixture()
+    first = opened(sources, tokenizer, method, mixture, model)
+    second = first if instructions is None else opened(instructions, tokenizer, method, mixture, model)
+    everything = join(shuffle([d for source in first for d in source.documents], seed=0), first[0].seq_len)
+    pruning, *tunings = _shared_out(method, method.n_steps(len(everything)), shares)
+    stages = [(stage, how) for stage, how in zip((first, second), tunings, strict=True) if how is not None]
+    _check(model, pruning_ratio, pruning, n_periods, gamma, stages, mixture)
 
-    calib = everything[:N_CALIBRATION]
-    units = discover(model).of_kind(*DEFAULT_KINDS)
-    scores = score(model, units, importance or Taylor(), calib)
-    asked = {source.name: source.validation for source in opened}
-    knowledge = knowledge_distribution(model, tokenizer, units, scores, ratios=RATIOS, text=asked)
-
+    knowledge, calib = _distribution(model, tokenizer, first, everything, importance or Taylor(), folder)
     progress = prune_progressively(
         model,
         pruning_ratio,
@@ -98,11 +101,56 @@ def lorashear(
         pruning,
         protect=knowledge.unprunable(gamma),
         n_periods=n_periods,
+        warmup=WARMUP,
         saliency=update_saliency if importance is None else importance_saliency(importance, calib),
+        folder=None if folder is None else Path(folder) / "pruning",
     )
     small, log = prune(progress.model, progress.plan), MixtureLog(())
-    for data, how in ((sources, tuning), (instructions or sources, instructing)):
-        if how.max_steps:
-            small = recover_on_mixture(small, model, data, how, mixture, tokenizer=tokenizer, inplace=True)
-            log += small.mixture_log
+    for stage, how in stages:
+        small = recover_on_mixture(small, model, stage, how, mixture, inplace=True)
+        log += small.mixture_log
     return Sheared(small, progress.plan, knowledge, progress, log)
+
+
+def _shared_out(method: LoRA, n_steps: int, shares: tuple[float, float, float]) -> list[LoRA | None]:
+    """The method with the steps of each stage; None for one that has none."""
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+        raise PrunekitError(f"shares={shares!r}; give three that sum to 1, such as (0.6, 0.3, 0.1)")
+    steps = [round(share * n_steps) for share in shares]
+    return [replace(method, max_steps=n) if n else None for n in steps]
+
+
+def _check(
+    model: Any,  # noqa: ANN401
+    pruning_ratio: float,
+    pruning: LoRA | None,
+    n_periods: int,
+    gamma: float,
+    stages: Sequence[tuple[Sequence[Source], LoRA]],
+    mixture: Mixture,
+) -> None:
+    """Refuse what would only be refused after hours."""
+    check_reals(gamma=(gamma, 0, 1))
+    split_steps(pruning.max_steps or 0 if pruning else 0, n_periods, WARMUP, 0.0)
+    units_for(discover(model), pruning_ratio)
+    for stage, how in stages:
+        steps_over(stage, how, mixture)
+
+
+def _distribution(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    sources: Sequence[Source],
+    everything: Tensor,
+    importance: Importance,
+    folder: str | Path | None,
+) -> tuple[KnowledgeDistribution, Tensor]:
+    """What each source loses with each group silenced, and the calibration set of the scores."""
+    calib = everything[:N_CALIBRATION]
+    units = discover(model).of_kind(*DEFAULT_KINDS)
+    asked = {source.name: source.validation[:N_ASKED] for source in sources}
+    path = None if folder is None else Path(folder) / "knowledge.safetensors"
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    scores = score(model, units, importance, calib)
+    return knowledge_distribution(model, tokenizer, units, scores, ratios=RATIOS, text=asked, path=path), calib

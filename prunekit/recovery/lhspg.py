@@ -1,5 +1,7 @@
 """LHSPG: LoRA half-space projected gradient, a torch optimiser at whose end chosen units are exactly zero."""
 
+import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,9 +13,11 @@ from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.importance import Importance, score
 from prunekit.importance.lora import lora_saliency
-from prunekit.recovery.lora_units import GroupUnits, as_units, lora_pairs, units_of
+from prunekit.recovery.choosing import check_integers, check_reals, check_wanted, lowest_units
+from prunekit.recovery.lora_units import as_units, lora_pairs, units_of
 
 Saliency = Callable[["LHSPG"], Mapping[str, Tensor]]
+_adamw_step = inspect.unwrap(torch.optim.AdamW.step)  # without the wrapper that would call an optimiser's hooks twice
 
 
 def update_saliency(optimizer: "LHSPG") -> Mapping[str, Tensor]:
@@ -90,16 +94,20 @@ class LHSPG(torch.optim.AdamW):
         Raises:
             PrunekitError: no LoRA, groups of another model, more units than there are, or a number that cannot be.
         """
+        check_integers(warmup_steps=(warmup_steps, 0), period_steps=(period_steps, 1), n_periods=(n_periods, 1))
+        first, second = betas
+        check_reals(epsilon=(epsilon, 0, 1), lr=(lr, 0, math.inf), weight_decay=(weight_decay, 0, math.inf))
+        check_reals(**{"betas[0]": (first, 0, 1), "betas[1]": (second, 0, 1)})
+        if not callable(saliency):
+            raise PrunekitError(f"saliency={saliency!r}; give a function, such as update_saliency")
         self.model, self.groups = model, tuple(groups)
         self.units = units_of(model, self.groups)
         self._pairs = lora_pairs(model)
-        _check_numbers(warmup_steps=(warmup_steps, 0), period_steps=(period_steps, 1), n_periods=(n_periods, 1))
-        if not 0 <= epsilon < 1:
-            raise PrunekitError(f"epsilon={epsilon!r}; give a number in [0, 1), the paper's is 0")
-        self.wanted = _check_wanted(self.units, n_units, min_units)
+        self.wanted = check_wanted(self.units, n_units, min_units)
         self.warmup_steps, self.period_steps, self.n_periods = warmup_steps, period_steps, n_periods
         self.saliency, self.epsilon, self.min_units = saliency, epsilon, min_units
         self.n_steps = 0
+        self._n_turns = 0  # boundaries passed: the warm-up's end, and each period's
         self._periods: list[dict[str, list[int]]] = []  # what each period took
         self._norms: list[Tensor] = []  # of each period, (steps + 1, units taken)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -109,6 +117,11 @@ class LHSPG(torch.optim.AdamW):
     def pruning_steps(self) -> int:
         """Steps until the last unit is zero."""
         return self.warmup_steps + self.n_periods * self.period_steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether all redundant units are zero, as many as were asked for."""
+        return self._n_turns > self.n_periods
 
     @property
     def redundant(self) -> dict[str, list[int]]:
@@ -138,57 +151,62 @@ class LHSPG(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        if self.n_steps == self.warmup_steps == 0:
-            self._turn(0)
-        super().step()
-        self.n_steps += 1
         with torch.no_grad():
+            self._turn_if_due()  # without a warm-up; or where the one that was due has been interrupted
+            _adamw_step(self)
+            self.n_steps += 1
             self._shrink()
+            self._turn_if_due()
         return loss
 
     def _check_gradients(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and not bool(p.grad.isfinite().all()):
-                    raise PrunekitError(
-                        f"a gradient is not finite in step {self.n_steps + 1}: that step was not made, and the model "
-                        f"is as step {self.n_steps} left it; lower the learning rate, now {group['lr']:g}"
-                    )
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if gradients and not bool(torch.stack([g.norm() for g in gradients]).isfinite().all()):
+            raise PrunekitError(
+                f"a gradient is not finite in step {self.n_steps + 1}: that step was not made, and the model is as "
+                f"step {self.n_steps} left it; lower the learning rate, now {self.param_groups[0]['lr']:g}"
+            )
 
     def _shrink(self) -> None:
-        """The redundant units of this period one step on; at a boundary, merge and choose the next."""
+        """The redundant units of this period one step on, those of earlier ones held at zero."""
         done = self.n_steps - self.warmup_steps
         self._hold()
         if 0 < done <= self.n_periods * self.period_steps:
             taken = self._periods[-1]
             remaining = self.period_steps - (done - 1) % self.period_steps
             norms = [g.shrink(as_units(taken[g.name]), remaining, self.epsilon) for g in self.units if g.name in taken]
-            self._norms[-1][self.period_steps - remaining + 1] = torch.cat(norms)
-        if self.n_steps in range(self.warmup_steps, self.pruning_steps + 1, self.period_steps):
-            self._turn(done // self.period_steps)
+            self._norms[-1][self.period_steps - remaining + 1] = torch.cat([*norms, torch.zeros(0)])
 
-    def _turn(self, period: int) -> None:
-        """Between two periods: ask for saliency while the update is there to be seen, merge it, name the next units."""
-        scores = self.saliency(self) if period < self.n_periods else None
-        if period > 0:
+    def _turn_if_due(self) -> None:
+        """At a boundary: ask for saliency while the update is there to be seen, merge it, name the next units.
+
+        Nothing has changed where saliency is refused or interrupted, and the next step asks again.
+        """
+        due = self.warmup_steps + self._n_turns * self.period_steps
+        if self.n_steps < due or self.finished:
+            return
+        taken = self._chosen(self._n_turns) if self._n_turns < self.n_periods else None
+        if self._n_turns > 0:
             for pair in self._pairs.values():
                 pair.merge()
-        if scores is not None:
-            self._take(scores, period)
+        self._n_turns += 1
+        if taken is not None:
+            self._take(taken)
 
-    def _take(self, scores: Mapping[str, Tensor], period: int) -> None:
-        """Make the least salient units redundant, as many as this period's share of each kind."""
-        gone = self.redundant
-        taken: dict[str, list[int]] = {}
-        for kind, total in self.wanted.items():
-            of_kind = [group for group in self.units if group.kind == kind]
-            already = sum(len(gone[group.name]) for group in of_kind)
-            due = round(total * (period + 1) / self.n_periods) - already
-            taken |= _lowest(of_kind, scores, gone, due, self.min_units)
-        self._periods.append(taken)
+    def _chosen(self, period: int) -> dict[str, list[int]]:
+        """The least salient units, as many as this period's share of each kind."""
+        gone, kinds = self.redundant, {group.name: group.kind for group in self.units}
+        due = {kind: round(total * (period + 1) / self.n_periods) for kind, total in self.wanted.items()}
+        for name, units in gone.items():
+            due[kinds[name]] = due.get(kinds[name], 0) - len(units)
+        return lowest_units(self.units, self.saliency(self), gone, due, self.min_units)
+
+    def _take(self, taken: dict[str, list[int]]) -> None:
+        """Make units redundant."""
         start = [g.statistics(as_units(taken[g.name])).norm for g in self.units if g.name in taken]
         norms = torch.full((self.period_steps + 1, sum(map(len, start))), torch.nan)
-        norms[0] = torch.cat(start) if start else norms[0]
+        norms[0] = torch.cat([*start, torch.zeros(0)])
+        self._periods.append(taken)
         self._norms.append(norms)
 
     def _hold(self) -> None:
@@ -200,73 +218,37 @@ class LHSPG(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state, and under `"lhspg"` how far the units are, with the weights that are changed on the way."""
-        weights = [owned.tensor.data for group in self.units for owned in group.weights]
-        merged = [pair.weight.data for pair in self._pairs.values()]
-        own = {"n_steps": self.n_steps, "periods": self._periods, "norms": self._norms, "weights": [*weights, *merged]}
-        return {**super().state_dict(), "lhspg": own}
+        own = {"n_steps": self.n_steps, "n_turns": self._n_turns, "periods": self._periods, "norms": self._norms}
+        return {**super().state_dict(), "lhspg": {**own, "run": self._run(), "weights": self._weights()}}
+
+    def _run(self) -> dict[str, Any]:
+        """What must be the same where a state is taken up."""
+        schedule = {name: getattr(self, name) for name in ("warmup_steps", "period_steps", "n_periods", "min_units")}
+        return {**schedule, "wanted": self.wanted, "groups": {group.name: group.n_units for group in self.units}}
+
+    def _weights(self) -> list[Tensor]:
+        """All that is changed beside A and B, each tensor once."""
+        owned = [owned.tensor for group in self.units for owned in group.weights]
+        return [tensor.data for tensor in dict.fromkeys([*owned, *(pair.weight for pair in self._pairs.values())])]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken, weights included.
 
         Raises:
-            PrunekitError: the state of another optimiser, or of other groups.
+            PrunekitError: the state of another optimiser, schedule, model or other groups; nothing is changed then.
         """
-        own = state_dict.get("lhspg")
-        here = self.state_dict()["lhspg"]["weights"]
-        if own is None or [t.shape for t in own["weights"]] != [t.shape for t in here]:
-            raise PrunekitError("this is no state of an LHSPG over these groups; give what its state_dict() returned")
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "lhspg"})
+        own, here = state_dict.get("lhspg"), self._weights()
+        if own is None or own["run"] != self._run() or [t.shape for t in own["weights"]] != [t.shape for t in here]:
+            raise PrunekitError(
+                "this is no state of an LHSPG over these groups with this schedule; give what its state_dict() returned"
+            )
+        try:
+            super().load_state_dict({name: value for name, value in state_dict.items() if name != "lhspg"})
+        except ValueError as error:
+            raise PrunekitError(f"the state is of other LoRA parameters ({error}); attach LoRA as before") from None
         for mine, saved in zip(here, own["weights"], strict=True):
             mine.copy_(saved)
-        self.n_steps = int(own["n_steps"])
+        self.n_steps, self._n_turns = int(own["n_steps"]), int(own["n_turns"])
         self._periods = [{name: list(units) for name, units in taken.items()} for taken in own["periods"]]
         self._norms = [norms.cpu().clone() for norms in own["norms"]]
-
-
-def _lowest(
-    groups: list[GroupUnits], scores: Mapping[str, Tensor], gone: Mapping[str, list[int]], due: int, min_units: int
-) -> dict[str, list[int]]:
-    """The units of lowest score that are not gone, while every group keeps `min_units`."""
-    left = {group.name: group.n_units - len(gone[group.name]) - min_units for group in groups}
-    dead = {name: set(units) for name, units in gone.items()}
-    ranked = sorted(
-        (score, group.name, unit)
-        for group in groups
-        for unit, score in enumerate(_finite(group, scores).tolist())
-        if unit not in dead[group.name]
-    )
-    taken: dict[str, list[int]] = {}
-    for _, name, unit in ranked:
-        if due > 0 and left[name] > 0:
-            taken.setdefault(name, []).append(unit)
-            left[name] -= 1
-            due -= 1
-    return {group.name: sorted(taken[group.name]) for group in groups if group.name in taken}
-
-
-def _finite(group: GroupUnits, scores: Mapping[str, Tensor]) -> Tensor:
-    found = scores.get(group.name)
-    if found is None or found.shape != (group.n_units,) or not bool(found.isfinite().all()):
-        given = "nothing" if found is None else f"{tuple(found.shape)}, not all finite or not one a unit"
-        raise PrunekitError(f"saliency of {group.name!r} is {given}; give {group.n_units} finite numbers")
-    return found
-
-
-def _check_numbers(**numbers: tuple[Any, int]) -> None:
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise PrunekitError(f"{name}={value!r} is not allowed; give an integer of {least} or more")
-
-
-def _check_wanted(units: tuple[GroupUnits, ...], n_units: Mapping[str, int], min_units: int) -> dict[str, int]:
-    """Kind → units that are to go, after checking that there are as many."""
-    _check_numbers(min_units=(min_units, 1))
-    for kind, wanted in n_units.items():
-        _check_numbers(**{f"n_units[{kind!r}]": (wanted, 0)})
-        most = sum(max(0, group.n_units - min_units) for group in units if group.kind == kind)
-        if wanted > most:
-            raise PrunekitError(
-                f"{wanted} units of kind {kind!r} are to go, but only {most} may: each group keeps {min_units}"
-            )
-    return dict(n_units)

@@ -6,6 +6,7 @@ columns of W and of A (LoRAShear, Alg. 2). The ranks in between stay.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,10 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
     found: dict[str, LoraPair] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            _check_plain(path, layer)
+            weight = _check_plain(path, layer)
             adapter = layer.active_adapters[0]
-            weight = layer.get_base_layer().weight
+            if names[weight] in found:
+                raise PrunekitError(f"{path} shares its weight with another adapted module: leave one out of targets")
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             transposed = bool(getattr(layer, "fan_in_fan_out", False))
             found[names[weight]] = LoraPair(weight, a, b, layer.scaling[adapter], transposed)
@@ -71,14 +73,18 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
     return found
 
 
-def _check_plain(path: str, layer: object) -> None:
-    adapters = list(layer.lora_A)  # type: ignore[attr-defined]
+def _check_plain(path: str, layer: Any) -> nn.Parameter:  # noqa: ANN401
+    """The weight that a LoRA layer updates by γ·B·A, and by nothing else."""
+    from transformers.pytorch_utils import Conv1D
+
+    base = layer.get_base_layer()
     other = [kind for kind in ("lora_magnitude_vector", "lora_variant") if len(getattr(layer, kind, ()))]
-    if any(getattr(layer, "lora_bias", {}).values()):
-        other.append("lora_bias")
-    if len(adapters) != 1 or layer.merged_adapters or other:  # type: ignore[attr-defined]
-        has = ", ".join(other) or f"adapters {adapters}, merged {layer.merged_adapters}"  # type: ignore[attr-defined]
-        raise PrunekitError(f"{path} has {has}; one plain LoRA adapter, not merged, is what can be followed here")
+    other += ["lora_bias"] if any(getattr(layer, "lora_bias", {}).values()) else []
+    other += [f"a {type(base).__name__}"] if not isinstance(base, nn.Linear | Conv1D) else []
+    if len(layer.lora_A) != 1 or layer.merged_adapters or other:
+        has = ", ".join(other) or f"adapters {list(layer.lora_A)}, merged {layer.merged_adapters}"
+        raise PrunekitError(f"{path} has {has}; one plain LoRA adapter of a linear module, not merged, can be followed")
+    return base.weight
 
 
 @dataclass(frozen=True)
@@ -92,14 +98,13 @@ class _Owned:
 
     def rows(self, units: Tensor) -> Tensor:
         """One row of numbers a unit, (n, width · rest)."""
-        index = self.index[units].flatten()
-        return self.tensor.index_select(self.dim, index).movedim(self.dim, 0).reshape(len(units), self._row)
+        return self.tensor.index_select(self.dim, self._at(units)).movedim(self.dim, 0).reshape(len(units), self._row)
 
     def updates(self, units: Tensor) -> Tensor | None:
         """γ·B·A there, (n, width · rest); None where no pair updates the tensor."""
         if self.pair is None:
             return None
-        return self.pair.update(self.dim, self.index[units].flatten()).reshape(len(units), self._row)
+        return self.pair.update(self.dim, self._at(units)).reshape(len(units), self._row)
 
     @property
     def _row(self) -> int:
@@ -108,13 +113,17 @@ class _Owned:
 
     def write(self, units: Tensor, rows: Tensor) -> None:
         """The reverse of `rows`."""
-        index = self.index[units].flatten()
+        index = self._at(units)
         rest = [size for dim, size in enumerate(self.tensor.shape) if dim != self.dim]
         values = rows.to(self.tensor.dtype).reshape(len(index), *rest).movedim(0, self.dim)
         self.tensor.index_copy_(self.dim, index, values)
 
     def silence(self, units: Tensor) -> None:
-        self.tensor.index_fill_(self.dim, self.index[units].flatten(), 0.0)
+        self.tensor.index_fill_(self.dim, self._at(units), 0.0)
+
+    def _at(self, units: Tensor) -> Tensor:
+        """Their indices, where the tensor is now: a Trainer moves the model after the optimiser was made."""
+        return self.index[units].flatten().to(self.tensor.device)
 
 
 @dataclass(frozen=True)
@@ -141,11 +150,12 @@ class GroupUnits:
         chosen = torch.arange(self.n_units) if units is None else units
         x_sq, u_sq, dot = (torch.zeros(len(chosen), dtype=torch.float64) for _ in range(3))
         for owned in self.weights:
-            x, u = owned.rows(chosen).double(), owned.updates(chosen)
-            x_sq += x.square().sum(1).cpu()
+            x, u = owned.rows(chosen).cpu().double(), owned.updates(chosen)
+            x_sq += x.square().sum(1)
             if u is not None:
-                u_sq += u.double().square().sum(1).cpu()
-                dot += (x * u.double()).sum(1).cpu()
+                u = u.cpu().double()
+                u_sq += u.square().sum(1)
+                dot += (x * u).sum(1)
         return UpdateStatistics(x_sq.sqrt(), u_sq.sqrt(), dot)
 
     @torch.no_grad()
@@ -187,15 +197,31 @@ def units_of(model: nn.Module, groups: Iterable[CoupledGroup]) -> tuple[GroupUni
     """The groups of an adapted model, tied to its tensors.
 
     Raises:
-        PrunekitError: no LoRA, no group, or groups of another model or of ranks.
+        PrunekitError: no LoRA, no group, groups of another model, of ranks or that overlap, or weights that train.
     """
     pairs = lora_pairs(model)
     parameters = dict(model.named_parameters())
     trained = {id(tensor) for pair in pairs.values() for tensor in (pair.a, pair.b)}
-    found = tuple(_tied(group, parameters, pairs, trained) for group in groups)
+    listed = list(groups)
+    found = tuple(_tied(group, parameters, pairs, trained) for group in listed)
     if not found:
         raise PrunekitError("no group is to be pruned; give some that discover finds in the adapted model")
+    _check_apart(listed)
     return found
+
+
+def _check_apart(groups: list[CoupledGroup]) -> None:
+    """Refuse units of one group that own what units of another do."""
+    seen: dict[tuple[str, int], tuple[str, Tensor]] = {}
+    for group in groups:
+        for member in group.members:
+            name, before = seen.get((member.parameter, member.dim), ("", torch.zeros(0)))
+            both = torch.cat([before.long(), member.index.flatten()])
+            if name and len(both.unique()) < len(both):
+                raise PrunekitError(
+                    f"{group.name!r} and {name!r} own the same of {member.parameter}; give groups that do not overlap"
+                )
+            seen[member.parameter, member.dim] = group.name, both
 
 
 def _tied(
@@ -208,11 +234,18 @@ def _tied(
         )
     if group.kind == "rank":
         raise PrunekitError(f"{group.name!r} is a rank of LoRA, which goes with the merge; give heads and channels")
-    owned = [
-        _Owned(parameters[m.parameter], m.dim, m.index.to(parameters[m.parameter].device), pairs.get(m.parameter))
-        for m in group.members
-    ]
+    owned = [_Owned(parameters[m.parameter], m.dim, m.index.cpu(), pairs.get(m.parameter)) for m in group.members]
     weights, lora = ([o for o in owned if (id(o.tensor) in trained) == flag] for flag in (False, True))
+    free = [
+        m.parameter
+        for m, o in zip(group.members, owned, strict=True)
+        if o.tensor.requires_grad and id(o.tensor) not in trained
+    ]
+    if free:
+        raise PrunekitError(
+            f"{group.name!r} owns {free[0]}, which is trained itself and would not stay zero; attach LoRA with "
+            "bias='none' and without modules_to_save"
+        )
     return GroupUnits(group.name, group.kind, group.n_units, tuple(weights), tuple(lora))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 
 from prunekit.calibration import check_finite, mean_loss
 from prunekit.errors import PrunekitError
+from prunekit.recovery.choosing import check_integers, check_reals
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA
 from prunekit.recovery.recovering import recover
@@ -46,16 +48,11 @@ class Mixture:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        allowed = {
-            "n_rounds": isinstance(self.n_rounds, int) and self.n_rounds >= 1,
-            "uniform_share": 0 <= self.uniform_share <= 1,
-            "temperature": 0 < self.temperature < math.inf,
-            "n_validation": isinstance(self.n_validation, int) and self.n_validation >= 1,
-        }
-        for name, good in allowed.items():
-            if not good:
-                default = type(self).__dataclass_fields__[name].default
-                raise PrunekitError(f"Mixture({name}={getattr(self, name)!r}) cannot be; the default is {default}")
+        check_integers(n_rounds=(self.n_rounds, 1), n_validation=(self.n_validation, 1))
+        check_reals(
+            uniform_share=(self.uniform_share, 0, math.nextafter(1, 2)),
+            temperature=(self.temperature, math.nextafter(0, 1), math.inf),
+        )
 
     def shares(self, gaps: Tensor) -> Tensor:
         """Share of each source from its gap in nats, (n_sources,); they sum to 1."""
@@ -97,7 +94,7 @@ class MixtureLog:
 def recover_on_mixture(
     model: "PreTrainedModel",
     dense: "PreTrainedModel",
-    sources: Sources,
+    sources: Sources | Sequence[Source],
     method: LoRA | None = None,
     mixture: Mixture | None = None,
     *,
@@ -109,7 +106,8 @@ def recover_on_mixture(
     Args:
         model: the pruned model.
         dense: the model before pruning, against which is measured; it reads the same tokens.
-        sources: name → text or tokens, as `open_sources` takes them. Their documents are mixed in every window.
+        sources: name → text or tokens, as `open_sources` takes them, or what it returned. Their documents are mixed in
+            every window.
         method: how LoRA trains; its steps are shared out between the rounds. None is `LoRA()`.
         mixture: how the sources are weighed; None is `Mixture()`.
         tokenizer: needed where sources are text.
@@ -126,15 +124,8 @@ def recover_on_mixture(
     """
     check_finite(model)
     method, mixture = method or LoRA(), mixture or Mixture()
-    drawn_from = open_sources(
-        sources, tokenizer, method.seq_len, model, n_validation=mixture.n_validation, seed=mixture.seed
-    )
-    n_windows = sum(source.n_windows for source in drawn_from)
-    a_step, n_steps = method.windows_a_step(n_windows), method.n_steps(n_windows)
-    if n_steps < mixture.n_rounds:
-        raise PrunekitError(
-            f"n_rounds={mixture.n_rounds}, but training has {n_steps} steps; give fewer rounds or more steps"
-        )
+    drawn_from = opened(sources, tokenizer, method, mixture, model)
+    a_step, n_steps = steps_over(drawn_from, method, mixture)
     dense_losses = [mean_loss(dense, source.validation) for source in drawn_from]
     changed = model if inplace else copy.deepcopy(model)
     rows: list[dict[str, Any]] = []
@@ -154,9 +145,38 @@ def recover_on_mixture(
     return changed
 
 
+def opened(
+    sources: Sources | Sequence[Source],
+    tokenizer: Any,  # noqa: ANN401
+    method: LoRA,
+    mixture: Mixture,
+    model: Any,  # noqa: ANN401
+) -> Sequence[Source]:
+    """Sources to draw from, opened if they are not yet."""
+    if isinstance(sources, Sequence) and sources and all(isinstance(source, Source) for source in sources):
+        return sources
+    options = {"n_validation": mixture.n_validation, "seed": mixture.seed}
+    return open_sources(sources, tokenizer, method.seq_len, model, **options)  # type: ignore[arg-type]
+
+
+def steps_over(sources: Sequence[Source], method: LoRA, mixture: Mixture) -> tuple[int, int]:
+    """Windows a step, and steps over all rounds.
+
+    Raises:
+        PrunekitError: more rounds than steps.
+    """
+    n_windows = sum(source.n_windows for source in sources)
+    n_steps = method.n_steps(n_windows)
+    if n_steps < mixture.n_rounds:
+        raise PrunekitError(
+            f"n_rounds={mixture.n_rounds}, but training has {n_steps} steps; give fewer rounds or more steps"
+        )
+    return method.windows_a_step(n_windows), n_steps
+
+
 def _measure(
     model: Any,  # noqa: ANN401
-    sources: list[Source],
+    sources: Sequence[Source],
     dense: list[float],
     mixture: Mixture,
     number: int,

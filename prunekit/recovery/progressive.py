@@ -1,7 +1,6 @@
 """Progressive pruning: units shrink to zero while LoRA trains, and what they knew moves into the others."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,8 +15,11 @@ from prunekit.calibration import check_finite, check_tokens
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
+from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, plan
 from prunekit.pruning.planning import plan_without
+from prunekit.pruning.steps import parameters_per_unit
+from prunekit.recovery.choosing import check_integers, check_reals
 from prunekit.recovery.data import token_windows
 from prunekit.recovery.lhspg import LHSPG, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
@@ -95,7 +97,7 @@ def prune_progressively(
         saliency: which units go; see `LHSPG`.
         tokenizer: needed where `data` is text.
         folder: for checkpoints, one a period; a run that was stopped goes on from there when called again with the same
-            arguments.
+            model, data and arguments. (Whether `saliency` is the same cannot be seen.)
 
     Returns:
         The zeroed model, the plan that cuts the zeros out, the loss curve, and the norms on the way.
@@ -103,6 +105,7 @@ def prune_progressively(
     Raises:
         PrunekitError: a budget that cannot be met, an unknown group, more periods than steps, bad data, a folder of
             another run, or a gradient that is not finite: then the last checkpoint in `folder` is a good one.
+            `model` is unchanged.
 
     Source: LoRAShear (arXiv 2310.18356), section 3.3. T_w, P and T_p are not given there: 5 periods and a tenth of the
         steps are ours.
@@ -111,33 +114,51 @@ def prune_progressively(
     method = method or LoRA()
     tokens = check_tokens(token_windows(data, tokenizer, method.seq_len), model).cpu()
     method = replace(method, max_steps=method.n_steps(len(tokens)))
-    steps = _split(method.max_steps or 0, n_periods, warmup, rest)
+    steps = split_steps(method.max_steps or 0, n_periods, warmup, rest)
     groups = discover(model)
     prunable = groups.without(protect)
     wanted = units_for(prunable, pruning_ratio)
-    resume = (
-        None if folder is None else _open(Path(folder), steps.period, [method, pruning_ratio, steps], tokens, model)
-    )
+    names = {group.name for group in prunable.of_kind(*wanted) if group.exact}
     changed = copy.deepcopy(model)
     with seeded(method.seed):
         adapted = attach(changed, method)
-        ours = [
-            g for g in discover(adapted) if _plain(g.name) in {p.name for p in prunable.of_kind(*wanted) if p.exact}
-        ]
+        ours = [group for group in discover(adapted) if _plain(group.name) in names]
         optimizer = LHSPG(
             adapted, ours, wanted, lr=method.learning_rate, n_periods=n_periods, saliency=saliency,
             warmup_steps=steps.warmup, period_steps=steps.period,
         )  # fmt: skip
-        try:
-            log = train(adapted, tokens, method, optimizer=optimizer, resume=resume)
-        except PrunekitError as error:
-            raise PrunekitError(f"{error}; {_what_is_left(resume)}") from None
+        run = [repr(method), wanted, sorted(names), n_periods, steps]
+        resume = None if folder is None else _open(Path(folder), steps.period, run, tokens, model)
+        log = _train(adapted, tokens, method, optimizer, resume)
     small: Any = detach(adapted, merge=True).eval()
+    _as_it_was(small, model)
     small.recovery_log = log
     gone = {_plain(name): units for name, units in optimizer.redundant.items()}
     notes = {"pruning_ratio": pruning_ratio, "of": "parameters", "importance": "LHSPG", "n_periods": n_periods}
     chosen = plan_without(groups, gone, notes)
     return Progressed(small, chosen, log, optimizer.history().assign(group=lambda t: t["group"].map(_plain)))
+
+
+def _train(adapted: Any, tokens: Tensor, method: LoRA, optimizer: LHSPG, resume: Resume | None) -> RecoveryLog:  # noqa: ANN401
+    try:
+        log = train(adapted, tokens, method, optimizer=optimizer, resume=resume)
+    except PrunekitError as error:
+        raise PrunekitError(f"{error}; {_what_is_left(resume)}") from None
+    if not optimizer.finished:  # as where a scaler of gradients passes steps over
+        raise PrunekitError(
+            f"training ended after {optimizer.n_steps} of the {optimizer.pruning_steps} steps that pruning takes, so "
+            "that not all units are zero; train in float32 or bfloat16, or for longer"
+        )
+    return log
+
+
+def _as_it_was(small: Any, model: Any) -> None:  # noqa: ANN401
+    """Device and training flags of the model that was given."""
+    device = next(model.parameters()).device
+    if next(small.parameters()).device != device:
+        small.to(device)
+    for mine, given in zip(small.parameters(), model.parameters(), strict=True):
+        mine.requires_grad_(given.requires_grad)
 
 
 def units_for(groups: Groups, pruning_ratio: float) -> dict[str, int]:
@@ -151,8 +172,15 @@ def units_for(groups: Groups, pruning_ratio: float) -> dict[str, int]:
         PrunekitError: what `plan` raises.
     """
     alike = {group.name: torch.arange(group.n_units, dtype=torch.float64) for group in groups}
-    summary = plan(groups, alike, pruning_ratio).summary()
-    return {str(kind): int(row["before"] - row["after"]) for kind, row in summary.iterrows()}
+    chosen = plan(groups, alike, pruning_ratio)
+    for kind in {groups[name].kind for name in chosen.keep}:
+        sizes = {parameters_per_unit(groups, groups[name]) for name in chosen.keep if groups[name].kind == kind}
+        if len(sizes) > 1:
+            raise PrunekitError(
+                f"units of kind {kind!r} have {min(sizes):,} to {max(sizes):,} parameters in this model, so that no "
+                "number of them meets a budget; protect the groups that differ, or give LHSPG numbers of units"
+            )
+    return {str(kind): int(row["before"] - row["after"]) for kind, row in chosen.summary().iterrows()}
 
 
 def _what_is_left(resume: Resume | None) -> str:
@@ -160,17 +188,21 @@ def _what_is_left(resume: Resume | None) -> str:
     return f"the last good state is in {kept}" if kept else "no checkpoint was kept; give folder=… to have some"
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
+    """Steps of the warm-up, and of each period."""
+
     warmup: int
     period: int
 
 
-def _split(n_steps: int, n_periods: int, warmup: float, rest: float) -> _Steps:
-    for name, share in (("warmup", warmup), ("rest", rest)):
-        if not 0 <= share < 1:
-            raise PrunekitError(f"{name}={share!r} is a share of the training's steps; give a number in [0, 1)")
-    if isinstance(n_periods, bool) or not isinstance(n_periods, int) or n_periods < 1:
-        raise PrunekitError(f"n_periods={n_periods!r}; give an integer of 1 or more")
+def split_steps(n_steps: int, n_periods: int, warmup: float, rest: float) -> Steps:
+    """How a training's steps are shared out; what does not go into the periods evenly goes to the warm-up.
+
+    Raises:
+        PrunekitError: shares that are none, or more periods than steps.
+    """
+    check_reals(warmup=(warmup, 0, 1), rest=(rest, 0, 1))
+    check_integers(n_periods=(n_periods, 1))
     before = round(warmup * n_steps)
     period = (n_steps - before - round(rest * n_steps)) // n_periods
     if period < 1:
@@ -178,7 +210,7 @@ def _split(n_steps: int, n_periods: int, warmup: float, rest: float) -> _Steps:
             f"n_periods={n_periods} do not fit into {n_steps} steps of which {warmup:.0%} warm up and {rest:.0%} come "
             "after; give fewer periods, or a method with more max_steps or epochs"
         )
-    return _Steps(n_steps - round(rest * n_steps) - n_periods * period, period)
+    return Steps(n_steps - round(rest * n_steps) - n_periods * period, period)
 
 
 def _plain(name: str) -> str:
@@ -186,19 +218,24 @@ def _plain(name: str) -> str:
     return name.removeprefix(_PREFIX)
 
 
-def _open(folder: Path, every: int, settings: list[Any], tokens: Tensor, model: Any) -> Resume:  # noqa: ANN401
-    """A folder for checkpoints, new or of the same run.
+def _open(folder: Path, every: int, run: list[Any], tokens: Tensor, model: Any) -> Resume:  # noqa: ANN401
+    """A folder for checkpoints, new or of the same run, which a note in it tells.
 
     Raises:
         PrunekitError: what stands there belongs to another run.
     """
-    first = next(p for p in model.parameters()).detach().float().sum().item()
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    run, note = json.dumps([*map(repr, settings), digest, first]), folder / "run.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (note.is_file() and note.read_text(encoding="utf-8") == run):
-        raise PrunekitError(
-            f"{str(folder)!r} holds something else than this run; give a new folder, or the same arguments"
-        )
-    write_text(note, run)
+    from accelerate import PartialState
+
+    digest = digest_of(model)
+    digest.update(json.dumps([*run, list(tokens.shape)]).encode() + tokens.numpy().tobytes())
+    note = folder / "run.json"
+    with PartialState().main_process_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        told = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+        if told != digest.hexdigest() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise PrunekitError(
+                f"{str(folder)!r} holds something else than this run; give a new folder, or the same model, data and "
+                "arguments"
+            )
+        write_text(note, json.dumps(digest.hexdigest()))
     return Resume(folder, every)

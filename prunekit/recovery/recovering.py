@@ -89,11 +89,11 @@ def recover_with_lora(model: nn.Module, method: LoRA, tokens: Tensor, output_dir
             merge = True
         finally:
             detach(adapted, merge=merge)
-            _restore(model, trained, mode, device)
+            restore(model, trained, mode, device)
     return log
 
 
-def _restore(model: nn.Module, trained: dict[nn.Parameter, bool], mode: bool, device: torch.device) -> None:
+def restore(model: nn.Module, trained: dict[nn.Parameter, bool], mode: bool, device: torch.device) -> None:
     """Training flags, mode and device as they were."""
     for parameter, flag in trained.items():
         parameter.requires_grad_(flag)

@@ -77,7 +77,7 @@ def open_sources(
     if not isinstance(sources, Mapping) or not sources:
         raise PrunekitError(f"sources={sources!r:.60}; give at least one, name → text or tokens")
     generator = torch.Generator().manual_seed(seed)
-    lengths = {data.shape[-1] if isinstance(data, Tensor) else None for data in sources.values()}
+    lengths = {data.shape[-1] if isinstance(data, Tensor) and data.ndim == 2 else None for data in sources.values()}
     seq_len = next(iter(lengths), None) or seq_len if len(lengths) == 1 else seq_len
     return [_open(name, data, tokenizer, seq_len, model, n_validation, generator) for name, data in sources.items()]
 
@@ -115,6 +115,8 @@ def _open(
 
 def _documents(data: Tensor | TextSource, tokenizer: Any) -> Iterable[Tensor]:  # noqa: ANN401
     if isinstance(data, Tensor):
+        if data.ndim != 2 or data.is_floating_point() or data.dtype == torch.bool:
+            raise PrunekitError(f"it is a {data.dtype} tensor {tuple(data.shape)}; give integers (n, length)")
         return data.cpu()
     if "input_ids" in (getattr(data, "column_names", None) or ()):
         return [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in data]  # type: ignore[union-attr,call-overload,index]

@@ -1,0 +1,95 @@
+"""Which units leave next, and whether what is asked for can be had."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from prunekit.errors import PrunekitError
+from prunekit.recovery.lora_units import GroupUnits
+
+
+def lowest_units(
+    groups: Sequence[GroupUnits],
+    scores: Mapping[str, Tensor],
+    gone: Mapping[str, Sequence[int]],
+    due: Mapping[str, int],
+    min_units: int,
+) -> dict[str, list[int]]:
+    """The units of lowest score that are not gone, so many of each kind, while every group keeps `min_units`.
+
+    Args:
+        groups: all that may lose units.
+        scores: group name → (n_units,); higher means keep.
+        gone: group name → units that are not to be chosen again.
+        due: kind → how many are wanted.
+        min_units: units that every group keeps.
+
+    Returns:
+        Group name → ascending units, for groups that lose some.
+
+    Raises:
+        PrunekitError: scores that miss a group, are not finite or not one a unit.
+    """
+    left = {group.name: group.n_units - len(gone[group.name]) - min_units for group in groups}
+    wanted, dead = dict(due), {name: set(units) for name, units in gone.items()}
+    kinds = {group.name: group.kind for group in groups}
+    ranked = sorted((s, g.name, u) for g in groups for u, s in enumerate(_finite(g, scores)) if u not in dead[g.name])
+    taken: dict[str, list[int]] = {}
+    for _, name, unit in ranked:
+        if wanted.get(kinds[name], 0) > 0 and left[name] > 0:
+            taken.setdefault(name, []).append(unit)
+            left[name] -= 1
+            wanted[kinds[name]] -= 1
+    return {group.name: sorted(taken[group.name]) for group in groups if group.name in taken}
+
+
+def _finite(group: GroupUnits, scores: Mapping[str, Tensor]) -> list[float]:
+    found = scores.get(group.name)
+    if found is None or found.shape != (group.n_units,) or not bool(found.isfinite().all()):
+        given = "nothing" if found is None else f"{tuple(found.shape)}, not all finite or not one a unit"
+        raise PrunekitError(f"saliency of {group.name!r} is {given}; give {group.n_units} finite numbers")
+    return found.tolist()
+
+
+def check_wanted(groups: Sequence[GroupUnits], n_units: Mapping[str, int], min_units: int) -> dict[str, int]:
+    """Kind → units that are to go, after checking that there are as many.
+
+    Raises:
+        PrunekitError: no mapping, numbers that are none, or more units than there are.
+    """
+    check_integers(min_units=(min_units, 1))
+    if not isinstance(n_units, Mapping):
+        raise PrunekitError(f"n_units={n_units!r}; give kind → number of units, such as {{'ffn_channel': 100}}")
+    for kind, wanted in n_units.items():
+        check_integers(**{f"n_units[{kind!r}]": (wanted, 0)})
+        most = sum(max(0, group.n_units - min_units) for group in groups if group.kind == kind)
+        if wanted > most:
+            raise PrunekitError(
+                f"{wanted} units of kind {kind!r} are to go, but only {most} may: each group keeps {min_units}"
+            )
+    return dict(n_units)
+
+
+def check_integers(**numbers: tuple[Any, int]) -> None:
+    """Name → value and the least that it may be.
+
+    Raises:
+        PrunekitError: a value that is no integer, or smaller.
+    """
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise PrunekitError(f"{name}={value!r} is not allowed; give an integer of {least} or more")
+
+
+def check_reals(**numbers: tuple[Any, float, float]) -> None:
+    """Name → value, the least that it may be, and what it must stay below.
+
+    Raises:
+        PrunekitError: a value that is no finite number, or outside.
+    """
+    for name, (value, low, high) in numbers.items():
+        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not real or not low <= value < high:
+            raise PrunekitError(f"{name}={value!r} is not allowed; give a number in [{low:g}, {high:g})")
