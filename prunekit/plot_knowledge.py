@@ -41,7 +41,8 @@ def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes 
     rows = table[at | whole]
     names = [f"{_layer(layer)}{_short(group, kind)}" for group, kind, layer in _keys(rows)]
     ax = _changes(rows, names, ax)
-    ax.set(title=f"What is lost with each group, {ratio:.0%} of it silenced", ylabel="layer and kind")
+    ax.set_ylabel("layer and kind")
+    ax.set_title(f"What is lost with each group, {ratio:.0%} of it silenced", loc="left")
     return ax
 
 
@@ -68,7 +69,8 @@ def plot_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ]
     ax = _changes(table, names, ax)
     of = kinds[0] if len(kinds) == 1 else "unit"
-    ax.set(title=f"What is lost with each {of} alone", ylabel=f"layer.unit ({', '.join(kinds)})")
+    ax.set_ylabel(f"layer.unit ({', '.join(kinds)})")
+    ax.set_title(f"What is lost with each {of} alone", loc="left")
     return ax
 
 
@@ -98,7 +100,8 @@ def plot_score_agreement(table: pd.DataFrame, *, kind: str = "all", ax: Axes | N
         shade = "white" if abs(value) > 0.6 else "black"
         ax.text(column, row, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", color=shade)
     told = "all kinds" if kind == "all" else kind
-    ax.set(title=f"Which score foresees what is lost? ({told})", ylabel="score", xlabel=by)
+    ax.set(ylabel="score", xlabel=by)
+    ax.set_title(f"Which score foresees what is lost? ({told})", loc="left")
     return ax
 
 

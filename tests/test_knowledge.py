@@ -10,7 +10,7 @@ import torch
 from evaluation_helpers import TEXT, byte_tokenizer, llama
 from families import FAMILIES, Unrounded, plan_keeping, random_units
 
-import prunekit.knowledge as knowledge
+import prunekit.knowledge.measuring as knowledge
 from prunekit import PrunekitError, discover, load, prune, zero_shot
 from prunekit.evaluation.likelihood import Span, log_likelihoods
 from prunekit.evaluation.multiple_choice import judge, question_spans
@@ -145,7 +145,7 @@ def test_what_answers_alike_is_run_once(world, monkeypatch):
     model, tokenizer, groups = world
     chosen = [g for g in groups.of_kind("kv_head", "query_head", "block") if g.layer == 4 and "mlp" not in g.name]
     ran = []
-    logits = knowledge.Runner.sums.__globals__["Layerwise"].logits
+    logits = Runner.sums.__globals__["Layerwise"].logits
     monkeypatch.setattr("prunekit.knowledge.running.Layerwise.logits", lambda *args: (ran.append(1), logits(*args))[1])
     found = knowledge_distribution(model, tokenizer, chosen, random_scores(chosen), ratios=(1.0,), tasks=few(1))
     assert len(found.loss) == 3 and np.array_equal(found.loss[0], found.loss[2])

@@ -62,12 +62,12 @@ def test_the_worst_is_orange_and_hatched_whatever_the_measure(measure):
     assert mesh.norm(0) == 0.5  # centred
     (patch,) = ax.patches
     assert patch.get_hatch() and patch.get_xy() == (column - 0.5, row - 0.5)
-    assert ax.yaxis_inverted() and "100%" in ax.get_title()
+    assert ax.yaxis_inverted() and "100%" in ax.get_title(loc="left")
 
 
 def test_another_ratio_and_what_has_but_one():
     ax = plot_knowledge(changes(), ratio=0.5)
-    assert grid(ax).min() == pytest.approx(-20) and "2 layer" in rows_of(ax) and "50%" in ax.get_title()
+    assert grid(ax).min() == pytest.approx(-20) and "2 layer" in rows_of(ax) and "50%" in ax.get_title(loc="left")
     with pytest.raises(PrunekitError, match=r"ratio=0.3 was not measured; one of \[0.5, 1.0\]"):
         plot_knowledge(changes(), ratio=0.3)
 
@@ -111,7 +111,7 @@ def test_agreement_is_written_into_its_place():
     assert written == {(0, 0): "0.90", (1, 0): "-0.25", (0, 1): "–", (1, 1): "0.00"}
     assert rows_of(ax) == ["taylor", "random"] and ax.collections[0].norm(0) == 0.5
     assert (ax.collections[0].norm.vmin, ax.collections[0].norm.vmax) == (-1, 1) and not ax.patches
-    assert "kv_head" in plot_score_agreement(table, kind="kv_head").get_title()
+    assert "kv_head" in plot_score_agreement(table, kind="kv_head").get_title(loc="left")
     with pytest.raises(PrunekitError, match="a kind out of all, kv_head"):
         plot_score_agreement(table, kind="expert")
 

@@ -90,6 +90,9 @@ class KnowledgeDistribution:
     def damage(self, measure: str = "loss", ratios: Sequence[float] = RATIOS) -> pd.DataFrame:
         """How much worse a group's silencing makes things: the mean over ratios and domains, which all weigh the same.
 
+        What is silenced at a ratio is what the scores hold for the least, so that this says what cutting costs by that
+        score and to that depth, not what the group knows: one vital unit that scores high is not missed.
+
         Args:
             measure: `"loss"`, or `"accuracy"`, whose fall then counts.
             ratios: those to take the mean over. Whole blocks and layers are silenced at ratio 1 alone, and are left
