@@ -33,6 +33,8 @@ def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes 
         PrunekitError: the table has not these columns, or not this ratio.
     """
     require_columns(table, ("kind", "layer", "ratio", "measure", "change"), GIVEN)
+    if "unit" in table:
+        raise PrunekitError("this is a table of single units; draw it with plot_units")
     ratio = float(table["ratio"].max()) if ratio is None else ratio
     at = np.isclose(table["ratio"], ratio)
     if not at.any():

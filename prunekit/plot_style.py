@@ -81,7 +81,9 @@ def colors_of(names: Iterable[str], fixed: Mapping[str, str] = METHOD_COLORS) ->
 
 
 def require_columns(table: pd.DataFrame, columns: Iterable[str], source: str) -> None:
-    """Refuses an empty table, or one without a column that is drawn."""
+    """Refuses what is no table, an empty one, or one without a column that is drawn."""
+    if not isinstance(table, pd.DataFrame):
+        raise PrunekitError(f"a {type(table).__name__} is no table; give {source}")
     missing = [column for column in columns if column not in table.columns]
     if missing or table.empty:
         raise PrunekitError(f"the table is empty or has no {', '.join(missing) or 'rows'}; give {source}")

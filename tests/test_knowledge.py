@@ -11,7 +11,7 @@ from evaluation_helpers import TEXT, byte_tokenizer, llama
 from families import FAMILIES, Unrounded, plan_keeping, random_units
 
 import prunekit.knowledge.measuring as knowledge
-from prunekit import PrunekitError, discover, load, prune, zero_shot
+from prunekit import PrunekitError, Taylor, discover, load, prune, zero_shot
 from prunekit.evaluation.likelihood import Span, log_likelihoods
 from prunekit.evaluation.multiple_choice import judge, question_spans
 from prunekit.importance.ablation import silenced
@@ -264,8 +264,9 @@ def test_texts_are_measured_as_perplexity_measures_them():
             row = table[(table["domain"] == name) & (table["layer"] == 1) & (table["unit"] == 0)].iloc[0]
             assert row["value"] == pytest.approx(math.log(result.value), rel=1e-6) and row["n"] == result.n_windows
     assert found.questions["right"].str.contains("dog barks").any() and not found.hit.any()
-    with pytest.raises(PrunekitError, match="nothing that has an accuracy"):
-        found.table()
+    assert set(found.table()["measure"]) == {"loss"}  # all that there is
+    with pytest.raises(PrunekitError, match="only text was read here.*measure='loss'"):
+        found.table(measure="accuracy")
     assert knowledge_of_units(model, tokenizer, groups, text=TEXT).questions["domain"].unique().tolist() == ["text"]
 
 
@@ -424,6 +425,10 @@ def test_what_is_refused(world, tmp_path):
         r"ratios=\(0, 0.5\); give fractions": lambda: run(ratios=(0, 0.5)),
         r"ratios=\(1.5,\)": lambda: run(ratios=(1.5,)),
         r"ratios=\(\)": lambda: run(ratios=()),
+        "ratios=1.0 is no list": lambda: run(ratios=1.0),
+        "tokenizer=None; give": lambda: run(tokenizer=None),
+        "scores are a Taylor": lambda: run(scores=Taylor()),
+        "'arc_easy' is no task": lambda: run(tasks=["arc_easy"]),
         "no scores of": lambda: run(scores={}),
         r"have shape \(3,\).*give \(4,\)": lambda: run(scores={name: torch.ones(3)}),
         "1 values that are not finite": lambda: run(scores={name: torch.tensor([1.0, 2, 3, math.nan])}),

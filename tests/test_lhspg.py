@@ -14,7 +14,6 @@ from torch import nn
 from prunekit import Taylor, discover, prune
 from prunekit.errors import PrunekitError
 from prunekit.importance.lora import UpdateStatistics, lora_saliency
-from prunekit.pruning.planning import plan_without
 from prunekit.recovery.lhspg import LHSPG, importance_saliency, update_saliency
 from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.lora_units import GroupUnits, LoraPair, _Owned, lora_pairs, units_of
@@ -225,9 +224,8 @@ def test_the_zeroed_model_is_the_cut_model(family):
         warmup_steps=1, period_steps=2, n_periods=2, lr=1e-3,
     )  # fmt: skip
     train(model, optimizer, optimizer.pruning_steps + 1)
-    gone = {name.removeprefix("base_model.model."): units for name, units in optimizer.redundant.items()}
     zeroed = detach(model, merge=True)
-    small = prune(zeroed, plan_without(discover(zeroed), gone, {}))
+    small = prune(zeroed, optimizer.plan(discover(zeroed)))
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in zeroed.parameters())
     torch.testing.assert_close(logits(small), logits(zeroed), rtol=0, atol=1e-11)
 
@@ -464,6 +462,22 @@ def test_refused_scores_leave_the_update_where_it_was():
         train(model, optimizer, 8)
     assert optimizer.n_steps == 5
     assert any(bool(p.any()) for n, p in model.named_parameters() if "lora_B" in n)  # not merged
+
+
+def test_a_plan_waits_for_the_zeros():
+    model = adapted()
+    optimizer = shearing(model)
+    train(model, optimizer, 7)
+    with pytest.raises(PrunekitError, match="step 7 of 8: not all units are zero yet"):
+        optimizer.plan(discover(tiny_llama()))
+
+
+def test_a_step_without_a_gradient_is_refused():
+    model = adapted()
+    optimizer = shearing(model)
+    with pytest.raises(PrunekitError, match=r"call backward\(\) first"):
+        optimizer.step()
+    assert optimizer.n_steps == 0
 
 
 def test_hooks_of_an_optimiser_run_once_a_step():

@@ -120,8 +120,9 @@ def test_stages_follow_each_other_in_the_log():
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ({}, "give at least one"),
-        ("text", "give at least one"),
+        ({}, "sources are empty; give at least one as a mapping"),
+        ("text", "sources are a str; give at least one as a mapping"),
+        (["one.txt", "two.txt"], "sources are a list; give at least one as a mapping"),
         ({"empty": ""}, "source 'empty'"),
         ({"ones": SOURCES["ones"], "one": counting(1)}, "source 'one' has 12 tokens in 1 pieces"),
         ({"ones": SOURCES["ones"], "text": "no tokenizer"}, "source 'text'.*tokenizer"),
@@ -143,6 +144,11 @@ def test_sources_that_cannot_be_are_refused(sources, message):
 def test_mixtures_that_cannot_be_are_refused(name, value):
     with pytest.raises(PrunekitError, match=f"{name}={value!r}"):
         Mixture(**{name: value})
+
+
+def test_what_is_no_method_is_refused():
+    with pytest.raises(PrunekitError, match="is a Mixture; give a LoRA"):
+        recover_on_mixture(tiny_llama(), tiny_llama(), SOURCES, Mixture())
 
 
 def test_more_rounds_than_steps_are_refused():

@@ -121,5 +121,11 @@ def test_tables_without_columns_are_refused(plot):
     for table in (pd.DataFrame(), changes().drop(columns="kind")):
         with pytest.raises(PrunekitError, match="the table is empty or has no"):
             plot(table)
+    other = changes().drop(columns="domain").assign(score="a", spearman=0.0, kind="all")
     with pytest.raises(PrunekitError, match="has no domain"):
-        plot(changes().drop(columns="domain").assign(unit=0, score="a", spearman=0.0, kind="all"))
+        plot(other if plot is plot_knowledge else other.assign(unit=0))
+
+
+def test_single_units_are_not_drawn_as_groups():
+    with pytest.raises(PrunekitError, match="single units; draw it with plot_units"):
+        plot_knowledge(changes().assign(unit=0))

@@ -90,6 +90,7 @@ def test_gaps_are_followed_to_the_last_measurement():
     [
         (lambda: plot_norms(mixture()), "period, step, group, unit, norm; give LHSPG.history"),
         (lambda: plot_norms(history().iloc[:0]), "empty"),
+        (lambda: plot_norms("history"), "a str is no table; give LHSPG.history"),
         (lambda: plot_norms(history(), kind="layer"), "ffn_channel, kv_head"),
         (lambda: plot_mixture(history()), "give MixtureLog.table"),
         (lambda: plot_mixture(mixture(), y="loss"), "'n_windows', 'gap'"),

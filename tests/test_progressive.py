@@ -156,6 +156,24 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, stop):
     assert stop == 1 or steps  # the second time there was a checkpoint to go on from
 
 
+def test_a_finished_run_is_what_it_was(tmp_path):
+    """Called again it makes no step, and says the same."""
+    first = sheared(folder=tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    again = sheared(folder=tmp_path / "run")
+    assert again.log == first.log and len(again.log.losses) == 10
+    assert again.plan == first.plan and again.history.equals(first.history)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), first.model.parameters(), strict=True))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
+    assert "before_end" in first._repr_html_()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(PrunekitError, match="is a file"):
+        sheared(folder=tmp_path / "run")
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     straight = sheared()
     sheared(folder=tmp_path / "run")
@@ -222,6 +240,12 @@ def test_a_loss_that_breaks_stops_and_keeps_the_last_good_state(tmp_path):
         ({"rest": -0.1}, "rest=-0.1"),
         ({"warmup": 0.6, "rest": 0.6}, "do not fit"),
         ({"protect": ["nothing"]}, "no group is called 'nothing'"),
+        ({"protect": "model.layers.0.mlp:ffn_channel"}, "give a list of names"),
+        ({"protect": None}, "give a list of names"),
+        ({"protect": [3]}, "protect holds 3"),
+        ({"protect": ["model.layers.0:layer"]}, "of kind 'layer', and only groups of kind kv_head and ffn_channel"),
+        ({"method": "fast"}, "method='fast' is a str"),
+        ({"model": "a/path"}, "model is a str"),
         ({"data": "a text without a tokenizer"}, "tokenizer"),
         ({"data": torch.full((4, 12), 99)}, "token ids"),
         ({"method": LoRA(targets=("none",))}, "no projection is called 'none'"),

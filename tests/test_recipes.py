@@ -182,9 +182,18 @@ def test_lorashear_is_its_steps(model, tokenizer):
     assert expected.plan == done.plan
 
 
+def test_lorashear_wants_a_folder_of_its_own(model, tokenizer, tmp_path):
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(PrunekitError, match="holds 'model.safetensors'; give a new folder"):
+        lorashear(model, tokenizer, sources(), folder=tmp_path, **SHEARING)
+    with pytest.raises(PrunekitError, match="is a file"):
+        lorashear(model, tokenizer, sources(), folder=tmp_path / "model.safetensors", **SHEARING)
+
+
 def test_lorashear_leaves_out_a_stage_of_no_share(model, tokenizer):
     done = lorashear(model, tokenizer, sources(), 0.2, shares=(1.0, 0.0, 0.0), importance=pk.Taylor(), **SHEARING)
     assert not done.mixture.rows
+    assert len(repr(done)) < 1500 and "PruningPlan" in repr(done)
     torch.testing.assert_close(logits_of(done.model), logits_of(done.progress.model), rtol=0, atol=1e-4)
 
 
@@ -233,6 +242,9 @@ def test_lorashear_goes_on_where_it_was_stopped(model, tokenizer, tmp_path, monk
         ({"instructions": {}}, "give at least one"),
         ({"mixture": pk.Mixture(n_rounds=5)}, "n_rounds=5, but training has 2 steps"),
         ({"shares": (0.0, 0.5, 0.5)}, "do not fit into 0 steps"),
+        ({"shares": 0.6}, "three that sum to 1"),
+        ({"importance": pk.Taylor}, r"the class Taylor; give one, such as Taylor\(\)"),
+        ({"method": 20}, "method=20 is a int"),
     ],
 )
 def test_lorashear_refuses_before_any_work(model, tokenizer, options, message, monkeypatch):

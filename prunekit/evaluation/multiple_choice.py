@@ -55,6 +55,9 @@ def zero_shot(
 def named_tasks(tasks: Mapping[str, Task] | Iterable[Task]) -> list[Task]:
     """The tasks as a list, each with a name of its own and at least one question."""
     found = list(tasks.values() if isinstance(tasks, Mapping) else tasks)
+    other = next((task for task in found if not isinstance(task, Task)), None)
+    if isinstance(tasks, str) or other is not None:
+        raise PrunekitError(f"{other!r:.60} is no task; give Tasks, such as prunekit.world.tasks()['arc_easy']")
     names = [task.name for task in found]
     if not found or not all(task.questions for task in found):
         empty = [task.name for task in found if not task.questions]

@@ -81,7 +81,8 @@ def knowledge_of_units(
 ) -> KnowledgeDistribution:
     """What does one head hold? Each unit of some groups alone is silenced, and everything is asked again.
 
-    Args and errors are those of `knowledge_distribution`; the table has a column `unit`.
+    Arguments and errors are those of `knowledge_distribution`, without scores and ratios; the table has a column
+    `unit`.
     """
     chosen = _check_groups(model, groups)
     plan = [
@@ -118,6 +119,8 @@ def _check_groups(model: nn.Module, groups: Iterable[CoupledGroup]) -> list[Coup
 
 
 def _check_ratios(ratios: Sequence[float]) -> None:
+    if isinstance(ratios, str) or not isinstance(ratios, Iterable):
+        raise PrunekitError(f"ratios={ratios!r} is no list; give one, such as (0.25, 0.5)")
     bad = [ratio for ratio in ratios if not 0 < ratio <= 1]
     if bad or not len(ratios):
         raise PrunekitError(f"ratios={ratios!r}; give fractions of a group's units above 0 and at most 1, one or more")
@@ -125,6 +128,8 @@ def _check_ratios(ratios: Sequence[float]) -> None:
 
 def _check_scores(group: CoupledGroup, scores: Mapping[str, Tensor]) -> Tensor:
     """A group's scores, float64 on the CPU; zeros for a group of one unit that has none."""
+    if not isinstance(scores, Mapping):
+        raise PrunekitError(f"scores are a {type(scores).__name__}; give what score(model, groups, importance) returns")
     if group.name not in scores:
         if group.n_units == 1:
             return torch.zeros(1, dtype=torch.float64)

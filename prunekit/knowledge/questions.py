@@ -71,6 +71,8 @@ def make_exam(model: nn.Module, tokenizer: Any, tasks: Tasks | None, text: Texts
         PrunekitError: neither is given and the tokenizer is not the embedded world's; a domain is in both; or what
             `zero_shot` and `measure_perplexity` refuse.
     """
+    if tokenizer is None:
+        raise PrunekitError("tokenizer=None; give the model's own, with which questions and texts are read")
     asked = _asked(tokenizer, tasks, text)
     limit = max_positions(model)
     choices = [

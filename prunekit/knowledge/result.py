@@ -52,13 +52,13 @@ class KnowledgeDistribution:
     unfinished: int = 0
     fingerprint: str = ""
 
-    def table(self, by: str = "domain", measure: str = "accuracy") -> pd.DataFrame:
+    def table(self, by: str = "domain", measure: str | None = None) -> pd.DataFrame:
         """The change of a measure, one row a silencing and domain (task, tier, number of hops).
 
         Args:
             by: one of `"domain" "task" "tier" "hops"`; what has no such label is left out.
             measure: `"accuracy"` in [0, 1], of questions alone, or `"loss"`, in nats a question, or nats a token of a
-                text, whose windows weigh as many tokens as they have.
+                text, whose windows weigh as many tokens as they have. None is accuracy where questions were asked.
 
         Returns:
             Columns group, kind, layer, ratio, n_silenced, unit (where single units were silenced), `by`, measure, n
@@ -68,8 +68,12 @@ class KnowledgeDistribution:
         Raises:
             PrunekitError: no such label or measure, or nothing has that label.
         """
+        if measure is None:
+            measure = "accuracy" if self.questions["chance"].notna().any() else "loss"
         _check_choice("by", by, BY)
         _check_choice("measure", measure, MEASURES)
+        if measure == "accuracy" and self.questions["chance"].isna().all():
+            raise PrunekitError("only text was read here, which has no accuracy; give measure='loss'")
         labels = self.questions[by].where(self.questions["chance"].notna() | (measure == "loss"))
         named = self.silencings.drop(columns="units")
         parts = [self._part(named, by, key, labels == key, measure) for key in labels.dropna().unique()]
@@ -133,8 +137,8 @@ class KnowledgeDistribution:
 
         Source: LoRAShear (arXiv 2310.18356), Alg. 3. Reconstructed: γ = .1; the paper does not give it.
         """
-        if not 0 <= gamma <= 1:
-            raise PrunekitError(f"gamma={gamma}; it is a fraction of the groups, from 0 to 1")
+        if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 <= gamma <= 1:
+            raise PrunekitError(f"gamma={gamma!r}; it is a fraction of the groups, from 0 to 1")
         found = self.damage(measure, ratios).sort_values("damage", ascending=False, kind="stable")
         n = math.ceil(round(gamma * len(found), 9))
         return found["group"].tolist()[:n]
@@ -194,6 +198,8 @@ class KnowledgeDistribution:
         Raises:
             PrunekitError: no scores, scores of other groups, or a ratio that was not measured.
         """
+        if not isinstance(scores_by_name, Mapping) or not all(isinstance(s, Mapping) for s in scores_by_name.values()):
+            raise PrunekitError("give name → scores, such as agreement({'taylor': scores})")
         table = _worse(self.table(by, measure), measure)
         n_keys = len(table) // len(self.silencings)
         table = table.assign(number=np.repeat(np.arange(len(self.silencings)), n_keys))

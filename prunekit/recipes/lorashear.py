@@ -16,11 +16,13 @@ from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.recovery import LoRA
 from prunekit.recovery.choosing import check_reals
 from prunekit.recovery.lhspg import importance_saliency, update_saliency
+from prunekit.recovery.lora import check_method
 from prunekit.recovery.mixture import Mixture, MixtureLog, opened, recover_on_mixture, steps_over
 from prunekit.recovery.progressive import Progressed, prune_progressively, split_steps, units_for
 from prunekit.recovery.sources import Source, Sources, join, shuffle
 
 N_ASKED, N_CALIBRATION = 8, 32  # windows of each source, and of all together
+KNOWLEDGE, PRUNING = "knowledge.safetensors", "pruning"  # what stands in the folder
 WARMUP = 0.1  # of the steps of progressive pruning
 RATIOS = (0.25, 0.5)  # of a group's units, at which it is asked what the model knows without them
 
@@ -41,6 +43,9 @@ class Sheared(NamedTuple):
     knowledge: KnowledgeDistribution
     progress: Progressed
     mixture: MixtureLog
+
+    def __repr__(self) -> str:
+        return f"Sheared(\n  {self.plan!r},\n  {self.knowledge!r},\n  {self.progress!r},\n  {self.mixture!r})"
 
 
 def lorashear(
@@ -67,7 +72,8 @@ def lorashear(
             knowledge lies and what was lost, and are never trained on.
         pruning_ratio: fraction of all the model's parameters that goes.
         instructions: the sources of the second stage; None goes on with `sources`.
-        method: how LoRA trains, over all stages together. None is `LoRA()`.
+        method: how LoRA trains, over all stages together. None is `LoRA()`; of a learning rate, see
+            `prune_progressively`. With the default shares and mixture 40 steps are the least.
         mixture: how sources are weighed.
         gamma: fraction of the groups that stays whole.
         importance: by which units are silenced for the distribution and chosen at each period's start; None silences
@@ -85,13 +91,14 @@ def lorashear(
     Source: Alg. 1 to 5. Reconstructed: the ratios of the distribution and γ, which are not given; see `Mixture` and
         `prune_progressively` for what else.
     """
-    method, mixture = method or LoRA(), mixture or Mixture()
+    method, mixture = check_method(method), mixture or Mixture()
+    folder = None if folder is None else _own(Path(folder))
     first = opened(sources, tokenizer, method, mixture, model)
     second = first if instructions is None else opened(instructions, tokenizer, method, mixture, model)
     everything = join(shuffle([d for source in first for d in source.documents], seed=0), first[0].seq_len)
     pruning, *tunings = _shared_out(method, method.n_steps(len(everything)), shares)
     stages = [(stage, how) for stage, how in zip((first, second), tunings, strict=True) if how is not None]
-    _check(model, pruning_ratio, pruning, n_periods, gamma, stages, mixture)
+    _check(model, pruning_ratio, pruning, n_periods, gamma, importance, stages, mixture)
 
     knowledge, calib = _distribution(model, tokenizer, first, everything, importance or Taylor(), folder)
     progress = prune_progressively(
@@ -103,7 +110,7 @@ def lorashear(
         n_periods=n_periods,
         warmup=WARMUP,
         saliency=update_saliency if importance is None else importance_saliency(importance, calib),
-        folder=None if folder is None else Path(folder) / "pruning",
+        folder=None if folder is None else folder / PRUNING,
     )
     small, log = prune(progress.model, progress.plan), MixtureLog(())
     for stage, how in stages:
@@ -114,7 +121,7 @@ def lorashear(
 
 def _shared_out(method: LoRA, n_steps: int, shares: tuple[float, float, float]) -> list[LoRA | None]:
     """The method with the steps of each stage; None for one that has none."""
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+    if not isinstance(shares, tuple | list) or len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise PrunekitError(f"shares={shares!r}; give three that sum to 1, such as (0.6, 0.3, 0.1)")
     steps = [round(share * n_steps) for share in shares]
     return [replace(method, max_steps=n) if n else None for n in steps]
@@ -126,15 +133,35 @@ def _check(
     pruning: LoRA | None,
     n_periods: int,
     gamma: float,
+    importance: Importance | None,
     stages: Sequence[tuple[Sequence[Source], LoRA]],
     mixture: Mixture,
 ) -> None:
     """Refuse what would only be refused after hours."""
     check_reals(gamma=(gamma, 0, 1))
+    if isinstance(importance, type):
+        raise PrunekitError(f"importance is the class {importance.__name__}; give one, such as {importance.__name__}()")
     split_steps(pruning.max_steps or 0 if pruning else 0, n_periods, WARMUP, 0.0)
     units_for(discover(model), pruning_ratio)
     for stage, how in stages:
-        steps_over(stage, how, mixture)
+        try:
+            steps_over(stage, how, mixture)
+        except PrunekitError as error:
+            raise PrunekitError(
+                f"a stage of fine-tuning has its share of the method's steps, {how.max_steps}: {error}, or other shares"
+            ) from None
+
+
+def _own(folder: Path) -> Path:
+    """A folder that holds nothing but what this recipe writes."""
+    if folder.is_file():
+        raise PrunekitError(f"{str(folder)!r} is a file; give a new folder")
+    others = (
+        [path.name for path in folder.iterdir() if path.name not in (KNOWLEDGE, PRUNING)] if folder.exists() else []
+    )
+    if others:
+        raise PrunekitError(f"{str(folder)!r} holds {sorted(others)[0]!r}; give a new folder, or one of the same run")
+    return folder
 
 
 def _distribution(
@@ -143,13 +170,13 @@ def _distribution(
     sources: Sequence[Source],
     everything: Tensor,
     importance: Importance,
-    folder: str | Path | None,
+    folder: Path | None,
 ) -> tuple[KnowledgeDistribution, Tensor]:
     """What each source loses with each group silenced, and the calibration set of the scores."""
     calib = everything[:N_CALIBRATION]
     units = discover(model).of_kind(*DEFAULT_KINDS)
     asked = {source.name: source.validation[:N_ASKED] for source in sources}
-    path = None if folder is None else Path(folder) / "knowledge.safetensors"
+    path = None if folder is None else folder / KNOWLEDGE
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     scores = score(model, units, importance, calib)

@@ -66,8 +66,10 @@ def check_wanted(groups: Sequence[GroupUnits], n_units: Mapping[str, int], min_u
         check_integers(**{f"n_units[{kind!r}]": (wanted, 0)})
         most = sum(max(0, group.n_units - min_units) for group in groups if group.kind == kind)
         if wanted > most:
+            kinds = ", ".join(sorted({group.kind for group in groups}))
             raise PrunekitError(
-                f"{wanted} units of kind {kind!r} are to go, but only {most} may: each group keeps {min_units}"
+                f"{wanted} units of kind {kind!r} are to go, but only {most} may: these groups are of kind "
+                f"{kinds}, and each keeps {min_units}"
             )
     return dict(n_units)
 

@@ -48,5 +48,5 @@ def _stream(data: TextSource, tokenizer: Any) -> Tensor:
         rows: Iterable[Any] = data  # type: ignore[assignment]
         return torch.tensor([token for row in rows for token in row["input_ids"]], dtype=torch.long)
     if tokenizer is None:
-        raise PrunekitError("the recovery data is text: give recover(..., tokenizer=tokenizer), or token ids")
+        raise PrunekitError("the recovery data is text: give tokenizer=tokenizer, or token ids")
     return tokenize(read_documents(data, separator=DOCUMENT_SEPARATOR), tokenizer)

@@ -9,13 +9,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from prunekit.discovery.groups import CoupledGroup
+from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.importance import Importance, score
 from prunekit.importance.lora import lora_saliency
+from prunekit.pruning import PruningPlan
+from prunekit.pruning.planning import plan_without
 from prunekit.recovery.choosing import check_integers, check_reals, check_wanted, lowest_units
 from prunekit.recovery.lora_units import as_units, lora_pairs, units_of
 
+PREFIX = "base_model.model."  # of every name inside a peft model
 Saliency = Callable[["LHSPG"], Mapping[str, Tensor]]
 _adamw_step = inspect.unwrap(torch.optim.AdamW.step)  # without the wrapper that would call an optimiser's hooks twice
 
@@ -46,6 +49,18 @@ class LHSPG(torch.optim.AdamW):
 
     It works where an optimiser does: in a loop of one's own, in the Trainer, under accelerate. `state_dict` holds the
     weights that it changes as well, since checkpoints of adapters do not.
+
+    Example::
+
+        adapted = recovery.lora.attach(model, LoRA(r=8))  # or peft's get_peft_model
+        groups = discover(adapted).of_kind("kv_head", "ffn_channel")
+        optimizer = LHSPG(adapted, groups, {"ffn_channel": 100}, warmup_steps=20, period_steps=20)
+        for batch in batches[: optimizer.pruning_steps]:
+            optimizer.zero_grad()
+            adapted(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+        zeroed = adapted.merge_and_unload()
+        small = prune(zeroed, optimizer.plan(discover(zeroed)))
 
     Attributes:
         model: the adapted model.
@@ -128,6 +143,21 @@ class LHSPG(torch.optim.AdamW):
         """Group name → ascending units that are zero or on their way there."""
         return {g.name: sorted(u for period in self._periods for u in period.get(g.name, [])) for g in self.units}
 
+    def plan(self, groups: Groups, notes: Mapping[str, Any] | None = None) -> PruningPlan:
+        """The plan by which the redundant units go.
+
+        Args:
+            groups: of the model without adapters, as `discover` finds them after the merge.
+            notes: how it came about, for the reader.
+
+        Raises:
+            PrunekitError: not all units are zero yet, or groups of another model.
+        """
+        if not self.finished:
+            raise PrunekitError(f"step {self.n_steps} of {self.pruning_steps}: not all units are zero yet; train on")
+        gone = {name.removeprefix(PREFIX): units for name, units in self.redundant.items()}
+        return plan_without(groups, gone, {"importance": "LHSPG", **(notes or {})})
+
     def history(self) -> pd.DataFrame:
         """One row a redundant unit and step: period (from 1), step (of the whole training), group, unit, norm (‖x‖)."""
         tables = []
@@ -144,7 +174,7 @@ class LHSPG(torch.optim.AdamW):
         """One step of A and B, and one of the redundant units.
 
         Raises:
-            PrunekitError: a gradient that is not finite; nothing has been changed since the step before then.
+            PrunekitError: no gradient, or one that is not finite; nothing has been changed since the step before then.
         """
         loss = None
         if closure is not None:
@@ -161,7 +191,9 @@ class LHSPG(torch.optim.AdamW):
 
     def _check_gradients(self) -> None:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if gradients and not bool(torch.stack([g.norm() for g in gradients]).isfinite().all()):
+        if not gradients:
+            raise PrunekitError("there is no gradient, so that units would go and nothing learn: call backward() first")
+        if not bool(torch.stack([g.norm() for g in gradients]).isfinite().all()):
             raise PrunekitError(
                 f"a gradient is not finite in step {self.n_steps + 1}: that step was not made, and the model is as "
                 f"step {self.n_steps} left it; lower the learning rate, now {self.param_groups[0]['lr']:g}"

@@ -96,6 +96,17 @@ class LoRA:
         return self.max_steps or max(1, math.ceil(self.epochs * math.ceil(n_windows / self.windows_a_step(n_windows))))
 
 
+def check_method(method: LoRA | None) -> LoRA:
+    """How LoRA trains; None is `LoRA()`.
+
+    Raises:
+        PrunekitError: it is something else.
+    """
+    if method is not None and not isinstance(method, LoRA):
+        raise PrunekitError(f"method={method!r:.60} is a {type(method).__name__}; give a LoRA, such as LoRA(r=8)")
+    return method or LoRA()
+
+
 LORA_HINTS = {name: field.default for name, field in LoRA.__dataclass_fields__.items()}
 
 

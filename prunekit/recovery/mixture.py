@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from prunekit.calibration import check_finite, mean_loss
 from prunekit.errors import PrunekitError
-from prunekit.recovery.choosing import check_integers, check_reals
+from prunekit.recovery.choosing import check_integers
 from prunekit.recovery.log import RecoveryLog
-from prunekit.recovery.lora import LoRA
+from prunekit.recovery.lora import LoRA, check_method
 from prunekit.recovery.recovering import recover
 from prunekit.recovery.sources import Source, Sources, join, open_sources, shuffle
 
@@ -49,14 +49,19 @@ class Mixture:
 
     def __post_init__(self) -> None:
         check_integers(n_rounds=(self.n_rounds, 1), n_validation=(self.n_validation, 1))
-        check_reals(
-            uniform_share=(self.uniform_share, 0, math.nextafter(1, 2)),
-            temperature=(self.temperature, math.nextafter(0, 1), math.inf),
-        )
+        share, temperature = self.uniform_share, self.temperature
+        if not _is_real(share) or not 0 <= share <= 1:
+            raise PrunekitError(f"uniform_share={share!r} is not allowed; give a number from 0 to 1 (all alike)")
+        if not _is_real(temperature) or not 0 < temperature < math.inf:
+            raise PrunekitError(f"temperature={temperature!r} is not allowed; give a number above 0, in nats a token")
 
     def shares(self, gaps: Tensor) -> Tensor:
         """Share of each source from its gap in nats, (n_sources,); they sum to 1."""
         return (1 - self.uniform_share) * torch.softmax(gaps / self.temperature, 0) + self.uniform_share / len(gaps)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def recover_on_mixture(
     Source: LoRAShear (arXiv 2310.18356), Alg. 5.
     """
     check_finite(model)
-    method, mixture = method or LoRA(), mixture or Mixture()
+    method, mixture = check_method(method), mixture or Mixture()
     drawn_from = opened(sources, tokenizer, method, mixture, model)
     a_step, n_steps = steps_over(drawn_from, method, mixture)
     dense_losses = [mean_loss(dense, source.validation) for source in drawn_from]

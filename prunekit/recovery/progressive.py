@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.discovery import Groups, discover
@@ -17,20 +17,18 @@ from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, plan
-from prunekit.pruning.planning import plan_without
+from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.pruning.steps import parameters_per_unit
 from prunekit.recovery.choosing import check_integers, check_reals
 from prunekit.recovery.data import token_windows
-from prunekit.recovery.lhspg import LHSPG, Saliency, update_saliency
+from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
-from prunekit.recovery.lora import LoRA, attach, detach
+from prunekit.recovery.lora import LoRA, attach, check_method, detach
 from prunekit.recovery.training import Resume, newest_checkpoint, seeded, train
 from prunekit.text import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_PREFIX = "base_model.model."  # of every name inside a peft model
 
 
 class Progressed(NamedTuple):
@@ -51,6 +49,9 @@ class Progressed(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Progressed({self.plan!r}; {self.log!r})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.before_the_end().to_html(float_format='{:.3f}'.format)}"
 
     def before_the_end(self) -> pd.DataFrame:
         """How large the units still were one step before each period's end, against its start.
@@ -89,11 +90,15 @@ def prune_progressively(
         pruning_ratio: fraction of all the model's parameters that is to go, met within 0.5% or refused. Heads and FFN
             channels give up the same share; which layers lose them is up to saliency.
         data: as for `recover`.
-        method: how LoRA trains; its steps are shared out between warm-up, periods and rest. None is `LoRA()`.
-        protect: names of groups that lose nothing, such as `KnowledgeDistribution.unprunable()`.
+        method: how LoRA trains; its steps are shared out between warm-up, periods and rest. None is `LoRA()`, whose
+            learning rate is meant for models that lost much: 1e-3 is kinder to one that is still whole. Its rate falls
+            to 0 over all the steps. Some hundred steps are little.
+        protect: names of groups of heads or channels that lose nothing, such as `KnowledgeDistribution.unprunable()`
+            gives where such groups were measured.
         n_periods: in which the units go in equal parts.
         warmup: share of the steps before the first units are chosen, in [0, 1).
-        rest: share of the steps after the last period, in [0, 1).
+        rest: share of the steps after the last period, in [0, 1); without any, what goes last is never made good
+            unless `recover` follows.
         saliency: which units go; see `LHSPG`.
         tokenizer: needed where `data` is text.
         folder: for checkpoints, one a period; a run that was stopped goes on from there when called again with the same
@@ -110,13 +115,15 @@ def prune_progressively(
     Source: LoRAShear (arXiv 2310.18356), section 3.3. T_w, P and T_p are not given there: 5 periods and a tenth of the
         steps are ours.
     """
+    method = check_method(method)
+    if not isinstance(model, nn.Module):
+        raise PrunekitError(f"model is a {type(model).__name__}; give a causal LM, such as load(path) returns")
     check_finite(model)
-    method = method or LoRA()
     tokens = check_tokens(token_windows(data, tokenizer, method.seq_len), model).cpu()
     method = replace(method, max_steps=method.n_steps(len(tokens)))
     steps = split_steps(method.max_steps or 0, n_periods, warmup, rest)
     groups = discover(model)
-    prunable = groups.without(protect)
+    prunable = groups.without(_protected(groups, protect))
     wanted = units_for(prunable, pruning_ratio)
     names = {group.name for group in prunable.of_kind(*wanted) if group.exact}
     changed = copy.deepcopy(model)
@@ -133,10 +140,24 @@ def prune_progressively(
     small: Any = detach(adapted, merge=True).eval()
     _as_it_was(small, model)
     small.recovery_log = log
-    gone = {_plain(name): units for name, units in optimizer.redundant.items()}
-    notes = {"pruning_ratio": pruning_ratio, "of": "parameters", "importance": "LHSPG", "n_periods": n_periods}
-    chosen = plan_without(groups, gone, notes)
+    chosen = optimizer.plan(groups, {"pruning_ratio": pruning_ratio, "of": "parameters", "n_periods": n_periods})
     return Progressed(small, chosen, log, optimizer.history().assign(group=lambda t: t["group"].map(_plain)))
+
+
+def _protected(groups: Groups, protect: Iterable[str]) -> list[str]:
+    """Names of groups that would lose units."""
+    if isinstance(protect, str) or not isinstance(protect, Iterable):
+        raise PrunekitError(f"protect={protect!r:.60}; give a list of names of groups, such as [groups[0].name]")
+    names = [*protect]
+    for name in names:
+        if not isinstance(name, str):
+            raise PrunekitError(f"protect holds {name!r:.60}; give names of groups, such as groups[0].name")
+        if groups[name].kind not in DEFAULT_KINDS:
+            raise PrunekitError(
+                f"protect: {name!r} is of kind {groups[name].kind!r}, and only groups of kind "
+                f"{' and '.join(DEFAULT_KINDS)} lose units here; give names of those"
+            )
+    return names
 
 
 def _train(adapted: Any, tokens: Tensor, method: LoRA, optimizer: LHSPG, resume: Resume | None) -> RecoveryLog:  # noqa: ANN401
@@ -215,7 +236,7 @@ def split_steps(n_steps: int, n_periods: int, warmup: float, rest: float) -> Ste
 
 def _plain(name: str) -> str:
     """A name of the adapted model as the model without adapters has it."""
-    return name.removeprefix(_PREFIX)
+    return name.removeprefix(PREFIX)
 
 
 def _open(folder: Path, every: int, run: list[Any], tokens: Tensor, model: Any) -> Resume:  # noqa: ANN401
@@ -229,6 +250,8 @@ def _open(folder: Path, every: int, run: list[Any], tokens: Tensor, model: Any) 
     digest = digest_of(model)
     digest.update(json.dumps([*run, list(tokens.shape)]).encode() + tokens.numpy().tobytes())
     note = folder / "run.json"
+    if folder.is_file():
+        raise PrunekitError(f"{str(folder)!r} is a file; give a new folder")
     with PartialState().main_process_first():
         folder.mkdir(parents=True, exist_ok=True)
         told = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None

@@ -75,7 +75,10 @@ def open_sources(
         PrunekitError: no source, or one that cannot be read or is too small to be measured and trained on, by name.
     """
     if not isinstance(sources, Mapping) or not sources:
-        raise PrunekitError(f"sources={sources!r:.60}; give at least one, name → text or tokens")
+        given = "empty" if isinstance(sources, Mapping) else f"a {type(sources).__name__}"
+        raise PrunekitError(
+            f"sources are {given}; give at least one as a mapping, name → text or tokens, like {{'wiki': 'wiki.txt'}}"
+        )
     generator = torch.Generator().manual_seed(seed)
     lengths = {data.shape[-1] if isinstance(data, Tensor) and data.ndim == 2 else None for data in sources.values()}
     seq_len = next(iter(lengths), None) or seq_len if len(lengths) == 1 else seq_len

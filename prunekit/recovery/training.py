@@ -1,5 +1,6 @@
 """One run of the transformers Trainer over windows of tokens, without leftovers."""
 
+import json
 import math
 import os
 import random
@@ -77,14 +78,35 @@ def train(
         # The Trainer would divide by seq_len labels where the model predicts seq_len - 1 of them.
         trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=newest_checkpoint(resume.folder) if resume else None)
-    return _log(model, tokens, method, _whole_curve(trainer.state.log_history, logs))
+        newest = newest_checkpoint(resume.folder) if resume else None
+        if newest is not None and _steps_of(newest) >= (method.max_steps or math.inf):
+            history = _take_up(model, optimizer, newest)  # the Trainer would make one step more
+        else:
+            trainer.train(resume_from_checkpoint=newest)
+            history = trainer.state.log_history
+    return _log(model, tokens, method, _whole_curve(history, logs))
 
 
 def newest_checkpoint(folder: Path) -> str | None:
     """The last whole checkpoint in a folder; what the Trainer writes last is its state."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _steps_of(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("-")[2])
+
+
+def _take_up(model: Any, optimizer: torch.optim.Optimizer | None, checkpoint: str) -> list[dict[str, float]]:  # noqa: ANN401
+    """Adapters and optimiser of a training that is finished; its history."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    device = str(next(model.parameters()).device)
+    set_peft_model_state_dict(model, load_peft_weights(checkpoint, device=device))
+    if optimizer is not None:
+        optimizer.load_state_dict(torch.load(Path(checkpoint) / "optimizer.pt", map_location=device, weights_only=True))
+    history: list[dict[str, float]] = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
+    return history
 
 
 def _whole_curve(history: list[dict[str, float]], logs: list[dict[str, float]]) -> list[dict[str, float]]:
