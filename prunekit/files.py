@@ -31,6 +31,14 @@ def write_text(path: Path, text: str) -> None:
         Path(beside).unlink(missing_ok=True)
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, moved there when the block ends well, removed when it does not."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
+        yield Path(beside) / path.name
+        (Path(beside) / path.name).replace(path)
+
+
 def check_new_folder(out: str | Path) -> Path:
     """The path of an output folder that does not exist yet, or is empty.
 

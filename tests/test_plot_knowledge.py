@@ -1,25 +1,14 @@
 """Pictures of the knowledge distribution: what stands where, which colour is worse, and what is refused."""
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
+from plot_helpers import closed_figures  # noqa: F401
 
 from prunekit import PrunekitError
 from prunekit.plot_knowledge import plot_knowledge, plot_score_agreement, plot_units
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    before = dict(matplotlib.rcParams)
-    yield
-    plt.close("all")
-    assert dict(matplotlib.rcParams) == before, "a plot changed global state"
 
 
 def changes(measure="accuracy", layers=3, worst=0.4):

@@ -1,23 +1,14 @@
 """Pictures of training that prunes."""
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
+from plot_helpers import closed_figures  # noqa: F401
 
 from prunekit.errors import PrunekitError
 from prunekit.plotting import plot_mixture, plot_norms
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
 
 
 def history():

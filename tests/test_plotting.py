@@ -1,7 +1,3 @@
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -10,6 +6,7 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from other_families import EVERYONE
+from plot_helpers import closed_figures  # noqa: F401
 
 from prunekit.discovery import discover
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
@@ -29,14 +26,6 @@ from prunekit.plotting import (
     plot_tradeoff,
     side_by_side,
 )
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    before = dict(matplotlib.rcParams)
-    yield
-    plt.close("all")
-    assert dict(matplotlib.rcParams) == before, "a plot changed global state"
 
 
 def scores(seed=0):

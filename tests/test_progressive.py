@@ -269,7 +269,7 @@ def saliency(optimizer):
 
 done = sheared(saliency=saliency, folder=sys.argv[1] or None)
 total = sum(p.double().abs().sum() for p in done.model.parameters()).item()
-print("RESULT", round(total, 6), sum(len(done.plan.removed(name)) for name in done.plan.keep))
+print(f"RESULT {total:.6f} {sum(len(done.plan.removed(name)) for name in done.plan.keep)}", flush=True)
 """
 
 

@@ -1,13 +1,13 @@
 """`prunekit discover`: which parts of a model can be cut."""
 
 import argparse
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.commands.options import add_command, add_json, add_model, number, print_json, text_table
 from prunekit.errors import PrunekitError
+from prunekit.files import new_file
 
 if TYPE_CHECKING:
     from prunekit.discovery import Groups
@@ -120,9 +120,8 @@ def draw(groups: "Groups", layer: int | None, path: Path) -> None:
     figure: Any = plot_groups(groups, layer=layer).figure
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-            figure.savefig(Path(beside) / path.name, dpi=150)
-            (Path(beside) / path.name).replace(path)
+        with new_file(path) as beside:
+            figure.savefig(beside, dpi=150)
     except OSError as error:
         raise PrunekitError(f"cannot write {str(path)!r} ({error.strerror}); choose another place") from None
 

@@ -1,7 +1,6 @@
 """What scoring finds: one number a unit, as a plain value."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
+from prunekit.files import new_file
 
 _FORMAT = "prunekit.scores/1"
 
@@ -62,9 +62,8 @@ class Scores(dict[str, Tensor]):
         if not path.parent.is_dir():
             raise PrunekitError(f"cannot save scores to {str(path)!r}: create the folder {str(path.parent)!r} first")
         meta = {"format": _FORMAT, "label": self.label, "kinds": json.dumps(self.kinds), "order": json.dumps([*self])}
-        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-            save_file({name: values.contiguous() for name, values in self.items()}, Path(beside) / "scores", meta)
-            (Path(beside) / "scores").replace(path)
+        with new_file(path) as beside:
+            save_file({name: values.contiguous() for name, values in self.items()}, beside, meta)
         return path
 
     @classmethod

@@ -1,7 +1,6 @@
 """Tables and arrays in one safetensors file, complete or as it was."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from prunekit.errors import PrunekitError
+from prunekit.files import new_file
 
 FORMAT = "prunekit.knowledge/1"
 
@@ -24,9 +24,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str
     """
     told = {"format": FORMAT, **{name: json.dumps(value) for name, value in meta.items()}}
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, Path(beside) / "it", told)
-            (Path(beside) / "it").replace(path)
+        with new_file(path) as beside:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside, told)
     except OSError as error:
         raise PrunekitError(f"cannot write {str(path)!r} ({error}); give a path in a folder that is there") from error
     return path

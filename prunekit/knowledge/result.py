@@ -286,10 +286,8 @@ def _worse(table: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 def _spearman(a: pd.Series, b: pd.Series) -> float:
     """Pearson's correlation of the ranks, of which equal values share one; NaN where one side is all equal."""
-    x, y = a.rank().to_numpy(), b.rank().to_numpy()
-    x, y = x - x.mean(), y - y.mean()
-    size = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / size if size > 0 else math.nan
+    one_sided = a.nunique() < 2 or b.nunique() < 2
+    return math.nan if one_sided else float(a.rank().corr(b.rank()))
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

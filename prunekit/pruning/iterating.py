@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prunekit.checks import check_integers
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import BudgetError, PrunekitError
 from prunekit.importance import Importance, Scores, score
@@ -46,8 +47,7 @@ def plan_in_steps(
 
     Source: LLM-Pruner (Ma et al. 2023), iterative pruning. Differs: a step smaller than one head does not fail.
     """
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
-        raise PrunekitError(f"n_steps={n_steps!r} is not allowed; give an integer of 1 or more")
+    check_integers(n_steps=(n_steps, 1))
     options = {name: tuple(value) if isinstance(value, Iterator) else value for name, value in options.items()}
     kinds = tuple(check_options(pruning_ratio, **options))
     if "vocabulary" in kinds and calib is not None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prunekit.checks import check_integers
 from prunekit.discovery import KINDS, CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.pruning.budgets import by_group, held_by_rounding, take_parameters, take_shares, take_units
@@ -98,7 +99,8 @@ def plan_without(groups: Groups, gone: Mapping[str, Collection[int]], notes: Map
     counter, keep = Counter(groups), {}
     for name, units in gone.items():
         counter.take(Step(groups[name], tuple(units), 0.0))
-        keep[name] = [unit for unit in range(groups[name].n_units) if unit not in units]
+        left_out = set(units)
+        keep[name] = [unit for unit in range(groups[name].n_units) if unit not in left_out]
     n_units = {name: groups[name].n_units for name in gone}
     return PruningPlan(keep, n_units, counter.total, counter.left, dict(notes), groups)
 
@@ -157,8 +159,7 @@ def _check_counts(round_to: Any, min_units: Any) -> None:  # noqa: ANN401
         _check_choice("round_to: kind", kind, KINDS)
     rounded = by_kind.values() if isinstance(round_to, Mapping) else [round_to]
     for name, value in [*(("round_to", value) for value in rounded), ("min_units", min_units)]:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise PrunekitError(f"{name}={value!r} is not allowed; give an integer of 1 or more")
+        check_integers(**{name: (value, 1)})
 
 
 def _check_ratio(ratio: Ratio, of: str, kinds: tuple[str, ...]) -> dict[str, float]:

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from prunekit.discovery import discover
+from prunekit.checks import check_reals
+from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.importance import Importance, Taylor, score
 from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution
 from prunekit.pruning import PruningPlan, prune
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.recovery import LoRA
-from prunekit.recovery.choosing import check_reals
 from prunekit.recovery.lhspg import importance_saliency, update_saliency
 from prunekit.recovery.lora import check_method
 from prunekit.recovery.mixture import Mixture, MixtureLog, opened, recover_on_mixture, steps_over
@@ -98,9 +98,10 @@ def lorashear(
     everything = join(shuffle([d for source in first for d in source.documents], seed=0), first[0].seq_len)
     pruning, *tunings = _shared_out(method, method.n_steps(len(everything)), shares)
     stages = [(stage, how) for stage, how in zip((first, second), tunings, strict=True) if how is not None]
-    _check(model, pruning_ratio, pruning, n_periods, gamma, importance, stages, mixture)
+    groups, calib = discover(model), everything[:N_CALIBRATION]
+    _check(groups, pruning_ratio, pruning, n_periods, gamma, importance, stages, mixture)
 
-    knowledge, calib = _distribution(model, tokenizer, first, everything, importance or Taylor(), folder)
+    knowledge = _distribution(model, tokenizer, groups, first, calib, importance or Taylor(), folder)
     progress = prune_progressively(
         model,
         pruning_ratio,
@@ -128,7 +129,7 @@ def _shared_out(method: LoRA, n_steps: int, shares: tuple[float, float, float]) 
 
 
 def _check(
-    model: Any,  # noqa: ANN401
+    groups: Groups,
     pruning_ratio: float,
     pruning: LoRA | None,
     n_periods: int,
@@ -142,7 +143,7 @@ def _check(
     if isinstance(importance, type):
         raise PrunekitError(f"importance is the class {importance.__name__}; give one, such as {importance.__name__}()")
     split_steps(pruning.max_steps or 0 if pruning else 0, n_periods, WARMUP, 0.0)
-    units_for(discover(model), pruning_ratio)
+    units_for(groups, pruning_ratio)
     for stage, how in stages:
         try:
             steps_over(stage, how, mixture)
@@ -167,17 +168,17 @@ def _own(folder: Path) -> Path:
 def _distribution(
     model: Any,  # noqa: ANN401
     tokenizer: Any,  # noqa: ANN401
+    groups: Groups,
     sources: Sequence[Source],
-    everything: Tensor,
+    calib: Tensor,
     importance: Importance,
     folder: Path | None,
-) -> tuple[KnowledgeDistribution, Tensor]:
-    """What each source loses with each group silenced, and the calibration set of the scores."""
-    calib = everything[:N_CALIBRATION]
-    units = discover(model).of_kind(*DEFAULT_KINDS)
+) -> KnowledgeDistribution:
+    """What each source loses with each group silenced."""
+    units = groups.of_kind(*DEFAULT_KINDS)
     asked = {source.name: source.validation[:N_ASKED] for source in sources}
     path = None if folder is None else folder / KNOWLEDGE
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     scores = score(model, units, importance, calib)
-    return knowledge_distribution(model, tokenizer, units, scores, ratios=RATIOS, text=asked, path=path), calib
+    return knowledge_distribution(model, tokenizer, units, scores, ratios=RATIOS, text=asked, path=path)

@@ -1,11 +1,10 @@
 """Which units leave next, and whether what is asked for can be had."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
+from prunekit.checks import check_integers
 from prunekit.errors import PrunekitError
 from prunekit.recovery.lora_units import GroupUnits
 
@@ -72,26 +71,3 @@ def check_wanted(groups: Sequence[GroupUnits], n_units: Mapping[str, int], min_u
                 f"{kinds}, and each keeps {min_units}"
             )
     return dict(n_units)
-
-
-def check_integers(**numbers: tuple[Any, int]) -> None:
-    """Name → value and the least that it may be.
-
-    Raises:
-        PrunekitError: a value that is no integer, or smaller.
-    """
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise PrunekitError(f"{name}={value!r} is not allowed; give an integer of {least} or more")
-
-
-def check_reals(**numbers: tuple[Any, float, float]) -> None:
-    """Name → value, the least that it may be, and what it must stay below.
-
-    Raises:
-        PrunekitError: a value that is no finite number, or outside.
-    """
-    for name, (value, low, high) in numbers.items():
-        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not real or not low <= value < high:
-            raise PrunekitError(f"{name}={value!r} is not allowed; give a number in [{low:g}, {high:g})")

@@ -32,7 +32,7 @@ def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int) -> Te
         return data
     if seq_len < 2:
         raise PrunekitError(f"seq_len={seq_len}: a window needs at least 2 tokens")
-    stream = _stream(data, tokenizer)
+    stream = torch.cat([torch.zeros(0, dtype=torch.long), *token_documents(data, tokenizer)])
     n_windows = len(stream) // seq_len
     if n_windows < 1:
         raise PrunekitError(
@@ -42,11 +42,15 @@ def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int) -> Te
     return stream[: n_windows * seq_len].view(n_windows, seq_len)
 
 
-def _stream(data: TextSource, tokenizer: Any) -> Tensor:
-    """All tokens, one after the other, int64 (n_tokens,)."""
+def token_documents(data: TextSource, tokenizer: Any) -> list[Tensor]:
+    """Each document as tokens, int64 (length,).
+
+    Raises:
+        PrunekitError: text without a tokenizer, or nothing in it.
+    """
     if "input_ids" in (getattr(data, "column_names", None) or ()):
         rows: Iterable[Any] = data  # type: ignore[assignment]
-        return torch.tensor([token for row in rows for token in row["input_ids"]], dtype=torch.long)
+        return [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
     if tokenizer is None:
         raise PrunekitError("the recovery data is text: give tokenizer=tokenizer, or token ids")
-    return tokenize(read_documents(data, separator=DOCUMENT_SEPARATOR), tokenizer)
+    return [tokenize([text], tokenizer) for text in read_documents(data, separator=DOCUMENT_SEPARATOR)]

@@ -9,13 +9,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from prunekit.checks import check_integers, check_reals
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.importance import Importance, score
 from prunekit.importance.lora import lora_saliency
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import plan_without
-from prunekit.recovery.choosing import check_integers, check_reals, check_wanted, lowest_units
+from prunekit.recovery.choosing import check_wanted, lowest_units
 from prunekit.recovery.lora_units import as_units, lora_pairs, units_of
 
 PREFIX = "base_model.model."  # of every name inside a peft model

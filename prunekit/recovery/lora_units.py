@@ -175,16 +175,17 @@ class GroupUnits:
             step and thus behind the half-space for every ε ≥ 0. Without an update λ = ‖x‖/remaining, as in the
             released code.
         """
-        x = self.statistics(units)
+        x, after = self.statistics(units), torch.zeros(len(units), dtype=torch.float64)
         along = x.norm.square() + x.dot  # (x + γBA)·x
         falls = along * (1 - 1 / remaining) <= epsilon * x.norm.square()
         step = along / x.norm.square().clamp(min=1e-30) / remaining
         for owned in self.weights:
             rows, u = owned.rows(units), owned.updates(units)
-            kept = rows * (1 - step).to(rows)[:, None] + (0 if u is None else u)
-            owned.write(units, kept * (~falls).to(rows)[:, None])
+            kept = (rows * (1 - step).to(rows)[:, None] + (0 if u is None else u)) * (~falls).to(rows)[:, None]
+            owned.write(units, kept)
+            after += kept.to(rows.dtype).cpu().double().square().sum(1)
         self.silence_lora(units)
-        return self.statistics(units).norm
+        return after.sqrt()
 
     @torch.no_grad()
     def silence_lora(self, units: Tensor) -> None:

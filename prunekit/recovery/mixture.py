@@ -1,7 +1,6 @@
 """Dynamic fine-tuning: training text is drawn most from the sources on which the pruned model lost most."""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_finite, mean_loss
+from prunekit.checks import check_integers, is_real
 from prunekit.errors import PrunekitError
-from prunekit.recovery.choosing import check_integers
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, check_method
 from prunekit.recovery.recovering import recover
@@ -50,18 +49,14 @@ class Mixture:
     def __post_init__(self) -> None:
         check_integers(n_rounds=(self.n_rounds, 1), n_validation=(self.n_validation, 1))
         share, temperature = self.uniform_share, self.temperature
-        if not _is_real(share) or not 0 <= share <= 1:
+        if not is_real(share) or not 0 <= share <= 1:
             raise PrunekitError(f"uniform_share={share!r} is not allowed; give a number from 0 to 1 (all alike)")
-        if not _is_real(temperature) or not 0 < temperature < math.inf:
+        if not is_real(temperature) or temperature <= 0:
             raise PrunekitError(f"temperature={temperature!r} is not allowed; give a number above 0, in nats a token")
 
     def shares(self, gaps: Tensor) -> Tensor:
         """Share of each source from its gap in nats, (n_sources,); they sum to 1."""
         return (1 - self.uniform_share) * torch.softmax(gaps / self.temperature, 0) + self.uniform_share / len(gaps)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration import check_finite, check_tokens
+from prunekit.checks import check_integers, check_reals
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
@@ -19,12 +20,11 @@ from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, plan
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.pruning.steps import parameters_per_unit
-from prunekit.recovery.choosing import check_integers, check_reals
 from prunekit.recovery.data import token_windows
 from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, check_method, detach
-from prunekit.recovery.training import Resume, newest_checkpoint, seeded, train
+from prunekit.recovery.training import Resume, flags_kept, newest_checkpoint, seeded, train
 from prunekit.text import TextSource
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def prune_progressively(
     wanted = units_for(prunable, pruning_ratio)
     names = {group.name for group in prunable.of_kind(*wanted) if group.exact}
     changed = copy.deepcopy(model)
-    with seeded(method.seed):
+    with seeded(method.seed), flags_kept(changed):
         adapted = attach(changed, method)
         ours = [group for group in discover(adapted) if _plain(group.name) in names]
         optimizer = LHSPG(
@@ -137,9 +137,8 @@ def prune_progressively(
         run = [repr(method), wanted, sorted(names), n_periods, steps]
         resume = None if folder is None else _open(Path(folder), steps.period, run, tokens, model)
         log = _train(adapted, tokens, method, optimizer, resume)
-    small: Any = detach(adapted, merge=True).eval()
-    _as_it_was(small, model)
-    small.recovery_log = log
+        small: Any = detach(adapted, merge=True)
+    small.eval().recovery_log = log
     chosen = optimizer.plan(groups, {"pruning_ratio": pruning_ratio, "of": "parameters", "n_periods": n_periods})
     return Progressed(small, chosen, log, optimizer.history().assign(group=lambda t: t["group"].map(_plain)))
 
@@ -171,15 +170,6 @@ def _train(adapted: Any, tokens: Tensor, method: LoRA, optimizer: LHSPG, resume:
             "that not all units are zero; train in float32 or bfloat16, or for longer"
         )
     return log
-
-
-def _as_it_was(small: Any, model: Any) -> None:  # noqa: ANN401
-    """Device and training flags of the model that was given."""
-    device = next(model.parameters()).device
-    if next(small.parameters()).device != device:
-        small.to(device)
-    for mine, given in zip(small.parameters(), model.parameters(), strict=True):
-        mine.requires_grad_(given.requires_grad)
 
 
 def units_for(groups: Groups, pruning_ratio: float) -> dict[str, int]:

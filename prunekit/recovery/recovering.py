@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from prunekit.calibration import check_finite, check_tokens
@@ -14,7 +13,7 @@ from prunekit.errors import PrunekitError
 from prunekit.recovery.data import token_windows
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
-from prunekit.recovery.training import seeded, train
+from prunekit.recovery.training import flags_kept, seeded, train
 from prunekit.text import TextSource
 
 if TYPE_CHECKING:
@@ -76,11 +75,8 @@ def recover_with_lora(model: nn.Module, method: LoRA, tokens: Tensor, output_dir
 
     Source: LLM-Pruner, section 3.3.
     """
-    device = next(model.parameters()).device
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    mode = model.training
     merge = False
-    with seeded(method.seed):
+    with seeded(method.seed), flags_kept(model):
         adapted = attach(model, method)
         try:
             log = train(adapted, tokens, method)
@@ -89,18 +85,7 @@ def recover_with_lora(model: nn.Module, method: LoRA, tokens: Tensor, output_dir
             merge = True
         finally:
             detach(adapted, merge=merge)
-            restore(model, trained, mode, device)
     return log
-
-
-def restore(model: nn.Module, trained: dict[nn.Parameter, bool], mode: bool, device: torch.device) -> None:
-    """Training flags, mode and device as they were."""
-    for parameter, flag in trained.items():
-        parameter.requires_grad_(flag)
-        parameter.grad = None
-    model.train(mode)
-    if next(model.parameters()).device != device:
-        model.to(device)
 
 
 def _save(adapted: Any, log: RecoveryLog, folder: Path) -> None:

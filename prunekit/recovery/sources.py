@@ -9,7 +9,8 @@ from torch import Tensor
 
 from prunekit.calibration import check_tokens
 from prunekit.errors import PrunekitError
-from prunekit.text import DOCUMENT_SEPARATOR, TextSource, read_documents, tokenize
+from prunekit.recovery.data import token_documents
+from prunekit.text import TextSource
 
 Sources = Mapping[str, Tensor | TextSource]
 
@@ -121,11 +122,7 @@ def _documents(data: Tensor | TextSource, tokenizer: Any) -> Iterable[Tensor]:  
         if data.ndim != 2 or data.is_floating_point() or data.dtype == torch.bool:
             raise PrunekitError(f"it is a {data.dtype} tensor {tuple(data.shape)}; give integers (n, length)")
         return data.cpu()
-    if "input_ids" in (getattr(data, "column_names", None) or ()):
-        return [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in data]  # type: ignore[union-attr,call-overload,index]
-    if tokenizer is None:
-        raise PrunekitError("it is text: give tokenizer=tokenizer, or token ids")
-    return [tokenize([text], tokenizer) for text in read_documents(data, separator=DOCUMENT_SEPARATOR)]
+    return token_documents(data, tokenizer)
 
 
 def join(documents: Sequence[Tensor], seq_len: int) -> Tensor:

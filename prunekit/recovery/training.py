@@ -90,7 +90,7 @@ def train(
 def newest_checkpoint(folder: Path) -> str | None:
     """The last whole checkpoint in a folder; what the Trainer writes last is its state."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    return max(map(str, whole), key=_steps_of, default=None)
 
 
 def _steps_of(checkpoint: str) -> int:
@@ -191,6 +191,22 @@ def _config_kept(model: Any) -> Iterator[None]:
         yield
     finally:
         model.config.use_cache = use_cache
+
+
+@contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards what is trained, mode and device are as before, and no gradient is left."""
+    device, mode = next(model.parameters()).device, model.training
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, flag in trained.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        model.train(mode)
+        if next(model.parameters()).device != device:
+            model.to(device)
 
 
 @contextmanager

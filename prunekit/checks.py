@@ -1,0 +1,33 @@
+"""Numbers that somebody gave, refused by name where they cannot be."""
+
+import math
+from typing import Any
+
+from prunekit.errors import PrunekitError
+
+
+def check_integers(**numbers: tuple[Any, int]) -> None:
+    """Name → value and the least that it may be.
+
+    Raises:
+        PrunekitError: a value that is no integer, or smaller.
+    """
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise PrunekitError(f"{name}={value!r} is not allowed; give an integer of {least} or more")
+
+
+def check_reals(**numbers: tuple[Any, float, float]) -> None:
+    """Name → value, the least that it may be, and what it must stay below.
+
+    Raises:
+        PrunekitError: a value that is no finite number, or outside.
+    """
+    for name, (value, low, high) in numbers.items():
+        if not is_real(value) or not low <= value < high:
+            raise PrunekitError(f"{name}={value!r} is not allowed; give a number in [{low:g}, {high:g})")
+
+
+def is_real(value: object) -> bool:
+    """Whether this is a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
