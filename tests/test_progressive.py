@@ -2,16 +2,12 @@
 
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from shared import ROOT
+from shared import in_two_processes, run_script
 from test_importance import tiny_llama
 from test_recovery import counting
 
@@ -273,16 +269,10 @@ print(f"RESULT {total:.6f} {sum(len(done.plan.removed(name)) for name in done.pl
 """
 
 
-def run_apart(tmp_path, *launcher, given):
-    (tmp_path / "work.py").write_text(WORK)
-    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(tmp_path / "work.py"), *given]
-    return subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=300)
-
-
 def test_a_killed_run_goes_on(tmp_path):
     folder = tmp_path / "run"
-    assert run_apart(tmp_path, given=[str(folder), "killed"]).returncode == -signal.SIGKILL
+    (tmp_path / "work.py").write_text(WORK)
+    assert run_script(tmp_path / "work.py", str(folder), "killed").returncode == -signal.SIGKILL
     assert list(folder.glob("checkpoint-*"))
     done, straight = sheared(folder=folder), sheared()
     assert done.plan == straight.plan
@@ -291,9 +281,9 @@ def test_a_killed_run_goes_on(tmp_path):
 
 def test_two_processes_prune_the_same_units(tmp_path):
     """As `accelerate launch` and `torchrun` run it: both end with the same weights and the asked number of zeros."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = run_apart(tmp_path, *launcher, given=[str(tmp_path / "run"), "whole"])
-    results = re.findall(r"RESULT (\S+) (\d+)", done.stdout)
-    assert done.returncode == 0 and len(results) == 2, done.stderr[-2000:]
+    (tmp_path / "work.py").write_text(WORK)
+    said = in_two_processes(tmp_path / "work.py", str(tmp_path / "run"), "whole")
+    results = re.findall(r"RESULT (\S+) (\d+)", said)
+    assert len(results) == 2, said
     assert results[0] == results[1]
     assert int(results[0][1]) == sum(units_for(discover(tiny_llama()), 0.2).values())

@@ -4,18 +4,14 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from shared import ROOT
+from shared import in_two_processes
 from test_calibration import tokenizer, words  # noqa: F401
 from test_importance import tiny_llama
 from torch import nn
@@ -340,12 +336,9 @@ print(f"RESULT {loss_of(recovered, data) / loss_of(model, data):.4f} {total:.9f}
 
 def test_two_processes_train_one_model_together(tmp_path):
     (tmp_path / "work.py").write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command += [str(tmp_path / "work.py"), str(tmp_path / "out")]
-    done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=300)
-    results = re.findall(r"RESULT (\S+) (\S+)", done.stdout)
-    assert done.returncode == 0 and len(results) == 2, done.stderr[-2000:]
+    said = in_two_processes(tmp_path / "work.py", str(tmp_path / "out"))
+    results = re.findall(r"RESULT (\S+) (\S+)", said)
+    assert len(results) == 2, said
     assert results[0] == results[1] and float(results[0][0]) < 0.9
     assert json.loads((tmp_path / "out" / "recovery_log.json").read_text())["losses"]
 

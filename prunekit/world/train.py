@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from prunekit.errors import PrunekitError
 from prunekit.world.corpus import document
@@ -78,14 +78,14 @@ def _sequence(rng: random.Random, tokenizer: PreTrainedTokenizerFast, seq_len: i
     return ids[:seq_len]
 
 
-def _optimizer(model: LlamaForCausalLM, settings: Settings) -> torch.optim.AdamW:
+def _optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
-def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, tokens: Tensor, rate: float) -> float:
+def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, tokens: Tensor, rate: float) -> float:
     """One step on a batch (batch, seq); returns its loss in nats a token."""
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -98,7 +98,7 @@ def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, tokens
     return float(loss.detach())
 
 
-def save_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, progress: dict) -> None:
+def save_state(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: dict) -> None:
     """Weights, optimizer moments and progress in one safetensors file, written beside and moved into place."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     for number, moments in optimizer.state_dict()["state"].items():
@@ -108,7 +108,7 @@ def save_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optim
     beside.replace(path)
 
 
-def load_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, settings: Settings) -> dict:
+def load_state(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, settings: Settings) -> dict:
     """Put a saved state back and return its progress; a new run where nothing is saved."""
     if not path.exists():
         return {"step": 0, "seconds": 0.0, "settings": asdict(settings)}
@@ -128,7 +128,7 @@ def load_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optim
     return progress | {"settings": asdict(settings)}
 
 
-def accuracies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n_questions: int) -> dict[str, float]:
+def accuracies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n_questions: int) -> dict[str, float]:
     """Share of right answers a task, on about `n_questions` spread over each."""
     from prunekit.evaluation import zero_shot  # this script stands above it; the rest of the world does not
 
@@ -136,10 +136,10 @@ def accuracies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n_qu
     return {str(name): float(share) for name, share in zero_shot(model, tokenizer, few).accuracy().items()}
 
 
-def export(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def export(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """A plain transformers checkpoint in half precision, each file moved into place when it is whole."""
     beside = out / "export.new"
-    half = LlamaForCausalLM(LlamaConfig(**model.config.to_dict())).half()
+    half = AutoModelForCausalLM.from_config(type(model.config)(**model.config.to_dict())).half()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
@@ -149,8 +149,8 @@ def export(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
     beside.rmdir()
 
 
-def train(out: Path, settings: Settings, device: str, *, minutes: float = math.inf, config: LlamaConfig | None = None,
-          save_every: int = 200, evaluate_every: int = 250) -> LlamaForCausalLM:  # fmt: skip
+def train(out: Path, settings: Settings, device: str, *, minutes: float = math.inf, config: PreTrainedConfig | None = None,
+          save_every: int = 200, evaluate_every: int = 250) -> PreTrainedModel:  # fmt: skip
     """Train, or go on training, the model whose state lies in `out`.
 
     Args:
@@ -158,7 +158,7 @@ def train(out: Path, settings: Settings, device: str, *, minutes: float = math.i
         settings: see `Settings`.
         device: `"cpu"` or `"cuda"`.
         minutes: stop after this long with everything saved; the next call goes on.
-        config: another shape of model, for trying things out.
+        config: another shape or family of model; it must not drop out.
         save_every: steps between two saved states.
         evaluate_every: steps between two looks at the tasks; 0 for none, and no model card.
 
@@ -171,7 +171,7 @@ def train(out: Path, settings: Settings, device: str, *, minutes: float = math.i
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     torch.manual_seed(settings.seed)
-    model: Any = LlamaForCausalLM(config or configuration(len(tokenizer)))
+    model: Any = AutoModelForCausalLM.from_config(config or configuration(len(tokenizer)))
     model.to(device).train()
     optimizer = _optimizer(model, settings)
     progress = load_state(out / STATE, model, optimizer, settings)
