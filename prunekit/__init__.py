@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution, knowledge_of_units
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
     from prunekit.recovery import LHSPG, LoRA, Mixture, prune_progressively, recover, recover_on_mixture
+    from prunekit.sparsity import SparseLLM, SparsityReport, sparsify
 
 __version__ = "0.1.0"
 
@@ -67,6 +68,7 @@ _ROOMS = {
     "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units"),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
     "recovery": ("LHSPG", "LoRA", "Mixture", "prune_progressively", "recover", "recover_on_mixture"),
+    "sparsity": ("SparseLLM", "SparsityReport", "sparsify"),
 }
 
 __all__ = [
@@ -88,6 +90,8 @@ __all__ = [
     "Random",
     "Reconstruction",
     "Report",
+    "SparseLLM",
+    "SparsityReport",
     "Taylor",
     "calibration_set",
     "compare",
@@ -111,6 +115,7 @@ __all__ = [
     "recover_on_mixture",
     "save",
     "score",
+    "sparsify",
     "zero_shot",
 ]
 

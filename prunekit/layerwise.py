@@ -127,6 +127,29 @@ class Layerwise:
             self._next = passed + 1
 
 
+class Passes:
+    """Batches through the layers of any model: handed from layer to layer where these are a chain, else run whole."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        self.layers = outermost_elements(model)
+        self.n_batches = len(batches)
+        self._model, self._batches = model, batches
+        self._chain: Layerwise | None = None
+        self._tried = False
+
+    def run(self, layer: str | None, batch: int) -> None:
+        """Run a batch through one layer, with all before it as it now is; the whole model where `layer` is None.
+
+        Layers that run as a chain are asked for in order, each as often as one likes.
+        """
+        if layer is not None and not self._tried:  # only now: what comes before the layers may have changed until here
+            self._chain, self._tried = Layerwise.of(self._model, self._batches), True
+        if layer is not None and self._chain is not None:
+            self._chain.run(self.layers.index(layer), batch)
+        else:
+            self._model(**_arguments(self._batches[batch]))
+
+
 def _follow(
     model: nn.Module, layers: list[str], batch: Inputs, change: Callable[[Tensor], Tensor] | None = None
 ) -> _Passage | None:

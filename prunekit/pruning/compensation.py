@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, in_batches
-from prunekit.discovery.parts import layer_of, outermost_elements
+from prunekit.discovery.parts import layer_of
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, computing_wide, linear_readers
 from prunekit.importance.reconstruction import RIDGE, check_ridge, factor
 from prunekit.importance.reduction import check_choice
-from prunekit.layerwise import Layerwise
+from prunekit.layerwise import Passes
 from prunekit.pruning.plans import PruningPlan
 
 FITS = ("weights", "bias", "both")
@@ -194,13 +194,8 @@ def _run_once(model: nn.Module, paths: Iterable[str], batch: Tensor) -> list[str
     return [path for path, n_rows in read.items() if n_rows == [batch.numel()]]
 
 
-class _Passes:
-    """Passes of batches through a model, layer by layer where its layers are a chain."""
-
-    def __init__(self, model: nn.Module, batches: tuple[Tensor, ...]) -> None:
-        self._model, self._batches, self._layers = model, batches, outermost_elements(model)
-        self._chain: Layerwise | None = None
-        self._tried = False
+class _Passes(Passes):
+    """The same, looking at one linear layer."""
 
     def at(self, path: str, batch: int) -> tuple[Tensor, Tensor]:
         """What a linear layer reads and returns for a batch, (n_tokens, n_in) and (n_tokens, n_out)."""
@@ -212,19 +207,10 @@ class _Passes:
 
         hook = self._model.get_submodule(path).register_forward_hook(note, with_kwargs=True)
         try:
-            self._run(path, batch)
+            self.run(layer_of(path, set(self.layers)), batch)
         finally:
             hook.remove()
         return seen[0]
-
-    def _run(self, path: str, batch: int) -> None:
-        layer = layer_of(path, set(self._layers))
-        if layer is not None and not self._tried:  # only now: what comes before the layers is re-fitted already
-            self._chain, self._tried = Layerwise.of(self._model, self._batches), True
-        if layer is not None and self._chain is not None:
-            self._chain.run(self._layers.index(layer), batch)
-        else:
-            self._model(input_ids=self._batches[batch], use_cache=False)
 
 
 def _gather(small: _Passes, dense: _Passes, path: str, kept: Tensor | None, biased: bool, n_batches: int) -> _Fit:

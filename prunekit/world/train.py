@@ -149,8 +149,16 @@ def export(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
     beside.rmdir()
 
 
-def train(out: Path, settings: Settings, device: str, *, minutes: float = math.inf, config: PreTrainedConfig | None = None,
-          save_every: int = 200, evaluate_every: int = 250) -> PreTrainedModel:  # fmt: skip
+def train(
+    out: Path,
+    settings: Settings,
+    device: str,
+    *,
+    minutes: float = math.inf,
+    config: PreTrainedConfig | None = None,
+    save_every: int = 200,
+    evaluate_every: int = 250,
+) -> PreTrainedModel:
     """Train, or go on training, the model whose state lies in `out`.
 
     Args:

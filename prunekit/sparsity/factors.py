@@ -1,0 +1,70 @@
+"""The inverse of a Hessian as SparseGPT needs it: a damped Cholesky factor that does not fail."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunekit.errors import PrunekitError
+
+DAMPING = 0.01  # of the mean diagonal; SparseGPT's percdamp
+_STEP = 10.0  # by which damping grows where a factor does not exist
+_TRIES = 7
+
+
+class Factor(NamedTuple):
+    """The factor of one Hessian; matrices with the same inputs share it.
+
+    Attributes:
+        upper: U with H⁻¹ = UᵀU, upper triangular, (in, in).
+        dead: inputs that are always zero, bool (in,).
+        damping: what was added to the diagonal, as a part of its mean.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+
+def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """A Hessian with 1 on the diagonal of dead inputs and `damping` times the mean diagonal on all of it, and which are
+    dead.
+    """  # noqa: D205
+    dead = hessian.diagonal() == 0
+    result = hessian.clone()
+    result.diagonal()[dead] = 1
+    result.diagonal().add_(damping * result.diagonal().mean())
+    return result, dead
+
+
+def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor:
+    """The factor of a damped Hessian; where rounding leaves it none, damping grows tenfold until there is one.
+
+    One Cholesky factor and one triangular inverse: with P the reversal of rows and columns, PHP = LLᵀ gives
+    U = P L⁻¹ P.
+
+    Args:
+        hessian: H = (2/n)·Σxxᵀ, float (in, in); any scale will do.
+        damping: as a part of the mean diagonal, above 0.
+
+    Raises:
+        PrunekitError: not even a strongly damped one has a factor.
+    """
+    used = damping
+    for _ in range(_TRIES):
+        matrix, dead = damped(hessian, used)
+        upper = upper_factor(matrix)
+        if upper is not None:
+            return Factor(upper, dead, used)
+        used *= _STEP
+    raise PrunekitError(f"the Hessian has no Cholesky factor even with damping={used / _STEP:g}: is it Σxxᵀ?")
+
+
+def upper_factor(matrix: Tensor) -> Tensor | None:
+    """U, upper triangular, with matrix⁻¹ = UᵀU; None where the matrix is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if failed:
+        return None
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+    return upper if bool(upper.diagonal().isfinite().all()) else None

@@ -1,0 +1,211 @@
+"""One layer: its matrices pruned from what they read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.errors import PrunekitError
+from prunekit.layerwise import Passes
+from prunekit.sparsity.alternation import FFN, SparseLLM, prune_ffn
+from prunekit.sparsity.factors import Factor, factorize
+from prunekit.sparsity.ffns import FoundFFN, Rows, activations_of, find_ffns
+from prunekit.sparsity.matrices import Call, Matrix
+from prunekit.sparsity.patterns import Pattern
+from prunekit.sparsity.reading import Reading, read_layer
+from prunekit.sparsity.solvers import solve, wanda, zeroed_lowest
+
+UNREACHED = "no token of the calibration set reached it"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for all layers.
+
+    Attributes:
+        method: `"magnitude"`, `"wanda"`, `"sparsegpt"` or `"sparsellm"`.
+        alternation: SparseLLM's options.
+        patterns: matrix → what it is to look like.
+        damping: of Hessians.
+        n_sequences: in the calibration set.
+    """
+
+    method: str
+    alternation: SparseLLM
+    patterns: Mapping[Matrix, Pattern]
+    damping: float
+    n_sequences: int
+
+
+def prune_layer(
+    module: nn.Module, passes: Passes, layer: str, matrices: list[Matrix], settings: Settings
+) -> list[dict[str, Any]]:
+    """Prune the matrices of one layer in place, all from one dense pass.
+
+    Args:
+        module: the layer.
+        passes: the calibration set on its way.
+        layer: path of the layer.
+        matrices: of the layer.
+        settings: what is asked.
+
+    Returns:
+        One row a matrix, as `SparsityReport.rows` has them.
+
+    Raises:
+        PrunekitError: activations that are not finite or all zero.
+    """
+    ffns: list[FoundFFN] = []
+    activations: dict[nn.Module, int] = {}
+
+    def choose(calls: list[Call]) -> Iterator[tuple[Matrix, str]]:
+        ffns.extend(_with_other_experts(find_ffns(calls, activations), matrices))
+        for ffn in ffns:
+            gate = [(ffn.gate.matrix, "outputs")] if ffn.gate else []
+            yield from [(ffn.up.matrix, "inputs"), (ffn.up.matrix, "outputs"), *gate]
+            yield from [(ffn.down, "inputs"), (ffn.down, "outputs")]
+
+    look = choose if settings.method == "sparsellm" else lambda _: []
+    with activations_of(module, activations):
+        reading = read_layer(passes, layer, matrices, settings.n_sequences, look)
+    rows: dict[Matrix, dict[str, Any]] = {}
+    local = _Local(reading, settings)
+    for ffn in ffns:
+        if reading.gram(ffn.down) is not None:
+            rows |= _prune_ffn(ffn, reading, settings)
+    for matrix in matrices:
+        if matrix not in rows:
+            rows[matrix] = local.prune(matrix)
+    return [rows[matrix] for matrix in matrices]
+
+
+def prune_alone(matrix: Matrix, pattern: Pattern, note: str | None = None) -> dict[str, Any]:
+    """Prune a matrix in place by magnitude, from nothing but itself; its row."""
+    before = matrix.weight.float()
+    after = zeroed_lowest(before, before.abs(), pattern)
+    return _write(matrix, after, _row(matrix, "magnitude", before, after, None, note=note))
+
+
+class _Local:
+    """Each matrix by itself; those that read the same share a factor."""
+
+    def __init__(self, reading: Reading, settings: Settings) -> None:
+        self._reading, self._settings = reading, settings
+        self._factors: dict[Matrix, Factor] = {}
+
+    def prune(self, matrix: Matrix) -> dict[str, Any]:
+        pattern, gram = self._settings.patterns[matrix], self._reading.gram(matrix)
+        if gram is None or not bool(gram.total.any()):
+            if gram is not None and matrix.expert is None:
+                raise PrunekitError(
+                    f"what {matrix.name} reads is zero for every token of the calibration set; give another one"
+                )
+            return prune_alone(matrix, pattern, UNREACHED)
+        before = matrix.weight.to(gram.total.dtype)
+        if self._settings.method == "magnitude":
+            after = zeroed_lowest(before, before.abs(), pattern)
+            return _write(matrix, after, _row(matrix, "magnitude", before, after, gram.total))
+        if self._settings.method == "wanda":
+            after = _wanda(before, gram.total, pattern)
+            return _write(matrix, after, _row(matrix, "wanda", before, after, gram.total))
+        factor = self._factor(matrix)
+        after = solve(before, factor, pattern)
+        return _write(matrix, after, _row(matrix, "sparsegpt", before, after, gram.total, damping=factor.damping))
+
+    def _factor(self, matrix: Matrix) -> Factor:
+        leader = self._reading.leaders.get(matrix, matrix)
+        if leader not in self._factors:
+            self._factors[leader] = factorize(self._reading.grams[leader].hessian, self._settings.damping)
+        return self._factors[leader]
+
+
+def _wanda(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
+    if pattern.of is None:
+        return wanda(weight, gram, pattern.sparsity)
+    return wanda(weight, gram, pattern=(pattern.of - pattern.zeros, pattern.of))
+
+
+def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Matrix, dict[str, Any]]:
+    """Prune an FFN in place by SparseLLM; a row for each of its matrices."""
+    pattern = settings.patterns[found.down]
+    grams = {matrix: reading.gram(matrix) for matrix in found.matrices}
+    befores = {matrix: matrix.weight.to(reading.kept[found.down, "inputs"][0].dtype).clone() for matrix in grams}
+    done = prune_ffn(
+        _tensors(found, reading), settings.n_sequences, pattern, settings.alternation, damping=settings.damping
+    )
+    afters = {matrix: before.clone() for matrix, before in befores.items()}
+    parts: list[tuple[Rows | None, Tensor | None]] = [(found.up, done.up), (found.gate, done.gate)]
+    for rows, weight in parts:
+        if rows is not None and weight is not None:
+            afters[rows.matrix][rows.rows] = weight
+    afters[found.down] = done.down
+    table = {}
+    for matrix, before in befores.items():
+        gram = grams[matrix]
+        row = _row(
+            matrix, "sparsellm", before, afters[matrix], None if gram is None else gram.total, damping=done.damping
+        )
+        table[matrix] = _write(matrix, afters[matrix], row)
+    table[found.down] |= {"ffn_error": list(done.errors), "kept": done.kept}
+    return table
+
+
+def _tensors(found: FoundFFN, reading: Reading) -> FFN:
+    """What went through an FFN, taken out of the reading."""
+
+    def bias(rows: Rows | None) -> Tensor | None:
+        given = None if rows is None else reading.biases.get(rows.matrix)
+        return None if given is None or rows is None else given[rows.rows].to(x.dtype)
+
+    x, p = reading.whole(found.up.matrix, "inputs"), reading.whole(found.down, "inputs")
+    down_bias = reading.biases.get(found.down)
+    gate = None if found.gate is None else reading.whole(found.gate.matrix, "outputs")[:, found.gate.rows]
+    return FFN(
+        up=found.up.weight.to(x.dtype), gate=None if found.gate is None else found.gate.weight.to(x.dtype),
+        down=found.down.weight.to(x.dtype), up_bias=bias(found.up), gate_bias=bias(found.gate),
+        down_bias=None if down_bias is None else down_bias.to(x.dtype), activation=found.activation, x=x,
+        y=reading.whole(found.down, "outputs"), z=reading.whole(found.up.matrix, "outputs")[:, found.up.rows], s=gate, p=p,
+    )  # fmt: skip
+
+
+def _with_other_experts(ffns: list[FoundFFN], matrices: list[Matrix]) -> list[FoundFFN]:
+    """The FFNs of experts that no token of the first batch reached are made as those of their fellows."""
+    known = {(m.parameter, m.expert): m for m in matrices}
+    found = {ffn.down: ffn for ffn in ffns}
+    for ffn in ffns:
+        for down in matrices if ffn.down.expert is not None else []:
+            if down.parameter == ffn.down.parameter and down not in found:
+                found[down] = replace(
+                    ffn, down=down, up=_of_expert(ffn.up, down.expert, known),
+                    gate=None if ffn.gate is None else _of_expert(ffn.gate, down.expert, known),
+                )  # fmt: skip
+    return list(found.values())
+
+
+def _of_expert(rows: Rows, expert: int | None, known: Mapping[tuple[str, int | None], Matrix]) -> Rows:
+    return replace(rows, matrix=known[rows.matrix.parameter, expert])
+
+
+def _write(matrix: Matrix, after: Tensor, row: dict[str, Any]) -> dict[str, Any]:
+    matrix.weight.copy_(after.to(matrix.tensor.dtype))
+    return row
+
+
+def _row(
+    matrix: Matrix, method: str, before: Tensor, after: Tensor, gram: Tensor | None, *, damping: float | None = None,
+    note: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "matrix": matrix.name, "method": method, "n_weights": after.numel(), "n_zeros": int((after == 0).sum()),
+        "error": None if gram is None else _relative_error(before, after, gram), "ffn_error": None, "kept": None,
+        "damping": damping, "note": note,
+    }  # fmt: skip
+
+
+def _relative_error(before: Tensor, after: Tensor, gram: Tensor) -> float:
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²."""
+    change = before - after
+    lost, size = ((change @ gram) * change).sum(), ((before @ gram) * before).sum()
+    return float(lost / size.clamp_min(torch.finfo(size.dtype).tiny))

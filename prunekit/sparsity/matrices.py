@@ -1,0 +1,261 @@
+"""The weight matrices of a model's layers, found by watching which of its parameters multiply activations."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from prunekit.discovery.parts import layer_of
+
+Key = tuple[int, torch.Size, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A weight that multiplies activations, whole or one expert's slice of a stacked parameter.
+
+    Attributes:
+        parameter: its name, as in `model.named_parameters()`.
+        tensor: that parameter.
+        layer: path of the layer that it lies in.
+        expert: which slice along the first dimension; None where it is the whole.
+        stored_in_out: whether it is stored (in, out), as GPT-2's and some experts' are.
+    """
+
+    parameter: str
+    tensor: Tensor
+    layer: str
+    expert: int | None
+    stored_in_out: bool
+
+    @property
+    def name(self) -> str:
+        """The parameter's name, and which expert."""
+        return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is, a view (out, in)."""
+        stored = self.stored
+        return stored.T if self.stored_in_out else stored
+
+    @property
+    def stored(self) -> Tensor:
+        """The same as it lies in memory."""
+        tensor = self.tensor.detach()
+        return tensor if self.expert is None else tensor[self.expert]
+
+
+class Call(NamedTuple):
+    """One product of activations with a matrix.
+
+    Attributes:
+        matrix: (out, in).
+        inputs: (n_tokens, in).
+        outputs: (n_tokens, out), with the bias.
+        bias: (out,) or None.
+    """
+
+    matrix: Matrix
+    inputs: Tensor
+    outputs: Tensor
+    bias: Tensor | None
+
+
+class _Operands(NamedTuple):
+    """Where a function has its activations, weight and bias, and whether it reads the weight as (in, out)."""
+
+    inputs: int
+    weight: int
+    bias: int | None
+    in_out: bool
+
+
+_PRODUCTS: dict[Any, _Operands] = {
+    functional.linear: _Operands(0, 1, 2, False),
+    torch.addmm: _Operands(1, 2, 0, True),
+    **{f: _Operands(0, 1, None, True) for f in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)},
+    **{f: _Operands(0, 1, None, True) for f in (torch.bmm, Tensor.bmm)},
+}
+
+
+class _Products(TorchFunctionMode):
+    """While open, every product with a parameter is told: weight as given, inputs, outputs, bias, read as (in, out)."""
+
+    def __init__(self, note: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        where = _PRODUCTS.get(func)
+        if where is not None:
+            with torch._C.DisableTorchFunctionSubclass(), torch._C.DisableTorchFunction():
+                bias = _argument(args, kwargs, where.bias, "bias") if where.bias is not None else None
+                weight = _argument(args, kwargs, where.weight, "weight")
+                inputs = _argument(args, kwargs, where.inputs, "input")
+                if isinstance(weight, Tensor) and isinstance(inputs, Tensor):
+                    self._note(weight, inputs, result, bias, where.in_out)
+        return result
+
+
+def _argument(args: tuple, kwargs: Mapping[str, Any], place: int, name: str) -> Any:  # noqa: ANN401
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
+def key_of(stored: Tensor) -> Key:
+    """What tells a tensor's memory from any other's."""
+    return stored.data_ptr(), stored.shape, stored.stride()
+
+
+@contextmanager
+def watching(
+    matrices: Iterable[Matrix],
+    note: Callable[[Call], None],
+    note_gradient: Callable[[Matrix, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """While open, every product with one of these matrices is told.
+
+    Args:
+        matrices: to watch.
+        note: told of each product.
+        note_gradient: told of the gradients (n_tokens, out) of its outputs, where the loss is followed back.
+    """
+    known = {key: matrix for matrix in matrices for key in (key_of(matrix.stored), key_of(matrix.stored.T))}
+
+    def look(weight: Tensor, inputs: Tensor, outputs: Tensor, bias: Tensor | None, _in_out: bool) -> None:
+        here = [known.get(key_of(stored)) for stored in (weight if weight.dim() == 3 else [weight])]
+        if not any(here):
+            return
+
+        def tell(gradient: Tensor) -> None:
+            for matrix, g in zip(here, _slices(gradient, weight), strict=True):
+                if matrix is not None and note_gradient is not None:
+                    note_gradient(matrix, g)
+
+        for matrix, x, y in zip(here, _slices(inputs, weight), _slices(outputs, weight), strict=True):
+            if matrix is not None:
+                note(Call(matrix, x, y, bias))
+        if note_gradient is not None and outputs.requires_grad:
+            outputs.register_hook(tell)
+
+    with _Products(look):
+        yield
+
+
+def _slices(activations: Tensor, weight: Tensor) -> list[Tensor]:
+    """Activations (n_tokens, width) for each matrix of a weight: one, or one an expert."""
+    return [part.flatten(0, -2) for part in (activations if weight.dim() == 3 else [activations])]
+
+
+class Found(NamedTuple):
+    """The matrices of a model.
+
+    Attributes:
+        matrices: in the order in which they first ran.
+        left: parameters of two or more dimensions in the layers that stay dense → why.
+    """
+
+    matrices: list[Matrix]
+    left: dict[str, str]
+
+
+def find_matrices(model: nn.Module, layers: list[str], batch: Tensor) -> Found:
+    """All weight matrices in the layers of a model, from one pass of a batch.
+
+    A parameter counts that multiplies activations as a whole, or of which one expert after the other does, with one
+    orientation, in one layer. Routers, which choose experts, and what is used in any other way stay dense.
+
+    Args:
+        model: a causal LM in evaluation mode, its experts written out.
+        layers: their paths.
+        batch: int64 (batch, seq).
+    """
+    within = {p: (name, layer_of(name, set(layers))) for name, p in model.named_parameters(remove_duplicate=False)}
+    owners = {p.untyped_storage().data_ptr(): (p, *within[p]) for p in within if within[p][1] and p.dim() > 1}
+    seen: dict[nn.Parameter, bool] = {}  # whether it is stored (in, out)
+    odd: dict[str, str] = {}
+
+    def look(weight: Tensor, _inputs: Tensor, _outputs: Tensor, _bias: Tensor | None, in_out: bool) -> None:
+        p, name, _ = owners.get(weight.untyped_storage().data_ptr(), (None, "", None))
+        if p is None:
+            return
+        turned = {key_of(view): view is not as_is for as_is in _views(p, weight.dim()) for view in (as_is, as_is.mT)}
+        stored_in_out = in_out != turned.get(key_of(weight), False)
+        if key_of(weight) not in turned or seen.setdefault(p, stored_in_out) != stored_in_out:
+            odd[name] = "it is not used as one matrix"
+
+    with _Products(look), torch.no_grad():
+        model(input_ids=batch, use_cache=False)
+    odd |= _shared(model, layers)
+    odd |= _routers(model, {p: within[p] for p in seen})
+    return _sorted_out(owners.values(), seen, odd)
+
+
+def _views(parameter: Tensor, dim: int) -> list[Tensor]:
+    """A parameter as it may be used: whole, or one expert's slice."""
+    return [*parameter.detach()] if parameter.dim() == 3 and dim == 2 else [parameter.detach()]
+
+
+def _sorted_out(owners: Iterable[tuple], seen: Mapping[nn.Parameter, bool], odd: dict[str, str]) -> Found:
+    matrices: list[Matrix] = []
+    known = {p: (name, layer) for p, name, layer in owners}
+    for p, in_out in seen.items():
+        name, layer = known[p]
+        if name not in odd:
+            experts: Iterable[int | None] = range(len(p)) if p.dim() == 3 else [None]
+            matrices += [Matrix(name, p, layer, expert, in_out) for expert in experts]
+    idle = {name: "it multiplies no activations" for p, (name, _) in known.items() if p not in seen}
+    return Found(matrices, odd | idle)
+
+
+def _shared(model: nn.Module, layers: list[str]) -> dict[str, str]:
+    """Parameters that stand in several places: to prune one is to prune the others."""
+    places: dict[nn.Parameter, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        places.setdefault(p, []).append(name)
+    return {
+        names[0]: f"it is tied to {names[1]}"
+        for names in places.values()
+        if len(names) > 1 and layer_of(names[0], set(layers))
+    }
+
+
+def _routers(model: nn.Module, seen: Mapping[nn.Parameter, tuple[str, str]]) -> dict[str, str]:
+    """Matrices beside experts with as many outputs as there are experts, or one: they choose or weigh experts."""
+    numbers: dict[str, set[int]] = {}  # path of a module with experts → how many
+    for p, (name, _) in seen.items():
+        if p.dim() == 3:
+            numbers.setdefault(_above(name, 2), {1}).add(len(p))
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and any(name.startswith(f"{path}.") for name, _ in seen.values()):
+            nested = any(layer and path.startswith(f"{layer}.") for _, layer in seen.values())
+            if nested:
+                numbers.setdefault(_above(path, 1), {1}).add(len(module))
+    return {
+        name: "it chooses experts"
+        for p, (name, _) in seen.items()
+        if p.dim() == 2 and any(name.startswith(f"{path}.") and min(p.shape) in ns for path, ns in numbers.items())
+    }
+
+
+def _above(path: str, levels: int) -> str:
+    return ".".join(path.split(".")[:-levels])
+
+
+@contextmanager
+def experts_written_out(model: nn.Module) -> Iterator[None]:
+    """While open, experts run one after the other, so that each one's products can be seen."""
+    field = "_experts_implementation_internal"
+    with ExitStack() as stack:
+        for config in {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}.values():
+            if getattr(config, field, None) is not None:
+                stack.callback(setattr, config, field, getattr(config, field))
+                setattr(config, field, "eager")
+        yield

@@ -1,0 +1,47 @@
+"""Models that cannot be sparsified, refused by name before anything is computed."""
+
+from typing import Any
+
+from torch import nn
+
+from prunekit.calibration import check_finite
+from prunekit.errors import PrunekitError
+from prunekit.importance.reduction import check_takes_tokens
+
+_QUANTISED = ("torch.ao.nn.", "bitsandbytes.", "torchao.", "auto_gptq.", "awq.", "optimum.quanto")
+
+
+def check_sparsifiable(model: Any) -> None:  # noqa: ANN401
+    """Refuse what is no model, is quantised, carries adapters, or has weights that are not finite.
+
+    Raises:
+        PrunekitError: names what stands in the way.
+    """
+    if not isinstance(model, nn.Module):
+        raise PrunekitError(f"model is a {type(model).__name__}; give a causal LM, such as load(path) returns")
+    if hasattr(model, "peft_config"):
+        raise PrunekitError("the model carries adapters; call merge_and_unload() on it first")
+    reason = quantised(model)
+    if reason is not None:
+        raise PrunekitError(
+            f"the model is quantised ({reason}), and zeros would be lost or rounded there: sparsify the checkpoint of "
+            "full precision, then quantise that"
+        )
+    check_takes_tokens(model)
+    check_finite(model)
+
+
+def quantised(model: nn.Module) -> str | None:
+    """How a model is quantised; None where it is not."""
+    stated = getattr(getattr(model, "config", None), "quantization_config", None)
+    if stated is not None:
+        method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)
+        return f"its configuration says {str(getattr(method, 'value', method))!r}"
+    for name, module in model.named_modules():
+        kind = type(module)
+        if f"{kind.__module__}.{kind.__qualname__}".startswith(_QUANTISED):
+            return f"{name or 'it'} is a {kind.__module__}.{kind.__qualname__}"
+    for name, p in model.named_parameters():
+        if not p.is_floating_point() or p.element_size() < 2 or type(p.data).__module__.startswith("torchao"):
+            return f"{name} is {p.dtype}"
+    return None

@@ -1,0 +1,99 @@
+"""What sparsification did, matrix by matrix."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from prunekit.errors import PrunekitError
+from prunekit.files import write_text
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """The account of one call of `sparsify`.
+
+    Attributes:
+        method: `"magnitude"`, `"wanda"`, `"sparsegpt"` or `"sparsellm"`.
+        target: what was asked for, such as `"70%"` or `"2 of 4 zero"`.
+        rows: one a matrix: layer (number), matrix, method (what was done), n_weights, n_zeros, error (‖X(W − Ŵ)ᵀ‖² /
+            ‖XWᵀ‖² on the calibration set, X of the dense layer behind sparse ones; None without one), ffn_error (after
+            each iteration of SparseLLM), kept (of which iteration the weights are), damping, note.
+        left: parameters of the layers that stay dense → why.
+        remarks: what a reader should know of the whole.
+    """
+
+    method: str
+    target: str
+    rows: tuple[dict[str, Any], ...]
+    left: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among the weights of these matrices."""
+        total = sum(row["n_weights"] for row in self.rows)
+        return sum(row["n_zeros"] for row in self.rows) / max(total, 1)
+
+    def table(self) -> pd.DataFrame:
+        """One row a matrix, with its sparsity."""
+        table = pd.DataFrame(self.rows)
+        return table.assign(sparsity=table["n_zeros"] / table["n_weights"])
+
+    def by_layer(self) -> pd.DataFrame:
+        """One row a layer: n_weights, n_zeros, sparsity, and the mean error of its matrices."""
+        table = (
+            self.table()
+            .groupby("layer")
+            .agg(n_weights=("n_weights", "sum"), n_zeros=("n_zeros", "sum"), error=("error", "mean"))
+        )
+        return table.assign(sparsity=table["n_zeros"] / table["n_weights"])
+
+    def ffn_errors(self) -> pd.DataFrame:
+        """One row an FFN and iteration of SparseLLM: layer, matrix (the down projection), iteration, error, kept."""
+        rows = [
+            (row["layer"], row["matrix"], iteration, error, row["kept"] == iteration)
+            for row in self.rows
+            for iteration, error in enumerate(row["ffn_error"] or ())
+        ]
+        return pd.DataFrame(rows, columns=["layer", "matrix", "iteration", "error", "kept"])
+
+    def __repr__(self) -> str:
+        kinds = pd.Series([row["method"] for row in self.rows]).value_counts()
+        done = ", ".join(f"{n} by {name}" for name, n in kinds.items())
+        left = f"; {len(self.left)} left dense" if self.left else ""
+        return (
+            f"SparsityReport({self.target} asked, {self.sparsity:.2%} zero in {len(self.rows)} matrices: {done}{left})"
+        )
+
+    def _repr_html_(self) -> str:
+        formats = {"sparsity": "{:.1%}".format, "error": "{:.4f}".format}
+        remarks = "".join(f"<li>{remark}</li>" for remark in self.remarks)
+        left = "".join(f"<li><code>{name}</code> stays dense: {why}</li>" for name, why in self.left.items())
+        return f"<p>{self!r}</p><ul>{remarks}{left}</ul>{self.by_layer().to_html(formatters=formats)}"
+
+    def to_json(self) -> str:
+        """All of it as JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "SparsityReport":
+        """Read back what `to_json` wrote.
+
+        Raises:
+            PrunekitError: the text is no such report.
+        """
+        try:
+            told = json.loads(text)
+            return cls(told["method"], told["target"], tuple(told["rows"]), told["left"], tuple(told["remarks"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PrunekitError(
+                f"this is no sparsity report ({error}); give what SparsityReport.to_json wrote"
+            ) from None
+
+    def save(self, path: str | Path) -> None:
+        """Write it as a JSON file."""
+        write_text(Path(path), self.to_json())

@@ -1,0 +1,219 @@
+"""Magnitude, Wanda and SparseGPT: one weight and its statistics → the pruned weight, nothing else changed."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.checks import check_integers, is_real
+from prunekit.errors import PrunekitError
+from prunekit.sparsity.factors import DAMPING, Factor, factorize
+from prunekit.sparsity.patterns import Pattern, pattern_of
+
+BLOCK = 128  # columns between two updates of all that lie behind; SparseGPT's blocksize
+_SUB_BLOCK = 8  # columns between two updates of the rest of their block
+
+
+def magnitude(
+    weight: Tensor,
+    statistics: Tensor | None = None,
+    sparsity: float | str | None = None,
+    *,
+    pattern: tuple[int, int] | None = None,
+) -> Tensor:
+    """The weights that are largest stay.
+
+    Args:
+        weight: (out, in).
+        statistics: not looked at; it is here so that all solvers are called alike.
+        sparsity: fraction of zeros over the whole matrix, in [0, 1), or `"2:4"`.
+        pattern: (kept, of) in place of it: so many stay of every `of` along a row.
+
+    Returns:
+        The pruned weight, new, (out, in).
+
+    Raises:
+        PrunekitError: a weight that is no finite matrix, or a sparsity that cannot be.
+
+    Source: Han et al. (2015), one threshold a matrix; at the threshold itself weights go, as in SparseGPT's code.
+    """
+    wanted = pattern_of(sparsity, pattern)
+    _check_weight(weight, wanted)
+    return zeroed_lowest(weight, weight.abs(), wanted)
+
+
+def wanda(
+    weight: Tensor,
+    statistics: Tensor,
+    sparsity: float | str | None = None,
+    *,
+    pattern: tuple[int, int] | None = None,
+) -> Tensor:
+    """The weights that are largest times the norm of their input stay, in each row alike; none is updated.
+
+    Args:
+        weight: (out, in).
+        statistics: sums of squares of each input (in,), or the Hessian (in, in), of which the diagonal is read. Any
+            scale will do.
+        sparsity: fraction of zeros in each row, in [0, 1), rounded down to whole weights; or `"2:4"`.
+        pattern: (kept, of) in place of it.
+
+    Returns:
+        The pruned weight, new, (out, in).
+
+    Raises:
+        PrunekitError: what `magnitude` raises, or statistics that do not fit or are not finite.
+
+    Source: Wanda (Sun et al., ICLR 2024), Eq. 1.
+    """
+    wanted = pattern_of(sparsity, pattern)
+    _check_weight(weight, wanted)
+    squares = _check_statistics(statistics, weight).diagonal() if statistics.dim() == 2 else statistics
+    scores = weight.abs() * _check_squares(squares, weight).sqrt()
+    if wanted.of is not None:
+        return zeroed_lowest(weight, scores, wanted)
+    chosen = scores.sort(dim=1, stable=True).indices[:, : int(weight.shape[1] * wanted.sparsity)]
+    return weight.scatter(1, chosen, 0)
+
+
+def sparsegpt(
+    weight: Tensor,
+    statistics: Tensor | Factor,
+    sparsity: float | str | None = None,
+    *,
+    pattern: tuple[int, int] | None = None,
+    block_size: int = BLOCK,
+    damping: float = DAMPING,
+) -> Tensor:
+    """Column after column, weights go where it costs least, and the columns behind make up for it.
+
+    Args:
+        weight: (out, in).
+        statistics: the Hessian H = (2/n)·Σxxᵀ of the inputs, (in, in), any scale; or its `factorize(H)`, which
+            matrices with the same inputs share.
+        sparsity: fraction of zeros in each block of columns, in [0, 1), or `"2:4"`.
+        pattern: (kept, of) in place of it.
+        block_size: columns a block.
+        damping: λ as a part of the mean of H's diagonal; raised tenfold, with a warning, where H has no factor. Not
+            used with a `Factor`.
+
+    Returns:
+        The pruned and updated weight, new, (out, in). Inputs that are always zero have zero weights.
+
+    Raises:
+        PrunekitError: what `wanda` raises, inputs that are all zero, or a damping that cannot be.
+
+    Source: SparseGPT (Frantar and Alistarh, ICML 2023), Alg. 1. Differs: computed in sub-blocks of the transposed
+        weight, with a selection in place of a sort; the same masks.
+    """
+    wanted = pattern_of(sparsity, pattern)
+    _check_weight(weight, wanted)
+    check_integers(block_size=(block_size, 1))
+    check_damping(damping)
+    if not isinstance(statistics, Factor):
+        statistics = _factor(_check_statistics(statistics, weight), damping)
+    return solve(weight, statistics, wanted, block_size)
+
+
+def _factor(hessian: Tensor, damping: float) -> Factor:
+    if not bool(hessian.diagonal().any()):
+        raise PrunekitError(
+            "all inputs are zero: nothing is known of this matrix; give a calibration set it responds to"
+        )
+    found = factorize(hessian, damping)
+    if found.damping != damping:
+        warnings.warn(
+            f"the Hessian has no Cholesky factor with damping={damping:g}; {found.damping:g} was used", stacklevel=3
+        )
+    return found
+
+
+def solve(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int = BLOCK) -> Tensor:
+    """SparseGPT for one matrix with a factor at hand; `sparsegpt` without its checks."""
+    columns = weight.T.to(factor.upper.dtype).clone(memory_format=torch.contiguous_format)  # (in, out), changed below
+    columns[factor.dead] = 0
+    if pattern.sparsity > 0:
+        size = block_size if pattern.of is None else max(block_size // pattern.of, 1) * pattern.of
+        for start in range(0, len(columns), size):
+            end = min(start + size, len(columns))
+            errors = _solve_block(columns[start:end], factor.upper[start:end, start:end], pattern)
+            columns[end:].addmm_(factor.upper[start:end, end:].T, errors, alpha=-1)
+    return columns.T.to(weight.dtype).contiguous()
+
+
+def _solve_block(block: Tensor, upper: Tensor, pattern: Pattern) -> Tensor:
+    """Prune a block (columns, out) in place; what each column's error is, in units of its diagonal, (columns, out)."""
+    diagonal = upper.diagonal()[:, None]
+    mask = (
+        _lowest_of_block(block, diagonal, pattern) if pattern.of is None else torch.zeros_like(block, dtype=torch.bool)
+    )
+    errors = torch.empty_like(block)
+    step = _SUB_BLOCK if pattern.of is None else max(_SUB_BLOCK // pattern.of, 1) * pattern.of
+    for start in range(0, len(block), step):
+        end = min(start + step, len(block))
+        for j in range(start, end):
+            if pattern.of is not None and j % pattern.of == 0:
+                run = slice(j, j + pattern.of)
+                mask[run] = pattern.lowest(block[run] ** 2 / diagonal[run] ** 2)
+            torch.div(block[j] * mask[j], diagonal[j], out=errors[j])
+            block[j].masked_fill_(mask[j], 0)
+            block[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j], alpha=-1)
+        block[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
+    return errors
+
+
+def _lowest_of_block(block: Tensor, diagonal: Tensor, pattern: Pattern) -> Tensor:
+    scores = block**2 / diagonal**2
+    return scores <= threshold(scores, pattern.sparsity)
+
+
+def threshold(scores: Tensor, sparsity: float) -> Tensor:
+    """The score at or below which weights go: number ⌊numel·sparsity⌋ in ascending order, counted from 0."""
+    return scores.flatten().kthvalue(int(scores.numel() * sparsity) + 1).values
+
+
+def zeroed_lowest(weight: Tensor, scores: Tensor, pattern: Pattern) -> Tensor:
+    """A weight (out, in) without those of the lowest scores, none of them updated."""
+    if pattern.sparsity == 0:
+        return weight.clone()
+    if pattern.of is not None:
+        return weight.masked_fill(pattern.lowest(scores.T).T, 0)
+    return weight.masked_fill(scores <= threshold(scores, pattern.sparsity), 0)
+
+
+def check_damping(damping: Any) -> None:  # noqa: ANN401
+    """Refuse a damping that is no finite number above 0.
+
+    Raises:
+        PrunekitError: names the value.
+    """
+    if not is_real(damping) or damping <= 0:
+        raise PrunekitError(f"damping={damping!r} is not allowed; give a number above 0, such as {DAMPING}")
+
+
+def _check_weight(weight: Any, pattern: Pattern) -> None:  # noqa: ANN401
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        given = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise PrunekitError(f"a weight is a tensor of floating-point numbers (out, in), not {given}")
+    if not bool(weight.isfinite().all()):
+        raise PrunekitError("the weight has NaN or infinite values")
+    pattern.check_width(weight.shape[1], "the weight")
+
+
+def _check_statistics(statistics: Any, weight: Tensor) -> Tensor:  # noqa: ANN401
+    n_in = weight.shape[1]
+    if not isinstance(statistics, Tensor) or statistics.shape != (n_in, n_in):
+        given = tuple(statistics.shape) if isinstance(statistics, Tensor) else type(statistics).__name__
+        raise PrunekitError(f"the Hessian of a weight with {n_in} inputs is a tensor ({n_in}, {n_in}), not {given}")
+    if not bool(statistics.isfinite().all()):
+        raise PrunekitError("the Hessian has NaN or infinite values: so had the activations")
+    return statistics
+
+
+def _check_squares(squares: Tensor, weight: Tensor) -> Tensor:
+    if squares.shape != weight.shape[1:]:
+        raise PrunekitError(f"{weight.shape[1]} inputs have as many sums of squares, not {tuple(squares.shape)}")
+    if not bool(squares.isfinite().all()) or bool((squares < 0).any()):
+        raise PrunekitError("sums of squares are finite and not negative; these are not: so were the activations")
+    return squares

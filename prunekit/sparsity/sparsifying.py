@@ -1,0 +1,195 @@
+"""A model and a calibration set → the same model with zeros, block after block."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prunekit.calibration import check_tokens, in_batches
+from prunekit.discovery.parts import outermost_elements
+from prunekit.discovery.preparing import evaluating
+from prunekit.errors import PrunekitError
+from prunekit.layerwise import Passes
+from prunekit.sparsity.allocation import allocate
+from prunekit.sparsity.alternation import SparseLLM
+from prunekit.sparsity.factors import DAMPING
+from prunekit.sparsity.layers import Settings, prune_alone, prune_layer
+from prunekit.sparsity.matrices import Matrix, experts_written_out, find_matrices
+from prunekit.sparsity.patterns import Pattern, pattern_of
+from prunekit.sparsity.refusing import check_sparsifiable
+from prunekit.sparsity.report import SparsityReport
+from prunekit.sparsity.solvers import check_damping
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHODS = ("magnitude", "wanda", "sparsegpt", "sparsellm")
+ALLOCATIONS = ("uniform", "global")
+
+
+def sparsify(
+    model: "PreTrainedModel",
+    calib: Tensor | None,
+    method: str | SparseLLM = "sparsellm",
+    sparsity: float | str | None = None,
+    *,
+    pattern: tuple[int, int] | None = None,
+    allocation: str = "uniform",
+    layers: Iterable[int] | None = None,
+    damping: float = DAMPING,
+    inplace: bool = False,
+) -> "PreTrainedModel":
+    """Put zeros into the weight matrices of a model's layers, shapes unchanged.
+
+    Blocks are done one after the other: the calibration set waits in front of a block, what its matrices read is summed
+    up while it is still dense, they are pruned, and the set goes through it. So memory holds the residual stream of the
+    set, one block's sums, and with SparseLLM the auxiliary variables of one block.
+
+    Args:
+        model: a causal LM of any family, experts included. Embeddings, lm_head, norms and routers stay dense.
+        calib: integers (n_samples, seq_len); None will do for `"magnitude"`.
+        method: `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"sparsellm"`, or `SparseLLM(...)` with options of its own.
+        sparsity: fraction of zeros, in [0, 1), or `"2:4"`.
+        pattern: (kept, of) in place of it: so many weights stay of every `of` along a row.
+        allocation: `"uniform"`, each matrix alike; or `"global"`, one budget over all matrices, each given what its
+            sensitivity suggests (see `allocate`); not with a pattern.
+        layers: numbers of the layers that are pruned; None is all.
+        damping: of Hessians, as a part of their mean diagonal.
+        inplace: change `model` itself, which needs no second copy; an interrupt then leaves the layers that are done.
+
+    Returns:
+        The sparse model, in evaluation mode; its `sparsity_report` says what was done to each matrix.
+
+    Raises:
+        PrunekitError: a method, sparsity, pattern or layer that cannot be, a pattern that does not divide a matrix's
+            rows, bad tokens, activations that are not finite or all zero, or a model that is quantised, carries
+            adapters or has weights that are not finite. `model` is unchanged then, unless `inplace`.
+
+    Source: SparseGPT's and Wanda's block-by-block order; SparseLLM (arXiv 2402.17946) for FFNs, attention being pruned
+        locally by SparseGPT.
+    """
+    wanted = pattern_of(sparsity, pattern)
+    name, alternation = _method(method)
+    check_damping(damping)
+    _check_allocation(allocation, wanted)
+    check_sparsifiable(model)
+    tokens = _tokens(model, calib, name, allocation)
+    target: Any = model if inplace else copy.deepcopy(model)
+    with evaluating(target), experts_written_out(target), torch.no_grad():
+        paths = outermost_elements(target)
+        found = find_matrices(target, paths, _first_batch(tokens, target))
+        matrices = _chosen(found.matrices, paths, layers, wanted)
+        batches = in_batches(tokens) if tokens is not None else ()
+        shared = dict.fromkeys(matrices, wanted)
+        patterns = allocate(target, batches, matrices, wanted) if allocation == "global" else shared
+        settings = Settings(name, alternation, patterns, damping, 1 if tokens is None else len(tokens))
+        rows = _run(target, paths, batches, matrices, settings)
+    target.sparsity_report = SparsityReport(
+        name, str(wanted), tuple(rows), found.left, _remarks(name, rows, tokens, matrices)
+    )
+    return target.eval()
+
+
+def _method(method: Any) -> tuple[str, SparseLLM]:  # noqa: ANN401
+    if isinstance(method, SparseLLM):
+        return "sparsellm", method
+    if method not in METHODS:
+        raise PrunekitError(f"method={method!r} is unknown; give one of {', '.join(map(repr, METHODS))}")
+    return str(method), SparseLLM()
+
+
+def _check_allocation(allocation: Any, wanted: Pattern) -> None:  # noqa: ANN401
+    if allocation not in ALLOCATIONS:
+        raise PrunekitError(f"allocation={allocation!r} is unknown; give one of {', '.join(map(repr, ALLOCATIONS))}")
+    if allocation == "global" and wanted.of is not None:
+        raise PrunekitError(f"allocation='global' cannot move zeros between matrices where {wanted}; use 'uniform'")
+
+
+def _tokens(model: nn.Module, calib: Tensor | None, method: str, allocation: str) -> Tensor | None:
+    if calib is not None:
+        return check_tokens(calib, model)
+    if method != "magnitude" or allocation == "global":
+        what = f"method={method!r}" if method != "magnitude" else "allocation='global'"
+        raise PrunekitError(f"{what} needs a calibration set: give calib=calibration_set(...), integers (n, seq_len)")
+    return None
+
+
+def _first_batch(tokens: Tensor | None, model: Any) -> Tensor:  # noqa: ANN401
+    """Something to look at the matrices with."""
+    if tokens is not None:
+        return in_batches(tokens)[0]
+    return torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+
+
+def _chosen(
+    matrices: Sequence[Matrix], paths: list[str], layers: Iterable[int] | None, wanted: Pattern
+) -> list[Matrix]:
+    """The matrices of some layers, in the order of these."""
+    numbers = list(range(len(paths))) if layers is None else _numbers(layers, len(paths))
+    inside = {paths[number]: number for number in numbers}
+    chosen = [matrix for matrix in matrices if matrix.layer in inside]
+    if not chosen:
+        raise PrunekitError("no layer has a matrix that multiplies activations in a way that is understood")
+    for matrix in chosen:
+        wanted.check_width(matrix.weight.shape[1], matrix.name)
+    return sorted(chosen, key=lambda matrix: inside[matrix.layer])
+
+
+def _numbers(layers: Any, n_layers: int) -> list[int]:  # noqa: ANN401
+    numbers = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    wrong = [number for number in numbers if type(number) is not int or not 0 <= number < n_layers]
+    if wrong or not numbers:
+        raise PrunekitError(f"layers={layers!r}: give numbers from 0 to {n_layers - 1}, such as range({n_layers})")
+    return sorted(set(numbers))
+
+
+def _run(
+    model: nn.Module, paths: list[str], batches: Sequence[Tensor], matrices: list[Matrix], settings: Settings
+) -> list[dict[str, Any]]:
+    """Layer after layer; without a calibration set each matrix by itself."""
+    passes = Passes(model, batches)
+    rows: list[dict[str, Any]] = []
+    for path in tqdm(
+        dict.fromkeys(m.layer for m in matrices), desc=settings.method, unit="layer", leave=False, delay=1
+    ):
+        inside = [matrix for matrix in matrices if matrix.layer == path]
+        if batches:
+            done = prune_layer(model.get_submodule(path), passes, path, inside, settings)
+        else:
+            done = [prune_alone(matrix, settings.patterns[matrix]) for matrix in inside]
+        rows += [{"layer": paths.index(path), **row} for row in done]
+    return rows
+
+
+def _remarks(
+    method: str, rows: Sequence[dict[str, Any]], tokens: Tensor | None, matrices: Sequence[Matrix]
+) -> tuple[str, ...]:
+    """What should not go unnoticed; said as warnings too."""
+    found = []
+    widest = max(matrix.weight.shape[1] for matrix in matrices)
+    needed = any(row["damping"] is not None for row in rows)
+    if tokens is not None and needed and tokens.numel() < widest:
+        found.append(f"the calibration set has {tokens.numel()} tokens and a matrix {widest} inputs: its Hessian is "
+                     "held together by damping alone; give more text")  # fmt: skip
+    unreached = [row["matrix"] for row in rows if row["note"]]
+    if unreached:
+        found.append(f"no token reached {len(unreached)} matrices, which were pruned by magnitude: {unreached[0]}, …")
+    dampings = {row["damping"] for row in rows if row["damping"] is not None}
+    if len(dampings) > 1:
+        found.append(f"damping was raised to {max(dampings):g} where a Hessian had no Cholesky factor")
+    ffns = [row for row in rows if row["ffn_error"]]
+    alone = {row["layer"] for row in rows} - {row["layer"] for row in ffns} if method == "sparsellm" else set()
+    if alone:
+        found.append(f"the FFNs of {len(alone)} layers ({sorted(alone)[0]}, …) have no form that SparseLLM knows: their "
+                     "matrices were pruned one by one, by SparseGPT")  # fmt: skip
+    first = sum(row["kept"] == 0 and len(row["ffn_error"]) > 1 for row in ffns)
+    if first:
+        found.append(f"in {first} of {len(ffns)} FFNs no iteration had less error than the first, which is SparseGPT's; "
+                     "its weights were kept")  # fmt: skip
+    for remark in found:
+        warnings.warn(remark, stacklevel=4)
+    return tuple(found)
