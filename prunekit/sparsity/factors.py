@@ -61,10 +61,14 @@ def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor:
 
 
 def upper_factor(matrix: Tensor) -> Tensor | None:
-    """U, upper triangular, with matrix⁻¹ = UᵀU; None where the matrix is not positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    """U, upper triangular, with matrix⁻¹ = UᵀU; None where the matrix is not positive definite.
+
+    The Cholesky factor is computed in float64, since what it loses goes with the square of what the inverse loses.
+    """
+    flipped = matrix.flip(0, 1)
+    lower, failed = torch.linalg.cholesky_ex(flipped if flipped.device.type == "mps" else flipped.double())
     if failed:
         return None
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+    upper = torch.linalg.solve_triangular(lower.to(matrix.dtype), eye, upper=False).flip(0, 1)
     return upper if bool(upper.diagonal().isfinite().all()) else None
