@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 Activation = Callable[[Tensor], Tensor]
 _STEPS = 4  # of Gauss and Newton, where there is no closed form
@@ -13,11 +12,6 @@ _STEPS = 4  # of Gauss and Newton, where there is no closed form
 def is_relu(activation: Activation) -> bool:
     """Whether an activation is max(0, z), which is tried."""
     return _same(activation, torch.relu)
-
-
-def is_silu(activation: Activation) -> bool:
-    """Whether an activation is z·σ(z), which is tried."""
-    return _same(activation, functional.silu)
 
 
 def _same(activation: Activation, other: Activation) -> bool:
@@ -34,24 +28,37 @@ def derivative(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), slope
 
 
-def toward_activation(activation: Activation, p: Tensor, m: Tensor, z: Tensor, alpha: float, gamma: float) -> Tensor:
-    """The z that minimises γ(p − φ(z))² + α(z − m)², elementwise.
+def toward_activation(
+    activation: Activation, p: Tensor, m: Tensor, z: Tensor, alpha: float, gamma: float, factor: Tensor | None = None
+) -> Tensor:
+    """The z that minimises γ(p − φ(z)·c)² + α(z − m)², elementwise; it is never worse than the z that was.
 
-    For ReLU it is exact: the better of both sides' minima. For any other φ, from m or the present z, whichever is
-    better, four steps of Gauss and Newton, each made only where it lowers the objective.
+    For ReLU without c it is exact: the better of both sides' minima. Else, from m or the present z, whichever is better,
+    four steps of Gauss and Newton, each made only where it lowers the objective.
 
-    Source: SparseLLM, Eq. 11 and 12 for ReLU; the rule for other activations is ours.
+    Args:
+        activation: φ.
+        p: what stands behind it (n_tokens, d_ff).
+        m: what the weights put out.
+        z: what stands before it now.
+        alpha: weight of the second term.
+        gamma: weight of the first.
+        factor: c, which a gated FFN multiplies with; None is 1.
+
+    Source: SparseLLM, Eq. 11 and 12 for ReLU; the rule for other activations and for gates is ours.
     """
+    c = torch.ones_like(p) if factor is None else factor
 
     def objective(at: Tensor) -> Tensor:
-        return gamma * (p - activation(at)).square() + alpha * (at - m).square()
+        return gamma * (p - activation(at) * c).square() + alpha * (at - m).square()
 
-    if is_relu(activation):
+    if factor is None and is_relu(activation):
         right, left = ((gamma * p + alpha * m) / (alpha + gamma)).clamp_min(0), m.clamp_max(0)
         return torch.where(objective(right) <= objective(left), right, left)
     z = torch.where(objective(m) <= objective(z), m, z)
     for _ in range(_STEPS):
         value, slope = derivative(activation, z)
-        step = (gamma * slope * (p - value) + alpha * (m - z)) / (gamma * slope.square() + alpha)
+        slope = slope * c
+        step = (gamma * slope * (p - value * c) + alpha * (m - z)) / (gamma * slope.square() + alpha)
         z = torch.where(objective(z + step) < objective(z), z + step, z)
     return z

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunekit.checks import check_integers, check_reals
 from prunekit.errors import PrunekitError
-from prunekit.sparsity.activations import derivative, is_relu, toward_activation
+from prunekit.sparsity.activations import Activation, derivative, toward_activation
 from prunekit.sparsity.factors import DAMPING, Factor, damped, factorize, upper_factor
 from prunekit.sparsity.patterns import Pattern
 from prunekit.sparsity.solvers import BLOCK, check_damping, solve
@@ -304,10 +304,19 @@ def _update(
     hidden = opened * ffn.z[at]
     p = ffn.p[at] = hidden + ((wanted - hidden @ down.T) @ kernel) @ down
     z = ffn.z[at] = (alpha * m + gamma * opened * p) / (gamma * opened.square() + alpha)
+    ffn.s[at] = _descend(ffn.activation, p, g, z, s, alpha, gamma) if method.faithful else toward_activation(
+        ffn.activation, p, g, s, alpha, gamma, z
+    )
+
+
+def _descend(
+    activation: Activation, p: Tensor, g: Tensor, z: Tensor, s: Tensor, alpha: float, gamma: float
+) -> Tensor:
+    """s after two gradient steps on α‖s − g‖² + γ‖p − φ(s)⊙z‖², which overshoot where z is large."""
     for _ in range(_GRADIENT_STEPS):
-        value, slope = derivative(ffn.activation, s)
+        value, slope = derivative(activation, s)
         s = s - _GRADIENT_RATE * 2 * (alpha * (s - g) - gamma * (p - value * z) * z * slope)
-    ffn.s[at] = s
+    return s
 
 
 def _kernel(down: Tensor, method: SparseLLM) -> Tensor:

@@ -196,7 +196,7 @@ def train(
         if late and not last:
             return model
     export(out, model, tokenizer)
-    if evaluate_every:
+    if evaluate_every and config is None:  # the card is that of the model which comes with the package
         write_card(out, model, tokenizer, settings, progress)
     return model
 
