@@ -10,10 +10,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab tour test bench bench-quality bench-lorashear lint clean
+.PHONY: help setup lab tour test bench bench-quality bench-lorashear bench-llmcompressor lint clean
 
 help: ## say what there is to do
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.installed ## install everything into .venv
 
@@ -26,12 +26,13 @@ tour: setup ## run the series headless: build/notebooks/*.html and build/summary
 test: setup ## run every test and every notebook
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
 
-bench: .venv/.bench ## time prunekit against Torch-Pruning and naive loops, and a small part of bench-quality
+bench: .venv/.bench ## time prunekit against Torch-Pruning, naive loops and textbook solvers, and a small part of bench-quality
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/taylor.py
 	$(BIN)/python benchmarks/knowledge.py
 	rm -rf build/bench
 	$(BIN)/python benchmarks/quality.py --models world --seeds 0 --ratios 0.2 0.5 --out build/bench
+	$(BIN)/python benchmarks/sparsity.py --out build/bench
 
 bench-quality: setup ## what is left at equal size, many ways over seeds: an hour; goes on where it was
 	$(BIN)/python benchmarks/quality.py
@@ -39,6 +40,9 @@ bench-quality: setup ## what is left at equal size, many ways over seeds: an hou
 bench-lorashear: setup ## pruning while training beside pruning first, over seeds: hours; goes on where it was
 	$(BIN)/python benchmarks/lorashear.py world
 	$(BIN)/python benchmarks/lorashear.py stories260K
+
+bench-llmcompressor: setup .venv-llmcompressor/.installed ## all of benchmarks/sparsity.py, beside llm-compressor from an environment of its own
+	$(BIN)/python benchmarks/sparsity.py --full
 
 lint: setup ## check style, types and the form of the notebooks
 	$(BIN)/ruff check .
@@ -64,4 +68,12 @@ clean: ## remove what was built; .venv stays
 
 .venv/.bench: .venv/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check torch-pruning==1.6.1 -c constraints.txt
+	@touch $@
+
+# An environment of its own, without our constraints: it wants an older transformers.
+.venv-llmcompressor/.installed:
+	@rm -rf .venv-llmcompressor
+	$(PYTHON) -m venv .venv-llmcompressor
+	.venv-llmcompressor/bin/python -m pip install --disable-pip-version-check torch==2.13.0
+	.venv-llmcompressor/bin/python -m pip install --disable-pip-version-check llmcompressor==0.14.0.1 torch==2.13.0
 	@touch $@

@@ -6,7 +6,7 @@
 
 Each run is one row of results/sparsity_<subject>.csv; what stands there is not run again. Calibration: 64 windows of
 128 tokens from documents of the world, joined as its training joins them. The OPT, whose FFNs have two matrices behind
-a LayerNorm, is trained into build/opt_world in about half an hour of one core, and goes on where it was. One budget over
+a LayerNorm, is trained into build/opt_world in about half an hour of one core, and goes on where it was. One budget for
 all matrices (`global`) is run for the first seed.
 """
 

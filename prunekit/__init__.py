@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     )
     from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution, knowledge_of_units
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
-    from prunekit.recovery import LHSPG, LoRA, Mixture, prune_progressively, recover, recover_on_mixture
+    from prunekit.recovery import LHSPG, FullTuning, LoRA, Mixture, prune_progressively, recover, recover_on_mixture
     from prunekit.sparsity import SparseLLM, SparsityReport, sparsify
 
 __version__ = "0.1.0"
@@ -67,7 +67,7 @@ _ROOMS = {
     ),  # fmt: skip
     "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units"),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
-    "recovery": ("LHSPG", "LoRA", "Mixture", "prune_progressively", "recover", "recover_on_mixture"),
+    "recovery": ("FullTuning", "LHSPG", "LoRA", "Mixture", "prune_progressively", "recover", "recover_on_mixture"),
     "sparsity": ("SparseLLM", "SparsityReport", "sparsify"),
 }
 
@@ -77,6 +77,7 @@ __all__ = [
     "BlockInfluence",
     "CoupledGroup",
     "Fluctuation",
+    "FullTuning",
     "Groups",
     "HyWIA",
     "KnowledgeDistribution",

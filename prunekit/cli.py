@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from prunekit.commands import cutting, discovering, evaluating, exporting, notebooks, recovering
+from prunekit.commands import cutting, discovering, evaluating, exporting, notebooks, recovering, zeroing
 from prunekit.commands.options import Parser
 from prunekit.errors import PrunekitError
 
@@ -32,7 +32,7 @@ def build_parser() -> Parser:
     """The parser with all commands."""
     parser = Parser("prunekit", description=DESCRIPTION, epilog=EPILOG)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (discovering, cutting, recovering, evaluating, exporting, notebooks):
+    for command in (discovering, cutting, zeroing, recovering, evaluating, exporting, notebooks):
         command.add(commands)
     return parser
 

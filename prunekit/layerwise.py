@@ -142,12 +142,20 @@ class Passes:
 
         Layers that run as a chain are asked for in order, each as often as one likes.
         """
-        if layer is not None and not self._tried:  # only now: what comes before the layers may have changed until here
-            self._chain, self._tried = Layerwise.of(self._model, self._batches), True
+        if layer is not None:
+            self.begin()
         if layer is not None and self._chain is not None:
             self._chain.run(self.layers.index(layer), batch)
         else:
             self._model(**_arguments(self._batches[batch]))
+
+    def begin(self) -> None:
+        """Put the batches in front of the first layer, once; what comes before it may change until here.
+
+        That runs the whole model some times, which is nothing for those to see who watch one layer.
+        """
+        if not self._tried:
+            self._chain, self._tried = Layerwise.of(self._model, self._batches), True
 
 
 def _follow(

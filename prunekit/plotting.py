@@ -19,6 +19,7 @@ from prunekit.plot_curves import plot_fusion, plot_tradeoff
 from prunekit.plot_knowledge import plot_knowledge, plot_score_agreement, plot_units
 from prunekit.plot_lanes import plot_groups
 from prunekit.plot_recovery import plot_mixture, plot_norms
+from prunekit.plot_sparsity import plot_ffn_errors, plot_mask, plot_sparsity, plot_zeros
 from prunekit.plot_structure import plot_coupled_group
 from prunekit.plot_style import (
     HATCHES,
@@ -38,17 +39,21 @@ __all__ = [
     "plot_accuracy",
     "plot_agreement",
     "plot_coupled_group",
+    "plot_ffn_errors",
     "plot_fusion",
     "plot_groups",
     "plot_knowledge",
     "plot_loss",
+    "plot_mask",
     "plot_mixture",
     "plot_norms",
     "plot_plan",
     "plot_score_agreement",
     "plot_scores",
+    "plot_sparsity",
     "plot_tradeoff",
     "plot_units",
+    "plot_zeros",
     "side_by_side",
 ]
 

@@ -7,11 +7,14 @@ from prunekit.checkpoint.widths import takes_tokens, tokens_went
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.experts import fit_for_grouped
+from prunekit.sparsity.keeping import current_report
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
+    from prunekit.sparsity import SparsityReport
 
 CARD = "README.md"
+SPARSITY = "sparsity.json"
 _PLAIN_CODE = (
     'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
 )
@@ -38,6 +41,14 @@ _WRITTEN_OUT = (
     "torch's grouped products do not take the widths of its experts. `prunekit.load` sets them to run written out; "
     'with `transformers` alone, say `experts_implementation="eager"`.'
 )
+_GOOD_FOR = (
+    "What these zeros are good for: to a dense engine they are numbers like any other, multiplied and stored in full. "
+    "Zeros that lie anywhere make nothing faster, and this folder no smaller unless somebody compresses it. Only 2:4 "
+    "(two zeros in every four weights along a row) can be faster: on NVIDIA GPUs of compute capability 8.0 or higher, "
+    'in half precision, with the semi-structured kernels that `prunekit.load("THIS FOLDER", dtype="float16", '
+    "semi_structured=True)` sets up. Whether it is depends on shapes and batch: measure. No other pattern is faster in "
+    "an engine that this library writes for."
+)
 
 
 def texts_beside(
@@ -49,9 +60,11 @@ def texts_beside(
     unsaid: Sequence[str] = (),
     remarks: Sequence[str] = (),
 ) -> dict[str, str]:
-    """File name → content of what stands beside the weights: the card, and the plan and the report where given."""
-    texts = {CARD: model_card(model, layout, plan, report, unsaid=unsaid, remarks=remarks)}
+    """File name → content of what stands beside the weights: the card, the plan and reports where there are some."""
+    zeros = current_report(model)
+    texts = {CARD: model_card(model, layout, plan, report, zeros=zeros, unsaid=unsaid, remarks=remarks)}
     texts |= {"plan.json": plan.to_json()} if plan is not None else {}
+    texts |= {SPARSITY: zeros.to_json()} if zeros is not None else {}
     return texts | ({"report.json": report.to_json()} if report is not None else {})
 
 
@@ -61,6 +74,7 @@ def model_card(
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
     *,
+    zeros: "SparsityReport | None" = None,
     unsaid: Sequence[str] = (),
     remarks: Sequence[str] = (),
 ) -> str:
@@ -71,6 +85,7 @@ def model_card(
         layout: `"plain"`, `"padded"`, `"gguf"` or `"prunekit"`.
         plan: by which it was cut; what stands in its notes is told too.
         report: what was measured about the model.
+        zeros: what is true of the zeros in its weights.
         unsaid: the widths that its family has no words for.
         remarks: more sentences about it.
     """
@@ -85,6 +100,7 @@ def model_card(
             'from_pretrained("THIS FOLDER"', 'from_pretrained("THIS FOLDER", experts_implementation="eager"'
         )
     parts += _plan_parts(plan) if plan is not None else []
+    parts += _zero_parts(zeros) if zeros is not None else []
     parts += [f"## Figures\n\n```\n{report}\n```\n\nEvery answer: `report.json`."] if report is not None else []
     return "\n\n".join([*parts, f"## Load\n\n```python\n{loader}\n```"]) + "\n"
 
@@ -101,6 +117,23 @@ def _plan_parts(plan: PruningPlan) -> list[str]:
     facts = "\n".join(f"- {name}: {value}" for name, value in plan.notes.items() if not isinstance(value, dict | list))
     shown = markdown_table(plan.summary_rows())
     return ["## The cut", *([facts] if facts else []), shown, "Which units stay: `plan.json`."]
+
+
+def _zero_parts(report: "SparsityReport") -> list[str]:
+    layers: dict[int, list[dict[str, Any]]] = {}
+    for row in report.rows:
+        layers.setdefault(row["layer"], []).append(row)
+    head = ("layer", "sparsity", "mean output error")
+    shown = markdown_table([head, *(_layer_row(layer, rows) for layer, rows in layers.items())])
+    remarks = "\n".join(f"- {remark}" for remark in report.remarks)
+    told = f"Output error: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration set. Every matrix: `{SPARSITY}`."
+    return ["## Zeros", f"`{report!r}`", shown, told, *([remarks] if remarks else []), _GOOD_FOR]
+
+
+def _layer_row(layer: int, rows: Sequence[dict[str, Any]]) -> tuple[object, ...]:
+    zeros, weights = (sum(row[field] for row in rows) for field in ("n_zeros", "n_weights"))
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    return layer, f"{zeros / max(weights, 1):.2%}", f"{sum(errors) / len(errors):.4f}" if errors else "not measured"
 
 
 def markdown_table(rows: Sequence[Sequence[object]]) -> str:

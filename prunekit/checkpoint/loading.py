@@ -19,13 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from prunekit.checkpoint.building import check_size, cut_again, empty_model, own_tensors
-from prunekit.checkpoint.cards import LISTED
+from prunekit.checkpoint.cards import LISTED, SPARSITY
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_object, stored_tensors
 from prunekit.checkpoint.widths import check_widths, tokens_went
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.experts import usable
+from prunekit.sparsity.keeping import parsed_report
+from prunekit.sparsity.semi_structured import check_device, to_semi_structured
 from prunekit.world import load as load_world
 
 MODEL_TYPE = "prunekit"
@@ -34,25 +36,41 @@ LEAST_PART_LEFT = 1000  # a record may say that the uncut model was this many ti
 
 
 def load(
-    source: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    semi_structured: bool = False,
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, in evaluation mode on the CPU.
 
     Experts of widths that torch's grouped products do not take are set to run written out
-    (`experts_implementation="eager"`).
+    (`experts_implementation="eager"`). Where `sparsity.json` stands in the folder, it is the model's `sparsity_report`.
 
     Args:
         source: `"world"` for the embedded model, a folder (an existing one wins), or a hub id.
         dtype: of the weights; the checkpoint's own by default.
         trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
+        semi_structured: bring the model onto the GPU, its 2:4-sparse weights in torch's semi-structured form, as
+            `prunekit.sparsity.to_semi_structured` does. **This has not been run on a GPU by those who wrote it.**
 
     Returns:
         The model, and its tokenizer or None where the folder has none.
 
     Raises:
-        PrunekitError: there is no checkpoint, only a pickled one, or one whose files do not fit each other.
+        PrunekitError: there is no checkpoint, only a pickled one, or one whose files do not fit each other; or, with
+            `semi_structured`, no fitting GPU (then nothing is read) or no weight that can be converted.
     """
     dtype = _known_dtype(dtype)
+    if semi_structured:
+        check_device()
+    model, tokenizer = _load(source, dtype, trust_remote_code)
+    if semi_structured:
+        to_semi_structured(model.to("cuda"))
+    return model, tokenizer
+
+
+def _load(source: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple[nn.Module, Any]:
     if str(source) == "world" and not Path(source).exists():
         model, tokenizer = load_world()
         return _in_dtype(model, dtype), tokenizer
@@ -64,7 +82,20 @@ def load(
         model = _load_plain(str(source), dtype, trust_remote_code)
     tokenizer = load_tokenizer(str(source), trust_remote_code, model.config)
     _check_numbers(Path(source), model, tokenizer)
+    _read_sparsity(Path(source) / SPARSITY, model)
     return usable(model).eval(), tokenizer
+
+
+def _read_sparsity(path: Path, model: Any) -> None:  # noqa: ANN401
+    """What is told of the zeros in a folder's weights, where something is."""
+    if not os.path.lexists(path):
+        return
+    try:
+        model.sparsity_report = parsed_report(path.read_text(encoding="utf-8"), model)
+    except (OSError, UnicodeDecodeError, RecursionError, PrunekitError) as error:
+        raise PrunekitError(
+            f"{str(path)!r} tells nothing of this model's zeros ({error}); restore it from its source, or take it away"
+        ) from error
 
 
 def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:  # noqa: ANN401

@@ -27,6 +27,7 @@ from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
 from prunekit.pruning import PruningPlan
+from prunekit.sparsity.semi_structured import check_dense_form
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
@@ -46,6 +47,9 @@ def save(
 ) -> Path:
     """Write a checkpoint folder that `load` reads back with the same logits.
 
+    Zeros are stored like other weights. Where the model carries a `sparsity_report`, it is counted again and stands in
+    `sparsity.json` and the model card.
+
     Args:
         model: a model, cut or not; adapters merged.
         out: a folder that does not exist yet. It is complete or not there.
@@ -59,8 +63,8 @@ def save(
         The folder.
 
     Raises:
-        PrunekitError: `out` exists or cannot be written, adapters are not merged, or the model is not what its
-            recorded cuts lead to. Nothing is left behind.
+        PrunekitError: `out` exists or cannot be written, adapters are not merged, weights are in semi-structured form,
+            or the model is not what its recorded cuts lead to. Nothing is left behind.
     """
     check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
     config = description(model)
@@ -99,7 +103,7 @@ def is_cut(model: Any) -> bool:  # noqa: ANN401
 
 
 def check_saveable(model: Any) -> None:  # noqa: ANN401
-    """Refuses what is no model with a configuration, and unmerged adapters."""
+    """Refuses what is no model with a configuration, unmerged adapters, and weights that are no ordinary tensors."""
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise PrunekitError(f"a {type(model).__name__} cannot be saved; give a causal language model of transformers")
     if hasattr(model, "peft_config"):
@@ -107,6 +111,7 @@ def check_saveable(model: Any) -> None:  # noqa: ANN401
     empty = [name for name, p in model.named_parameters() if p.is_meta]
     if empty:
         raise PrunekitError(f"the model has no weights in {', '.join(empty[:4])}; load them before saving")
+    check_dense_form(model, "saved")
 
 
 def check_saving(

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 TEXT = """\
 Trains small low-rank updates (LoRA) of the model's projections on a text, merges
 them into the weights and saves the result to OUT, with the loss of each step in
-recovery.json. OUT is complete or not there.
+recovery.json. Where sparsity.json tells of zeros in the weights, they stay zero.
+OUT is complete or not there.
 
 example:
   prunekit recover small/ --data text.txt --out recovered/
@@ -101,9 +102,10 @@ def first_and_last(log: "RecoveryLog") -> tuple[float, float]:
 
 
 def files(args: argparse.Namespace, log: "RecoveryLog") -> dict[str, str]:
-    """The loss curve, and what stood beside the cut model: its plan, and its card with a section added."""
+    """The loss curve, and what stood beside the pruned model: its plan, and its card with a section added."""
     folder = Path(args.model)
-    here = [name for name in CARRIED if (folder / "plan.json").is_file() and (folder / name).is_file()]
+    pruned = any((folder / name).is_file() for name in ("plan.json", "sparsity.json"))
+    here = [name for name in CARRIED if pruned and (folder / name).is_file()]
     carried = {name: (folder / name).read_text(encoding="utf-8") for name in here}
     first, last = first_and_last(log)
     section = (

@@ -3,5 +3,6 @@
 from prunekit.recipes.hywia import hywia
 from prunekit.recipes.llm_pruner import llm_pruner
 from prunekit.recipes.lorashear import lorashear
+from prunekit.recipes.sparsellm import sparsellm
 
-__all__ = ["hywia", "llm_pruner", "lorashear"]
+__all__ = ["hywia", "llm_pruner", "lorashear", "sparsellm"]

@@ -1,5 +1,6 @@
 """Training after pruning, and while pruning."""
 
+from prunekit.recovery.full import FullTuning
 from prunekit.recovery.lhspg import LHSPG, importance_saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA
@@ -8,6 +9,7 @@ from prunekit.recovery.progressive import Progressed, prune_progressively
 from prunekit.recovery.recovering import recover
 
 __all__ = [
+    "FullTuning",
     "LHSPG",
     "LoRA",
     "Mixture",

@@ -1,6 +1,5 @@
 """LoRA recovery: low-rank updates of the surviving projections, merged into them at the end."""
 
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,16 +9,14 @@ import torch
 from torch import nn
 
 from prunekit.errors import PrunekitError
+from prunekit.recovery.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_FULL_BATCH = 8
-_STEPS_AN_EPOCH = 32  # eight paper-sized steps change nothing in a small model; a hundred of this size do
-
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(TrainingSettings):
     """How to recover by low-rank adaptation: W + (alpha / r)·B·A, with A and B trained.
 
     Rank, alpha, dropout and targets are LLM-Pruner's. Learning rate, batch and warm-up suit small models
@@ -59,23 +56,8 @@ class LoRA:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        allowed = {
-            "r": self.r >= 1,
-            "alpha": self.alpha > 0,
-            "dropout": 0 <= self.dropout < 1,
-            "learning_rate": 0 < self.learning_rate < math.inf,
-            "batch_size": self.batch_size is None or self.batch_size >= 1,
-            "epochs": 0 < self.epochs < math.inf,
-            "max_steps": self.max_steps is None or self.max_steps >= 1,
-            "warmup": 0 <= self.warmup < math.inf,
-            "seq_len": self.seq_len >= 2,
-            "targets": self.targets is None or (not isinstance(self.targets, str) and len(self.targets) > 0),
-        }
-        for name, good in allowed.items():
-            if not good:
-                raise PrunekitError(
-                    f"LoRA({name}={getattr(self, name)!r}) cannot be; the default is {LORA_HINTS[name]}"
-                )
+        listed = self.targets is None or (not isinstance(self.targets, str) and len(self.targets) > 0)
+        self._check({"r": self.r >= 1, "alpha": self.alpha > 0, "dropout": 0 <= self.dropout < 1, "targets": listed})
 
     @classmethod
     def paper(cls, seed: int = 0) -> "LoRA":
@@ -85,15 +67,6 @@ class LoRA:
             cut-off 256 tokens. Differs: windows of the joined text, where the reference pads each example.
         """
         return cls(learning_rate=1e-4, batch_size=64, epochs=2, warmup=100, seq_len=256, seed=seed)
-
-    def windows_a_step(self, n_windows: int) -> int:
-        """Windows in one optimiser step over `n_windows` of data."""
-        fitting = max(1, min(_FULL_BATCH, n_windows // _STEPS_AN_EPOCH))
-        return fitting if self.batch_size is None else min(self.batch_size, n_windows)
-
-    def n_steps(self, n_windows: int) -> int:
-        """Optimiser steps over `n_windows` of data."""
-        return self.max_steps or max(1, math.ceil(self.epochs * math.ceil(n_windows / self.windows_a_step(n_windows))))
 
 
 def check_method(method: LoRA | None) -> LoRA:
@@ -105,9 +78,6 @@ def check_method(method: LoRA | None) -> LoRA:
     if method is not None and not isinstance(method, LoRA):
         raise PrunekitError(f"method={method!r:.60} is a {type(method).__name__}; give a LoRA, such as LoRA(r=8)")
     return method or LoRA()
-
-
-LORA_HINTS = {name: field.default for name, field in LoRA.__dataclass_fields__.items()}
 
 
 def attach(model: nn.Module, method: LoRA) -> "PeftModel":

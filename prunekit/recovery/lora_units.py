@@ -6,7 +6,6 @@ columns of W and of A (LoRAShear, Alg. 2). The ranks in between stay.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.importance.lora import UpdateStatistics
+from prunekit.sparsity.keeping import plain_lora_weight
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
     found: dict[str, LoraPair] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            weight = _check_plain(path, layer)
+            weight = plain_lora_weight(path, layer)
             adapter = layer.active_adapters[0]
             if names[weight] in found:
                 raise PrunekitError(f"{path} shares its weight with another adapted module: leave one out of targets")
@@ -71,20 +71,6 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
     if not found:
         raise PrunekitError("the model carries no LoRA: attach it first, with recovery.lora.attach or peft")
     return found
-
-
-def _check_plain(path: str, layer: Any) -> nn.Parameter:  # noqa: ANN401
-    """The weight that a LoRA layer updates by γ·B·A, and by nothing else."""
-    from transformers.pytorch_utils import Conv1D
-
-    base = layer.get_base_layer()
-    other = [kind for kind in ("lora_magnitude_vector", "lora_variant") if len(getattr(layer, kind, ()))]
-    other += ["lora_bias"] if any(getattr(layer, "lora_bias", {}).values()) else []
-    other += [f"a {type(base).__name__}"] if not isinstance(base, nn.Linear | Conv1D) else []
-    if len(layer.lora_A) != 1 or layer.merged_adapters or other:
-        has = ", ".join(other) or f"adapters {list(layer.lora_A)}, merged {layer.merged_adapters}"
-        raise PrunekitError(f"{path} has {has}; one plain LoRA adapter of a linear module, not merged, can be followed")
-    return base.weight
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from tqdm.auto import tqdm
 from prunekit.calibration import check_finite, mean_loss
 from prunekit.checks import check_integers, is_real
 from prunekit.errors import PrunekitError
+from prunekit.recovery.full import FullTuning
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, check_method
 from prunekit.recovery.recovering import recover
+from prunekit.recovery.settings import TrainingSettings
 from prunekit.recovery.sources import Source, Sources, join, open_sources, shuffle
 
 if TYPE_CHECKING:
@@ -95,9 +97,10 @@ def recover_on_mixture(
     model: "PreTrainedModel",
     dense: "PreTrainedModel",
     sources: Sources | Sequence[Source],
-    method: LoRA | None = None,
+    method: LoRA | FullTuning | None = None,
     mixture: Mixture | None = None,
     *,
+    keep_zeros: bool | None = None,
     tokenizer: Any = None,  # noqa: ANN401
     inplace: bool = False,
 ) -> "PreTrainedModel":
@@ -108,8 +111,9 @@ def recover_on_mixture(
         dense: the model before pruning, against which is measured; it reads the same tokens.
         sources: name → text or tokens, as `open_sources` takes them, or what it returned. Their documents are mixed in
             every window.
-        method: how LoRA trains; its steps are shared out between the rounds. None is `LoRA()`.
+        method: how to train; its steps are shared out between the rounds. None is `LoRA()`.
         mixture: how the sources are weighed; None is `Mixture()`.
+        keep_zeros: as for `recover`.
         tokenizer: needed where sources are text.
         inplace: change `model` itself; what an interruption or an error leaves has the rounds until then.
 
@@ -123,7 +127,8 @@ def recover_on_mixture(
     Source: LoRAShear (arXiv 2310.18356), Alg. 5.
     """
     check_finite(model)
-    method, mixture = check_method(method), mixture or Mixture()
+    method = method if isinstance(method, FullTuning) else check_method(method)
+    mixture = mixture or Mixture()
     drawn_from = opened(sources, tokenizer, method, mixture, model)
     a_step, n_steps = steps_over(drawn_from, method, mixture)
     dense_losses = [mean_loss(dense, source.validation) for source in drawn_from]
@@ -137,7 +142,7 @@ def recover_on_mixture(
         once = replace(method, max_steps=steps, batch_size=a_step, seed=method.seed + number)
         drawn = [d for source, row in zip(drawn_from, found, strict=True) for d in source.draw(row["n_windows"])]
         windows = join(shuffle(drawn, once.seed), drawn_from[0].seq_len)
-        changed = recover(changed, once, windows[: steps * a_step], inplace=True)
+        changed = recover(changed, once, windows[: steps * a_step], keep_zeros=keep_zeros, inplace=True)
         logs.append(changed.recovery_log)
     rows += _measure(changed, drawn_from, dense_losses, mixture, mixture.n_rounds + 1, 0)
     changed.recovery_log = _joined(logs, method)  # type: ignore[assignment]
@@ -148,7 +153,7 @@ def recover_on_mixture(
 def opened(
     sources: Sources | Sequence[Source],
     tokenizer: Any,  # noqa: ANN401
-    method: LoRA,
+    method: TrainingSettings,
     mixture: Mixture,
     model: Any,  # noqa: ANN401
 ) -> Sequence[Source]:
@@ -159,7 +164,7 @@ def opened(
     return open_sources(sources, tokenizer, method.seq_len, model, **options)  # type: ignore[arg-type]
 
 
-def steps_over(sources: Sequence[Source], method: LoRA, mixture: Mixture) -> tuple[int, int]:
+def steps_over(sources: Sequence[Source], method: TrainingSettings, mixture: Mixture) -> tuple[int, int]:
     """Windows a step, and steps over all rounds.
 
     Raises:
@@ -203,6 +208,6 @@ def _whole(shares: Tensor, total: int) -> list[int]:
     return [int(n) for n in counts]
 
 
-def _joined(logs: list[RecoveryLog], method: LoRA) -> RecoveryLog:
+def _joined(logs: list[RecoveryLog], method: TrainingSettings) -> RecoveryLog:
     losses, rates = (tuple(x for log in logs for x in getattr(log, name)) for name in ("losses", "learning_rates"))
     return RecoveryLog(losses, rates, sum(log.n_tokens for log in logs), logs[0].trainable, repr(method))

@@ -25,6 +25,7 @@ from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, check_method, detach
 from prunekit.recovery.training import Resume, flags_kept, newest_checkpoint, seeded, train
+from prunekit.sparsity.keeping import TRAINED, renew_report
 from prunekit.text import TextSource
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def prune_progressively(
     """Train with LoRA while units go period by period, until they are exactly zero (LHSPG).
 
     Args:
-        model: a causal LM; it is left alone.
+        model: a causal LM; it is left alone. Zeros of single weights, as `sparsify` makes them, are filled.
         pruning_ratio: fraction of all the model's parameters that is to go, met within 0.5% or refused. Heads and FFN
             channels give up the same share; which layers lose them is up to saliency.
         data: as for `recover`.
@@ -139,6 +140,7 @@ def prune_progressively(
         log = _train(adapted, tokens, method, optimizer, resume)
         small: Any = detach(adapted, merge=True)
     small.eval().recovery_log = log
+    renew_report(small, TRAINED)
     chosen = optimizer.plan(groups, {"pruning_ratio": pruning_ratio, "of": "parameters", "n_periods": n_periods})
     return Progressed(small, chosen, log, optimizer.history().assign(group=lambda t: t["group"].map(_plain)))
 

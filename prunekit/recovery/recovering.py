@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.errors import PrunekitError
 from prunekit.recovery.data import token_windows
+from prunekit.recovery.full import FullTuning, train_all
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.training import flags_kept, seeded, train
+from prunekit.sparsity.keeping import TRAINED, masked_adapters, renew_report
+from prunekit.sparsity.keeping import keep_zeros as zeros_kept
+from prunekit.sparsity.semi_structured import check_dense_form
 from prunekit.text import TextSource
 
 if TYPE_CHECKING:
@@ -22,9 +27,10 @@ if TYPE_CHECKING:
 
 def recover(
     model: "PreTrainedModel",
-    method: LoRA,
+    method: LoRA | FullTuning,
     data: Tensor | TextSource,
     *,
+    keep_zeros: bool | None = None,
     tokenizer: Any = None,
     seq_len: int | None = None,
     inplace: bool = False,
@@ -37,59 +43,94 @@ def recover(
 
     Args:
         model: a causal LM, its layers as uneven as they may be.
-        method: how to train, such as `LoRA()` or `LoRA.paper()`.
+        method: how to train, such as `LoRA()`, `LoRA.paper()` or `FullTuning()`.
         data: integers (n, seq_len); a `datasets.Dataset` with `input_ids` or a text column; or text, documents,
             a file, `"world"`.
+        keep_zeros: weights that are zero stay so: LoRA's update is masked while it is trained and merged, full
+            fine-tuning's gradients are (see `masked_adapters` and `keep_zeros` of `prunekit.sparsity`). None does it
+            where the model carries a `sparsity_report`, of `sparsify` or of the checkpoint.
         tokenizer: needed where `data` is text.
         seq_len: tokens a window where `data` is not a tensor; None takes the method's.
         inplace: change `model` itself, which needs no second copy of the weights.
-        output_dir: a folder that does not exist yet, for the adapter (safetensors) and the loss curve (JSON).
+        output_dir: a folder that does not exist yet, for the loss curve (JSON) and LoRA's adapter (safetensors), which
+            holds A and B alone: where zeros were kept, peft without `masked_adapters` would fill them with it.
 
     Returns:
         The model with the updates merged into its weights, in evaluation mode, with the dtype, device and
-        configuration of `model`. Its `recovery_log` is the loss curve, a `RecoveryLog`.
+        configuration of `model`. Its `recovery_log` is the loss curve, a `RecoveryLog`; its `sparsity_report`, if it
+        had one, is counted again.
 
     Raises:
         PrunekitError: an unknown method, data that is empty or too short or text without a tokenizer, a folder
-            that exists, weights that are not finite, or a loss that becomes so. `model` is then unchanged.
+            that exists, weights that are not finite or cannot be trained, or a loss that becomes not finite. `model` is
+            then unchanged, unless it is trained fully and `inplace`.
     """
     if type(method) not in RECOVERIES:
         known = ", ".join(kind.__name__ for kind in RECOVERIES)
         raise PrunekitError(f"recovery method {method!r} is unknown; give one of {known}, such as LoRA(r=8)")
     if output_dir is not None and Path(output_dir).exists():
         raise PrunekitError(f"output_dir {str(output_dir)!r} exists already: give a new folder")
+    keep = _zeros_stay(model, keep_zeros)
+    check_dense_form(model, "trained")
     check_finite(model)
     length = method.seq_len if seq_len is None else seq_len
     tokens = check_tokens(token_windows(data, tokenizer, length), model).cpu()
     changed = model if inplace else copy.deepcopy(model)
-    log = RECOVERIES[type(method)](changed, method, tokens, output_dir)
+    log = RECOVERIES[type(method)](changed, method, tokens, output_dir, keep)
     changed.recovery_log = log  # type: ignore[assignment]
+    renew_report(changed, TRAINED)
     return changed.eval()
 
 
-def recover_with_lora(model: nn.Module, method: LoRA, tokens: Tensor, output_dir: str | Path | None) -> RecoveryLog:
+def _zeros_stay(model: nn.Module, asked: Any) -> bool:
+    if asked is not None and not isinstance(asked, bool):
+        raise PrunekitError(f"keep_zeros={asked!r} is not allowed; give True, False, or None to go by the model")
+    return getattr(model, "sparsity_report", None) is not None if asked is None else asked
+
+
+def recover_with_lora(
+    model: nn.Module, method: LoRA, tokens: Tensor, output_dir: str | Path | None, keep_zeros: bool = False
+) -> RecoveryLog:
     """Attach, train, merge, in place; whatever stops it, the model has its own weights and no adapters.
 
     Raises:
-        PrunekitError: what `attach` and `train` raise.
+        PrunekitError: what `attach`, `masked_adapters` and `train` raise.
 
-    Source: LLM-Pruner, section 3.3.
+    Source: LLM-Pruner, section 3.3. That zeros are kept is not of that paper; see `masked_adapters`.
     """
-    merge = False
     with seeded(method.seed), flags_kept(model):
         adapted = attach(model, method)
         try:
-            log = train(adapted, tokens, method)
-            if output_dir is not None:
-                _save(adapted, log, Path(output_dir))
-            merge = True
-        finally:
-            detach(adapted, merge=merge)
+            with masked_adapters(adapted) if keep_zeros else nullcontext():
+                log = train(adapted, tokens, method)
+                if output_dir is not None:
+                    _save(log, Path(output_dir), adapted)
+                detach(adapted, merge=True)  # while the masks hold
+        except BaseException:
+            detach(adapted, merge=False)
+            raise
     return log
 
 
-def _save(adapted: Any, log: RecoveryLog, folder: Path) -> None:
-    """Adapter and loss curve, written beside and moved into place, by the first process alone."""
+def recover_fully(
+    model: nn.Module, method: FullTuning, tokens: Tensor, output_dir: str | Path | None, keep_zeros: bool = False
+) -> RecoveryLog:
+    """Train all parameters, in place; what stops it leaves them as they are then.
+
+    Raises:
+        PrunekitError: what `train_all` and `train` raise.
+    """
+    with seeded(method.seed), flags_kept(model):
+        train_all(model)
+        with zeros_kept(model) if keep_zeros else nullcontext():
+            log = train(model, tokens, method)
+    if output_dir is not None:
+        _save(log, Path(output_dir))
+    return log
+
+
+def _save(log: RecoveryLog, folder: Path, adapted: Any = None) -> None:
+    """Loss curve and adapter, written beside and moved into place, by the first process alone."""
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
@@ -97,9 +138,12 @@ def _save(adapted: Any, log: RecoveryLog, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         whole = Path(beside) / folder.name
-        adapted.save_pretrained(whole, safe_serialization=True)
+        whole.mkdir()
+        if adapted is not None:
+            adapted.save_pretrained(whole, safe_serialization=True)
         log.save(whole / "recovery_log.json")
         whole.rename(folder)
 
 
-RECOVERIES: dict[type, Callable[[nn.Module, Any, Tensor, str | Path | None], RecoveryLog]] = {LoRA: recover_with_lora}
+_Recovery = Callable[[nn.Module, Any, Tensor, str | Path | None, bool], RecoveryLog]
+RECOVERIES: dict[type, _Recovery] = {LoRA: recover_with_lora, FullTuning: recover_fully}

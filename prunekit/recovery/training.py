@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunekit.errors import PrunekitError
 from prunekit.recovery.log import RecoveryLog
-from prunekit.recovery.lora import LoRA
+from prunekit.recovery.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
@@ -39,7 +39,7 @@ class Resume(NamedTuple):
 def train(
     model: nn.Module,
     tokens: Tensor,
-    method: LoRA,
+    method: TrainingSettings,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     resume: Resume | None = None,
@@ -47,7 +47,7 @@ def train(
     """Train what requires a gradient, on every process and device that the Trainer finds.
 
     Args:
-        model: the adapted model; changed in place, and left in training mode on the Trainer's device.
+        model: adapted, or of which all is trained; changed in place, and left in training mode on the Trainer's device.
         tokens: int64 (n_windows, seq_len), input and labels at once.
         method: the optimiser's settings.
         optimizer: another than AdamW with the method's learning rate; the schedule is the method's.
@@ -115,7 +115,7 @@ def _whole_curve(history: list[dict[str, float]], logs: list[dict[str, float]]) 
     return [entry for entry in history if "loss" in entry and entry["step"] < first] + logs
 
 
-def _arguments(method: LoRA, n_windows: int, folder: str, every: int | None) -> "TrainingArguments":
+def _arguments(method: TrainingSettings, n_windows: int, folder: str, every: int | None) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun and accelerate launch set it
@@ -128,6 +128,7 @@ def _arguments(method: LoRA, n_windows: int, folder: str, every: int | None) -> 
         num_train_epochs=method.epochs,
         max_steps=method.max_steps or -1,
         learning_rate=method.learning_rate,
+        weight_decay=method.weight_decay,
         lr_scheduler_type="linear",
         warmup_steps=method.warmup,
         logging_steps=1,
@@ -171,7 +172,7 @@ def _progress(logs: list[dict[str, float]]) -> "TrainerCallback":
     return Progress()
 
 
-def _log(model: nn.Module, tokens: Tensor, method: LoRA, logs: list[dict[str, float]]) -> RecoveryLog:
+def _log(model: nn.Module, tokens: Tensor, method: TrainingSettings, logs: list[dict[str, float]]) -> RecoveryLog:
     losses = tuple(float(entry["loss"]) for entry in logs)
     if not losses or not all(map(math.isfinite, losses)):
         raise PrunekitError(

@@ -1,8 +1,20 @@
 """Zeros in unchanged shapes: solvers for one weight, and SparseLLM and its peers over a model."""
 
 from prunekit.sparsity.alternation import SparseLLM
+from prunekit.sparsity.keeping import keep_zeros, masked_adapters
 from prunekit.sparsity.report import SparsityReport
+from prunekit.sparsity.semi_structured import to_semi_structured
 from prunekit.sparsity.solvers import magnitude, sparsegpt, wanda
 from prunekit.sparsity.sparsifying import sparsify
 
-__all__ = ["SparseLLM", "SparsityReport", "magnitude", "sparsegpt", "sparsify", "wanda"]
+__all__ = [
+    "SparseLLM",
+    "SparsityReport",
+    "keep_zeros",
+    "magnitude",
+    "masked_adapters",
+    "sparsegpt",
+    "sparsify",
+    "to_semi_structured",
+    "wanda",
+]

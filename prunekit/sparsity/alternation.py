@@ -62,8 +62,8 @@ class SparseLLM:
     def for_form(self, gated: bool) -> "SparseLLM":
         """The same with its weights filled in."""
         default = 5.0 if gated else 0.1
-        names = ("alpha", "beta", "gamma")
-        return replace(self, **{n: default if getattr(self, n) is None else getattr(self, n) for n in names})
+        alpha, beta, gamma = (default if w is None else w for w in (self.alpha, self.beta, self.gamma))
+        return replace(self, alpha=alpha, beta=beta, gamma=gamma)
 
 
 @dataclass
@@ -304,14 +304,14 @@ def _update(
     hidden = opened * ffn.z[at]
     p = ffn.p[at] = hidden + ((wanted - hidden @ down.T) @ kernel) @ down
     z = ffn.z[at] = (alpha * m + gamma * opened * p) / (gamma * opened.square() + alpha)
-    ffn.s[at] = _descend(ffn.activation, p, g, z, s, alpha, gamma) if method.faithful else toward_activation(
-        ffn.activation, p, g, s, alpha, gamma, z
+    ffn.s[at] = (
+        _descend(ffn.activation, p, g, z, s, alpha, gamma)
+        if method.faithful
+        else toward_activation(ffn.activation, p, g, s, alpha, gamma, z)
     )
 
 
-def _descend(
-    activation: Activation, p: Tensor, g: Tensor, z: Tensor, s: Tensor, alpha: float, gamma: float
-) -> Tensor:
+def _descend(activation: Activation, p: Tensor, g: Tensor, z: Tensor, s: Tensor, alpha: float, gamma: float) -> Tensor:
     """s after two gradient steps on α‖s − g‖² + γ‖p − φ(s)⊙z‖², which overshoot where z is large."""
     for _ in range(_GRADIENT_STEPS):
         value, slope = derivative(activation, s)

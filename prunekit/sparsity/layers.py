@@ -67,8 +67,8 @@ def prune_layer(
             yield from [(ffn.up.matrix, "inputs"), (ffn.up.matrix, "outputs"), *gate]
             yield from [(ffn.down, "inputs"), (ffn.down, "outputs")]
 
-    look = choose if settings.method == "sparsellm" else lambda _: []
     with activations_of(module, activations):
+        look = choose if settings.method == "sparsellm" else None
         reading = read_layer(passes, layer, matrices, settings.n_sequences, look)
     rows: dict[Matrix, dict[str, Any]] = {}
     local = _Local(reading, settings)

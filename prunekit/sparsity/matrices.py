@@ -177,8 +177,9 @@ def find_matrices(model: nn.Module, layers: list[str], batch: Tensor) -> Found:
         layers: their paths.
         batch: int64 (batch, seq).
     """
-    within = {p: (name, layer_of(name, set(layers))) for name, p in model.named_parameters(remove_duplicate=False)}
-    owners = {p.untyped_storage().data_ptr(): (p, *within[p]) for p in within if within[p][1] and p.dim() > 1}
+    named = model.named_parameters(remove_duplicate=False)
+    within = {p: (name, layer) for name, p in named if (layer := layer_of(name, set(layers))) is not None}
+    owners = {p.untyped_storage().data_ptr(): (p, *within[p]) for p in within if p.dim() > 1}
     seen: dict[nn.Parameter, bool] = {}  # whether it is stored (in, out)
     odd: dict[str, str] = {}
 

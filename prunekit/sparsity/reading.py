@@ -65,7 +65,11 @@ Keep = Iterable[tuple[Matrix, str]]
 
 
 def read_layer(
-    passes: Passes, layer: str, matrices: list[Matrix], n_sequences: int, choose: Callable[[list[Call]], Keep]
+    passes: Passes,
+    layer: str,
+    matrices: list[Matrix],
+    n_sequences: int,
+    choose: Callable[[list[Call]], Keep] | None = None,
 ) -> Reading:
     """Run all batches through one layer, dense as it is, behind layers that are as they are.
 
@@ -74,17 +78,18 @@ def read_layer(
         layer: its path.
         matrices: those of the layer.
         n_sequences: in the calibration set.
-        choose: the products of the first batch → what is to be kept whole.
+        choose: the products of the first batch → what is to be kept whole; None keeps nothing.
 
     Raises:
         PrunekitError: inputs that are not finite.
     """
     reading = Reading()
+    passes.begin()
     with torch.no_grad():
         with watching(matrices, reading.first.append):
             passes.run(layer, 0)
         reading.leaders = _leaders(reading.first)
-        keep = set(choose(reading.first))
+        keep = set(choose(reading.first)) if choose is not None else set()
 
         def add(call: Call) -> None:
             _add(reading, call, n_sequences, keep)

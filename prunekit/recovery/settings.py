@@ -1,0 +1,56 @@
+"""What every way of recovering says about its training: rate, batch, length."""
+
+import math
+from collections.abc import Mapping
+
+from prunekit.errors import PrunekitError
+
+_FULL_BATCH = 8
+_STEPS_AN_EPOCH = 32  # eight paper-sized steps change nothing in a small model; a hundred of this size do
+
+
+class TrainingSettings:
+    """The settings that training reads. Each method is a dataclass with these fields, and defaults of its own."""
+
+    learning_rate: float
+    batch_size: int | None
+    epochs: float
+    max_steps: int | None
+    warmup: float
+    seq_len: int
+    seed: int
+    weight_decay: float = 0.0
+
+    def windows_a_step(self, n_windows: int) -> int:
+        """Windows in one optimiser step over `n_windows` of data."""
+        fitting = max(1, min(_FULL_BATCH, n_windows // _STEPS_AN_EPOCH))
+        return fitting if self.batch_size is None else min(self.batch_size, n_windows)
+
+    def n_steps(self, n_windows: int) -> int:
+        """Optimiser steps over `n_windows` of data."""
+        return self.max_steps or max(1, math.ceil(self.epochs * math.ceil(n_windows / self.windows_a_step(n_windows))))
+
+    def _check(self, more: Mapping[str, bool]) -> None:
+        """Refuse values that cannot be.
+
+        Args:
+            more: name of a setting that only this method has → whether it can be.
+
+        Raises:
+            PrunekitError: names the setting, its value and the default.
+        """
+        allowed = {
+            **more,
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "batch_size": self.batch_size is None or self.batch_size >= 1,
+            "epochs": 0 < self.epochs < math.inf,
+            "max_steps": self.max_steps is None or self.max_steps >= 1,
+            "warmup": 0 <= self.warmup < math.inf,
+            "seq_len": self.seq_len >= 2,
+        }
+        for name, good in allowed.items():
+            if not good:
+                default = getattr(type(self), name)
+                raise PrunekitError(
+                    f"{type(self).__name__}({name}={getattr(self, name)!r}) cannot be; the default is {default}"
+                )

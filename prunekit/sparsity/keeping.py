@@ -1,0 +1,265 @@
+"""Zeros that stay while weights are trained, and reports held against the weights that they tell of."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from prunekit.errors import PrunekitError
+from prunekit.sparsity.report import SparsityReport
+
+TRAINED = "it was trained since it was sparsified: the output errors are those of before"
+Masks = dict[nn.Parameter, Tensor]
+
+
+@contextmanager
+def keep_zeros(model: nn.Module) -> Iterator[None]:
+    """For training loops of one's own: while open, zeros get no gradient, and at the end they are zero again.
+
+    Example::
+
+        with keep_zeros(model):
+            optimizer = torch.optim.AdamW(model.parameters())  # made inside
+            for batch in batches:
+                model(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    No optimiser moves a weight that is zero and never had a gradient. One that was made before and has momentum for it
+    does, until the momentum has run out; the weight is zero again at the end, but what was trained beside it had
+    reckoned with it. So make the optimiser inside.
+
+    Args:
+        model: without adapters. Every parameter of two or more dimensions counts, embeddings too, wherever it is zero;
+            norms and biases do not. Parameters may move to another device meanwhile, but stay the same objects.
+
+    Raises:
+        PrunekitError: the model carries adapters, whose own zeros are there to be trained.
+
+    Source: training what is left under a fixed mask, as Han et al. (NeurIPS 2015) do. Differs: the mask is applied to
+        gradients at each step and to weights at the end.
+    """
+    if any(hasattr(module, "merged_adapters") for module in model.modules()):  # as all of peft's layers have
+        raise PrunekitError("the model carries adapters, which start from zeros; open masked_adapters(model) instead")
+    masks = _masks(model)
+    with ExitStack() as stack:
+        stack.callback(_apply, masks)
+        for parameter in masks:
+            stack.callback(_without_gradient(parameter, masks).remove)
+        yield
+
+
+def _masks(model: nn.Module) -> Masks:
+    """The matrices that have zeros → where."""
+    matrices = [p for p in model.parameters() if p.dim() > 1 and p.is_floating_point()]
+    found = {p: p.detach() == 0 for p in matrices}
+    return {p: mask for p, mask in found.items() if bool(mask.any())}
+
+
+@torch.no_grad()
+def _apply(masks: Masks) -> None:
+    for parameter, mask in masks.items():
+        parameter.masked_fill_(mask.to(parameter.device), 0)
+
+
+def _without_gradient(parameter: nn.Parameter, masks: Masks) -> RemovableHandle:
+    def mask(gradient: Tensor) -> Tensor:
+        masks[parameter] = masks[parameter].to(gradient.device)  # a Trainer moves the model after this was opened
+        return gradient.masked_fill(masks[parameter], 0)
+
+    trained = parameter.requires_grad
+    parameter.requires_grad_(True)  # else no hook can be hung on it; somebody may thaw it while this is open
+    handle = parameter.register_hook(mask)
+    parameter.requires_grad_(trained)
+    return handle
+
+
+@contextmanager
+def masked_adapters(adapted: nn.Module) -> Iterator[None]:
+    """While open, LoRA trains, and merges, only where weights are not zero: W + M⊙(γ·B·A), M the non-zeros of W.
+
+    What is merged while it is open is what was trained, to rounding. Each step makes the product B·A of each adapted
+    matrix that has zeros, which takes the memory of the matrix once more; adapters of other matrices run as they did.
+
+    Args:
+        adapted: a peft model with one plain LoRA adapter on linear modules (nn.Linear, GPT-2's Conv1D), not merged.
+
+    Raises:
+        PrunekitError: no LoRA; or one whose update is not γ·B·A alone, such as DoRA, one of several adapters, or one of
+            an embedding or of a quantised weight; or a matrix with zeros that is trained itself.
+
+    Source: the update is that of SQFT's SparsePEFT (Muñoz et al., arXiv 2410.03750). SPP (Lu et al., ICML 2024), which
+        scales non-zero weights instead, is another. That M is read off the frozen weight at each step is ours.
+    """
+    layers = _adapted_layers(adapted)
+    _check_nothing_else(adapted, layers)
+    with ExitStack() as stack:
+        for path, layer in layers.items():
+            if bool((layer.get_base_layer().weight == 0).any()):
+                for name, method in _masked_methods(path, layer).items():
+                    setattr(layer, name, method)
+                    stack.callback(delattr, layer, name)
+        yield
+
+
+def _adapted_layers(adapted: nn.Module) -> dict[str, Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer  # seconds to import, so only where it is used
+
+    layers = {path: module for path, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not layers:
+        raise PrunekitError("the model carries no LoRA: attach it first, with recovery.lora.attach or peft")
+    for path, layer in layers.items():
+        plain_lora_weight(path, layer)
+    return layers
+
+
+def plain_lora_weight(path: str, layer: Any) -> nn.Parameter:  # noqa: ANN401
+    """The weight that an adapter layer updates by γ·B·A, and by nothing else.
+
+    Raises:
+        PrunekitError: the layer, by name, and what it has beside.
+    """
+    from peft.tuners.lora import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    base = layer.get_base_layer()
+    other = [kind for kind in ("lora_magnitude_vector", "lora_variant") if len(getattr(layer, kind, ()))]
+    other += ["lora_bias"] if any(getattr(layer, "lora_bias", {}).values()) else []
+    other += [f"a {type(base).__name__}"] if not isinstance(base, nn.Linear | Conv1D) else []
+    other += [f"a {type(layer).__module__}.{type(layer).__name__}"] if type(layer) is not Linear else []
+    other += [] if other or base.weight.is_floating_point() else [f"a weight of {base.weight.dtype}"]
+    adapters = list(getattr(layer, "lora_A", ()))
+    if len(adapters) != 1 or list(layer.active_adapters) != adapters or layer.merged_adapters or other:
+        has = ", ".join(other) or f"adapters {adapters}, active {layer.active_adapters}, merged {layer.merged_adapters}"
+        raise PrunekitError(f"{path} has {has}; one plain LoRA adapter of a linear module, not merged, can be followed")
+    return base.weight
+
+
+def _check_nothing_else(adapted: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Refuse matrices with zeros that are trained beside A and B."""
+    pairs = {p for layer in layers.values() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
+    for name, p in adapted.named_parameters():
+        if p.requires_grad and p not in pairs and p.dim() > 1 and bool((p == 0).any()):
+            raise PrunekitError(f"{name} has zeros and is trained itself; attach LoRA without modules_to_save")
+
+
+def _masked_methods(path: str, layer: Any) -> dict[str, Callable]:  # noqa: ANN401
+    """A LoRA layer's `forward` and `get_delta_weight`, by which peft merges, with the mask."""
+    forward, whole, (adapter,) = layer.forward, layer.get_delta_weight, layer.lora_A
+
+    def update(_adapter: str) -> Tensor:
+        """M⊙(γ·B·A), stored as the weight is."""
+        return whole(adapter).masked_fill(layer.get_base_layer().weight == 0, 0)
+
+    def masked(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if layer.disable_adapters or layer.merged:
+            return forward(x, *args, **kwargs)
+        if layer.active_adapters != [adapter] or "adapter_names" in kwargs:
+            raise PrunekitError(f"{path}: another adapter was asked for while adapters are masked; give each its turn")
+        result = layer.base_layer(x, *args, **kwargs)
+        stored = update(adapter)
+        weight = stored.T if layer.fan_in_fan_out else stored  # (out, in)
+        inputs = layer.lora_dropout[adapter](layer._cast_input_dtype(x, weight.dtype))
+        return (result + functional.linear(inputs, weight)).to(result.dtype)
+
+    return {"forward": masked, "get_delta_weight": update}
+
+
+def current_report(model: Any) -> SparsityReport | None:  # noqa: ANN401
+    """The sparsity report that a model carries, held against its weights.
+
+    Returns:
+        The report, its zeros counted again, with a remark where there are fewer than it said; None where the model
+        carries none, or one of matrices that it does not have in these sizes, as after a structural cut.
+
+    Raises:
+        PrunekitError: `model.sparsity_report` is something else.
+    """
+    report = getattr(model, "sparsity_report", None)
+    if report is None:
+        return None
+    if not isinstance(report, SparsityReport):
+        raise PrunekitError(f"model.sparsity_report is a {type(report).__name__}; sparsify sets it, and so does load")
+    if not _fits(report, model):
+        return None
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    counts = [int((stored_matrix(parameters, row["matrix"]) == 0).sum()) for row in report.rows]  # type: ignore[union-attr]
+    return _counted(report, counts)
+
+
+def _counted(report: SparsityReport, counts: list[int]) -> SparsityReport:
+    before = {row["matrix"]: row["n_zeros"] for row in report.rows}
+    rows = tuple({**row, "n_zeros": count} for row, count in zip(report.rows, counts, strict=True))
+    filled = [row["matrix"] for row in rows if row["n_zeros"] < before[row["matrix"]]]
+    if not filled:
+        return replace(report, rows=rows)
+    lost = sum(before[row["matrix"]] - row["n_zeros"] for row in rows if row["matrix"] in set(filled))
+    remark = (
+        f"{lost:,} zeros of {len(filled)} matrices ({filled[0]}, …) were filled after it was sparsified; these are the "
+        "zeros that are left"
+    )
+    return replace(report, rows=rows, remarks=(*report.remarks, remark))
+
+
+def renew_report(model: Any, *remarks: str) -> None:  # noqa: ANN401
+    """After a model's weights were changed: its report as it is true now, with remarks, each once; gone where none is.
+
+    Raises:
+        PrunekitError: what `current_report` raises.
+    """
+    report = current_report(model)
+    if report is None:
+        vars(model).pop("sparsity_report", None)
+    else:
+        more = [remark for remark in remarks if remark not in report.remarks]
+        model.sparsity_report = replace(report, remarks=(*report.remarks, *more))
+
+
+def stored_matrix(parameters: Mapping[str, Tensor], matrix: str) -> Tensor | None:
+    """What a row of a report tells of, as it is stored: a parameter, or one expert's slice of it; None if not there."""
+    name, expert = re.fullmatch(r"(.*?)(?:\[(\d+)\])?", matrix, re.DOTALL).groups()  # type: ignore[union-attr]
+    tensor = parameters.get(name)
+    if tensor is None or expert is None:
+        return tensor
+    return tensor[int(expert)] if tensor.dim() == 3 and int(expert) < len(tensor) else None
+
+
+def _fits(report: SparsityReport, model: nn.Module) -> bool:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = [(stored_matrix(parameters, row["matrix"]), row["n_weights"]) for row in report.rows]
+    return all(tensor is not None and tensor.numel() == size for tensor, size in found)
+
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "layer": (int,), "matrix": (str,), "method": (str,), "n_weights": (int,), "n_zeros": (int,),
+    "error": (int, float, type(None)), "ffn_error": (list, type(None)), "kept": (int, type(None)),
+}  # fmt: skip
+
+
+def parsed_report(text: str, model: nn.Module) -> SparsityReport:
+    """The report of a model, out of the JSON text that stands beside its weights.
+
+    Raises:
+        PrunekitError: the text is no report, or tells of another model.
+    """
+    report = SparsityReport.from_json(text)
+    for number, row in enumerate(report.rows):
+        wrong = _FIELDS if not isinstance(row, dict) else [n for n, kinds in _FIELDS.items() if not _is(row, n, kinds)]
+        if wrong:
+            raise PrunekitError(f"its row {number} lacks {', '.join(wrong)}, or has something else there")
+    texts = isinstance(report.left, dict) and all(isinstance(remark, str) for remark in report.remarks)
+    if not texts or not report.rows or not isinstance(report.method, str) or not isinstance(report.target, str):
+        raise PrunekitError("it is no sparsity report; give what SparsityReport.to_json wrote")
+    if not _fits(report, model):
+        raise PrunekitError("it tells of matrices that this model does not have, or not in these sizes")
+    return report
+
+
+def _is(row: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> bool:
+    return name in row and type(row[name]) in kinds
