@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from prunekit.sparsity import SparseLLM, sparsegpt
-from prunekit.sparsity.alternation import FFN, prune_ffn
+from prunekit.sparsity.alternation import prune_ffn
+from prunekit.sparsity.auxiliaries import FFN
 from prunekit.sparsity.factors import factorize
 from prunekit.sparsity.patterns import Pattern
 from prunekit.sparsity.solvers import solve

@@ -14,7 +14,8 @@ from torch.nn import functional
 from prunekit.errors import PrunekitError
 from prunekit.sparsity import SparseLLM
 from prunekit.sparsity.activations import toward_activation
-from prunekit.sparsity.alternation import FFN, prune_ffn
+from prunekit.sparsity.alternation import prune_ffn
+from prunekit.sparsity.auxiliaries import FFN
 from prunekit.sparsity.factors import factorize
 from prunekit.sparsity.patterns import Pattern
 from prunekit.sparsity.solvers import solve
@@ -135,7 +136,7 @@ def test_other_activations_never_get_worse(activation, gated):
 def test_tokens_in_portions_are_tokens_at_once(monkeypatch):
     ffns = [random_ffn(True, functional.silu) for _ in range(2)]
     whole = prune_ffn(ffns[0], 4, SEVENTY)
-    monkeypatch.setattr("prunekit.sparsity.alternation.TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr("prunekit.sparsity.auxiliaries.TOKENS_AT_ONCE", 64)
     portions = prune_ffn(ffns[1], 4, SEVENTY)
     assert portions.errors == pytest.approx(whole.errors, rel=1e-6)
 

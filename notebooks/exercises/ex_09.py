@@ -52,8 +52,8 @@ def _check_runs(prune: Pruner, found: Tensor) -> str:
     if not bool((stays == 2).all()):
         row, run = (stays != 2).nonzero()[0].tolist()
         return (
-            f"Row {row}, columns {4 * run} to {4 * run + 3}: {int(stays[row, run])} weights stay, 2 are asked for. Runs "
-            "lie along a row: unflatten dimension 1 of (out, in), and choose inside each run."
+            f"Row {row}, columns {4 * run} to {4 * run + 3}: {int(stays[row, run])} weights stay, 2 are asked for. "
+            "Runs lie along a row: unflatten dimension 1 of (out, in), and choose inside each run."
         )
     stays = _stays(prune(WEIGHT, LIKE, 1, 4), 4)
     if bool((stays == 3).all()):

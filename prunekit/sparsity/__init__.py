@@ -1,7 +1,7 @@
 """Zeros in unchanged shapes: solvers for one weight, and SparseLLM and its peers over a model."""
 
-from prunekit.sparsity.alternation import SparseLLM
 from prunekit.sparsity.keeping import keep_zeros, masked_adapters
+from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.report import SparsityReport
 from prunekit.sparsity.semi_structured import to_semi_structured
 from prunekit.sparsity.solvers import magnitude, sparsegpt, wanda

@@ -33,8 +33,8 @@ def toward_activation(
 ) -> Tensor:
     """The z that minimises γ(p − φ(z)·c)² + α(z − m)², elementwise; it is never worse than the z that was.
 
-    For ReLU without c it is exact: the better of both sides' minima. Else, from m or the present z, whichever is better,
-    four steps of Gauss and Newton, each made only where it lowers the objective.
+    For ReLU without c it is exact: the better of both sides' minima. Else, from m or the present z, whichever is
+    better, four steps of Gauss and Newton, each made only where it lowers the objective.
 
     Args:
         activation: φ.

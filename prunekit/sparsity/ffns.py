@@ -1,6 +1,6 @@
 """Which matrices of a layer make an FFN: found by trying whether the input of one is what others put out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +59,7 @@ class FoundFFN:
 
 @contextmanager
 def activations_of(layer: nn.Module, found: dict[nn.Module, int]) -> Iterator[None]:
-    """While open, modules without weight matrices that turn a tensor into one of its shape are noted, with its width."""
+    """While open, modules without matrices that turn a tensor into one of its shape are noted, with its width."""
 
     def note(module: nn.Module, args: tuple, result: Any) -> None:  # noqa: ANN401
         alike = len(args) == 1 and isinstance(result, Tensor) and isinstance(args[0], Tensor)
@@ -131,6 +131,3 @@ def _elementwise(activation: Activation, z: Tensor) -> bool:
 def _close(a: Tensor, b: Tensor) -> bool:
     eps = torch.finfo(b.dtype).eps
     return bool(b.any()) and bool((a - b).norm() <= 16 * eps * b.norm())
-
-
-Choose = Callable[[list[Call]], list[tuple[Matrix, str]]]

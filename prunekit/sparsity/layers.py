@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
-from prunekit.sparsity.alternation import FFN, SparseLLM, prune_ffn
+from prunekit.sparsity.alternation import prune_ffn
+from prunekit.sparsity.auxiliaries import FFN
 from prunekit.sparsity.factors import Factor, factorize
 from prunekit.sparsity.ffns import FoundFFN, Rows, activations_of, find_ffns
 from prunekit.sparsity.matrices import Call, Matrix
+from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.patterns import Pattern
 from prunekit.sparsity.reading import Reading, read_layer
 from prunekit.sparsity.solvers import solve, wanda, zeroed_lowest
@@ -166,7 +168,8 @@ def _tensors(found: FoundFFN, reading: Reading) -> FFN:
         up=found.up.weight.to(x.dtype), gate=None if found.gate is None else found.gate.weight.to(x.dtype),
         down=found.down.weight.to(x.dtype), up_bias=bias(found.up), gate_bias=bias(found.gate),
         down_bias=None if down_bias is None else down_bias.to(x.dtype), activation=found.activation, x=x,
-        y=reading.whole(found.down, "outputs"), z=reading.whole(found.up.matrix, "outputs")[:, found.up.rows], s=gate, p=p,
+        y=reading.whole(found.down, "outputs"), z=reading.whole(found.up.matrix, "outputs")[:, found.up.rows],
+        s=gate, p=p,
     )  # fmt: skip
 
 

@@ -40,8 +40,8 @@ class Pattern:
         """
         if self.of is not None and n_in % self.of:
             raise PrunekitError(
-                f"{name} has rows of {n_in} weights, which runs of {self.of} do not divide; give a pattern whose second "
-                f"number divides {n_in}, or a fraction such as sparsity={self.sparsity:g}"
+                f"{name} has rows of {n_in} weights, which runs of {self.of} do not divide; give a pattern whose "
+                f"second number divides {n_in}, or a fraction such as sparsity={self.sparsity:g}"
             )
 
     def lowest(self, scores: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
 from prunekit.sparsity.allocation import allocate
-from prunekit.sparsity.alternation import SparseLLM
 from prunekit.sparsity.factors import DAMPING
 from prunekit.sparsity.layers import Settings, prune_alone, prune_layer
 from prunekit.sparsity.matrices import Matrix, experts_written_out, find_matrices
+from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.patterns import Pattern, pattern_of
 from prunekit.sparsity.refusing import check_sparsifiable
+from prunekit.sparsity.remarks import remarks_on
 from prunekit.sparsity.report import SparsityReport
 from prunekit.sparsity.solvers import check_damping
 
@@ -88,9 +89,10 @@ def sparsify(
         patterns = allocate(target, batches, matrices, wanted) if allocation == "global" else shared
         settings = Settings(name, alternation, patterns, damping, 1 if tokens is None else len(tokens))
         rows = _run(target, paths, batches, matrices, settings)
-    target.sparsity_report = SparsityReport(
-        name, str(wanted), tuple(rows), found.left, _remarks(name, rows, tokens, matrices)
-    )
+    remarks = remarks_on(name, rows, tokens, max(matrix.weight.shape[1] for matrix in matrices))
+    for remark in remarks:
+        warnings.warn(remark, stacklevel=2)
+    target.sparsity_report = SparsityReport(name, str(wanted), tuple(rows), found.left, remarks)
     return target.eval()
 
 
@@ -163,33 +165,3 @@ def _run(
             done = [prune_alone(matrix, settings.patterns[matrix]) for matrix in inside]
         rows += [{"layer": paths.index(path), **row} for row in done]
     return rows
-
-
-def _remarks(
-    method: str, rows: Sequence[dict[str, Any]], tokens: Tensor | None, matrices: Sequence[Matrix]
-) -> tuple[str, ...]:
-    """What should not go unnoticed; said as warnings too."""
-    found = []
-    widest = max(matrix.weight.shape[1] for matrix in matrices)
-    needed = any(row["damping"] is not None for row in rows)
-    if tokens is not None and needed and tokens.numel() < widest:
-        found.append(f"the calibration set has {tokens.numel()} tokens and a matrix {widest} inputs: its Hessian is "
-                     "held together by damping alone; give more text")  # fmt: skip
-    unreached = [row["matrix"] for row in rows if row["note"]]
-    if unreached:
-        found.append(f"no token reached {len(unreached)} matrices, which were pruned by magnitude: {unreached[0]}, …")
-    dampings = {row["damping"] for row in rows if row["damping"] is not None}
-    if len(dampings) > 1:
-        found.append(f"damping was raised to {max(dampings):g} where a Hessian had no Cholesky factor")
-    ffns = [row for row in rows if row["ffn_error"]]
-    alone = {row["layer"] for row in rows} - {row["layer"] for row in ffns} if method == "sparsellm" else set()
-    if alone:
-        found.append(f"the FFNs of {len(alone)} layers ({sorted(alone)[0]}, …) have no form that SparseLLM knows: their "
-                     "matrices were pruned one by one, by SparseGPT")  # fmt: skip
-    first = sum(row["kept"] == 0 and len(row["ffn_error"]) > 1 for row in ffns)
-    if first:
-        found.append(f"in {first} of {len(ffns)} FFNs no iteration had less error than the first, which is SparseGPT's; "
-                     "its weights were kept")  # fmt: skip
-    for remark in found:
-        warnings.warn(remark, stacklevel=4)
-    return tuple(found)

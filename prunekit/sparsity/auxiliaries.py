@@ -1,0 +1,154 @@
+"""SparseLLM's auxiliary variables of one FFN, brought up to date for weights that are sparse.
+
+Shapes here have tokens first. With X (tokens, d_model) what an FFN reads and Y what it returns, z and s stand for the
+outputs of the up and gate projections (s is missing in two-matrix FFNs), p for the input of the down projection:
+p = φ(z), or φ(s)⊙z. SparseLLM minimises
+
+    β‖p·W_downᵀ + b − Y‖² + γ‖p − φ(z)‖² + α‖z − X·W_upᵀ − b‖²
+
+over sparse weights and free p, z, s, by turns.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prunekit.sparsity.activations import Activation, derivative, toward_activation
+from prunekit.sparsity.methods import SparseLLM
+
+TOKENS_AT_ONCE = 4096  # through which the auxiliaries are brought up to date; temporaries are of this size
+_GRADIENT_STEPS, _GRADIENT_RATE = 2, 0.01  # of s
+
+
+@dataclass
+class FFN:
+    """One FFN with what went through it; `gate` and its fellows are None where it has two matrices.
+
+    Attributes:
+        up: (d_ff, d_model).
+        gate: (d_ff, d_model) or None.
+        down: (d_model, d_ff).
+        up_bias: (d_ff,) or None.
+        gate_bias: (d_ff,) or None.
+        down_bias: (d_model,) or None.
+        activation: φ, elementwise.
+        x: inputs (n_tokens, d_model).
+        y: outputs (n_tokens, d_model), with the bias.
+        z: outputs of up (n_tokens, d_ff), with the bias; changed by `prune_ffn`, as are s and p.
+        s: outputs of gate (n_tokens, d_ff) or None.
+        p: inputs of down (n_tokens, d_ff).
+    """
+
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+    up_bias: Tensor | None
+    gate_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: Activation
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    s: Tensor | None
+    p: Tensor
+
+
+class Weights(NamedTuple):
+    """The matrices of an FFN, each (out, in); gate is None where there is none."""
+
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+
+
+class Sums(NamedTuple):
+    """What one sweep over the tokens leaves: the error before it, and what the next fit needs."""
+
+    error: float
+    up: Tensor  # (z − X·W_upᵀ − b)ᵀX
+    gate: Tensor | None
+    down: Tensor  # (Y − b − p·W_downᵀ)ᵀp
+    gram: Tensor  # pᵀp
+
+
+def sweep(ffn: FFN, weights: Weights, method: SparseLLM, last: bool) -> Sums:
+    """Bring p, z and s up to date, some tokens at once; after the last iteration only the error is asked for."""
+    d_ff, d_model = weights.up.shape
+    kernel = _kernel(weights.down, method)
+    error = size = 0.0
+    zeros = ffn.x.new_zeros
+    up, gate, down, gram = zeros(d_ff, d_model), zeros(d_ff, d_model), zeros(d_model, d_ff), zeros(d_ff, d_ff)
+    for at in _portions(len(ffn.x)):
+        x, y = ffn.x[at], ffn.y[at]
+        m = _affine(x, weights.up, ffn.up_bias)
+        g = None if weights.gate is None else _affine(x, weights.gate, ffn.gate_bias)
+        hidden = ffn.activation(m) if g is None else ffn.activation(g) * m
+        error += float((_affine(hidden, weights.down, ffn.down_bias) - y).square().sum())
+        size += float(y.square().sum())
+        if last:
+            continue
+        _update(ffn, at, m, g, y if ffn.down_bias is None else y - ffn.down_bias, weights.down, kernel, method)
+        p = ffn.p[at]
+        up.addmm_((ffn.z[at] - m).T, x)
+        if g is not None and ffn.s is not None:
+            gate.addmm_((ffn.s[at] - g).T, x)
+        down.addmm_((y - _affine(p, weights.down, ffn.down_bias)).T, p)
+        gram.addmm_(p.T, p)
+    return Sums(error / max(size, torch.finfo(torch.float32).tiny), up, gate, down, gram)
+
+
+def _update(
+    ffn: FFN, at: slice, m: Tensor, g: Tensor | None, wanted: Tensor, down: Tensor, kernel: Tensor, method: SparseLLM
+) -> None:
+    """p, z and s of some tokens, in this order, each from the newest of the others."""
+    alpha, gamma = method.alpha or 0.0, method.gamma or 0.0
+    if g is None or ffn.s is None:
+        hidden = ffn.activation(ffn.z[at])
+        p = ffn.p[at] = hidden + ((wanted - hidden @ down.T) @ kernel) @ down
+        ffn.z[at] = toward_activation(ffn.activation, p, m, ffn.z[at], alpha, gamma)
+        return
+    s = ffn.s[at]
+    opened = ffn.activation(s)
+    hidden = opened * ffn.z[at]
+    p = ffn.p[at] = hidden + ((wanted - hidden @ down.T) @ kernel) @ down
+    z = ffn.z[at] = (alpha * m + gamma * opened * p) / (gamma * opened.square() + alpha)
+    ffn.s[at] = (
+        _descend(ffn.activation, p, g, z, s, alpha, gamma)
+        if method.faithful
+        else toward_activation(ffn.activation, p, g, s, alpha, gamma, z)
+    )
+
+
+def _descend(activation: Activation, p: Tensor, g: Tensor, z: Tensor, s: Tensor, alpha: float, gamma: float) -> Tensor:
+    """The s after two gradient steps on α‖s − g‖² + γ‖p − φ(s)⊙z‖², which overshoot where z is large."""
+    for _ in range(_GRADIENT_STEPS):
+        value, slope = derivative(activation, s)
+        s = s - _GRADIENT_RATE * 2 * (alpha * (s - g) - gamma * (p - value * z) * z * slope)
+    return s
+
+
+def _kernel(down: Tensor, method: SparseLLM) -> Tensor:
+    """K in p = φ + (Y − b − φ·Wᵀ)·K·W, which minimises β‖pWᵀ + b − Y‖² + γ‖p − φ‖²: (γ/β·I + WWᵀ)⁻¹."""
+    matrix = down @ down.T
+    matrix.diagonal().add_((method.gamma or 0.0) / (method.beta or 1.0))
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, weight, bias)
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """Σxxᵀ over tokens, (width, width)."""
+    total = x.new_zeros(x.shape[1], x.shape[1])
+    for at in _portions(len(x)):
+        total.addmm_(x[at].T, x[at])
+    return total
+
+
+def _portions(n: int) -> Iterator[slice]:
+    return (slice(start, start + TOKENS_AT_ONCE) for start in range(0, n, TOKENS_AT_ONCE))

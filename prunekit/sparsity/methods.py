@@ -1,0 +1,43 @@
+"""What SparseLLM may be told."""
+
+from dataclasses import dataclass, replace
+
+from prunekit.checks import check_integers, check_reals
+
+
+@dataclass(frozen=True)
+class SparseLLM:
+    """How SparseLLM alternates.
+
+    Attributes:
+        n_iterations: T; with 1 it is SparseGPT.
+        faithful: as in the released code, which fits weights with an undamped pseudo-inverse (two-matrix FFNs: W_down
+            with ten gradient steps), lets damping pile up, and keeps the last iteration. False, the default, fits them
+            by a proximal step towards the weights they have, damps each iteration alike, and keeps the iteration whose
+            FFN output has the least error.
+        alpha: weight of ‖z − WX‖²; None is .1 for two-matrix FFNs and 5 for gated ones, as in the released code.
+        beta: weight of ‖W_down·p − Y‖²; None as above.
+        gamma: weight of ‖p − φ(z)‖²; None as above.
+
+    Source: SparseLLM (Bai et al., NeurIPS 2024), Eq. 4 to 12. Differs as said under `faithful`; there, pseudo-inverses
+        are Gram matrices and Cholesky factors, and gradients closed forms.
+    """
+
+    n_iterations: int = 4
+    faithful: bool = False
+    alpha: float | None = None
+    beta: float | None = None
+    gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        check_integers(n_iterations=(self.n_iterations, 1))
+        for name in ("alpha", "beta", "gamma"):
+            value = getattr(self, name)
+            if value is not None:
+                check_reals(**{name: (value, 1e-12, float("inf"))})
+
+    def for_form(self, gated: bool) -> "SparseLLM":
+        """The same with its weights filled in."""
+        default = 5.0 if gated else 0.1
+        alpha, beta, gamma = (default if w is None else w for w in (self.alpha, self.beta, self.gamma))
+        return replace(self, alpha=alpha, beta=beta, gamma=gamma)

@@ -1,0 +1,50 @@
+"""What should not go unnoticed of a sparsification."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Rows = Sequence[dict[str, Any]]  # as in `SparsityReport.rows`
+
+
+def remarks_on(method: str, rows: Rows, tokens: Tensor | None, widest: int) -> tuple[str, ...]:
+    """Sentences for the report, said as warnings too.
+
+    Args:
+        method: that was asked for.
+        rows: one a matrix.
+        tokens: the calibration set.
+        widest: inputs of the widest matrix.
+    """
+    return (*_on_statistics(rows, tokens, widest), *(_on_ffns(rows) if method == "sparsellm" else ()))
+
+
+def _on_statistics(rows: Rows, tokens: Tensor | None, widest: int) -> Iterator[str]:
+    dampings = {row["damping"] for row in rows if row["damping"] is not None}
+    if tokens is not None and dampings and tokens.numel() < widest:
+        yield (
+            f"the calibration set has {tokens.numel()} tokens and a matrix {widest} inputs: its Hessian is held "
+            "together by damping alone; give more text"
+        )
+    if len(dampings) > 1:
+        yield f"damping was raised to {max(dampings):g} where a Hessian had no Cholesky factor"
+    unreached = [row["matrix"] for row in rows if row["note"]]
+    if unreached:
+        yield f"no token reached {len(unreached)} matrices, which were pruned by magnitude: {unreached[0]}, …"
+
+
+def _on_ffns(rows: Rows) -> Iterator[str]:
+    ffns = [row for row in rows if row["ffn_error"]]
+    alone = sorted({row["layer"] for row in rows} - {row["layer"] for row in ffns})
+    if alone:
+        yield (
+            f"the FFNs of {len(alone)} layers ({alone[0]}, …) have no form that SparseLLM knows: their matrices were "
+            "pruned one by one, by SparseGPT"
+        )
+    first = sum(row["kept"] == 0 and len(row["ffn_error"]) > 1 for row in ffns)
+    if first:
+        yield (
+            f"in {first} of {len(ffns)} FFNs no iteration had less error than the first, which is SparseGPT's; its "
+            "weights were kept"
+        )
