@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import prunekit as pk
 from prunekit import PrunekitError
-from prunekit.recipes import hywia, llm_pruner, lorashear
+from prunekit.recipes import hywia, llm_pruner, lorashear, sparsellm
 from prunekit.recipes.llm_pruner import middle_layers
 from prunekit.recovery.sources import join, open_sources, shuffle
 
@@ -266,3 +266,19 @@ def test_lorashear_refuses_shares_that_are_none(model, tokenizer, shares):
 def test_lorashear_refuses_sources_that_are_none(model, tokenizer, given, message):
     with pytest.raises(PrunekitError, match=message):
         lorashear(model, tokenizer, given)
+
+
+def test_sparsellm_is_its_steps(model):
+    sparse, report = sparsellm(model, CALIB, 0.6, n_iterations=2)
+    expected = pk.sparsify(model, CALIB, pk.SparseLLM(n_iterations=2), 0.6)
+    assert all(torch.equal(a, b) for a, b in zip(sparse.parameters(), expected.parameters(), strict=True))
+    assert report == expected.sparsity_report == sparse.sparsity_report
+
+
+def test_sparsellm_recovers_and_zeros_stay(model):
+    data = torch.randint(0, 96, (8, 16), generator=torch.Generator().manual_seed(5))
+    done = sparsellm(model, CALIB, pattern=(1, 4), half_depth=True, data=data, recovery=pk.LoRA(max_steps=2))
+    assert {row["layer"] for row in done.report.rows} == {0, 1, 2}
+    weight = done.model.model.layers[0].mlp.up_proj.weight
+    assert bool(((weight == 0).unflatten(1, (-1, 4)).sum(2) == 3).all())
+    assert not torch.equal(done.model.model.layers[5].mlp.up_proj.weight, model.model.layers[5].mlp.up_proj.weight)

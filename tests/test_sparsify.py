@@ -129,6 +129,7 @@ def test_magnitude_needs_no_calibration_set():
     a, b = sparsify(tiny_llama(), None, "magnitude", "2:4"), sparsify(tiny_llama(), calib(), "magnitude", "2:4")
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert a.sparsity_report.rows[0]["error"] is None
+    assert a.sparsity_report.by_layer()["error"].isna().all() and "<table" in a.sparsity_report._repr_html_()
 
 
 def test_one_budget_is_met_and_spares_what_matters():

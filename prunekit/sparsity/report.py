@@ -41,7 +41,8 @@ class SparsityReport:
     def table(self) -> pd.DataFrame:
         """One row a matrix, with its sparsity."""
         table = pd.DataFrame(self.rows)
-        return table.assign(sparsity=table["n_zeros"] / table["n_weights"])
+        errors = pd.to_numeric(table["error"])  # without a calibration set there are none
+        return table.assign(sparsity=table["n_zeros"] / table["n_weights"], error=errors)
 
     def by_layer(self) -> pd.DataFrame:
         """One row a layer: n_weights, n_zeros, sparsity, and the mean error of its matrices."""
