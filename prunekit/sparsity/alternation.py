@@ -1,6 +1,6 @@
 """SparseLLM on one FFN: its matrices and auxiliary variables take turns, so that each layer knows of the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ class Pruned(NamedTuple):
 def prune_ffn(
     ffn: FFN,
     n_sequences: int,
-    pattern: Pattern,
+    pattern: Pattern | Mapping[str, Pattern],
     method: SparseLLM | None = None,
     *,
     block_size: int = BLOCK,
@@ -51,7 +51,7 @@ def prune_ffn(
     Args:
         ffn: its weights are left alone; its z, s and p are changed.
         n_sequences: n in H = (2/n)·Σxxᵀ.
-        pattern: what each matrix is to look like.
+        pattern: what each matrix is to look like; or `"up"`, `"gate"` and `"down"` → what that one is.
         method: how.
         block_size: as for `sparsegpt`.
         damping: as for `sparsegpt`.
@@ -62,7 +62,8 @@ def prune_ffn(
     """
     check_damping(damping)
     method = (method or SparseLLM()).for_form(ffn.gate is not None)
-    solver = _Solver(pattern, block_size, damping, watch or (lambda *_: None))
+    patterns = pattern if isinstance(pattern, Mapping) else dict.fromkeys(("up", "gate", "down"), pattern)
+    solver = _Solver(patterns, block_size, damping, watch or (lambda *_: None))
     gram_x, gram_p = gram_of(ffn.x), gram_of(ffn.p)
     _check(gram_x, gram_p)
     inner = _Fitter(gram_x, n_sequences, method.faithful, damping)
@@ -93,8 +94,8 @@ def _check(gram_x: Tensor, gram_p: Tensor) -> None:
 class _Solver:
     """SparseGPT with what is the same for all its calls."""
 
-    def __init__(self, pattern: Pattern, block_size: int, damping: float, watch: Callable) -> None:
-        self._pattern, self._block_size, self._watch, self.damping = pattern, block_size, watch, damping
+    def __init__(self, patterns: Mapping[str, Pattern], block_size: int, damping: float, watch: Callable) -> None:
+        self._patterns, self._block_size, self._watch, self.damping = patterns, block_size, watch, damping
         self.largest = damping
 
     def factor(self, hessian: Tensor) -> Factor:
@@ -103,7 +104,7 @@ class _Solver:
         return found
 
     def __call__(self, name: str, weight: Tensor, factor: Factor) -> Tensor:
-        result = solve(weight, factor, self._pattern, self._block_size)
+        result = solve(weight, factor, self._patterns[name], self._block_size)
         self._watch(name, weight, result)
         return result
 

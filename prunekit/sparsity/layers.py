@@ -131,15 +131,16 @@ def _wanda(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
 
 def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Matrix, dict[str, Any]]:
     """Prune an FFN in place by SparseLLM; a row for each of its matrices."""
-    pattern = settings.patterns[found.down]
+    parts = {"up": found.up.matrix, "gate": (found.gate or found.up).matrix, "down": found.down}
+    patterns = {name: settings.patterns[matrix] for name, matrix in parts.items()}
     grams = {matrix: reading.gram(matrix) for matrix in found.matrices}
     befores = {matrix: matrix.weight.to(reading.kept[found.down, "inputs"][0].dtype).clone() for matrix in grams}
     done = prune_ffn(
-        _tensors(found, reading), settings.n_sequences, pattern, settings.alternation, damping=settings.damping
+        _tensors(found, reading), settings.n_sequences, patterns, settings.alternation, damping=settings.damping
     )
     afters = {matrix: before.clone() for matrix, before in befores.items()}
-    parts: list[tuple[Rows | None, Tensor | None]] = [(found.up, done.up), (found.gate, done.gate)]
-    for rows, weight in parts:
+    inner: list[tuple[Rows | None, Tensor | None]] = [(found.up, done.up), (found.gate, done.gate)]
+    for rows, weight in inner:
         if rows is not None and weight is not None:
             afters[rows.matrix][rows.rows] = weight
     afters[found.down] = done.down
