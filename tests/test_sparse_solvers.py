@@ -25,7 +25,7 @@ TAGS = {
     "sp50_damp10": {"sparsity": 0.5, "damping": 0.1},
 }
 # In float32 the reference itself lies so far from the same computation in float64, which ours meets to 3e-7.
-FAR = {("main_512x256", "3of4"): 3.2e-6}
+FAR = {("main_512x256", "3of4"): 4e-6}
 
 
 def weight_and_hessian(rows=24, columns=32, seed=0, dtype=torch.float32):

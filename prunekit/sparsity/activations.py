@@ -1,9 +1,11 @@
 """Auxiliary variables of activations: what stands before an activation, so that it and what follows both fit."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Activation = Callable[[Tensor], Tensor]
 _STEPS = 4  # of Gauss and Newton, where there is no closed form
@@ -14,6 +16,12 @@ def is_relu(activation: Activation) -> bool:
     return _same(activation, torch.relu)
 
 
+def is_silu(activation: Activation) -> bool:
+    """Whether an activation is z·σ(z), which is tried."""
+    return _same(activation, functional.silu)
+
+
+@cache
 def _same(activation: Activation, other: Activation) -> bool:
     grid = torch.linspace(-8, 8, 257)
     return bool(torch.allclose(activation(grid), other(grid), rtol=1e-6, atol=1e-6))
@@ -21,6 +29,10 @@ def _same(activation: Activation, other: Activation) -> bool:
 
 def derivative(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
     """An elementwise activation and its derivative, in the shape of z."""
+    if is_silu(activation):  # what most models have; automatic differentiation would take twice as long
+        gate = torch.sigmoid(z)
+        value = z * gate
+        return value, gate.addcmul(value, 1 - gate)
     with torch.enable_grad():
         variable = z.detach().requires_grad_()
         value = activation(variable)
@@ -47,18 +59,41 @@ def toward_activation(
 
     Source: SparseLLM, Eq. 11 and 12 for ReLU; the rule for other activations and for gates is ours.
     """
-    c = torch.ones_like(p) if factor is None else factor
-
-    def objective(at: Tensor) -> Tensor:
-        return gamma * (p - activation(at) * c).square() + alpha * (at - m).square()
-
     if factor is None and is_relu(activation):
-        right, left = ((gamma * p + alpha * m) / (alpha + gamma)).clamp_min(0), m.clamp_max(0)
-        return torch.where(objective(right) <= objective(left), right, left)
-    z = torch.where(objective(m) <= objective(z), m, z)
+        return _toward_relu(p, m, alpha, gamma)
+    z = _better(activation, p, m, z, alpha, gamma, factor)
+    value, slope, objective = _looked_at(activation, p, m, z, alpha, gamma, factor)
     for _ in range(_STEPS):
-        value, slope = derivative(activation, z)
-        slope = slope * c
-        step = (gamma * slope * (p - value * c) + alpha * (m - z)) / (gamma * slope.square() + alpha)
-        z = torch.where(objective(z + step) < objective(z), z + step, z)
+        trial = z + (gamma * slope * (p - value) + alpha * (m - z)) / (gamma * slope.square() + alpha)
+        *new, lower = _looked_at(activation, p, m, trial, alpha, gamma, factor)
+        won = lower < objective
+        z, value, slope, objective = (
+            torch.where(won, a, b) for a, b in zip((trial, *new, lower), (z, value, slope, objective), strict=True)
+        )
     return z
+
+
+def _toward_relu(p: Tensor, m: Tensor, alpha: float, gamma: float) -> Tensor:
+    def objective(at: Tensor) -> Tensor:
+        return gamma * (p - at.clamp_min(0)).square() + alpha * (at - m).square()
+
+    right, left = ((gamma * p + alpha * m) / (alpha + gamma)).clamp_min(0), m.clamp_max(0)
+    return torch.where(objective(right) <= objective(left), right, left)
+
+
+def _better(
+    activation: Activation, p: Tensor, m: Tensor, z: Tensor, alpha: float, gamma: float, factor: Tensor | None
+) -> Tensor:
+    """At each place m or z, whichever has the lower objective; that of m has one term alone."""
+    of_m, of_z = (activation(at) if factor is None else activation(at) * factor for at in (m, z))
+    return torch.where(gamma * (p - of_m).square() <= gamma * (p - of_z).square() + alpha * (z - m).square(), m, z)
+
+
+def _looked_at(
+    activation: Activation, p: Tensor, m: Tensor, z: Tensor, alpha: float, gamma: float, factor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """φ(z)·c, its derivative, and the objective."""
+    value, slope = derivative(activation, z)
+    if factor is not None:
+        value, slope = value * factor, slope * factor
+    return value, slope, gamma * (p - value).square() + alpha * (z - m).square()

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from prunekit.sparsity.activations import Activation, derivative, toward_activation
+from prunekit.sparsity.grams import add_to_gram, complete_gram
 from prunekit.sparsity.methods import SparseLLM
 
-TOKENS_AT_ONCE = 4096  # through which the auxiliaries are brought up to date; temporaries are of this size
+TOKENS_AT_ONCE = 1024  # through which the auxiliaries are brought up to date; temporaries are of this size
 _GRADIENT_STEPS, _GRADIENT_RATE = 2, 0.01  # of s
 
 
@@ -91,36 +92,41 @@ def sweep(ffn: FFN, weights: Weights, method: SparseLLM, last: bool) -> Sums:
         size += float(y.square().sum())
         if last:
             continue
-        _update(ffn, at, m, g, y if ffn.down_bias is None else y - ffn.down_bias, weights.down, kernel, method)
+        rest = _update(ffn, at, m, g, y if ffn.down_bias is None else y - ffn.down_bias, weights.down, kernel, method)
         p = ffn.p[at]
         up.addmm_((ffn.z[at] - m).T, x)
         if g is not None and ffn.s is not None:
             gate.addmm_((ffn.s[at] - g).T, x)
-        down.addmm_((y - _affine(p, weights.down, ffn.down_bias)).T, p)
-        gram.addmm_(p.T, p)
-    return Sums(error / max(size, torch.finfo(torch.float32).tiny), up, gate, down, gram)
+        down.addmm_(rest.T, p)
+        add_to_gram(gram, p)
+    return Sums(error / max(size, torch.finfo(torch.float32).tiny), up, gate, down, complete_gram(gram))
 
 
 def _update(
     ffn: FFN, at: slice, m: Tensor, g: Tensor | None, wanted: Tensor, down: Tensor, kernel: Tensor, method: SparseLLM
-) -> None:
-    """p, z and s of some tokens, in this order, each from the newest of the others."""
+) -> Tensor:
+    """Bring p, z and s of some tokens up to date, in this order, each from the newest of the others.
+
+    Returns:
+        What p still lacks of the outputs, Y − b − p·W_downᵀ, (tokens, d_model).
+    """
     alpha, gamma = method.alpha or 0.0, method.gamma or 0.0
-    if g is None or ffn.s is None:
-        hidden = ffn.activation(ffn.z[at])
-        p = ffn.p[at] = hidden + ((wanted - hidden @ down.T) @ kernel) @ down
+    s = None if ffn.s is None else ffn.s[at]
+    opened = None if s is None else ffn.activation(s)
+    hidden = ffn.activation(ffn.z[at]) if opened is None else opened * ffn.z[at]
+    pull = (wanted - hidden @ down.T) @ kernel
+    p = ffn.p[at] = hidden + pull @ down
+    rest = pull * (gamma / (method.beta or 1.0))
+    if g is None or ffn.s is None or s is None or opened is None:
         ffn.z[at] = toward_activation(ffn.activation, p, m, ffn.z[at], alpha, gamma)
-        return
-    s = ffn.s[at]
-    opened = ffn.activation(s)
-    hidden = opened * ffn.z[at]
-    p = ffn.p[at] = hidden + ((wanted - hidden @ down.T) @ kernel) @ down
+        return rest
     z = ffn.z[at] = (alpha * m + gamma * opened * p) / (gamma * opened.square() + alpha)
     ffn.s[at] = (
         _descend(ffn.activation, p, g, z, s, alpha, gamma)
         if method.faithful
         else toward_activation(ffn.activation, p, g, s, alpha, gamma, z)
     )
+    return rest
 
 
 def _descend(activation: Activation, p: Tensor, g: Tensor, z: Tensor, s: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -132,7 +138,10 @@ def _descend(activation: Activation, p: Tensor, g: Tensor, z: Tensor, s: Tensor,
 
 
 def _kernel(down: Tensor, method: SparseLLM) -> Tensor:
-    """K in p = φ + (Y − b − φ·Wᵀ)·K·W, which minimises β‖pWᵀ + b − Y‖² + γ‖p − φ‖²: (γ/β·I + WWᵀ)⁻¹."""
+    """K = (γ/β·I + WWᵀ)⁻¹ in p = φ + (Y − b − φ·Wᵀ)·K·W, which minimises β‖pWᵀ + b − Y‖² + γ‖p − φ‖².
+
+    Of Y − b − φ·Wᵀ = R it leaves R − R·K·WWᵀ = γ/β·R·K.
+    """
     matrix = down @ down.T
     matrix.diagonal().add_((method.gamma or 0.0) / (method.beta or 1.0))
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
@@ -146,8 +155,8 @@ def gram_of(x: Tensor) -> Tensor:
     """Σxxᵀ over tokens, (width, width)."""
     total = x.new_zeros(x.shape[1], x.shape[1])
     for at in _portions(len(x)):
-        total.addmm_(x[at].T, x[at])
-    return total
+        add_to_gram(total, x[at])
+    return complete_gram(total)
 
 
 def _portions(n: int) -> Iterator[slice]:

@@ -10,6 +10,7 @@ from prunekit.errors import PrunekitError
 DAMPING = 0.01  # of the mean diagonal; SparseGPT's percdamp
 _STEP = 10.0  # by which damping grows where a factor does not exist
 _TRIES = 7
+_SMALL = 128  # up to which a triangular matrix is inverted as it comes
 
 
 class Factor(NamedTuple):
@@ -69,6 +70,18 @@ def upper_factor(matrix: Tensor) -> Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(flipped if flipped.device.type == "mps" else flipped.double())
     if failed:
         return None
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    upper = torch.linalg.solve_triangular(lower.to(matrix.dtype), eye, upper=False).flip(0, 1)
+    upper = _inverse(lower.to(matrix.dtype)).flip(0, 1)
     return upper if bool(upper.diagonal().isfinite().all()) else None
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, by halves, so that nearly all of it is products of matrices."""
+    n = len(lower)
+    if n <= _SMALL:
+        eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half, result = n // 2, torch.zeros_like(lower)
+    first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
+    result[:half, :half], result[half:, half:] = first, last
+    torch.mm(last @ lower[half:, :half], first, out=result[half:, :half]).neg_()
+    return result

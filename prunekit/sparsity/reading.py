@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
+from prunekit.sparsity.grams import add_to_gram, complete_gram
 from prunekit.sparsity.matrices import Call, Matrix, watching
 
 
@@ -101,6 +102,7 @@ def read_layer(
             with watching(matrices, add):
                 passes.run(layer, batch)
     for matrix, gram in reading.grams.items():
+        complete_gram(gram.total)
         if not bool(gram.total.isfinite().all()):
             raise PrunekitError(f"what {matrix.name} reads is not finite; check the weights and the calibration set")
     return reading
@@ -127,7 +129,7 @@ def _add(reading: Reading, call: Call, n_sequences: int, keep: set[tuple[Matrix,
         gram = reading.grams.get(matrix)
         if gram is None:
             gram = reading.grams[matrix] = Gram(x.new_zeros(x.shape[1], x.shape[1]), 0, n_sequences)
-        gram.total.addmm_(x.T, x)
+        add_to_gram(gram.total, x)
         gram.n_tokens += len(x)
     for side, tensor in (("inputs", call.inputs), ("outputs", call.outputs)):
         if (matrix, side) in keep:
