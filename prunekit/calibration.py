@@ -93,7 +93,10 @@ def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
     """
     if not isinstance(calib, Tensor) or calib.is_floating_point() or calib.dtype == torch.bool or calib.ndim != 2:
         given = f"{calib.dtype} {tuple(calib.shape)}" if isinstance(calib, Tensor) else type(calib).__name__
-        raise PrunekitError(f"a calibration set is an integer tensor (n_samples, seq_len), not {given}")
+        raise PrunekitError(
+            f"a calibration set is an integer tensor (n_samples, seq_len), not {given}; "
+            "calibration_set(text, tokenizer) makes one"
+        )
     if len(calib) < 1 or calib.shape[1] < 2:
         raise PrunekitError(f"calibration set {tuple(calib.shape)}: at least 1 sample of 2 tokens is needed")
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)

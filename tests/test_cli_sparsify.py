@@ -28,6 +28,12 @@ def test_magnitude_reads_nothing_and_the_table_says_so(tmp_path, capsys):
     assert main(["sparsify", "world", "--sparsity", "0.5", "--method", "magnitude", "--out", str(tmp_path / "s")]) == 0
     said = capsys.readouterr().out
     assert "56 by magnitude" in said and "50.0%" in said
+    model = str(tmp_path / "s")
+    assert main(["sparsify", model, "--sparsity", "0.6", "--method", "magnitude", "--out", str(tmp_path / "t")]) == 0
+    assert "not measured" in capsys.readouterr().out
+    wanted = ["--sparsity", "0.6", "--method", "magnitude", "--allocation", "global"]
+    assert main(["sparsify", model, *wanted, "--out", str(tmp_path / "u")]) == 2
+    assert "--allocation global reads text; give --calibration" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,7 @@ def test_magnitude_reads_nothing_and_the_table_says_so(tmp_path, capsys):
         (["--pattern", "2-4"], "'2-4' is not KEPT:OF"),
         (["--pattern", "5:4"], "1 ≤ kept ≤ of"),
         (["--pattern", "2:5"], "do not divide"),
-        (["--sparsity", "0.5", "--method", "best"], "method='best' is unknown"),
+        (["--sparsity", "0.5", "--method", "best"], "--method 'best' is unknown"),
         (["--sparsity", "0.5", "--layers", "9"], "numbers from 0 to 7"),
         (["--sparsity", "0.5", "--allocation", "fair"], "allocation='fair' is unknown"),
     ],

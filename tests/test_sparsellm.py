@@ -157,7 +157,9 @@ def test_activations_that_say_nothing_are_refused(change, message):
         prune_ffn(replace(ffn, **{name: torch.full_like(getattr(ffn, name), value)}), 4, SEVENTY)
 
 
-@pytest.mark.parametrize("options", [{"n_iterations": 0}, {"alpha": 0.0}, {"beta": -1.0}, {"gamma": math.nan}])
+@pytest.mark.parametrize(
+    "options", [{"n_iterations": 0}, {"faithful": "yes"}, {"alpha": 0.0}, {"beta": -1.0}, {"gamma": math.nan}]
+)
 def test_options_that_cannot_be_are_refused(options):
     with pytest.raises(PrunekitError, match="is not allowed"):
         SparseLLM(**options)

@@ -12,7 +12,7 @@ from other_families import DIFFICULT, UNLISTED
 from peft import LoraConfig, get_peft_model
 from test_importance import tiny_llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from prunekit import SparseLLM, SparsityReport, sparsify
 from prunekit.errors import PrunekitError
@@ -142,7 +142,7 @@ def test_one_budget_is_met_by_every_method(method, family):
 
 
 def test_one_budget_is_met_and_spares_what_matters():
-    """A matrix that is scaled up and made up for by what reads it looks small to nobody but magnitude."""
+    """A matrix whose outputs hardly count gives more."""
     model, tokens = tiny_llama(), calib()
     report = sparsify(model, tokens, "sparsegpt", 0.6, allocation="global").sparsity_report
     assert abs(report.sparsity - 0.6) < 0.005
@@ -232,6 +232,8 @@ def test_memory_is_that_of_one_layer(monkeypatch, method):
         ({"layers": "all"}, "layers='all'"),
         ({"layers": 1.5}, "layers=1.5"),
         ({"damping": 0}, "damping=0 is not allowed"),
+        ({"sparsity": 70}, r"did you mean 0\.7\?"),
+        ({"inplace": "no"}, "inplace='no'"),
         ({"calib": None}, "needs a calibration set"),
         ({"calib": torch.zeros(2, 3)}, "integer tensor"),
         ({"calib": torch.full((2, 4), 10_000)}, "token ids"),
@@ -274,7 +276,9 @@ def with_quantised_layer(model):
         (lambda: damaged(lambda m: setattr(m.config, "quantization_config", {"quant_method": "gptq"})), "'gptq'"),
         (lambda: damaged(lambda m: m.to(torch.float8_e4m3fn)), "quantised .*float8"),
         (lambda: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), "carries adapters"),
-        (lambda: nn.Linear(3, 3), "token"),
+        (lambda: nn.Linear(3, 3), "no model of transformers, so no tokens"),
+        (lambda: torch.compile(tiny_llama()), "compiled"),
+        (lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, vocab_size=9)), "an encoder"),
         (lambda: "a/path", "model is a str"),
     ],
 )

@@ -70,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
         print_json({"model": args.model, "out": args.out, "method": report.method, **told,
                     "remarks": list(report.remarks), "seconds": seconds})  # fmt: skip
         return 0
-    layers = [(number, f"{row.sparsity:.1%}", f"{row.error:.4f}") for number, row in report.by_layer().iterrows()]
+    layers = [
+        (number, f"{row.sparsity:.1%}", f"{row.error:.4f}" if row.error == row.error else "not measured")
+        for number, row in report.by_layer().iterrows()
+    ]
     print(f"{args.model} → {args.out}\n\n{text_table([('layer', 'zeros', 'output error'), *layers])}\n\n{report!r}")
     for remark in [*report.remarks, *(f"{name} stays dense: {why}" for name, why in report.left.items())]:
         print(f"- {remark}")
@@ -82,11 +85,15 @@ def work(args: argparse.Namespace) -> "SparsityReport":
     """Everything from the model to the saved sparse one."""
     from prunekit.checkpoint import load, save
     from prunekit.sparsity import sparsify
+    from prunekit.sparsity.sparsifying import METHODS
 
     if args.calibration is None and args.model == "world":
         args.calibration = "world"
-    if args.calibration is None and args.method != "magnitude":
-        raise PrunekitError(f"method {args.method!r} reads text; give --calibration with a text file or 'world'")
+    if args.method not in METHODS:
+        raise PrunekitError(f"--method {args.method!r} is unknown; give one of {', '.join(METHODS)}")
+    if args.calibration is None and (args.method != "magnitude" or args.allocation == "global"):
+        what = f"--allocation {args.allocation}" if args.method == "magnitude" else f"--method {args.method}"
+        raise PrunekitError(f"{what} reads text; give --calibration with a text file or 'world'")
     reads = args.calibration is not None
     model, tokenizer = load_with_tokenizer(args.model, "a calibration text") if reads else load(args.model)
     calib = calibrate(args, tokenizer) if reads else None

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,13 +17,15 @@ from prunekit.recovery.full import FullTuning, train_all
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.training import flags_kept, seeded, train
-from prunekit.sparsity.keeping import TRAINED, masked_adapters, renew_report
+from prunekit.sparsity.keeping import TRAINED, masked_adapters, renew_report, share_of_zeros
 from prunekit.sparsity.keeping import keep_zeros as zeros_kept
 from prunekit.sparsity.semi_structured import check_dense_form
 from prunekit.text import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+MANY_ZEROS = 0.05  # of all weights: more do not come by chance
 
 
 def recover(
@@ -85,7 +88,17 @@ def recover(
 def _zeros_stay(model: nn.Module, asked: Any) -> bool:
     if asked is not None and not isinstance(asked, bool):
         raise PrunekitError(f"keep_zeros={asked!r} is not allowed; give True, False, or None to go by the model")
-    return getattr(model, "sparsity_report", None) is not None if asked is None else asked
+    if asked is not None:
+        return asked
+    told = getattr(model, "sparsity_report", None) is not None
+    share = 0.0 if told else share_of_zeros(model)
+    if share > MANY_ZEROS:
+        warnings.warn(
+            f"{share:.0%} of the model's weights are zero and no report says that they shall stay so: training fills "
+            "them; give keep_zeros=True to keep them, or False to hear no more of it",
+            stacklevel=3,
+        )
+    return told
 
 
 def recover_with_lora(

@@ -122,9 +122,7 @@ class _Fitter:
         if self._factor is None or self._faithful:
             self._factor = solver.factor(self._hessian)
             if self._faithful:
-                dead = self._factor.dead
                 self._hessian = damped(self._hessian, self._damping)[0]
-                self._factor = self._factor._replace(dead=dead)
         return self._factor
 
     def fitted(self, weight: Tensor, cross: Tensor) -> Tensor:

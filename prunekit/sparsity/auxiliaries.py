@@ -21,7 +21,7 @@ from prunekit.sparsity.activations import Activation, derivative, toward_activat
 from prunekit.sparsity.grams import add_to_gram, complete_gram
 from prunekit.sparsity.methods import SparseLLM
 
-TOKENS_AT_ONCE = 1024  # through which the auxiliaries are brought up to date; temporaries are of this size
+TOKENS_AT_ONCE = 512  # through which the auxiliaries are brought up to date; temporaries are of this size
 _GRADIENT_STEPS, _GRADIENT_RATE = 2, 0.01  # of s
 
 

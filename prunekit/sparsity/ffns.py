@@ -1,5 +1,6 @@
 """Which matrices of a layer make an FFN: found by trying whether the input of one is what others put out."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -101,19 +102,27 @@ def _may_feed(call: Call, down: Call) -> bool:
 
 
 def _matching(before: list[Call], down: Call, activations: list[Activation]) -> FoundFFN | None:
-    """The first way to get what `down` reads out of what the calls before it put out."""
+    """The closest way to get what `down` reads out of what the calls before it put out."""
     p = down.inputs[:_ROWS]
     parts = [part for call in before for part in _parts(call, p.shape[1])]
-    for activation in activations:
-        for rows, z in parts:
-            if _close(activation(z), p) and _elementwise(activation, z):
-                return FoundFFN(rows, None, down.matrix, activation)
+    ways: list[tuple[float, FoundFFN]] = []
+    for activation in (in_float32(a) for a in activations):
         for gate, s in parts:
             opened = activation(s)
-            for up, z in parts:
-                if up is not gate and _close(opened * z, p) and _elementwise(activation, s):
-                    return FoundFFN(up, gate, down.matrix, activation)
-    return None
+            if not _elementwise(activation, s):
+                continue
+            ways.append((_distance(opened, p), FoundFFN(gate, None, down.matrix, activation)))
+            ways += [(_distance(opened * z, p), FoundFFN(up, gate, down.matrix, activation))
+                     for up, z in parts if up is not gate]  # fmt: skip
+    best = min(ways, key=lambda way: way[0], default=None)
+    return best[1] if best is not None and best[0] <= 4 * torch.finfo(p.dtype).eps else None
+
+
+def in_float32(activation: Activation) -> Activation:
+    """The same on a tensor of its own in float32 at least, whatever it is made for and if it works in place."""
+    if isinstance(activation, nn.Module) and any(p.element_size() < 4 for p in activation.parameters()):
+        activation = copy.deepcopy(activation).float()
+    return lambda z: activation(z.to(torch.promote_types(z.dtype, torch.float32), copy=True))
 
 
 def _parts(call: Call, d_ff: int) -> list[tuple[Rows, Tensor]]:
@@ -124,10 +133,11 @@ def _parts(call: Call, d_ff: int) -> list[tuple[Rows, Tensor]]:
 
 def _elementwise(activation: Activation, z: Tensor) -> bool:
     """Whether a value does not depend on those beside it."""
-    kept = torch.arange(z.shape[1]) % 2 == 0
-    return _close(activation(z * kept.to(z))[:, kept], activation(z)[:, kept])
+    kept = torch.arange(z.shape[1], device=z.device) % 2 == 0
+    return _distance(activation(z * kept.to(z))[:, kept], activation(z)[:, kept]) <= 1e-5
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    eps = torch.finfo(b.dtype).eps
-    return bool(b.any()) and bool((a - b).norm() <= 16 * eps * b.norm())
+def _distance(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    size = b.float().norm()
+    return float((a - b).float().norm() / size) if size else float("inf")

@@ -51,8 +51,16 @@ def keep_zeros(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(_apply, masks)
         for parameter in masks:
+            if parameter.grad is not None:  # it would start the momentum of an optimiser made inside
+                parameter.grad.masked_fill_(masks[parameter].to(parameter.grad.device), 0)
             stack.callback(_without_gradient(parameter, masks).remove)
         yield
+
+
+def share_of_zeros(model: nn.Module) -> float:
+    """Fraction of zeros among the weights of a model's matrices."""
+    matrices = [p.detach() for p in model.parameters() if p.dim() > 1]
+    return sum(int((p == 0).sum()) for p in matrices) / max(sum(p.numel() for p in matrices), 1)
 
 
 def _masks(model: nn.Module) -> Masks:

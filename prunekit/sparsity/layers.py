@@ -85,7 +85,7 @@ def prune_layer(
 
 def prune_alone(matrix: Matrix, pattern: Pattern, note: str | None = None) -> dict[str, Any]:
     """Prune a matrix in place by magnitude, from nothing but itself; its row."""
-    before = matrix.weight.float()
+    before = matrix.weight.clone()
     after = zeroed_lowest(before, before.abs(), pattern)
     return _write(matrix, after, _row(matrix, "magnitude", before, after, None, note=note))
 
@@ -102,7 +102,8 @@ class _Local:
         if gram is None or not bool(gram.total.any()):
             if gram is not None and matrix.expert is None:
                 raise PrunekitError(
-                    f"what {matrix.name} reads is zero for every token of the calibration set; give another one"
+                    f"what {matrix.name} reads is zero for every token of the calibration set: give another one, or "
+                    "look whether the weights before it are all zero"
                 )
             return prune_alone(matrix, pattern, UNREACHED)
         before = matrix.weight.to(gram.total.dtype)
@@ -119,8 +120,14 @@ class _Local:
     def _factor(self, matrix: Matrix) -> Factor:
         leader = self._reading.leaders.get(matrix, matrix)
         if leader not in self._factors:
-            self._factors[leader] = factorize(self._reading.grams[leader].hessian, self._settings.damping)
+            self._factors[leader] = self._factorize(leader)
         return self._factors[leader]
+
+    def _factorize(self, matrix: Matrix) -> Factor:
+        try:
+            return factorize(self._reading.grams[matrix].hessian, self._settings.damping)
+        except PrunekitError as error:
+            raise PrunekitError(f"{matrix.name}: {error}") from None
 
 
 def _wanda(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:

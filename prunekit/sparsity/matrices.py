@@ -1,5 +1,6 @@
 """The weight matrices of a model's layers, found by watching which of its parameters multiply activations."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -178,7 +179,11 @@ def find_matrices(model: nn.Module, layers: list[str], batch: Tensor) -> Found:
         batch: int64 (batch, seq).
     """
     named = model.named_parameters(remove_duplicate=False)
-    within = {p: (name, layer) for name, p in named if (layer := layer_of(name, set(layers))) is not None}
+    within: dict[nn.Parameter, tuple[str, str]] = {}
+    for name, p in named:
+        layer = layer_of(name, set(layers))
+        if layer is not None:
+            within.setdefault(p, (name, layer))
     owners = {p.untyped_storage().data_ptr(): (p, *within[p]) for p in within if p.dim() > 1}
     seen: dict[nn.Parameter, bool] = {}  # whether it is stored (in, out)
     odd: dict[str, str] = {}
@@ -194,6 +199,7 @@ def find_matrices(model: nn.Module, layers: list[str], batch: Tensor) -> Found:
 
     with _Products(look), torch.no_grad():
         model(input_ids=batch, use_cache=False)
+    _add_fellows(seen, within)
     odd |= _shared(model, layers)
     odd |= _routers(model, {p: within[p] for p in seen})
     return _sorted_out(owners.values(), seen, odd)
@@ -214,6 +220,20 @@ def _sorted_out(owners: Iterable[tuple], seen: Mapping[nn.Parameter, bool], odd:
             matrices += [Matrix(name, p, layer, expert, in_out) for expert in experts]
     idle = {name: "it multiplies no activations" for p, (name, _) in known.items() if p not in seen}
     return Found(matrices, odd | idle)
+
+
+def _add_fellows(seen: dict[nn.Parameter, bool], within: Mapping[nn.Parameter, tuple[str, str]]) -> None:
+    """Matrices of experts in a list that the batch did not reach are stored as those of their fellows."""
+    alike = {_place(*within[p]): in_out for p, in_out in seen.items()}
+    for p, (name, layer) in within.items():
+        place = _place(name, layer)
+        if p not in seen and p.dim() == 2 and "*" in place and place in alike:
+            seen[p] = alike[place]
+
+
+def _place(name: str, layer: str) -> str:
+    """Where in its layer a parameter stands, whichever element of a list it is in."""
+    return f"{layer}:{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name.removeprefix(layer))}"
 
 
 def _shared(model: nn.Module, layers: list[str]) -> dict[str, str]:

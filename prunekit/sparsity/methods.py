@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from prunekit.checks import check_integers, check_reals
+from prunekit.errors import PrunekitError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class SparseLLM:
 
     def __post_init__(self) -> None:
         check_integers(n_iterations=(self.n_iterations, 1))
+        if not isinstance(self.faithful, bool):
+            raise PrunekitError(f"faithful={self.faithful!r} is not allowed; give True or False")
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
             if value is not None:

@@ -30,7 +30,7 @@ class Pattern:
         return round(self.sparsity * (self.of or 0))
 
     def __str__(self) -> str:
-        return f"{self.sparsity:.0%}" if self.of is None else f"{self.zeros} of {self.of} zero"
+        return f"{100 * self.sparsity:g}%" if self.of is None else f"{self.zeros} of {self.of} zero"
 
     def check_width(self, n_in: int, name: str) -> None:
         """Refuse rows that the runs do not divide.
@@ -41,7 +41,8 @@ class Pattern:
         if self.of is not None and n_in % self.of:
             raise PrunekitError(
                 f"{name} has rows of {n_in} weights, which runs of {self.of} do not divide; give a pattern whose "
-                f"second number divides {n_in}, or a fraction such as sparsity={self.sparsity:g}"
+                f"second number divides {n_in}, a fraction such as sparsity={self.sparsity:g}, or prune "
+                f"with round_to={self.of}"
             )
 
     def lowest(self, scores: Tensor) -> Tensor:
@@ -70,7 +71,8 @@ def pattern_of(sparsity: Any = None, pattern: Any = None) -> Pattern:  # noqa: A
     if pattern is not None:
         return _from_counts(pattern)
     if not is_real(sparsity) or not 0 <= sparsity < 1:
-        raise PrunekitError(f"sparsity={sparsity!r} is not allowed; give a fraction in [0, 1), or '2:4'")
+        meant = f"; did you mean {sparsity / 100:g}?" if is_real(sparsity) and 1 < sparsity < 100 else ""
+        raise PrunekitError(f"sparsity={sparsity!r:.60} is not allowed; give a fraction in [0, 1), or '2:4'{meant}")
     return Pattern(float(sparsity))
 
 
@@ -80,7 +82,7 @@ def _from_text(text: str) -> tuple[int, int]:
     if not found:
         raise PrunekitError(f"sparsity={text!r} is no pattern; give a fraction such as 0.5, or '2:4'")
     n, m = map(int, found.groups())
-    if n <= m and 2 * n != m:
+    if 0 < n < m and 2 * n != m:
         raise PrunekitError(
             f"sparsity={text!r} means {n} kept of {m} to hardware and {n} pruned of {m} to papers on pruning; say "
             f"pattern=({n}, {m}) for {n} kept, pattern=({m - n}, {m}) for {n} pruned"

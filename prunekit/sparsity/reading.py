@@ -1,7 +1,7 @@
 """What the matrices of one layer read and return, batch after batch, with sums shared where the inputs are."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,12 +18,10 @@ class Gram:
 
     Attributes:
         total: Σxxᵀ, float32 at least (in, in).
-        n_tokens: that were read.
         n_sequences: in the calibration set.
     """
 
     total: Tensor
-    n_tokens: int
     n_sequences: int
 
     @property
@@ -37,14 +35,12 @@ class Reading:
     """One layer's matrices and what they read.
 
     Attributes:
-        first: the products of the first batch, in order; emptied once they have been looked at.
         leaders: matrix → the matrix whose inputs it shares, often itself.
         grams: leader → sums.
         kept: what was asked to be kept, whole: (matrix, "inputs" or "outputs") → portions (n_tokens, width).
         biases: of matrices that have one.
     """
 
-    first: list[Call] = field(default_factory=list)
     leaders: dict[Matrix, Matrix] = field(default_factory=dict)
     grams: dict[Matrix, Gram] = field(default_factory=dict)
     kept: dict[tuple[Matrix, str], list[Tensor]] = field(default_factory=dict)
@@ -84,20 +80,30 @@ def read_layer(
     Raises:
         PrunekitError: inputs that are not finite.
     """
-    reading = Reading()
+    reading, sharing, first = Reading(), _Sharing(), []
     passes.begin()
+
+    def look(call: Call) -> None:
+        for matrix, leader in sharing.note(call):
+            reading.grams[matrix] = replace(reading.grams[leader], total=reading.grams[leader].total.clone())
+        if sharing.leads(call.matrix):
+            _add_to_sums(reading, call, n_sequences)
+        if choose is not None:  # the model may overwrite what it hands on
+            first.append(call._replace(inputs=call.inputs.clone(), outputs=call.outputs.clone()))
+
+    def add(call: Call) -> None:
+        if reading.leaders.get(call.matrix, call.matrix) is call.matrix:
+            _add_to_sums(reading, call, n_sequences)
+        _keep(reading, call, keep)
+
     with torch.no_grad():
-        with watching(matrices, reading.first.append):
+        with watching(matrices, look):
             passes.run(layer, 0)
-        reading.leaders = _leaders(reading.first)
-        keep = set(choose(reading.first)) if choose is not None else set()
-
-        def add(call: Call) -> None:
-            _add(reading, call, n_sequences, keep)
-
-        for call in reading.first:
-            add(call)
-        reading.first.clear()
+        reading.leaders = sharing.settled(reading.grams)
+        keep = set(choose(first)) if choose is not None else set()
+        for call in first:
+            _keep(reading, call, keep)
+        first.clear()
         for batch in range(1, passes.n_batches):
             with watching(matrices, add):
                 passes.run(layer, batch)
@@ -108,33 +114,49 @@ def read_layer(
     return reading
 
 
-def _leaders(calls: list[Call]) -> dict[Matrix, Matrix]:
-    """Who shares inputs with whom: the same memory, all of it held until now, so that none was used twice."""
-    times: dict[Matrix, int] = {}
-    for call in calls:
-        times[call.matrix] = times.get(call.matrix, 0) + 1
-    first: dict[tuple, Matrix] = {}
-    found = {}
-    for call in calls:
-        if times[call.matrix] == 1:
-            x = call.inputs
-            found[call.matrix] = first.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), call.matrix)
-    return found
+class _Sharing:
+    """Who reads the same: the same memory, unchanged, all of it held until the batch is through."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple, Matrix] = {}
+        self._leaders: dict[Matrix, Matrix] = {}
+        self._held: list[Tensor] = []
+
+    def note(self, call: Call) -> list[tuple[Matrix, Matrix]]:
+        """Look at a product; those that part from now on, each with the one whose sums were its own until here."""
+        matrix, x = call.matrix, call.inputs
+        self._held.append(x)
+        if matrix in self._leaders:  # used once more, on inputs of its own
+            parted = [(m, leader) for m, leader in self._leaders.items() if m is not leader and matrix in (m, leader)]
+            self._leaders |= {m: m for m, _ in parted}
+            return parted
+        key = (x.data_ptr(), x.shape, x.stride(), x._version)
+        self._leaders[matrix] = self._first.setdefault(key, matrix)
+        return []
+
+    def leads(self, matrix: Matrix) -> bool:
+        return self._leaders[matrix] is matrix
+
+    def settled(self, grams: dict[Matrix, Gram]) -> dict[Matrix, Matrix]:
+        """Matrix → the one whose sums are its own."""
+        self._held.clear()
+        return {matrix: leader for matrix, leader in self._leaders.items() if leader in grams}
 
 
-def _add(reading: Reading, call: Call, n_sequences: int, keep: set[tuple[Matrix, str]]) -> None:
-    matrix = call.matrix
-    if reading.leaders.get(matrix, matrix) is matrix and len(call.inputs):
+def _add_to_sums(reading: Reading, call: Call, n_sequences: int) -> None:
+    if len(call.inputs):
         x = call.inputs.to(torch.promote_types(call.inputs.dtype, torch.float32))
-        gram = reading.grams.get(matrix)
+        gram = reading.grams.get(call.matrix)
         if gram is None:
-            gram = reading.grams[matrix] = Gram(x.new_zeros(x.shape[1], x.shape[1]), 0, n_sequences)
+            gram = reading.grams[call.matrix] = Gram(x.new_zeros(x.shape[1], x.shape[1]), n_sequences)
         add_to_gram(gram.total, x)
-        gram.n_tokens += len(x)
+
+
+def _keep(reading: Reading, call: Call, keep: set[tuple[Matrix, str]]) -> None:
+    """What the model hands on may be overwritten, so that copies are kept."""
     for side, tensor in (("inputs", call.inputs), ("outputs", call.outputs)):
-        if (matrix, side) in keep:
-            reading.kept.setdefault((matrix, side), []).append(
-                tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            )
+        if (call.matrix, side) in keep:
+            wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+            reading.kept.setdefault((call.matrix, side), []).append(wide)
     if call.bias is not None:
-        reading.biases[matrix] = call.bias.detach()
+        reading.biases[call.matrix] = call.bias.detach()

@@ -6,7 +6,6 @@ from torch import nn
 
 from prunekit.calibration import check_finite
 from prunekit.errors import PrunekitError
-from prunekit.importance.reduction import check_takes_tokens
 
 _QUANTISED = ("torch.ao.nn.", "bitsandbytes.", "torchao.", "auto_gptq.", "awq.", "optimum.quanto")
 
@@ -21,13 +20,18 @@ def check_sparsifiable(model: Any) -> None:  # noqa: ANN401
         raise PrunekitError(f"model is a {type(model).__name__}; give a causal LM, such as load(path) returns")
     if hasattr(model, "peft_config"):
         raise PrunekitError("the model carries adapters; call merge_and_unload() on it first")
+    if hasattr(model, "_orig_mod"):
+        raise PrunekitError("the model is compiled; give the one that was compiled, model._orig_mod")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise PrunekitError(f"a {type(model).__name__} has an encoder and a decoder; give a causal LM")
     reason = quantised(model)
     if reason is not None:
         raise PrunekitError(
             f"the model is quantised ({reason}), and zeros would be lost or rounded there: sparsify the checkpoint of "
             "full precision, then quantise that"
         )
-    check_takes_tokens(model)
+    if not hasattr(model, "get_input_embeddings"):
+        raise PrunekitError(f"a {type(model).__name__} is no model of transformers, so no tokens run through it")
     check_finite(model)
 
 

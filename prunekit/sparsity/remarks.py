@@ -5,33 +5,49 @@ from typing import Any
 
 from torch import Tensor
 
+from prunekit.sparsity.patterns import Pattern
+
 Rows = Sequence[dict[str, Any]]  # as in `SparsityReport.rows`
 
 
-def remarks_on(method: str, rows: Rows, tokens: Tensor | None, widest: int) -> tuple[str, ...]:
+def remarks_on(
+    method: str, rows: Rows, tokens: Tensor | None, wanted: Pattern, widest: int, damping: float
+) -> tuple[str, ...]:
     """Sentences for the report, said as warnings too.
 
     Args:
         method: that was asked for.
         rows: one a matrix.
         tokens: the calibration set.
+        wanted: what was asked for.
         widest: inputs of the widest matrix.
+        damping: that was asked for.
     """
-    return (*_on_statistics(rows, tokens, widest), *(_on_ffns(rows) if method == "sparsellm" else ()))
+    return (
+        *_on_target(rows, wanted),
+        *_on_statistics(rows, tokens, widest, damping),
+        *(_on_ffns(rows) if method == "sparsellm" else ()),
+    )
 
 
-def _on_statistics(rows: Rows, tokens: Tensor | None, widest: int) -> Iterator[str]:
+def _on_statistics(rows: Rows, tokens: Tensor | None, widest: int, damping: float) -> Iterator[str]:
     dampings = {row["damping"] for row in rows if row["damping"] is not None}
     if tokens is not None and dampings and tokens.numel() < widest:
         yield (
             f"the calibration set has {tokens.numel()} tokens and a matrix {widest} inputs: its Hessian is held "
             "together by damping alone; give more text"
         )
-    if len(dampings) > 1:
-        yield f"damping was raised to {max(dampings):g} where a Hessian had no Cholesky factor"
+    if dampings - {damping}:
+        yield f"damping was raised from {damping:g} to {max(dampings):g} where a Hessian had no Cholesky factor"
     unreached = [row["matrix"] for row in rows if row["note"]]
     if unreached:
         yield f"no token reached {len(unreached)} matrices, which were pruned by magnitude: {unreached[0]}, …"
+
+
+def _on_target(rows: Rows, wanted: Pattern) -> Iterator[str]:
+    reached = sum(row["n_zeros"] for row in rows) / sum(row["n_weights"] for row in rows)
+    if reached < wanted.sparsity - 0.005:
+        yield (f"{reached:.2%} are zero where {wanted} was asked: Wanda takes whole weights of each row, rounded down")
 
 
 def _on_ffns(rows: Rows) -> Iterator[str]:

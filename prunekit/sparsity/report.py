@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ class SparsityReport:
         total = sum(row["n_weights"] for row in self.rows)
         return sum(row["n_zeros"] for row in self.rows) / max(total, 1)
 
+    def after(self, earlier: "SparsityReport") -> "SparsityReport":
+        """The same with the matrices of an earlier report that this one does not tell of."""
+        mine = {row["matrix"] for row in self.rows}
+        others = tuple(row for row in earlier.rows if row["matrix"] not in mine)
+        if not others:
+            return self
+        remark = f"{len(others)} matrices are as an earlier call left them ({earlier.method}, {earlier.target} asked)"
+        rows = sorted((*others, *self.rows), key=lambda row: row["layer"])
+        return replace(self, rows=tuple(rows), remarks=(*self.remarks, *earlier.remarks, remark))
+
     def table(self) -> pd.DataFrame:
         """One row a matrix, with its sparsity."""
         table = pd.DataFrame(self.rows)
@@ -72,9 +83,11 @@ class SparsityReport:
 
     def _repr_html_(self) -> str:
         formats = {"sparsity": "{:.1%}".format, "error": "{:.4f}".format}
-        remarks = "".join(f"<li>{remark}</li>" for remark in self.remarks)
-        left = "".join(f"<li><code>{name}</code> stays dense: {why}</li>" for name, why in self.left.items())
-        return f"<p>{self!r}</p><ul>{remarks}{left}</ul>{self.by_layer().to_html(formatters=formats)}"
+        remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
+        left = "".join(
+            f"<li><code>{escape(name)}</code> stays dense: {escape(why)}</li>" for name, why in self.left.items()
+        )
+        return f"<p>{escape(repr(self))}</p><ul>{remarks}{left}</ul>{self.by_layer().to_html(formatters=formats)}"
 
     def to_json(self) -> str:
         """All of it as JSON text."""

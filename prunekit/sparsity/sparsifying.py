@@ -63,7 +63,8 @@ def sparsify(
         inplace: change `model` itself, which needs no second copy; an interrupt then leaves the layers that are done.
 
     Returns:
-        The sparse model, in evaluation mode; its `sparsity_report` says what was done to each matrix.
+        The sparse model, in evaluation mode; its `sparsity_report` says what was done to each matrix, by an earlier
+            call too where that took other layers.
 
     Raises:
         PrunekitError: a method, sparsity, pattern or layer that cannot be, a pattern that does not divide a matrix's
@@ -77,30 +78,35 @@ def sparsify(
     name, alternation = _method(method)
     check_damping(damping)
     _check_allocation(allocation, wanted)
+    if not isinstance(inplace, bool):
+        raise PrunekitError(f"inplace={inplace!r} is not allowed; give True or False")
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
     target: Any = model if inplace else copy.deepcopy(model)
-    with evaluating(target), experts_written_out(target), torch.no_grad():
+    with torch.inference_mode(False), evaluating(target), experts_written_out(target), torch.no_grad():
         paths = outermost_elements(target)
         found = find_matrices(target, paths, _first_batch(tokens, target))
         matrices = _chosen(found.matrices, paths, layers, wanted)
+        earlier = vars(target).pop("sparsity_report", None)  # until all is done, it is not true
         batches = in_batches(tokens) if tokens is not None else ()
         shared = dict.fromkeys(matrices, wanted)
         patterns = allocate(target, batches, matrices, wanted) if allocation == "global" else shared
         settings = Settings(name, alternation, patterns, damping, 1 if tokens is None else len(tokens))
         rows = _run(target, paths, batches, matrices, settings)
-    remarks = remarks_on(name, rows, tokens, max(matrix.weight.shape[1] for matrix in matrices))
+    remarks = remarks_on(name, rows, tokens, wanted, max(matrix.weight.shape[1] for matrix in matrices), damping)
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
-    target.sparsity_report = SparsityReport(name, str(wanted), tuple(rows), found.left, remarks)
+    report = SparsityReport(name, str(wanted), tuple(rows), found.left, remarks)
+    target.sparsity_report = report if earlier is None else report.after(earlier)
     return target.eval()
 
 
 def _method(method: Any) -> tuple[str, SparseLLM]:  # noqa: ANN401
     if isinstance(method, SparseLLM):
         return "sparsellm", method
-    if method not in METHODS:
-        raise PrunekitError(f"method={method!r} is unknown; give one of {', '.join(map(repr, METHODS))}")
+    if not isinstance(method, str) or method not in METHODS:
+        known = ", ".join(map(repr, METHODS))
+        raise PrunekitError(f"method={method!r:.60} is unknown; give one of {known}, or SparseLLM(...)")
     return str(method), SparseLLM()
 
 
