@@ -73,8 +73,8 @@ def recover(
         raise PrunekitError(f"recovery method {method!r} is unknown; give one of {known}, such as LoRA(r=8)")
     if output_dir is not None and Path(output_dir).exists():
         raise PrunekitError(f"output_dir {str(output_dir)!r} exists already: give a new folder")
-    keep = _zeros_stay(model, keep_zeros)
     check_dense_form(model, "trained")
+    keep = _zeros_stay(model, keep_zeros)
     check_finite(model)
     length = method.seq_len if seq_len is None else seq_len
     tokens = check_tokens(token_windows(data, tokenizer, length), model).cpu()
