@@ -80,10 +80,10 @@ def sparsellm(
     up, gate, down = weights
     x, y, z, s, p = (activations[name] for name in "xyzsp")
     hessians = {name: x @ x.T * (2 / n_sequences) for name in ("up", "gate")}  # each is damped again in each iteration
-    x_inverse = torch.linalg.pinv(x) if n_iterations > 1 else None
     for iteration in range(n_iterations):
         if iteration:
-            up, gate, down = z @ x_inverse, s @ x_inverse, y @ torch.linalg.pinv(p)
+            up, gate = z @ torch.linalg.pinv(x), s @ torch.linalg.pinv(x)  # as it is written, anew each time
+            down = y @ torch.linalg.pinv(p)
         up, gate = sparsegpt(up, hessians["up"], pattern), sparsegpt(gate, hessians["gate"], pattern)
         down = sparsegpt(down, p @ p.T * (2 / n_sequences), pattern)
         p = best_p(down, y, functional.silu(s) * z, weight_of_terms)
