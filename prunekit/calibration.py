@@ -141,11 +141,11 @@ def check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise PrunekitError(f"{name} has a shape but no data (meta device): load the weights first")
-        if not _is_finite(parameter.detach()):
+        if not all_finite(parameter.detach()):
             raise PrunekitError(f"{name} has NaN or infinite weights: the checkpoint is damaged, or overflowed float16")
 
 
-def _is_finite(values: Tensor) -> bool:
+def all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite. A finite sum says so at a tenth of the cost; one that overflows does not."""
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit.calibration import all_finite
 from prunekit.checks import check_integers, is_real
 from prunekit.errors import PrunekitError
 from prunekit.sparsity.factors import DAMPING, Factor, factorize
@@ -196,7 +197,7 @@ def _check_weight(weight: Any, pattern: Pattern) -> None:  # noqa: ANN401
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         given = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise PrunekitError(f"a weight is a tensor of floating-point numbers (out, in), not {given}")
-    if not bool(weight.isfinite().all()):
+    if not all_finite(weight):
         raise PrunekitError("the weight has NaN or infinite values")
     pattern.check_width(weight.shape[1], "the weight")
 
@@ -206,7 +207,7 @@ def _check_statistics(statistics: Any, weight: Tensor) -> Tensor:  # noqa: ANN40
     if not isinstance(statistics, Tensor) or statistics.shape != (n_in, n_in):
         given = tuple(statistics.shape) if isinstance(statistics, Tensor) else type(statistics).__name__
         raise PrunekitError(f"the Hessian of a weight with {n_in} inputs is a tensor ({n_in}, {n_in}), not {given}")
-    if not bool(statistics.isfinite().all()):
+    if not all_finite(statistics):
         raise PrunekitError("the Hessian has NaN or infinite values: so had the activations")
     return statistics
 
