@@ -13,9 +13,10 @@ class SparseLLM:
     Attributes:
         n_iterations: T; with 1 it is SparseGPT.
         faithful: as in the released code, which fits weights with an undamped pseudo-inverse (two-matrix FFNs: W_down
-            with ten gradient steps), lets damping pile up, and keeps the last iteration. False, the default, fits them
-            by a proximal step towards the weights they have, damps each iteration alike, and keeps the iteration whose
-            FFN output has the least error.
+            with ten gradient steps), moves s by two steps of a fixed length, lets damping pile up, and keeps the last
+            iteration. Where X is all but rank-deficient, or z large, it diverges. False, the default, fits weights by
+            a proximal step towards those they are, moves s by steps that cannot overshoot, damps each iteration alike,
+            and keeps the iteration whose FFN output has the least error.
         alpha: weight of ‖z − WX‖²; None is .1 for two-matrix FFNs and 5 for gated ones, as in the released code.
         beta: weight of ‖W_down·p − Y‖²; None as above.
         gamma: weight of ‖p − φ(z)‖²; None as above.
