@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab tour test bench bench-quality bench-lorashear bench-llmcompressor lint clean
+.PHONY: help setup lab tour test bench bench-quality bench-sparsity bench-lorashear bench-llmcompressor lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,10 @@ bench: .venv/.bench ## time prunekit against Torch-Pruning, naive loops and text
 
 bench-quality: setup ## what is left at equal size, many ways over seeds: an hour; goes on where it was
 	$(BIN)/python benchmarks/quality.py
+
+bench-sparsity: setup ## zeros by four methods on the world and on an OPT, over seeds: hours; goes on where it was
+	$(BIN)/python benchmarks/sparsity_world.py world
+	$(BIN)/python benchmarks/sparsity_world.py opt
 
 bench-lorashear: setup ## pruning while training beside pruning first, over seeds: hours; goes on where it was
 	$(BIN)/python benchmarks/lorashear.py world
