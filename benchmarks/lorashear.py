@@ -16,7 +16,6 @@ Rows are appended as they are measured, so a run that was stopped goes on. `--re
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from machine import RESULTS, machine, shared
+from machine import RESULTS, append, machine, shared
 
 import prunekit as pk
 from prunekit import world
@@ -188,12 +187,7 @@ def add(path: Any, name: str, method: str, ratio: float, seed: int) -> None:
     model = subject.model if method == "dense" else METHODS[method](subject, ratio, seed)
     told = {"commit": machine()["commit"], "method": method, "ratio": ratio, "seed": seed}
     row = told | measured(subject, model) | {"seconds": round(time.perf_counter() - start)}
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-    print(row, flush=True)
+    append(row, path)
 
 
 def report(path: Any) -> None:

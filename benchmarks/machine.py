@@ -42,6 +42,16 @@ def save(rows: list[dict[str, Any]], path: Path, *packages: str) -> None:
     beside.replace(path)
 
 
+def append(row: dict[str, Any], path: Path) -> None:
+    """Add a row to a table that goes on, and tell it."""
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+    print(row, flush=True)
+
+
 def shared(path: str) -> Path:
     """A model or text beside the project: `../shared`, or PRUNEKIT_SHARED."""
     return Path(os.environ.get("PRUNEKIT_SHARED") or HERE.parent.parent / "shared", path)

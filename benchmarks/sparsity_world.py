@@ -12,7 +12,6 @@ every fourth question.
 """
 
 import argparse
-import csv
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from machine import RESULTS, machine
+from machine import RESULTS, append, machine
 from torch import Tensor
 from transformers import OPTConfig
 
@@ -101,12 +100,7 @@ def add(path: Path, model: Any, tokenizer: Any, method: str, target: str, seed: 
     seconds = round(time.process_time() - start, 1)
     row = {"commit": machine()["commit"], **key, "cpu_seconds": seconds, **measured(sparse, tokenizer)}
     row |= {"remarks": " ".join(remarks)}
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-    print(row, flush=True)
+    append(row, path)
 
 
 def measured(model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -268,20 +268,29 @@ def _collecting(
     n_samples: int,
 ) -> Iterator[None]:
     """Within, every backward adds to `g` and `h`; afterwards the parameters are as before."""
-    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     handles = []
-    try:
-        for p in before:
-            p.grad = None
-            p.requires_grad_(False)
+    with frozen(model):
         for name, p in chosen.items():
             p.requires_grad_(True)
             add = _adder(g, None if h is None else h[name], name, n_samples)
             handles.append(p.register_post_accumulate_grad_hook(add))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within, no parameter has or asks for a gradient; afterwards all are as before."""
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    try:
+        for p in before:
+            p.grad = None
+            p.requires_grad_(False)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         for p, (requires_grad, grad) in before.items():
             p.requires_grad_(requires_grad)
             p.grad = grad

@@ -1,11 +1,10 @@
 """Pictures of training that prunes."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
-from plot_helpers import closed_figures  # noqa: F401
+from plot_helpers import closed_figures, is_labelled_and_drawn_where_told  # noqa: F401
 
 from prunekit.errors import PrunekitError
 from prunekit.plotting import plot_mixture, plot_norms
@@ -38,11 +37,7 @@ PLOTS = {
 
 @pytest.mark.parametrize("plot", PLOTS.values(), ids=PLOTS.keys())
 def test_axes_are_labelled_and_drawn_where_told(plot):
-    ax = plot()
-    assert ax.get_xlabel() and ax.get_ylabel() and (ax.get_title() or ax.get_title(loc="left"))
-    own = plt.subplots()[1]
-    assert plot(ax=own) is own
-    own.figure.canvas.draw()
+    is_labelled_and_drawn_where_told(plot)
 
 
 def paths(ax):

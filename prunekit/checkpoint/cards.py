@@ -1,5 +1,6 @@
 """The model card: what was cut and how, what it scores, how to load it."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -120,20 +121,14 @@ def _plan_parts(plan: PruningPlan) -> list[str]:
 
 
 def _zero_parts(report: "SparsityReport") -> list[str]:
-    layers: dict[int, list[dict[str, Any]]] = {}
-    for row in report.rows:
-        layers.setdefault(row["layer"], []).append(row)
-    head = ("layer", "sparsity", "mean output error")
-    shown = markdown_table([head, *(_layer_row(layer, rows) for layer, rows in layers.items())])
+    rows = [
+        (layer, f"{row.sparsity:.2%}", "not measured" if math.isnan(row.error) else f"{row.error:.4f}")
+        for layer, row in report.by_layer().iterrows()
+    ]
+    shown = markdown_table([("layer", "sparsity", "mean output error"), *rows])
     remarks = "\n".join(f"- {remark}" for remark in report.remarks)
     told = f"Output error: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration set. Every matrix: `{SPARSITY}`."
     return ["## Zeros", f"`{report!r}`", shown, told, *([remarks] if remarks else []), _GOOD_FOR]
-
-
-def _layer_row(layer: int, rows: Sequence[dict[str, Any]]) -> tuple[object, ...]:
-    zeros, weights = (sum(row[field] for row in rows) for field in ("n_zeros", "n_weights"))
-    errors = [row["error"] for row in rows if row["error"] is not None]
-    return layer, f"{zeros / max(weights, 1):.2%}", f"{sum(errors) / len(errors):.4f}" if errors else "not measured"
 
 
 def markdown_table(rows: Sequence[Sequence[object]]) -> str:

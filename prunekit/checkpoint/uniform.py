@@ -1,19 +1,16 @@
 """Whether a cut model can be said in its family's own configuration, proved by building it from there."""
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from prunekit.checkpoint.building import empty_model, shapes_of
 from prunekit.checkpoint.widths import Cuts, with_width
 from prunekit.discovery import CoupledGroup
 from prunekit.discovery.preparing import evaluating
-from prunekit.discovery.remembered import WRITTEN_OUT
-from prunekit.pruning.recording import configurations_of
+from prunekit.pruning.recording import written_out
 
 
 def plain_config(model: Any, cuts: Cuts | None = None) -> Any:  # noqa: ANN401
@@ -109,17 +106,3 @@ def first_logits(model: Any) -> torch.Tensor:  # noqa: ANN401
     tokens = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
     with evaluating(model), written_out(model):
         return model(tokens, use_cache=False).logits
-
-
-@contextmanager
-def written_out(model: nn.Module) -> Iterator[None]:
-    """While open, attention and experts run written out, which is one arithmetic for every width, dtype and device."""
-    configs = [vars(config) for config in configurations_of(model)]
-    before = [{name: config[name] for name in WRITTEN_OUT if name in config} for config in configs]
-    try:
-        for config, names in zip(configs, before, strict=True):
-            config.update(dict.fromkeys(names, "eager"))
-        yield
-    finally:
-        for config, names in zip(configs, before, strict=True):
-            config.update(names)

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 # Written-out attention and experts read every number that a module keeps, and run on any device.
-WRITTEN_OUT = ("_attn_implementation_internal", "_experts_implementation_internal")
+EXPERTS = "_experts_implementation_internal"
+WRITTEN_OUT = ("_attn_implementation_internal", EXPERTS)
 
 Key = tuple[str, str, str]  # module path, "" or "config", attribute (with "[i]" for an element of a sequence)
 

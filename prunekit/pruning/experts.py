@@ -4,8 +4,10 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.discovery.remembered import EXPERTS
+
 ROW = 16  # bytes that a row must be a multiple of in torch's grouped products
-_IMPLEMENTATION, _GROUPED = "_experts_implementation_internal", "grouped_mm"
+_GROUPED = "grouped_mm"
 
 
 def usable(model: Any) -> Any:  # noqa: ANN401
@@ -16,8 +18,8 @@ def usable(model: Any) -> Any:  # noqa: ANN401
             where that is anything but grouped products.
     """
     for config in (vars(module.config) for module in model.modules() if _has_odd_experts(module)):
-        if config[_IMPLEMENTATION] == _GROUPED:
-            config[_IMPLEMENTATION] = "eager"
+        if config[EXPERTS] == _GROUPED:
+            config[EXPERTS] = "eager"
     return model
 
 
@@ -28,7 +30,7 @@ def fit_for_grouped(model: nn.Module) -> bool:
 
 def _has_odd_experts(module: nn.Module) -> bool:
     """Stacked weights of a module that chooses how to run them, (expert, out, in) or (expert, in, out)."""
-    if _IMPLEMENTATION not in getattr(vars(module).get("config"), "__dict__", {}):
+    if EXPERTS not in getattr(vars(module).get("config"), "__dict__", {}):
         return False
     stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
     return any(size * p.element_size() % ROW for p in stacked for size in p.shape[1:])

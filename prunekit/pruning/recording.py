@@ -1,12 +1,15 @@
 """What configurations say of a cut. They are made the model's own first, since another model may hold the same."""
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from prunekit.discovery import Groups
+from prunekit.discovery.remembered import WRITTEN_OUT
 from prunekit.pruning.plans import PruningPlan
 
 
@@ -55,3 +58,20 @@ def _base_name(model: Any, name: str) -> str:  # noqa: ANN401
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     prefix = next(path for path, module in model.named_modules() if module is inner)
     return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+@contextmanager
+def written_out(model: nn.Module, fields: Iterable[str] = WRITTEN_OUT) -> Iterator[None]:
+    """While open, attention and experts, or those of them whose configuration fields are named, run written out.
+
+    That is one arithmetic for every width, dtype and device, and experts run one after the other.
+    """
+    configs = [vars(config) for config in configurations_of(model)]
+    before = [{name: config[name] for name in fields if name in config} for config in configs]
+    try:
+        for config, names in zip(configs, before, strict=True):
+            config.update(dict.fromkeys(names, "eager"))
+        yield
+    finally:
+        for config, names in zip(configs, before, strict=True):
+            config.update(names)

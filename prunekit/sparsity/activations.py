@@ -3,33 +3,22 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 Activation = Callable[[Tensor], Tensor]
 _STEPS = 4  # of Gauss and Newton, where there is no closed form
 
 
-def is_relu(activation: Activation) -> bool:
-    """Whether an activation is max(0, z), which is tried."""
-    return _same(activation, torch.relu)
-
-
-def is_silu(activation: Activation) -> bool:
-    """Whether an activation is z·σ(z), which is tried."""
-    return _same(activation, functional.silu)
-
-
-def _same(activation: Activation, other: Activation) -> bool:
-    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
-        return False
-    grid = torch.linspace(-8, 8, 257)
+def _is(activation: Activation, other: Activation, device: torch.device) -> bool:
+    """Whether two activations are the same, which is tried where their tensors lie."""
+    grid = torch.linspace(-8, 8, 257, device=device)
     return bool(torch.allclose(activation(grid), other(grid), rtol=1e-6, atol=1e-6))
 
 
 def derivative(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
     """An elementwise activation and its derivative, in the shape of z."""
-    if is_silu(activation):  # what most models have; automatic differentiation would take twice as long
+    if _is(activation, functional.silu, z.device):  # as in most models; differentiating it would take twice as long
         gate = torch.sigmoid(z)
         value = z * gate
         return value, gate.addcmul(value, 1 - gate)
@@ -59,7 +48,7 @@ def toward_activation(
 
     Source: SparseLLM, Eq. 11 and 12 for ReLU; the rule for other activations and for gates is ours.
     """
-    if factor is None and is_relu(activation):
+    if factor is None and _is(activation, torch.relu, z.device):
         return _toward_relu(p, m, alpha, gamma)
     z = _better(activation, p, m, z, alpha, gamma, factor)
     value, slope, objective = _looked_at(activation, p, m, z, alpha, gamma, factor)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prunekit.calibration import frozen
 from prunekit.errors import PrunekitError
 from prunekit.sparsity.matrices import Call, Matrix, watching
 from prunekit.sparsity.patterns import Pattern
@@ -82,23 +83,14 @@ def _gather(model: nn.Module, batches: Sequence[Tensor], matrices: Sequence[Matr
     def note_gradient(matrix: Matrix, gradient: Tensor) -> None:
         sums[matrix][1] += gradient.float().square().sum() / gradient.shape[1]
 
-    trained = {p: p.requires_grad for p in model.parameters()}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    held = embedding.weight.grad
-    try:
-        for p in trained:
-            p.requires_grad_(False)
-        embedding.weight.grad = None
+    with frozen(model):
         embedding.weight.requires_grad_(True)  # so that there is a way back
         for batch in tqdm(batches, desc="sensitivity", unit="batch", leave=False, delay=1):
             with torch.enable_grad(), watching(matrices, note, note_gradient):
                 loss = model(input_ids=batch, labels=batch, use_cache=False).loss
                 (loss * batch[:, 1:].numel()).backward()  # of the sum over tokens, however they are shared out
             embedding.weight.grad = None
-    finally:
-        embedding.weight.grad = held
-        for p, flag in trained.items():
-            p.requires_grad_(flag)
     if not all(bool(t.isfinite().all()) for entry in sums.values() for t in entry):
         raise PrunekitError("activations or gradients are not finite; load the model in float32 or bfloat16")
     n_tokens = sum(batch.numel() for batch in batches)

@@ -17,7 +17,7 @@ from prunekit.sparsity.matrices import Call, Matrix
 from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.patterns import Pattern
 from prunekit.sparsity.reading import Reading, read_layer
-from prunekit.sparsity.solvers import solve, wanda, zeroed_lowest
+from prunekit.sparsity.solvers import solve, zeroed_lowest, zeroed_lowest_of_rows
 
 UNREACHED = "no token of the calibration set reached it"
 
@@ -111,7 +111,8 @@ class _Local:
             after = zeroed_lowest(before, before.abs(), pattern)
             return _write(matrix, after, _row(matrix, "magnitude", before, after, gram.total))
         if self._settings.method == "wanda":
-            after = _wanda(before, gram.total, pattern)
+            scores = before.abs() * gram.total.diagonal().sqrt()
+            after = zeroed_lowest_of_rows(before, scores, pattern)
             return _write(matrix, after, _row(matrix, "wanda", before, after, gram.total))
         factor = self._factor(matrix)
         after = solve(before, factor, pattern)
@@ -128,12 +129,6 @@ class _Local:
             return factorize(self._reading.grams[matrix].hessian, self._settings.damping)
         except PrunekitError as error:
             raise PrunekitError(f"{matrix.name}: {error}") from None
-
-
-def _wanda(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
-    if pattern.of is None:
-        return wanda(weight, gram, pattern.sparsity)
-    return wanda(weight, gram, pattern=(pattern.of - pattern.zeros, pattern.of))
 
 
 def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Matrix, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -268,15 +268,3 @@ def _routers(model: nn.Module, seen: Mapping[nn.Parameter, tuple[str, str]]) -> 
 
 def _above(path: str, levels: int) -> str:
     return ".".join(path.split(".")[:-levels])
-
-
-@contextmanager
-def experts_written_out(model: nn.Module) -> Iterator[None]:
-    """While open, experts run one after the other, so that each one's products can be seen."""
-    field = "_experts_implementation_internal"
-    with ExitStack() as stack:
-        for config in {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}.values():
-            if getattr(config, field, None) is not None:
-                stack.callback(setattr, config, field, getattr(config, field))
-                setattr(config, field, "eager")
-        yield

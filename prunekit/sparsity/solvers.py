@@ -72,10 +72,7 @@ def wanda(
     _check_weight(weight, wanted)
     squares = _check_statistics(statistics, weight).diagonal() if statistics.dim() == 2 else statistics
     scores = weight.abs() * _check_squares(squares, weight).sqrt()
-    if wanted.of is not None:
-        return zeroed_lowest(weight, scores, wanted)
-    chosen = scores.sort(dim=1, stable=True).indices[:, : int(weight.shape[1] * wanted.sparsity)]
-    return weight.scatter(1, chosen, 0)
+    return zeroed_lowest_of_rows(weight, scores, wanted)
 
 
 def sparsegpt(
@@ -181,6 +178,14 @@ def zeroed_lowest(weight: Tensor, scores: Tensor, pattern: Pattern) -> Tensor:
     if pattern.of is not None:
         return weight.masked_fill(pattern.lowest(scores.T).T, 0)
     return weight.masked_fill(scores <= threshold(scores, pattern.sparsity), 0)
+
+
+def zeroed_lowest_of_rows(weight: Tensor, scores: Tensor, pattern: Pattern) -> Tensor:
+    """A weight (out, in) without those of the lowest scores in each row, none of them updated."""
+    if pattern.of is not None:
+        return zeroed_lowest(weight, scores, pattern)
+    chosen = scores.sort(dim=1, stable=True).indices[:, : int(weight.shape[1] * pattern.sparsity)]
+    return weight.scatter(1, chosen, 0)
 
 
 def check_damping(damping: Any) -> None:  # noqa: ANN401

@@ -12,12 +12,14 @@ from tqdm.auto import tqdm
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.parts import outermost_elements
 from prunekit.discovery.preparing import evaluating
+from prunekit.discovery.remembered import EXPERTS
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
+from prunekit.pruning.recording import written_out
 from prunekit.sparsity.allocation import allocate
 from prunekit.sparsity.factors import DAMPING
 from prunekit.sparsity.layers import Settings, prune_alone, prune_layer
-from prunekit.sparsity.matrices import Matrix, experts_written_out, find_matrices
+from prunekit.sparsity.matrices import Matrix, find_matrices
 from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.patterns import Pattern, pattern_of
 from prunekit.sparsity.refusing import check_sparsifiable
@@ -83,7 +85,7 @@ def sparsify(
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
     target: Any = model if inplace else copy.deepcopy(model)
-    with torch.inference_mode(False), evaluating(target), experts_written_out(target), torch.no_grad():
+    with torch.inference_mode(False), evaluating(target), written_out(target, [EXPERTS]), torch.no_grad():
         paths = outermost_elements(target)
         found = find_matrices(target, paths, _first_batch(tokens, target))
         matrices = _chosen(found.matrices, paths, layers, wanted)
