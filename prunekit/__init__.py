@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution, knowledge_of_units
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
     from prunekit.recovery import LHSPG, FullTuning, LoRA, Mixture, prune_progressively, recover, recover_on_mixture
+    from prunekit.search import AccuracyPredictor, KnobSpace, PlanSpace, measure_pairs, search_space
     from prunekit.sparsity import SparseLLM, SparsityReport, sparsify
 
 __version__ = "0.1.0"
@@ -68,11 +69,13 @@ _ROOMS = {
     "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units"),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
     "recovery": ("FullTuning", "LHSPG", "LoRA", "Mixture", "prune_progressively", "recover", "recover_on_mixture"),
+    "search": ("AccuracyPredictor", "KnobSpace", "PlanSpace", "measure_pairs", "search_space"),
     "sparsity": ("SparseLLM", "SparsityReport", "sparsify"),
 }
 
 __all__ = [
     "Ablation",
+    "AccuracyPredictor",
     "Activation",
     "BlockInfluence",
     "CoupledGroup",
@@ -80,12 +83,14 @@ __all__ = [
     "FullTuning",
     "Groups",
     "HyWIA",
+    "KnobSpace",
     "KnowledgeDistribution",
     "LHSPG",
     "LoRA",
     "Magnitude",
     "Member",
     "Mixture",
+    "PlanSpace",
     "PrunekitError",
     "PruningPlan",
     "Random",
@@ -106,6 +111,7 @@ __all__ = [
     "knowledge_distribution",
     "knowledge_of_units",
     "load",
+    "measure_pairs",
     "perplexity",
     "plan",
     "plan_in_steps",
@@ -116,6 +122,7 @@ __all__ = [
     "recover_on_mixture",
     "save",
     "score",
+    "search_space",
     "sparsify",
     "zero_shot",
 ]

@@ -65,7 +65,7 @@ def plan(
     fractions = check_options(
         pruning_ratio, of=of, ranking=ranking, kinds=chosen, round_to=round_to, min_units=min_units
     )
-    candidates = _candidates(groups, scores, tuple(fractions), protected, exact_only=kinds is None)
+    candidates = candidates_of(groups, scores, tuple(fractions), protected, exact_only=kinds is None)
     rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
     counter, rounded = Counter(groups), _rounded(round_to)
     if of == "units" and ranking == "local" and not set(fractions) & set(WHOLE_KINDS):
@@ -186,7 +186,7 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise PrunekitError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}")
 
 
-def _candidates(
+def candidates_of(
     groups: Groups,
     scores: Mapping[str, Tensor],
     kinds: tuple[str, ...],
@@ -194,6 +194,18 @@ def _candidates(
     *,
     exact_only: bool,
 ) -> list[CoupledGroup]:
+    """The groups that may be cut, each with a score a unit.
+
+    Args:
+        groups: what `discover` found.
+        scores: group name → (n_units,).
+        kinds: of groups.
+        protected: layers whose groups stay whole.
+        exact_only: leave out groups that are not exact.
+
+    Raises:
+        PrunekitError: layers that the model does not have, scores that cannot be, or kinds that cut the same rows.
+    """
     layers = sorted({g.layer for g in groups if g.layer is not None})
     for layer in protected:
         if layer not in layers:

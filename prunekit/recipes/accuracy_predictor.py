@@ -1,0 +1,114 @@
+"""Pruning via an accuracy predictor (Ji et al., arXiv 2309.09507): the architecture is searched, not given."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from prunekit.discovery import discover
+from prunekit.importance import Importance, score
+from prunekit.importance.scoring import importance_from_name
+from prunekit.pruning import PruningPlan
+from prunekit.pruning.planning import DEFAULT_KINDS
+from prunekit.recovery import LoRA, recover
+from prunekit.search import Budget, Found, PlanSpace, Trees, known_points, search_space
+from prunekit.text import TextSource
+
+IMPORTANCES = ("taylor", "taylor-vector", "l2")  # kinds that the space may choose from
+
+
+class Searched(NamedTuple):
+    """What the recipe returns.
+
+    Attributes:
+        model: the smaller one, recovered where there were data to recover with.
+        plan: by which it was cut.
+        found: all that was measured, the predictor, and how each round went.
+        space: in which the plan was found; `space.plan(found.pairs.best(…))` is the plan of another point.
+    """
+
+    model: Any
+    plan: PruningPlan
+    found: Found
+    space: PlanSpace
+
+    def __repr__(self) -> str:
+        return f"Searched(\n  {self.plan!r},\n  {self.found!r})"
+
+
+def accuracy_predictor(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    calib: Tensor,
+    budgets: float | Sequence[Budget],
+    text: TextSource | None = None,
+    *,
+    importances: Iterable[str | Importance] = IMPORTANCES,
+    whole_layers: int = 0,
+    start_known: bool = True,
+    n_pairs: int = 120,
+    n_rounds: int = 4,
+    top_k: int = 40,
+    trees: Trees | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    n_jobs: int = 1,
+    data: Tensor | TextSource | None = None,
+    recovery: LoRA | None = None,
+) -> Searched:
+    """Space, pairs, predictor, refinement, the best of what it expects really measured; top 1, recovered.
+
+    Args:
+        model: the dense model; it is left alone.
+        tokenizer: its tokenizer.
+        calib: integers (n_samples, seq_len), for the scores.
+        budgets: fraction of all parameters that goes, or budgets such as `[latency_table(model, groups).at_most(12)]`.
+        text: on which the perplexity of architectures is measured, apart from that on which they are judged in the end;
+            None is the embedded world's validation text.
+        importances: names or importances that are chosen from.
+        whole_layers: layers that may go whole, at most.
+        start_known: measure even shares and global selection by each importance first.
+        n_pairs: architectures of the first round. The paper has 525 in all.
+        n_rounds: rounds in which the predictor proposes.
+        top_k: architectures that each of these measures.
+        trees: how the predictor learns.
+        seed: of all chance.
+        folder: where the journal is kept, from which a search goes on.
+        n_jobs: worker processes.
+        data: to recover with, as for `recover`; None leaves the model untuned.
+        recovery: how; None is LLM-Pruner's LoRA, `LoRA.paper()`.
+
+    Returns:
+        The smaller model, its plan, and what was found.
+
+    Raises:
+        PrunekitError: what `PlanSpace`, `search_space` and `recover` raise.
+
+    Source: Fig. 1. Reconstructed: the space's bounds, how architectures are drawn and the rounds, which are GBDT-NAS's.
+        Here the budget is met by every architecture, and rounds propose by evolution.
+    """
+    groups = discover(model)
+    chosen = [importance_from_name(each) if isinstance(each, str) else each for each in importances]
+    units = groups.of_kind(*DEFAULT_KINDS)
+    scores = {each.label: score(model, units, each, calib) for each in chosen}
+    space = PlanSpace(groups, scores, budgets, whole_layers=whole_layers)
+    found = search_space(
+        space,
+        model,
+        tokenizer,
+        n_pairs=n_pairs,
+        n_rounds=n_rounds,
+        top_k=top_k,
+        text=text,
+        start=known_points(space) if start_known else (),
+        trees=trees,
+        seed=seed,
+        folder=folder,
+        n_jobs=n_jobs,
+    )
+    build, best = space.job(found.best)
+    small = build(model, best)
+    if data is not None:
+        small = recover(small, recovery or LoRA.paper(), data, tokenizer=tokenizer, inplace=True)
+    return Searched(small, space.plan(found.best), found, space)

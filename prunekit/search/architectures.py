@@ -1,0 +1,270 @@
+"""The space of architectures: what share of each layer's heads and channels goes, and by which importance."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from hashlib import sha256
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from torch import Tensor, nn
+
+from prunekit.checks import check_integers
+from prunekit.discovery import CoupledGroup, Groups, discover
+from prunekit.errors import PrunekitError
+from prunekit.fingerprint import bytes_of
+from prunekit.pruning import PruningPlan, prune
+from prunekit.pruning.planning import DEFAULT_KINDS, candidates_of, plan_without
+from prunekit.search.costs import Budget, budgets_of
+from prunekit.search.fitting import Slots
+from prunekit.search.knobs import Choice, Knob, Range
+from prunekit.search.space import CarryOut, Point, Space
+
+IMPORTANCE, FIRST, LAST, COMPENSATE = "importance", "first_layer", "last_layer", "compensate"
+GOES = 0.05  # chance of a whole layer to go, in what is drawn
+
+
+@dataclass(frozen=True, eq=False)
+class PlanSpace(Space):
+    """Plans that meet a budget, each told by shares of units.
+
+    A point says which share of each layer's heads and channels goes (`"kv_head.3"`, `"ffn_channel.3"`); by which
+    importance they are chosen; the first and the last layer that is cut; whole layers that go (`"layer.3"`); whether
+    what reads the pruned units is re-fitted (`"compensate"`); and what it may cost, where that is a range.
+
+    Attributes:
+        groups: what `discover` found.
+        importances: label → scores of the groups that are cut, one or several.
+        budgets: what every point meets, such as `[parameter_table(groups).at_most(2e6)]`; or a pruning ratio, a budget
+            on parameters. One of them is used up to within 0.5% of the dense model's.
+        kinds: of the groups that are cut: exact ones that share no parameter.
+        layer_range: whether the first and the last layer that is cut are knobs, within a quarter of the layers from
+            either end.
+        whole_layers: layers that may go whole, at most.
+        min_units: units that each group keeps at least.
+        compensate: a calibration set, integers (n_samples, seq_len), to re-fit on or not; None never re-fits.
+        limits: knob → what it is held to; see `narrowed`.
+
+    Raises:
+        PrunekitError: scores or groups that cannot be, or a budget below what must stay, with the least that can.
+
+    Source: Ji et al. (arXiv 2309.09507): pruning ratio of each layer, layer type, layer range and importance kind.
+        Reconstructed: how samples are drawn. Shares are scaled together until the budget is met, so that every point
+        does; whole layers, compensation and budgets on anything but parameters are ours.
+    """
+
+    groups: Groups
+    importances: Mapping[str, Mapping[str, Tensor]]
+    budgets: Sequence[Budget] | float | Range
+    kinds: Sequence[str] = DEFAULT_KINDS
+    layer_range: bool = True
+    whole_layers: int = 0
+    min_units: int = 1
+    compensate: Tensor | None = None
+    limits: Mapping[str, Knob] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_integers(whole_layers=(self.whole_layers, 0), min_units=(self.min_units, 1))
+        if not isinstance(self.groups, Groups):
+            raise PrunekitError(f"groups are a {type(self.groups).__name__}; give what discover(model) returns")
+        if not isinstance(self.importances, Mapping) or not self.importances:
+            raise PrunekitError("importances are none; give label → scores, such as {'taylor': score(…)}")
+        if not self.units:
+            raise PrunekitError(f"no exact group of {', '.join(self.kinds)} lies in a layer; give other kinds")
+        if unknown := set(self.limits) - set(self.knobs):
+            raise PrunekitError(f"limits name {sorted(unknown)[0]!r}; the knobs are {', '.join(self.knobs)}")
+        for budget in self.limited:
+            self._check_feasible(budget)
+
+    @cached_property
+    def units(self) -> Mapping[str, CoupledGroup]:
+        """Knob → the group of which it says the share that goes."""
+        found: list[CoupledGroup] = []
+        for scores in self.importances.values():  # each must have a score for every unit
+            found = candidates_of(self.groups, scores, tuple(self.kinds), (), exact_only=True)
+        found = [group for group in found if group.layer is not None and group.n_units > self.min_units]
+        short = [f"{group.kind}.{group.layer}" for group in found]
+        return {s if short.count(s) == 1 else g.name: g for s, g in zip(short, found, strict=True)}
+
+    @cached_property
+    def whole(self) -> Mapping[str, CoupledGroup]:
+        """Knob → the layer of which it says whether it goes."""
+        layers = self.groups.of_kind("layer") if self.whole_layers else ()
+        return {f"layer.{group.layer}": group for group in layers if group.layer in self.layers}
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers in which groups are cut."""
+        return tuple(sorted({group.layer for group in self.units.values() if group.layer is not None}))
+
+    @cached_property
+    def knobs(self) -> Mapping[str, Knob]:  # type: ignore[override]
+        """Name → what it may be set to."""
+        most = {name: (group.n_units - self.min_units) / group.n_units for name, group in self.units.items()}
+        found: dict[str, Knob] = {name: Range(0.0, share) for name, share in most.items()}
+        if len(self.importances) > 1:
+            found[IMPORTANCE] = Choice(tuple(self.importances))
+        if self.layer_range and len(self.layers) > 1:
+            ends = len(self.layers) // 4 + 1
+            found |= {FIRST: Choice(self.layers[:ends]), LAST: Choice(self.layers[-ends:])}
+        found |= {name: Choice((False, True)) for name in self.whole}
+        if self.compensate is not None:
+            found[COMPENSATE] = Choice((False, True))
+        found |= {b.table.name: b.limit for b in self.limited if isinstance(b.limit, Range)}
+        return found | dict(self.limits)
+
+    @property
+    def goals(self) -> Sequence[str]:
+        """The budgets that are ranges."""
+        return [budget.table.name for budget in self.limited if isinstance(budget.limit, Range)]
+
+    def narrowed(self, knobs: Mapping[str, Knob]) -> "PlanSpace":
+        """The same space with some knobs held to less."""
+        return replace(self, limits={**self.limits, **knobs})
+
+    def propose(self, rng: np.random.Generator) -> Point:
+        """Shares that differ between kinds, layers and draws, some of them 0; a whole layer goes now and then."""
+        point, by_kind = super().propose(rng), {kind: rng.random() for kind in self.kinds}
+        shares = {n: max(0.0, point[n] - rng.random() / 4) * by_kind[g.kind] for n, g in self.units.items()}
+        goes = set(rng.permutation(list(self.whole))[: self.whole_layers]) if rng.random() < 0.5 else set()
+        return point | shares | {name: name in goes for name in self.whole}
+
+    def fitted(self, point: Point) -> Point | None:
+        """Shares scaled together until the budgets are met; where the layer range leaves a group whole, it is."""
+        gone = [group for name, group in self.whole.items() if point[name]]
+        if len(gone) > self.whole_layers:
+            return None
+        limits = {
+            b.table.name: float(point.get(b.table.name, b.limit)) + sum(b.table.of_group(g.name)[1] for g in gone)
+            for b in self.limited
+        }
+        first, last = point.get(FIRST, self.layers[0]), point.get(LAST, self.layers[-1])
+        free = np.array([first <= layer <= last and layer not in {g.layer for g in gone} for layer in self._layer_of])
+        weights = np.array([point[name] for name in self.units])
+        least, most = (np.where(free, bound, 0) for bound in self._bounds)
+        units = self._slots.fit(weights, limits, least, most)
+        if units is None:
+            return None
+        return {**point, **dict(zip(self.units, (units / self._slots.n_units).tolist(), strict=True))}
+
+    def plan(self, point: Point) -> PruningPlan:
+        """The plan that a point stands for: of each group so many units go as its share says, lowest scores first.
+
+        Raises:
+            PrunekitError: no point of this space.
+        """
+        point = self.check(point)
+        label = point.get(IMPORTANCE, next(iter(self.importances)))
+        gone = {group.name: [0] if point[name] else [] for name, group in self.whole.items()}
+        lost = {group.layer for group in self.whole.values() if gone[group.name]}
+        for name, group in self.units.items():
+            if group.layer not in lost:
+                gone[group.name] = self._order[label][group.name][: round(point[name] * group.n_units)]
+        return plan_without(self.groups, gone, {"point": point, "importance": label})
+
+    def point_of(self, plan: PruningPlan, importance: str | None = None) -> Point | None:
+        """The point that cuts the same shares as a plan does, fitted to the budgets; None where none is near.
+
+        So a search can start from what is known. Units of the plan that are not chosen by `importance` come out others.
+        """
+        shares = {
+            n: len(plan.removed(g.name)) / g.n_units if g.name in plan.keep else 0.0 for n, g in self.units.items()
+        }
+        point: Point = {n: k.options[0] if isinstance(k, Choice) else k.high for n, k in self.knobs.items()} | shares
+        for name, value in ((LAST, self.layers[-1]), (IMPORTANCE, importance)):
+            if name in self.knobs and value is not None:
+                point[name] = value
+        for budget in self.limited:
+            if budget.table.name in self.knobs:
+                gone = {g.name: len(plan.removed(g.name)) for g in self.units.values() if g.name in plan.keep}
+                point[budget.table.name] = self.knobs[budget.table.name].nearest(budget.table.of(gone))
+        return self.fitted(point)
+
+    def job(self, point: Point) -> tuple[CarryOut, Any]:
+        """The cut, and the plan as plain data."""
+        plan = self.plan(point)
+        calib = self.compensate if point.get(COMPENSATE) else None
+        data = {"keep": plan.keep, "n_units": plan.n_units}
+        return partial(cut, calib=calib), data | {n: getattr(plan, n) for n in ("n_parameters", "n_parameters_kept")}
+
+    def costs(self, point: Point) -> dict[str, float]:
+        """Parameters, and what the budgets limit."""
+        plan = self.plan(point)
+        gone = {name: plan.n_units[name] - len(units) for name, units in plan.keep.items()}
+        return {"parameters": plan.n_parameters_kept} | {b.table.name: b.table.of(gone) for b in self.limited}
+
+    def described(self) -> dict[str, Any]:
+        """Knobs, budgets, and what changes when a score or a calibration token does."""
+        digest = sha256()
+        for scores in self.importances.values():
+            for group in self.units.values():
+                digest.update(bytes_of(scores[group.name]))
+        if self.compensate is not None:
+            digest.update(bytes_of(self.compensate))
+        budgets = {"budgets": [repr(budget) for budget in self.limited], "digest": digest.hexdigest()}
+        return {**super().described(), **budgets, "min_units": self.min_units, "whole_layers": self.whole_layers}
+
+    @cached_property
+    def limited(self) -> tuple[Budget, ...]:
+        """The budgets, one on parameters where a pruning ratio was given."""
+        return budgets_of(self.groups, self.budgets)
+
+    @cached_property
+    def _slots(self) -> Slots:
+        groups = self.units.values()
+        n_units = np.array([group.n_units for group in groups])
+        return Slots([group.name for group in groups], n_units, [budget.table for budget in self.limited])
+
+    @cached_property
+    def _layer_of(self) -> list[int]:
+        return [group.layer or 0 for group in self.units.values()]
+
+    @cached_property
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Units of each group that go at least and at most."""
+        knobs: Any = [self.knobs[name] for name in self.units]
+        n_units = self._slots.n_units
+        least = np.ceil(np.array([knob.low for knob in knobs]) * n_units - 1e-6)
+        return least, np.maximum(np.floor(np.array([knob.high for knob in knobs]) * n_units + 1e-6), least)
+
+    @cached_property
+    def _order(self) -> dict[str, dict[str, list[int]]]:
+        """Label → group → its units, lowest scores first."""
+        return {
+            label: {g.name: scores[g.name].argsort(stable=True).tolist() for g in self.units.values()}
+            for label, scores in self.importances.items()
+        }
+
+    def _check_feasible(self, budget: Budget) -> None:
+        """Refuse a budget that is missed even where all goes that may."""
+        limit = budget.limit.high if isinstance(budget.limit, Range) else budget.limit
+        table, most = budget.table, dict(zip(self.units, self._bounds[1].astype(int).tolist(), strict=True))
+        saved = {name: float(table.of_group(group.name)[most[name]]) for name, group in self.units.items()}
+        wins = [
+            float(table.of_group(whole.name)[1])
+            - sum(saved[n] for n, g in self.units.items() if g.layer == whole.layer)
+            for whole in self.whole.values()
+        ]
+        left = table.total - sum(saved.values()) - sum(sorted(wins)[::-1][: self.whole_layers])
+        if left > limit:
+            raise PrunekitError(
+                f"{budget!r} cannot be met: {left:,.6g} must stay, of {table.total:,.6g}, with what may be cut; give "
+                "that or more, or allow more kinds or whole layers"
+            )
+
+
+_FOUND: "WeakKeyDictionary[nn.Module, Groups]" = WeakKeyDictionary()  # what a worker need not discover again
+
+
+def cut(model: nn.Module, plan: Mapping[str, Any], *, calib: Tensor | None = None) -> nn.Module:
+    """A smaller model by the fields of a plan.
+
+    Args:
+        model: the dense one; it is left alone.
+        plan: fields of a `PruningPlan`.
+        calib: what to re-fit on; None leaves the rest as it is.
+    """
+    if model not in _FOUND:
+        _FOUND[model] = discover(model)
+    return prune(model, PruningPlan(**plan, groups=_FOUND[model]), compensate=calib)

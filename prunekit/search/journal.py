@@ -1,0 +1,114 @@
+"""An Optuna study in a file that several processes write to, and that survives what kills them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+
+from prunekit.errors import PrunekitError
+
+STUDY = "prunekit"
+
+
+class KernelLock:
+    """A lock that the system itself lets go of when its holder dies.
+
+    Optuna's own are files, which a killed process leaves behind, so that others wait for half a minute. May be taken
+    again by who holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(f"{path}.lock")
+
+    def acquire(self) -> bool:
+        """Wait for it."""
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        """Let go of it."""
+        self._lock.release()
+
+    def __enter__(self) -> "KernelLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self.release()
+
+
+class Journal(JournalFileBackend):
+    """Optuna's journal of one JSON text a line, which goes on after a line that was cut off.
+
+    Attributes:
+        lock: that every writer holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.lock, self._path = KernelLock(path), path
+        super().__init__(str(path), lock_obj=self.lock)  # type: ignore[arg-type]
+        with self.lock:
+            self._check()
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write lines, after what another process left of its last one is gone."""
+        with self.lock:
+            self._mend()
+            super().append_logs(logs)
+
+    def _check(self) -> None:
+        """Refuse a file that is no journal; a last line without an end is what was cut off, and goes."""
+        self._mend()
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    known = "op_code" in json.loads(line)
+                except (ValueError, TypeError):
+                    known = False
+                if not known:
+                    raise PrunekitError(
+                        f"line {number} of {str(self._path)!r} is none of a journal: {line[:40]!r}; give another path, "
+                        "or take that line out to go on without what it says"
+                    )
+
+    def _mend(self) -> None:
+        with self._path.open("rb+") as file:
+            end = file.seek(0, 2)
+            file.seek(max(0, end - 1))
+            if end == 0 or file.read(1) == b"\n":
+                return
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, KernelLock]:
+    """The study in a journal, a new one where there is none, and the lock for what must not be done twice.
+
+    Raises:
+        PrunekitError: the file is no journal, holds no study that can be read, or cannot be written to.
+    """
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        journal = Journal(path)
+        with journal.lock:
+            study = optuna.create_study(
+                storage=JournalStorage(journal),
+                study_name=STUDY,
+                direction=StudyDirection.MAXIMIZE if maximize else StudyDirection.MINIMIZE,
+                load_if_exists=True,
+            )
+    except OSError as error:
+        raise PrunekitError(
+            f"cannot write the journal {str(path)!r} ({error.strerror}); choose another folder"
+        ) from None
+    except (KeyError, AssertionError, TypeError, ValueError) as error:
+        raise PrunekitError(f"{str(path)!r} holds no study that can be read ({error}); give another path") from None
+    finally:
+        optuna.logging.set_verbosity(before)
+    return study, journal.lock

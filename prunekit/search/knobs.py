@@ -1,0 +1,86 @@
+"""What can be chosen: a number in a range, or one of several values."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from prunekit.checks import is_real
+from prunekit.errors import PrunekitError
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number between two others.
+
+    Attributes:
+        low: the least.
+        high: the most, above `low`.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (is_real(self.low) and is_real(self.high) and self.low < self.high):
+            raise PrunekitError(f"{self!r} is empty; give two numbers, the lower one first")
+
+    def draw(self, rng: np.random.Generator) -> float:
+        """Any of them, evenly."""
+        return float(rng.uniform(self.low, self.high))
+
+    def move(self, value: float, rng: np.random.Generator) -> float:
+        """One nearby, or one of the ends."""
+        if rng.random() < 0.2:
+            return float(rng.choice([self.low, self.high]))
+        return self.nearest(value + rng.normal(0, (self.high - self.low) / 5))
+
+    def nearest(self, value: float) -> float:
+        """The value itself where it lies inside."""
+        return float(min(max(value, self.low), self.high))
+
+    def holds(self, value: Any) -> bool:  # noqa: ANN401
+        """Whether this is one of its values."""
+        return is_real(value) and self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values: texts, numbers or truth values.
+
+    Attributes:
+        options: at least one, all different.
+    """
+
+    options: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        plain = all(isinstance(option, str | bool | int | float) for option in self.options)
+        if not self.options or not plain or len({*map(repr, self.options)}) < len(self.options):
+            raise PrunekitError(f"{self!r} cannot be chosen from; give different texts, numbers or truth values")
+
+    @property
+    def ordered(self) -> bool:
+        """Whether a predictor may split them into lower and higher ones."""
+        return all(not isinstance(option, str) for option in self.options)
+
+    def draw(self, rng: np.random.Generator) -> Any:  # noqa: ANN401
+        """Any of them, evenly."""
+        return self.options[int(rng.integers(len(self.options)))]
+
+    def move(self, value: Any, rng: np.random.Generator) -> Any:  # noqa: ANN401
+        """Any of them."""
+        return self.draw(rng)
+
+    def nearest(self, value: Any) -> Any:  # noqa: ANN401
+        """The value itself where it is an option, else the nearest number or the first option."""
+        if value in self.options or not self.ordered:
+            return value if value in self.options else self.options[0]
+        return min(self.options, key=lambda option: abs(option - value))
+
+    def holds(self, value: Any) -> bool:  # noqa: ANN401
+        """Whether this is one of its values."""
+        return any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in self.options)
+
+
+Knob = Range | Choice

@@ -1,0 +1,87 @@
+"""What is measured of a model in a search."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+from torch import nn
+
+from prunekit.errors import PrunekitError
+from prunekit.evaluation.language_modelling import perplexity, read_texts
+from prunekit.evaluation.multiple_choice import named_tasks, zero_shot
+from prunekit.evaluation.report import world_default
+from prunekit.questions import Task
+from prunekit.text import TextSource
+
+Measure = Callable[[nn.Module, Any], float]  # (model, tokenizer) → figure
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a model.
+
+    Attributes:
+        name: what it goes by in tables.
+        measure: (model, tokenizer) → the figure. With several workers it travels there.
+        maximize: whether more is better.
+        log: whether its logarithm is learned, as of perplexity, whose factors then count alike.
+        of: what it is measured on, if one search is to be told from another by it.
+    """
+
+    name: str
+    measure: Measure
+    maximize: bool = False
+    log: bool = False
+    of: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or not callable(self.measure):
+            raise PrunekitError(
+                f"a metric named {self.name!r} of {self.measure!r:.40} cannot be measured; give a name and a function "
+                "of a model and its tokenizer"
+            )
+
+
+def metric_of(
+    metric: str | Metric,
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource | None,
+    tasks: Mapping[str, Task] | Iterable[Task] | None,
+) -> Metric:
+    """`"perplexity"` of a text, mean `"accuracy"` over tasks, or one's own.
+
+    Args:
+        metric: one of the two names, or a `Metric`.
+        tokenizer: the model's own.
+        text: what perplexity is measured on, as `perplexity` takes it; None is the embedded world's validation text.
+        tasks: as `zero_shot` takes them; None is the embedded world's.
+
+    Raises:
+        PrunekitError: an unknown metric, or no text or tasks for another tokenizer than the world's.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if metric == "perplexity":
+        source = world_default(tokenizer, "validation_text", "text") if text is None else text
+        (whole,) = read_texts(source, "windows", None)  # read here: a worker may not see our files
+        return Metric("perplexity", partial(_perplexity, text=whole), log=True, of=_digest(whole))
+    if metric == "accuracy":
+        asked = named_tasks(world_default(tokenizer, "tasks", "tasks") if tasks is None else tasks)
+        return Metric("accuracy", partial(_accuracy, tasks=asked), maximize=True, of=_digest(repr(asked)))
+    raise PrunekitError(
+        f"metric={metric!r:.60} is unknown; give 'perplexity', 'accuracy', or Metric(name, (model, tokenizer) → figure)"
+    )
+
+
+def _perplexity(model: nn.Module, tokenizer: Any, *, text: str) -> float:  # noqa: ANN401
+    return perplexity(model, tokenizer, [text])
+
+
+def _accuracy(model: nn.Module, tokenizer: Any, *, tasks: list[Task]) -> float:  # noqa: ANN401
+    return zero_shot(model, tokenizer, tasks).mean
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:16]

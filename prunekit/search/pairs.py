@@ -1,0 +1,107 @@
+"""What a search has measured, as a value."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from prunekit.errors import PrunekitError
+from prunekit.search.space import Point, Space
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Points and what was measured of them.
+
+    Attributes:
+        space: of which they are.
+        table: one row a point: number, round, the knobs, what it costs, the metric, seconds.
+        metric: name of the column that is to be low, or high.
+        maximize: whether it is to be high.
+        log: whether its logarithm is what is learned.
+        failed: number of a trial → why it could not be measured.
+    """
+
+    space: Space
+    table: pd.DataFrame
+    metric: str
+    maximize: bool = False
+    log: bool = False
+    failed: Mapping[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def points(self) -> list[Point]:
+        """The points, as their space takes them."""
+        return [self._point(row) for _, row in self.table.iterrows()]
+
+    @property
+    def values(self) -> np.ndarray:
+        """What a predictor learns, float (n,): lower is better, logarithms where the metric asks for them.
+
+        What is infinite counts as the largest finite value.
+        """
+        with np.errstate(divide="ignore"):
+            found = (
+                np.log(self.table[self.metric].to_numpy(float)) if self.log else self.table[self.metric].to_numpy(float)
+            )
+        found = -found if self.maximize else found
+        return np.minimum(found, found[np.isfinite(found)].max(initial=0.0))
+
+    def best(self, **at_most: float) -> Point:
+        """The best point of those that cost at most so much, such as `best(parameters=2e6)`.
+
+        Raises:
+            PrunekitError: a cost that was not noted, or none so cheap.
+        """
+        return self._point(self.best_row(**at_most))
+
+    def best_row(self, **at_most: float) -> pd.Series:
+        """Its row of the table.
+
+        Raises:
+            PrunekitError: a cost that was not noted, or none so cheap.
+        """
+        fits = pd.Series(data=True, index=self.table.index)
+        for name, limit in at_most.items():
+            if name not in self.table:
+                raise PrunekitError(f"{name!r} was not noted; choose from {', '.join(map(str, self.table.columns))}")
+            fits &= self.table[name] <= limit
+        if not fits.any():
+            least = {name: float(self.table[name].min()) for name in at_most if len(self.table)}
+            raise PrunekitError(f"none of {len(self)} pairs costs at most {at_most}; the least is {least or 'nothing'}")
+        return self.table.loc[pd.Series(self.values, self.table.index)[fits].idxmin()]
+
+    def front(self, cost: str = "parameters") -> pd.DataFrame:
+        """The rows that no other is both cheaper and better than, the cheapest first.
+
+        Raises:
+            PrunekitError: a cost that was not noted.
+        """
+        if cost not in self.table:
+            raise PrunekitError(f"{cost!r} was not noted; choose from {', '.join(map(str, self.table.columns))}")
+        order = self.table.assign(_value=self.values).sort_values([cost, "_value"])
+        better = order["_value"] < order["_value"].cummin().shift(fill_value=np.inf)
+        return order[better].drop(columns="_value")
+
+    def _point(self, row: pd.Series) -> Point:
+        return {name: _plain(row[name]) for name in self.space.knobs}
+
+    def __repr__(self) -> str:
+        if not len(self):
+            return f"Pairs(none measured; {len(self.failed)} failed)"
+        failed = f"; {len(self.failed)} could not be measured" if self.failed else ""
+        best = self.table[self.metric].max() if self.maximize else self.table[self.metric].min()
+        return f"Pairs({len(self)} points; best {self.metric} {best:.4g}{failed})"
+
+    def _repr_html_(self) -> str:
+        order = self.table.sort_values(self.metric, ascending=not self.maximize) if len(self) else self.table
+        return f"<p>{self!r}</p>{order.head(10).to_html(index=False, float_format='{:.3g}'.format)}"
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    return value.item() if isinstance(value, np.generic) else value

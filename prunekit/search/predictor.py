@@ -1,0 +1,166 @@
+"""A model of models: gradient-boosted trees that foretell from an architecture what is measured of it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from prunekit.checks import check_integers, check_reals
+from prunekit.errors import PrunekitError
+from prunekit.files import write_text
+from prunekit.search.space import Point, Space
+
+_FORMAT = "prunekit.predictor/1"
+FEWEST = 10  # pairs, below which nothing is learned
+
+
+@dataclass(frozen=True)
+class Trees:
+    """How the trees are grown.
+
+    Attributes:
+        n_models: boosted sequences of trees, each learning from pairs drawn with replacement; their mean is what is
+            expected. 1 learns from all pairs at once, as the papers do.
+        n_trees: of each, one after the other.
+        n_leaves: of each tree, at most.
+        learning_rate: what part of each tree's correction is taken.
+        min_pairs: in a leaf.
+        seed: of what chance there is.
+
+    Source: GBDT-NAS (Luo et al. 2020): 100 rounds, 31 leaves, .05. Its leaves hold LightGBM's default of 20 pairs, of
+        thousands; here pairs are hundreds. Several models are ours: one alone expects the same of all points that fall
+        into a leaf, and cannot tell the best from each other.
+    """
+
+    n_models: int = 10
+    n_trees: int = 100
+    n_leaves: int = 31
+    learning_rate: float = 0.05
+    min_pairs: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"n_models": 1, "n_trees": 1, "n_leaves": 2, "min_pairs": 1, "seed": 0}.items():
+            check_integers(**{name: (getattr(self, name), least)})
+        check_reals(learning_rate=(self.learning_rate, 1e-6, 1 + 1e-9))
+
+
+class AccuracyPredictor:
+    """Learns from measured points what a point will measure, lower being better.
+
+    Trees, and LightGBM's: hundreds of pairs of shares and choices are what boosted trees are good at; its models are
+    plain text, so that no pickle is read or written; and it computes exact SHAP values itself.
+
+    Source: Ji et al. (arXiv 2309.09507), a gradient-boosted-tree regressor; its settings are GBDT-NAS's.
+    """
+
+    def __init__(self, space: Space, trees: Trees | None = None) -> None:
+        """Of which space, and how."""
+        self.space, self.trees = space, trees or Trees()
+        self._models: list[Any] = []
+
+    def fit(self, points: Sequence[Point], values: Sequence[float] | np.ndarray) -> "AccuracyPredictor":
+        """Learn from points and what was measured of them, lower being better.
+
+        Raises:
+            PrunekitError: fewer than 10 pairs, or values that are not finite.
+        """
+        import lightgbm  # takes a second, which who only prunes need not wait for
+
+        features, wanted = self.space.features(points), np.asarray(values, dtype=float)
+        if len(features) != len(wanted) or len(wanted) < FEWEST or not np.isfinite(wanted).all():
+            raise PrunekitError(
+                f"{len(features)} points and {len(wanted)} values, {int((~np.isfinite(wanted)).sum())} of them not "
+                f"finite; give at least {FEWEST} points with a finite value each"
+            )
+        self._models = []
+        for number in range(self.trees.n_models):
+            rows = self._drawn(len(wanted), number)
+            data = lightgbm.Dataset(features[rows], wanted[rows], free_raw_data=True)
+            self._models.append(lightgbm.train(self._settings(number), data, self.trees.n_trees))
+        return self
+
+    def predict(self, points: Sequence[Point]) -> np.ndarray:
+        """What is expected of points, float (n,).
+
+        Raises:
+            PrunekitError: nothing was learned yet.
+        """
+        return self._mean(points)
+
+    def shap(self, points: Sequence[Point]) -> pd.DataFrame:
+        """How much each feature of each point moves what is expected of it, one row a point, one column a feature.
+
+        Exact SHAP values of the trees, in the units of what was learned: below 0 is to the good.
+
+        Raises:
+            PrunekitError: nothing was learned yet.
+
+        Source: Lundberg et al. (2018), TreeSHAP, as LightGBM computes it.
+        """
+        return pd.DataFrame(self._mean(points, pred_contrib=True)[:, :-1], columns=self.space.feature_names())
+
+    def save(self, path: str | Path) -> None:
+        """Write the trees as text, in JSON; the file is complete or not there.
+
+        Raises:
+            PrunekitError: nothing was learned yet, or the folder cannot be written to.
+        """
+        self._check_fitted()
+        models = [model.model_to_string() for model in self._models]
+        content = {"format": _FORMAT, "trees": asdict(self.trees), "features": self.space.feature_names()}
+        write_text(Path(path), json.dumps(content | {"models": models}, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path, space: Space) -> "AccuracyPredictor":
+        """Read what `save` wrote.
+
+        Raises:
+            PrunekitError: there is no such file, it holds no predictor, or that of another space.
+        """
+        import lightgbm
+
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise KeyError("format")
+            found = cls(space, Trees(**content["trees"]))
+            found._models = [lightgbm.Booster(model_str=text) for text in content["models"]]
+        except (OSError, ValueError, LookupError, TypeError, lightgbm.basic.LightGBMError) as error:
+            raise PrunekitError(f"no predictor in {str(path)!r} ({error}); give a file that save wrote") from None
+        if content["features"] != space.feature_names():
+            raise PrunekitError(f"the predictor in {str(path)!r} is of a space with other knobs; give that space")
+        return found
+
+    def _mean(self, points: Sequence[Point], **options: bool) -> np.ndarray:
+        self._check_fitted()
+        features = self.space.features(points)
+        return np.mean([model.predict(features, num_threads=1, **options) for model in self._models], axis=0)
+
+    def _check_fitted(self) -> None:
+        if not self._models:
+            raise PrunekitError("this predictor has learned nothing yet; call fit(points, values) first")
+
+    def _drawn(self, n: int, number: int) -> np.ndarray:
+        """The pairs that one of several models learns from, as many as there are."""
+        if self.trees.n_models == 1:
+            return np.arange(n)
+        return np.random.default_rng([self.trees.seed, number]).integers(n, size=n)
+
+    def _settings(self, number: int) -> dict[str, Any]:
+        return {
+            "objective": "regression",
+            "num_leaves": self.trees.n_leaves,
+            "learning_rate": self.trees.learning_rate,
+            "min_data_in_leaf": self.trees.min_pairs,
+            "feature_fraction": 1.0 if self.trees.n_models == 1 else 0.6,
+            "seed": self.trees.seed + number,
+            "deterministic": True,
+            "force_row_wise": True,
+            "num_threads": 1,
+            "verbosity": -1,
+        }

@@ -1,0 +1,149 @@
+"""Pairs, a predictor, a smaller space, the best that is expected of it, really measured; and again."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from prunekit.checks import check_integers
+from prunekit.questions import Task
+from prunekit.search.campaign import Campaign, drawn
+from prunekit.search.metrics import Metric, metric_of
+from prunekit.search.pairs import Pairs
+from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees
+from prunekit.search.proposing import PARENTS, evolve
+from prunekit.search.refining import Cut, refined
+from prunekit.search.space import Point, Space
+from prunekit.text import TextSource
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search has found.
+
+    Attributes:
+        pairs: all that was measured.
+        predictor: what was learned of it.
+        space: what was left of the space in the end.
+        rounds: one row a round: round, n_pairs, best, expected and measured (means over what the round measured, both
+            as `Pairs.values` has them), left_out.
+        cuts: what was left out of the space, in order.
+    """
+
+    pairs: Pairs
+    predictor: AccuracyPredictor
+    space: Space
+    rounds: pd.DataFrame
+    cuts: Sequence[Cut] = field(default_factory=list)
+
+    @property
+    def best(self) -> Point:
+        """The best point that was measured."""
+        return self.pairs.best()
+
+    def __repr__(self) -> str:
+        return f"Found({self.pairs!r} in {len(self.rounds)} rounds)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.rounds.to_html(index=False, float_format='{:.4g}'.format)}"
+
+
+def search_space(
+    space: Space,
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    *,
+    n_pairs: int = 120,
+    n_rounds: int = 4,
+    top_k: int = 40,
+    n_cuts: int = 2,
+    metric: str | Metric = "perplexity",
+    also: Iterable[str | Metric] = (),
+    text: TextSource | None = None,
+    tasks: Mapping[str, Task] | Iterable[Task] | None = None,
+    start: Sequence[Point] = (),
+    trees: Trees | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    n_jobs: int = 1,
+    backend: str = "loky",
+    source: str | Path | None = None,
+) -> Found:
+    """Searches a space by a predictor: some points are measured, it learns from them, and says which to measure next.
+
+    Each round fits the predictor to all pairs so far, leaves out of the space what does most harm, lets a population
+    evolve in the rest by what is expected, and measures the k best; so `n_pairs + n_rounds * top_k` points in all.
+
+    Args:
+        space: what is searched.
+        model: the dense model; it is left alone.
+        tokenizer: its tokenizer.
+        n_pairs: points of the first round, drawn at random.
+        n_rounds: rounds after it.
+        top_k: points that each of these measures.
+        n_cuts: parts of the space that each of them leaves out, at most; 0 searches all of it.
+        metric: what is searched for; this and the following are as for `measure_pairs`.
+        also: more metrics, measured on the way.
+        text: for perplexity.
+        tasks: for accuracy.
+        start: points to measure first.
+        trees: how the predictor learns.
+        seed: of all chance.
+        folder: where the journal is kept, from which a search goes on, and which several processes may share.
+        n_jobs: worker processes.
+        backend: of joblib.
+        source: where workers load the model.
+
+    Returns:
+        What was found; `found.best` is the best point, `space.plan(found.best)` its plan.
+
+    Raises:
+        PrunekitError: what `measure_pairs` raises, or fewer than 10 pairs to begin with.
+
+    Source: Ji et al. (arXiv 2309.09507); rounds and their refinement are GBDT-NAS's (Luo et al. 2020), three of them
+        there. Reconstructed: how points are proposed (`evolve`), and how ratios are refined (`refined`).
+    """
+    check_integers(n_pairs=(n_pairs, FEWEST), n_rounds=(n_rounds, 1), top_k=(top_k, 1), n_cuts=(n_cuts, 0))
+    metrics = [metric_of(each, tokenizer, text, tasks) for each in (metric, *also)]
+    options = {"folder": folder, "n_jobs": n_jobs, "backend": backend, "source": source}
+    inside, cuts, rows = space, list[Cut](), list[dict[str, Any]]()
+    with Campaign(space, model, tokenizer, metrics, **options) as campaign:  # type: ignore[arg-type]
+        campaign.run(0, drawn(space, n_pairs, seed, start))
+        for number in range(1, n_rounds + 1):
+            pairs = campaign.pairs(before=number)
+            predictor = AccuracyPredictor(space, trees).fit(pairs.points, pairs.values)
+            inside, new = refined(inside, predictor, pairs, n_cuts)
+            cuts += new
+            rng = np.random.default_rng([seed, number])
+            best = [pairs.points[i] for i in np.argsort(pairs.values, kind="stable")[:PARENTS]]
+            propose = partial(evolve, inside, predictor, best, rng, n=top_k, known=pairs.points)
+            campaign.run(number, partial(_unless, propose))
+            rows.append(_row(number, campaign.pairs(before=number + 1), predictor, new))
+        pairs = campaign.pairs()
+    predictor = AccuracyPredictor(space, trees).fit(pairs.points, pairs.values)
+    return Found(pairs, predictor, inside, pd.DataFrame(rows), cuts)
+
+
+def _unless(propose: Callable[[], list[Point]], there: list[Point]) -> list[Point]:
+    """What is proposed, unless a round has its points already."""
+    return [] if there else propose()
+
+
+def _row(number: int, pairs: Pairs, predictor: AccuracyPredictor, cuts: Sequence[Cut]) -> dict[str, Any]:
+    """What a round was worth."""
+    new = (pairs.table["round"] == number).to_numpy()
+    expected = predictor.predict([point for point, is_new in zip(pairs.points, new, strict=True) if is_new])
+    return {
+        "round": number,
+        "n_pairs": len(pairs),
+        "best": pairs.best_row()[pairs.metric],
+        "expected": float(expected.mean()) if len(expected) else math.nan,
+        "measured": float(pairs.values[new].mean()) if new.any() else math.nan,
+        "left_out": ", ".join(f"{cut.knob}: {cut.left!r} stays" for cut in cuts),
+    }

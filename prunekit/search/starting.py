@@ -1,0 +1,55 @@
+"""What is known without a search, as points of a space: even shares, and one ranking over all groups."""
+
+from prunekit.errors import PrunekitError
+from prunekit.pruning import PruningPlan, plan
+from prunekit.search.architectures import PlanSpace
+from prunekit.search.knobs import Range
+from prunekit.search.space import Point
+
+HALVINGS = 10  # of the interval in which the pruning ratio lies
+
+
+def known_points(space: PlanSpace) -> list[Point]:
+    """Even shares and global selection by each importance, fitted to the budgets, as far as the space has them.
+
+    Scores are compared across groups as they are; those of magnitudes mean little so.
+    """
+    found = []
+    for label in space.importances:
+        for ranking in ("local", "global"):
+            chosen = _within(space, label, ranking)
+            found.append(None if chosen is None else space.point_of(chosen, label))
+    return [point for point in found if point is not None]
+
+
+def _within(space: PlanSpace, label: str, ranking: str) -> PruningPlan | None:
+    """The plan that takes least, of those that meet the budgets; None where none is found."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(HALVINGS):
+        ratio = (low + high) / 2
+        chosen = _plan(space, label, ranking, ratio)
+        if chosen is None:  # more than can go
+            high = ratio
+        elif _meets(space, chosen):
+            best, high = chosen, ratio
+        else:
+            low = ratio
+    return best
+
+
+def _plan(space: PlanSpace, label: str, ranking: str, ratio: float) -> PruningPlan | None:
+    try:
+        return plan(
+            space.groups, space.importances[label], ratio,
+            kinds=space.kinds, ranking=ranking, min_units=space.min_units,
+        )  # fmt: skip
+    except PrunekitError:
+        return None
+
+
+def _meets(space: PlanSpace, chosen: PruningPlan) -> bool:
+    gone = {name: chosen.n_units[name] - len(units) for name, units in chosen.keep.items()}
+    return all(
+        budget.table.of(gone) <= (budget.limit.high if isinstance(budget.limit, Range) else budget.limit)
+        for budget in space.limited
+    )

@@ -1,0 +1,183 @@
+"""Costs that only a run can tell: multiply-accumulates and time, looked up group by group once they are measured."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prunekit.checks import check_integers
+from prunekit.discovery import CoupledGroup, Groups
+from prunekit.errors import PrunekitError
+from prunekit.evaluation.footprint import check_sizes, count_macs, time_decode, time_prefill
+from prunekit.evaluation.likelihood import device_of, evaluating
+from prunekit.importance.reduction import check_choice
+from prunekit.pruning import prune
+from prunekit.pruning.planning import DEFAULT_KINDS, plan_without
+from prunekit.search.costs import CostTable
+from prunekit.search.space import Space
+
+PHASES = ("decode", "prefill")
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of a group's units, at which time is measured; between them it is interpolated
+ROUNDS = 5  # in which dense and cut model are timed by turns, so that what else the machine does hits both
+Measure = Callable[[nn.Module], float]
+
+
+def mac_table(
+    model: nn.Module, groups: Groups, *, kinds: Iterable[str] = DEFAULT_KINDS, seq_len: int = 64
+) -> CostTable:
+    """Multiply-accumulates of one forward pass over one sequence, exactly.
+
+    Args:
+        model: in which the groups were discovered; left alone.
+        groups: what `discover` found.
+        kinds: in the table; with `"layer"` whole layers too.
+        seq_len: tokens.
+
+    Raises:
+        PrunekitError: what `cost` refuses, or a cut that cannot be made.
+    """
+    check_sizes(model, seq_len, 1, 1)
+    measure = partial(_macs, seq_len=seq_len)
+    return _measured("macs", model, groups, kinds, (1.0,), measure, rounds=1)
+
+
+def latency_table(
+    model: nn.Module,
+    groups: Groups,
+    *,
+    phase: str = "decode",
+    kinds: Iterable[str] = DEFAULT_KINDS,
+    seq_len: int = 64,
+    batch_size: int = 1,
+    repeats: int = 10,
+) -> CostTable:
+    """Milliseconds on this machine: one token with the KV cache (`"decode"`), or a whole sequence (`"prefill"`).
+
+    All groups of the same shape are cut alike at once, so that what is saved can be told from noise, and share it.
+
+    Args:
+        model: in which the groups were discovered; left alone.
+        groups: what `discover` found.
+        phase: `"decode"` or `"prefill"`.
+        kinds: in the table; with `"layer"` whole layers too.
+        seq_len: tokens of the sequence, or before the one that is decoded.
+        batch_size: sequences.
+        repeats: timed runs of each model in each of 5 rounds.
+
+    Raises:
+        PrunekitError: what `cost` refuses, or a cut that cannot be made.
+
+    Source: lookup tables of latency, as in ZipLM (Kurtic et al. 2023), which times one layer at each width.
+    """
+    check_choice("phase", phase, PHASES)
+    check_sizes(model, seq_len, batch_size, repeats)
+    measure = partial(_milliseconds, phase=phase, seq_len=seq_len, batch_size=batch_size, repeats=repeats)
+    return _measured(f"{phase}_ms", model, groups, kinds, SHARES, measure, rounds=ROUNDS)
+
+
+def check_table(table: CostTable, model: nn.Module, space: Space, *, n: int = 8, seed: int = 0) -> pd.DataFrame:
+    """What the table says of whole architectures, beside what is measured of them.
+
+    Args:
+        table: one that was measured.
+        model: the dense model.
+        space: of the architectures; the table must be that of one of its budgets.
+        n: how many are built.
+        seed: of their choice.
+
+    Returns:
+        One row an architecture: expected, measured, error (relative to what is measured).
+
+    Raises:
+        PrunekitError: a table of parameters, which needs no check, or one that the space does not know.
+    """
+    check_integers(n=(n, 1))
+    if table.measure is None:
+        raise PrunekitError(f"{table.name} are counted, not measured: there is nothing to check")
+    rows = []
+    for point in tqdm(space.sample(n, np.random.default_rng(seed)), desc="checking", leave=False, delay=1):
+        costs, (build, data) = space.costs(point), space.job(point)
+        if table.name not in costs:
+            raise PrunekitError(f"the space has no budget of {table.name}; give one with [table.at_most(…)]")
+        small = build(model, data)
+        measured = float(np.median([table.measure(small) for _ in range(ROUNDS)]))
+        rows.append((costs[table.name], measured, costs[table.name] / measured - 1))
+    return pd.DataFrame(rows, columns=["expected", "measured", "error"])
+
+
+def _measured(
+    name: str,
+    model: nn.Module,
+    groups: Groups,
+    kinds: Iterable[str],
+    shares: Sequence[float],
+    measure: Measure,
+    rounds: int,
+) -> CostTable:
+    """The table, by cutting all groups of a shape to each share."""
+    cuts = [cut for alike in _alike(groups, tuple(kinds)) for cut in _cuts(alike, shares)]
+    dense: list[float] = []
+    found: dict[str, dict[int, float]] = {}
+    for alike, number in tqdm(cuts, desc=name, unit="width", leave=False, delay=1):
+        chosen = alike if alike[0].n_units > 1 else alike[1::2]  # some layers must stay
+        small = prune(model, plan_without(groups, {group.name: range(number) for group in chosen}, {}))
+        pairs = [(measure(model), measure(small)) for _ in range(rounds)]
+        dense += [whole for whole, _ in pairs]
+        saved = float(np.median([whole - cut for whole, cut in pairs])) / len(chosen)
+        for group in alike:
+            found.setdefault(group.name, {0: 0.0})[number] = saved
+    sizes = {group.name: group.n_units for group in groups}
+    return CostTable(name, float(np.median(dense)), {g: _filled(sizes[g], at) for g, at in found.items()}, measure)
+
+
+def _filled(n_units: int, at: Mapping[int, float]) -> np.ndarray:
+    """What is saved at every number of units, from some; losing more units never saves less."""
+    numbers = sorted(at)
+    known = np.maximum.accumulate([at[number] for number in numbers])
+    every = np.interp(np.arange(n_units + 1), numbers, known)
+    if numbers[-1] < n_units:  # the last units go at the rate of those before
+        every[-1] = every[-2] + (known[-1] - known[-2]) / (numbers[-1] - numbers[-2])
+    return every
+
+
+def _alike(groups: Groups, kinds: tuple[str, ...]) -> Iterator[list[CoupledGroup]]:
+    """Groups of the same kind and shape, together."""
+    found: dict[tuple, list[CoupledGroup]] = {}
+    for group in groups.of_kind(*kinds):
+        if group.exact:
+            shapes = tuple((m.dim, m.width, groups.shapes[m.parameter]) for m in group.members)
+            found.setdefault((group.kind, group.n_units, shapes), []).append(group)
+    if not found:
+        raise PrunekitError(f"no exact group of {', '.join(kinds)} is in this model; give other kinds")
+    yield from found.values()
+
+
+def _cuts(alike: list[CoupledGroup], shares: Sequence[float]) -> Iterator[tuple[list[CoupledGroup], int]]:
+    """Groups, and how many units all of them lose at once; a layer alone cannot go."""
+    n_units = alike[0].n_units
+    if n_units == 1:
+        yield from [(alike, 1)] if len(alike) > 1 else []
+        return
+    for number in sorted({min(round(share * n_units), n_units - 1) for share in shares} - {0}):
+        yield alike, number
+
+
+def _tokens(model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    tokens = torch.randint(vocabulary, (batch_size, seq_len), generator=torch.Generator().manual_seed(0))
+    return tokens.to(device_of(model))
+
+
+def _macs(model: nn.Module, *, seq_len: int) -> float:
+    with evaluating(model):
+        return float(count_macs(model, _tokens(model, 1, seq_len)))
+
+
+def _milliseconds(model: nn.Module, *, phase: str, seq_len: int, batch_size: int, repeats: int) -> float:
+    run = time_decode if phase == "decode" else time_prefill
+    with evaluating(model):
+        return run(model, _tokens(model, batch_size, seq_len), repeats).median

@@ -1,0 +1,180 @@
+"""Points that are to be measured and what has been: claimed by whoever has time, and by nobody twice."""
+
+import os
+import socket
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from prunekit.errors import PrunekitError
+from prunekit.search.journal import open_study
+from prunekit.search.knobs import Range
+from prunekit.search.space import Point, Space
+
+OPEN = (TrialState.WAITING, TrialState.RUNNING)
+_AT_WORK: set[str] = set()  # runs of this process that are under way
+
+
+class Trials:
+    """The trials of one search, in a journal that several processes share.
+
+    A point is added once, as a waiting trial. `claim` makes it a running one, under a lock, with the name of the
+    process; what a process that is dead had claimed waits again. Optuna's own tools read the journal: its parameters
+    are the knobs, its value is the metric.
+    """
+
+    def __init__(self, path: Path, space: Space, identity: Mapping[str, Any], *, maximize: bool) -> None:
+        """Open a journal, or begin one.
+
+        Args:
+            path: of the journal.
+            space: of which the points are; narrowed ones count as the same.
+            identity: what makes this search this one, name → plain data.
+            maximize: whether more of the metric is better.
+
+        Raises:
+            PrunekitError: no journal, or that of another search.
+        """
+        self.path, self._run = path, uuid.uuid4().hex
+        self.study, self.lock = open_study(path, maximize)
+        self._distributions = {name: _distribution(knob) for name, knob in space.knobs.items()}
+        with self.lock:
+            self._identify(identity)
+        self._claimed: dict[int, Trial] = {}
+        _AT_WORK.add(self._run)
+
+    def close(self) -> None:
+        """Let what was claimed and not finished wait again."""
+        _AT_WORK.discard(self._run)
+        self._claimed.clear()
+        with self.lock:
+            self._take_back()
+
+    def add(self, number: int, make: Callable[[list[Point]], list[Point]]) -> None:
+        """Add the points of a round, unless another process has.
+
+        Args:
+            number: of the round.
+            make: gives the points that are missing, of those of the round that are there.
+        """
+        with self.lock:
+            there = [trial for trial in self._every() if trial.user_attrs["round"] == number]
+            firsts = [trial for trial in there if "again" not in trial.user_attrs]
+            for point in make([trial.params for trial in firsts]):
+                self._add(point, {"round": number})
+
+    def claim(self) -> tuple[int, Point] | None:
+        """Number and point of a trial that is now this process's; None where none waits."""
+        with self.lock:
+            self._take_back()
+            if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                return None
+            trial = self.study.ask()
+            trial.set_user_attr("worker", _me() | {"run": self._run})
+        self._claimed[trial.number] = trial
+        return trial.number, trial.params
+
+    def finish(self, number: int, measured: Mapping[str, float], metric: str) -> None:
+        """Keep what was measured of a claimed trial."""
+        trial = self._claimed.pop(number)
+        trial.set_user_attr("measured", dict(measured))
+        self.study.tell(trial, measured[metric])
+
+    def fail(self, number: int, why: str) -> None:
+        """Keep that a claimed trial cannot be measured, and why."""
+        trial = self._claimed.pop(number)
+        trial.set_user_attr("why", why)
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def n_open(self) -> int:
+        """Trials that wait, or that somebody runs."""
+        with self.lock:
+            self._take_back()
+        return len(self.study.get_trials(deepcopy=False, states=OPEN))
+
+    def finished(self) -> list[FrozenTrial]:
+        """The trials that were measured, in the order in which they were added."""
+        found = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return sorted(found, key=_order)
+
+    def failed(self) -> dict[int, str]:
+        """Number → why, of the trials that could not be measured."""
+        found = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        return {trial.number: trial.user_attrs["why"] for trial in found if "why" in trial.user_attrs}
+
+    def table(self) -> pd.DataFrame:
+        """One row a measured trial: number, round, the knobs, and what was measured."""
+        rows = [
+            {"number": t.number, "round": t.user_attrs["round"], **t.params, **t.user_attrs["measured"]}
+            for t in self.finished()
+        ]
+        return pd.DataFrame(rows, columns=None if rows else ["number", "round", *self._distributions])
+
+    def _every(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def _add(self, point: Point, attributes: Mapping[str, Any]) -> None:
+        waiting = create_trial(
+            state=TrialState.WAITING, params=point, distributions=self._distributions, user_attrs=dict(attributes)
+        )
+        self.study.add_trial(waiting)
+
+    def _again(self, trial: FrozenTrial) -> None:
+        """Another trial of the same point, in place of one that nobody will finish."""
+        self.study.tell(trial.number, state=TrialState.FAIL)
+        self._add(trial.params, {"round": trial.user_attrs["round"], "again": _order(trial)})
+
+    def _take_back(self) -> None:
+        """Let what a dead process had claimed wait again."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not _alive(trial.user_attrs.get("worker")):
+                self._again(trial)
+
+    def _identify(self, identity: Mapping[str, Any]) -> None:
+        """Know the search again by what it is, or say so in a new journal."""
+        known = self.study.user_attrs.get("identity")
+        if known is None:
+            if self._every():
+                raise PrunekitError(f"{str(self.path)!r} is the journal of something else; give another path")
+            self.study.set_user_attr("identity", dict(identity))
+            return
+        differs = [name for name in identity if known.get(name) != identity[name]]
+        if differs:
+            raise PrunekitError(
+                f"{str(self.path)!r} is of another search: its {' and '.join(differs)} differ; give another folder, or "
+                "what it was begun with"
+            )
+
+
+def _order(trial: FrozenTrial) -> int:
+    """The number that a point first had."""
+    return trial.user_attrs.get("again", trial.number)
+
+
+def _distribution(knob: Any) -> BaseDistribution:  # noqa: ANN401
+    return FloatDistribution(knob.low, knob.high) if isinstance(knob, Range) else CategoricalDistribution(knob.options)
+
+
+def _me() -> dict[str, Any]:
+    """By which others can tell whether this process is still alive."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _alive(worker: Mapping[str, Any] | None) -> bool:
+    """Whether who claimed a trial may still finish it; of another machine that cannot be told: it counts as alive."""
+    if worker is None:  # killed right after its claim, under the lock
+        return False
+    if worker["host"] != socket.gethostname():
+        return True
+    if worker["pid"] == os.getpid():
+        return worker["run"] in _AT_WORK
+    try:
+        return abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) < 1
+    except psutil.Error:
+        return False
