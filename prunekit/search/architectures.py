@@ -5,17 +5,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunekit.checks import check_integers
-from prunekit.discovery import CoupledGroup, Groups, discover
+from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.fingerprint import bytes_of
-from prunekit.pruning import PruningPlan, prune
+from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import DEFAULT_KINDS, candidates_of, plan_without
+from prunekit.search.building import cut, masked
 from prunekit.search.costs import Budget, budgets_of
 from prunekit.search.fitting import Slots
 from prunekit.search.knobs import Choice, Knob, Range
@@ -44,6 +44,8 @@ class PlanSpace(Space):
         whole_layers: layers that may go whole, at most.
         min_units: units that each group keeps at least.
         compensate: a calibration set, integers (n_samples, seq_len), to re-fit on or not; None never re-fits.
+        as_masks: measure the dense model with zeros in place of smaller ones: no second model is held, and nothing is
+            faster. The first point that a worker measures is cut too, and must say the same.
         limits: knob → what it is held to; see `narrowed`.
 
     Raises:
@@ -62,6 +64,7 @@ class PlanSpace(Space):
     whole_layers: int = 0
     min_units: int = 1
     compensate: Tensor | None = None
+    as_masks: bool = False
     limits: Mapping[str, Knob] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,8 +75,8 @@ class PlanSpace(Space):
             raise PrunekitError("importances are none; give label → scores, such as {'taylor': score(…)}")
         if not self.units:
             raise PrunekitError(f"no exact group of {', '.join(self.kinds)} lies in a layer; give other kinds")
-        if unknown := set(self.limits) - set(self.knobs):
-            raise PrunekitError(f"limits name {sorted(unknown)[0]!r}; the knobs are {', '.join(self.knobs)}")
+        if self.as_masks and self.compensate is not None:
+            raise PrunekitError("as_masks=True re-fits nothing; leave out compensate, or cut: as_masks=False")
         for budget in self.limited:
             self._check_feasible(budget)
 
@@ -112,6 +115,9 @@ class PlanSpace(Space):
         if self.compensate is not None:
             found[COMPENSATE] = Choice((False, True))
         found |= {b.table.name: b.limit for b in self.limited if isinstance(b.limit, Range)}
+        unknown = next((name for name in self.limits if name not in found), None)
+        if unknown is not None:
+            raise PrunekitError(f"limits name {unknown!r}; the knobs are {', '.join(found)}")
         return found | dict(self.limits)
 
     @property
@@ -182,11 +188,13 @@ class PlanSpace(Space):
         return self.fitted(point)
 
     def job(self, point: Point) -> tuple[CarryOut, Any]:
-        """The cut, and the plan as plain data."""
+        """The cut, or the masks, and the plan as plain data."""
         plan = self.plan(point)
         calib = self.compensate if point.get(COMPENSATE) else None
         data = {"keep": plan.keep, "n_units": plan.n_units}
-        return partial(cut, calib=calib), data | {n: getattr(plan, n) for n in ("n_parameters", "n_parameters_kept")}
+        return masked if self.as_masks else partial(cut, calib=calib), data | {
+            n: getattr(plan, n) for n in ("n_parameters", "n_parameters_kept")
+        }
 
     def costs(self, point: Point) -> dict[str, float]:
         """Parameters, and what the budgets limit."""
@@ -252,19 +260,3 @@ class PlanSpace(Space):
                 f"{budget!r} cannot be met: {left:,.6g} must stay, of {table.total:,.6g}, with what may be cut; give "
                 "that or more, or allow more kinds or whole layers"
             )
-
-
-_FOUND: "WeakKeyDictionary[nn.Module, Groups]" = WeakKeyDictionary()  # what a worker need not discover again
-
-
-def cut(model: nn.Module, plan: Mapping[str, Any], *, calib: Tensor | None = None) -> nn.Module:
-    """A smaller model by the fields of a plan.
-
-    Args:
-        model: the dense one; it is left alone.
-        plan: fields of a `PruningPlan`.
-        calib: what to re-fit on; None leaves the rest as it is.
-    """
-    if model not in _FOUND:
-        _FOUND[model] = discover(model)
-    return prune(model, PruningPlan(**plan, groups=_FOUND[model]), compensate=calib)

@@ -21,12 +21,13 @@ from prunekit.fingerprint import digest_of
 from prunekit.questions import Task
 from prunekit.search.metrics import Metric, metric_of
 from prunekit.search.pairs import Pairs
-from prunekit.search.space import Point, Space
+from prunekit.search.space import Point, Space, key_of
 from prunekit.search.trials import Trials
 from prunekit.search.working import Work, carry_out, keep_open, let_go
 from prunekit.text import TextSource
 
 JOURNAL, MODEL = "journal.log", "model"  # what stands in the folder of a search
+COLUMNS = ("number", "round", "seconds")  # that a table has besides knobs, costs and metrics
 WAIT = 0.5  # seconds between two looks at what others are doing
 Make = Callable[[list[Point]], list[Point]]
 
@@ -58,6 +59,7 @@ class Campaign:
         if n_jobs != -1:
             check_integers(n_jobs=(n_jobs, 1))
         self.space, self.metrics = space, list(metrics)
+        _check_names([*COLUMNS, *space.knobs, *(metric.name for metric in self.metrics)])
         self._model, self._tokenizer, self._source = model, tokenizer, source
         self._folder, self._n_jobs, self._backend = folder, n_jobs, _known(backend)
         self._stack = ExitStack()
@@ -195,11 +197,19 @@ def drawn(space: Space, n: int, seed: int, start: Sequence[Point]) -> Make:
     """What adds the points that are missing of n, some given and the others drawn."""
 
     def make(there: list[Point]) -> list[Point]:
-        rest = [space.check(point) for point in start if point not in there]
-        wanted = max(0, n - len(there))
-        return [*rest, *space.sample(max(0, wanted - len(rest)), np.random.default_rng(seed), [*there, *rest])][:wanted]
+        missing, known = max(0, n - len(there)), {key_of(point) for point in there}
+        given = list({key_of(point): point for point in map(space.check, start)}.values())
+        rest = space.sample(max(0, n - len(given)), np.random.default_rng(seed), given) if missing else []
+        return [point for point in [*given, *rest] if key_of(point) not in known][:missing]
 
     return make
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Refuse a table in which two columns would be one."""
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise PrunekitError(f"{twice[0]!r} names two columns of {', '.join(names)}; give a metric or knob another name")
 
 
 def _make(folder: Path) -> None:

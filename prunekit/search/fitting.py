@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.optimize import brentq
 
 from prunekit.pruning.budgets import TOLERANCE
 from prunekit.search.costs import CostTable
 
-HALVINGS = 40  # of the interval in which the common factor lies
+ROUNDING = 1e-12  # of a cost, by which a sum of floats may be above its limit
 
 Limits = Mapping[str, float]  # name of a cost → what of it may be left
 
@@ -54,7 +55,11 @@ class Slots:
 
     def met(self, units: np.ndarray, limits: Limits) -> bool:
         """Whether all limits are."""
-        return all(self.cost(table, units) <= limits[table.name] * (1 + 1e-12) for table in self.tables)
+        return self._excess(units, limits) <= ROUNDING
+
+    def _excess(self, units: np.ndarray, limits: Limits) -> float:
+        """By what part of its total a cost is above its limit, of that of which it is most; below 0 where none is."""
+        return max((self.cost(table, units) - limits[table.name]) / table.total for table in self.tables)
 
     def cost(self, table: CostTable, units: np.ndarray) -> float:
         """What is left of a cost; between two numbers of units it is interpolated."""
@@ -71,11 +76,10 @@ class Slots:
 
         if not self.met(most, limits):
             return None
-        low, high = 0.0, 1 / float(weights[weights > 0].min(initial=1.0))
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.met(at(middle), limits) else (middle, high)
-        return at(high)
+        if self.met(least, limits) or not (weights > 0).any():
+            return least
+        high = 1 / float(weights[weights > 0].min())  # at which all that may go does
+        return at(brentq(lambda factor: self._excess(at(factor), limits), 0.0, high, rtol=1e-9, disp=False))
 
     def _whole(self, exact: np.ndarray, limits: Limits, most: np.ndarray) -> np.ndarray | None:
         """Rounded down, then up again one by one, the largest remainders first, until the limits are met."""
@@ -87,9 +91,8 @@ class Slots:
         return units.astype(int) if self.met(units, limits) and self._near(units, limits) else None
 
     def _near(self, units: np.ndarray, limits: Limits) -> bool:
-        """Whether little went in vain: a limit is used up to within the tolerance, or nothing had to go."""
-        slack = [(limits[table.name] - self.cost(table, units)) / table.total for table in self.tables]
-        return min(slack, default=0.0) <= TOLERANCE or not units.any()
+        """Whether little went in vain: a limit is used up to within the tolerance or a unit, or nothing had to go."""
+        return -self._excess(units, limits) <= max(TOLERANCE, self._unit_costs.min()) or not units.any()
 
     @cached_property
     def _stacked(self) -> dict[str, np.ndarray]:
@@ -99,9 +102,15 @@ class Slots:
 
     @cached_property
     def _large(self) -> np.ndarray:
-        """Groups of which one unit costs more than half the tolerance of a cost, bool (n,)."""
+        """Groups of which one unit may miss the tolerance, bool (n,); where all are such, none counts as one."""
+        large = self._unit_costs > TOLERANCE
+        return large & ~large.all()
+
+    @cached_property
+    def _unit_costs(self) -> np.ndarray:
+        """What one unit of each group costs, as a part of all, of that cost of which it is most; (n,)."""
         shares = [
             [t.of_group(name).max() / n / t.total for t in self.tables]
             for name, n in zip(self.names, self.n_units, strict=True)
         ]
-        return np.array(shares).reshape(len(self.names), -1).max(1, initial=0.0) > TOLERANCE / 2
+        return np.array(shares).reshape(len(self.names), -1).max(1, initial=0.0)

@@ -67,13 +67,13 @@ class Journal(JournalFileBackend):
         with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    known = "op_code" in json.loads(line)
-                except (ValueError, TypeError):
-                    known = False
-                if not known:
+                    told = json.loads(line)
+                except (ValueError, RecursionError):
+                    told = None
+                if not isinstance(told, dict) or "op_code" not in told:
                     raise PrunekitError(
                         f"line {number} of {str(self._path)!r} is none of a journal: {line[:40]!r}; give another path, "
-                        "or take that line out to go on without what it says"
+                        "or take out that line and all behind it to go on with what stands before"
                     )
 
     def _mend(self) -> None:
@@ -97,12 +97,11 @@ def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, KernelLock]:
     try:
         journal = Journal(path)
         with journal.lock:
-            study = optuna.create_study(
-                storage=JournalStorage(journal),
-                study_name=STUDY,
-                direction=StudyDirection.MAXIMIZE if maximize else StudyDirection.MINIMIZE,
-                load_if_exists=True,
-            )
+            storage = JournalStorage(journal)
+            if STUDY not in optuna.get_all_study_names(storage):  # Optuna writes a line before it looks
+                direction = StudyDirection.MAXIMIZE if maximize else StudyDirection.MINIMIZE
+                storage.create_new_study([direction], STUDY)
+            study = optuna.load_study(study_name=STUDY, storage=storage)
     except OSError as error:
         raise PrunekitError(
             f"cannot write the journal {str(path)!r} ({error.strerror}); choose another folder"

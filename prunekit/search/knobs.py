@@ -55,9 +55,11 @@ class Choice:
     options: tuple[Any, ...]
 
     def __post_init__(self) -> None:
-        plain = all(isinstance(option, str | bool | int | float) for option in self.options)
-        if not self.options or not plain or len({*map(repr, self.options)}) < len(self.options):
-            raise PrunekitError(f"{self!r} cannot be chosen from; give different texts, numbers or truth values")
+        plain = isinstance(self.options, tuple) and all(isinstance(o, str | bool | int | float) for o in self.options)
+        if not plain or not self.options or len({*map(repr, self.options)}) < len(self.options):
+            raise PrunekitError(
+                f"{self!r} cannot be chosen from; give a tuple of different texts, numbers or truth values"
+            )
 
     @property
     def ordered(self) -> bool:

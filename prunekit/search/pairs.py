@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from prunekit.errors import PrunekitError
+from prunekit.search.knobs import Knob, Range
 from prunekit.search.space import Point, Space
 
 
@@ -43,14 +44,18 @@ class Pairs:
     def values(self) -> np.ndarray:
         """What a predictor learns, float (n,): lower is better, logarithms where the metric asks for them.
 
-        What is infinite counts as the largest finite value.
+        What is infinite counts as the largest or smallest finite value.
         """
+        found = self._figures()
+        finite = found[np.isfinite(found)]
+        return np.clip(found, finite.min(), finite.max()) if len(finite) else np.zeros(len(found))
+
+    def _figures(self) -> np.ndarray:
+        """The same, with what is infinite."""
+        found = self.table[self.metric].to_numpy(float)
         with np.errstate(divide="ignore"):
-            found = (
-                np.log(self.table[self.metric].to_numpy(float)) if self.log else self.table[self.metric].to_numpy(float)
-            )
-        found = -found if self.maximize else found
-        return np.minimum(found, found[np.isfinite(found)].max(initial=0.0))
+            found = np.log(found) if self.log else found
+        return -found if self.maximize else found
 
     def best(self, **at_most: float) -> Point:
         """The best point of those that cost at most so much, such as `best(parameters=2e6)`.
@@ -74,7 +79,7 @@ class Pairs:
         if not fits.any():
             least = {name: float(self.table[name].min()) for name in at_most if len(self.table)}
             raise PrunekitError(f"none of {len(self)} pairs costs at most {at_most}; the least is {least or 'nothing'}")
-        return self.table.loc[pd.Series(self.values, self.table.index)[fits].idxmin()]
+        return self.table.loc[pd.Series(self._figures(), self.table.index)[fits].idxmin()]
 
     def front(self, cost: str = "parameters") -> pd.DataFrame:
         """The rows that no other is both cheaper and better than, the cheapest first.
@@ -84,12 +89,12 @@ class Pairs:
         """
         if cost not in self.table:
             raise PrunekitError(f"{cost!r} was not noted; choose from {', '.join(map(str, self.table.columns))}")
-        order = self.table.assign(_value=self.values).sort_values([cost, "_value"])
-        better = order["_value"] < order["_value"].cummin().shift(fill_value=np.inf)
-        return order[better].drop(columns="_value")
+        order = self.table.assign(_value=self._figures()).sort_values([cost, "_value"])
+        beaten = order["_value"] >= order["_value"].cummin().shift()
+        return order[~beaten].drop(columns="_value")
 
     def _point(self, row: pd.Series) -> Point:
-        return {name: _plain(row[name]) for name in self.space.knobs}
+        return {name: _setting(knob, row[name]) for name, knob in self.space.knobs.items()}
 
     def __repr__(self) -> str:
         if not len(self):
@@ -103,5 +108,6 @@ class Pairs:
         return f"<p>{self!r}</p>{order.head(10).to_html(index=False, float_format='{:.3g}'.format)}"
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    return value.item() if isinstance(value, np.generic) else value
+def _setting(knob: Knob, value: Any) -> Any:  # noqa: ANN401
+    """What a knob was set to: a row may have 1.0 for 1, and what was used of a budget, less than the least allowed."""
+    return knob.nearest(value) if isinstance(knob, Range) else knob.options[knob.options.index(value)]

@@ -23,7 +23,8 @@ class Cut(NamedTuple):
     Attributes:
         knob: its name.
         left: what it may still be set to.
-        harm: mean SHAP value of the knob over the measured points in the part that goes, in what is learned.
+        harm: mean SHAP value of the knob over the measured points in the part that goes, less that over all of the
+            space, in the units of what is learned.
     """
 
     knob: str
@@ -35,7 +36,7 @@ def refined(space: Space, predictor: AccuracyPredictor, pairs: Pairs, n: int = 2
     """The space without the parts that do most harm, one of a knob at most.
 
     A part is the lowest or highest third of a range, or one option of several; its harm is the mean SHAP value of the
-    knob over the measured points that lie in it, lower values being better.
+    knob over the measured points that lie in it, less that over all measured points of the space; lower is better.
 
     Args:
         space: to be made smaller.
@@ -51,7 +52,9 @@ def refined(space: Space, predictor: AccuracyPredictor, pairs: Pairs, n: int = 2
         a range stands for a feature.
     """
     check_integers(n=(n, 0))
-    points = pairs.points
+    points = [point for point in pairs.points if all(knob.holds(point[name]) for name, knob in space.knobs.items())]
+    if not points:
+        return space, []
     shap = predictor.shap(points)
     worst = sorted(
         (cut for name in space.knobs for cut in _parts(space, name, points, shap)), key=lambda cut: -cut.harm
@@ -77,6 +80,7 @@ def _parts(space: Space, name: str, points: list, shap: pd.DataFrame) -> Iterato
     knob, values = space.knobs[name], np.array([point[name] for point in points], dtype=object)
     of_knob = [column for column in shap if column == name or str(column).startswith(f"{name}=")]
     harm = shap[of_knob].sum(axis=1).to_numpy()
+    harm = harm - harm.mean()
     for left, goes in _splits(knob, values):
         if goes.sum() >= FEWEST and (~goes).sum() >= FEWEST:
             yield Cut(name, left, float(harm[goes].mean()))

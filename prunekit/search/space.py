@@ -28,7 +28,8 @@ class Space(ABC):
     def job(self, point: Point) -> tuple[CarryOut, Any]:
         """`(function, data)`: the function makes another model of a model and the data, and leaves the first alone.
 
-        Both are sent to workers, so both are small, and none of it depends on a machine.
+        Or it returns a context, within which the model itself is another. Both are sent to workers, so both are small,
+        and none of it depends on a machine.
         """
 
     @abstractmethod
@@ -100,7 +101,7 @@ class Space(ABC):
     def features(self, points: Sequence[Point]) -> np.ndarray:
         """Points as numbers, (n, n_features): knobs of numbers as they are, of texts one column an option."""
         rows = [[float(p[n] if option is None else p[n] == option) for n, option in self._columns()] for p in points]
-        return np.array(rows, dtype=float).reshape(len(points), -1)
+        return np.array(rows, dtype=float).reshape(len(points), len(self.feature_names()))
 
     def _columns(self) -> Iterator[tuple[str, Any]]:
         """Knob and option of each feature; None stands for the value itself."""

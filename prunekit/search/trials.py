@@ -125,16 +125,18 @@ class Trials:
         )
         self.study.add_trial(waiting)
 
-    def _again(self, trial: FrozenTrial) -> None:
-        """Another trial of the same point, in place of one that nobody will finish."""
-        self.study.tell(trial.number, state=TrialState.FAIL)
-        self._add(trial.params, {"round": trial.user_attrs["round"], "again": _order(trial)})
-
     def _take_back(self) -> None:
-        """Let what a dead process had claimed wait again."""
+        """Let what a dead process had claimed wait again: its trial fails, and another of the same point is added.
+
+        Whoever did so may have died between the two, so this looks for points of which nothing but that is left.
+        """
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not _alive(trial.user_attrs.get("worker")):
-                self._again(trial)
+                self.study.tell(trial.number, state=TrialState.FAIL)
+        every = self._every()
+        gone = {_order(trial): trial for trial in every if _is_given_up(trial)}
+        for order in sorted(gone.keys() - {_order(trial) for trial in every if not _is_given_up(trial)}):
+            self._add(gone[order].params, {"round": gone[order].user_attrs["round"], "again": order})
 
     def _identify(self, identity: Mapping[str, Any]) -> None:
         """Know the search again by what it is, or say so in a new journal."""
@@ -157,6 +159,11 @@ def _order(trial: FrozenTrial) -> int:
     return trial.user_attrs.get("again", trial.number)
 
 
+def _is_given_up(trial: FrozenTrial) -> bool:
+    """Whether nobody will finish it, and nothing is known of its point."""
+    return trial.state == TrialState.FAIL and "why" not in trial.user_attrs
+
+
 def _distribution(knob: Any) -> BaseDistribution:  # noqa: ANN401
     return FloatDistribution(knob.low, knob.high) if isinstance(knob, Range) else CategoricalDistribution(knob.options)
 
@@ -175,6 +182,7 @@ def _alive(worker: Mapping[str, Any] | None) -> bool:
     if worker["pid"] == os.getpid():
         return worker["run"] in _AT_WORK
     try:
-        return abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) < 1
+        process = psutil.Process(worker["pid"])
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - worker["started"]) < 1
     except psutil.Error:
         return False

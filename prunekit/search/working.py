@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from prunekit.search.metrics import Metric
 from prunekit.search.space import CarryOut
 
 _OPEN: dict[str, tuple[Any, Any]] = {}  # what this process has open, by the model's fingerprint; one at a time
+_ALONE = Lock()  # a worker of Dask may have several threads: one of them at a time has the model
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,20 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:  
     Returns:
         The figures by name, and the seconds that it took; or, where prunekit refuses, what it says.
     """
-    model, tokenizer = opened(work)
-    start = time.perf_counter()
-    try:
-        built = build(model, data)
-        figures = {metric.name: figure(metric, built, tokenizer) for metric in work.metrics}
-    except PrunekitError as error:
-        return Outcome(number, {}, str(error))
-    return Outcome(number, figures | {"seconds": time.perf_counter() - start})
+    with _ALONE:
+        model, tokenizer = opened(work)
+        start = time.perf_counter()
+        try:
+            with _entered(build(model, data)) as built:
+                figures = {metric.name: figure(metric, built, tokenizer) for metric in work.metrics}
+        except PrunekitError as error:
+            return Outcome(number, {}, str(error))
+        return Outcome(number, figures | {"seconds": time.perf_counter() - start})
+
+
+def _entered(built: Any) -> AbstractContextManager[Any]:  # noqa: ANN401
+    """What was built as a context: a model that is only for a while is one already."""
+    return built if isinstance(built, AbstractContextManager) else nullcontext(built)
 
 
 def figure(metric: Metric, model: Any, tokenizer: Any) -> float:  # noqa: ANN401
@@ -103,7 +112,7 @@ def figure(metric: Metric, model: Any, tokenizer: Any) -> float:  # noqa: ANN401
     value = metric.measure(model, tokenizer)
     try:
         value = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if math.isnan(value):
         raise PrunekitError(f"metric {metric.name!r} is no number for this model; give a function that returns one")

@@ -1,0 +1,395 @@
+"""The journal of a search: claimed once, mended where it was cut off, and what it says as a value."""
+
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from filelock import FileLock, Timeout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from search_helpers import SPACE, keys, model, read_by_optuna, score_of, the_point, wait_until
+
+import prunekit.search.trials as module
+from prunekit import PrunekitError
+from prunekit.search import Choice, KnobSpace, Metric, Pairs, Range, measure_pairs
+from prunekit.search.campaign import drawn
+from prunekit.search.trials import Trials
+
+N = 6
+IDENTITY = {"model": "m", "space": SPACE.described(), "metric": [["score", "", False]]}
+POINTS = drawn(SPACE, N, 0, ())([])
+
+
+def opened(folder, identity=IDENTITY, space=SPACE):
+    return Trials(folder / "journal.log", space, identity, maximize=False)
+
+
+def measured(point):
+    return {"score": score_of(point)}
+
+
+def finish_all(trials, refuse=None):
+    """Measure what waits; one point cannot be."""
+    while (claimed := trials.claim()) is not None:
+        number, point = claimed
+        if point == refuse:
+            trials.fail(number, "no such thing")
+        else:
+            trials.finish(number, measured(point), "score")
+
+
+def points_of(trials):
+    return [trial.params for trial in trials.finished()]
+
+
+def eventful(folder):
+    """A journal in which there is everything: points that were let go, one that failed, a round that grew."""
+    trials = opened(folder)
+    trials.add(0, drawn(SPACE, N - 2, 0, ()))
+    number, point = trials.claim()
+    trials.finish(number, measured(point), "score")
+    for _ in range(2):
+        trials.claim()
+    trials.close()
+    trials = opened(folder)
+    trials.add(0, drawn(SPACE, N, 0, ()))
+    finish_all(trials, POINTS[1])
+    trials.close()
+    return trials.path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Where many journals are written, none of them need outlive a power cut."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory):
+    return eventful(tmp_path_factory.mktemp("journal")).read_bytes()
+
+
+def test_what_is_told_is_what_was_measured(tmp_path):
+    path = eventful(tmp_path)
+    trials = opened(tmp_path)
+    expected = [POINTS[0], *POINTS[2:]]
+    assert keys(points_of(trials)) == keys(expected) and trials.failed().popitem()[1] == "no such thing"
+    table = trials.table()
+    assert table["score"].tolist() == [score_of(point) for point in expected] and set(table["round"]) == {0}
+    assert table["number"].is_unique and trials.n_open() == 0 and trials.claim() is None
+    study = read_by_optuna(path)
+    done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    assert {trial.number: (trial.params, trial.value) for trial in done} == {
+        number: (point, score_of(point)) for number, point in zip(table["number"], expected, strict=True)
+    }
+    assert study.best_params == min(expected, key=score_of)
+
+
+def test_opening_writes_nothing_more(tmp_path):
+    path = eventful(tmp_path)
+    kept = path.read_bytes()
+    for _ in range(3):
+        opened(tmp_path).close()
+    assert path.read_bytes() == kept
+
+
+def test_each_point_is_claimed_once_whoever_asks(tmp_path):
+    """Four threads, each with the journal open for itself, as processes have it."""
+    n, mine = 24, [opened(tmp_path) for _ in range(4)]
+
+    def work(trials):
+        trials.add(0, drawn(SPACE, n, 0, ()))
+        done = []
+        while (claimed := trials.claim()) is not None:
+            done.append(claimed[0])
+            trials.finish(claimed[0], measured(claimed[1]), "score")
+        return done
+
+    with ThreadPoolExecutor(4) as threads:
+        numbers = [number for done in threads.map(work, mine) for number in done]
+    assert sorted(numbers) == list(range(n))
+    for trials in mine:
+        assert keys(points_of(trials)) == keys(drawn(SPACE, n, 0, ())([]))
+
+
+def test_claims_and_points_are_added_under_the_lock(tmp_path, monkeypatch):
+    trials = opened(tmp_path)
+
+    def others_wait():
+        with pytest.raises(Timeout), FileLock(f"{trials.path}.lock", timeout=0):
+            pass
+
+    def make(there):
+        others_wait()
+        return POINTS
+
+    ask = trials.study.ask
+    monkeypatch.setattr(trials.study, "ask", lambda: (others_wait(), ask())[1])
+    trials.add(0, make)
+    assert trials.claim() is not None
+    with FileLock(f"{trials.path}.lock", timeout=0):  # and then they need not
+        pass
+
+
+@pytest.fixture
+def sleeper():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def claimed_by(trials, process, monkeypatch, **changes):
+    """A claim of another process."""
+    me = {**module._me(), "pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_me", lambda: me | changes)
+        return trials.claim()
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_what_a_dead_process_had_claimed_waits_again(tmp_path, monkeypatch, sleeper, reaped):
+    trials = opened(tmp_path)
+    trials.add(0, lambda _: POINTS[:2])
+    _, point = claimed_by(trials, sleeper, monkeypatch)
+    number, other = trials.claim()
+    trials.finish(number, measured(other), "score")
+    assert trials.claim() is None and trials.n_open() == 1  # the other process is alive
+    sleeper.kill()
+    if reaped:
+        sleeper.wait()
+    else:  # whose parent does not ask how it ended: a zombie
+        wait_until(lambda: psutil.Process(sleeper.pid).status() == psutil.STATUS_ZOMBIE)
+    assert trials.claim()[1] == point != other
+
+
+def test_a_process_of_the_same_number_is_not_the_one_that_claimed(tmp_path, monkeypatch, sleeper):
+    trials = opened(tmp_path)
+    trials.add(0, lambda _: POINTS[:1])
+    _, point = claimed_by(trials, sleeper, monkeypatch, started=psutil.Process(sleeper.pid).create_time() - 100)
+    assert trials.claim()[1] == point
+
+
+def test_a_process_of_another_machine_counts_as_alive(tmp_path, monkeypatch, sleeper):
+    trials = opened(tmp_path)
+    trials.add(0, lambda _: POINTS[:1])
+    claimed_by(trials, sleeper, monkeypatch, host="elsewhere")
+    sleeper.kill()
+    sleeper.wait()
+    assert trials.claim() is None and trials.n_open() == 1
+
+
+def complete(data):
+    """Numbers of the trials whose end stands in the whole lines of a journal."""
+    lines = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+    return sorted(line["trial_id"] for line in lines if line["op_code"] == 6 and line["state"] == 1)
+
+
+def cuts(data):
+    """Where to cut: at every end of a line, before and behind it, inside, and everywhere in the last lines."""
+    ends = [0, *(i + 1 for i, byte in enumerate(data) if byte == 10)]
+    around = {end + by for end in ends for by in (-1, 0, 1)} | {(a + b) // 2 for a, b in pairwise(ends)}
+    return sorted(cut for cut in around if 0 <= cut <= len(data)), range(ends[-4], len(data) + 1)
+
+
+def test_a_journal_cut_off_anywhere_keeps_what_is_whole_and_goes_on(tmp_path, journal, quick):
+    path, expected = tmp_path / "journal.log", sorted(keys([POINTS[0], *POINTS[2:]]))
+    for cut in cuts(journal)[0]:
+        path.write_bytes(journal[:cut])
+        trials = opened(tmp_path)
+        before = {trial.number: (trial.params, trial.value) for trial in trials.finished()}
+        assert sorted(before) == complete(journal[:cut]), cut
+        trials.add(0, drawn(SPACE, N, 0, ()))
+        finish_all(trials, POINTS[1])
+        after = {trial.number: (trial.params, trial.value) for trial in trials.finished()}
+        assert before.items() <= after.items(), cut
+        assert sorted(keys(points_of(trials))) == expected and len(trials.failed()) == 1, cut
+        assert points_of(trials) == [POINTS[0], *POINTS[2:]], cut
+        trials.close()
+
+
+def test_every_byte_of_the_last_lines_may_be_the_last(tmp_path, journal, quick):
+    for cut in cuts(journal)[1]:
+        (tmp_path / "journal.log").write_bytes(journal[:cut])
+        trials = opened(tmp_path)
+        assert sorted(trial.number for trial in trials.finished()) == complete(journal[:cut]), cut
+        trials.close()
+
+
+def test_a_line_that_another_left_half_written_is_mended_by_the_next(tmp_path):
+    trials, other = opened(tmp_path), opened(tmp_path)
+    trials.add(0, lambda _: POINTS[:3])
+    for half in (b'{"op_code":6,"wor', b'{"op_code":4,"worker_id":"x"}', b"\0\0\0"):  # the second: all but its end
+        number, point = trials.claim()
+        with trials.path.open("ab") as file:
+            file.write(half)
+        assert other.n_open() + len(other.finished()) == 3
+        trials.finish(number, measured(point), "score")
+    assert points_of(trials) == points_of(other) == points_of(opened(tmp_path)) == POINTS[:3]
+    assert all(json.loads(line) for line in trials.path.read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("line", [b"", b"{}", b"[]", b"17", b'{"op_code":6,"wor', b"\xff\xfe", b'"op_code"'])
+def test_a_line_broken_in_the_middle_is_refused_by_its_number(tmp_path, journal, line):
+    path, lines = tmp_path / "journal.log", journal.splitlines()
+    for number in (1, 2, len(lines) // 2, len(lines)):
+        broken = b"\n".join([*lines[: number - 1], line, *lines[number:], b""])
+        path.write_bytes(broken)
+        with pytest.raises(PrunekitError, match=f"line {number} of .*journal.log"):
+            opened(tmp_path)
+        assert path.read_bytes() == broken
+
+
+def test_what_is_no_journal_is_refused(tmp_path):
+    path = tmp_path / "journal.log"
+    for content in (b"a,b\n1,2\n", b"{}\n", b"\x89PNG\r\n\x1a\n\0", b"[" * 100_000 + b"\n", b'{"op_code":0}\n'):
+        path.write_bytes(content)
+        with pytest.raises(PrunekitError, match="journal.log"):
+            opened(tmp_path)
+        assert path.read_bytes() == content or not content.endswith(b"\n")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(PrunekitError, match="choose another folder"):
+        opened(tmp_path)
+
+
+@given(start=st.floats(0, 1), length=st.integers(0, 300), new=st.binary(max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_journal_has_become_it_is_opened_or_refused(tmp_path_factory, journal, start, length, new):
+    folder, at = tmp_path_factory.mktemp("damaged"), int(start * len(journal))
+    (folder / "journal.log").write_bytes(journal[:at] + new + journal[at + length :])
+    try:
+        opened(folder).close()
+    except PrunekitError as error:
+        assert "journal.log" in str(error)
+
+
+@pytest.mark.parametrize("name", ["model", "space", "metric"])
+def test_a_journal_of_another_search_is_refused_by_what_differs(tmp_path, name):
+    path = eventful(tmp_path)
+    kept = path.read_bytes()
+    with pytest.raises(PrunekitError, match=f"is of another search: its {name} differ"):
+        opened(tmp_path, {**IDENTITY, name: "another"})
+    assert path.read_bytes() == kept
+    opened(tmp_path)
+
+
+def test_an_interrupted_finish_leaves_nothing_half_told(tmp_path, monkeypatch):
+    """Between the figures and the end of a trial: it is measured again."""
+    trials = opened(tmp_path)
+    trials.add(0, lambda _: POINTS[:1])
+    number, point = trials.claim()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trials.study, "tell", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        trials.finish(number, measured(point), "score")
+    trials.close()
+    trials = opened(tmp_path)
+    assert not trials.finished() and len(trials.table()) == 0
+    finish_all(trials)
+    assert points_of(trials) == POINTS[:1]
+
+
+def test_infinite_figures_are_kept(tmp_path):
+    trials = opened(tmp_path)
+    trials.add(0, lambda _: POINTS[:2])
+    for value in (math.inf, 2.0):
+        trials.finish(trials.claim()[0], {"score": value}, "score")
+    assert opened(tmp_path).table()["score"].tolist() == [math.inf, 2.0]
+
+
+def pairs_of(points, values, space=SPACE, **options):
+    rows = [
+        {"number": i, "round": 0, **point, "parameters": 10.0 * i, "score": value, "seconds": 0.5}
+        for i, (point, value) in enumerate(zip(points, values, strict=True))
+    ]
+    table = pd.DataFrame(rows, columns=None if rows else ["number", "round", *space.knobs])
+    return Pairs(space, table, "score", **options)
+
+
+ODD = KnobSpace({"n": Choice((1, 2.5)), "flag": Choice((False, 3)), "wide": Range(0, 4)}, the_point)
+NUMBERS = KnobSpace({"n": Choice((1, 2)), "wide": Range(0, 4)}, the_point)
+
+
+@pytest.mark.parametrize("space", [SPACE, ODD, NUMBERS])
+def test_points_come_out_of_the_table_as_they_went_in(tmp_path, space):
+    found = measure_pairs(
+        space, model(), None, 6, metric=Metric("score", lambda point, _: len(point)), seed=3, folder=tmp_path
+    )
+    expected = space.sample(6, np.random.default_rng(3))
+    assert keys(found.points) == keys(expected) and found.points == expected
+    assert keys([found.best()]) == keys(expected[:1])
+    assert [type(v) for v in found.points[0].values()] == [type(v) for v in expected[0].values()]
+
+
+def test_a_budget_that_is_a_knob_is_read_as_what_was_used_of_it():
+    space = KnobSpace({"parameters": Range(15.0, 25.0)}, the_point)
+    assert pairs_of([{}] * 4, [1.0] * 4, space).points == [{"parameters": value} for value in (15.0, 15.0, 20.0, 25.0)]
+
+
+FIGURES = st.integers(1, 12).map(lambda n: math.inf if n > 10 else n / 4)
+
+
+@given(
+    rows=st.lists(st.tuples(FIGURES, st.integers(0, 5)), min_size=1, max_size=12),
+    maximize=st.booleans(),
+    log=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_no_row_of_the_front_is_beaten_and_every_other_is(rows, maximize, log):
+    points = SPACE.sample(len(rows), np.random.default_rng(0))
+    sign = -1 if maximize else 1
+    table = pairs_of(points, [sign * value if not log else value for value, _ in rows]).table
+    table["parameters"] = [float(cost) for _, cost in rows]
+    pairs = Pairs(SPACE, table, "score", maximize, log)
+    low = (table["score"] * sign).tolist()
+    front = pairs.front()
+    for i, (value, cost) in enumerate(zip(low, table["parameters"], strict=True)):
+        others = [(low[j], table["parameters"][j]) for j in range(len(rows)) if j != i]
+        beaten = any(v <= value and c <= cost and (v, c) != (value, cost) for v, c in others)
+        if i in front.index:
+            assert not beaten
+        else:
+            assert beaten or (value, cost) in [(low[j], table["parameters"][j]) for j in front.index]
+    assert front["parameters"].is_monotonic_increasing and "_value" not in front
+    assert pairs.best_row()["score"] * sign == min(low) and pairs.best() == points[low.index(min(low))]
+    for limit in {cost for _, cost in rows}:
+        best = pairs.best_row(parameters=limit)
+        assert best["parameters"] <= limit
+        assert best["score"] * sign == min(v for v, c in zip(low, table["parameters"], strict=True) if c <= limit)
+    assert np.isfinite(pairs.values).all()
+    assert (np.diff(pairs.values[np.argsort(low, kind="stable")]) >= -1e-12).all()
+
+
+def test_values_are_low_for_better_and_finite():
+    figures = [4.0, 1.0, math.inf, 2.0]
+    pairs = pairs_of(POINTS[:4], figures, log=True)
+    np.testing.assert_allclose(pairs.values, np.log([4.0, 1.0, 4.0, 2.0]))
+    assert pairs.best() == POINTS[1] and repr(pairs) == "Pairs(4 points; best score 1)"
+    most = pairs_of(POINTS[:4], [-4.0, -1.0, -math.inf, -2.0], maximize=True)
+    assert most.values.tolist() == [4.0, 1.0, 4.0, 2.0] and most.best() == POINTS[1]
+    assert repr(most) == "Pairs(4 points; best score -1)"
+    assert pairs_of(POINTS[:3], [math.inf, 7.0, math.inf]).best() == POINTS[1]
+    assert pairs_of(POINTS[:2], [math.inf] * 2).values.tolist() == [0.0, 0.0]
+
+
+def test_pairs_tell_what_they_are():
+    pairs = pairs_of(POINTS[:2], [2.25, 1.25], failed={7: "no such thing"})
+    assert len(pairs) == 2 and "1 could not be measured" in repr(pairs)
+    html = pairs._repr_html_()
+    assert repr(pairs) in html and html.count("<tr") == 3 and html.index("1.25") < html.index("2.25")
+    for attempt in (lambda: pairs.best(macs=3), lambda: pairs.front("macs")):
+        with pytest.raises(PrunekitError, match="'macs' was not noted; choose from number, round"):
+            attempt()
+    with pytest.raises(PrunekitError, match="none of 2 pairs costs at most {'parameters': -1}; the least is"):
+        pairs.best(parameters=-1)
+    none = pairs_of([], [])
+    assert none.points == [] and len(none) == 0 and "none measured" in repr(none) and repr(none) in none._repr_html_()
+    with pytest.raises(PrunekitError):
+        none.best()
