@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab tour test bench bench-quality bench-sparsity bench-lorashear bench-llmcompressor lint clean
+.PHONY: help setup lab tour test bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-llmcompressor lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,10 @@ bench-sparsity: setup ## zeros by four methods on the world and on an OPT, over 
 bench-lorashear: setup ## pruning while training beside pruning first, over seeds: hours; goes on where it was
 	$(BIN)/python benchmarks/lorashear.py world
 	$(BIN)/python benchmarks/lorashear.py stories260K
+
+bench-predictor: setup ## architectures found by a predictor beside rules and random search, over seeds: an hour; goes on where it was
+	$(BIN)/python benchmarks/predictor.py
+	$(BIN)/python benchmarks/predictor.py speed
 
 bench-llmcompressor: setup .venv-llmcompressor/.installed ## all of benchmarks/sparsity.py, beside llm-compressor from an environment of its own
 	$(BIN)/python benchmarks/sparsity.py --full

@@ -49,7 +49,7 @@ def wait_until(what: Callable[[], bool]) -> None:
     while not what():
         if time.monotonic() > end:
             raise TimeoutError("waited in vain")
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def gated(point, tokenizer, *, folder: Path, free: int):

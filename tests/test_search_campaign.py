@@ -17,6 +17,7 @@ from evaluation_helpers import TEXT, byte_tokenizer, llama
 from joblib.externals.loky import get_reusable_executor
 from search_helpers import (
     KNOBS,
+    PATIENCE,
     SCORE,
     SPACE,
     gated,
@@ -32,7 +33,7 @@ from search_helpers import (
     threads_of,
     together,
     wait_until,
-)  # fmt: skip
+)
 from shared import ROOT, run_script
 
 from prunekit import PrunekitError, save
@@ -57,49 +58,50 @@ def expected():
 
 def told(pairs):
     """The table without what differs from run to run."""
-    return pairs.table.drop(columns=["number", "seconds"])[["round", *KNOBS, "score"]]
+    return pairs.table[["round", *KNOBS, "score"]]
 
 
 def same(pairs, table):
-    pd.testing.assert_frame_equal(told(pairs).reset_index(drop=True), table, check_exact=True)
+    """Whether these are the pairs of the table, and the points that the seed 0 draws."""
+    pd.testing.assert_frame_equal(told(pairs), table, check_exact=True)
     return keys(pairs.points) == keys(SPACE.sample(len(table), np.random.default_rng(0)))
 
 
 def done_in(folder):
-    """Number → point and value, of what Optuna says is complete."""
+    """Number → point, value and time, of what Optuna says is complete."""
     study = read_by_optuna(folder / "journal.log")
     return {t.number: (t.params, t.value, t.datetime_complete) for t in study.trials if t.state.name == "COMPLETE"}
 
 
-def waiting(folder, name, measure, **options):
-    """A metric whose workers meet in a folder of their own; elsewhere it counts as the score."""
-    (folder / name).mkdir(exist_ok=True)
-    return Metric("score", partial(measure, folder=folder / name, **options))
+def waiting(measure, folder, **options):
+    """A score that is told when others are there, who show themselves in a folder."""
+    folder.mkdir(exist_ok=True)
+    return Metric("score", partial(measure, folder=folder, **options))
 
 
-def script(folder, call, before=""):
-    """A script that measures with two helpers' names at hand; its folder is the argument."""
+def script(folder, body):
+    """A script that finds all that it needs, and its own folder."""
     path = folder / "script.py"
-    path.write_text(f"""
-import sys
+    head = """
 from functools import partial
 from pathlib import Path
+
 from evaluation_helpers import llama
 from search_helpers import *
 from prunekit.search import KnobSpace, Metric, measure_pairs
-folder = Path(sys.argv[1])
-{before}
+
+folder = Path(__file__).parent
 if __name__ == "__main__":
-{call}
-""")
+"""
+    path.write_text(head + body)
     return path
 
 
 @contextmanager
-def started(path, *given):
+def started(path):
     """A script in a process group of its own, of which nothing is left."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)])}
-    process = subprocess.Popen([sys.executable, str(path), *given], env=environment, start_new_session=True)
+    process = subprocess.Popen([sys.executable, str(path)], env=environment, start_new_session=True)
     try:
         yield process
     finally:
@@ -109,14 +111,20 @@ def started(path, *given):
 
 
 @contextmanager
-def killed(tmp_path, metric, whole_group):
+def killed(tmp_path, whole_group):
     """A run of two workers, killed when five of its points are measured and two are being measured."""
-    call = f"    measure_pairs(SPACE, llama(), None, {N}, metric=metric, folder=folder / 'search', n_jobs=2)"
-    before = "metric = Metric('score', partial(gated, folder=folder / 'gate', free=5))"
-    journal = tmp_path / "search" / "journal.log"
-    with started(script(tmp_path, call, before), str(tmp_path)) as process:
-        wait_until(lambda: states_of(journal).count("COMPLETE") == 5 or process.poll() is not None)
-        assert process.poll() is None and states_of(journal).count("RUNNING") >= 2
+    body = f"""
+    metric = Metric("score", partial(gated, folder=folder / "gate", free=5))
+    measure_pairs(SPACE, llama(), None, {N}, metric=metric, folder=folder / "search", n_jobs=2)
+"""
+
+    def halfway():
+        states = states_of(tmp_path / "search" / "journal.log")
+        return (states.count("COMPLETE") == 5 and states.count("RUNNING") >= 2) or process.poll() is not None
+
+    with started(script(tmp_path, body)) as process:
+        wait_until(halfway)
+        assert process.poll() is None
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
         (tmp_path / "gate" / "open").touch()
@@ -127,7 +135,7 @@ def test_workers_measure_what_one_process_does(tmp_path, expected):
     """Both of them, elsewhere, with one thread each, and the model loaded once."""
     before = torch.get_num_threads()
     also = [Metric("pid", pid_of), Metric("threads", threads_of), Metric("loads", loads_of)]
-    metric, space = waiting(tmp_path, "meet", together, n=2), KnobSpace(KNOBS, noting)
+    metric, space = waiting(together, tmp_path / "meet", n=2), KnobSpace(KNOBS, noting)
     pairs = measure_pairs(space, llama(5), None, N, metric=metric, also=also, n_jobs=2, folder=tmp_path / "search")
     assert same(pairs, expected)
     assert pairs.table["pid"].nunique() == 2 and os.getpid() not in set(pairs.table["pid"])
@@ -160,6 +168,18 @@ def has_tokenizer(model, tokenizer):
     return float(tokenizer is not None)
 
 
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_killed_run_goes_on_in_another_process(tmp_path, expected, whole_group):
+    metric = waiting(gated, tmp_path / "gate", free=5)
+    with killed(tmp_path, whole_group) as folder:
+        before = done_in(folder)
+        pairs = measure_pairs(SPACE, llama(), None, N, metric=metric, folder=folder, n_jobs=2)
+        after = done_in(folder)
+        assert len(before) == 5 and len(after) == N and all(after[number] == before[number] for number in before)
+        assert same(pairs, expected) and set(before) <= set(pairs.table["number"])
+        assert not {"RUNNING", "WAITING"} & set(states_of(folder / "journal.log"))
+
+
 def test_a_source_that_holds_another_model_is_refused(tmp_path):
     save(llama(6), tmp_path / "other")
     options = {"metric": SCORE, "n_jobs": 2, "folder": tmp_path / "search"}
@@ -174,9 +194,9 @@ def test_a_source_that_holds_another_model_is_refused(tmp_path):
 def test_what_stops_a_worker_leaves_its_points_waiting(tmp_path, expected):
     (tmp_path / "broken").touch()
     metric = Metric("score", partial(score_unless, file=tmp_path / "broken"))
-    options = {"metric": metric, "folder": tmp_path / "search", "n_jobs": 2}
+    options = {"metric": metric, "folder": tmp_path / "search"}
     with pytest.raises(RuntimeError, match="a bug"):
-        measure_pairs(SPACE, llama(), None, N, **options)
+        measure_pairs(SPACE, llama(), None, N, **options, n_jobs=2)
     assert "RUNNING" not in states_of(tmp_path / "search" / "journal.log")
     (tmp_path / "broken").unlink()
     pairs = measure_pairs(SPACE, llama(), None, N, **options)
@@ -190,6 +210,42 @@ def score_unless(point, tokenizer, *, file):
     return score_of(point)
 
 
+def test_two_processes_share_the_work(tmp_path, expected):
+    """Neither finishes its first point before both have one."""
+    body = f"""
+    metric = Metric("score", partial(together, folder=folder / "meet", n=2))
+    measure_pairs(SPACE, llama(), None, {N}, metric=metric, folder=folder / "search").table.to_pickle(folder / "table")
+"""
+    metric, folder = waiting(together, tmp_path / "meet", n=2), tmp_path / "search"
+    with started(script(tmp_path, body)) as process:
+        pairs = measure_pairs(SPACE, llama(), None, N, metric=metric, folder=folder)
+        assert process.wait(timeout=PATIENCE) == 0
+        trials = read_by_optuna(folder / "journal.log").trials
+        assert {trial.user_attrs["worker"]["pid"] for trial in trials} == {os.getpid(), process.pid}
+    assert same(pairs, expected) and states_of(folder / "journal.log") == ["COMPLETE"] * N
+    pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "table"), pairs.table, check_exact=True)
+
+
+def test_dask_measures_what_one_process_does(tmp_path, expected):
+    body = f"""
+    from dask.distributed import Client, LocalCluster
+
+    workers = {{"n_workers": 2, "threads_per_worker": 1, "processes": True}}
+    with LocalCluster(**workers, dashboard_address=None, host="127.0.0.1") as cluster, Client(cluster) as client:
+        client.wait_for_workers(2)
+        metric = Metric("score", partial(together, folder=folder / "meet", n=2))
+        options = {{"also": [Metric("pid", pid_of), Metric("loads", loads_of)], "n_jobs": -1, "backend": "dask"}}
+        pairs = measure_pairs(KnobSpace(KNOBS, noting), llama(), None, {N}, metric=metric, **options)
+        pairs.table.to_pickle(folder / "table")
+"""
+    (tmp_path / "meet").mkdir()
+    done = run_script(script(tmp_path, body))
+    assert done.returncode == 0, done.stderr
+    table = pd.read_pickle(tmp_path / "table")
+    pd.testing.assert_frame_equal(table[["round", *KNOBS, "score"]], expected, check_exact=True)
+    assert table["pid"].nunique() == 2 and set(table["loads"]) == {1}
+
+
 class Unmakeable(KnobSpace):
     """Whose points cannot all be told to a worker."""
 
@@ -199,60 +255,10 @@ class Unmakeable(KnobSpace):
         return super().job(point)
 
 
-@pytest.mark.parametrize("whole_group", [False, True])
-def test_a_killed_run_goes_on_in_another_process(tmp_path, expected, whole_group):
-    metric = waiting(tmp_path, "gate", gated, free=5)
-    with killed(tmp_path, metric, whole_group) as folder:
-        before = done_in(folder)
-        pairs = measure_pairs(SPACE, llama(), None, N, metric=metric, folder=folder, n_jobs=2)
-        after = done_in(folder)
-        assert len(before) == 5 and len(after) == N and all(after[number] == before[number] for number in before)
-        assert same(pairs, expected) and set(before) <= set(pairs.table["number"])
-        assert not {"RUNNING", "WAITING"} & set(states_of(folder / "journal.log"))
-
-
-@pytest.mark.parametrize("n_jobs", [1, 2])
-def test_what_cannot_even_be_sent_stops_the_run_too(tmp_path, n_jobs):
+def test_what_cannot_even_be_sent_stops_the_run_too(tmp_path):
     with pytest.raises(RuntimeError, match="no job"):
-        measure_pairs(Unmakeable(KNOBS, the_point), llama(), None, N, metric=SCORE, n_jobs=n_jobs, folder=tmp_path)
+        measure_pairs(Unmakeable(KNOBS, the_point), model(), None, N, metric=SCORE, folder=tmp_path)
     assert "RUNNING" not in states_of(tmp_path / "journal.log")
-
-
-def test_two_processes_share_the_work(tmp_path, expected):
-    """Neither finishes its first point before both have one."""
-    call = (
-        f"    measure_pairs(SPACE, llama(), None, {N}, metric=metric, folder=folder / 's').table.to_csv(folder / 't')"
-    )
-    before = "metric = Metric('score', partial(together, folder=folder / 'meet', n=2))"
-    metric, folder = waiting(tmp_path, "meet", together, n=2), tmp_path / "s"
-    with started(script(tmp_path, call, before), str(tmp_path)) as process:
-        pairs = measure_pairs(SPACE, llama(), None, N, metric=metric, folder=folder)
-        assert process.wait(timeout=300) == 0
-        trials = read_by_optuna(folder / "journal.log").trials
-        assert {trial.user_attrs["worker"]["pid"] for trial in trials} == {os.getpid(), process.pid}
-    assert same(pairs, expected) and states_of(folder / "journal.log") == ["COMPLETE"] * N
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t", index_col=0), pairs.table)
-
-
-def test_dask_measures_what_one_process_does(tmp_path, expected):
-    call = f"""
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1") as c:
-        with Client(c) as client:
-            client.wait_for_workers(2)
-            options = {{"n_jobs": -1, "backend": "dask", "also": [Metric("pid", pid_of), Metric("loads", loads_of)]}}
-            pairs = measure_pairs(KnobSpace(KNOBS, noting), llama(), None, {N}, metric=metric, **options)
-            pairs.table.to_pickle(folder / "table")
-    """
-    before = """
-from dask.distributed import Client, LocalCluster
-metric = Metric("score", partial(together, folder=folder / "meet", n=2))
-"""
-    (tmp_path / "meet").mkdir()
-    done = run_script(script(tmp_path, call, before), str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    table = pd.read_pickle(tmp_path / "table")
-    pd.testing.assert_frame_equal(table[["round", *KNOBS, "score"]], expected, check_exact=True)
-    assert table["pid"].nunique() == 2 and set(table["loads"]) == {1}
 
 
 def test_more_points_are_those_of_a_run_that_asked_for_them_at_once(tmp_path, expected):

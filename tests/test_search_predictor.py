@@ -90,7 +90,7 @@ def test_shap_values_share_out_what_is_expected():
     taught, points = fitted(), PAIRS.points
     shap, expected = taught.shap(points), taught.predict(points)
     assert list(shap) == SPACE.feature_names()
-    rest = expected - shap.sum(axis=1)
+    rest = np.log(expected - taught._floor) - shap.sum(axis=1)
     assert np.allclose(rest, rest.iloc[0])  # the same for all: what is expected of a point at large
     assert shap["by=bad"].abs().mean() > 10 * shap["c"].abs().mean()
 
@@ -250,6 +250,16 @@ def test_a_search_goes_on_where_it_was(tmp_path):
     assert len(calls) == 30 and again.rounds.equals(whole.rounds)
     one, other, part = (found.pairs.table.drop(columns="seconds") for found in (whole, again, first))
     assert one.equals(other) and part.equals(one.head(25))
+
+
+def test_a_round_that_was_half_added_gets_the_points_that_are_missing(tmp_path):
+    options = {"metric": BOWL, "n_pairs": 20, "n_rounds": 1, "top_k": 6, "trees": FEW, "folder": tmp_path}
+    whole = search_space(SPACE, MODEL, None, **options).pairs.points
+    journal = tmp_path / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    added = [n for n, line in enumerate(lines) if json.loads(line)["op_code"] == 4]  # Optuna's "create a trial"
+    journal.write_bytes(b"".join(lines[: added[22]]))  # killed when two of the six stood there
+    assert search_space(SPACE, MODEL, None, **options).pairs.points == whole
 
 
 def test_more_is_better_where_the_metric_says_so():

@@ -8,18 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
+import optuna
 import pandas as pd
 import psutil
 import pytest
 from filelock import FileLock, Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_helpers import SPACE, keys, model, read_by_optuna, score_of, the_point, wait_until
+from search_helpers import SPACE, keys, model, read_by_optuna, score_of, states_of, the_point, wait_until
 
 import prunekit.search.trials as module
 from prunekit import PrunekitError
 from prunekit.search import Choice, KnobSpace, Metric, Pairs, Range, measure_pairs
 from prunekit.search.campaign import drawn
+from prunekit.search.journal import Journal
 from prunekit.search.trials import Trials
 
 N = 6
@@ -119,22 +121,25 @@ def test_each_point_is_claimed_once_whoever_asks(tmp_path):
         assert keys(points_of(trials)) == keys(drawn(SPACE, n, 0, ())([]))
 
 
-def test_claims_and_points_are_added_under_the_lock(tmp_path, monkeypatch):
-    trials = opened(tmp_path)
+def test_all_is_written_under_a_lock_that_is_taken_first(tmp_path, monkeypatch):
+    """Else two would claim the same, or two threads wait for each other, as Optuna's storage has a lock of its own."""
+    path, append, ask = tmp_path / "journal.log", Journal.append_logs, optuna.Study.ask
 
     def others_wait():
-        with pytest.raises(Timeout), FileLock(f"{trials.path}.lock", timeout=0):
+        with pytest.raises(Timeout), FileLock(f"{path}.lock", timeout=0):
             pass
+        return True
 
-    def make(there):
-        others_wait()
-        return POINTS
-
-    ask = trials.study.ask
-    monkeypatch.setattr(trials.study, "ask", lambda: (others_wait(), ask())[1])
-    trials.add(0, make)
-    assert trials.claim() is not None
-    with FileLock(f"{trials.path}.lock", timeout=0):  # and then they need not
+    monkeypatch.setattr(Journal, "append_logs", lambda *args: others_wait() and append(*args))
+    monkeypatch.setattr(optuna.Study, "ask", lambda *args: others_wait() and ask(*args))
+    trials = opened(tmp_path)
+    trials.add(0, lambda _: POINTS if others_wait() else [])
+    (one, point), (other, _), _ = (trials.claim() for _ in range(3))
+    trials.finish(one, measured(point), "score")
+    trials.fail(other, "no such thing")
+    trials.close()
+    assert states_of(path).count("WAITING") == N - 2
+    with FileLock(f"{path}.lock", timeout=0):  # and then they need not
         pass
 
 
@@ -294,6 +299,14 @@ def test_an_interrupted_finish_leaves_nothing_half_told(tmp_path, monkeypatch):
     assert not trials.finished() and len(trials.table()) == 0
     finish_all(trials)
     assert points_of(trials) == POINTS[:1]
+
+
+def test_what_is_closed_claims_nothing_more(tmp_path):
+    trials = opened(tmp_path)
+    trials.add(0, lambda _: POINTS)
+    assert trials.claim() is not None
+    trials.close()
+    assert trials.claim() is None and states_of(trials.path).count("WAITING") == N
 
 
 def test_infinite_figures_are_kept(tmp_path):

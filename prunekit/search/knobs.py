@@ -30,10 +30,11 @@ class Range:
         return float(rng.uniform(self.low, self.high))
 
     def move(self, value: float, rng: np.random.Generator) -> float:
-        """One nearby, or one of the ends."""
-        if rng.random() < 0.2:
+        """One nearby, at any scale, or one of the ends."""
+        if rng.random() < 0.15:
             return float(rng.choice([self.low, self.high]))
-        return self.nearest(value + rng.normal(0, (self.high - self.low) / 5))
+        step = (self.high - self.low) * 10 ** rng.uniform(-2, -0.5)
+        return self.nearest(value + rng.normal(0, step))
 
     def nearest(self, value: float) -> float:
         """The value itself where it lies inside."""

@@ -15,6 +15,7 @@ from prunekit.files import write_text
 from prunekit.search.space import Point, Space
 
 _FORMAT = "prunekit.predictor/1"
+BETTER = 0.05  # of the way from the best to the median, by which the best could be better
 FEWEST = 10  # pairs, below which nothing is learned
 
 
@@ -31,16 +32,17 @@ class Trees:
         min_pairs: in a leaf.
         seed: of what chance there is.
 
-    Source: GBDT-NAS (Luo et al. 2020): 100 rounds, 31 leaves, .05. Its leaves hold LightGBM's default of 20 pairs, of
-        thousands; here pairs are hundreds. Several models are ours: one alone expects the same of all points that fall
-        into a leaf, and cannot tell the best from each other.
+    Source: GBDT-NAS (Luo et al. 2020): 100 trees of 31 leaves at .05, with LightGBM's default of 20 pairs a leaf, of
+        thousands; here pairs are hundreds. Several models, and thresholds drawn at random (extremely randomized trees,
+        Geurts et al. 2006), are ours: trees that place each threshold where it fits best expect the same of all points
+        in a leaf, and cannot tell the best of them from each other.
     """
 
     n_models: int = 10
-    n_trees: int = 100
+    n_trees: int = 200
     n_leaves: int = 31
     learning_rate: float = 0.05
-    min_pairs: int = 3
+    min_pairs: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,13 +57,18 @@ class AccuracyPredictor:
     Trees, and LightGBM's: hundreds of pairs of shares and choices are what boosted trees are good at; its models are
     plain text, so that no pickle is read or written; and it computes exact SHAP values itself.
 
-    Source: Ji et al. (arXiv 2309.09507), a gradient-boosted-tree regressor; its settings are GBDT-NAS's.
+    What the trees learn is the logarithm of how much worse a point is than a little better than the best: most points
+    that are drawn are far from good, and squares of plain differences would teach how bad they are, and no more.
+
+    Source: Ji et al. (arXiv 2309.09507), a gradient-boosted-tree regressor. Reconstructed: its features and settings,
+        for which see `Trees`; the logarithm is ours.
     """
 
     def __init__(self, space: Space, trees: Trees | None = None) -> None:
         """Of which space, and how."""
         self.space, self.trees = space, trees or Trees()
         self._models: list[Any] = []
+        self._floor = 0.0
 
     def fit(self, points: Sequence[Point], values: Sequence[float] | np.ndarray) -> "AccuracyPredictor":
         """Learn from points and what was measured of them, lower being better.
@@ -77,10 +84,12 @@ class AccuracyPredictor:
                 f"{len(features)} points and {len(wanted)} values, {int((~np.isfinite(wanted)).sum())} of them not "
                 f"finite; give at least {FEWEST} points with a finite value each"
             )
+        least = float(wanted.min())
+        self._floor = least - max(BETTER * (float(np.median(wanted)) - least), 1e-9 * max(1.0, abs(least)))
         self._models = []
         for number in range(self.trees.n_models):
             rows = self._drawn(len(wanted), number)
-            data = lightgbm.Dataset(features[rows], wanted[rows], free_raw_data=True)
+            data = lightgbm.Dataset(features[rows], np.log(wanted[rows] - self._floor))
             self._models.append(lightgbm.train(self._settings(number), data, self.trees.n_trees))
         return self
 
@@ -90,12 +99,13 @@ class AccuracyPredictor:
         Raises:
             PrunekitError: nothing was learned yet.
         """
-        return self._mean(points)
+        return self._floor + np.exp(self._mean(points))
 
     def shap(self, points: Sequence[Point]) -> pd.DataFrame:
         """How much each feature of each point moves what is expected of it, one row a point, one column a feature.
 
-        Exact SHAP values of the trees, in the units of what was learned: below 0 is to the good.
+        Exact SHAP values of the trees, added up over features the logarithm of how much worse than the best a point is:
+        .1 is a tenth more of that, and below 0 is to the good.
 
         Raises:
             PrunekitError: nothing was learned yet.
@@ -113,7 +123,7 @@ class AccuracyPredictor:
         self._check_fitted()
         models = [model.model_to_string() for model in self._models]
         content = {"format": _FORMAT, "trees": asdict(self.trees), "features": self.space.feature_names()}
-        write_text(Path(path), json.dumps(content | {"models": models}, indent=1))
+        write_text(Path(path), json.dumps(content | {"floor": self._floor, "models": models}, indent=1))
 
     @classmethod
     def load(cls, path: str | Path, space: Space) -> "AccuracyPredictor":
@@ -129,6 +139,7 @@ class AccuracyPredictor:
             if content["format"] != _FORMAT:
                 raise KeyError("format")
             found = cls(space, Trees(**content["trees"]))
+            found._floor = float(content["floor"])
             found._models = [lightgbm.Booster(model_str=text) for text in content["models"]]
         except (OSError, ValueError, LookupError, TypeError, lightgbm.basic.LightGBMError) as error:
             raise PrunekitError(f"no predictor in {str(path)!r} ({error}); give a file that save wrote") from None
@@ -157,7 +168,7 @@ class AccuracyPredictor:
             "num_leaves": self.trees.n_leaves,
             "learning_rate": self.trees.learning_rate,
             "min_data_in_leaf": self.trees.min_pairs,
-            "feature_fraction": 1.0 if self.trees.n_models == 1 else 0.6,
+            "extra_trees": True,
             "seed": self.trees.seed + number,
             "deterministic": True,
             "force_row_wise": True,

@@ -24,7 +24,7 @@ class Cut(NamedTuple):
         knob: its name.
         left: what it may still be set to.
         harm: mean SHAP value of the knob over the measured points in the part that goes, less that over all of the
-            space, in the units of what is learned.
+            space.
     """
 
     knob: str

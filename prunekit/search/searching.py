@@ -19,7 +19,7 @@ from prunekit.search.pairs import Pairs
 from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees
 from prunekit.search.proposing import PARENTS, evolve
 from prunekit.search.refining import Cut, refined
-from prunekit.search.space import Point, Space
+from prunekit.search.space import Point, Space, key_of
 from prunekit.text import TextSource
 
 
@@ -123,16 +123,17 @@ def search_space(
             rng = np.random.default_rng([seed, number])
             best = [pairs.points[i] for i in np.argsort(pairs.values, kind="stable")[:PARENTS]]
             propose = partial(evolve, inside, predictor, best, rng, n=top_k, known=pairs.points)
-            campaign.run(number, partial(_unless, propose))
+            campaign.run(number, partial(_missing, propose, top_k))
             rows.append(_row(number, campaign.pairs(before=number + 1), predictor, new))
         pairs = campaign.pairs()
     predictor = AccuracyPredictor(space, trees).fit(pairs.points, pairs.values)
     return Found(pairs, predictor, inside, pd.DataFrame(rows), cuts)
 
 
-def _unless(propose: Callable[[], list[Point]], there: list[Point]) -> list[Point]:
-    """What is proposed, unless a round has its points already."""
-    return [] if there else propose()
+def _missing(propose: Callable[[], list[Point]], n: int, there: list[Point]) -> list[Point]:
+    """What is proposed and not there; a round that has all its points already asks for nothing."""
+    known = {key_of(point) for point in there}
+    return [] if len(there) >= n else [point for point in propose() if key_of(point) not in known]
 
 
 def _row(number: int, pairs: Pairs, predictor: AccuracyPredictor, cuts: Sequence[Cut]) -> dict[str, Any]:

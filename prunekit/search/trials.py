@@ -73,7 +73,8 @@ class Trials:
         """Number and point of a trial that is now this process's; None where none waits."""
         with self.lock:
             self._take_back()
-            if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            if not waiting or self._run not in _AT_WORK:  # one of joblib's threads may ask when all is closed
                 return None
             trial = self.study.ask()
             trial.set_user_attr("worker", _me() | {"run": self._run})
@@ -83,14 +84,16 @@ class Trials:
     def finish(self, number: int, measured: Mapping[str, float], metric: str) -> None:
         """Keep what was measured of a claimed trial."""
         trial = self._claimed.pop(number)
-        trial.set_user_attr("measured", dict(measured))
-        self.study.tell(trial, measured[metric])
+        with self.lock:  # before Optuna's own, as in a claim, which another thread may be making
+            trial.set_user_attr("measured", dict(measured))
+            self.study.tell(trial, measured[metric])
 
     def fail(self, number: int, why: str) -> None:
         """Keep that a claimed trial cannot be measured, and why."""
         trial = self._claimed.pop(number)
-        trial.set_user_attr("why", why)
-        self.study.tell(trial, state=TrialState.FAIL)
+        with self.lock:
+            trial.set_user_attr("why", why)
+            self.study.tell(trial, state=TrialState.FAIL)
 
     def n_open(self) -> int:
         """Trials that wait, or that somebody runs."""
