@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_helpers import SPACE, keys, model, read_by_optuna, score_of, states_of, the_point, wait_until
 
-import prunekit.search.trials as module
 from prunekit import PrunekitError
 from prunekit.search import Choice, KnobSpace, Metric, Pairs, Range, measure_pairs
 from prunekit.search.campaign import drawn
@@ -143,19 +142,30 @@ def test_all_is_written_under_a_lock_that_is_taken_first(tmp_path, monkeypatch):
         pass
 
 
+HOLD = """
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
 @pytest.fixture
-def sleeper():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    yield process
-    process.kill()
-    process.wait()
+def sleeper(tmp_path):
+    """Another process that is at work as the run `other`."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "journal.log.other.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
 
 
-def claimed_by(trials, process, monkeypatch, **changes):
+def claimed_by_other(trials, monkeypatch):
     """A claim of another process."""
-    me = {**module._me(), "pid": process.pid, "started": psutil.Process(process.pid).create_time()}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_me", lambda: me | changes)
+        patch.setattr(trials, "_run", "other")
         return trials.claim()
 
 
@@ -163,7 +173,7 @@ def claimed_by(trials, process, monkeypatch, **changes):
 def test_what_a_dead_process_had_claimed_waits_again(tmp_path, monkeypatch, sleeper, reaped):
     trials = opened(tmp_path)
     trials.add(0, lambda _: POINTS[:2])
-    _, point = claimed_by(trials, sleeper, monkeypatch)
+    _, point = claimed_by_other(trials, monkeypatch)
     number, other = trials.claim()
     trials.finish(number, measured(other), "score")
     assert trials.claim() is None and trials.n_open() == 1  # the other process is alive
@@ -175,20 +185,15 @@ def test_what_a_dead_process_had_claimed_waits_again(tmp_path, monkeypatch, slee
     assert trials.claim()[1] == point != other
 
 
-def test_a_process_of_the_same_number_is_not_the_one_that_claimed(tmp_path, monkeypatch, sleeper):
-    trials = opened(tmp_path)
+def test_a_run_holds_its_lock_while_it_lives_and_leaves_no_file(tmp_path):
+    trials, other = opened(tmp_path), opened(tmp_path)
     trials.add(0, lambda _: POINTS[:1])
-    _, point = claimed_by(trials, sleeper, monkeypatch, started=psutil.Process(sleeper.pid).create_time() - 100)
-    assert trials.claim()[1] == point
-
-
-def test_a_process_of_another_machine_counts_as_alive(tmp_path, monkeypatch, sleeper):
-    trials = opened(tmp_path)
-    trials.add(0, lambda _: POINTS[:1])
-    claimed_by(trials, sleeper, monkeypatch, host="elsewhere")
-    sleeper.kill()
-    sleeper.wait()
-    assert trials.claim() is None and trials.n_open() == 1
+    number, point = trials.claim()
+    assert other.claim() is None and other.n_open() == 1
+    trials.close()
+    assert other.claim()[1] == point
+    other.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal.log", "journal.log.lock"]
 
 
 def complete(data):

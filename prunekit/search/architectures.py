@@ -154,6 +154,29 @@ class PlanSpace(Space):
             return None
         return {**point, **dict(zip(self.units, (units / self._slots.n_units).tolist(), strict=True))}
 
+    def check(self, point: Any) -> Point:  # noqa: ANN401
+        """The point itself.
+
+        Raises:
+            PrunekitError: it is none of this space, or misses a budget.
+        """
+        found = super().check(point)
+        for budget in self.limited:
+            limit, cost = found.get(budget.table.name, budget.limit), budget.table.of(self._gone(found))
+            if cost > limit * (1 + 1e-9):
+                raise PrunekitError(
+                    f"a point that costs {cost:,.6g} {budget.table.name} misses its budget of {limit:,.6g}; fit "
+                    "it first: space.fitted(point)"
+                )
+        return found
+
+    def _gone(self, point: Point) -> dict[str, int]:
+        """Group → how many of its units go; those of a layer that goes whole are not named."""
+        gone = {group.name: int(point[name]) for name, group in self.whole.items()}
+        lost = {group.layer for group in self.whole.values() if gone[group.name]}
+        kept = {name: group for name, group in self.units.items() if group.layer not in lost}
+        return gone | {group.name: round(point[name] * group.n_units) for name, group in kept.items()}
+
     def plan(self, point: Point) -> PruningPlan:
         """The plan that a point stands for: of each group so many units go as its share says, lowest scores first.
 
@@ -162,11 +185,8 @@ class PlanSpace(Space):
         """
         point = self.check(point)
         label = point.get(IMPORTANCE, next(iter(self.importances)))
-        gone = {group.name: [0] if point[name] else [] for name, group in self.whole.items()}
-        lost = {group.layer for group in self.whole.values() if gone[group.name]}
-        for name, group in self.units.items():
-            if group.layer not in lost:
-                gone[group.name] = self._order[label][group.name][: round(point[name] * group.n_units)]
+        order = self._order[label]
+        gone = {name: order.get(name, [0])[:number] for name, number in self._gone(point).items()}
         return plan_without(self.groups, gone, {"point": point, "importance": label})
 
     def point_of(self, plan: PruningPlan, importance: str | None = None) -> Point | None:

@@ -1,10 +1,13 @@
 """Many points measured: by one process or several, here or on a cluster, going on where it was interrupted."""
 
+import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +111,25 @@ class Campaign:
     def _measure(self, bar: tqdm) -> None:
         """Claim trial after trial, as workers become free."""
         with parallel_config(backend=self._backend):
-            workers = Parallel(n_jobs=self._n_jobs, batch_size=1, pre_dispatch="n_jobs", **_as_they_come(self._backend))
-            for outcome in workers(self._jobs()):
+            options = {} if self._backend == "ray" else {"return_as": "generator_unordered"}
+            workers = Parallel(n_jobs=self._n_jobs, batch_size=1, pre_dispatch="n_jobs", **options)
+            for outcome in chain.from_iterable(map(workers, self._waves())):
                 if outcome.why is None:
                     costs = self._costs.pop(outcome.number)
                     self.trials.finish(outcome.number, {**costs, **outcome.measured}, self.metrics[0].name)
                 else:
                     self.trials.fail(outcome.number, outcome.why)
                 bar.update()
+
+    def _waves(self) -> Iterator[Iterable[Any]]:
+        """All jobs as one; for Ray, which returns many only together, no more at once than there are workers."""
+        jobs = self._jobs()
+        if self._backend != "ray":
+            yield jobs
+            return
+        at_once = self._n_jobs if self._n_jobs > 0 else os.cpu_count() or 1
+        while wave := list(islice(jobs, at_once)):
+            yield wave
 
     def _jobs(self) -> Iterator[Any]:
         self._costs: dict[int, Mapping[str, float]] = {}
@@ -126,7 +140,8 @@ class Campaign:
 
     def _identity(self, fingerprint: str) -> dict[str, Any]:
         metrics = [[metric.name, metric.of, metric.maximize] for metric in self.metrics]
-        return {"model": fingerprint, "space": self.space.described(), "metric": metrics}
+        identity = {"model": fingerprint, "space": self.space.described(), "metric": metrics}
+        return json.loads(json.dumps(identity))  # as it will be read again
 
     def _opened(self, folder: Path, fingerprint: str) -> Work:
         """What workers are told; where they are other processes, with a copy of the model to load."""
@@ -237,8 +252,3 @@ def _known(backend: str) -> str:
     elif backend != "loky":
         raise PrunekitError(f"backend={backend!r} is unknown; give 'loky', 'dask' or 'ray'")
     return backend
-
-
-def _as_they_come(backend: str) -> dict[str, str]:
-    """Ray's backend returns all at once, the others each as it is done."""
-    return {} if backend == "ray" else {"return_as": "generator_unordered"}

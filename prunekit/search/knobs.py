@@ -57,7 +57,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         plain = isinstance(self.options, tuple) and all(isinstance(o, str | bool | int | float) for o in self.options)
-        if not plain or not self.options or len({*map(repr, self.options)}) < len(self.options):
+        if not plain or not self.options or len({*self.options}) < len(self.options):
             raise PrunekitError(
                 f"{self!r} cannot be chosen from; give a tuple of different texts, numbers or truth values"
             )

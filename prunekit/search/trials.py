@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
+from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
@@ -18,15 +18,14 @@ from prunekit.search.knobs import Range
 from prunekit.search.space import Point, Space
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
-_AT_WORK: set[str] = set()  # runs of this process that are under way
 
 
 class Trials:
     """The trials of one search, in a journal that several processes share.
 
-    A point is added once, as a waiting trial. `claim` makes it a running one, under a lock, with the name of the
-    process; what a process that is dead had claimed waits again. Optuna's own tools read the journal: its parameters
-    are the knobs, its value is the metric.
+    A point is added once, as a waiting trial. `claim` makes it a running one, under a lock, with the number of the run.
+    A run holds a lock of its own for as long as it lives; what a run has claimed whose lock can be had waits again.
+    Optuna's own tools read the journal: its parameters are the knobs, its value is the metric.
     """
 
     def __init__(self, path: Path, space: Space, identity: Mapping[str, Any], *, maximize: bool) -> None:
@@ -41,20 +40,23 @@ class Trials:
         Raises:
             PrunekitError: no journal, or that of another search.
         """
-        self.path, self._run = path, uuid.uuid4().hex
+        self.path, self._run, self._closed = path, uuid.uuid4().hex, False
         self.study, self.lock = open_study(path, maximize)
         self._distributions = {name: _distribution(knob) for name, knob in space.knobs.items()}
         with self.lock:
             self._identify(identity)
         self._claimed: dict[int, Trial] = {}
-        _AT_WORK.add(self._run)
+        self._life = self._life_of(self._run)
+        self._life.acquire()
 
     def close(self) -> None:
         """Let what was claimed and not finished wait again."""
-        _AT_WORK.discard(self._run)
         self._claimed.clear()
         with self.lock:
+            self._closed = True
+            self._life.release()
             self._take_back()
+            Path(self._life.lock_file).unlink(missing_ok=True)
 
     def add(self, number: int, make: Callable[[list[Point]], list[Point]]) -> None:
         """Add the points of a round, unless another process has.
@@ -74,10 +76,10 @@ class Trials:
         with self.lock:
             self._take_back()
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if not waiting or self._run not in _AT_WORK:  # one of joblib's threads may ask when all is closed
+            if not waiting or self._closed:  # one of joblib's threads may ask when all is over
                 return None
             trial = self.study.ask()
-            trial.set_user_attr("worker", _me() | {"run": self._run})
+            trial.set_user_attr("worker", {"run": self._run, "host": socket.gethostname(), "pid": os.getpid()})
         self._claimed[trial.number] = trial
         return trial.number, trial.params
 
@@ -134,12 +136,29 @@ class Trials:
         Whoever did so may have died between the two, so this looks for points of which nothing but that is left.
         """
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if not _alive(trial.user_attrs.get("worker")):
+            if not self._alive(trial.user_attrs.get("worker")):
                 self.study.tell(trial.number, state=TrialState.FAIL)
         every = self._every()
         gone = {_order(trial): trial for trial in every if _is_given_up(trial)}
         for order in sorted(gone.keys() - {_order(trial) for trial in every if not _is_given_up(trial)}):
             self._add(gone[order].params, {"round": gone[order].user_attrs["round"], "again": order})
+
+    def _alive(self, worker: Mapping[str, Any] | None) -> bool:
+        """Whether who claimed a trial may still finish it; who said nothing was killed right after its claim."""
+        if worker is None:
+            return False
+        life = self._life_of(worker["run"])
+        try:
+            life.acquire(timeout=0)
+        except Timeout:
+            return True
+        life.release()
+        Path(life.lock_file).unlink(missing_ok=True)
+        return False
+
+    def _life_of(self, run: str) -> FileLock:
+        """What a run holds while it lives, and the system lets go of when it dies; any of its threads may."""
+        return FileLock(f"{self.path}.{run}.lock", thread_local=False)
 
     def _identify(self, identity: Mapping[str, Any]) -> None:
         """Know the search again by what it is, or say so in a new journal."""
@@ -169,23 +188,3 @@ def _is_given_up(trial: FrozenTrial) -> bool:
 
 def _distribution(knob: Any) -> BaseDistribution:  # noqa: ANN401
     return FloatDistribution(knob.low, knob.high) if isinstance(knob, Range) else CategoricalDistribution(knob.options)
-
-
-def _me() -> dict[str, Any]:
-    """By which others can tell whether this process is still alive."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-def _alive(worker: Mapping[str, Any] | None) -> bool:
-    """Whether who claimed a trial may still finish it; of another machine that cannot be told: it counts as alive."""
-    if worker is None:  # killed right after its claim, under the lock
-        return False
-    if worker["host"] != socket.gethostname():
-        return True
-    if worker["pid"] == os.getpid():
-        return worker["run"] in _AT_WORK
-    try:
-        process = psutil.Process(worker["pid"])
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - worker["started"]) < 1
-    except psutil.Error:
-        return False

@@ -109,11 +109,12 @@ def figure(metric: Metric, model: Any, tokenizer: Any) -> float:  # noqa: ANN401
     Raises:
         PrunekitError: it says nothing that is a number.
     """
-    value = metric.measure(model, tokenizer)
+    given = metric.measure(model, tokenizer)
     try:
-        value = float(value)
+        value = math.nan if isinstance(given, str) else float(given)
     except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if math.isnan(value):
-        raise PrunekitError(f"metric {metric.name!r} is no number for this model; give a function that returns one")
+    if math.isnan(value) or (metric.log and value < 0):
+        wanted = "a number above 0" if metric.log else "a number"
+        raise PrunekitError(f"metric {metric.name!r} gave {given!r:.40} for this model; it must give {wanted}")
     return value
