@@ -21,6 +21,7 @@ def random_scores(groups, seed=0):
     return {group.name: torch.rand(group.n_units, generator=generator) for group in groups}
 
 
+TABLE = parameter_table(GROUPS)
 SCORES = {"one": random_scores(GROUPS, 1), "two": random_scores(GROUPS, 2)}
 
 
@@ -154,7 +155,9 @@ def test_narrowed_limits_are_kept_and_tell_in_what_they_cannot():
     space = PlanSpace(GROUPS, SCORES, 0.2).narrowed({"kv_head.0": Range(0.5, 0.75), "importance": Choice(("two",))})
     for point in sampled(space, 10):
         assert 0.5 <= point["kv_head.0"] <= 0.75 or point["first_layer"] > 0
-        assert point["importance"] == "two"
+        assert point["importance"] == "two" and space.check(point) == point and space.plan(point)
+    stays = PlanSpace(GROUPS, SCORES, 0.2, whole_layers=1).narrowed({"layer.1": Choice((False,))})
+    assert not any(point["layer.1"] for point in sampled(stays, 30))
     tight = {name: Range(0.0, 0.15) for name in space.units}
     with pytest.raises(PrunekitError, match="cannot be met"):
         PlanSpace(GROUPS, SCORES, 0.35).narrowed(tight)
@@ -206,9 +209,21 @@ def test_what_makes_a_space_another_shows_in_its_description():
         ({"budgets": 1.2}, r"budgets=1.2; give a pruning ratio in \[0, 1\)"),
         ({"budgets": "half"}, "budgets='half'"),
         ({"budgets": []}, r"budgets=\[\]"),
-        ({"importances": {}}, "importances are none"),
+        ({"importances": {}}, "give label → scores"),
         ({"importances": {"one": {}}}, "scores have no entry for"),
-        ({"kinds": ("rank",)}, "no exact group of rank lies in a layer"),
+        ({"importances": SCORES["one"]}, "give label → scores"),
+        ({"importances": {"one": Magnitude()}}, "give label → scores"),
+        ({"kinds": ("rank",)}, "no exact group .* lies in a layer; this model has block, ffn_channel"),
+        ({"kinds": "ffn_channel"}, "kinds='ffn_channel' is no list"),
+        ({"min_units": 1000}, "more than min_units=1000 units"),
+        ({"layer_range": "no"}, "layer_range='no'"),
+        ({"compensate": True}, "compensate=True is no calibration set"),
+        ({"budgets": 0}, "the dense model costs no more than that already"),
+        ({"budgets": Range(0.2, 0.97)}, "cannot be met"),
+        ({"budgets": [TABLE.at_most(50_000), TABLE.at_most(40_000)]}, "two budgets are on 'parameters'"),
+        ({"limits": {"kv_head.0": 0.5}}, "kv_head.0 cannot be held to 0.5"),
+        ({"limits": {"kv_head.0": Range(0.9, 1.0)}}, "give a part of Range"),
+        ({"limits": {"importance": Choice(("one", "three"))}}, "importance cannot be held to"),
         ({"min_units": 0}, "min_units=0"),
         ({"whole_layers": -1}, "whole_layers=-1"),
         ({"groups": 3}, "groups are a int"),
@@ -229,6 +244,24 @@ def test_a_budget_names_what_can_be_met():
     assert sampled(space, 1)
     with pytest.raises(PrunekitError, match="a budget of -3 parameters is not allowed"):
         parameter_table(GROUPS).at_most(-3)
+
+
+def test_points_by_hand_are_told_when_they_miss_a_budget():
+    space = PlanSpace(GROUPS, SCORES, 0.2)
+    (point,) = sampled(space, 1)
+    more = point | dict.fromkeys(space.units, 0.0)
+    with pytest.raises(PrunekitError, match="misses its budget .* fit it first"):
+        space.plan(more)
+
+
+def test_a_budget_of_no_more_than_must_stay_is_met():
+    """The very number that the refusal names, to the last bit."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        saved = {g.name: np.sort(rng.random(g.n_units + 1)) for g in GROUPS.of_kind("kv_head", "ffn_channel")}
+        table = CostTable("ms", 10.0, saved)
+        most = 10.0 - sum(float(values[-2]) for values in saved.values())
+        assert sampled(PlanSpace(GROUPS, SCORES, [table.at_most(most)], layer_range=False), 1)
 
 
 def test_a_table_knows_its_groups():

@@ -81,6 +81,9 @@ def test_broken_trees_and_those_of_another_space_are_refused(tmp_path):
     path.write_text(json.dumps({**content, "models": ["no tree"]}))
     with pytest.raises(PrunekitError, match="no predictor in"):
         AccuracyPredictor.load(path, SPACE)
+    path.write_text(json.dumps({**content, "models": [text[: len(text) // 2] for text in content["models"]]}))
+    with pytest.raises(PrunekitError, match="it is damaged"):
+        AccuracyPredictor.load(path, SPACE)
     fitted().save(path)
     with pytest.raises(PrunekitError, match="other knobs"):
         AccuracyPredictor.load(path, KnobSpace({"a": Range(0, 1)}, the_point))
@@ -194,6 +197,17 @@ def test_evolution_finds_better_points_than_drawing_and_none_that_are_known_or_a
     assert not any(point in PAIRS.points for point in found)
 
 
+def test_evolution_stays_in_a_narrowed_space_and_ends_with_a_small_one():
+    narrow = SPACE.narrowed({"by": Choice(("fair",)), "a": Range(0.5, 0.9)})
+    found = evolve(narrow, fitted(), PAIRS.points[:20], np.random.default_rng(0), n=10)
+    assert len(found) == 10 and all(narrow.check(point) for point in found)
+    small = KnobSpace({"a": Choice((0.1, 0.5, 0.9)), "by": Choice(("bad", "fair", "good"))}, the_point)
+    points = [{"a": a, "by": by} for a in (0.1, 0.5, 0.9) for by in ("bad", "fair", "good")]
+    taught = AccuracyPredictor(small, FEW).fit(points * 2, [bowl({**point, "b": 0.8}) for point in points] * 2)
+    found = evolve(small, taught, points[:2], np.random.default_rng(0), n=10, known=points[:3])
+    assert len(found) == 6 and not any(point in points[:3] for point in found)
+
+
 class Priced(KnobSpace):
     """What a point may cost is anywhere in a range, and the dearer the better."""
 
@@ -231,7 +245,7 @@ def test_a_search_says_what_each_round_was_worth():
     assert rounds["best"].is_monotonic_decreasing and rounds["best"].iloc[-1] == bowl(found.best)
     assert rounds["measured"].iloc[0] == pytest.approx(found.pairs.table.query("round == 1")["bowl"].mean())
     assert "by" in rounds["left_out"].iloc[0] and "by" in {cut.knob for cut in found.cuts}
-    assert "in 2 rounds" in repr(found) and "<table" in found._repr_html_()
+    assert "rounds: 2" in repr(found) and "<table" in found._repr_html_()
 
 
 def test_a_search_goes_on_where_it_was(tmp_path):

@@ -65,7 +65,7 @@ def test_features_are_numbers_and_one_column_for_each_text():
     assert SPACE.feature_names() == ["share", "depth", "refit", "by=l1", "by=l2", "by=taylor"]
     assert SPACE.features([point]).tolist() == [[0.25, 4.0, 1.0, 0.0, 1.0, 0.0]]
     assert SPACE.features([]).shape == (0, 6)
-    assert SPACE.spans().tolist() == [0.5, 1, 1, 1, 1, 1]
+    assert SPACE.spans().tolist() == [0.5, 3, 1, 1, 1, 1]
 
 
 def test_narrowed_leaves_the_space_as_it_was():
@@ -79,6 +79,27 @@ def test_points_are_plain_data():
     (point,) = SPACE.sample(1, np.random.default_rng(0))
     assert json.loads(json.dumps(point)) == point
     assert key_of({"a": 1.0, "b": True}) == key_of({"b": True, "a": 1.0000000001}) != key_of({"a": 1.0, "b": False})
+
+
+def test_points_are_kept_in_one_form():
+    given = {"share": 0, "depth": 2.0, "refit": True, "by": "l2"}
+    (kept,) = [SPACE.check(given)]
+    assert (
+        isinstance(kept["share"], float)
+        and isinstance(kept["depth"], int)
+        and key_of(kept) == key_of(SPACE.check(kept))
+    )
+
+
+def test_a_space_is_told_from_others_by_what_it_is_of():
+    assert KnobSpace(SETTINGS, build, of="one").described() != SPACE.described()
+
+
+def test_a_space_that_is_used_up_gives_what_there_is():
+    small = KnobSpace({"a": Choice((1, 2, 3))}, build)
+    rng = np.random.default_rng(0)
+    drawn = (small.propose(rng) for _ in range(10_000))
+    assert len(distinct(drawn, 5, all_of_them=False)) == 3
 
 
 def test_distinct_takes_the_first_and_passes_by_what_does_not_fit():
@@ -119,6 +140,9 @@ def test_what_is_no_point_is_refused_by_name(point, says):
         (lambda: KnobSpace({}, build), "at least one knob"),
         (lambda: KnobSpace({"a": 3}, build), "knob 'a' is 3"),
         (lambda: KnobSpace(SETTINGS, None), "cannot be called"),
+        (lambda: SPACE.narrowed({"nothing": Range(0, 1)}), "limits name 'nothing'"),
+        (lambda: SPACE.narrowed({"share": Range(0, 1)}), "share cannot be held to"),
+        (lambda: SPACE.narrowed({"by": Choice(("l9",))}), "by cannot be held to"),
     ],
 )
 def test_what_is_no_knob_is_refused(make, says):

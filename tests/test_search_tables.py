@@ -75,8 +75,9 @@ def test_time_is_really_taken_and_checked_end_to_end():
     family = FAMILIES["llama_gqa"]
     model, groups = family.model(), family.groups()
     table = latency_table(model, groups, seq_len=8, repeats=2)
-    space = PlanSpace(groups, {"random": random_scores(groups)}, [table.at_most(2 * table.total)])  # nothing has to go
-    checked = check_table(table, model, space, n=1)
+    budgets = [table.at_most(2 * table.total), parameter_table(groups).at_most(0.9 * groups.n_parameters)]
+    space = PlanSpace(groups, {"random": random_scores(groups)}, budgets)
+    checked = check_table(table, model, space, n=2)
     assert table.total > 0 and (checked["measured"] > 0).all()
     assert np.allclose(checked["error"], checked["expected"] / checked["measured"] - 1)
     assert "decode_ms" in repr(table)

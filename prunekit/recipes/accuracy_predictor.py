@@ -12,7 +12,7 @@ from prunekit.importance.scoring import importance_from_name
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.recovery import LoRA, recover
-from prunekit.search import Budget, Found, PlanSpace, Trees, known_points, search_space
+from prunekit.search import Budget, Found, PlanSpace, Range, Trees, known_points, search_space
 from prunekit.text import TextSource
 
 IMPORTANCES = ("taylor", "taylor-vector", "l2")  # kinds that the space may choose from
@@ -41,7 +41,7 @@ def accuracy_predictor(
     model: Any,  # noqa: ANN401
     tokenizer: Any,  # noqa: ANN401
     calib: Tensor,
-    budgets: float | Sequence[Budget],
+    budgets: float | Range | Sequence[Budget],
     text: TextSource | None = None,
     *,
     importances: Iterable[str | Importance] = IMPORTANCES,
@@ -80,7 +80,7 @@ def accuracy_predictor(
         recovery: how; None is LLM-Pruner's LoRA, `LoRA.paper()`.
 
     Returns:
-        The smaller model, its plan, and what was found.
+        The smaller model, its plan, what was found, and the space that it was found in.
 
     Raises:
         PrunekitError: what `PlanSpace`, `search_space` and `recover` raise.

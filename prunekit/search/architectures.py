@@ -1,6 +1,7 @@
 """The space of architectures: what share of each layer's heads and channels goes, and by which importance."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
@@ -9,20 +10,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prunekit.checks import check_integers
+from prunekit.checks import check_integers, is_real
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.fingerprint import bytes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import DEFAULT_KINDS, candidates_of, plan_without
 from prunekit.search.building import cut, masked
-from prunekit.search.costs import Budget, budgets_of
+from prunekit.search.costs import Budget, budgets_of, check_budgets
 from prunekit.search.fitting import Slots
 from prunekit.search.knobs import Choice, Knob, Range
-from prunekit.search.space import CarryOut, Point, Space
+from prunekit.search.space import CarryOut, Point, Space, check_limit
 
 IMPORTANCE, FIRST, LAST, COMPENSATE = "importance", "first_layer", "last_layer", "compensate"
-GOES = 0.05  # chance of a whole layer to go, in what is drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,8 @@ class PlanSpace(Space):
         groups: what `discover` found.
         importances: label → scores of the groups that are cut, one or several.
         budgets: what every point meets, such as `[parameter_table(groups).at_most(2e6)]`; or a pruning ratio, a budget
-            on parameters. One of them is used up to within 0.5% of the dense model's.
+            on parameters. One of them is used up to within 0.5% of the dense model's, or a unit where that is more,
+            unless a whole layer weighs more than what is to go.
         kinds: of the groups that are cut: exact ones that share no parameter.
         layer_range: whether the first and the last layer that is cut are knobs, within a quarter of the layers from
             either end.
@@ -69,16 +70,33 @@ class PlanSpace(Space):
 
     def __post_init__(self) -> None:
         check_integers(whole_layers=(self.whole_layers, 0), min_units=(self.min_units, 1))
-        if not isinstance(self.groups, Groups):
-            raise PrunekitError(f"groups are a {type(self.groups).__name__}; give what discover(model) returns")
-        if not isinstance(self.importances, Mapping) or not self.importances:
-            raise PrunekitError("importances are none; give label → scores, such as {'taylor': score(…)}")
+        self._check_types()
         if not self.units:
-            raise PrunekitError(f"no exact group of {', '.join(self.kinds)} lies in a layer; give other kinds")
+            kinds = sorted({group.kind for group in self.groups if group.exact and group.layer is not None})
+            raise PrunekitError(
+                f"kinds={self.kinds!r}: no exact group with more than min_units={self.min_units} units lies in a "
+                f"layer; this model has {', '.join(kinds)}"
+            )
         if self.as_masks and self.compensate is not None:
             raise PrunekitError("as_masks=True re-fits nothing; leave out compensate, or cut: as_masks=False")
-        for budget in self.limited:
-            self._check_feasible(budget)
+        check_budgets(self.limited, self._least_left)
+
+    def _check_types(self) -> None:
+        """Refuse what only looks like an argument."""
+        if not isinstance(self.groups, Groups):
+            raise PrunekitError(f"groups are a {type(self.groups).__name__}; give what discover(model) returns")
+        if isinstance(self.kinds, str) or not isinstance(self.kinds, Iterable):
+            raise PrunekitError(f"kinds={self.kinds!r} is no list; give one, such as kinds=['ffn_channel']")
+        found = self.importances.values() if isinstance(self.importances, Mapping) else ()
+        if not found or not all(isinstance(scores, Mapping) for scores in found):
+            raise PrunekitError(
+                f"importances={self.importances!r:.60}; give label → scores, such as {{'taylor': score(…)}}"
+            )
+        if self.compensate is not None and not isinstance(self.compensate, Tensor):
+            raise PrunekitError(f"compensate={self.compensate!r:.40} is no calibration set; give integers (n, seq_len)")
+        for name in ("layer_range", "as_masks"):
+            if not isinstance(getattr(self, name), bool):
+                raise PrunekitError(f"{name}={getattr(self, name)!r:.40} is not allowed; give True or False")
 
     @cached_property
     def units(self) -> Mapping[str, CoupledGroup]:
@@ -115,10 +133,14 @@ class PlanSpace(Space):
         if self.compensate is not None:
             found[COMPENSATE] = Choice((False, True))
         found |= {b.table.name: b.limit for b in self.limited if isinstance(b.limit, Range)}
-        unknown = next((name for name in self.limits if name not in found), None)
-        if unknown is not None:
-            raise PrunekitError(f"limits name {unknown!r}; the knobs are {', '.join(found)}")
+        for name, knob in self.limits.items():
+            check_limit(name, knob, found)
         return found | dict(self.limits)
+
+    @property
+    def cost_names(self) -> Sequence[str]:
+        """Parameters, and what the budgets limit."""
+        return list(dict.fromkeys(["parameters", *(budget.table.name for budget in self.limited)]))
 
     @property
     def goals(self) -> Sequence[str]:
@@ -133,8 +155,17 @@ class PlanSpace(Space):
         """Shares that differ between kinds, layers and draws, some of them 0; a whole layer goes now and then."""
         point, by_kind = super().propose(rng), {kind: rng.random() for kind in self.kinds}
         shares = {n: max(0.0, point[n] - rng.random() / 4) * by_kind[g.kind] for n, g in self.units.items()}
-        goes = set(rng.permutation(list(self.whole))[: self.whole_layers]) if rng.random() < 0.5 else set()
-        return point | shares | {name: name in goes for name in self.whole}
+        may_go = [name for name in self.whole if self.knobs[name].holds(True)]
+        goes = set(rng.permutation(may_go)[: self.whole_layers]) if rng.random() < 0.5 else set()
+        return point | shares | {name: name in goes or not self.knobs[name].holds(False) for name in self.whole}
+
+    def holds(self, name: str, value: Any) -> bool:  # noqa: ANN401
+        """Whether a knob may be set to a value; a group that the layer range leaves whole loses nothing, whatever."""
+        knob, group = self.knobs[name], self.units.get(name)
+        if group is None or not isinstance(knob, Range) or not is_real(value):
+            return knob.holds(value)
+        least, most = (int(bound[list(self.units).index(name)]) for bound in self._bounds)
+        return round(value * group.n_units) in (0, *range(least, most + 1))
 
     def fitted(self, point: Point) -> Point | None:
         """Shares scaled together until the budgets are met; where the layer range leaves a group whole, it is."""
@@ -223,15 +254,20 @@ class PlanSpace(Space):
         return {"parameters": plan.n_parameters_kept} | {b.table.name: b.table.of(gone) for b in self.limited}
 
     def described(self) -> dict[str, Any]:
-        """Knobs, budgets, and what changes when a score or a calibration token does."""
-        digest = sha256()
-        for scores in self.importances.values():
-            for group in self.units.values():
-                digest.update(bytes_of(scores[group.name]))
+        """Knobs, budgets, and what changes when the order of the scores or a calibration token does."""
+        digest = sha256(json.dumps(self._order).encode())
         if self.compensate is not None:
             digest.update(bytes_of(self.compensate))
-        budgets = {"budgets": [repr(budget) for budget in self.limited], "digest": digest.hexdigest()}
+        limits = [[budget.table.name, repr(budget.limit)] for budget in self.limited]
+        budgets = {"budgets": limits, "digest": digest.hexdigest(), "as_masks": self.as_masks}
         return {**super().described(), **budgets, "min_units": self.min_units, "whole_layers": self.whole_layers}
+
+    def __repr__(self) -> str:
+        budgets = ", ".join(map(repr, self.limited))
+        return (
+            f"PlanSpace({len(self.knobs)} knobs: {len(self.units)} groups in {len(self.layers)} layers by "
+            f"{' or '.join(self.importances)}; {budgets})"
+        )
 
     @cached_property
     def limited(self) -> tuple[Budget, ...]:
@@ -264,9 +300,8 @@ class PlanSpace(Space):
             for label, scores in self.importances.items()
         }
 
-    def _check_feasible(self, budget: Budget) -> None:
-        """Refuse a budget that is missed even where all goes that may."""
-        limit = budget.limit.high if isinstance(budget.limit, Range) else budget.limit
+    def _least_left(self, budget: Budget) -> float:
+        """What of a cost is left where all goes that may."""
         table, most = budget.table, dict(zip(self.units, self._bounds[1].astype(int).tolist(), strict=True))
         saved = {name: float(table.of_group(group.name)[most[name]]) for name, group in self.units.items()}
         wins = [
@@ -274,9 +309,4 @@ class PlanSpace(Space):
             - sum(saved[n] for n, g in self.units.items() if g.layer == whole.layer)
             for whole in self.whole.values()
         ]
-        left = table.total - sum(saved.values()) - sum(sorted(wins)[::-1][: self.whole_layers])
-        if left > limit:
-            raise PrunekitError(
-                f"{budget!r} cannot be met: {left:,.6g} must stay, of {table.total:,.6g}, with what may be cut; give "
-                "that or more, or allow more kinds or whole layers"
-            )
+        return table.total - sum(saved.values()) - sum(sorted(wins)[::-1][: self.whole_layers])

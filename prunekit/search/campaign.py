@@ -22,7 +22,7 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import device_of
 from prunekit.fingerprint import digest_of
 from prunekit.questions import Task
-from prunekit.search.metrics import Metric, metric_of
+from prunekit.search.metrics import Metric, metrics_of
 from prunekit.search.pairs import Pairs
 from prunekit.search.space import Point, Space, key_of
 from prunekit.search.trials import Trials
@@ -59,10 +59,15 @@ class Campaign:
         """Checks what is given; see `measure_pairs` for what it is."""
         if not isinstance(space, Space):
             raise PrunekitError(f"space is a {type(space).__name__}; give a PlanSpace, a KnobSpace or another Space")
-        if n_jobs != -1:
-            check_integers(n_jobs=(n_jobs, 1))
+        if n_jobs != -1 and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
+            raise PrunekitError(
+                f"n_jobs={n_jobs!r} is not allowed; give 1 or more worker processes, or -1 for all cores"
+            )
+        if not isinstance(model, nn.Module):
+            raise PrunekitError(f"the model is a {type(model).__name__}; give the dense model, as load(…) returns it")
         self.space, self.metrics = space, list(metrics)
-        _check_names([*COLUMNS, *space.knobs, *(metric.name for metric in self.metrics)])
+        costs = [name for name in space.cost_names if name not in space.goals]
+        _check_names([*COLUMNS, *space.knobs, *costs, *(metric.name for metric in self.metrics)])
         self._model, self._tokenizer, self._source = model, tokenizer, source
         self._folder, self._n_jobs, self._backend = folder, n_jobs, _known(backend)
         self._stack = ExitStack()
@@ -188,7 +193,8 @@ def measure_pairs(
         seed: of the points that are drawn.
         folder: where the journal is kept, from which a run with the same model, space and metrics goes on, and in
             which several processes may work at once. None keeps nothing.
-        n_jobs: worker processes, each with one torch thread; 1 measures in this one, -1 takes all cores.
+        n_jobs: worker processes, each with one torch thread; 1 measures in this one, -1 takes all cores. Starting
+            them takes a while, which few or quick points do not pay for.
         backend: of joblib: `"loky"`, or `"dask"` or `"ray"` with the workers of a client that is connected already.
         source: where workers load the model; None writes a copy into the folder, which all of them must see.
 
@@ -197,11 +203,12 @@ def measure_pairs(
 
     Raises:
         PrunekitError: an unknown metric or backend, a folder of another search, or no point that could be measured.
+            What else a build or a metric of one's own raises ends the run; what was measured stays in the folder.
 
     Source: Ji et al. (arXiv 2309.09507): sampled architectures are really pruned and measured.
     """
-    check_integers(n=(n, 1))
-    metrics = [metric_of(each, tokenizer, text, tasks) for each in (metric, *also)]
+    check_integers(n=(n, 1), seed=(seed, 0))
+    metrics = metrics_of(metric, also, tokenizer, text, tasks)
     options = {"folder": folder, "n_jobs": n_jobs, "backend": backend, "source": source}
     with Campaign(space, model, tokenizer, metrics, **options) as campaign:  # type: ignore[arg-type]
         campaign.run(0, drawn(space, n, seed, start))
@@ -244,11 +251,15 @@ def _known(backend: str) -> str:
         register_ray()
     elif backend == "dask":
         try:
-            import distributed  # noqa: F401
+            from distributed import get_client
+
+            get_client()
         except ImportError:
             raise PrunekitError(
                 "backend='dask' needs Dask: pip install 'dask[distributed]', or choose 'loky'"
             ) from None
+        except ValueError:
+            raise PrunekitError("backend='dask' needs a client: make one first, distributed.Client(…)") from None
     elif backend != "loky":
         raise PrunekitError(f"backend={backend!r} is unknown; give 'loky', 'dask' or 'ray'")
     return backend

@@ -48,7 +48,9 @@ class CostTable:
             PrunekitError: the table does not know it.
         """
         if name not in self.saved:
-            raise PrunekitError(f"the table of {self.name} has no {name!r}; make it of the groups that are to be cut")
+            raise PrunekitError(
+                f"the table of {self.name} has no {name!r}; make it of all kinds that may go, kinds=(…)"
+            )
         return self.saved[name]
 
     def at_most(self, limit: float | Range) -> "Budget":
@@ -56,7 +58,7 @@ class CostTable:
         return Budget(self, limit)
 
     def __repr__(self) -> str:
-        return f"CostTable({self.name}; {self.total:,.6g} in all; {len(self.saved)} groups)"
+        return f"CostTable({self.name}; {_shown(self.total)} in all; {len(self.saved)} groups)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +81,9 @@ class Budget:
             )
 
     def __repr__(self) -> str:
-        limit = self.limit if isinstance(self.limit, Range) else f"{self.limit:,.6g}"
-        return f"{self.table.name} ≤ {limit}"
+        low, high = (self.limit.low, self.limit.high) if isinstance(self.limit, Range) else (None, self.limit)
+        between = "" if low is None else f"{_shown(low)} to "
+        return f"{self.table.name} ≤ {between}{_shown(high)} of {_shown(self.table.total)}"
 
 
 def parameter_table(groups: Groups) -> CostTable:
@@ -104,7 +107,12 @@ def budgets_of(groups: Groups, given: object) -> tuple[Budget, ...]:
     Raises:
         PrunekitError: what is neither.
     """
+    given = [given] if isinstance(given, Budget) else given
     if isinstance(given, Sequence) and given and all(isinstance(budget, Budget) for budget in given):
+        names = [budget.table.name for budget in given]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise PrunekitError(f"two budgets are on {twice!r}; give one, or dataclasses.replace(table, name=…)")
         return tuple(given)
     ratios: Any = (given.low, given.high) if isinstance(given, Range) else (given,)
     if not all(is_real(ratio) and 0 <= ratio < 1 for ratio in ratios):
@@ -115,3 +123,30 @@ def budgets_of(groups: Groups, given: object) -> tuple[Budget, ...]:
     table = parameter_table(groups)
     left = [(1 - ratio) * table.total for ratio in reversed(ratios)]
     return (table.at_most(Range(*left) if len(left) > 1 else left[0]),)
+
+
+def check_budgets(budgets: Sequence[Budget], least_left: Callable[[Budget], float]) -> None:
+    """Refuse what cannot be met, and what asks for nothing.
+
+    Args:
+        budgets: of one space.
+        least_left: what of a budget's cost is left where all goes that may.
+
+    Raises:
+        PrunekitError: a budget below what must stay, at the lower end of its range too; or none that is below what the
+            dense model costs.
+    """
+    for budget in budgets:
+        low, left = budget.limit.low if isinstance(budget.limit, Range) else budget.limit, least_left(budget)
+        if left > low * (1 + 1e-12):
+            raise PrunekitError(
+                f"{budget!r} cannot be met: {_shown(left)} must stay with what may be cut; give that or more, or allow "
+                "more kinds or whole layers"
+            )
+    if all((b.limit.low if isinstance(b.limit, Range) else b.limit) >= b.table.total for b in budgets):
+        raise PrunekitError(f"{budgets[0]!r}: the dense model costs no more than that already; give less")
+
+
+def _shown(cost: float) -> str:
+    """A whole number as it is, another with four digits that count."""
+    return f"{cost:,.0f}" if float(cost).is_integer() else f"{cost:,.4g}"

@@ -79,6 +79,8 @@ class Slots:
         if self.met(least, limits) or not (weights > 0).any():
             return least
         high = 1 / float(weights[weights > 0].min())  # at which all that may go does
+        if self._excess(most, limits) >= 0:  # no more than rounding is to spare
+            return most
         return at(brentq(lambda factor: self._excess(at(factor), limits), 0.0, high, rtol=1e-9, disp=False))
 
     def _whole(self, exact: np.ndarray, limits: Limits, most: np.ndarray) -> np.ndarray | None:

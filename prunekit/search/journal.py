@@ -13,6 +13,7 @@ from optuna.study import StudyDirection
 from prunekit.errors import PrunekitError
 
 STUDY = "prunekit"
+_BEGINNING = b'{"op_code"'  # of every line
 
 
 class KernelLock:
@@ -62,10 +63,11 @@ class Journal(JournalFileBackend):
             super().append_logs(logs)
 
     def _check(self) -> None:
-        """Refuse a file that is no journal; a last line without an end is what was cut off, and goes."""
-        self._mend()
+        """Refuse a file that is no journal; a last line without an end is what was cut off, and goes then."""
         with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n") and (number > 1 or _BEGINNING.startswith(line[: len(_BEGINNING)])):
+                    continue
                 try:
                     told = json.loads(line)
                 except (ValueError, RecursionError):
@@ -75,6 +77,7 @@ class Journal(JournalFileBackend):
                         f"line {number} of {str(self._path)!r} is none of a journal: {line[:40]!r}; give another path, "
                         "or take out that line and all behind it to go on with what stands before"
                     )
+        self._mend()
 
     def _mend(self) -> None:
         with self._path.open("rb+") as file:
@@ -106,6 +109,8 @@ def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, KernelLock]:
         raise PrunekitError(
             f"cannot write the journal {str(path)!r} ({error.strerror}); choose another folder"
         ) from None
+    except PrunekitError:
+        raise
     except (KeyError, AssertionError, TypeError, ValueError) as error:
         raise PrunekitError(f"{str(path)!r} holds no study that can be read ({error}); give another path") from None
     finally:

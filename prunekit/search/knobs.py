@@ -25,6 +25,15 @@ class Range:
         if not (is_real(self.low) and is_real(self.high) and self.low < self.high):
             raise PrunekitError(f"{self!r} is empty; give two numbers, the lower one first")
 
+    @property
+    def span(self) -> float:
+        """From the least to the most."""
+        return self.high - self.low
+
+    def plain(self, value: Any) -> float:  # noqa: ANN401
+        """A value of it in the one form in which it is kept."""
+        return float(value)
+
     def draw(self, rng: np.random.Generator) -> float:
         """Any of them, evenly."""
         return float(rng.uniform(self.low, self.high))
@@ -66,6 +75,15 @@ class Choice:
     def ordered(self) -> bool:
         """Whether a predictor may split them into lower and higher ones."""
         return all(not isinstance(option, str) for option in self.options)
+
+    @property
+    def span(self) -> float:
+        """From the least to the most where they are numbers; 1 where that is nothing."""
+        return float(max(self.options) - min(self.options)) or 1.0 if self.ordered else 1.0
+
+    def plain(self, value: Any) -> Any:  # noqa: ANN401
+        """An option in the one form in which it is kept."""
+        return self.options[self.options.index(value)]
 
     def draw(self, rng: np.random.Generator) -> Any:  # noqa: ANN401
         """Any of them, evenly."""

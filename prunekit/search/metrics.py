@@ -44,6 +44,18 @@ class Metric:
             )
 
 
+def metrics_of(
+    metric: str | Metric,
+    also: Iterable[str | Metric],
+    tokenizer: Any,  # noqa: ANN401
+    text: TextSource | None,
+    tasks: Mapping[str, Task] | Iterable[Task] | None,
+) -> list[Metric]:
+    """What is searched for, and what is measured on the way; arguments and errors are those of `metric_of`."""
+    others = [also] if isinstance(also, str | Metric) else also
+    return [metric_of(each, tokenizer, text, tasks) for each in (metric, *others)]
+
+
 def metric_of(
     metric: str | Metric,
     tokenizer: Any,  # noqa: ANN401

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +123,25 @@ class AccuracyPredictor:
         """
         self._check_fitted()
         models = [model.model_to_string() for model in self._models]
-        content = {"format": _FORMAT, "trees": asdict(self.trees), "features": self.space.feature_names()}
-        write_text(Path(path), json.dumps(content | {"floor": self._floor, "models": models}, indent=1))
+        content = {
+            "format": _FORMAT, "trees": asdict(self.trees), "features": self.space.feature_names(),
+            "floor": self._floor, "digest": _digest(models), "models": models,
+        }  # fmt: skip
+        write_text(Path(path), json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, path: str | Path, space: Space) -> "AccuracyPredictor":
         """Read what `save` wrote.
 
         Raises:
-            PrunekitError: there is no such file, it holds no predictor, or that of another space.
+            PrunekitError: there is no such file, it holds no predictor, or that of a space with other features.
         """
         import lightgbm
 
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["format"] != _FORMAT:
-                raise KeyError("format")
+            if content["format"] != _FORMAT or content["digest"] != _digest(content["models"]):
+                raise ValueError("it is damaged, or no predictor")  # LightGBM may abort on half a text
             found = cls(space, Trees(**content["trees"]))
             found._floor = float(content["floor"])
             found._models = [lightgbm.Booster(model_str=text) for text in content["models"]]
@@ -146,6 +150,10 @@ class AccuracyPredictor:
         if content["features"] != space.feature_names():
             raise PrunekitError(f"the predictor in {str(path)!r} is of a space with other knobs; give that space")
         return found
+
+    def __repr__(self) -> str:
+        state = "has learned" if self._models else "has learned nothing yet"
+        return f"AccuracyPredictor({len(self.space.knobs)} knobs, {self.trees.n_models} models; {state})"
 
     def _mean(self, points: Sequence[Point], **options: bool) -> np.ndarray:
         self._check_fitted()
@@ -175,3 +183,8 @@ class AccuracyPredictor:
             "num_threads": 1,
             "verbosity": -1,
         }
+
+
+def _digest(models: Sequence[str]) -> str:
+    """By which texts are known to be whole."""
+    return sha256("".join(models).encode()).hexdigest()

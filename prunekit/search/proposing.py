@@ -44,12 +44,16 @@ def evolve(
     Returns:
         Points that are not known, those of which most is expected first.
     """
-    first = [*filter(None, map(space.fitted, start)), *space.sample(population, rng)]
+    inside = ({name: knob.nearest(point[name]) for name, knob in space.knobs.items()} for point in start)
+    drawn = (space.fitted(space.propose(rng)) for _ in iter(int, 1))
+    first = [*filter(None, map(space.fitted, inside)), *distinct(drawn, population, all_of_them=False)]
     pool = {key_of(point): point for point in first}
     expected = dict(zip(pool, predictor.predict(list(pool.values())).tolist(), strict=True))
     for _ in range(generations):
         parents = _in_turns(space, [pool[key] for key in sorted(expected, key=expected.__getitem__)])[:PARENTS]
-        children = distinct(_children(space, parents, rng), population, list(pool.values()))
+        children = distinct(_children(space, parents, rng), population, list(pool.values()), all_of_them=False)
+        if not children:  # all that there are have been made
+            break
         new = {key_of(child): child for child in children}
         pool |= new
         expected |= dict(zip(new, predictor.predict(children).tolist(), strict=True))

@@ -52,7 +52,7 @@ def refined(space: Space, predictor: AccuracyPredictor, pairs: Pairs, n: int = 2
         a range stands for a feature.
     """
     check_integers(n=(n, 0))
-    points = [point for point in pairs.points if all(knob.holds(point[name]) for name, knob in space.knobs.items())]
+    points = [point for point in pairs.points if all(space.holds(name, point[name]) for name in space.knobs)]
     if not points:
         return space, []
     shap = predictor.shap(points)

@@ -12,9 +12,10 @@ import pandas as pd
 from torch import nn
 
 from prunekit.checks import check_integers
+from prunekit.errors import PrunekitError
 from prunekit.questions import Task
 from prunekit.search.campaign import Campaign, drawn
-from prunekit.search.metrics import Metric, metric_of
+from prunekit.search.metrics import Metric, metrics_of
 from prunekit.search.pairs import Pairs
 from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees
 from prunekit.search.proposing import PARENTS, evolve
@@ -48,7 +49,7 @@ class Found:
         return self.pairs.best()
 
     def __repr__(self) -> str:
-        return f"Found({self.pairs!r} in {len(self.rounds)} rounds)"
+        return f"Found({self.pairs!r}; rounds: {len(self.rounds)})"
 
     def _repr_html_(self) -> str:
         return f"<p>{self!r}</p>{self.rounds.to_html(index=False, float_format='{:.4g}'.format)}"
@@ -78,7 +79,7 @@ def search_space(
     """Searches a space by a predictor: some points are measured, it learns from them, and says which to measure next.
 
     Each round fits the predictor to all pairs so far, leaves out of the space what does most harm, lets a population
-    evolve in the rest by what is expected, and measures the k best; so `n_pairs + n_rounds * top_k` points in all.
+    evolve in the rest by what is expected, and measures the k best; so `n_pairs + n_rounds * top_k` points at most.
 
     Args:
         space: what is searched.
@@ -109,8 +110,12 @@ def search_space(
     Source: Ji et al. (arXiv 2309.09507); rounds and their refinement are GBDT-NAS's (Luo et al. 2020), three of them
         there. Reconstructed: how points are proposed (`evolve`), and how ratios are refined (`refined`).
     """
-    check_integers(n_pairs=(n_pairs, FEWEST), n_rounds=(n_rounds, 1), top_k=(top_k, 1), n_cuts=(n_cuts, 0))
-    metrics = [metric_of(each, tokenizer, text, tasks) for each in (metric, *also)]
+    check_integers(
+        n_pairs=(n_pairs, FEWEST), n_rounds=(n_rounds, 1), top_k=(top_k, 1), n_cuts=(n_cuts, 0), seed=(seed, 0)
+    )
+    if trees is not None and not isinstance(trees, Trees):
+        raise PrunekitError(f"trees={trees!r:.40}; give Trees(…), or None for its defaults")
+    metrics = metrics_of(metric, also, tokenizer, text, tasks)
     options = {"folder": folder, "n_jobs": n_jobs, "backend": backend, "source": source}
     inside, cuts, rows = space, list[Cut](), list[dict[str, Any]]()
     with Campaign(space, model, tokenizer, metrics, **options) as campaign:  # type: ignore[arg-type]
@@ -122,7 +127,9 @@ def search_space(
             cuts += new
             rng = np.random.default_rng([seed, number])
             best = [pairs.points[i] for i in np.argsort(pairs.values, kind="stable")[:PARENTS]]
-            propose = partial(evolve, inside, predictor, best, rng, n=top_k, known=pairs.points)
+            propose = partial(
+                evolve, inside, predictor, best, rng, n=top_k, known=campaign.trials.points(before=number)
+            )
             campaign.run(number, partial(_missing, propose, top_k))
             rows.append(_row(number, campaign.pairs(before=number + 1), predictor, new))
         pairs = campaign.pairs()

@@ -37,6 +37,11 @@ class Space(ABC):
         """The same space with some knobs held to less."""
 
     @property
+    def cost_names(self) -> Sequence[str]:
+        """What `costs` tells of a point."""
+        return ()
+
+    @property
     def goals(self) -> Sequence[str]:
         """The knobs that are asked for rather than searched: budgets that may be anywhere in a range."""
         return ()
@@ -90,9 +95,13 @@ class Space(ABC):
         if not isinstance(point, Mapping) or set(point) != set(self.knobs):
             raise PrunekitError(f"{point!r:.80} is no point of this space; set {', '.join(self.knobs)}, and no other")
         for name, knob in self.knobs.items():
-            if not knob.holds(point[name]):
+            if not self.holds(name, point[name]):
                 raise PrunekitError(f"{name}={point[name]!r} is not allowed; give one of {knob!r}")
-        return {name: point[name] for name in self.knobs}
+        return {name: knob.plain(point[name]) for name, knob in self.knobs.items()}
+
+    def holds(self, name: str, value: Any) -> bool:  # noqa: ANN401
+        """Whether a knob may be set to a value."""
+        return self.knobs[name].holds(value)
 
     def feature_names(self) -> list[str]:
         """Of each column of `features`: a knob, or a knob and the option that it is set to."""
@@ -110,16 +119,17 @@ class Space(ABC):
                 yield name, option
 
     def spans(self) -> np.ndarray:
-        """From the least to the most of each feature, (n_features,)."""
-        knobs = [self.knobs[name] for name, _ in self._columns()]
-        return np.array([knob.high - knob.low if isinstance(knob, Range) else 1.0 for knob in knobs])
+        """From the least to the most of each feature, (n_features,); 1 where that is nothing."""
+        return np.array([1.0 if option is not None else self.knobs[name].span for name, option in self._columns()])
 
 
-def distinct(made: Iterator[Point | None], n: int, known: Sequence[Point] = ()) -> list[Point]:
+def distinct(
+    made: Iterator[Point | None], n: int, known: Sequence[Point] = (), *, all_of_them: bool = True
+) -> list[Point]:
     """The first different ones of the points that are made.
 
     Raises:
-        PrunekitError: too many draws in vain.
+        PrunekitError: too many draws in vain, unless fewer will do.
     """
     seen, found, misses = {key_of(point) for point in known}, list[Point](), 0
     for point in made:
@@ -130,7 +140,7 @@ def distinct(made: Iterator[Point | None], n: int, known: Sequence[Point] = ()) 
             continue
         seen.add(key_of(point))
         found.append(point)
-    if len(found) < n:
+    if len(found) < n and all_of_them:
         raise PrunekitError(
             f"{len(found)} different points were found of the {n} asked for; ask for fewer, or allow more: wider "
             "knobs, more kinds, more layers, a larger budget"
@@ -151,6 +161,8 @@ class KnobSpace(Space):
         settings: name → `Range(low, high)` or `Choice((one, other))`.
         build: `(model, point) → model`; it leaves the model that it is given alone. With several workers it travels
             there, from a module or a notebook.
+        of: what else tells this space from others with the same knobs, such as another `build`; a study knows its own
+            by it.
 
     Raises:
         PrunekitError: no knobs, what is none, or no function.
@@ -158,6 +170,7 @@ class KnobSpace(Space):
 
     settings: Mapping[str, Knob]
     build: CarryOut
+    of: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.settings, Mapping) or not self.settings:
@@ -177,6 +190,32 @@ class KnobSpace(Space):
         """The function, and the point itself."""
         return self.build, point
 
+    def fitted(self, point: Point) -> Point | None:
+        """Each knob set to what is nearest of what it may be."""
+        return {name: knob.nearest(point[name]) for name, knob in self.knobs.items()}
+
+    def described(self) -> dict[str, Any]:
+        """The knobs, and what else there is to know."""
+        return {**super().described(), "of": self.of}
+
     def narrowed(self, knobs: Mapping[str, Knob]) -> "KnobSpace":
         """The same space with some knobs held to less."""
+        for name, knob in knobs.items():
+            check_limit(name, knob, self.settings)
         return replace(self, settings={**self.settings, **knobs})
+
+
+def check_limit(name: str, limit: object, knobs: Mapping[str, Knob]) -> None:
+    """Refuse what a knob cannot be held to.
+
+    Raises:
+        PrunekitError: no such knob, or no part of what it may be.
+    """
+    if name not in knobs:
+        raise PrunekitError(f"limits name {name!r}; the knobs are {', '.join(knobs)}")
+    knob = knobs[name]
+    if isinstance(knob, Range) and isinstance(limit, Range) and knob.low <= limit.low and limit.high <= knob.high:
+        return
+    if isinstance(knob, Choice) and isinstance(limit, Choice) and all(map(knob.holds, limit.options)):
+        return
+    raise PrunekitError(f"{name} cannot be held to {limit!r:.60}; give a part of {knob!r}")

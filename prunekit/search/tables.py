@@ -17,8 +17,8 @@ from prunekit.evaluation.likelihood import device_of, evaluating
 from prunekit.importance.reduction import check_choice
 from prunekit.pruning import prune
 from prunekit.pruning.planning import DEFAULT_KINDS, plan_without
+from prunekit.search.architectures import PlanSpace
 from prunekit.search.costs import CostTable
-from prunekit.search.space import Space
 
 PHASES = ("decode", "prefill")
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of a group's units, at which time is measured; between them it is interpolated
@@ -79,7 +79,7 @@ def latency_table(
     return _measured(f"{phase}_ms", model, groups, kinds, SHARES, measure, rounds=ROUNDS)
 
 
-def check_table(table: CostTable, model: nn.Module, space: Space, *, n: int = 8, seed: int = 0) -> pd.DataFrame:
+def check_table(table: CostTable, model: nn.Module, space: PlanSpace, *, n: int = 8, seed: int = 0) -> pd.DataFrame:
     """What the table says of whole architectures, beside what is measured of them.
 
     Args:
@@ -100,10 +100,10 @@ def check_table(table: CostTable, model: nn.Module, space: Space, *, n: int = 8,
         raise PrunekitError(f"{table.name} are counted, not measured: there is nothing to check")
     rows = []
     for point in tqdm(space.sample(n, np.random.default_rng(seed)), desc="checking", leave=False, delay=1):
-        costs, (build, data) = space.costs(point), space.job(point)
+        costs = space.costs(point)
         if table.name not in costs:
             raise PrunekitError(f"the space has no budget of {table.name}; give one with [table.at_most(…)]")
-        small = build(model, data)
+        small = prune(model, space.plan(point))
         measured = float(np.median([table.measure(small) for _ in range(ROUNDS)]))
         rows.append((costs[table.name], measured, costs[table.name] / measured - 1))
     return pd.DataFrame(rows, columns=["expected", "measured", "error"])

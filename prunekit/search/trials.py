@@ -56,7 +56,8 @@ class Trials:
             self._closed = True
             self._life.release()
             self._take_back()
-            Path(self._life.lock_file).unlink(missing_ok=True)
+            for left in self.path.parent.glob(f"{self.path.name}.*.lock"):  # of runs that are over, this one too
+                self._alive({"run": left.name.removeprefix(f"{self.path.name}.").removesuffix(".lock")})
 
     def add(self, number: int, make: Callable[[list[Point]], list[Point]]) -> None:
         """Add the points of a round, unless another process has.
@@ -102,6 +103,10 @@ class Trials:
         with self.lock:
             self._take_back()
         return len(self.study.get_trials(deepcopy=False, states=OPEN))
+
+    def points(self, before: int) -> list[Point]:
+        """All points that were added in the rounds before a number, whatever came of them."""
+        return [trial.params for trial in self._every() if trial.user_attrs["round"] < before]
 
     def finished(self) -> list[FrozenTrial]:
         """The trials that were measured, in the order in which they were added."""

@@ -31,6 +31,7 @@ def agreement(
     Raises:
         PrunekitError: fewer than two figures, or not as many of one as of the other.
     """
+    check_integers(top=(top, 1))
     a, b = np.asarray(expected, float), np.asarray(measured, float)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
         raise PrunekitError(
@@ -94,7 +95,7 @@ def learning_curve(
     """
     check_integers(n_repeats=(n_repeats, 1))
     n_out = max(2, len(pairs) // 5)
-    if not len(sizes) or not all(isinstance(s, int) and FEWEST <= s <= len(pairs) - n_out for s in sizes):
+    if not len(sizes) or not all(isinstance(s, int | np.integer) and FEWEST <= s <= len(pairs) - n_out for s in sizes):
         raise PrunekitError(
             f"sizes={list(sizes)!r:.60}; give numbers from {FEWEST} to {len(pairs) - n_out}, which leaves {n_out} of "
             f"{len(pairs)} pairs to try the predictor on"
@@ -105,7 +106,7 @@ def learning_curve(
         for size in sizes:
             out, known = order[:n_out], order[n_out : n_out + size]
             figures = agreement(_foretold(pairs, points, values, known, out, trees), values[out])
-            rows.append({"n_pairs": size, "repeat": repeat, **figures.drop("n")})
+            rows.append({"n_pairs": int(size), "repeat": repeat, **figures.drop("n")})
     return pd.DataFrame(rows)
 
 

@@ -95,6 +95,9 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:  
                 figures = {metric.name: figure(metric, built, tokenizer) for metric in work.metrics}
         except PrunekitError as error:
             return Outcome(number, {}, str(error))
+        except Exception as error:
+            error.add_note(f"while trial {number} was measured, {data!r:.200}; it waits to be measured again")
+            raise
         return Outcome(number, figures | {"seconds": time.perf_counter() - start})
 
 
