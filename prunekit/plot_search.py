@@ -9,12 +9,21 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from prunekit.errors import PrunekitError
-from prunekit.plot_style import MARKERS, METHOD_COLORS, axes_or_new, colors_of, legend_outside, projected, require_columns
+from prunekit.plot_style import (
+    MARKERS,
+    METHOD_COLORS,
+    axes_or_new,
+    colors_of,
+    legend_outside,
+    projected,
+    require_columns,
+)
 
 FIGURES = {"spearman": "Spearman's ρ", "kendall": "Kendall's τ", "rmse": "rmse", "regret": "regret"}
 DASHES = ("--", ":", "-.")
 PAIRS = "the table of Pairs"
 TOP = 6.0  # times the best figure, above which an architecture is counted and not drawn
+TICKS = 9  # numbers along an axis, beyond which they are rounded
 FAINT = "#767676"
 
 
@@ -83,7 +92,7 @@ def plot_learning(
         ax.axhline(level, color="black", linestyle=dash, linewidth=1.8, label=name)
     ax.set(xlabel="pairs learned from", ylabel=f"{FIGURES.get(figure, figure)}, on pairs not seen")
     ax.set_title("What pairs teach")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xticks(found.index if len(found) <= TICKS else MaxNLocator(TICKS, integer=True).tick_values(*ax.get_xlim()))
     legend_outside(ax)
     return ax
 
@@ -126,15 +135,13 @@ def plot_front(
     top = TOP * float(table[metric].min())
     ax.set(xlabel=cost, ylabel=f"{metric} (logarithmic)", yscale="log", ylim=(0.95 * table[metric].min(), top))
     title = "What a budget buys"
-    if chosen is not None:
+    if chosen is not None and limit is not None:
         ring: dict[str, Any] = {"s": 320, "facecolors": "none", "edgecolors": "black", "linewidths": 2.4, "zorder": 4}
         ax.scatter([chosen[cost]], [chosen[metric]], label="best within the limit", **ring)
         ax.axvline(limit, color="black", linestyle="--", linewidth=1.5)
         title = f"At most {_short(limit)}: {metric} {chosen[metric]:.2f} for {_short(chosen[cost])}"
     ax.set_title(title)
-    ax.yaxis.set(
-        major_locator=LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)), major_formatter="{x:g}", minor_formatter=""
-    )
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)), major_formatter="{x:g}", minor_formatter="")
     ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
     _note_above(ax, table[metric], top)
     legend_outside(ax)
@@ -178,7 +185,9 @@ def _note_above(ax: Axes, values: pd.Series, top: float) -> None:
     above = int((values > top).sum())
     if above:
         told = f"{above} of {len(values)} lie above"
-        ax.text(0.99, 0.98, told, transform=ax.transAxes, ha="right", va="top", fontsize="small", color=FAINT)
+        ax.text(
+            0.99, 0.98, told, transform=ax.transAxes, ha="right", va="top", fontsize="small", backgroundcolor="white"
+        )
 
 
 def _short(value: float) -> str:
@@ -206,22 +215,27 @@ def plot_spared(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         raise PrunekitError("the table has no view: give it a column of numbers beside kind and layer")
     long = table.melt(["kind", "layer"], views, "view", "value")
     long["rank"] = long.groupby("view", sort=False)["value"].rank()
-    wide = {name: long.pivot_table(index=["view", "kind"], columns="layer", values=name, sort=False) for name in ("rank", "value")}
+    wide = {
+        name: long.pivot_table(index=["view", "kind"], columns="layer", values=name, sort=False)
+        for name in ("rank", "value")
+    }
     ranks = wide["rank"].sort_index(axis=1)
     values = wide["value"].reindex_like(ranks).to_numpy(float)
     ax = axes_or_new(ax)
     ax.grid(False)
-    mesh = ax.pcolormesh(np.ma.masked_invalid(ranks.to_numpy(float)), cmap="viridis", vmin=1, vmax=len(table), edgecolor="white")
+    mesh = ax.pcolormesh(
+        np.ma.masked_invalid(ranks.to_numpy(float)), cmap="viridis", vmin=1, vmax=len(table), edgecolor="white"
+    )
     bar = ax.figure.colorbar(mesh, ax=ax, label=f"rank among {len(table)} groups", pad=0.02)
     bar.set_ticks([1, len(table)], labels=["let go", "spare"])
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             color = "black" if ranks.iat[row, column] > 0.6 * len(table) else "white"
-            ax.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")
+            ax.text(column + 0.5, row + 0.5, f"{value:z.2f}", ha="center", va="center", color=color, fontsize="small")
     ax.set_xticks(np.arange(ranks.shape[1]) + 0.5, [str(layer) for layer in ranks.columns])
     ax.set_yticks(np.arange(len(ranks)) + 0.5, [f"{view}\n{kind}" for view, kind in ranks.index])
     for edge in np.flatnonzero(ranks.index.get_level_values("view")[1:] != ranks.index.get_level_values("view")[:-1]):
-        ax.axhline(edge + 1, color="white", linewidth=8)
+        ax.axhline(int(edge) + 1, color="white", linewidth=8)
     ax.invert_yaxis()
     ax.set(xlabel="layer", ylabel="view and kind")
     ax.set_title("Which groups to spare", loc="left")

@@ -32,6 +32,9 @@ METHOD_COLORS = {
     "wanda": "#56B4E9",
     "sparsegpt": "#882255",
     "sparsellm": "#117733",
+    "even shares": "#E69F00",
+    "global Taylor": "#0072B2",
+    "predictor": "#D55E00",
 }
 KIND_COLORS = {
     "kv_head": "#0072B2",

@@ -19,6 +19,7 @@ from prunekit.plot_curves import plot_fusion, plot_tradeoff
 from prunekit.plot_knowledge import plot_knowledge, plot_score_agreement, plot_units
 from prunekit.plot_lanes import plot_groups
 from prunekit.plot_recovery import plot_mixture, plot_norms
+from prunekit.plot_search import plot_front, plot_learning, plot_predictions, plot_spared
 from prunekit.plot_sparsity import plot_ffn_errors, plot_mask, plot_sparsity, plot_zeros
 from prunekit.plot_structure import plot_coupled_group
 from prunekit.plot_style import (
@@ -40,16 +41,20 @@ __all__ = [
     "plot_agreement",
     "plot_coupled_group",
     "plot_ffn_errors",
+    "plot_front",
     "plot_fusion",
     "plot_groups",
     "plot_knowledge",
+    "plot_learning",
     "plot_loss",
     "plot_mask",
     "plot_mixture",
     "plot_norms",
     "plot_plan",
+    "plot_predictions",
     "plot_score_agreement",
     "plot_scores",
+    "plot_spared",
     "plot_sparsity",
     "plot_tradeoff",
     "plot_units",
