@@ -117,7 +117,7 @@ class Campaign:
         """Claim trial after trial, as workers become free."""
         with parallel_config(backend=self._backend):
             options = {} if self._backend == "ray" else {"return_as": "generator_unordered"}
-            workers = Parallel(n_jobs=self._n_jobs, batch_size=1, pre_dispatch="n_jobs", **options)
+            workers = Parallel(n_jobs=self._n_jobs, batch_size=1, pre_dispatch="2 * n_jobs", **options)
             for outcome in chain.from_iterable(map(workers, self._waves())):
                 if outcome.why is None:
                     costs = self._costs.pop(outcome.number)
