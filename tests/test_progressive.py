@@ -283,7 +283,7 @@ def test_two_processes_prune_the_same_units(tmp_path):
     """As `accelerate launch` and `torchrun` run it: both end with the same weights and the asked number of zeros."""
     (tmp_path / "work.py").write_text(WORK)
     said = in_two_processes(tmp_path / "work.py", str(tmp_path / "run"), "whole")
-    results = re.findall(r"RESULT (\S+) (\d+)", said)
+    results = re.findall(r"RESULT (-?[\d.]+) (\d+)", said)
     assert len(results) == 2, said
     assert results[0] == results[1]
     assert int(results[0][1]) == sum(units_for(discover(tiny_llama()), 0.2).values())

@@ -337,7 +337,7 @@ print(f"RESULT {loss_of(recovered, data) / loss_of(model, data):.4f} {total:.9f}
 def test_two_processes_train_one_model_together(tmp_path):
     (tmp_path / "work.py").write_text(TWO_PROCESSES)
     said = in_two_processes(tmp_path / "work.py", str(tmp_path / "out"))
-    results = re.findall(r"RESULT (\S+) (\S+)", said)
+    results = re.findall(r"RESULT ([\d.]+) ([\d.]+)", said)
     assert len(results) == 2, said
     assert results[0] == results[1] and float(results[0][0]) < 0.9
     assert json.loads((tmp_path / "out" / "recovery_log.json").read_text())["losses"]
