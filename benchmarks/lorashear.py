@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from machine import RESULTS, append, machine, shared
+from machine import RESULTS, SEVEN, append, machine, shared
 
 import prunekit as pk
 from prunekit import world
@@ -39,7 +39,6 @@ from prunekit.world.corpus import ASKING, KINDS
 SEEDS, RATIOS = (0, 1, 2), (0.2, 0.5)
 TRAINING = pk.LoRA(max_steps=400, batch_size=8, learning_rate=1e-3)
 SHARES = (0.6, 0.3, 0.1)
-SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 UNIFORM = Mixture(uniform_share=1.0)
 
 

@@ -13,6 +13,7 @@ import torch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # the papers' tasks
 
 
 @cache

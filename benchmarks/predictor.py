@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from machine import HERE, RESULTS, append, machine
+from machine import HERE, RESULTS, SEVEN, append, machine
 from torch import nn
 
 import prunekit as pk
@@ -30,7 +30,6 @@ from prunekit.recipes.llm_pruner import spared_layers
 from prunekit.search import Pairs, agreement, cross_validate, known_points, learning_curve
 from prunekit.world import documents, tasks, validation_text
 
-PAPERS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 RATIOS, SEEDS = (0.2, 0.35, 0.5), (0, 1, 2)
 N_PAIRS, N_ROUNDS, TOP_K = 140, 4, 40
 N_CEILING = 100  # of them, measured on another text as well
@@ -98,7 +97,7 @@ def judged(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
     few = [replace(task, questions=task.questions[::4]) for task in tasks().values()]
     found = zero_shot(model, tokenizer, few, batch_size=64)
     accuracy = found.accuracy()
-    seven = sum(accuracy[name] for name in PAPERS) / len(PAPERS)
+    seven = sum(accuracy[name] for name in SEVEN) / len(SEVEN)
     return {"perplexity": pk.perplexity(model, tokenizer, validation_text()), "seven": seven, "mean": found.mean}
 
 
@@ -107,19 +106,7 @@ def measure(ratios: list[float], seeds: list[int], n_jobs: int) -> None:
     model, tokenizer = pk.load("world")
     done = {(row["method"], float(row["ratio"]), int(row["seed"])) for row in rows(TABLE)}
     if ("dense", 0.0, 0) not in done:
-        append(
-            {
-                **machine(),
-                "method": "dense",
-                "ratio": 0.0,
-                "seed": 0,
-                "parameters": model.num_parameters(),
-                "n_measured": 0,
-                **judged(model, tokenizer),
-                "seconds": 0,
-            },
-            TABLE,
-        )
+        add(model, tokenizer, {"method": "dense", "ratio": 0.0, "seed": 0}, 0, 0.0)
     for seed in seeds:
         for ratio in ratios:
             wanted = METHODS if seed == SEEDS[0] else METHODS[:-1]
@@ -130,20 +117,16 @@ def measure(ratios: list[float], seeds: list[int], n_jobs: int) -> None:
                 plan, n_measured = cell.plan(method)
                 seconds = time.perf_counter() - start
                 plan.save(cell.folder / f"{method}.json") if cell.folder.exists() else None
-                small = pk.prune(model, plan)
-                told = {"method": method, "ratio": ratio, "seed": seed, "parameters": plan.n_parameters_kept}
-                append(
-                    {
-                        **machine(),
-                        **told,
-                        "n_measured": n_measured,
-                        **judged(small, tokenizer),
-                        "seconds": round(seconds, 1),
-                    },
-                    TABLE,
-                )
+                told = {"method": method, "ratio": ratio, "seed": seed}
+                add(pk.prune(model, plan), tokenizer, told, n_measured, seconds)
             if cell:
                 curves(cell)
+
+
+def add(model: Any, tokenizer: Any, told: dict[str, Any], n_measured: int, seconds: float) -> None:
+    """A row of the table."""
+    counts = {"parameters": model.num_parameters(), "n_measured": n_measured}
+    append({**machine(), **told, **counts, **judged(model, tokenizer), "seconds": round(seconds, 1)}, TABLE)
 
 
 def curves(cell: Cell) -> None:

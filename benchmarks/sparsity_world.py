@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from machine import RESULTS, append, machine
+from machine import RESULTS, SEVEN, append, machine
 from torch import Tensor
 from transformers import OPTConfig
 
@@ -40,7 +40,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     "3 of 4 zero": {"pattern": (1, 4)},
 }
 FRACTIONS = ("50%", "70%", "80%", "90%")
-SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 OPT = Path(__file__).parents[1] / "build" / "opt_world"
 OPT_TOKENS = 4_096_000
 

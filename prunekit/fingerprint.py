@@ -15,6 +15,11 @@ def digest_of(model: nn.Module) -> "hashlib._Hash":
     return found
 
 
+def digest_of_text(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def bytes_of(tensor: Tensor) -> bytes:
     """A tensor's values as they lie in memory, of any type."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from prunekit.errors import PrunekitError
+from prunekit.fronts import unbeaten
 from prunekit.plot_style import (
     MARKERS,
     METHOD_COLORS,
@@ -128,7 +129,7 @@ def plot_front(
     ax = axes_or_new(ax)
     for name, rows, style in _by_origin(table):
         ax.scatter(rows[cost], rows[metric], label=name, **style)
-    front = _front(table, cost, metric)
+    front = unbeaten(table[table[metric] < np.inf], cost, metric)
     line: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 2.6, "color": METHOD_COLORS["predictor"]}
     ax.plot([*front[cost], table[cost].max()], [*front[metric], front[metric].min()], label="front", **line)
     _draw_rules(ax, rules, cost, metric)
@@ -153,12 +154,6 @@ def _chosen(table: pd.DataFrame, cost: str, metric: str, limit: float) -> pd.Ser
     if within.empty:
         raise PrunekitError(f"nothing measured costs at most {limit:g} {cost}; the least is {table[cost].min():g}")
     return within.loc[within[metric].idxmin()]
-
-
-def _front(table: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
-    """The rows that no other is both cheaper and better than, the cheapest first."""
-    order = table.sort_values([cost, metric])
-    return order[order[metric] < order[metric].cummin().shift(fill_value=np.inf)]
 
 
 def _by_origin(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, dict[str, Any]]]:

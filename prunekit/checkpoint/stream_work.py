@@ -1,6 +1,5 @@
 """The work folder of a run over a checkpoint: what is finished stays in it, for the same run only."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from torch import Tensor
 from prunekit.checkpoint.folders import read_object
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, write_text
+from prunekit.fingerprint import digest_of_text
 
 try:
     import fcntl
@@ -173,4 +173,4 @@ def facts_of_files(folder: Path) -> dict[str, list[int]]:
 
 def fingerprint(tokens: Tensor | None) -> str | None:
     """A short name for a calibration set."""
-    return None if tokens is None else hashlib.sha256(repr(tokens.tolist()).encode()).hexdigest()[:16]
+    return None if tokens is None else digest_of_text(repr(tokens.tolist()))[:16]

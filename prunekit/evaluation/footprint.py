@@ -116,9 +116,7 @@ def cost(
     check_sizes(model, seq_len, batch_size, repeats)
     model = on_device(model, device)
     where = device_of(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (batch_size, seq_len), generator=generator).to(where)
+    ids = random_tokens(model, batch_size, seq_len)
     with evaluating(model):
         return Cost(
             n_parameters=sum(weight.numel() for weight in model.parameters()),
@@ -133,6 +131,13 @@ def cost(
             repeats=repeats,
             device=torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
         )
+
+
+def random_tokens(model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
+    """The same tokens for the same vocabulary and sizes, integers (batch, seq), where the model lies."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (batch_size, seq_len), generator=generator).to(device_of(model))
 
 
 def check_sizes(model: nn.Module, seq_len: int, batch_size: int, repeats: int) -> None:

@@ -53,6 +53,11 @@ class PruningPlan:
         """Fraction of the model's parameters that goes."""
         return 1 - self.n_parameters_kept / self.n_parameters
 
+    @property
+    def n_removed(self) -> dict[str, int]:
+        """Group → how many of its units go."""
+        return {name: self.n_units[name] - len(units) for name, units in self.keep.items()}
+
     def removed(self, name: str) -> list[int]:
         """Ascending list of the units of a group that go."""
         kept = set(self.keep[name])

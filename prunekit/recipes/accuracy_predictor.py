@@ -9,7 +9,7 @@ from torch import Tensor
 from prunekit.discovery import discover
 from prunekit.importance import Importance, score
 from prunekit.importance.scoring import importance_from_name
-from prunekit.pruning import PruningPlan
+from prunekit.pruning import PruningPlan, prune
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.recovery import LoRA, recover
 from prunekit.search import Budget, Found, PlanSpace, Range, Trees, known_points, search_space
@@ -89,9 +89,9 @@ def accuracy_predictor(
         Here the budget is met by every architecture, and rounds propose by evolution.
     """
     groups = discover(model)
-    chosen = [importance_from_name(each) if isinstance(each, str) else each for each in importances]
+    kinds = [importance_from_name(each) if isinstance(each, str) else each for each in importances]
     units = groups.of_kind(*DEFAULT_KINDS)
-    scores = {each.label: score(model, units, each, calib) for each in chosen}
+    scores = {each.label: score(model, units, each, calib) for each in kinds}
     space = PlanSpace(groups, scores, budgets, whole_layers=whole_layers)
     found = search_space(
         space,
@@ -107,8 +107,8 @@ def accuracy_predictor(
         folder=folder,
         n_jobs=n_jobs,
     )
-    build, best = space.job(found.best)
-    small = build(model, best)
+    plan = space.plan(found.best)
+    small = prune(model, plan)
     if data is not None:
         small = recover(small, recovery or LoRA.paper(), data, tokenizer=tokenizer, inplace=True)
-    return Searched(small, space.plan(found.best), found, space)
+    return Searched(small, plan, found, space)

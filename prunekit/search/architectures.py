@@ -1,6 +1,7 @@
 """The space of architectures: what share of each layer's heads and channels goes, and by which importance."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from prunekit.fingerprint import bytes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import DEFAULT_KINDS, candidates_of, plan_without
 from prunekit.search.building import cut, masked
-from prunekit.search.costs import Budget, budgets_of, check_budgets
+from prunekit.search.costs import Budget, CostTable, budgets_of, check_budgets, parameter_table
 from prunekit.search.fitting import Slots
 from prunekit.search.knobs import Choice, Knob, Range
 from prunekit.search.space import CarryOut, Point, Space, check_limit
@@ -132,7 +133,7 @@ class PlanSpace(Space):
         found |= {name: Choice((False, True)) for name in self.whole}
         if self.compensate is not None:
             found[COMPENSATE] = Choice((False, True))
-        found |= {b.table.name: b.limit for b in self.limited if isinstance(b.limit, Range)}
+        found |= {budget.name: budget.limit for budget in self.limited if isinstance(budget.limit, Range)}
         for name, knob in self.limits.items():
             check_limit(name, knob, found)
         return found | dict(self.limits)
@@ -140,12 +141,12 @@ class PlanSpace(Space):
     @property
     def cost_names(self) -> Sequence[str]:
         """Parameters, and what the budgets limit."""
-        return list(dict.fromkeys(["parameters", *(budget.table.name for budget in self.limited)]))
+        return list(dict.fromkeys(["parameters", *(budget.name for budget in self.limited)]))
 
     @property
     def goals(self) -> Sequence[str]:
         """The budgets that are ranges."""
-        return [budget.table.name for budget in self.limited if isinstance(budget.limit, Range)]
+        return [budget.name for budget in self.limited if budget.ranged]
 
     def narrowed(self, knobs: Mapping[str, Knob]) -> "PlanSpace":
         """The same space with some knobs held to less."""
@@ -164,7 +165,7 @@ class PlanSpace(Space):
         knob, group = self.knobs[name], self.units.get(name)
         if group is None or not isinstance(knob, Range) or not is_real(value):
             return knob.holds(value)
-        least, most = (int(bound[list(self.units).index(name)]) for bound in self._bounds)
+        least, most = _units_in(knob, group.n_units)
         return round(value * group.n_units) in (0, *range(least, most + 1))
 
     def fitted(self, point: Point) -> Point | None:
@@ -173,7 +174,7 @@ class PlanSpace(Space):
         if len(gone) > self.whole_layers:
             return None
         limits = {
-            b.table.name: float(point.get(b.table.name, b.limit)) + sum(b.table.of_group(g.name)[1] for g in gone)
+            b.name: float(point.get(b.name, b.limit)) + sum(b.table.of_group(g.name)[1] for g in gone)
             for b in self.limited
         }
         first, last = point.get(FIRST, self.layers[0]), point.get(LAST, self.layers[-1])
@@ -192,11 +193,12 @@ class PlanSpace(Space):
             PrunekitError: it is none of this space, or misses a budget.
         """
         found = super().check(point)
+        gone = self._gone(found)
         for budget in self.limited:
-            limit, cost = found.get(budget.table.name, budget.limit), budget.table.of(self._gone(found))
+            limit, cost = found.get(budget.name, budget.limit), budget.table.of(gone)
             if cost > limit * (1 + 1e-9):
                 raise PrunekitError(
-                    f"a point that costs {cost:,.6g} {budget.table.name} misses its budget of {limit:,.6g}; fit "
+                    f"a point that costs {cost:,.6g} {budget.name} misses its budget of {limit:,.6g}; fit "
                     "it first: space.fitted(point)"
                 )
         return found
@@ -225,40 +227,35 @@ class PlanSpace(Space):
 
         So a search can start from what is known. Units of the plan that are not chosen by `importance` come out others.
         """
-        shares = {
-            n: len(plan.removed(g.name)) / g.n_units if g.name in plan.keep else 0.0 for n, g in self.units.items()
-        }
+        gone = {g.name: plan.n_removed[g.name] for g in self.units.values() if g.name in plan.keep}
+        shares = {name: gone.get(group.name, 0) / group.n_units for name, group in self.units.items()}
         point: Point = {n: k.options[0] if isinstance(k, Choice) else k.high for n, k in self.knobs.items()} | shares
         for name, value in ((LAST, self.layers[-1]), (IMPORTANCE, importance)):
             if name in self.knobs and value is not None:
                 point[name] = value
         for budget in self.limited:
-            if budget.table.name in self.knobs:
-                gone = {g.name: len(plan.removed(g.name)) for g in self.units.values() if g.name in plan.keep}
-                point[budget.table.name] = self.knobs[budget.table.name].nearest(budget.table.of(gone))
+            if budget.ranged:
+                point[budget.name] = self.knobs[budget.name].nearest(budget.table.of(gone))
         return self.fitted(point)
 
     def job(self, point: Point) -> tuple[CarryOut, Any]:
         """The cut, or the masks, and the plan as plain data."""
         plan = self.plan(point)
         calib = self.compensate if point.get(COMPENSATE) else None
-        data = {"keep": plan.keep, "n_units": plan.n_units}
-        return masked if self.as_masks else partial(cut, calib=calib), data | {
-            n: getattr(plan, n) for n in ("n_parameters", "n_parameters_kept")
-        }
+        data = {name: getattr(plan, name) for name in ("keep", "n_units", "n_parameters", "n_parameters_kept")}
+        return masked if self.as_masks else partial(cut, calib=calib), data
 
     def costs(self, point: Point) -> dict[str, float]:
         """Parameters, and what the budgets limit."""
-        plan = self.plan(point)
-        gone = {name: plan.n_units[name] - len(units) for name, units in plan.keep.items()}
-        return {"parameters": plan.n_parameters_kept} | {b.table.name: b.table.of(gone) for b in self.limited}
+        gone = self._gone(self.check(point))
+        return {"parameters": int(self._parameters.of(gone))} | {b.name: b.table.of(gone) for b in self.limited}
 
     def described(self) -> dict[str, Any]:
         """Knobs, budgets, and what changes when the order of the scores or a calibration token does."""
         digest = sha256(json.dumps(self._order).encode())
         if self.compensate is not None:
             digest.update(bytes_of(self.compensate))
-        limits = [[budget.table.name, repr(budget.limit)] for budget in self.limited]
+        limits = [[budget.name, repr(budget.limit)] for budget in self.limited]
         budgets = {"budgets": limits, "digest": digest.hexdigest(), "as_masks": self.as_masks}
         return {**super().described(), **budgets, "min_units": self.min_units, "whole_layers": self.whole_layers}
 
@@ -275,6 +272,10 @@ class PlanSpace(Space):
         return budgets_of(self.groups, self.budgets)
 
     @cached_property
+    def _parameters(self) -> CostTable:
+        return parameter_table(self.groups)
+
+    @cached_property
     def _slots(self) -> Slots:
         groups = self.units.values()
         n_units = np.array([group.n_units for group in groups])
@@ -287,10 +288,8 @@ class PlanSpace(Space):
     @cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Units of each group that go at least and at most."""
-        knobs: Any = [self.knobs[name] for name in self.units]
-        n_units = self._slots.n_units
-        least = np.ceil(np.array([knob.low for knob in knobs]) * n_units - 1e-6)
-        return least, np.maximum(np.floor(np.array([knob.high for knob in knobs]) * n_units + 1e-6), least)
+        bounds = np.array([_units_in(self.knobs[name], group.n_units) for name, group in self.units.items()])
+        return bounds[:, 0], bounds[:, 1]
 
     @cached_property
     def _order(self) -> dict[str, dict[str, list[int]]]:
@@ -302,7 +301,7 @@ class PlanSpace(Space):
 
     def _least_left(self, budget: Budget) -> float:
         """What of a cost is left where all goes that may."""
-        table, most = budget.table, dict(zip(self.units, self._bounds[1].astype(int).tolist(), strict=True))
+        table, most = budget.table, dict(zip(self.units, self._bounds[1].tolist(), strict=True))
         saved = {name: float(table.of_group(group.name)[most[name]]) for name, group in self.units.items()}
         wins = [
             float(table.of_group(whole.name)[1])
@@ -310,3 +309,9 @@ class PlanSpace(Space):
             for whole in self.whole.values()
         ]
         return table.total - sum(saved.values()) - sum(sorted(wins)[::-1][: self.whole_layers])
+
+
+def _units_in(share: Any, n_units: int) -> tuple[int, int]:  # noqa: ANN401
+    """How many of so many units go at least and at most by a range of shares."""
+    least = math.ceil(share.low * n_units - 1e-6)
+    return least, max(math.floor(share.high * n_units + 1e-6), least)

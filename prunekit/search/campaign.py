@@ -70,7 +70,7 @@ class Campaign:
         _check_names([*COLUMNS, *space.knobs, *costs, *(metric.name for metric in self.metrics)])
         self._model, self._tokenizer, self._source = model, tokenizer, source
         self._folder, self._n_jobs, self._backend = folder, n_jobs, _known(backend)
-        self._stack = ExitStack()
+        self._stack, self._costs = ExitStack(), dict[int, Mapping[str, float]]()
 
     def __enter__(self) -> "Campaign":
         with ExitStack() as stack:
@@ -119,8 +119,8 @@ class Campaign:
             options = {} if self._backend == "ray" else {"return_as": "generator_unordered"}
             workers = Parallel(n_jobs=self._n_jobs, batch_size=1, pre_dispatch="2 * n_jobs", **options)
             for outcome in chain.from_iterable(map(workers, self._waves())):
+                costs = self._costs.pop(outcome.number)
                 if outcome.why is None:
-                    costs = self._costs.pop(outcome.number)
                     self.trials.finish(outcome.number, {**costs, **outcome.measured}, self.metrics[0].name)
                 else:
                     self.trials.fail(outcome.number, outcome.why)
@@ -137,7 +137,6 @@ class Campaign:
             yield wave
 
     def _jobs(self) -> Iterator[Any]:
-        self._costs: dict[int, Mapping[str, float]] = {}
         while (claimed := self.trials.claim()) is not None:
             number, point = claimed
             self._costs[number] = self.space.costs(point)

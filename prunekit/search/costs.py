@@ -74,16 +74,32 @@ class Budget:
     limit: float | Range
 
     def __post_init__(self) -> None:
-        lowest = self.limit.low if isinstance(self.limit, Range) else self.limit
-        if not is_real(lowest) or lowest <= 0:
-            raise PrunekitError(
-                f"a budget of {self.limit!r} {self.table.name} is not allowed; give one above 0, or a Range"
-            )
+        if not is_real(self.low) or self.low <= 0:
+            raise PrunekitError(f"a budget of {self.limit!r} {self.name} is not allowed; give one above 0, or a Range")
+
+    @property
+    def name(self) -> str:
+        """Of the cost."""
+        return self.table.name
+
+    @property
+    def ranged(self) -> bool:
+        """Whether every point takes its own limit."""
+        return isinstance(self.limit, Range)
+
+    @property
+    def low(self) -> float:
+        """The least limit."""
+        return self.limit.low if isinstance(self.limit, Range) else self.limit
+
+    @property
+    def high(self) -> float:
+        """The largest limit."""
+        return self.limit.high if isinstance(self.limit, Range) else self.limit
 
     def __repr__(self) -> str:
-        low, high = (self.limit.low, self.limit.high) if isinstance(self.limit, Range) else (None, self.limit)
-        between = "" if low is None else f"{_shown(low)} to "
-        return f"{self.table.name} ≤ {between}{_shown(high)} of {_shown(self.table.total)}"
+        between = f"{_shown(self.low)} to " if self.ranged else ""
+        return f"{self.name} ≤ {between}{_shown(self.high)} of {_shown(self.table.total)}"
 
 
 def parameter_table(groups: Groups) -> CostTable:
@@ -109,7 +125,7 @@ def budgets_of(groups: Groups, given: object) -> tuple[Budget, ...]:
     """
     given = [given] if isinstance(given, Budget) else given
     if isinstance(given, Sequence) and given and all(isinstance(budget, Budget) for budget in given):
-        names = [budget.table.name for budget in given]
+        names = [budget.name for budget in given]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise PrunekitError(f"two budgets are on {twice!r}; give one, or dataclasses.replace(table, name=…)")
@@ -137,13 +153,13 @@ def check_budgets(budgets: Sequence[Budget], least_left: Callable[[Budget], floa
             dense model costs.
     """
     for budget in budgets:
-        low, left = budget.limit.low if isinstance(budget.limit, Range) else budget.limit, least_left(budget)
-        if left > low * (1 + 1e-12):
+        left = least_left(budget)
+        if left > budget.low * (1 + 1e-12):
             raise PrunekitError(
                 f"{budget!r} cannot be met: {_shown(left)} must stay with what may be cut; give that or more, or allow "
                 "more kinds or whole layers"
             )
-    if all((b.limit.low if isinstance(b.limit, Range) else b.limit) >= b.table.total for b in budgets):
+    if all(budget.low >= budget.table.total for budget in budgets):
         raise PrunekitError(f"{budgets[0]!r}: the dense model costs no more than that already; give less")
 
 

@@ -42,7 +42,7 @@ class Range:
         """One nearby, at any scale, or one of the ends."""
         if rng.random() < 0.15:
             return float(rng.choice([self.low, self.high]))
-        step = (self.high - self.low) * 10 ** rng.uniform(-2, -0.5)
+        step = self.span * 10 ** rng.uniform(-2, -0.5)
         return self.nearest(value + rng.normal(0, step))
 
     def nearest(self, value: float) -> float:

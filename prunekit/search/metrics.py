@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.language_modelling import perplexity, read_texts
 from prunekit.evaluation.multiple_choice import named_tasks, zero_shot
 from prunekit.evaluation.report import world_default
+from prunekit.fingerprint import digest_of_text
 from prunekit.questions import Task
 from prunekit.text import TextSource
 
@@ -78,10 +78,10 @@ def metric_of(
     if metric == "perplexity":
         source = world_default(tokenizer, "validation_text", "text") if text is None else text
         (whole,) = read_texts(source, "windows", None)  # read here: a worker may not see our files
-        return Metric("perplexity", partial(_perplexity, text=whole), log=True, of=_digest(whole))
+        return Metric("perplexity", partial(_perplexity, text=whole), log=True, of=digest_of_text(whole)[:16])
     if metric == "accuracy":
         asked = named_tasks(world_default(tokenizer, "tasks", "tasks") if tasks is None else tasks)
-        return Metric("accuracy", partial(_accuracy, tasks=asked), maximize=True, of=_digest(repr(asked)))
+        return Metric("accuracy", partial(_accuracy, tasks=asked), maximize=True, of=digest_of_text(repr(asked))[:16])
     raise PrunekitError(
         f"metric={metric!r:.60} is unknown; give 'perplexity', 'accuracy', or Metric(name, (model, tokenizer) → figure)"
     )
@@ -93,7 +93,3 @@ def _perplexity(model: nn.Module, tokenizer: Any, *, text: str) -> float:  # noq
 
 def _accuracy(model: nn.Module, tokenizer: Any, *, tasks: list[Task]) -> float:  # noqa: ANN401
     return zero_shot(model, tokenizer, tasks).mean
-
-
-def _digest(text: str) -> str:
-    return sha256(text.encode()).hexdigest()[:16]

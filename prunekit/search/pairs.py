@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from prunekit.errors import PrunekitError
+from prunekit.fronts import unbeaten
 from prunekit.search.knobs import Knob, Range
 from prunekit.search.space import Point, Space
 
@@ -89,9 +90,7 @@ class Pairs:
         """
         if cost not in self.table:
             raise PrunekitError(f"{cost!r} was not noted; choose from {', '.join(map(str, self.table.columns))}")
-        order = self.table.assign(_value=self._figures()).sort_values([cost, "_value"])
-        beaten = order["_value"] >= order["_value"].cummin().shift()
-        return order[~beaten].drop(columns="_value")
+        return unbeaten(self.table.assign(_value=self._figures()), cost, "_value").drop(columns="_value")
 
     def _point(self, row: pd.Series) -> Point:
         return {name: _setting(knob, row[name]) for name, knob in self.space.knobs.items()}
@@ -110,4 +109,4 @@ class Pairs:
 
 def _setting(knob: Knob, value: Any) -> Any:  # noqa: ANN401
     """What a knob was set to: a row may have 1.0 for 1, and what was used of a budget, less than the least allowed."""
-    return knob.nearest(value) if isinstance(knob, Range) else knob.options[knob.options.index(value)]
+    return knob.nearest(value) if isinstance(knob, Range) else knob.plain(value)

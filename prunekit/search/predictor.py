@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pandas as pd
 from prunekit.checks import check_integers, check_reals
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
+from prunekit.fingerprint import digest_of_text
 from prunekit.search.space import Point, Space
 
 _FORMAT = "prunekit.predictor/1"
@@ -125,7 +125,7 @@ class AccuracyPredictor:
         models = [model.model_to_string() for model in self._models]
         content = {
             "format": _FORMAT, "trees": asdict(self.trees), "features": self.space.feature_names(),
-            "floor": self._floor, "digest": _digest(models), "models": models,
+            "floor": self._floor, "digest": digest_of_text("".join(models)), "models": models,
         }  # fmt: skip
         write_text(Path(path), json.dumps(content, indent=1))
 
@@ -140,7 +140,7 @@ class AccuracyPredictor:
 
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["format"] != _FORMAT or content["digest"] != _digest(content["models"]):
+            if content["format"] != _FORMAT or content["digest"] != digest_of_text("".join(content["models"])):
                 raise ValueError("it is damaged, or no predictor")  # LightGBM may abort on half a text
             found = cls(space, Trees(**content["trees"]))
             found._floor = float(content["floor"])
@@ -183,8 +183,3 @@ class AccuracyPredictor:
             "num_threads": 1,
             "verbosity": -1,
         }
-
-
-def _digest(models: Sequence[str]) -> str:
-    """By which texts are known to be whole."""
-    return sha256("".join(models).encode()).hexdigest()

@@ -45,13 +45,12 @@ def evolve(
         Points that are not known, those of which most is expected first.
     """
     inside = ({name: knob.nearest(point[name]) for name, knob in space.knobs.items()} for point in start)
-    drawn = (space.fitted(space.propose(rng)) for _ in iter(int, 1))
-    first = [*filter(None, map(space.fitted, inside)), *distinct(drawn, population, all_of_them=False)]
+    first = [*filter(None, map(space.fitted, inside)), *distinct(space.draws(rng), population, all_of_them=False)]
     pool = {key_of(point): point for point in first}
     expected = dict(zip(pool, predictor.predict(list(pool.values())).tolist(), strict=True))
     for _ in range(generations):
         parents = _in_turns(space, [pool[key] for key in sorted(expected, key=expected.__getitem__)])[:PARENTS]
-        children = distinct(_children(space, parents, rng), population, list(pool.values()), all_of_them=False)
+        children = distinct(_children(space, parents, rng), population, pool, all_of_them=False)
         if not children:  # all that there are have been made
             break
         new = {key_of(child): child for child in children}
@@ -79,7 +78,7 @@ def _in_turns(space: Space, points: Sequence[Point]) -> list[Point]:
 
 def _level(knob: object, value: float) -> int:
     assert isinstance(knob, Range)  # goals are
-    return min(int(LEVELS * (value - knob.low) / (knob.high - knob.low)), LEVELS - 1)
+    return min(int(LEVELS * (value - knob.low) / knob.span), LEVELS - 1)
 
 
 def _spread(space: Space, points: Sequence[Point], n: int) -> list[Point]:

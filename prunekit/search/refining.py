@@ -92,6 +92,6 @@ def _splits(knob: Knob, values: Any) -> Iterator[tuple[Knob, np.ndarray]]:  # no
         for option in knob.options if len(knob.options) > 1 else ():
             yield Choice(tuple(other for other in knob.options if other != option)), values == option
         return
-    low, high = knob.low + PART * (knob.high - knob.low), knob.high - PART * (knob.high - knob.low)
+    low, high = knob.low + PART * knob.span, knob.high - PART * knob.span
     yield Range(low, knob.high), values.astype(float) < low
     yield Range(knob.low, high), values.astype(float) > high

@@ -122,14 +122,14 @@ def search_space(
         campaign.run(0, drawn(space, n_pairs, seed, start))
         for number in range(1, n_rounds + 1):
             pairs = campaign.pairs(before=number)
-            predictor = AccuracyPredictor(space, trees).fit(pairs.points, pairs.values)
+            points, values = pairs.points, pairs.values
+            predictor = AccuracyPredictor(space, trees).fit(points, values)
             inside, new = refined(inside, predictor, pairs, n_cuts)
             cuts += new
             rng = np.random.default_rng([seed, number])
-            best = [pairs.points[i] for i in np.argsort(pairs.values, kind="stable")[:PARENTS]]
-            propose = partial(
-                evolve, inside, predictor, best, rng, n=top_k, known=campaign.trials.points(before=number)
-            )
+            best = [points[i] for i in np.argsort(values, kind="stable")[:PARENTS]]
+            known = campaign.trials.points(before=number)
+            propose = partial(evolve, inside, predictor, best, rng, n=top_k, known=known)
             campaign.run(number, partial(_missing, propose, top_k))
             rows.append(_row(number, campaign.pairs(before=number + 1), predictor, new))
         pairs = campaign.pairs()

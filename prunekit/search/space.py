@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,12 @@ class Space(ABC):
         Raises:
             PrunekitError: there are not so many, or hardly any setting is allowed.
         """
-        return distinct((self.fitted(self.propose(rng)) for _ in iter(int, 1)), n, known)
+        return distinct(self.draws(rng), n, map(key_of, known))
+
+    def draws(self, rng: np.random.Generator) -> Iterator[Point | None]:
+        """Point after point without end, each fitted; None where that could not be."""
+        while True:
+            yield self.fitted(self.propose(rng))
 
     def mutated(self, point: Point, rng: np.random.Generator, rate: float = 0.15) -> Point:
         """A point with some knobs set anew, at least one; it may need fitting."""
@@ -124,21 +129,22 @@ class Space(ABC):
 
 
 def distinct(
-    made: Iterator[Point | None], n: int, known: Sequence[Point] = (), *, all_of_them: bool = True
+    made: Iterator[Point | None], n: int, known: Iterable[str] = (), *, all_of_them: bool = True
 ) -> list[Point]:
-    """The first different ones of the points that are made.
+    """The first different ones of the points that are made, but for those whose keys are known.
 
     Raises:
         PrunekitError: too many draws in vain, unless fewer will do.
     """
-    seen, found, misses = {key_of(point) for point in known}, list[Point](), 0
+    seen, found, misses = set(known), list[Point](), 0
     for point in made:
         if len(found) == n or misses > TRIES + 10 * len(found):
             break
-        if point is None or key_of(point) in seen:
+        key = "" if point is None else key_of(point)
+        if point is None or key in seen:
             misses += 1
             continue
-        seen.add(key_of(point))
+        seen.add(key)
         found.append(point)
     if len(found) < n and all_of_them:
         raise PrunekitError(

@@ -3,7 +3,6 @@
 from prunekit.errors import PrunekitError
 from prunekit.pruning import PruningPlan, plan
 from prunekit.search.architectures import PlanSpace
-from prunekit.search.knobs import Range
 from prunekit.search.space import Point
 
 HALVINGS = 10  # of the interval in which the pruning ratio lies
@@ -48,8 +47,4 @@ def _plan(space: PlanSpace, label: str, ranking: str, ratio: float) -> PruningPl
 
 
 def _meets(space: PlanSpace, chosen: PruningPlan) -> bool:
-    gone = {name: chosen.n_units[name] - len(units) for name, units in chosen.keep.items()}
-    return all(
-        budget.table.of(gone) <= (budget.limit.high if isinstance(budget.limit, Range) else budget.limit)
-        for budget in space.limited
-    )
+    return all(budget.table.of(chosen.n_removed) <= budget.high for budget in space.limited)

@@ -5,15 +5,14 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from prunekit.checks import check_integers
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.footprint import check_sizes, count_macs, time_decode, time_prefill
-from prunekit.evaluation.likelihood import device_of, evaluating
+from prunekit.evaluation.footprint import check_sizes, count_macs, random_tokens, time_decode, time_prefill
+from prunekit.evaluation.likelihood import evaluating
 from prunekit.importance.reduction import check_choice
 from prunekit.pruning import prune
 from prunekit.pruning.planning import DEFAULT_KINDS, plan_without
@@ -166,18 +165,12 @@ def _cuts(alike: list[CoupledGroup], shares: Sequence[float]) -> Iterator[tuple[
         yield alike, number
 
 
-def _tokens(model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    tokens = torch.randint(vocabulary, (batch_size, seq_len), generator=torch.Generator().manual_seed(0))
-    return tokens.to(device_of(model))
-
-
 def _macs(model: nn.Module, *, seq_len: int) -> float:
     with evaluating(model):
-        return float(count_macs(model, _tokens(model, 1, seq_len)))
+        return float(count_macs(model, random_tokens(model, 1, seq_len)))
 
 
 def _milliseconds(model: nn.Module, *, phase: str, seq_len: int, batch_size: int, repeats: int) -> float:
     run = time_decode if phase == "decode" else time_prefill
     with evaluating(model):
-        return run(model, _tokens(model, batch_size, seq_len), repeats).median
+        return run(model, random_tokens(model, batch_size, seq_len), repeats).median

@@ -57,7 +57,7 @@ class Trials:
             self._life.release()
             self._take_back()
             for left in self.path.parent.glob(f"{self.path.name}.*.lock"):  # of runs that are over, this one too
-                self._alive({"run": left.name.removeprefix(f"{self.path.name}.").removesuffix(".lock")})
+                self._lives(left.name.removeprefix(f"{self.path.name}.").removesuffix(".lock"))
 
     def add(self, number: int, make: Callable[[list[Point]], list[Point]]) -> None:
         """Add the points of a round, unless another process has.
@@ -141,18 +141,17 @@ class Trials:
         Whoever did so may have died between the two, so this looks for points of which nothing but that is left.
         """
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if not self._alive(trial.user_attrs.get("worker")):
+            worker = trial.user_attrs.get("worker")  # None: killed right after its claim
+            if worker is None or not self._lives(worker["run"]):
                 self.study.tell(trial.number, state=TrialState.FAIL)
         every = self._every()
         gone = {_order(trial): trial for trial in every if _is_given_up(trial)}
         for order in sorted(gone.keys() - {_order(trial) for trial in every if not _is_given_up(trial)}):
             self._add(gone[order].params, {"round": gone[order].user_attrs["round"], "again": order})
 
-    def _alive(self, worker: Mapping[str, Any] | None) -> bool:
-        """Whether who claimed a trial may still finish it; who said nothing was killed right after its claim."""
-        if worker is None:
-            return False
-        life = self._life_of(worker["run"])
+    def _lives(self, run: str) -> bool:
+        """Whether a run may still finish what it has claimed; of one that is over no lock is left."""
+        life = self._life_of(run)
         try:
             life.acquire(timeout=0)
         except Timeout:

@@ -1,0 +1,15 @@
+"""Pareto fronts of tables."""
+
+import pandas as pd
+
+
+def unbeaten(table: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
+    """The rows that no other is both cheaper and better than, the cheapest first.
+
+    Args:
+        table: one row a thing.
+        cost: name of the column that is to be low.
+        value: name of the other one.
+    """
+    order = table.sort_values([cost, value])
+    return order[~(order[value] >= order[value].cummin().shift())]
