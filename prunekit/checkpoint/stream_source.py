@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from prunekit.checkpoint.building import empty_model, shapes_of
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, stored_tensors
 from prunekit.checkpoint.loading import MODEL_TYPE, load, load_cut, load_tokenizer
+from prunekit.checkpoint.origins import resolve
 from prunekit.errors import PrunekitError
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -23,7 +24,7 @@ def map_checkpoint(source: str | Path) -> tuple[Any, Any]:
     when memory is wanted elsewhere; nothing is copied.
 
     Args:
-        source: a folder with config.json and safetensors.
+        source: a folder with config.json and safetensors, or GGUF as `load` takes it.
 
     Raises:
         PrunekitError: no such folder, no safetensors, or tensors that do not map one to one to the model's
@@ -40,17 +41,18 @@ def map_checkpoint(source: str | Path) -> tuple[Any, Any]:
 
 
 def local_folder(source: str | Path) -> Path:
-    """The folder of a checkpoint.
+    """The folder of a checkpoint; of a GGUF file, the one that it is converted to.
 
     Raises:
         PrunekitError: it is not on this machine.
     """
-    if not Path(source).is_dir():
+    folder = Path(resolve(source))
+    if not folder.is_dir():
         raise PrunekitError(
             f"{str(source)!r} is not a folder on this machine, and only those are streamed; download the checkpoint, "
             "and give the folder that holds config.json and safetensors"
         )
-    return Path(source)
+    return folder
 
 
 def n_bytes(folder: Path) -> int:

@@ -69,7 +69,7 @@ def prune_checkpoint(
     the first one ended. Forward passes over the calibration set count as one step.
 
     Args:
-        source: a folder with config.json and safetensors.
+        source: a folder with config.json and safetensors, or GGUF as `load` takes it.
         out: a folder that does not exist yet. It is complete or not there.
         how: an importance that needs no gradients, such as `Magnitude()` or `Activation()`, or a plan.
         pruning_ratio: as in `plan`; None with a plan.

@@ -112,9 +112,11 @@ def calibrate_streaming(args: argparse.Namespace) -> "Tensor":
         PrunekitError: there is no text, or no tokenizer to read it with.
     """
     from prunekit.checkpoint.loading import load_tokenizer
+    from prunekit.checkpoint.stream_source import local_folder
 
     check_calibration(args)
-    return calibrate(args, need_tokenizer(args.model, load_tokenizer(args.model, False), "a calibration text"))
+    tokenizer = load_tokenizer(str(local_folder(args.model)), False)
+    return calibrate(args, need_tokenizer(args.model, tokenizer, "a calibration text"))
 
 
 def notes(args: argparse.Namespace) -> dict[str, str]:

@@ -235,13 +235,17 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
 
 def streams(args: argparse.Namespace) -> bool:
     """Whether the weights stay on disk: as told, else where they take more than the free memory; says which."""
-    if args.streaming is not None or not Path(args.model).is_dir():
+    if args.streaming is not None:
         return bool(args.streaming)
     import psutil
 
+    from prunekit.checkpoint.origins import resolve
     from prunekit.checkpoint.stream_source import n_bytes
 
-    size, free = n_bytes(Path(args.model)), psutil.virtual_memory().available
+    source = Path(resolve(args.model))
+    if not source.is_dir():
+        return False
+    size, free = n_bytes(source), psutil.virtual_memory().available
     if size > free:
         sizes = f"{size / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of free memory"
         print(f"prunekit: {sizes}: streaming; --no-streaming loads them all the same", file=sys.stderr)

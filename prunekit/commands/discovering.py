@@ -57,14 +57,18 @@ def run(args: argparse.Namespace) -> int:
 def structure_of(source: str) -> Any:
     """The model of a folder without its weights, which discovery does not read; whatever else, loaded.
 
+    A GGUF file stands for the folder that it is converted to.
+
     Raises:
         PrunekitError: as `load`, which says what is wrong with a checkpoint.
     """
     from prunekit.checkpoint import load
+    from prunekit.checkpoint.origins import resolve
 
-    if Path(source).is_dir():
+    folder = Path(resolve(source))
+    if folder.is_dir():
         with suppress(Exception):  # of any kind, from any family; loading tells
-            return without_weights(Path(source))
+            return without_weights(folder)
     return load(source)[0]
 
 

@@ -57,7 +57,7 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
 
 def add_model(parser: Parser, **options: Any) -> None:
     """The positional MODEL."""
-    text = 'a checkpoint folder, a hub id, or "world"'
+    text = 'a checkpoint folder, a .gguf file, a hub id, "world" or "smollm2"'
     parser.add_argument("model", metavar="MODEL", help=text, **options)
 
 
@@ -126,7 +126,8 @@ def need_tokenizer(source: str, tokenizer: Any, why: str) -> Any:
         )
     if tokenizer is None:
         raise PrunekitError(
-            f"{source!r} has no tokenizer, and {why} needs one; copy tokenizer.json and tokenizer_config.json into it"
+            f"{source!r} has no tokenizer, and {why} needs one; copy tokenizer.json and tokenizer_config.json into its "
+            "folder"
         )
     return tokenizer
 

@@ -1,0 +1,49 @@
+"""Where a model's files lie: from what a user names to an ordinary checkpoint folder, or a hub id."""
+
+import os
+from pathlib import Path
+
+from prunekit.checkpoint.conversion import converted
+from prunekit.checkpoint.gguf_header import SUFFIX
+from prunekit.errors import PrunekitError
+from prunekit.model_names import NAMES, packaged_file
+
+
+def resolve(source: str | Path) -> str | Path:
+    """The checkpoint folder or hub id that a source stands for.
+
+    A GGUF file, a folder with one and no config.json, and the name of a packaged model such as `"smollm2"` are
+    converted, once, to a folder in the user's cache. Whatever else is given back as it is.
+
+    Args:
+        source: as `prunekit.load` takes it, but for `"world"`, which has no folder.
+
+    Raises:
+        PrunekitError: the file is missing or cannot be converted, the folder holds several, or the package of the
+            model is not installed.
+    """
+    file = packaged_file(source) or _gguf_of(Path(source))
+    if file is not None:
+        return converted(file)
+    if not os.path.lexists(source) and _is_gguf(Path(source)):
+        raise PrunekitError(
+            f"{str(source)!r} does not exist; give a .gguf file, a checkpoint folder, a hub id, or {NAMES}"
+        )
+    return source
+
+
+def _gguf_of(path: Path) -> Path | None:
+    """The GGUF file that a path stands for; None where it is something else."""
+    if path.is_file():
+        return path if _is_gguf(path) else None
+    if not path.is_dir() or os.path.lexists(path / "config.json"):
+        return None
+    found = sorted(file for file in path.glob("*.*") if _is_gguf(file) and file.is_file())
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise PrunekitError(f"{str(path)!r} holds several models ({names}); give one of them: {str(found[0])!r}")
+    return found[0] if found else None
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == SUFFIX
