@@ -22,6 +22,17 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct and its tokenizer, as loaded: copy the model before changing it. Skips where missing."""
+    import prunekit as pk
+
+    try:
+        return pk.load("smollm2")
+    except pk.PrunekitError as error:
+        pytest.skip(str(error))
+
+
 def _note(report):
     reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else ""
     if report.skipped and WORD in reason and SHARED.is_dir():
