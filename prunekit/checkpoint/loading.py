@@ -110,7 +110,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "is a link that leads nowhere"
         raise PrunekitError(
-            f"{str(folder)!r} {what}; give a .gguf file, or the folder that holds config.json and safetensors"
+            f"{str(folder)!r} {what}; give the folder that holds config.json and safetensors, or a .gguf file"
         )
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
