@@ -62,8 +62,10 @@ def test_the_context_of_a_question_is_read_once():
     model, seen = llama(), []
     model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
     task = yes_no_task(5)
-    zero_shot(model, byte_tokenizer(), [task])
-    assert sum(seen) == sum(len(question.context) + 2 for question in task.questions)
+    result = zero_shot(model, byte_tokenizer(), [task])
+    assert result.n_computed == sum(len(question.context) + 2 for question in task.questions)
+    assert result.n_tokens == 2 * result.n_computed
+    assert sum(seen) == result.n_computed + 2 * 8  # whether logits are computed only where they are needed, is tried
 
 
 def test_accuracies_by_task_and_by_label():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import Span, log_likelihoods, max_positions
+from prunekit.evaluation.likelihood import Span, max_positions
+from prunekit.evaluation.scoring import log_likelihoods
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
 from prunekit.questions import Question, Task
 
@@ -46,7 +47,7 @@ def zero_shot(
         for task, number, question in questions
         for span in question_spans(tokenizer, question, limit, f"question {number} of task {task.name!r}")
     ]
-    sums = log_likelihoods(model, spans, batch_size=batch_size, progress="zero-shot")
+    sums = log_likelihoods(model, spans, batch_size=batch_size, progress="zero-shot").sums
     scores = sums.split([len(question.choices) for _, _, question in questions])
     rows = [judge(*asked, score) for asked, score in zip(questions, scores, strict=True)]
     return ZeroShotResult(pd.DataFrame(rows))
