@@ -73,7 +73,7 @@ def opt(seed=0):
 
 @torch.no_grad()
 def sums_alone(model, spans):
-    """Log-likelihood of each span's scored tokens, float64, from a forward pass of its own without a mask or a cache."""
+    """Log-likelihood of each span's scored tokens, float64, from a forward pass of its own, without mask or cache."""
     sums = torch.zeros(len(spans), dtype=torch.float64)
     for number, span in enumerate(spans):
         ids = torch.tensor([span.tokens])

@@ -130,7 +130,7 @@ def test_packing_is_tried_only_where_it_saves_more_than_that_takes():
     with torch.no_grad():
         assert not choose_reading(model, spans, 64).packed
         reading = choose_reading(model, [span for span in spans for _ in range(2)], 64, runs=9)
-    assert reading.packed and 0 < reading.n_tried
+    assert reading.packed and reading.n_tried > 0
 
 
 def test_a_head_whose_output_is_mixed_afterwards_is_applied_everywhere():
@@ -156,7 +156,9 @@ def test_logits_are_computed_only_where_something_is_scored(name):
     seen = []
     with torch.no_grad():
         reading = choose_reading(model, spans, 64, runs=9)
-        hook = model.get_output_embeddings().register_forward_hook(lambda m, a, out: seen.append(out.shape[:-1].numel()))
+        hook = model.get_output_embeddings().register_forward_hook(
+            lambda m, a, out: seen.append(out.shape[:-1].numel())
+        )
         for batch in reading.batches(model):
             assert scored_logits(model, batch, reading.gathers).shape == (len(batch.places), model.config.vocab_size)
             assert seen.pop() == len(batch.places) and not seen
@@ -167,7 +169,9 @@ def test_what_is_greedy_and_what_was_run_are_told():
     model, spans = llama(), random_spans(vocabulary=258)
     with torch.no_grad():
         best = [int(model(torch.tensor([span.tokens[:-1]])).logits[0, -1].argmax()) for span in spans]
-    likeliest = [Span((*span.tokens[:-1], token), len(span.tokens) - 1) for span, token in zip(spans, best, strict=True)]
+    likeliest = [
+        Span((*span.tokens[:-1], token), len(span.tokens) - 1) for span, token in zip(spans, best, strict=True)
+    ]
     again = [Span((*span.tokens[:-1], (token + 1) % 258), span.start) for span, token in zip(spans, best, strict=True)]
     found = log_likelihoods(model, likeliest + again, batch_size=4)
     assert found.greedy.tolist() == [True] * len(spans) + [False] * len(spans)

@@ -18,10 +18,12 @@ class Span:
     Attributes:
         tokens: token ids, at least 2.
         start: position of the first token that is scored, in [1, len(tokens)); what stands before it is context.
+        n_cut: tokens of the context that were cut off on the left, since the model does not take so many.
     """
 
     tokens: tuple[int, ...]
     start: int
+    n_cut: int = 0
 
     @property
     def n_scored(self) -> int:
@@ -57,9 +59,13 @@ def check_batches(model: nn.Module, spans: Sequence[Span], batch_size: int) -> N
     """Refuses what would only fail deep inside the model."""
     if batch_size < 1:
         raise PrunekitError(f"batch_size={batch_size}; it is a number of rows, at least 1")
+    check_tokens_fit(model, max((max(span.tokens) for span in spans), default=0))
+
+
+def check_tokens_fit(model: nn.Module, highest: int) -> None:
+    """Refuses a token that the model's vocabulary does not have."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     n_vocabulary = embedding.weight.shape[0]
-    highest = max((max(span.tokens) for span in spans), default=0)
     if highest >= n_vocabulary:
         raise PrunekitError(
             f"the text holds token {highest}, but the model's vocabulary has {n_vocabulary}: "

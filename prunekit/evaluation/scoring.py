@@ -132,9 +132,7 @@ def log_likelihoods(
     return Likelihoods(sums, greedy, n_computed, sum(len(span.tokens) - 1 for span in spans))
 
 
-def scored_logits(
-    model: nn.Module, batch: Batch, gathers: bool, run: Callable[[], Tensor] | None = None
-) -> Tensor:
+def scored_logits(model: nn.Module, batch: Batch, gathers: bool, run: Callable[[], Tensor] | None = None) -> Tensor:
     """Logits (n_places, vocabulary) of a batch where something is scored.
 
     Args:
