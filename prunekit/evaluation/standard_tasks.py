@@ -191,7 +191,7 @@ def _asked(
     draw = random.Random(SEED)
     for row in islice(_rows(spec, subject, spec.split, data_dir), limit):
         question = spec.read(row)
-        examples = pool[:shots] if spec.first_shots else draw.sample(pool, shots)
+        examples = pool[:shots] if spec.first_shots else _draw(draw, pool, shots, spec, _answered(question))
         front = description + "".join(f"{example}\n\n" for example in examples)
         yield _behind(front, replace(question, domain=subject or question.domain))
 
@@ -210,10 +210,28 @@ def _pool(spec: StandardTask, subject: str | None, data_dir: str | Path | None, 
     if spec.shots_split is None:
         raise PrunekitError(f"shots={shots}: {spec.name} has no split of examples; give shots=0")
     questions = [spec.read(row) for row in _rows(spec, subject, spec.shots_split, data_dir)]
-    if len(questions) < shots:
-        raise PrunekitError(f"shots={shots}: {spec.name} has {len(questions)} examples; give no more")
-    contexts = [q.context if q.contexts is None else q.contexts[q.answer] for q in questions]
-    return [context + q.choices[q.answer] for context, q in zip(contexts, questions, strict=True)]
+    if len(questions) < shots + (spec.split != "test"):
+        raise PrunekitError(f"shots={shots}: {spec.name} has {len(questions)} examples; give fewer")
+    return [_answered(question) for question in questions]
+
+
+def _answered(question: Question) -> str:
+    """A question with its answer, as an example."""
+    contexts = question.contexts or (question.context,) * len(question.choices)
+    return contexts[question.answer] + question.choices[question.answer]
+
+
+def _draw(draw: random.Random, pool: list[str], shots: int, spec: StandardTask, own: str) -> list[str]:
+    """Examples for one question, drawn in turn with those of the questions before it.
+
+    The harness draws one more for tasks that it has no test split of, lest the question be among them.
+
+    Source: lm-evaluation-harness, `ContextSampler.sample`.
+    """
+    if not shots or spec.split == "test":
+        return draw.sample(pool, shots)
+    found = [example for example in draw.sample(pool, shots + 1) if example != own][:shots]
+    return found if len(found) == shots else draw.sample([example for example in pool if example != own], shots)
 
 
 def _rows(spec: StandardTask, subject: str | None, split: str, data_dir: str | Path | None) -> Iterator[Record]:
