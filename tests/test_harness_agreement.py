@@ -49,7 +49,10 @@ def test_both_draw_the_same_examples(stories, tmp_path):
         for split, rows in rows_of(shared_path("data"), name, 5).items():
             (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
             write_rows(tmp_path / "data" / name / f"{split}.jsonl", rows)
-    for names, data in ((SUBJECTS[:1], shared_path("data")), (("winogrande", "arc_easy", "boolq", "hellaswag"), tmp_path / "data")):
+    for names, data in (
+        (SUBJECTS[:1], shared_path("data")),
+        (("winogrande", "arc_easy", "boolq", "hellaswag"), tmp_path / "data"),
+    ):
         local = write_harness_tasks(tmp_path, shared_path("data"), names, limit=5, shots=2)
         ours = zero_shot(*stories, names, limit=5, data_dir=data, shots=2)
         wrong, furthest = differences(ours, run(*stories, tmp_path, local, batch_size=4))
