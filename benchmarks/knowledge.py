@@ -1,7 +1,7 @@
 """Time of the knowledge distribution of the embedded world, prunekit against the plain loop over the same silencings.
 
 The plain loop is a fair one: questions are tokenised once, the model stays in memory, weights are zeroed in place, and
-each pass is `log_likelihoods`, which reads the context of a question once for all its choices. It takes as long for
+each pass is `log_likelihoods`, as `zero_shot` runs it. It takes as long for
 each silencing, so that some of them, evenly spread, stand for all; ours is timed on all. Half of them go before ours
 and half after it, so that a machine that grows busier is unfair to neither. Whether both give the same is asserted.
 Seconds are CPU seconds of this process, with as many threads as OMP_NUM_THREADS says; they count everything from the
@@ -21,8 +21,8 @@ from machine import RESULTS, machine, save
 import prunekit as pk
 from prunekit import world
 from prunekit.discovery.groups import CoupledGroup
-from prunekit.evaluation.likelihood import log_likelihoods
 from prunekit.evaluation.packing import pack, unpacked
+from prunekit.evaluation.scoring import log_likelihoods
 from prunekit.importance.ablation import silenced
 from prunekit.importance.scores import Scores
 from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution
@@ -52,7 +52,7 @@ def naive(model: Any, exam: Exam, some: list[tuple[CoupledGroup, list[int]]]) ->
     marks = []
     for group, units in some:
         with silenced(model, group, units):
-            marks.append(exam.marks(log_likelihoods(model, exam.spans, batch_size=32)))
+            marks.append(exam.marks(log_likelihoods(model, exam.spans, batch_size=32).sums))
     return marks
 
 

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from prunekit.checkpoint.streaming import prune_checkpoint
     from prunekit.discovery import CoupledGroup, Groups, Member, discover
     from prunekit.errors import PrunekitError
-    from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
+    from prunekit.evaluation import (
+        Report,
+        compare,
+        compare_accuracy,
+        cost,
+        evaluate,
+        generations,
+        perplexity,
+        standard_text,
+        zero_shot,
+    )
     from prunekit.importance import (
         Ablation,
         Activation,
@@ -52,7 +62,17 @@ _ROOMS = {
     "checkpoint.streaming": ("prune_checkpoint",),
     "discovery": ("CoupledGroup", "Groups", "Member", "discover"),
     "errors": ("PrunekitError",),
-    "evaluation": ("Report", "compare", "compare_accuracy", "cost", "evaluate", "perplexity", "zero_shot"),
+    "evaluation": (
+        "Report",
+        "compare",
+        "compare_accuracy",
+        "cost",
+        "evaluate",
+        "generations",
+        "perplexity",
+        "standard_text",
+        "zero_shot",
+    ),  # fmt: skip
     "importance": (
         "Ablation",
         "Activation",
@@ -108,6 +128,7 @@ __all__ = [
     "evaluate",
     "export",
     "fuse",
+    "generations",
     "knowledge_distribution",
     "knowledge_of_units",
     "load",
@@ -124,6 +145,7 @@ __all__ = [
     "score",
     "search_space",
     "sparsify",
+    "standard_text",
     "zero_shot",
 ]
 

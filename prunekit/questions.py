@@ -8,7 +8,8 @@ class Question:
     """One multiple-choice question, ready to score by log-likelihood.
 
     Each choice is scored as `log p(choice | context)`. Where the choices differ on the left instead
-    (WinoGrande's partial scoring), `contexts` has one context a choice and all `choices` are equal.
+    (WinoGrande's partial scoring), `contexts` has one context a choice and all `choices` are equal. A single choice
+    (LAMBADA's last word) is right where each of its tokens is the likeliest one, as greedy decoding would write it.
 
     Attributes:
         context: the text all choices continue; `""` where `contexts` is given.
@@ -27,6 +28,11 @@ class Question:
     tier: str | None = None
     hops: int | None = None
     contexts: tuple[str, ...] | None = None
+
+    @property
+    def chance(self) -> float:
+        """Probability that a guess is right, in [0, 1]; 0 where the answer has to be written."""
+        return 1 / len(self.choices) if len(self.choices) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -49,4 +55,4 @@ class Task:
     @property
     def chance(self) -> float:
         """Expected accuracy of a guess, in [0, 1]."""
-        return sum(1 / len(q.choices) for q in self.questions) / len(self.questions)
+        return sum(question.chance for question in self.questions) / len(self.questions)

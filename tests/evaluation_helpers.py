@@ -71,6 +71,17 @@ def opt(seed=0):
     return OPTForCausalLM(config).eval()
 
 
+@torch.no_grad()
+def sums_alone(model, spans):
+    """Log-likelihood of each span's scored tokens, float64, from a forward pass of its own, without mask or cache."""
+    sums = torch.zeros(len(spans), dtype=torch.float64)
+    for number, span in enumerate(spans):
+        ids = torch.tensor([span.tokens])
+        rows = model(input_ids=ids[:, :-1], use_cache=False).logits[0, span.start - 1 :].float().log_softmax(-1)
+        sums[number] = rows.double().gather(1, ids[0, span.start :, None]).sum()
+    return sums
+
+
 def dense_folder(root, **options):
     """A checkpoint folder with a tokenizer, and a text beside it; with options of `save_pretrained`."""
     folder = root / "dense"

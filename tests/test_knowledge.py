@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from evaluation_helpers import TEXT, byte_tokenizer, llama
+from evaluation_helpers import TEXT, byte_tokenizer, llama, sums_alone
 from families import FAMILIES, Unrounded, plan_keeping, random_units
 
 import prunekit.knowledge.measuring as knowledge
 from prunekit import PrunekitError, Taylor, discover, load, prune, zero_shot
-from prunekit.evaluation.likelihood import Span, log_likelihoods
+from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.multiple_choice import judge, question_spans
 from prunekit.importance.ablation import silenced
 from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution, knowledge_of_units
@@ -77,7 +77,7 @@ def test_it_is_what_the_naive_loop_measures(world):
     assert found.packed and found.resumed and unchanged(model, before)
     questions = [(task, i, q) for task in asked for i, q in enumerate(task.questions)]
     spans = [span for _, _, q in questions for span in question_spans(tokenizer, q, 256, "")]
-    dense = log_likelihoods(model, spans, batch_size=32)
+    dense = sums_alone(model, spans)
     for row, told in list(found.silencings.iterrows())[::3] + [(None, None)]:
         if row is None:
             sums, hit, loss = dense, found.dense_hit, found.dense_loss
@@ -87,7 +87,7 @@ def test_it_is_what_the_naive_loop_measures(world):
             assert told["n_silenced"] == n == len(told["units"])
             assert told["units"] == sorted(scores[group.name].argsort()[:n].tolist())
             with silenced(model, group, told["units"]):
-                sums, hit, loss = log_likelihoods(model, spans, batch_size=32), found.hit[row], found.loss[row]
+                sums, hit, loss = sums_alone(model, spans), found.hit[row], found.loss[row]
             assert row == 0 or not torch.equal(sums, dense)
         scores_of = sums.split([len(q.choices) for _, _, q in questions])
         rows = [judge(*asked_one, mine) for asked_one, mine in zip(questions, scores_of, strict=True)]
@@ -125,7 +125,7 @@ def check_every_group(model, groups):
             firsts |= {layers[:1]}
             for units in (range((group.n_units + 1) // 2), range(group.n_units)):
                 with silenced(model, group, units):
-                    expected = log_likelihoods(model, spans, batch_size=4)
+                    expected = sums_alone(model, spans)
                     torch.testing.assert_close(runner.sums(layers), expected, rtol=1e-9, atol=1e-9)
     assert firsts >= {(), (0,), (1,)}
 

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pandas as pd
@@ -7,7 +8,7 @@ from evaluation_helpers import N_POSITIONS, byte_tokenizer, choice_task, gpt2, l
 
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import ZeroShotResult, zero_shot
-from prunekit.evaluation.multiple_choice import encode_pair
+from prunekit.evaluation.multiple_choice import encode_pair, question_spans
 from prunekit.questions import Question, Task
 
 
@@ -62,8 +63,10 @@ def test_the_context_of_a_question_is_read_once():
     model, seen = llama(), []
     model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
     task = yes_no_task(5)
-    zero_shot(model, byte_tokenizer(), [task])
-    assert sum(seen) == sum(len(question.context) + 2 for question in task.questions)
+    result = zero_shot(model, byte_tokenizer(), [task])
+    assert result.n_computed == sum(len(question.context) + 1 for question in task.questions)
+    assert result.n_tokens == 2 * result.n_computed
+    assert sum(seen) == result.n_computed + 2 * 8  # whether logits are computed only where they are needed, is tried
 
 
 def test_accuracies_by_task_and_by_label():
@@ -127,15 +130,17 @@ REFUSED = {
     "no question": ([Task("empty", "boolq", ())], "no question to ask in .'empty'"),
     "same name": ([choice_task(), choice_task()], "share a name"),
     "answer": ([Task("t", "piqa", (replace(QUESTION, answer=2),))], "question 0 of task 't' has answer 2 of 2"),
-    "one choice": ([Task("t", "piqa", (replace(QUESTION, choices=(" me",)),))], "at least 2"),
+    "no choice": ([Task("t", "piqa", (replace(QUESTION, choices=()),))], "answer 0 of 0 choices"),
+    "no task of that name": (["bollq"], "no task 'bollq'; there are boolq, piqa"),
+    "no task but a number": ([3], "3 is no task; give names"),
     "contexts": ([Task("t", "piqa", (replace(QUESTION, contexts=("a",)),))], "1 contexts for 2 choices"),
     "empty choice": (
         [Task("t", "piqa", (QUESTION, replace(QUESTION, choices=(" ", " x"))))],
         "question 1.*empty choice",
     ),
     "too long": (
-        [Task("t", "piqa", (replace(QUESTION, context="x" * N_POSITIONS),))],
-        f"takes 100.*at most {N_POSITIONS}",
+        [Task("t", "piqa", (replace(QUESTION, choices=("x" * (N_POSITIONS + 1), " me")),))],
+        f"choice of question 0 of task 't' has 97 tokens.*at most {N_POSITIONS}",
     ),
 }
 
@@ -149,6 +154,45 @@ def test_bad_questions_are_refused(tasks, message):
 def test_a_question_may_fill_the_context_exactly():
     full = replace(QUESTION, context="x" * (N_POSITIONS - 4), choices=(" me", " it"))
     assert len(zero_shot(llama(), byte_tokenizer(), [Task("t", "piqa", (full,))]).questions) == 1
+
+
+def test_a_longer_context_is_cut_on_the_left_and_the_result_says_so():
+    long = replace(QUESTION, context="y" * 28 + "x" * (N_POSITIONS - 2), choices=(" me", " it"))
+    short = replace(QUESTION, context="x" * (N_POSITIONS - 2), choices=(" me", " it"))
+    model = llama()
+    result = zero_shot(model, byte_tokenizer(), [Task("t", "piqa", (long, QUESTION))])
+    assert result.questions["n_cut"].tolist() == [29, 0]  # BOS and the first letters
+    alone = zero_shot(model, byte_tokenizer(adds_bos=False), [Task("t", "piqa", (short,))])
+    (cut, _), (whole, _) = (
+        question_spans(tokenizer, question, N_POSITIONS, "")
+        for tokenizer, question in ((byte_tokenizer(), long), (byte_tokenizer(adds_bos=False), short))
+    )
+    assert (cut.tokens, cut.start) == (whole.tokens, whole.start)
+    assert "1 contexts cut on the left" in repr(result) and "cut" not in repr(alone)
+
+
+def test_a_single_choice_is_hit_where_it_is_what_greedy_decoding_writes():
+    model, tokenizer = llama(), byte_tokenizer()
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    with torch.no_grad():
+        best = {c: int(model(**tokenizer(c, return_tensors="pt")).logits[0, -1].argmax()) for c in letters}
+    written = {c: tokenizer.decode([token]) for c, token in best.items()}
+    context, word = next((c, word) for c, word in written.items() if word.isalnum() and word.isascii())
+    questions = (Question(context, (word,), 0, "word"), Question(context, (word + "x",), 0, "word"))
+    asked = Task("last", "lambada", questions)
+    result = zero_shot(model, tokenizer, [asked])
+    assert result.questions["hit"].tolist() == [True, False]
+    assert result.questions["prediction"].tolist() == [0, -1] and result.questions["chance"].tolist() == [0, 0]
+    sums = [log_p(model, context, choice) for choice in (word, word + "x")]
+    assert result.perplexities()["last"] == pytest.approx(math.exp(-sum(sums) / 2), rel=1e-4)
+    assert ZeroShotResult.from_dict(result.to_dict()).perplexities().equals(result.perplexities())
+
+
+def test_a_limit_takes_the_first_questions_of_each_task():
+    result = zero_shot(llama(), byte_tokenizer(), [choice_task(), partial_task()], limit=3)
+    assert list(result.questions["question"]) == [0, 1, 2] * 2
+    with pytest.raises(PrunekitError, match="limit=0; a limit is at least 1"):
+        zero_shot(llama(), byte_tokenizer(), [choice_task()], limit=0)
 
 
 def test_tokenizers_that_cannot_score_are_refused():

@@ -1,13 +1,17 @@
 """What a model knows and what it costs: perplexity, zero-shot accuracy, cost, and reports of them."""
 
 from prunekit.evaluation.footprint import Cost, Latency, cost
+from prunekit.evaluation.generations import Generations, generations
 from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity, perplexity
 from prunekit.evaluation.multiple_choice import zero_shot
 from prunekit.evaluation.report import Report, compare, compare_accuracy, evaluate
+from prunekit.evaluation.standard_tasks import standard_task
+from prunekit.evaluation.standard_texts import standard_text
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
 
 __all__ = [
     "Cost",
+    "Generations",
     "Latency",
     "PerplexityResult",
     "Report",
@@ -16,7 +20,10 @@ __all__ = [
     "compare_accuracy",
     "cost",
     "evaluate",
+    "generations",
     "measure_perplexity",
     "perplexity",
+    "standard_task",
+    "standard_text",
     "zero_shot",
 ]

@@ -14,7 +14,8 @@ from torch import nn
 
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import evaluating
-from prunekit.evaluation.multiple_choice import named_tasks
+from prunekit.evaluation.named_tasks import named_tasks
+from prunekit.evaluation.standard_tasks import TASKS
 from prunekit.questions import Question, Task
 
 PREFIX = "prunekit_"  # before our tasks' names, so that none is mistaken for one of the harness's own
@@ -34,12 +35,19 @@ class HarnessResult:
     questions: pd.DataFrame
     metrics: dict[str, dict[str, Any]]
 
-    def __repr__(self) -> str:
-        found = {
-            task: {name: v for name, v in values.items() if "stderr" not in name}
+    def headline(self) -> dict[str, dict[str, float]]:
+        """Task → metric → value, without standard errors and what is no number."""
+        return {
+            task: {
+                name: value
+                for name, value in values.items()
+                if isinstance(value, int | float) and "stderr" not in name and name not in ("name", "sample_len")
+            }
             for task, values in self.metrics.items()
         }
-        return f"HarnessResult({found})"
+
+    def __repr__(self) -> str:
+        return f"HarnessResult({self.headline()})"
 
 
 def run_harness(
@@ -50,6 +58,7 @@ def run_harness(
     include_path: str | Path | None = None,
     batch_size: int = 32,
     limit: int | None = None,
+    shots: int | None = None,
 ) -> HarnessResult:
     """Runs lm-evaluation-harness on a model in memory.
 
@@ -61,6 +70,7 @@ def run_harness(
             the harness's own 14 s of default tasks are not read, and their names are not known.
         batch_size: sequences a forward pass.
         limit: questions a task at most; None asks all.
+        shots: answered examples before each question; None takes each task's own number.
 
     Returns:
         A `HarnessResult`.
@@ -75,19 +85,29 @@ def run_harness(
     with written_tasks(ours) as (folder, written), evaluating(model):
         paths = [path for path in (folder, include_path) if path is not None]
         manager = make_manager(lm_eval, paths, bool(names) and include_path is None, names)
-        results = lm_eval.simple_evaluate(
-            model=lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=[*written, *names],
-            task_manager=manager,
-            limit=limit,
-            log_samples=True,
-            bootstrap_iters=0,
-        )
+        lm = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        try:
+            results = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=[*written, *names],
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=shots,
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+        except OSError as error:  # what datasets raises without a network is one
+            raise PrunekitError(
+                f"lm-evaluation-harness cannot read the data of {', '.join(names) or 'these tasks'}: {str(error)[:200]}"
+            ) from error
     return read_results(results)
 
 
-def import_harness() -> Any:
+def import_harness(why: str = "") -> Any:
     """The package `lm_eval`, with the parts that are used.
+
+    Args:
+        why: it is needed, for the message.
 
     Raises:
         PrunekitError: it is not installed.
@@ -98,7 +118,7 @@ def import_harness() -> Any:
         import lm_eval.tasks
     except ImportError as error:
         raise PrunekitError(
-            f"lm-evaluation-harness cannot be imported ({error}); pip install 'prunekit[harness]', "
+            f"{why}lm-evaluation-harness cannot be imported ({error}); pip install 'prunekit[harness]', "
             "or use prunekit.zero_shot, which gives the same answers"
         ) from error
     return lm_eval
@@ -112,7 +132,10 @@ def make_manager(lm_eval: Any, paths: list[Any], defaults: bool, names: list[str
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         where = "lm-evaluation-harness" if defaults else str(paths[-1])
-        raise PrunekitError(f"no task {', '.join(map(repr, unknown))} in {where}; `lm_eval ls tasks` lists its own")
+        raise PrunekitError(
+            f"no task {', '.join(map(repr, unknown))} in {where}; `lm_eval ls tasks` lists its own, "
+            f"and prunekit has {', '.join(TASKS)} and mmlu_<subject>"
+        )
     return manager
 
 
@@ -155,6 +178,8 @@ def write_task(task: Task, folder: Path) -> None:
 
 def separator_of(task: Task, partial: bool) -> str:
     """The white space between context and choice, which the harness wants to be one for a whole task."""
+    if any(len(question.choices) < 2 for question in task.questions):
+        raise PrunekitError(f"task {task.name!r} has questions with a single choice; name lambada_openai in its place")
     found = {choice[: len(choice) - len(choice.lstrip())] for q in task.questions for choice in q.choices}
     if len(found) > 1 or any((q.contexts is not None) != partial for q in task.questions):
         raise PrunekitError(

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import Span, log_likelihoods, max_positions
+from prunekit.evaluation.likelihood import Span, max_positions
+from prunekit.evaluation.scoring import log_likelihoods
 from prunekit.evaluation.windows import cut_windows, split_documents
 from prunekit.text import TextSource, read_documents
 
@@ -121,7 +122,7 @@ def measure_perplexity(
         separator: marker between documents, split off; only for `"documents"`.
         bos: put the tokenizer's BOS token, where it has one, before the text (before each document). No other
             marker is ever added.
-        batch_size: windows a forward pass; it does not change the result.
+        batch_size: rows of about 128 tokens a forward pass; it does not change the result.
 
     Returns:
         A `PerplexityResult`.
@@ -141,7 +142,7 @@ def measure_perplexity(
     widths = [max(len(tokens), 2) if window is None else window for tokens in sequences]
     spans = [span for pair in zip(sequences, widths, strict=True) for span in cut_windows(*pair, stride)]
     check_length(sequences, spans, protocol, window)
-    nll = -log_likelihoods(model, spans, batch_size=batch_size, progress="perplexity").sum().item()
+    nll = -log_likelihoods(model, spans, batch_size=batch_size, progress="perplexity").sums.sum().item()
     n_tokens = sum(span.n_scored for span in spans)
     strided = stride if stride != window else None
     value = math.exp(nll / n_tokens) if nll / n_tokens < 700 else math.inf

@@ -1,6 +1,7 @@
 """Zero-shot multiple choice: which continuation does the model find likeliest?"""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -8,13 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import Span, log_likelihoods, max_positions
+from prunekit.evaluation.likelihood import Span, max_positions
+from prunekit.evaluation.named_tasks import Tasks, named_tasks
+from prunekit.evaluation.scoring import log_likelihoods
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
 from prunekit.questions import Question, Task
 
 
 def zero_shot(
-    model: nn.Module, tokenizer: Any, tasks: Mapping[str, Task] | Iterable[Task], *, batch_size: int = 32
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Tasks,
+    *,
+    limit: int | None = None,
+    data_dir: str | Path | None = None,
+    shots: int = 0,
+    batch_size: int = 16,
 ) -> ZeroShotResult:
     """Answers multiple-choice questions by log-likelihood, as lm-evaluation-harness does.
 
@@ -24,67 +34,81 @@ def zero_shot(
     Args:
         model: a causal language model of `transformers`.
         tokenizer: the model's own tokenizer; BOS comes first where it adds one itself.
-        tasks: the tasks, or name → task.
-        batch_size: contexts a forward pass; it does not change the result.
+        tasks: names of published tasks (`"boolq" "piqa" "hellaswag" "winogrande" "arc_easy" "arc_challenge"
+            "openbookqa" "mmlu" "mmlu_anatomy" "lambada"`), tasks of one's own, or both; or name → task.
+        limit: the first so many questions of each task; None asks all.
+        data_dir: the folder from which published tasks are read, as `standard_task` says; None reads from the hub.
+        shots: answered examples in front of each question of a published task.
+        batch_size: rows of about 128 tokens a forward pass; it does not change the result.
 
     Returns:
         A `ZeroShotResult` with one row a question.
 
     Raises:
-        PrunekitError: there is no task or question, two tasks share a name, a question is malformed or does not
-            fit into the model's context, or the model's log-likelihoods are not finite.
+        PrunekitError: there is no task or question, two tasks share a name, a question is malformed or its choice
+            alone does not fit into the model's context, a data set cannot be read, or the model's log-likelihoods are
+            not finite.
 
     Source: lm-evaluation-harness 0.4, `api/task.py` and `models/huggingface.py`. Length is counted in characters
-    without the separating white space, as there (its `acc_bytes` counts bytes; both agree on ASCII). Contexts
-    that are too long are an error here, where it cuts them on the left.
+    without the separating space, as there (its `acc_bytes` counts bytes; both agree on ASCII). Contexts that are too
+    long are cut on the left, as there; `n_cut` of the result says of how many tokens.
     """
-    tasks = named_tasks(tasks)
-    questions = [(task, number, question) for task in tasks for number, question in enumerate(task.questions)]
-    limit = max_positions(model)
+    found = named_tasks(tasks, limit=limit, data_dir=data_dir, shots=shots)
+    questions = [(task, number, question) for task in found for number, question in enumerate(task.questions)]
+    most = max_positions(model)
     spans = [
-        span
+        question_spans(tokenizer, question, most, f"question {number} of task {task.name!r}")
         for task, number, question in questions
-        for span in question_spans(tokenizer, question, limit, f"question {number} of task {task.name!r}")
     ]
-    sums = log_likelihoods(model, spans, batch_size=batch_size, progress="zero-shot")
-    scores = sums.split([len(question.choices) for _, _, question in questions])
-    rows = [judge(*asked, score) for asked, score in zip(questions, scores, strict=True)]
-    return ZeroShotResult(pd.DataFrame(rows))
-
-
-def named_tasks(tasks: Mapping[str, Task] | Iterable[Task]) -> list[Task]:
-    """The tasks as a list, each with a name of its own and at least one question."""
-    found = list(tasks.values() if isinstance(tasks, Mapping) else tasks)
-    other = next((task for task in found if not isinstance(task, Task)), None)
-    if isinstance(tasks, str) or other is not None:
-        raise PrunekitError(f"{other!r:.60} is no task; give Tasks, such as prunekit.world.tasks()['arc_easy']")
-    names = [task.name for task in found]
-    if not found or not all(task.questions for task in found):
-        empty = [task.name for task in found if not task.questions]
-        raise PrunekitError(f"no question to ask in {empty or 'an empty set of tasks'}; give at least one a task")
-    if len(set(names)) < len(names):
-        raise PrunekitError(f"two tasks share a name in {names}; the report could not tell them apart")
-    return found
+    said = log_likelihoods(
+        model, [span for several in spans for span in several], batch_size=batch_size, progress="zero-shot"
+    )
+    sizes = [len(several) for several in spans]
+    answers = zip(questions, said.sums.split(sizes), said.greedy.split(sizes), spans, strict=True)
+    rows = [
+        judge(*asked, sums, bool(greedy[asked[2].answer])) | {"n_cut": max(span.n_cut for span in several)}
+        for asked, sums, greedy, several in answers
+    ]
+    return ZeroShotResult(pd.DataFrame(rows), said.n_computed, said.n_tokens)
 
 
 def question_spans(tokenizer: Any, question: Question, limit: int | None, place: str) -> list[Span]:
-    """One span a choice: the tokens of context and choice, of which the choice's are scored."""
+    """One span a choice: the tokens of context and choice, of which the choice's are scored.
+
+    Args:
+        tokenizer: the model's own.
+        question: what is asked.
+        limit: tokens that the model takes; contexts are cut on the left to fit. None takes any number.
+        place: the question's, for messages.
+
+    Raises:
+        PrunekitError: the question is malformed, or a choice alone has more tokens than the model takes.
+    """
     check_question(question, place)
     contexts = question.contexts or (question.context,) * len(question.choices)
     spans = [encode_pair(tokenizer, *pair) for pair in zip(contexts, question.choices, strict=True)]
-    longest = max(len(span.tokens) for span in spans)
-    if limit is not None and longest - 1 > limit:
+    longest = max(span.n_scored for span in spans)
+    if limit is not None and longest > limit:
         raise PrunekitError(
-            f"{place} takes {longest - 1} tokens, but this model takes at most {limit}; shorten its context"
+            f"a choice of {place} has {longest} tokens, but this model takes at most {limit}; shorten it"
         )
-    return spans
+    return spans if limit is None else [cut_left(span, limit) for span in spans]
+
+
+def cut_left(span: Span, limit: int) -> Span:
+    """A span of which `limit` tokens are read, the last ones; its last token is only scored.
+
+    Source: lm-evaluation-harness, `HFLM._loglikelihood_tokens`.
+    """
+    n_cut = max(len(span.tokens) - 1 - limit, 0)
+    return Span(span.tokens[n_cut:], span.start - n_cut, n_cut)
 
 
 def check_question(question: Question, place: str) -> None:
     """Refuses a question that cannot be scored."""
     n_choices = len(question.choices)
-    if n_choices < 2 or not 0 <= question.answer < n_choices:
-        raise PrunekitError(f"{place} has answer {question.answer} of {n_choices} choices; at least 2, counted from 0")
+    if not 0 <= question.answer < n_choices:
+        raise PrunekitError(f"{place} has answer {question.answer} of {n_choices} choices, which count from 0")
     if question.contexts is not None and len(question.contexts) != n_choices:
         raise PrunekitError(f"{place} has {len(question.contexts)} contexts for {n_choices} choices; give one each")
     if not all(choice.strip() for choice in question.choices):
@@ -119,20 +143,28 @@ def encode(tokenizer: Any, text: str, special: bool) -> list[int]:
 
 
 def choice_lengths(question: Question) -> Tensor:
-    """Characters by which each choice's log-likelihood is divided, float64 (n_choices,).
+    """Characters by which each choice's log-likelihood is divided, float64 (n_choices,), the separating space left out.
 
     Where the choices differ on the left, those are the contexts' lengths, as in lm-evaluation-harness.
     """
-    texts: Sequence[str] = question.contexts or [choice.lstrip() for choice in question.choices]
+    texts: Sequence[str] = question.contexts or [choice[choice[:1].isspace() :] for choice in question.choices]
     return torch.tensor([max(len(text), 1) for text in texts], dtype=torch.float64)
 
 
-def judge(task: Task, number: int, question: Question, sums: Tensor) -> dict[str, Any]:
-    """One row of the result, from the choices' summed log-likelihoods in nats, (n_choices,)."""
+def judge(task: Task, number: int, question: Question, sums: Tensor, greedy: bool = False) -> dict[str, Any]:
+    """One row of the result.
+
+    Args:
+        task: the question's.
+        number: of the question in it.
+        question: what was asked.
+        sums: the choices' log-likelihoods in nats, (n_choices,).
+        greedy: whether greedy decoding writes the right choice: what counts where there is but one.
+    """
     gold = question.answer
     normed = sums / choice_lengths(question)
     counted = normed if task.normalize else sums
-    best, best_norm = int(sums.argmax()), int(normed.argmax())
+    best, best_norm = (int(sums.argmax()), int(normed.argmax())) if len(sums) > 1 else (int(greedy) - 1,) * 2
     others = torch.cat([counted[:gold], counted[gold + 1 :]])
     return {
         "task": task.name,
@@ -146,6 +178,7 @@ def judge(task: Task, number: int, question: Question, sums: Tensor) -> dict[str
         "correct": best == gold,
         "correct_norm": best_norm == gold,
         "hit": (best_norm if task.normalize else best) == gold,
-        "margin": float(counted[gold] - others.max()),
-        "chance": 1 / len(question.choices),
+        "margin": float(counted[gold] - others.max()) if len(others) else float("nan"),
+        "chance": question.chance,
+        "log_likelihoods": sums.tolist(),
     }

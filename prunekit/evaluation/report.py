@@ -14,9 +14,9 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.footprint import Cost, cost
 from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity
 from prunekit.evaluation.multiple_choice import zero_shot
+from prunekit.evaluation.named_tasks import Tasks
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
 from prunekit.files import write_text
-from prunekit.questions import Task
 from prunekit.text import TextSource
 
 METRICS = ("perplexity", "zero_shot", "cost")
@@ -165,9 +165,10 @@ def evaluate(
     metrics: str | Iterable[str] = METRICS,
     *,
     text: TextSource | None = None,
-    tasks: Mapping[str, Task] | Iterable[Task] | None = None,
-    batch_size: int = 32,
+    tasks: Tasks | None = None,
+    batch_size: int = 16,
     perplexity_options: Mapping[str, Any] | None = None,
+    zero_shot_options: Mapping[str, Any] | None = None,
     cost_options: Mapping[str, Any] | None = None,
 ) -> Report:
     """Measures what a model knows and what it costs.
@@ -178,9 +179,11 @@ def evaluate(
         metrics: any of `"perplexity" "zero_shot" "cost"`.
         text: what perplexity is measured on: a text, a path, or another source of `read_documents`. None is the
             embedded world's validation text, for its tokenizer only.
-        tasks: questions to ask. None is the embedded world's tasks, for its tokenizer only.
-        batch_size: sequences a forward pass for perplexity and zero-shot; it does not change the result.
+        tasks: tasks, or names of published ones, as `zero_shot` takes them. None is the embedded world's tasks, for its
+            tokenizer only.
+        batch_size: rows of about 128 tokens a forward pass for perplexity and zero-shot; it does not change the result.
         perplexity_options: keyword arguments of `measure_perplexity`, such as `{"protocol": "documents"}`.
+        zero_shot_options: keyword arguments of `zero_shot`, such as `{"limit": 200, "data_dir": "data"}`.
         cost_options: keyword arguments of `cost`, such as `{"seq_len": 128}`.
 
     Returns:
@@ -199,7 +202,8 @@ def evaluate(
         options = {"batch_size": batch_size, **(perplexity_options or {})}
         found["perplexity"] = measure_perplexity(model, tokenizer, text, **options)
     if "zero_shot" in wanted and tasks is not None:
-        found["zero_shot"] = zero_shot(model, tokenizer, tasks, batch_size=batch_size)
+        options = {"batch_size": batch_size, **(zero_shot_options or {})}
+        found["zero_shot"] = zero_shot(model, tokenizer, tasks, **options)
     if "cost" in wanted:
         found["cost"] = cost(model, **(cost_options or {}))
     return Report(**found)

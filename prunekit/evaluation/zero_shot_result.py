@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from prunekit.errors import PrunekitError
@@ -18,10 +19,16 @@ class ZeroShotResult:
         questions: columns task, form, question (its number in the task), domain, tier, hops, gold and prediction
             (numbers of choices), correct (`acc`), correct_norm (`acc_norm`), hit (the one of the two that
             counts for the task), margin (log-likelihood of the right choice less that of the best wrong one,
-            in nats, or nats a character where the task normalises), chance.
+            in nats, or nats a character where the task normalises; NaN where there is but one), chance,
+            log_likelihoods (a list, one a choice, in nats), n_cut (tokens that were cut off the context on the left,
+            since the model does not take so many). The prediction is -1 where a single choice was not the likeliest.
+        n_computed: positions that the model was run on, with padding and with what was tried beforehand.
+        n_tokens: positions of all choices with their contexts, had each been read alone.
     """
 
     questions: pd.DataFrame
+    n_computed: int = 0
+    n_tokens: int = 0
 
     def by(self, column: str) -> pd.DataFrame:
         """Accuracy a task, form, domain, tier or number of hops.
@@ -57,19 +64,35 @@ class ZeroShotResult:
         """Unweighted mean of the tasks' accuracies, as the papers' tables have it."""
         return float(self.accuracy().mean())
 
+    def perplexities(self) -> pd.Series:
+        """Perplexity of the word to be written, of each task whose questions have a single choice (LAMBADA).
+
+        exp of the mean negative log-likelihood a word, whatever number of tokens it has, as lm-evaluation-harness has
+        it.
+        """
+        single = self.questions[self.questions["chance"] == 0]
+        sums = single["log_likelihoods"].map(lambda values: values[0]).astype(float)
+        return np.exp(-sums.groupby(single["task"], sort=False).mean()).rename("perplexity")
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: column → list."""
+        """Plain values, for JSON: column → list, and the two numbers of positions."""
         plain = self.questions.astype(object).where(self.questions.notna(), None)
-        return {str(name): plain[name].tolist() for name in plain}
+        columns = {str(name): plain[name].tolist() for name in plain}
+        return columns | {"n_computed": self.n_computed, "n_tokens": self.n_tokens}
 
     @classmethod
     def from_dict(cls, columns: dict[str, Any]) -> "ZeroShotResult":
         """The result that `to_dict` wrote down."""
-        return cls(pd.DataFrame(columns))
+        columns = dict(columns)
+        numbers = {name: columns.pop(name, 0) for name in ("n_computed", "n_tokens")}
+        return cls(pd.DataFrame(columns), **numbers)
 
     def __repr__(self) -> str:
         n_tasks = self.questions["task"].nunique()
-        return f"ZeroShotResult({self.mean:.1%} over {n_tasks} tasks, {len(self.questions):,} questions)"
+        run = f"; {self.n_computed:,} tokens run for {self.n_tokens:,}" if self.n_computed else ""
+        n_cut = int((self.questions["n_cut"] > 0).sum()) if "n_cut" in self.questions else 0
+        cut = f"; {n_cut:,} contexts cut on the left to fit the model" if n_cut else ""
+        return f"ZeroShotResult({self.mean:.1%} over {n_tasks} tasks, {len(self.questions):,} questions{run}{cut})"
 
     def _repr_html_(self) -> str:
         return f"<p>{self!r}</p>{self.by('task').to_html(float_format='{:.3f}'.format)}"

@@ -12,8 +12,9 @@ from prunekit.calibration import check_finite
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import evaluating, require_finite
+from prunekit.evaluation.named_tasks import Tasks
 from prunekit.importance.ablation import silenced
-from prunekit.knowledge.questions import Exam, Tasks, Texts, make_exam
+from prunekit.knowledge.questions import Exam, Texts, make_exam
 from prunekit.knowledge.record import Record, Silencing, fingerprint
 from prunekit.knowledge.result import KnowledgeDistribution
 from prunekit.knowledge.running import Runner
@@ -30,6 +31,8 @@ def knowledge_distribution(
     ratios: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     tasks: Tasks | None = None,
     text: Texts | None = None,
+    limit: int | None = None,
+    data_dir: str | Path | None = None,
     path: str | Path | None = None,
     tokens_a_batch: int = POSITIONS,
 ) -> KnowledgeDistribution:
@@ -45,9 +48,12 @@ def knowledge_distribution(
         scores: group name → (n_units,), as `score` returns them. Groups of one unit (blocks, layers) need none.
         ratios: fractions of a group's units, in (0, 1]; at least one unit is silenced. Groups of one unit are
             silenced once, at ratio 1.
-        tasks: questions, as for `zero_shot`; None with no text takes the embedded world's, for its tokenizer.
+        tasks: tasks or names of published ones, as for `zero_shot` (MMLU's domains are its subjects); None with no text
+            takes the embedded world's, for its tokenizer.
         text: anything that `measure_perplexity` takes, or name of a domain → such a text. It is cut into windows of
             128 tokens (or what the model takes) that do not overlap, BOS first.
+        limit: the first so many questions of each task.
+        data_dir: the folder from which published tasks are read, as for `zero_shot`; None reads from the hub.
         path: a .safetensors file that is written whenever a group is finished, and from which a run with the same
             model, silencings and questions goes on.
         tokens_a_batch: positions a forward pass, about; it does not change the result.
@@ -66,7 +72,9 @@ def knowledge_distribution(
     chosen = _check_groups(model, groups)
     _check_ratios(ratios)
     plan = [row for group in chosen for row in _shares(group, _check_scores(group, scores), ratios)]
-    return _measure(model, tokenizer, plan, tasks, text, path, tokens_a_batch)
+    _check_run(model, tokens_a_batch)
+    exam = make_exam(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
+    return _measure(model, plan, exam, path, tokens_a_batch)
 
 
 def knowledge_of_units(
@@ -76,6 +84,8 @@ def knowledge_of_units(
     *,
     tasks: Tasks | None = None,
     text: Texts | None = None,
+    limit: int | None = None,
+    data_dir: str | Path | None = None,
     path: str | Path | None = None,
     tokens_a_batch: int = POSITIONS,
 ) -> KnowledgeDistribution:
@@ -90,7 +100,9 @@ def knowledge_of_units(
         for group in chosen
         for unit in range(group.n_units)
     ]
-    return _measure(model, tokenizer, plan, tasks, text, path, tokens_a_batch)
+    _check_run(model, tokens_a_batch)
+    exam = make_exam(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
+    return _measure(model, plan, exam, path, tokens_a_batch)
 
 
 def _told(group: CoupledGroup) -> dict[str, Any]:
@@ -151,20 +163,16 @@ def _shares(group: CoupledGroup, scores: Tensor, ratios: Sequence[float]) -> Ite
         yield Silencing(group, units, {**_told(group), "ratio": float(ratio), "n_silenced": len(units)})
 
 
-def _measure(
-    model: nn.Module,
-    tokenizer: Any,
-    plan: list[Silencing],
-    tasks: Tasks | None,
-    text: Texts | None,
-    path: str | Path | None,
-    tokens_a_batch: int,
-) -> KnowledgeDistribution:
-    """All silencings, those of the lowest layer first."""
+def _check_run(model: nn.Module, tokens_a_batch: int) -> None:
     if tokens_a_batch < 1:
         raise PrunekitError(f"tokens_a_batch={tokens_a_batch}; it is a number of positions, at least 1")
     check_finite(model)
-    exam = make_exam(model, tokenizer, tasks, text)
+
+
+def _measure(
+    model: nn.Module, plan: list[Silencing], exam: Exam, path: str | Path | None, tokens_a_batch: int
+) -> KnowledgeDistribution:
+    """All silencings, those of the lowest layer first."""
     record = Record(plan, exam, path, fingerprint(model, exam, plan) if path is not None else "")
     if record.missing():
         with evaluating(model):

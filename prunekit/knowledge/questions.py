@@ -1,7 +1,8 @@
 """What a model is asked to find out what it knows: questions and windows of text, as spans and as a table."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from prunekit.calibration import check_tokens
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.language_modelling import check_length, choose_window, encode, read_texts
 from prunekit.evaluation.likelihood import Span, check_batches, max_positions
-from prunekit.evaluation.multiple_choice import choice_lengths, named_tasks, question_spans
+from prunekit.evaluation.multiple_choice import choice_lengths, question_spans
+from prunekit.evaluation.named_tasks import Tasks, named_tasks
 from prunekit.evaluation.windows import cut_windows
 from prunekit.questions import Question, Task
 from prunekit.text import TextSource
 
-Tasks = Mapping[str, Task] | Iterable[Task]
 Texts = Tensor | TextSource | Mapping[str, Tensor | TextSource]
 TEXT = "text"  # the domain of a text that was given no name
 
@@ -64,8 +65,16 @@ class Exam:
         return np.concatenate([hit.numpy(), np.zeros(n_windows, dtype=bool)]), loss.numpy()
 
 
-def make_exam(model: nn.Module, tokenizer: Any, tasks: Tasks | None, text: Texts | None) -> Exam:
-    """All questions of the tasks, and all windows of the texts.
+def make_exam(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Tasks | None,
+    text: Texts | None,
+    *,
+    limit: int | None = None,
+    data_dir: str | Path | None = None,
+) -> Exam:
+    """All questions of the tasks, and all windows of the texts; `limit` and `data_dir` as in `zero_shot`.
 
     Raises:
         PrunekitError: neither is given and the tokenizer is not the embedded world's; a domain is in both; or what
@@ -73,10 +82,10 @@ def make_exam(model: nn.Module, tokenizer: Any, tasks: Tasks | None, text: Texts
     """
     if tokenizer is None:
         raise PrunekitError("tokenizer=None; give the model's own, with which questions and texts are read")
-    asked = _asked(tokenizer, tasks, text)
-    limit = max_positions(model)
+    asked = _asked(tokenizer, tasks, text, limit, data_dir)
+    most = max_positions(model)
     choices = [
-        question_spans(tokenizer, question, limit, f"question {number} of task {task.name!r}")
+        question_spans(tokenizer, question, most, f"question {number} of task {task.name!r}")
         for task, number, question in asked
     ]
     rows = [_row(task, question, spans) for (task, _, question), spans in zip(asked, choices, strict=True)]
@@ -88,7 +97,9 @@ def make_exam(model: nn.Module, tokenizer: Any, tasks: Tasks | None, text: Texts
     return Exam(pd.DataFrame(rows), spans, *_layout([(task, question) for task, _, question in asked]))
 
 
-def _asked(tokenizer: Any, tasks: Tasks | None, text: Texts | None) -> list[tuple[Task, int, Question]]:
+def _asked(
+    tokenizer: Any, tasks: Tasks | None, text: Texts | None, limit: int | None, data_dir: str | Path | None
+) -> list[tuple[Task, int, Question]]:
     if tasks is None and not text:
         from prunekit import world
 
@@ -98,7 +109,12 @@ def _asked(tokenizer: Any, tasks: Tasks | None, text: Texts | None) -> list[tupl
                 "embedded world brings questions of its own"
             )
         tasks = world.tasks()
-    found = [] if tasks is None else named_tasks(tasks)
+    found = [] if tasks is None else named_tasks(tasks, limit=limit, data_dir=data_dir)
+    single = [task.name for task in found if any(len(question.choices) < 2 for question in task.questions)]
+    if single:
+        raise PrunekitError(
+            f"{single[0]!r} has questions with a single choice, which have no loss among others; leave it out"
+        )
     return [(task, number, question) for task in found for number, question in enumerate(task.questions)]
 
 
@@ -112,7 +128,7 @@ def _row(task: Task, question: Question, spans: list[Span]) -> dict[str, Any]:
         "context": contexts[question.answer],
         "right": question.choices[question.answer],
         "n_tokens": spans[question.answer].n_scored,
-        "chance": 1 / len(question.choices),
+        "chance": question.chance,
     }
 
 

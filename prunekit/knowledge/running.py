@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.discovery.parts import layer_of
 from prunekit.evaluation.likelihood import Span
-from prunekit.evaluation.packing import TOLERANCE, Batch, choose_batches, span_sums
+from prunekit.evaluation.scoring import TOLERANCE, Batch, choose_reading, scored_logits, span_sums
 from prunekit.fingerprint import bytes_of
 from prunekit.layerwise import Layerwise
 
 Layers = tuple[int, ...]
+MANY = 100  # runs of the same spans, about: what they are worth finding out once for
 
 
 class Runner:
@@ -30,7 +31,9 @@ class Runner:
     def __init__(self, model: nn.Module, spans: Sequence[Span], tokens_a_batch: int) -> None:
         """Takes a causal LM in evaluation mode, what is scored, and how many positions about a forward pass has."""
         self._model, self._n = model, len(spans)
-        self._batches, self.packed = choose_batches(model, spans, tokens_a_batch)
+        reading = choose_reading(model, spans, tokens_a_batch, runs=MANY)
+        self.packed, self._gathers = bool(reading.packed), reading.gathers
+        self._batches = list(reading.batches(model))
         self._chain = _chain(model, self._batches)
         self.resumed = self._chain is not None
         self._known: dict[tuple[int, bytes], Tensor] = {}  # batch and what the changed layer answered → sums
@@ -55,24 +58,30 @@ class Runner:
                 call to call.
         """
         if self._chain is None or not changed:
-            return span_sums(self._model, self._batches, self._n)
+            return span_sums(self._model, self._batches, self._n, self._gathers)
         found = torch.zeros(self._n, dtype=torch.float64)
         for number, batch in enumerate(self._batches):
-            found[batch.members] = self._resumed(self._chain, changed, number, batch)
+            found[batch.members] = self._resumed(self._chain, changed, number)
         return found
 
-    def _resumed(self, chain: Layerwise, changed: Layers, number: int, batch: Batch) -> Tensor:
+    def _resumed(self, chain: Layerwise, changed: Layers, number: int) -> Tensor:
         """The sums of one batch, from the first changed layer on."""
         first = changed[0]
         hidden = chain.run(first, number)
         if len(changed) > 1:
-            return batch.sums(chain.logits(first + 1, number, hidden))
+            return self._read(chain, first + 1, number, hidden)
         if first != self._layer:
             self._layer, self._known = first, {}
         key = number, hashlib.sha256(bytes_of(hidden)).digest()
         if key not in self._known:
-            self._known[key] = batch.sums(chain.logits(first + 1, number, hidden))
+            self._known[key] = self._read(chain, first + 1, number, hidden)
         return self._known[key]
+
+    def _read(self, chain: Layerwise, layer: int, number: int, hidden: Tensor) -> Tensor:
+        """The sums of one batch, from the residual stream in front of a layer."""
+        batch = self._batches[number]
+        logits = scored_logits(self._model, batch, self._gathers, lambda: chain.logits(layer, number, hidden))
+        return batch.read(logits)[0]
 
 
 def _chain(model: nn.Module, batches: Sequence[Batch]) -> Layerwise | None:

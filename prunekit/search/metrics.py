@@ -1,6 +1,6 @@
 """What is measured of a model in a search."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +9,8 @@ from torch import nn
 
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.language_modelling import perplexity, read_texts
-from prunekit.evaluation.multiple_choice import named_tasks, zero_shot
+from prunekit.evaluation.multiple_choice import zero_shot
+from prunekit.evaluation.named_tasks import Tasks, named_tasks
 from prunekit.evaluation.report import world_default
 from prunekit.fingerprint import digest_of_text
 from prunekit.questions import Task
@@ -49,7 +50,7 @@ def metrics_of(
     also: Iterable[str | Metric],
     tokenizer: Any,  # noqa: ANN401
     text: TextSource | None,
-    tasks: Mapping[str, Task] | Iterable[Task] | None,
+    tasks: Tasks | None,
 ) -> list[Metric]:
     """What is searched for, and what is measured on the way; arguments and errors are those of `metric_of`."""
     others = [also] if isinstance(also, str | Metric) else also
@@ -60,7 +61,7 @@ def metric_of(
     metric: str | Metric,
     tokenizer: Any,  # noqa: ANN401
     text: TextSource | None,
-    tasks: Mapping[str, Task] | Iterable[Task] | None,
+    tasks: Tasks | None,
 ) -> Metric:
     """`"perplexity"` of a text, mean `"accuracy"` over tasks, or one's own.
 

@@ -1,0 +1,310 @@
+"""Scoring: the one place where evaluation runs a model on text.
+
+Spans that begin alike are packed into one row, where this model is found to give the same likelihoods so. Not every
+decoder listens to positions and mask, so that it is tried on a few rows before it is used. Logits are computed only
+where a token is scored, where the model's head is found to be the last thing that it applies to each position.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prunekit.evaluation.likelihood import Span, check_batches, device_of, evaluating, max_positions, require_finite
+from prunekit.evaluation.packing import ROW, WIDEST, Row, pack, sample_rows, unpacked
+
+TOLERANCE = 1e-4  # relative, of a span's sum in float32; wider where the model's numbers are coarser
+CONTROL = 0.05  # what packing may err by, as a part of what a row errs by whose tree the model is not told of
+FULL = 0.9  # of a batch's width, what its shortest row has at least: no more than a tenth is padding
+AT_ONCE = 2048  # positions whose logits are turned into likelihoods at once
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihoods:
+    """What a model says of spans.
+
+    Attributes:
+        sums: float64 (n_spans,), sum of log p(token | all before it) over the scored tokens, in nats.
+        greedy: bool (n_spans,), whether each scored token is the likeliest one where it stands.
+        n_computed: positions that the model was run on, with padding and with what was tried beforehand.
+        n_tokens: positions of all spans, had each been read alone.
+    """
+
+    sums: Tensor
+    greedy: Tensor
+    n_computed: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of one width, and where in their logits the scored tokens' are.
+
+    Attributes:
+        inputs: the model's keyword arguments: input_ids (rows, width); where rows are packed, position_ids and
+            attention_mask (rows, 1, width, width), added to attention scores; where rows of one sequence are padded,
+            attention_mask (rows, width).
+        places: ascending numbers of the positions, counted through all rows, whose logits are needed.
+        at: which of `places` each scored token is scored at.
+        tokens: the scored tokens' ids.
+        owners: which of `members` each belongs to.
+        members: ascending numbers of the spans that lie here.
+    """
+
+    inputs: dict[str, Tensor]
+    places: Tensor
+    at: Tensor
+    tokens: Tensor
+    owners: Tensor
+    members: Tensor
+
+    def read(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Each member's summed log-likelihood, float64 in nats, and whether it is greedy, both (n_members,).
+
+        Args:
+            logits: (n_places, vocabulary).
+        """
+        pieces = [(rows.logsumexp(-1), rows.amax(-1)) for rows in map(torch.Tensor.float, logits.split(AT_ONCE))]
+        norms, highest = (torch.cat(found) for found in zip(*pieces, strict=True))  # (n_places,) each
+        chosen = logits[self.at, self.tokens].float()
+        sums = torch.zeros(len(self.members), dtype=torch.float64)
+        sums.index_add_(0, self.owners, (chosen - norms[self.at]).cpu().double())
+        beaten = self.owners[(chosen < highest[self.at]).cpu()]
+        return sums, torch.ones(len(self.members), dtype=torch.bool).index_fill_(0, beaten, False)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How spans are run through one model.
+
+    Attributes:
+        spans: what is scored.
+        packed: rows of a tree each.
+        plain: rows of one sequence each, for spans that are not packed.
+        tokens_a_batch: positions a forward pass, about.
+        gathers: whether logits are computed only where a token is scored.
+        n_tried: positions that were run to find this out.
+    """
+
+    spans: Sequence[Span]
+    packed: list[Row]
+    plain: list[Row]
+    tokens_a_batch: int
+    gathers: bool
+    n_tried: int = 0
+
+    def batches(self, model: nn.Module) -> Iterator[Batch]:
+        """The batches to run, one by one, since masks take memory."""
+        yield from packed_batches(model, self.spans, self.packed, self.tokens_a_batch)
+        yield from plain_batches(model, self.spans, self.plain, self.tokens_a_batch, FULL)
+
+
+def log_likelihoods(
+    model: nn.Module, spans: Sequence[Span], *, batch_size: int, progress: str | None = None
+) -> Likelihoods:
+    """Log-likelihoods of the scored tokens of each span, and whether they are the likeliest ones.
+
+    Args:
+        model: a causal language model of `transformers`.
+        spans: what to score.
+        batch_size: rows of about 128 tokens a forward pass; it does not change the result.
+        progress: name of the progress bar; None shows none.
+
+    Raises:
+        PrunekitError: batch_size is below 1, a token is outside the model's vocabulary, or the model's answer is not
+            finite.
+    """
+    check_batches(model, spans, batch_size)
+    sums, greedy = torch.zeros(len(spans), dtype=torch.float64), torch.zeros(len(spans), dtype=torch.bool)
+    bar = tqdm(total=len(spans), desc=progress, disable=progress is None, leave=False, delay=1)
+    with evaluating(model), bar:
+        reading = choose_reading(model, spans, batch_size * ROW)
+        n_computed = reading.n_tried
+        for batch in reading.batches(model):
+            sums[batch.members], greedy[batch.members] = batch.read(scored_logits(model, batch, reading.gathers))
+            require_finite(sums, model)
+            n_computed += batch.inputs["input_ids"].numel()
+            bar.update(len(batch.members))
+    return Likelihoods(sums, greedy, n_computed, sum(len(span.tokens) - 1 for span in spans))
+
+
+def scored_logits(model: nn.Module, batch: Batch, gathers: bool, run: Callable[[], Tensor] | None = None) -> Tensor:
+    """Logits (n_places, vocabulary) of a batch where something is scored.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        batch: what is run.
+        gathers: whether the head is only applied there.
+        run: what runs the model and gives logits (rows, width, vocabulary), if not the model itself.
+    """
+    run = run or (lambda: model(**batch.inputs, use_cache=False).logits)
+    if not gathers:
+        return run().flatten(0, 1)[batch.places]
+    hook = model.get_output_embeddings().register_forward_pre_hook(  # type: ignore[operator, union-attr]
+        lambda _head, given: (given[0].flatten(0, 1)[batch.places][None], *given[1:])
+    )
+    try:
+        return run()[0]
+    finally:
+        hook.remove()
+
+
+def choose_reading(model: nn.Module, spans: Sequence[Span], tokens_a_batch: int, *, runs: int = 1) -> Reading:
+    """How to run spans: packed where that saves more than trying it takes and gives this model's own likelihoods.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        spans: what is to be scored.
+        tokens_a_batch: positions a forward pass, about; it does not change the result.
+        runs: how often they will be run.
+    """
+    plain = Reading(spans, [], unpacked(spans), tokens_a_batch, _gathers(model, spans))
+    window = _attention_window(model)
+    inside = [number for number, span in enumerate(spans) if window is None or len(span.tokens) - 1 <= window]
+    limit = max_positions(model) or WIDEST  # models that learn positions have none for wider rows
+    rows = pack(spans, min(ROW, limit), widest=min(WIDEST, limit), numbers=inside)
+    rest = unpacked(spans, sorted({*range(len(spans))} - {*inside}))
+    if not rows:
+        return plain
+    few = sample_rows(rows)
+    alone = unpacked(spans, sorted({span for row in few for span in row.paths}))
+    n_tried = _n_nodes(alone) + 2 * _n_nodes(few)
+    if runs * (_n_nodes(plain.plain) - _n_nodes(rest) - _n_nodes(rows)) <= n_tried:
+        return plain
+    chosen = replace(plain, packed=rows, plain=rest) if _packs(model, plain, few, alone) else plain
+    return replace(chosen, n_tried=n_tried)
+
+
+def packed_batches(
+    model: nn.Module, spans: Sequence[Span], rows: Sequence[Row], tokens_a_batch: int
+) -> Iterator[Batch]:
+    """Batches of rows of similar widths, padded on the right, with the tree as mask and positions."""
+    dtype = _dtype(model)
+    for several in _in_batches(rows, tokens_a_batch, FULL):
+        width = max(len(row.tokens) for row in several)
+        seen = torch.from_numpy(np.stack([row.visible(width) for row in several]))[:, None]
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+        inputs = {
+            "input_ids": _padded([row.tokens for row in several], width),
+            "position_ids": _padded([row.depths() for row in several], width),
+            "attention_mask": mask,
+        }
+        yield _batch(several, spans, inputs, device_of(model))
+
+
+def plain_batches(
+    model: nn.Module, spans: Sequence[Span], rows: Sequence[Row], tokens_a_batch: int, full: float = 1.0
+) -> Iterator[Batch]:
+    """Batches of rows of one sequence each, as every decoder takes them, padded on the right where `full` is below 1.
+
+    No causal model sees what stands to the right; the mask is for those that count positions along it.
+    """
+    for several in _in_batches(rows, tokens_a_batch, full):
+        width, least = len(several[0].tokens), len(several[-1].tokens)
+        inputs = {"input_ids": _padded([row.tokens for row in several], width)}
+        if least < width:
+            inputs["attention_mask"] = _padded([[1] * len(row.tokens) for row in several], width)
+        yield _batch(several, spans, inputs, device_of(model))
+
+
+def _in_batches(rows: Sequence[Row], tokens_a_batch: int, full: float) -> Iterator[list[Row]]:
+    """The longest rows first, as many together as have so many tokens with what is padded; at least one."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda row: -len(row.tokens)):
+        width = len(batch[0].tokens) if batch else 0
+        if batch and ((len(batch) + 1) * width > tokens_a_batch or len(row.tokens) < full * width):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _padded(lists: list[list[int]], width: int) -> Tensor:
+    return torch.tensor([values + [0] * (width - len(values)) for values in lists])
+
+
+def _batch(rows: Sequence[Row], spans: Sequence[Span], inputs: dict[str, Tensor], device: torch.device) -> Batch:
+    width = inputs["input_ids"].shape[1]
+    scored = [
+        (number * width + node, token, span)
+        for number, row in enumerate(rows)
+        for span, path in row.paths.items()
+        for node, token in zip(path[spans[span].start - 1 :], spans[span].tokens[spans[span].start :], strict=True)
+    ]
+    where, tokens, owners = torch.tensor(scored).T
+    places, at = where.unique(return_inverse=True)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    members, owners = owners.unique(return_inverse=True)
+    return Batch(inputs, places.to(device), at.to(device), tokens.to(device), owners, members)
+
+
+def _n_nodes(rows: Sequence[Row]) -> int:
+    return sum(len(row.tokens) for row in rows)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """That of the model's numbers; quantised weights are no numbers."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _attention_window(model: nn.Module) -> int | None:
+    """Tokens that some layers see at most, as the configuration says: a mask that is handed over may replace theirs."""
+    config: Any = model.config
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def _gathers(model: nn.Module, spans: Sequence[Span]) -> bool:
+    """Whether the head, applied to some positions only, gives the logits that it gives there; tried on a few tokens."""
+    ids = torch.tensor([max(spans, key=lambda span: len(span.tokens)).tokens[:8]], device=device_of(model))
+    places = torch.tensor([0, ids.shape[1] - 1], device=ids.device)
+    none = torch.zeros(0)
+    batch = Batch({"input_ids": ids}, places, none, none, none, none)
+    whole = scored_logits(model, batch, gathers=False)
+    try:
+        some = scored_logits(model, batch, gathers=True)
+    except Exception:  # whatever a model does with logits of another shape than that of its input
+        return False
+    near = _coarseness(model) * whole.abs().max()
+    return some.shape == whole.shape and bool(((some - whole).abs() <= near).all())
+
+
+def _packs(model: nn.Module, plain: Reading, few: list[Row], alone: list[Row]) -> bool:
+    """Whether a model listens to positions and mask, tried on a few rows against the same spans alone.
+
+    The control is that it errs where it is told of neither: where it does not, as with a model that nothing moves, the
+    trial shows nothing, and there is nothing to trust.
+    """
+    spans, size, gathers = plain.spans, plain.tokens_a_batch, plain.gathers
+    own = span_sums(model, plain_batches(model, spans, alone, size), len(spans), gathers)
+    trial = list(packed_batches(model, spans, few, size))
+    untold = [replace(batch, inputs={"input_ids": batch.inputs["input_ids"]}) for batch in trial]
+    try:
+        error = _error(span_sums(model, trial, len(spans), gathers), own)
+        control = _error(span_sums(model, untold, len(spans), gathers), own)
+    except Exception:  # whatever it is that a model's code says of arguments that it does not expect
+        return False
+    return error <= _coarseness(model) and error < CONTROL * control
+
+
+def span_sums(model: nn.Module, batches: Iterable[Batch], n_spans: int, gathers: bool) -> Tensor:
+    """Sum of log p(token | all before it) over each span's scored tokens, float64 (n_spans,), in nats, on the CPU."""
+    sums = torch.zeros(n_spans, dtype=torch.float64)
+    for batch in batches:
+        sums[batch.members] = batch.read(scored_logits(model, batch, gathers))[0]
+    return sums
+
+
+def _coarseness(model: nn.Module) -> float:
+    """The relative error that counts as rounding."""
+    return max(TOLERANCE, 8 * torch.finfo(_dtype(model)).eps)
+
+
+def _error(sums: Tensor, own: Tensor) -> float:
+    """The largest difference of a span's sum, relative to it or to one nat; NaN counts as infinite."""
+    return float(((sums - own).abs() / own.abs().clamp_min(1)).nan_to_num(nan=torch.inf).max())
