@@ -99,7 +99,7 @@ def test_blocks_are_done_one_after_the_other_from_one_dense_pass_each(method):
 
 def test_errors_in_the_report_are_those_of_the_outputs():
     model, tokens = tiny_llama().double(), calib()
-    sparse = sparsify(model, tokens, "magnitude", 0.5)
+    sparse = sparsify(model, tokens, "magnitude", 0.5, report_error=True)
     row = next(row for row in sparse.sparsity_report.rows if row["matrix"] == "model.layers.0.self_attn.q_proj.weight")
     x = inputs_of(model, "model.layers.0.self_attn.q_proj", tokens)
     dense, zeroed = (matrix_of(m, row["matrix"]) for m in (model, sparse))

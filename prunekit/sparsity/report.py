@@ -1,6 +1,7 @@
 """What sparsification did, matrix by matrix."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
@@ -21,8 +22,8 @@ class SparsityReport:
         method: `"magnitude"`, `"wanda"`, `"sparsegpt"` or `"sparsellm"`.
         target: what was asked for, such as `"70%"` or `"2 of 4 zero"`.
         rows: one a matrix: layer (number), matrix, method (what was done), n_weights, n_zeros, error (‖X(W − Ŵ)ᵀ‖² /
-            ‖XWᵀ‖² on the calibration set, X of the dense layer behind sparse ones; None without one), ffn_error (after
-            each iteration of SparseLLM), kept (of which iteration the weights are), damping, note.
+            ‖XWᵀ‖² on the calibration set, X of the dense layer behind sparse ones; None where not measured), ffn_error
+            (after each iteration of SparseLLM), kept (of which iteration the weights are), damping, note.
         left: parameters of the layers that stay dense → why.
         remarks: what a reader should know of the whole.
     """
@@ -82,7 +83,7 @@ class SparsityReport:
         )
 
     def _repr_html_(self) -> str:
-        formats = {"sparsity": "{:.1%}".format, "error": "{:.4f}".format}
+        formats = {"sparsity": "{:.1%}".format, "error": _shown_error}
         remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
         left = "".join(
             f"<li><code>{escape(name)}</code> stays dense: {escape(why)}</li>" for name, why in self.left.items()
@@ -111,3 +112,7 @@ class SparsityReport:
     def save(self, path: str | Path) -> None:
         """Write it as a JSON file."""
         write_text(Path(path), self.to_json())
+
+
+def _shown_error(error: float) -> str:
+    return "not measured" if math.isnan(error) else f"{error:.4f}"

@@ -44,6 +44,7 @@ def sparsify(
     allocation: str = "uniform",
     layers: Iterable[int] | None = None,
     damping: float = DAMPING,
+    report_error: bool = False,
     inplace: bool = False,
 ) -> "PreTrainedModel":
     """Put zeros into the weight matrices of a model's layers, shapes unchanged.
@@ -62,6 +63,8 @@ def sparsify(
             sensitivity suggests (see `allocate`); not with a pattern.
         layers: numbers of the layers that are pruned; None is all.
         damping: of Hessians, as a part of their mean diagonal.
+        report_error: measure the output error of each matrix by magnitude and Wanda too. It needs the Gram matrix of
+            what each reads, which these two methods do not; SparseGPT and SparseLLM have it anyway and always report.
         inplace: change `model` itself, which needs no second copy; an interrupt then leaves the layers that are done.
 
     Returns:
@@ -80,20 +83,20 @@ def sparsify(
     name, alternation = _method(method)
     check_damping(damping)
     _check_allocation(allocation, wanted)
-    if not isinstance(inplace, bool):
-        raise PrunekitError(f"inplace={inplace!r} is not allowed; give True or False")
+    _check_switches(report_error=report_error, inplace=inplace)
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
     target: Any = model if inplace else copy.deepcopy(model)
     with torch.inference_mode(False), evaluating(target), written_out(target, [EXPERTS]), torch.no_grad():
         paths = outermost_elements(target)
-        found = find_matrices(target, paths, _first_batch(tokens, target))
+        found = find_matrices(target, paths, _first_sequence(tokens, target))
         matrices = _chosen(found.matrices, paths, layers, wanted)
         earlier = vars(target).pop("sparsity_report", None)  # until all is done, it is not true
         batches = in_batches(tokens) if tokens is not None else ()
         shared = dict.fromkeys(matrices, wanted)
         patterns = allocate(target, batches, matrices, wanted) if allocation == "global" else shared
-        settings = Settings(name, alternation, patterns, damping, 1 if tokens is None else len(tokens))
+        n_sequences = 1 if tokens is None else len(tokens)
+        settings = Settings(name, alternation, patterns, damping, n_sequences, report_error)
         rows = _run(target, paths, batches, matrices, settings)
     remarks = remarks_on(name, rows, tokens, wanted, max(matrix.weight.shape[1] for matrix in matrices), damping)
     for remark in remarks:
@@ -112,6 +115,12 @@ def _method(method: Any) -> tuple[str, SparseLLM]:  # noqa: ANN401
     return str(method), SparseLLM()
 
 
+def _check_switches(**given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise PrunekitError(f"{name}={value!r} is not allowed; give True or False")
+
+
 def _check_allocation(allocation: Any, wanted: Pattern) -> None:  # noqa: ANN401
     if allocation not in ALLOCATIONS:
         raise PrunekitError(f"allocation={allocation!r} is unknown; give one of {', '.join(map(repr, ALLOCATIONS))}")
@@ -128,10 +137,10 @@ def _tokens(model: nn.Module, calib: Tensor | None, method: str, allocation: str
     return None
 
 
-def _first_batch(tokens: Tensor | None, model: Any) -> Tensor:  # noqa: ANN401
+def _first_sequence(tokens: Tensor | None, model: Any) -> Tensor:  # noqa: ANN401
     """Something to look at the matrices with."""
     if tokens is not None:
-        return in_batches(tokens)[0]
+        return tokens[:1]
     return torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
 
 
@@ -160,14 +169,14 @@ def _numbers(layers: Any, n_layers: int) -> list[int]:  # noqa: ANN401
 def _run(
     model: nn.Module, paths: list[str], batches: Sequence[Tensor], matrices: list[Matrix], settings: Settings
 ) -> list[dict[str, Any]]:
-    """Layer after layer; without a calibration set each matrix by itself."""
+    """Layer after layer; each matrix by itself where nothing is asked of what it reads."""
     passes = Passes(model, batches)
     rows: list[dict[str, Any]] = []
     for path in tqdm(
         dict.fromkeys(m.layer for m in matrices), desc=settings.method, unit="layer", leave=False, delay=1
     ):
         inside = [matrix for matrix in matrices if matrix.layer == path]
-        if batches:
+        if batches and settings.needs_inputs:
             done = prune_layer(model.get_submodule(path), passes, path, inside, settings)
         else:
             done = [prune_alone(matrix, settings.patterns[matrix]) for matrix in inside]
