@@ -40,9 +40,10 @@ def measured(args: argparse.Namespace, method: str, target: Any) -> dict[str, An
     seconds, waited = time.process_time() - start, time.monotonic() - wall
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     text = Path(args.text).read_bytes()[:N_BYTES].decode(errors="ignore")
+    perplexity = round(pk.perplexity(model, tokenizer, text), 2)
     return {
         "commit": machine()["commit"], "method": method, "target": str(target), "cpu_seconds": round(seconds, 1),
-        "seconds": round(waited, 1), "peak_mb": round(peak), "perplexity": round(pk.perplexity(model, tokenizer, text), 2),
+        "seconds": round(waited, 1), "peak_mb": round(peak), "perplexity": perplexity,
     }  # fmt: skip
 
 

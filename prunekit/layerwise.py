@@ -202,9 +202,10 @@ def _arguments(batch: Inputs) -> dict[str, Any]:
 
 
 def fewest_logits(model: nn.Module, batch: Inputs) -> dict[str, int]:
-    """The argument by which a model computes the logits of the last token alone, where it takes it and nothing reads
-    more: those of all tokens are a fifth of the work where the vocabulary is large and the layers are small.
-    """  # noqa: D205
+    """The argument by which a model computes the last token's logits alone, where it takes it and no loss is asked for.
+
+    Those of all tokens are a fifth of SmolLM2's work, and more where the vocabulary is larger.
+    """
     needed = isinstance(batch, Mapping) and "labels" in batch
     known = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": 1} if known and not needed else {}

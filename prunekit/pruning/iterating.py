@@ -1,6 +1,7 @@
 """A plan made in steps, with scores refreshed between them."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prunekit.account import few
 from prunekit.checks import check_integers
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import BudgetError, PrunekitError
@@ -68,8 +70,8 @@ def plan_in_steps(
                 raise
             continue
         if step < n_steps:
-            small, scores = prune(model, chosen), None
-    return chosen
+            small, scores = prune(model, chosen, measure=False), None
+    return chosen if calib is None else replace(chosen, tokens=few(calib))
 
 
 def _ones(groups: Groups) -> dict[str, Tensor]:

@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from prunekit.account import LossChange
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 
@@ -26,6 +27,7 @@ class SparsityReport:
             (after each iteration of SparseLLM), kept (of which iteration the weights are), damping, note.
         left: parameters of the layers that stay dense → why.
         remarks: what a reader should know of the whole.
+        loss: what it did to the model's loss; None where it was not to be measured.
     """
 
     method: str
@@ -33,6 +35,7 @@ class SparsityReport:
     rows: tuple[dict[str, Any], ...]
     left: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    loss: LossChange | None = field(default=None, compare=False)  # on other tokens it is another, for the same zeros
 
     @property
     def sparsity(self) -> float:
@@ -78,9 +81,9 @@ class SparsityReport:
         kinds = pd.Series([row["method"] for row in self.rows]).value_counts()
         done = ", ".join(f"{n} by {name}" for name, n in kinds.items())
         left = f"; {len(self.left)} left dense" if self.left else ""
-        return (
-            f"SparsityReport({self.target} asked, {self.sparsity:.2%} zero in {len(self.rows)} matrices: {done}{left})"
-        )
+        loss = f"; {self.loss}" if self.loss is not None else ""
+        zeros = f"{self.target} asked, {self.sparsity:.2%} zero in {len(self.rows)} matrices"
+        return f"SparsityReport({zeros}: {done}{left}{loss})"
 
     def _repr_html_(self) -> str:
         formats = {"sparsity": "{:.1%}".format, "error": _shown_error}
@@ -92,7 +95,8 @@ class SparsityReport:
 
     def to_json(self) -> str:
         """All of it as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        return json.dumps({**told, "loss": None if self.loss is None else self.loss.to_dict()}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "SparsityReport":
@@ -103,8 +107,9 @@ class SparsityReport:
         """
         try:
             told = json.loads(text)
-            return cls(told["method"], told["target"], tuple(told["rows"]), told["left"], tuple(told["remarks"]))
-        except (ValueError, KeyError, TypeError) as error:
+            loss = None if told.get("loss") is None else LossChange.from_dict(told["loss"])
+            return cls(told["method"], told["target"], tuple(told["rows"]), told["left"], tuple(told["remarks"]), loss)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrunekitError(
                 f"this is no sparsity report ({error}); give what SparsityReport.to_json wrote"
             ) from None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prunekit.account import closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.parts import outermost_elements
 from prunekit.discovery.preparing import evaluating
@@ -46,6 +47,8 @@ def sparsify(
     damping: float = DAMPING,
     report_error: bool = False,
     inplace: bool = False,
+    held_out: Tensor | None = None,
+    measure: bool = True,
 ) -> "PreTrainedModel":
     """Put zeros into the weight matrices of a model's layers, shapes unchanged.
 
@@ -66,10 +69,15 @@ def sparsify(
         report_error: measure the output error of each matrix by magnitude and Wanda too. It needs the Gram matrix of
             what each reads, which these two methods do not; SparseGPT and SparseLLM have it anyway and always report.
         inplace: change `model` itself, which needs no second copy; an interrupt then leaves the layers that are done.
+        held_out: integers (n, seq_len) on which the loss is measured before and after, about 1,024 of these tokens;
+            `calibration_set(..., held_out=True)` draws some. None takes the first windows of `calib`, where there is
+            one.
+        measure: whether to measure the loss at all; nothing warns of a ruined model then.
 
     Returns:
         The sparse model, in evaluation mode; its `sparsity_report` says what was done to each matrix, by an earlier
-            call too where that took other layers.
+            call too where that took other layers, and its `loss_change` (a `LossChange`) what that did to the loss.
+            `DamageWarning` says where that is much.
 
     Raises:
         PrunekitError: a method, sparsity, pattern or layer that cannot be, a pattern that does not divide a matrix's
@@ -83,15 +91,18 @@ def sparsify(
     name, alternation = _method(method)
     check_damping(damping)
     _check_allocation(allocation, wanted)
-    _check_switches(report_error=report_error, inplace=inplace)
+    _check_switches(report_error=report_error, inplace=inplace, measure=measure)
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
+    sample = held_out_sample(held_out, model) if held_out is not None else seen_sample(tokens, "sparsify")
+    opening = opened("sparsify", model, sample) if measure else None
     target: Any = model if inplace else copy.deepcopy(model)
     with torch.inference_mode(False), evaluating(target), written_out(target, [EXPERTS]), torch.no_grad():
         paths = outermost_elements(target)
         found = find_matrices(target, paths, _first_sequence(tokens, target))
         matrices = _chosen(found.matrices, paths, layers, wanted)
         earlier = vars(target).pop("sparsity_report", None)  # until all is done, it is not true
+        vars(target).pop("loss_change", None)
         batches = in_batches(tokens) if tokens is not None else ()
         shared = dict.fromkeys(matrices, wanted)
         patterns = allocate(target, batches, matrices, wanted) if allocation == "global" else shared
@@ -101,7 +112,8 @@ def sparsify(
     remarks = remarks_on(name, rows, tokens, wanted, max(matrix.weight.shape[1] for matrix in matrices), damping)
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
-    report = SparsityReport(name, str(wanted), tuple(rows), found.left, remarks)
+    change = None if opening is None else closed(opening, target)
+    report = SparsityReport(name, str(wanted), tuple(rows), found.left, remarks, change)
     target.sparsity_report = report if earlier is None else report.after(earlier)
     return target.eval()
 
