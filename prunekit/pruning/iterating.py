@@ -1,7 +1,6 @@
 """A plan made in steps, with scores refreshed between them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.account import few
 from prunekit.checks import check_integers
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import BudgetError, PrunekitError
@@ -71,7 +69,7 @@ def plan_in_steps(
             continue
         if step < n_steps:
             small, scores = prune(model, chosen, measure=False), None
-    return chosen if calib is None else replace(chosen, tokens=few(calib))
+    return chosen
 
 
 def _ones(groups: Groups) -> dict[str, Tensor]:
@@ -96,4 +94,6 @@ def _scores(
     for name, units in chosen.keep.items():
         scores[name] = torch.full((groups[name].n_units,), lowest, dtype=fresh[name].dtype)
         scores[name][units] = fresh[name]
-    return Scores(scores, label=f"{fresh.label}, in steps", kinds=fresh.kinds)
+    found = Scores(scores, label=f"{fresh.label}, in steps", kinds=fresh.kinds)
+    found.tokens = fresh.tokens
+    return found
