@@ -215,7 +215,9 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
         PrunekitError: whatever is wrong with the model, the plan, the options or the place.
     """
     if streams(args):
-        return cut_streaming(args)
+        plan = cut_streaming(args)
+        print(f"prunekit: {UNMEASURED} {args.out}", file=sys.stderr)
+        return plan
     from prunekit.checkpoint import load, save
     from prunekit.checkpoint.widths import tokens_went
     from prunekit.pruning import PruningPlan, prune
@@ -275,7 +277,6 @@ def cut_streaming(args: argparse.Namespace) -> "PruningPlan":
         if getattr(args, name) is not None:
             raise PrunekitError(f"--{name} needs the whole model in memory; leave it out, or give --no-streaming")
     local_folder(args.model)
-    print(f"prunekit: {UNMEASURED} {args.out}", file=sys.stderr)
     options: dict[str, Any] = {"notes": notes(args), **shard_size(args)}
     if args.plan is not None:
         return prune_checkpoint(args.model, args.out, PruningPlan.load(args.plan), **options)
