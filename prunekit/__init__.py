@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from prunekit import registration
 
 if TYPE_CHECKING:
+    from prunekit.account import LossChange
     from prunekit.calibration import calibration_set
     from prunekit.checkpoint import export, load, save
     from prunekit.checkpoint.streaming import prune_checkpoint
     from prunekit.discovery import CoupledGroup, Groups, Member, discover
-    from prunekit.errors import PrunekitError
+    from prunekit.errors import DamageWarning, PrunekitError
     from prunekit.evaluation import Report, compare, compare_accuracy, cost, evaluate, perplexity, zero_shot
     from prunekit.importance import (
         Ablation,
@@ -47,11 +48,12 @@ __version__ = "0.1.0"
 
 # Rooms are opened when something in them is asked for, so that `prunekit --help` does not wait for torch.
 _ROOMS = {
+    "account": ("LossChange",),
     "calibration": ("calibration_set",),
     "checkpoint": ("export", "load", "save"),
     "checkpoint.streaming": ("prune_checkpoint",),
     "discovery": ("CoupledGroup", "Groups", "Member", "discover"),
-    "errors": ("PrunekitError",),
+    "errors": ("DamageWarning", "PrunekitError"),
     "evaluation": ("Report", "compare", "compare_accuracy", "cost", "evaluate", "perplexity", "zero_shot"),
     "importance": (
         "Ablation",
@@ -79,6 +81,7 @@ __all__ = [
     "Activation",
     "BlockInfluence",
     "CoupledGroup",
+    "DamageWarning",
     "Fluctuation",
     "FullTuning",
     "Groups",
@@ -87,6 +90,7 @@ __all__ = [
     "KnowledgeDistribution",
     "LHSPG",
     "LoRA",
+    "LossChange",
     "Magnitude",
     "Member",
     "Mixture",
