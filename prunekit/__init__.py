@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from prunekit import registration
 
 if TYPE_CHECKING:
+    from prunekit.account import LossChange
     from prunekit.calibration import calibration_set
     from prunekit.checkpoint import export, load, save
     from prunekit.checkpoint.streaming import prune_checkpoint
     from prunekit.discovery import CoupledGroup, Groups, Member, discover
-    from prunekit.errors import PrunekitError
+    from prunekit.errors import DamageWarning, PrunekitError
     from prunekit.evaluation import (
         Report,
         compare,
@@ -57,11 +58,12 @@ __version__ = "0.1.0"
 
 # Rooms are opened when something in them is asked for, so that `prunekit --help` does not wait for torch.
 _ROOMS = {
+    "account": ("LossChange",),
     "calibration": ("calibration_set",),
     "checkpoint": ("export", "load", "save"),
     "checkpoint.streaming": ("prune_checkpoint",),
     "discovery": ("CoupledGroup", "Groups", "Member", "discover"),
-    "errors": ("PrunekitError",),
+    "errors": ("DamageWarning", "PrunekitError"),
     "evaluation": (
         "Report",
         "compare",
@@ -99,6 +101,7 @@ __all__ = [
     "Activation",
     "BlockInfluence",
     "CoupledGroup",
+    "DamageWarning",
     "Fluctuation",
     "FullTuning",
     "Groups",
@@ -107,6 +110,7 @@ __all__ = [
     "KnowledgeDistribution",
     "LHSPG",
     "LoRA",
+    "LossChange",
     "Magnitude",
     "Member",
     "Mixture",

@@ -28,6 +28,7 @@ def calibration_set(
     seq_len: int = 64,
     seed: int = 0,
     separator: str | None = DOCUMENT_SEPARATOR,
+    held_out: bool = False,
 ) -> Tensor:
     """Draw random windows of tokens from a text.
 
@@ -42,6 +43,8 @@ def calibration_set(
         seq_len: tokens in each, at least 2 (the loss predicts each token from those before it).
         seed: which documents and windows are drawn.
         separator: marker between documents inside one text; it is split off.
+        held_out: draw windows that the same call without it does not draw, and that do not overlap with those: to
+            measure on what a model was not calibrated on. Where few are left in the text, fewer come.
 
     Returns:
         int64 (n_samples, seq_len).
@@ -64,17 +67,25 @@ def calibration_set(
             f"the text has {len(stream)} tokens and one window needs seq_len={seq_len}; "
             "give more text or a smaller seq_len"
         )
-    starts = _window_starts(len(stream), n_samples, seq_len, generator)
+    starts = _window_starts(len(stream), n_samples, seq_len, generator, held_out)
     return stream[starts[:, None] + torch.arange(seq_len)]
 
 
-def _window_starts(n_tokens: int, n_samples: int, seq_len: int, generator: torch.Generator) -> Tensor:
-    """Where each window begins, int64 (n_samples,): apart where they fit side by side."""
+def _window_starts(
+    n_tokens: int, n_samples: int, seq_len: int, generator: torch.Generator, held_out: bool = False
+) -> Tensor:
+    """Where each window begins, int64 (n_samples,): apart where they fit side by side; or those of others."""
     slots = n_tokens // seq_len
+    if held_out and slots <= n_samples:
+        raise PrunekitError(
+            f"the text has {n_tokens} tokens, of which n_samples={n_samples} windows of {seq_len} leave none to hold "
+            "out; give more text or fewer windows"
+        )
     if slots < n_samples:
         return torch.randint(n_tokens - seq_len + 1, (n_samples,), generator=generator)
     offset = torch.randint(n_tokens % seq_len + 1, (1,), generator=generator)
-    return offset + seq_len * torch.randperm(slots, generator=generator)[:n_samples]
+    order = torch.randperm(slots, generator=generator)
+    return offset + seq_len * (order[n_samples : 2 * n_samples] if held_out else order[:n_samples])
 
 
 def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
@@ -160,12 +171,14 @@ class Gradients:
             it was not asked for.
         loss: mean loss over the calibration set, nats a token.
         n_samples: size of the calibration set.
+        tokens: the calibration set, int64 (n_samples, seq_len).
     """
 
     g: dict[str, Tensor]
     h: dict[str, Tensor] | None
     loss: float
     n_samples: int
+    tokens: Tensor | None = None
 
     def __repr__(self) -> str:
         which = "g" if self.h is None else "g and h"
@@ -207,7 +220,8 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
             loss += _backward(model, batch) / len(tokens)
     g = {name: found[name] if name in found else _zeros_like(p) for name, p in chosen.items()}
     _check_gradients(g)
-    return Gradients(g, None if h is None else {n: t.div_(len(tokens)) for n, t in h.items()}, loss, len(tokens))
+    means = None if h is None else {n: t.div_(len(tokens)) for n, t in h.items()}
+    return Gradients(g, means, loss, len(tokens), tokens)
 
 
 def _chosen(model: nn.Module, parameters: Iterable[str]) -> dict[str, nn.Parameter]:

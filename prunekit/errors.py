@@ -1,4 +1,4 @@
-"""The one exception that prunekit raises on purpose."""
+"""The exceptions that prunekit raises on purpose, and its one warning of its own."""
 
 
 class PrunekitError(ValueError):
@@ -11,3 +11,7 @@ class PrunekitError(ValueError):
 
 class BudgetError(PrunekitError):
     """A budget that no plan meets: units are too large for it, or too few may go."""
+
+
+class DamageWarning(UserWarning):
+    """A step raised the model's loss by much: the message has the figures and what to try."""

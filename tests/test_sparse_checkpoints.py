@@ -73,7 +73,7 @@ def test_the_folder_is_ordinary(tmp_path):
 
 
 def test_the_card_says_what_was_done_and_what_it_is_good_for(tmp_path):
-    model = sparsify(tiny_llama(), counting(), "wanda", 0.5)
+    model = sparsify(tiny_llama(), counting(), "wanda", 0.5, report_error=True)
     card = (save(model, tmp_path / "out") / "README.md").read_text()
     section = card.split("## Zeros")[1].split("## Load")[0]
     assert repr(model.sparsity_report) in section
@@ -89,7 +89,7 @@ def test_the_card_says_what_was_done_and_what_it_is_good_for(tmp_path):
 def test_remarks_stand_in_the_card(tmp_path):
     recovered = recover(sparse(), QUICK, counting())
     card = (save(recovered, tmp_path / "out") / "README.md").read_text()
-    assert "- it was trained since it was sparsified: the output errors are those of before" in card
+    assert "- it was trained since it was sparsified: the output errors and the loss are those of before" in card
     assert load(tmp_path / "out")[0].sparsity_report == recovered.sparsity_report
 
 

@@ -13,6 +13,7 @@ from prunekit.errors import PrunekitError
 from prunekit.sparsity import magnitude, sparsegpt, wanda
 from prunekit.sparsity.factors import DAMPING, damped, factorize, upper_factor
 from prunekit.sparsity.patterns import Pattern, pattern_of
+from prunekit.sparsity.solvers import zeroed_lowest_of_rows
 
 SOLVERS = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}
 TAGS = {
@@ -207,3 +208,12 @@ def test_what_wanda_cannot_use_is_refused(statistics):
 def test_a_pattern_says_what_it_means():
     assert pattern_of("2:4") == pattern_of(pattern=(2, 4)) == Pattern(0.5, 4)
     assert str(pattern_of(pattern=(1, 4))) == "3 of 4 zero" and str(pattern_of(0.7)) == "70%"
+
+
+def test_of_equal_scores_those_in_front_go():
+    """As with a stable sort, which takes twice as long."""
+    scores = (torch.rand(40, 30, generator=torch.Generator().manual_seed(0)) * 6).floor()
+    weight = torch.ones(40, 30)
+    first = scores.sort(dim=1, stable=True).indices[:, :12]
+    assert torch.equal(zeroed_lowest_of_rows(weight, scores, Pattern(0.4)), weight.scatter(1, first, 0))
+    assert torch.equal(zeroed_lowest_of_rows(weight, scores, Pattern(0.01)), weight)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from prunekit import SparseLLM, SparsityReport, sparsify
 from prunekit.errors import PrunekitError
-from prunekit.sparsity import sparsegpt, wanda
+from prunekit.sparsity import reading, sparsegpt, wanda
 from prunekit.sparsity import sparsifying as driver
 
 ALL = {name: f for name, f in {**FAMILIES, **DIFFICULT, **UNLISTED}.items() if "peft" not in name}
@@ -99,7 +99,7 @@ def test_blocks_are_done_one_after_the_other_from_one_dense_pass_each(method):
 
 def test_errors_in_the_report_are_those_of_the_outputs():
     model, tokens = tiny_llama().double(), calib()
-    sparse = sparsify(model, tokens, "magnitude", 0.5)
+    sparse = sparsify(model, tokens, "magnitude", 0.5, report_error=True)
     row = next(row for row in sparse.sparsity_report.rows if row["matrix"] == "model.layers.0.self_attn.q_proj.weight")
     x = inputs_of(model, "model.layers.0.self_attn.q_proj", tokens)
     dense, zeroed = (matrix_of(m, row["matrix"]) for m in (model, sparse))
@@ -327,3 +327,23 @@ def test_expert_options_are_as_before():
     was = model.config._experts_implementation_internal
     sparse = sparsify(model, calib(), "wanda", 0.5)
     assert model.config._experts_implementation_internal == sparse.config._experts_implementation_internal == was
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_no_gram_matrix_is_summed_up_for_the_report_alone(method, monkeypatch):
+    wanted = sparsify(tiny_llama(), calib(), method, 0.5, report_error=True)
+    assert all(row["error"] > 0 for row in wanted.sparsity_report.rows)
+    monkeypatch.setattr(reading, "add_to_gram", None)
+    plain = sparsify(tiny_llama(), calib(), method, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wanted.parameters(), strict=True))
+    assert all(row["error"] is None for row in plain.sparsity_report.rows)
+    assert "not measured" in plain.sparsity_report._repr_html_()
+    with pytest.raises(PrunekitError, match="report_error='yes' is not allowed"):
+        sparsify(tiny_llama(), calib(), method, 0.5, report_error="yes")
+
+
+def test_a_model_is_looked_at_without_the_logits_of_all_tokens():
+    model, seen = tiny_llama(), []
+    model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2].numel()))
+    sparsify(model, calib(), "wanda", 0.5, inplace=True, measure=False)
+    assert seen and max(seen) == len(calib())  # one token a sequence

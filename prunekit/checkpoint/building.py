@@ -51,7 +51,7 @@ def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] 
     """
     for number, keep in enumerate(stages):
         groups = discover(model) if number else groups
-        model = prune(model, _recorded_plan(groups, keep), inplace=True)
+        model = prune(model, _recorded_plan(groups, keep), inplace=True, measure=False)
     modules = dict(model.named_modules())
     for name in biases:
         linear = modules.get(name.removesuffix(".bias"))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from prunekit.account import LossChange
 from prunekit.checkpoint.widths import takes_tokens, tokens_went
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.pruning import PruningPlan
@@ -94,7 +95,7 @@ def model_card(
     sentence, loader = _FORMS[layout]
     sentence = _NOT_FILLED if layout == PADDED and not unsaid else sentence.format(unsaid="; ".join(unsaid))
     family = f"`{type(model).__name__}`, {parameters:,} parameters. {sentence}"
-    parts = ["---\nlibrary_name: prunekit\n---\n# A model saved by prunekit", family, *remarks]
+    parts = ["---\nlibrary_name: prunekit\n---\n# A model saved by prunekit", family, *remarks, *_loss_parts(model)]
     if not fit_for_grouped(model):
         parts.append(_WRITTEN_OUT)
         loader = loader.replace(
@@ -112,6 +113,15 @@ def renumbered(model: Any, plan: PruningPlan | None, tokenizer: Any) -> list[str
         return []
     listed = f" ({LISTED})" if plan is not None and takes_tokens(plan) else ""
     return [f"{RENUMBERED.capitalize()}{listed}. The tokenizer of the uncut model does not fit, and none is saved."]
+
+
+def _loss_parts(model: Any) -> list[str]:  # noqa: ANN401
+    """What the last step did to the loss, where it was measured."""
+    change = getattr(model, "loss_change", None)
+    if not isinstance(change, LossChange):
+        return []
+    said = f"What `{change.step}` did: {change}."
+    return [f"{said} **That is much.**" if change.is_large else said]
 
 
 def _plan_parts(plan: PruningPlan) -> list[str]:

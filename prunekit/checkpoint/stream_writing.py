@@ -89,7 +89,7 @@ def cut_without_weights(model: nn.Module, plan: PruningPlan) -> tuple[Any, Postp
     """The smaller model as `prune` proves it, with stand-ins for what was sliced, and what they stand for."""
     sharing: Any = copied(model, {id(p): p for p in model.parameters()})
     with Postponed(model) as postponed:
-        return prune(sharing, plan, inplace=True), postponed
+        return prune(sharing, plan, inplace=True, measure=False), postponed
 
 
 def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard_size: str | int) -> None:

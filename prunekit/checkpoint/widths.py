@@ -137,7 +137,7 @@ def tokens_went(model: Any, plan: PruningPlan | None = None) -> bool:  # noqa: A
 
 def takes_tokens(plan: PruningPlan) -> bool:
     """Whether tokens go by a plan."""
-    return any(_is_vocabulary(name) and len(units) < plan.n_units[name] for name, units in plan.keep.items())
+    return plan.takes_tokens
 
 
 def _is_vocabulary(name: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit.commands.accounting import held_out_windows, tell
 from prunekit.commands.choosing import (
     DRAWN,
     calibrate,
@@ -32,6 +33,7 @@ from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
 
 if TYPE_CHECKING:
+    from prunekit.account import LossChange
     from prunekit.pruning import PruningPlan
 
 TEXT = """\
@@ -70,6 +72,7 @@ NAMES = (
     "taylor, taylor-vector, taylor-second, taylor-mixed, hywia, activation, fluctuation, reconstruction, ablation, "
     "block-influence, l1, l2 or random"
 )
+UNMEASURED = "weights stay on disk, so the loss before and after is not measured; afterwards see prunekit evaluate"
 PADDED = "prunekit export --layout padded"
 OF = "what the ratio counts: parameters (default; widths may differ a little between layers) or units (the same in all)"
 
@@ -97,7 +100,8 @@ def _add_scoring(parser: Parser) -> None:
     group.add_argument(
         "--calibration",
         metavar="TEXT",
-        help='text file for all but l1, l2 and random, or "world" (the default where MODEL is world)',
+        help='text file for all but l1, l2 and random, or "world" (the default where MODEL is world); '
+        "windows of it that no score saw tell what the cut did",
     )
     group.add_argument("--n-samples", type=number(int, 1), help=f"windows of that text (default: {DRAWN['n_samples']})")
     group.add_argument("--seq-len", type=number(int, 2), help=f"tokens a window (default: {DRAWN['seq_len']})")
@@ -147,8 +151,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({**as_dict(args, plan), "seconds": round(time.monotonic() - began, 1)})
         return 0
+    from prunekit.account import LossChange
+
     print(f"{args.model} → {args.out}\n\n{text_table(plan.summary_rows())}")
     print(f"\n{plan.pruning_ratio:.2%} of the parameters went, in {time.monotonic() - began:.0f} s")
+    if "loss" in plan.notes:
+        print(LossChange.from_dict(plan.notes["loss"]))
     for line in remarks(args, plan):
         print(line)
     return 0
@@ -184,7 +192,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         PrunekitError: names the first option too many, or the two of which one is needed.
     """
-    read = ("calibration", *DRAWN) if args.compensate else ()  # by the re-fit too
+    read = ("calibration", *DRAWN) if args.calibration is not None else ()  # by the re-fit and the account too
     given = [name for name in PLANNING if getattr(args, name) is not None and name not in read]
     if args.plan is not None and given:
         option = "--" + given[0].replace("_", "-")
@@ -207,7 +215,9 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
         PrunekitError: whatever is wrong with the model, the plan, the options or the place.
     """
     if streams(args):
-        return cut_streaming(args)
+        plan = cut_streaming(args)
+        print(f"prunekit: {UNMEASURED} {args.out}", file=sys.stderr)
+        return plan
     from prunekit.checkpoint import load, save
     from prunekit.checkpoint.widths import tokens_went
     from prunekit.pruning import PruningPlan, prune
@@ -222,14 +232,18 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
         model, tokenizer = load_for(args, importance)
         plan = make_plan(args, model, tokenizer, importance)
     before = n_parameters(model)
+    held_out = held_out_windows(args, tokenizer, seen=bool(args.compensate) or plan.tokens is not None)
     if args.compensate:
         calib = calibrate(args, tokenizer)
-        small = prune(model, plan, compensate=calib, fit=args.compensate)
+        small = prune(model, plan, compensate=calib, fit=args.compensate, held_out=held_out)
     else:
-        small = prune(model, plan, inplace=True)
+        small = prune(model, plan, inplace=True, held_out=held_out)
+    change: LossChange = small.loss_change  # type: ignore[assignment]
     plan = replace(plan, n_parameters=before, n_parameters_kept=n_parameters(small))  # a plan may be written by hand
-    plan = replace(plan, notes={**plan.notes, **notes(args)})
+    measured = {"loss": change.to_dict()} if change.is_measured else {}
+    plan = replace(plan, notes={**plan.notes, **notes(args), **measured})
     save(small, args.out, tokenizer=None if tokens_went(small) else tokenizer, plan=plan, **shard_size(args))
+    tell(change)
     return plan
 
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit.commands.accounting import held_out_of, tell
 from prunekit.commands.options import (
     add_command,
     add_json,
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 TEXT = """\
 Trains small low-rank updates (LoRA) of the model's projections on a text, merges
 them into the weights and saves the result to OUT, with the loss of each step in
-recovery.json. Where sparsity.json tells of zeros in the weights, they stay zero.
+recovery.json. The last twentieth of the text (at most 1,024 tokens) is held out, to
+measure the loss before and after. Where sparsity.json tells of zeros in the weights, they stay zero.
 OUT is complete or not there.
 
 example:
@@ -65,11 +67,13 @@ def run(args: argparse.Namespace) -> int:
     seconds = round(time.monotonic() - began, 1)
     first, last = first_and_last(log)
     if args.json:
-        figures = {"steps": len(log.losses), "loss_first": first, "loss_last": last}
+        change = log.loss_change.to_dict() if log.loss_change is not None else None
+        figures = {"steps": len(log.losses), "loss_first": first, "loss_last": last, "loss": change}
         print_json({"model": args.model, "out": args.out, **figures, "method": log.method, "seconds": seconds})
         return 0
     rows = [("", "first", "last", "steps"), ("loss", f"{first:.3f}", f"{last:.3f}", len(log.losses))]
     print(f"{args.model} → {args.out}\n\n{text_table(rows)}\n\n{log.trainable:,} weights trained, in {seconds:.0f} s")
+    print(log.loss_change)
     return 0
 
 
@@ -87,11 +91,14 @@ def train(args: argparse.Namespace, method: "LoRA") -> "RecoveryLog":
     """Everything from the model to the saved recovered one."""
     from prunekit.checkpoint import save
     from prunekit.recovery import recover
+    from prunekit.recovery.data import token_windows
 
     model, tokenizer = load_with_tokenizer(args.model, "training on text")
-    recovered = recover(model, method, args.data, tokenizer=tokenizer, inplace=True)
+    data, held_out = held_out_of(token_windows(args.data, tokenizer, method.seq_len))
+    recovered = recover(model, method, data, inplace=True, held_out=held_out)
     log: RecoveryLog = recovered.recovery_log  # type: ignore[assignment]
     save(recovered, args.out, tokenizer=tokenizer, files=files(args, log))
+    tell(log.loss_change)
     return log
 
 
@@ -110,7 +117,7 @@ def files(args: argparse.Namespace, log: "RecoveryLog") -> dict[str, str]:
     first, last = first_and_last(log)
     section = (
         f"\n## Recovered\n\n`{log.method}` on {log.n_tokens:,} tokens, {len(log.losses)} steps: "
-        f"loss {first:.3f} → {last:.3f} (`recovery.json`).\n"
+        f"loss {first:.3f} → {last:.3f} (`recovery.json`). Before and after: {log.loss_change}.\n"
     )
     before = carried.get("README.md", f"# A model trained by prunekit\n\n- Made from: `{args.model}`\n")
     return {**carried, "README.md": before + section, "recovery.json": json.dumps(log.to_dict(), indent=1)}

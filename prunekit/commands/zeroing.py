@@ -4,6 +4,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
+from prunekit.commands.accounting import held_out_windows, tell
 from prunekit.commands.choosing import DRAWN, calibrate
 from prunekit.commands.options import (
     add_command,
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         told = {"asked": report.target, "sparsity": report.sparsity, "left_dense": dict(report.left)}
         print_json({"model": args.model, "out": args.out, "method": report.method, **told,
+                    "loss": report.loss.to_dict() if report.loss is not None else None,
                     "remarks": list(report.remarks), "seconds": seconds})  # fmt: skip
         return 0
     layers = [
@@ -98,7 +100,9 @@ def work(args: argparse.Namespace) -> "SparsityReport":
     model, tokenizer = load_with_tokenizer(args.model, "a calibration text") if reads else load(args.model)
     calib = calibrate(args, tokenizer) if reads else None
     options = {"pattern": args.pattern, "allocation": args.allocation, "layers": args.layers}
-    sparse = sparsify(model, calib, args.method, args.sparsity, **options, inplace=True)  # type: ignore[arg-type]
+    held_out = held_out_windows(args, tokenizer, seen=reads)
+    sparse = sparsify(model, calib, args.method, args.sparsity, **options, inplace=True, held_out=held_out)  # type: ignore[arg-type]
     save(sparse, args.out, tokenizer=tokenizer)
     report: SparsityReport = sparse.sparsity_report  # type: ignore[assignment]
+    tell(report.loss)
     return report

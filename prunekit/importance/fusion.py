@@ -92,6 +92,7 @@ def fuse(coarse: Scores, fine: Scores, rule: Rule = "attention") -> FusedScores:
     values = {name: a * coarse[name] + b * fine[name] for name, (a, b) in weights.items()}
     fused = FusedScores(values, label=f"{coarse.label} + {fine.label}, {_rule_name(rule)}", kinds=coarse.kinds)
     fused.weights = weights
+    fused.tokens = getattr(coarse, "tokens", None)
     return fused
 
 

@@ -22,7 +22,11 @@ class Scores(dict[str, Tensor]):
     Attributes:
         label: the importance that made them, as a plot's legend may say it.
         kinds: group name → kind, as in `CoupledGroup`.
+        tokens: some of the calibration set that they were computed from, int64 (n, seq_len), on which `prune` measures
+            what the cut did; None where they were computed from the weights alone, or read from a file.
     """
+
+    tokens: Tensor | None = None
 
     def __init__(self, values: Mapping[str, Tensor], *, label: str, kinds: Mapping[str, str]) -> None:
         super().__init__(values)

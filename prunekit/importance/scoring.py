@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from prunekit.account import few
 from prunekit.calibration import Gradients, check_finite
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
@@ -127,6 +128,8 @@ def score(
     kinds = {group.name: group.kind for group in chosen}
     found = values if isinstance(values, Scores) else Scores(plain, label=importance.label, kinds=kinds)
     found.update(plain)  # what are scores already may say more than their numbers
+    read = calib.tokens if isinstance(calib, Gradients) else calib
+    found.tokens = few(read) if read is not None and importance.needs_calibration else None
     return scaled_to_loss(model, chosen, found, calib) if normalize == "loss" else found
 
 

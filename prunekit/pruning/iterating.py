@@ -68,7 +68,7 @@ def plan_in_steps(
                 raise
             continue
         if step < n_steps:
-            small, scores = prune(model, chosen), None
+            small, scores = prune(model, chosen, measure=False), None
     return chosen
 
 
@@ -94,4 +94,6 @@ def _scores(
     for name, units in chosen.keep.items():
         scores[name] = torch.full((groups[name].n_units,), lowest, dtype=fresh[name].dtype)
         scores[name][units] = fresh[name]
-    return Scores(scores, label=f"{fresh.label}, in steps", kinds=fresh.kinds)
+    found = Scores(scores, label=f"{fresh.label}, in steps", kinds=fresh.kinds)
+    found.tokens = fresh.tokens
+    return found

@@ -1,6 +1,7 @@
 """From scores to a plan that meets a budget."""
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -85,7 +86,7 @@ def plan(
     }  # fmt: skip
     if rounded and (held := held_by_rounding(groups, candidates, scores, rounding, min_units)):
         notes["whole"] = f"{', '.join(held)}: no smaller number of units for {rounded}"
-    return plan_without(groups, gone, notes)
+    return replace(plan_without(groups, gone, notes), tokens=getattr(scores, "tokens", None))
 
 
 def plan_without(groups: Groups, gone: Mapping[str, Collection[int]], notes: Mapping[str, Any]) -> PruningPlan:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from prunekit.discovery import Groups
 from prunekit.errors import PrunekitError
@@ -26,6 +27,8 @@ class PruningPlan:
         n_parameters_kept: parameters of the model after.
         notes: how the plan was made, for the reader.
         groups: what the plan was made of, so that `prune` need not find it again; None in a plan that was read.
+        tokens: some of the calibration set that the scores were computed from, int64 (n, seq_len), on which `prune`
+            measures what the cut did; None where there is none, and in a plan that was read.
 
     Raises:
         PrunekitError: units that a group does not have, or numbers of parameters that cannot be.
@@ -37,6 +40,7 @@ class PruningPlan:
     n_parameters_kept: int
     notes: dict[str, Any] = field(default_factory=dict)
     groups: Groups | None = field(default=None, repr=False, compare=False)
+    tokens: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("keep", "n_units", "notes"):
@@ -44,6 +48,8 @@ class PruningPlan:
                 raise PrunekitError(f"{name} of a plan is {getattr(self, name)!r:.60}; it must be a dictionary")
         if self.groups is not None and not isinstance(self.groups, Groups):
             raise PrunekitError(f"groups of a plan are {self.groups!r:.60}; leave them out, or give discover(model)'s")
+        if self.tokens is not None and not isinstance(self.tokens, Tensor):
+            raise PrunekitError(f"tokens of a plan are {self.tokens!r:.60}; leave them out, or give a calibration set")
         _check_sizes(self.n_parameters, self.n_parameters_kept)
         for name, units in self.keep.items():
             _check_units(name, units, self.n_units.get(name))
@@ -57,6 +63,14 @@ class PruningPlan:
     def n_removed(self) -> dict[str, int]:
         """Group → how many of its units go."""
         return {name: self.n_units[name] - len(units) for name, units in self.keep.items()}
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether tokens go, so that those that are left have new numbers."""
+        return any(
+            name.rpartition(":")[2] == "vocabulary" and len(units) < self.n_units[name]
+            for name, units in self.keep.items()
+        )
 
     def removed(self, name: str) -> list[int]:
         """Ascending list of the units of a group that go."""

@@ -38,6 +38,7 @@ def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
     How many tokens there were is noted too, since a configuration says only how many are left.
     """
     vars(model).pop("sparsity_report", None)  # its matrices are no longer these
+    vars(model).pop("loss_change", None)  # an earlier step's
     config = getattr(model, "config", None)
     if config is None:
         return

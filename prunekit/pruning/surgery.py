@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from prunekit.account import Opening, Sample, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens
 from prunekit.discovery import Groups
 from prunekit.discovery.components import spread_death
@@ -96,6 +97,8 @@ def prune(
     inplace: bool = False,
     compensate: Tensor | None = None,
     fit: str = "weights",
+    held_out: Tensor | None = None,
+    measure: bool = True,
 ) -> nn.Module:
     """A smaller model that computes what `model` computes with the removed units zeroed.
 
@@ -111,9 +114,14 @@ def prune(
             `prunekit.compensate` does; None to leave it as it is. Not with `inplace`. Where whole layers or blocks
             go too, the target of the re-fit is the model without them; where nothing else goes, nothing is re-fitted.
         fit: what of it, as in `prunekit.compensate`: `"weights"`, `"bias"` or `"both"`.
+        held_out: integers (n, seq_len) on which the loss is measured before and after, about 1,024 of these tokens;
+            `calibration_set(..., held_out=True)` draws some. None takes windows that the plan's scores (or else the
+            re-fit) were computed from, where there are some; where there are none, nothing is measured.
+        measure: whether to measure at all; nothing warns of a ruined model then.
 
     Returns:
-        The smaller model. What was cut stands in `config.prunekit`, cut after cut.
+        The smaller model. What was cut stands in `config.prunekit`, cut after cut. Its `loss_change` is a `LossChange`:
+        what the cut did to the loss. `DamageWarning` says where that is much.
 
     Raises:
         PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through, or what
@@ -130,10 +138,26 @@ def prune(
             raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")
         check_tokens(compensate, model)
     check_choice("fit", fit, FITS)
+    opening = _opened(model, plan, held_out, compensate) if measure else None
     pruned = _prune(model, plan, inplace)
     if compensate is not None and pruned.plan.keep:
         refit(*pruned, compensate, fit=fit)
+    if opening is not None:
+        closed(opening, pruned.small)
     return pruned.small
+
+
+def _opened(model: nn.Module, plan: PruningPlan, held_out: Tensor | None, compensate: Tensor | None) -> Opening:
+    """The loss before the cut."""
+    if held_out is not None:
+        sample: Sample | None = held_out_sample(held_out, model)
+    elif plan.tokens is not None:
+        sample = seen_sample(plan.tokens, "the scores")
+    else:
+        sample = seen_sample(compensate, "the re-fit")
+    if plan.takes_tokens:
+        return opened("prune", model, None, "tokens went, and those that are left have new numbers")
+    return opened("prune", model, sample)
 
 
 @uncollected()

@@ -1,11 +1,13 @@
 """Pruning via an accuracy predictor (Ji et al., arXiv 2309.09507): the architecture is searched, not given."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from prunekit.account import few
 from prunekit.discovery import discover
 from prunekit.importance import Importance, score
 from prunekit.importance.scoring import importance_from_name
@@ -108,7 +110,7 @@ def accuracy_predictor(
         n_jobs=n_jobs,
     )
     plan = space.plan(found.best)
-    small = prune(model, plan)
+    small = prune(model, replace(plan, tokens=few(calib)))
     if data is not None:
         small = recover(small, recovery or LoRA.paper(), data, tokenizer=tokenizer, inplace=True)
     return Searched(small, plan, found, space)

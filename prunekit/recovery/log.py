@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from prunekit.account import LossChange
 from prunekit.files import write_text
 
 
@@ -20,6 +21,7 @@ class RecoveryLog:
         n_tokens: tokens in the recovery data.
         trainable: parameters that were trained.
         method: the method's repr, which rebuilds it.
+        loss_change: mean loss before and after on the same tokens; None where it was not measured.
     """
 
     losses: tuple[float, ...]
@@ -27,6 +29,7 @@ class RecoveryLog:
     n_tokens: int
     trainable: int
     method: str
+    loss_change: LossChange | None = None
 
     def table(self) -> pd.DataFrame:
         """One row a step: step (from 1), loss, learning_rate."""
@@ -35,13 +38,16 @@ class RecoveryLog:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**vars(self), "losses": list(self.losses), "learning_rates": list(self.learning_rates)}
+        change = None if self.loss_change is None else self.loss_change.to_dict()
+        curves = {"losses": list(self.losses), "learning_rates": list(self.learning_rates)}
+        return {**vars(self), **curves, "loss_change": change}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":
         """The log that `to_dict` wrote down."""
         curves = {name: tuple(fields[name]) for name in ("losses", "learning_rates")}
-        return cls(**{**fields, **curves})
+        change = fields.get("loss_change")
+        return cls(**{**fields, **curves, "loss_change": None if change is None else LossChange.from_dict(change)})
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON; the file is complete or not there."""
@@ -49,7 +55,8 @@ class RecoveryLog:
         return Path(path)
 
     def __repr__(self) -> str:
+        measured = f"; {self.loss_change}" if self.loss_change is not None else ""
         return (
-            f"RecoveryLog({len(self.losses)} steps, loss {self.losses[0]:.3f} → {self.losses[-1]:.3f}; "
+            f"RecoveryLog({len(self.losses)} steps, loss {self.losses[0]:.3f} → {self.losses[-1]:.3f}{measured}; "
             f"{self.trainable:,} trained parameters, {self.n_tokens:,} tokens; {self.method})"
         )

@@ -30,7 +30,7 @@ def cut(model: nn.Module, plan: Fields, *, calib: Tensor | None = None) -> nn.Mo
         plan: fields of the plan.
         calib: what to re-fit on; None leaves the rest as it is.
     """
-    return prune(model, PruningPlan(**plan, groups=_groups(model)), compensate=calib)
+    return prune(model, PruningPlan(**plan, groups=_groups(model)), compensate=calib, measure=False)
 
 
 @contextmanager

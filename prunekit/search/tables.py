@@ -102,7 +102,7 @@ def check_table(table: CostTable, model: nn.Module, space: PlanSpace, *, n: int 
         costs = space.costs(point)
         if table.name not in costs:
             raise PrunekitError(f"the space has no budget of {table.name}; give one with [table.at_most(…)]")
-        small = prune(model, space.plan(point))
+        small = prune(model, space.plan(point), measure=False)
         measured = float(np.median([table.measure(small) for _ in range(ROUNDS)]))
         rows.append((costs[table.name], measured, costs[table.name] / measured - 1))
     return pd.DataFrame(rows, columns=["expected", "measured", "error"])
@@ -123,7 +123,7 @@ def _measured(
     found: dict[str, dict[int, float]] = {}
     for alike, number in tqdm(cuts, desc=name, unit="width", leave=False, delay=1):
         chosen = alike if alike[0].n_units > 1 else alike[1::2]  # some layers must stay
-        small = prune(model, plan_without(groups, {group.name: range(number) for group in chosen}, {}))
+        small = prune(model, plan_without(groups, {group.name: range(number) for group in chosen}, {}), measure=False)
         pairs = [(measure(model), measure(small)) for _ in range(rounds)]
         dense += [whole for whole, _ in pairs]
         saved = float(np.median([whole - cut for whole, cut in pairs])) / len(chosen)

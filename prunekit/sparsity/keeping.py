@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from prunekit.errors import PrunekitError
 from prunekit.sparsity.report import SparsityReport
 
-TRAINED = "it was trained since it was sparsified: the output errors are those of before"
+TRAINED = "it was trained since it was sparsified: the output errors and the loss are those of before"
 Masks = dict[nn.Parameter, Tensor]
 
 

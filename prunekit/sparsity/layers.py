@@ -32,6 +32,7 @@ class Settings:
         patterns: matrix → what it is to look like.
         damping: of Hessians.
         n_sequences: in the calibration set.
+        report_error: measure the output error of matrices whose method needs no Gram matrix, too.
     """
 
     method: str
@@ -39,6 +40,17 @@ class Settings:
     patterns: Mapping[Matrix, Pattern]
     damping: float
     n_sequences: int
+    report_error: bool = False
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether Σxxᵀ is summed up: to solve with, or for the report."""
+        return self.report_error or self.method in ("sparsegpt", "sparsellm")
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether anything is asked of what matrices read."""
+        return self.needs_gram or self.method == "wanda"
 
 
 def prune_layer(
@@ -71,11 +83,11 @@ def prune_layer(
 
     with activations_of(module, activations):
         look = choose if settings.method == "sparsellm" else None
-        reading = read_layer(passes, layer, matrices, settings.n_sequences, look)
+        reading = read_layer(passes, layer, matrices, settings.n_sequences, look, settings.needs_gram)
     rows: dict[Matrix, dict[str, Any]] = {}
     local = _Local(reading, settings)
     for ffn in ffns:
-        if reading.gram(ffn.down) is not None:
+        if reading.sums_of(ffn.down) is not None:
             rows |= _prune_ffn(ffn, reading, settings)
     for matrix in matrices:
         if matrix not in rows:
@@ -98,25 +110,25 @@ class _Local:
         self._factors: dict[Matrix, Factor] = {}
 
     def prune(self, matrix: Matrix) -> dict[str, Any]:
-        pattern, gram = self._settings.patterns[matrix], self._reading.gram(matrix)
-        if gram is None or not bool(gram.total.any()):
-            if gram is not None and matrix.expert is None:
+        pattern, sums = self._settings.patterns[matrix], self._reading.sums_of(matrix)
+        if sums is None or not bool(sums.squares.any()):
+            if sums is not None and matrix.expert is None:
                 raise PrunekitError(
                     f"what {matrix.name} reads is zero for every token of the calibration set: give another one, or "
                     "look whether the weights before it are all zero"
                 )
             return prune_alone(matrix, pattern, UNREACHED)
-        before = matrix.weight.to(gram.total.dtype)
+        before = matrix.weight.to(sums.squares.dtype)
         if self._settings.method == "magnitude":
             after = zeroed_lowest(before, before.abs(), pattern)
-            return _write(matrix, after, _row(matrix, "magnitude", before, after, gram.total))
+            return _write(matrix, after, _row(matrix, "magnitude", before, after, sums.gram))
         if self._settings.method == "wanda":
-            scores = before.abs() * gram.total.diagonal().sqrt()
+            scores = before.abs() * sums.squares.sqrt()
             after = zeroed_lowest_of_rows(before, scores, pattern)
-            return _write(matrix, after, _row(matrix, "wanda", before, after, gram.total))
+            return _write(matrix, after, _row(matrix, "wanda", before, after, sums.gram))
         factor = self._factor(matrix)
         after = solve(before, factor, pattern)
-        return _write(matrix, after, _row(matrix, "sparsegpt", before, after, gram.total, damping=factor.damping))
+        return _write(matrix, after, _row(matrix, "sparsegpt", before, after, sums.gram, damping=factor.damping))
 
     def _factor(self, matrix: Matrix) -> Factor:
         leader = self._reading.leaders.get(matrix, matrix)
@@ -126,7 +138,7 @@ class _Local:
 
     def _factorize(self, matrix: Matrix) -> Factor:
         try:
-            return factorize(self._reading.grams[matrix].hessian, self._settings.damping)
+            return factorize(self._reading.sums[matrix].hessian, self._settings.damping)
         except PrunekitError as error:
             raise PrunekitError(f"{matrix.name}: {error}") from None
 
@@ -135,8 +147,8 @@ def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Ma
     """Prune an FFN in place by SparseLLM; a row for each of its matrices."""
     parts = {"up": found.up.matrix, "gate": (found.gate or found.up).matrix, "down": found.down}
     patterns = {name: settings.patterns[matrix] for name, matrix in parts.items()}
-    grams = {matrix: reading.gram(matrix) for matrix in found.matrices}
-    befores = {matrix: matrix.weight.to(reading.kept[found.down, "inputs"][0].dtype).clone() for matrix in grams}
+    sums = {matrix: reading.sums_of(matrix) for matrix in found.matrices}
+    befores = {matrix: matrix.weight.to(reading.kept[found.down, "inputs"][0].dtype).clone() for matrix in sums}
     done = prune_ffn(
         _tensors(found, reading), settings.n_sequences, patterns, settings.alternation, damping=settings.damping
     )
@@ -148,10 +160,9 @@ def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Ma
     afters[found.down] = done.down
     table = {}
     for matrix, before in befores.items():
-        gram = grams[matrix]
-        row = _row(
-            matrix, "sparsellm", before, afters[matrix], None if gram is None else gram.total, damping=done.damping
-        )
+        read = sums[matrix]
+        gram = None if read is None else read.gram
+        row = _row(matrix, "sparsellm", before, afters[matrix], gram, damping=done.damping)
         table[matrix] = _write(matrix, afters[matrix], row)
     table[found.down] |= {"ffn_error": list(done.errors), "kept": done.kept}
     return table

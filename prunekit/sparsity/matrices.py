@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from prunekit.discovery.parts import layer_of
+from prunekit.layerwise import fewest_logits
 
 Key = tuple[int, torch.Size, tuple[int, ...]]
 
@@ -198,7 +199,7 @@ def find_matrices(model: nn.Module, layers: list[str], batch: Tensor) -> Found:
             odd[name] = "it is not used as one matrix"
 
     with _Products(look), torch.no_grad():
-        model(input_ids=batch, use_cache=False)
+        model(input_ids=batch, use_cache=False, **fewest_logits(model, batch))
     _add_fellows(seen, within)
     odd |= _shared(model, layers)
     odd |= _routers(model, {p: within[p] for p in seen})

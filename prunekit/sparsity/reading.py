@@ -13,21 +13,28 @@ from prunekit.sparsity.matrices import Call, Matrix, watching
 
 
 @dataclass
-class Gram:
+class InputSums:
     """Sums over what one or more matrices read.
 
     Attributes:
-        total: Σxxᵀ, float32 at least (in, in).
+        squares: Σx², float32 at least (in,).
+        gram: Σxxᵀ (in, in); None where it was not asked for, since it costs as much as a matrix product.
         n_sequences: in the calibration set.
     """
 
-    total: Tensor
+    squares: Tensor
+    gram: Tensor | None
     n_sequences: int
 
     @property
     def hessian(self) -> Tensor:
         """H = (2/n)·Σxxᵀ, n the number of sequences, as SparseGPT has it."""
-        return self.total * (2 / self.n_sequences)
+        assert self.gram is not None  # whoever solves with a Hessian asked for it
+        return self.gram * (2 / self.n_sequences)
+
+    def copied(self) -> "InputSums":
+        """The same sums in memory of their own."""
+        return replace(self, squares=self.squares.clone(), gram=None if self.gram is None else self.gram.clone())
 
 
 @dataclass
@@ -36,19 +43,19 @@ class Reading:
 
     Attributes:
         leaders: matrix → the matrix whose inputs it shares, often itself.
-        grams: leader → sums.
+        sums: leader → sums.
         kept: what was asked to be kept, whole: (matrix, "inputs" or "outputs") → portions (n_tokens, width).
         biases: of matrices that have one.
     """
 
     leaders: dict[Matrix, Matrix] = field(default_factory=dict)
-    grams: dict[Matrix, Gram] = field(default_factory=dict)
+    sums: dict[Matrix, InputSums] = field(default_factory=dict)
     kept: dict[tuple[Matrix, str], list[Tensor]] = field(default_factory=dict)
     biases: dict[Matrix, Tensor] = field(default_factory=dict)
 
-    def gram(self, matrix: Matrix) -> Gram | None:
+    def sums_of(self, matrix: Matrix) -> InputSums | None:
         """Sums over what a matrix read; None where no token came to it."""
-        return self.grams.get(self.leaders.get(matrix, matrix))
+        return self.sums.get(self.leaders.get(matrix, matrix))
 
     def whole(self, matrix: Matrix, side: str) -> Tensor:
         """All that was kept of a matrix, one tensor (n_tokens, width)."""
@@ -67,6 +74,7 @@ def read_layer(
     matrices: list[Matrix],
     n_sequences: int,
     choose: Callable[[list[Call]], Keep] | None = None,
+    with_gram: bool = True,
 ) -> Reading:
     """Run all batches through one layer, dense as it is, behind layers that are as they are.
 
@@ -76,6 +84,7 @@ def read_layer(
         matrices: those of the layer.
         n_sequences: in the calibration set.
         choose: the products of the first batch → what is to be kept whole; None keeps nothing.
+        with_gram: sum Σxxᵀ too, not only Σx².
 
     Raises:
         PrunekitError: inputs that are not finite.
@@ -85,21 +94,21 @@ def read_layer(
 
     def look(call: Call) -> None:
         for matrix, leader in sharing.note(call):
-            reading.grams[matrix] = replace(reading.grams[leader], total=reading.grams[leader].total.clone())
+            reading.sums[matrix] = reading.sums[leader].copied()
         if sharing.leads(call.matrix):
-            _add_to_sums(reading, call, n_sequences)
+            _add_to_sums(reading, call, n_sequences, with_gram)
         if choose is not None:  # the model may overwrite what it hands on
             first.append(call._replace(inputs=call.inputs.clone(), outputs=call.outputs.clone()))
 
     def add(call: Call) -> None:
         if reading.leaders.get(call.matrix, call.matrix) is call.matrix:
-            _add_to_sums(reading, call, n_sequences)
+            _add_to_sums(reading, call, n_sequences, with_gram)
         _keep(reading, call, keep)
 
     with torch.no_grad():
         with watching(matrices, look):
             passes.run(layer, 0)
-        reading.leaders = sharing.settled(reading.grams)
+        reading.leaders = sharing.settled(reading.sums)
         keep = set(choose(first)) if choose is not None else set()
         for call in first:
             _keep(reading, call, keep)
@@ -107,9 +116,10 @@ def read_layer(
         for batch in range(1, passes.n_batches):
             with watching(matrices, add):
                 passes.run(layer, batch)
-    for matrix, gram in reading.grams.items():
-        complete_gram(gram.total)
-        if not bool(gram.total.isfinite().all()):
+    for matrix, sums in reading.sums.items():
+        if sums.gram is not None:
+            complete_gram(sums.gram)
+        if not bool(sums.squares.isfinite().all()):
             raise PrunekitError(f"what {matrix.name} reads is not finite; check the weights and the calibration set")
     return reading
 
@@ -137,19 +147,22 @@ class _Sharing:
     def leads(self, matrix: Matrix) -> bool:
         return self._leaders[matrix] is matrix
 
-    def settled(self, grams: dict[Matrix, Gram]) -> dict[Matrix, Matrix]:
+    def settled(self, sums: dict[Matrix, InputSums]) -> dict[Matrix, Matrix]:
         """Matrix → the one whose sums are its own."""
         self._held.clear()
-        return {matrix: leader for matrix, leader in self._leaders.items() if leader in grams}
+        return {matrix: leader for matrix, leader in self._leaders.items() if leader in sums}
 
 
-def _add_to_sums(reading: Reading, call: Call, n_sequences: int) -> None:
+def _add_to_sums(reading: Reading, call: Call, n_sequences: int, with_gram: bool) -> None:
     if len(call.inputs):
         x = call.inputs.to(torch.promote_types(call.inputs.dtype, torch.float32))
-        gram = reading.grams.get(call.matrix)
-        if gram is None:
-            gram = reading.grams[call.matrix] = Gram(x.new_zeros(x.shape[1], x.shape[1]), n_sequences)
-        add_to_gram(gram.total, x)
+        sums = reading.sums.get(call.matrix)
+        if sums is None:
+            gram = x.new_zeros(x.shape[1], x.shape[1]) if with_gram else None
+            sums = reading.sums[call.matrix] = InputSums(x.new_zeros(x.shape[1]), gram, n_sequences)
+        sums.squares.add_(x.square().sum(0))
+        if sums.gram is not None:
+            add_to_gram(sums.gram, x)
 
 
 def _keep(reading: Reading, call: Call, keep: set[tuple[Matrix, str]]) -> None:

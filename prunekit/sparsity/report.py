@@ -1,14 +1,16 @@
 """What sparsification did, matrix by matrix."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from prunekit.account import LossChange
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 
@@ -21,10 +23,11 @@ class SparsityReport:
         method: `"magnitude"`, `"wanda"`, `"sparsegpt"` or `"sparsellm"`.
         target: what was asked for, such as `"70%"` or `"2 of 4 zero"`.
         rows: one a matrix: layer (number), matrix, method (what was done), n_weights, n_zeros, error (‖X(W − Ŵ)ᵀ‖² /
-            ‖XWᵀ‖² on the calibration set, X of the dense layer behind sparse ones; None without one), ffn_error (after
-            each iteration of SparseLLM), kept (of which iteration the weights are), damping, note.
+            ‖XWᵀ‖² on the calibration set, X of the dense layer behind sparse ones; None where not measured), ffn_error
+            (after each iteration of SparseLLM), kept (of which iteration the weights are), damping, note.
         left: parameters of the layers that stay dense → why.
         remarks: what a reader should know of the whole.
+        loss: what it did to the model's loss; None where it was not to be measured.
     """
 
     method: str
@@ -32,6 +35,7 @@ class SparsityReport:
     rows: tuple[dict[str, Any], ...]
     left: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    loss: LossChange | None = field(default=None, compare=False)  # on other tokens it is another, for the same zeros
 
     @property
     def sparsity(self) -> float:
@@ -77,12 +81,12 @@ class SparsityReport:
         kinds = pd.Series([row["method"] for row in self.rows]).value_counts()
         done = ", ".join(f"{n} by {name}" for name, n in kinds.items())
         left = f"; {len(self.left)} left dense" if self.left else ""
-        return (
-            f"SparsityReport({self.target} asked, {self.sparsity:.2%} zero in {len(self.rows)} matrices: {done}{left})"
-        )
+        loss = f"; {self.loss}" if self.loss is not None else ""
+        zeros = f"{self.target} asked, {self.sparsity:.2%} zero in {len(self.rows)} matrices"
+        return f"SparsityReport({zeros}: {done}{left}{loss})"
 
     def _repr_html_(self) -> str:
-        formats = {"sparsity": "{:.1%}".format, "error": "{:.4f}".format}
+        formats = {"sparsity": "{:.1%}".format, "error": _shown_error}
         remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
         left = "".join(
             f"<li><code>{escape(name)}</code> stays dense: {escape(why)}</li>" for name, why in self.left.items()
@@ -91,7 +95,8 @@ class SparsityReport:
 
     def to_json(self) -> str:
         """All of it as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        return json.dumps({**told, "loss": None if self.loss is None else self.loss.to_dict()}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "SparsityReport":
@@ -102,8 +107,9 @@ class SparsityReport:
         """
         try:
             told = json.loads(text)
-            return cls(told["method"], told["target"], tuple(told["rows"]), told["left"], tuple(told["remarks"]))
-        except (ValueError, KeyError, TypeError) as error:
+            loss = None if told.get("loss") is None else LossChange.from_dict(told["loss"])
+            return cls(told["method"], told["target"], tuple(told["rows"]), told["left"], tuple(told["remarks"]), loss)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrunekitError(
                 f"this is no sparsity report ({error}); give what SparsityReport.to_json wrote"
             ) from None
@@ -111,3 +117,7 @@ class SparsityReport:
     def save(self, path: str | Path) -> None:
         """Write it as a JSON file."""
         write_text(Path(path), self.to_json())
+
+
+def _shown_error(error: float) -> str:
+    return "not measured" if math.isnan(error) else f"{error:.4f}"

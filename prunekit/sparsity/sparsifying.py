@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prunekit.account import closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.parts import outermost_elements
 from prunekit.discovery.preparing import evaluating
@@ -44,7 +45,10 @@ def sparsify(
     allocation: str = "uniform",
     layers: Iterable[int] | None = None,
     damping: float = DAMPING,
+    report_error: bool = False,
     inplace: bool = False,
+    held_out: Tensor | None = None,
+    measure: bool = True,
 ) -> "PreTrainedModel":
     """Put zeros into the weight matrices of a model's layers, shapes unchanged.
 
@@ -62,11 +66,18 @@ def sparsify(
             sensitivity suggests (see `allocate`); not with a pattern.
         layers: numbers of the layers that are pruned; None is all.
         damping: of Hessians, as a part of their mean diagonal.
+        report_error: measure the output error of each matrix by magnitude and Wanda too. It needs the Gram matrix of
+            what each reads, which these two methods do not; SparseGPT and SparseLLM have it anyway and always report.
         inplace: change `model` itself, which needs no second copy; an interrupt then leaves the layers that are done.
+        held_out: integers (n, seq_len) on which the loss is measured before and after, about 1,024 of these tokens;
+            `calibration_set(..., held_out=True)` draws some. None takes the first windows of `calib`, where there is
+            one.
+        measure: whether to measure the loss at all; nothing warns of a ruined model then.
 
     Returns:
         The sparse model, in evaluation mode; its `sparsity_report` says what was done to each matrix, by an earlier
-            call too where that took other layers.
+            call too where that took other layers, and its `loss_change` (a `LossChange`) what that did to the loss.
+            `DamageWarning` says where that is much.
 
     Raises:
         PrunekitError: a method, sparsity, pattern or layer that cannot be, a pattern that does not divide a matrix's
@@ -80,25 +91,29 @@ def sparsify(
     name, alternation = _method(method)
     check_damping(damping)
     _check_allocation(allocation, wanted)
-    if not isinstance(inplace, bool):
-        raise PrunekitError(f"inplace={inplace!r} is not allowed; give True or False")
+    _check_switches(report_error=report_error, inplace=inplace, measure=measure)
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
+    sample = held_out_sample(held_out, model) if held_out is not None else seen_sample(tokens, "sparsify")
+    opening = opened("sparsify", model, sample) if measure else None
     target: Any = model if inplace else copy.deepcopy(model)
     with torch.inference_mode(False), evaluating(target), written_out(target, [EXPERTS]), torch.no_grad():
         paths = outermost_elements(target)
-        found = find_matrices(target, paths, _first_batch(tokens, target))
+        found = find_matrices(target, paths, _first_sequence(tokens, target))
         matrices = _chosen(found.matrices, paths, layers, wanted)
         earlier = vars(target).pop("sparsity_report", None)  # until all is done, it is not true
+        vars(target).pop("loss_change", None)
         batches = in_batches(tokens) if tokens is not None else ()
         shared = dict.fromkeys(matrices, wanted)
         patterns = allocate(target, batches, matrices, wanted) if allocation == "global" else shared
-        settings = Settings(name, alternation, patterns, damping, 1 if tokens is None else len(tokens))
+        n_sequences = 1 if tokens is None else len(tokens)
+        settings = Settings(name, alternation, patterns, damping, n_sequences, report_error)
         rows = _run(target, paths, batches, matrices, settings)
     remarks = remarks_on(name, rows, tokens, wanted, max(matrix.weight.shape[1] for matrix in matrices), damping)
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
-    report = SparsityReport(name, str(wanted), tuple(rows), found.left, remarks)
+    change = None if opening is None else closed(opening, target)
+    report = SparsityReport(name, str(wanted), tuple(rows), found.left, remarks, change)
     target.sparsity_report = report if earlier is None else report.after(earlier)
     return target.eval()
 
@@ -110,6 +125,12 @@ def _method(method: Any) -> tuple[str, SparseLLM]:  # noqa: ANN401
         known = ", ".join(map(repr, METHODS))
         raise PrunekitError(f"method={method!r:.60} is unknown; give one of {known}, or SparseLLM(...)")
     return str(method), SparseLLM()
+
+
+def _check_switches(**given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise PrunekitError(f"{name}={value!r} is not allowed; give True or False")
 
 
 def _check_allocation(allocation: Any, wanted: Pattern) -> None:  # noqa: ANN401
@@ -128,10 +149,10 @@ def _tokens(model: nn.Module, calib: Tensor | None, method: str, allocation: str
     return None
 
 
-def _first_batch(tokens: Tensor | None, model: Any) -> Tensor:  # noqa: ANN401
+def _first_sequence(tokens: Tensor | None, model: Any) -> Tensor:  # noqa: ANN401
     """Something to look at the matrices with."""
     if tokens is not None:
-        return in_batches(tokens)[0]
+        return tokens[:1]
     return torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
 
 
@@ -160,14 +181,14 @@ def _numbers(layers: Any, n_layers: int) -> list[int]:  # noqa: ANN401
 def _run(
     model: nn.Module, paths: list[str], batches: Sequence[Tensor], matrices: list[Matrix], settings: Settings
 ) -> list[dict[str, Any]]:
-    """Layer after layer; without a calibration set each matrix by itself."""
+    """Layer after layer; each matrix by itself where nothing is asked of what it reads."""
     passes = Passes(model, batches)
     rows: list[dict[str, Any]] = []
     for path in tqdm(
         dict.fromkeys(m.layer for m in matrices), desc=settings.method, unit="layer", leave=False, delay=1
     ):
         inside = [matrix for matrix in matrices if matrix.layer == path]
-        if batches:
+        if batches and settings.needs_inputs:
             done = prune_layer(model.get_submodule(path), passes, path, inside, settings)
         else:
             done = [prune_alone(matrix, settings.patterns[matrix]) for matrix in inside]

@@ -1,0 +1,232 @@
+"""What a step did to a model's loss: measured before and after, carried with the model, warned of where it is much."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from prunekit.calibration import check_tokens, mean_loss
+from prunekit.errors import DamageWarning, PrunekitError
+
+LIMIT = math.log(1.5)  # nats a token; a rise above it is warned of: half as much perplexity again
+MOST_TOKENS = 1024  # that are read, before and after: some seconds of a small real model on two cores
+_AT_ONCE = 256  # of them, so that the logits of a large vocabulary take a fraction of what scoring takes
+_OVERFLOW = 700.0  # nats, of which exp is no float any more
+HOW = "give held_out=calibration_set(text, tokenizer, held_out=True)"
+ADVICE = {  # step → what to try where the loss rose by much
+    "prune": "a smaller pruning_ratio, more calibration text, another importance, ranking or kinds, or protect_layers; "
+    "recover() wins back a part",
+    "sparsify": "less sparsity, method='sparsegpt' or 'sparsellm', more calibration text; recover() wins back a part",
+    "recover": "a lower learning_rate, fewer epochs, or more text",
+}
+
+
+@dataclass(frozen=True)
+class LossChange:
+    """What one step did to a model's loss.
+
+    Attributes:
+        step: `"prune"`, `"sparsify"` or `"recover"`.
+        before: mean loss before the step, nats a token; infinite where it was not finite, None where not measured.
+        after: the same after it, on the same tokens.
+        n_tokens: tokens that were read; 0 where nothing was measured.
+        tokens_from: which tokens these are, in words; where nothing was measured, why not.
+    """
+
+    step: str
+    before: float | None
+    after: float | None
+    n_tokens: int
+    tokens_from: str
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there are two losses."""
+        return self.before is not None and self.after is not None
+
+    @property
+    def rise(self) -> float:
+        """Loss after minus loss before, nats a token; NaN where not measured."""
+        if self.before is None or self.after is None:
+            return math.nan
+        return math.inf if math.isinf(self.after) else self.after - self.before
+
+    @property
+    def perplexity_before(self) -> float:
+        """Exp of the loss before; NaN where not measured."""
+        return _perplexity(self.before)
+
+    @property
+    def perplexity_after(self) -> float:
+        """Exp of the loss after; NaN where not measured."""
+        return _perplexity(self.after)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the loss rose by more than `LIMIT`, or is not finite any more."""
+        return self.rise > LIMIT
+
+    @property
+    def warning(self) -> str | None:
+        """What to say where the loss rose by much, with what to try; None where it did not."""
+        if not self.is_large:
+            return None
+        return (
+            f"{self.step}: {self}, more than the factor {math.exp(LIMIT):g} that is taken as sound; try "
+            f"{ADVICE.get(self.step, 'a smaller change')}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; a loss that is not finite is None beside a number of tokens."""
+        return {**asdict(self), "before": _finite(self.before), "after": _finite(self.after)}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "LossChange":  # noqa: ANN401
+        """Read back what `to_dict` gave.
+
+        Raises:
+            PrunekitError: the fields are not those of a loss change.
+        """
+        kinds: dict[str, Any] = {
+            "step": str, "before": int | float | None, "after": int | float | None, "n_tokens": int, "tokens_from": str,
+        }  # fmt: skip
+        known = isinstance(fields, Mapping) and set(fields) == set(kinds)
+        if not known or not all(isinstance(fields[name], kind) for name, kind in kinds.items()):
+            raise PrunekitError(f"{fields!r:.80} is no loss change; give what LossChange.to_dict returned")
+        unmeasured = fields["n_tokens"] == 0
+        losses = {n: None if unmeasured else math.inf if fields[n] is None else fields[n] for n in ("before", "after")}
+        return cls(**{**fields, **losses})
+
+    def __repr__(self) -> str:
+        if not self.is_measured:
+            return f"loss not measured: {self.tokens_from}"
+        return (
+            f"loss {self.before:.2f} → {self.after:.2f} nats a token (perplexity {self.perplexity_before:.4g} → "
+            f"{self.perplexity_after:.4g}) on {self.tokens_from}"
+        )
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
+def _perplexity(loss: float | None) -> float:
+    if loss is None:
+        return math.nan
+    return math.exp(loss) if loss < _OVERFLOW else math.inf
+
+
+class Sample(NamedTuple):
+    """Tokens to measure on.
+
+    Attributes:
+        tokens: int64 (n, seq_len), few.
+        origin: which these are, in words.
+    """
+
+    tokens: Tensor
+    origin: str
+
+
+class Opening(NamedTuple):
+    """An account that waits for the loss after the step.
+
+    Attributes:
+        step: that is to come.
+        sample: to measure on; None where nothing is measured.
+        before: loss, nats a token.
+        why: nothing is measured.
+    """
+
+    step: str
+    sample: Sample | None
+    before: float | None
+    why: str = HOW
+
+
+def few(tokens: Tensor) -> Tensor:
+    """The first windows of a calibration set (n, seq_len), as many as are measured on; memory of its own."""
+    return tokens[: max(1, MOST_TOKENS // max(tokens.shape[1], 1))].detach().clone()
+
+
+def held_out_sample(tokens: Any, model: nn.Module) -> Sample:  # noqa: ANN401
+    """What a user gave to measure on.
+
+    Raises:
+        PrunekitError: no integers (n, seq_len) that the model can read.
+    """
+    chosen = few(check_tokens(tokens, model))
+    return Sample(chosen, f"{_counted(len(chosen), 'held-out window')} of {chosen.shape[1]} tokens")
+
+
+def seen_sample(tokens: Tensor | None, by: str) -> Sample | None:
+    """Windows that a step learnt from, which are better than none, and are named so."""
+    if tokens is None:
+        return None
+    chosen = few(tokens)
+    return Sample(chosen, f"{_counted(len(chosen), 'window')} of {chosen.shape[1]} tokens that {by} saw (not held out)")
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def opened(step: str, model: nn.Module, sample: Sample | None, why: str = HOW) -> Opening:
+    """Measure a model before a step; what fails is told in the account and stops nothing."""
+    if sample is None:
+        return Opening(step, None, None, why)
+    try:
+        return Opening(step, sample, loss_on(model, sample.tokens))
+    except Exception as error:  # of any family's forward pass: the account is not what was asked for
+        return Opening(step, None, None, _failed(error))
+
+
+def closed(opening: Opening, model: Any, *, stacklevel: int = 2) -> LossChange:  # noqa: ANN401
+    """Measure a model after a step, let it carry the account as `loss_change`, and warn where the loss rose by much.
+
+    The model is made by now, so that neither an error nor an interrupt here may lose it.
+
+    Args:
+        opening: of the same step.
+        model: what the step made.
+        stacklevel: of the warning, counted from the caller.
+    """
+    change = _closed(opening, model)
+    model.loss_change = change
+    if change.warning is not None:
+        warnings.warn(change.warning, DamageWarning, stacklevel=stacklevel + 1)
+    return change
+
+
+def _closed(opening: Opening, model: nn.Module) -> LossChange:
+    if opening.sample is None:
+        return LossChange(opening.step, None, None, 0, opening.why)
+    try:
+        after = loss_on(model, opening.sample.tokens)
+    except KeyboardInterrupt:
+        return LossChange(opening.step, None, None, 0, "it was interrupted")
+    except Exception as error:
+        return LossChange(opening.step, None, None, 0, _failed(error))
+    return LossChange(opening.step, opening.before, after, opening.sample.tokens.numel(), opening.sample.origin)
+
+
+def _failed(error: Exception) -> str:
+    kind = "" if isinstance(error, PrunekitError) else f"{type(error).__name__}: "
+    return kind + (str(error).splitlines() or ["no reason given"])[0]
+
+
+def loss_on(model: nn.Module, tokens: Tensor) -> float:
+    """Mean loss, nats a token; infinite where it is not finite.
+
+    Raises:
+        PrunekitError: tokens that the model cannot read.
+    """
+    check_tokens(tokens, model)
+    parts = tokens.split(max(1, _AT_ONCE // tokens.shape[1]))
+    try:
+        return sum(mean_loss(model, part) * len(part) for part in parts) / len(tokens)
+    except PrunekitError:  # the tokens are good: the loss is not finite
+        return math.inf
