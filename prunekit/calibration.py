@@ -139,7 +139,7 @@ def mean_loss(model: nn.Module, calib: Tensor) -> float:
     tokens, total = check_tokens(calib, model), 0.0
     with evaluating(model):
         for batch in in_batches(tokens):
-            total += _summed_loss(model, batch).item()
+            total += summed_loss(model, batch).item()
     return total / len(tokens)
 
 
@@ -242,12 +242,17 @@ def _zeros_like(parameter: Tensor) -> Tensor:
 
 def _backward(model: nn.Module, batch: Tensor) -> float:
     """Backward through the summed loss of a batch's samples; the sum."""
-    loss = _summed_loss(model, batch)
+    loss = summed_loss(model, batch)
     loss.backward()
     return loss.item()
 
 
-def _summed_loss(model: nn.Module, batch: Tensor) -> Tensor:
+def summed_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Sum over a batch's samples of their mean loss, a scalar that gradients flow through.
+
+    Raises:
+        PrunekitError: the loss is not finite.
+    """
     loss = model(input_ids=batch, labels=batch, use_cache=False).loss * len(batch)
     if not bool(torch.isfinite(loss)):
         raise PrunekitError(

@@ -10,9 +10,9 @@ from families import FAMILIES, logits, plan_keeping, random_units, relative_diff
 from torch import nn
 
 from prunekit import PrunekitError, PruningPlan, discover, export, load, prune, save
-from prunekit.layerwise import Layerwise
-from prunekit.pruning import surgery
-from prunekit.pruning.compensation import _gather, _run_once, compensate
+from prunekit.pruning import compensation, surgery
+from prunekit.pruning.compensation import _grams, _run_once, compensate
+from prunekit.pruning.least_squares import RIDGES, fit_sums
 
 HALF = 0.5
 
@@ -45,35 +45,104 @@ def test_a_channel_that_is_the_double_of_another_is_made_up_for_whole():
     assert relative_difference(logits(small), logits(model)) < 1e-6
 
 
-def test_one_layer_by_hand():
-    """The last layer that is re-fitted, from its inputs and the dense model's outputs."""
-    model, plan, small = cut(FAMILIES["gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa"])
+def test_one_layer_by_hand(name):
+    """The last layer that is re-fitted: what the pruned inputs added is predicted from those that stay."""
+    model, plan, small = cut(FAMILIES[name])
     plain = copy.deepcopy(small)
     table = compensate(small, model, plan, calibration(), ridge=0.05)
-    last = table["module"].iloc[-1]
-    assert last == "transformer.h.1.mlp.c_proj"
-    seen = {}
-    hooks = [
-        m.get_submodule(last).register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)}))
-        for name, m in {"dense": model, "small": small}.items()
-    ]
+    path = table["module"].iloc[-1]
+    group = next(g for g in plan.groups if g.name in plan.keep and any(path in m.parameter for m in g.members))
+    seen = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
     with torch.no_grad():
-        model(calibration()), small(calibration())
-    for hook in hooks:
-        hook.remove()
-    x, y, old = seen["small"][0].flatten(0, 1), seen["dense"][1].flatten(0, 1), plain.get_submodule(last)
-    with torch.no_grad():
-        rest, sizes = y - old(x), y.norm(dim=1, keepdim=True)
-        w = (sizes.median() / sizes).clamp_max(1).square()  # of each token
-        centred = x - (w * x).sum(0) / w.sum()
-        gram = centred.T @ (w * centred)
-        damping = 0.05 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        change = torch.linalg.solve(gram + damping, centred.T @ (w * rest))
-        weight, bias = old.weight + change, old.bias + (w * (rest - x @ change)).sum(0) / w.sum()
-    torch.testing.assert_close(small.get_submodule(last).weight.detach(), weight)
-    torch.testing.assert_close(small.get_submodule(last).bias.detach(), bias)
-    left = w * (y - x @ weight - bias).square()
-    assert table["error_after"].iloc[-1] == pytest.approx(float(left.sum() / (w * y.square()).sum()))
+        model(calibration())
+    hook.remove()
+    (x,), dense, old = seen, model.get_submodule(path), plain.get_submodule(path)
+    weight = dense.weight.detach() if name == "gpt2" else dense.weight.detach().T  # (n_in, n_out)
+    keep, gone = plan.keep[group.name], plan.removed(group.name)
+    sizes = x.norm(dim=1, keepdim=True)
+    w = (sizes.median() / sizes).clamp_max(1).square()  # of each token
+    rest, x = x[:, gone] @ weight[gone], x[:, keep]
+    mean = (w * x).sum(0) / w.sum() if old.bias is not None else 0
+    gram = (x - mean).T @ (w * (x - mean))
+    change = torch.linalg.solve(gram + 0.05 * torch.diag(gram.diagonal()), (x - mean).T @ (w * rest))
+    expected = weight[keep] + change
+    new = small.get_submodule(path)
+    torch.testing.assert_close(new.weight.detach() if name == "gpt2" else new.weight.detach().T, expected)
+    if old.bias is not None:
+        bias = old.bias + (w * (rest - x @ change)).sum(0) / w.sum()
+        torch.testing.assert_close(new.bias.detach(), bias.detach())
+        change = torch.cat([change, (bias - old.bias)[None].detach()])
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    assert table["error_after"].iloc[-1] < table["error_before"].iloc[-1]
+    left = float((w * (rest - x @ change).square()).sum() / (w * rest.square()).sum())
+    assert table["error_after"].iloc[-1] / table["error_before"].iloc[-1] == pytest.approx(left)
+
+
+def settled(*_args):
+    """Stands for the loss on held-out windows, which says nothing of models with random weights."""
+    return 1.0
+
+
+def test_the_ridge_is_the_one_that_leaves_least_on_held_out_windows(monkeypatch):
+    monkeypatch.setattr(compensation, "mean_loss", settled)
+    model, plan, small = cut(FAMILIES["llama_gqa"])
+    calib = calibration(48)
+    table = compensate(small, model, plan, calib)
+    assert set(table["ridge"].dropna()) <= set(RIDGES) and (table["error_after"] <= table["error_before"]).all()
+    held = torch.zeros(48, dtype=torch.bool)
+    held[3::4] = True
+    path = "model.layers.0.mlp.down_proj"
+    row = table.set_index("module").loc[path]
+    group = plan.groups["model.layers.0.mlp:ffn_channel"]
+    reader = {path: compensation.linear_readers(model)[f"{path}.weight"]}
+    weight = model.get_submodule(path).weight.detach().T
+    learnt, judge = (
+        fit_sums(_grams(model, reader, part)[path], weight, torch.tensor(plan.keep[group.name]), None, False)
+        for part in (calib[~held], calib[held])
+    )
+    errors = {r: judge.error(judge.lack_after(learnt.solved(r))) for r in RIDGES}
+    assert row["error_after"] == pytest.approx(min(errors.values())) and row["ridge"] == min(errors, key=errors.get)
+    assert torch.equal(
+        small.get_submodule(path).weight.detach().T,
+        weight[plan.keep[group.name]] + (learnt + judge).solved(row["ridge"]),
+    )
+
+
+def test_layers_keep_their_weights_where_the_held_out_loss_rises(monkeypatch):
+    losses = iter([1.0, 1.01])
+    monkeypatch.setattr(compensation, "mean_loss", lambda *_: next(losses))
+    model, plan, small = cut(FAMILIES["llama_gqa"])
+    before = copy.deepcopy(small.state_dict())
+    table = compensate(small, model, plan, calibration(), fit="both")
+    assert table["ridge"].isna().all() and table.attrs["loss"] == (1.0, 1.01) and small.compensation is table
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    assert small.state_dict().keys() == before.keys()
+
+
+def test_a_layer_whose_held_out_error_does_not_fall_keeps_its_weights(monkeypatch):
+    """Few tokens whose inputs have nothing to do with those of the others."""
+    torch.manual_seed(0)
+    learnt, judge = (
+        fit_sums((x := torch.randn(8, 7).double()).T @ x, torch.randn(6, 3).double(), torch.arange(4), None, False)
+        for _ in range(2)
+    )
+    choice = compensation.choose(learnt, judge, "weights", None)
+    better = any(judge.lack_after(learnt.solved(r)) < judge.lack for r in RIDGES)
+    assert (choice.change is None) == (not better) and choice.after <= choice.before
+    grams = (torch.tensor([[1.0, c, 0], [c, 1, 0], [0, 0, 1]]).double() for c in (-1, 1))
+    opposed, other = (fit_sums(gram, torch.ones(2, 1).double(), torch.tensor([0]), None, False) for gram in grams)
+    kept = compensation.choose(opposed, other, "weights", None)
+    assert kept.change is None and kept.before == kept.after and kept.ridge != kept.ridge
+
+
+@pytest.mark.parametrize(("n", "held"), [(1, None), (2, [1]), (3, [2]), (4, [3]), (9, [3, 7])])
+def test_which_windows_are_held_out(n, held):
+    tokens = torch.arange(n)[:, None].expand(n, 4)
+    learnt, judge = compensation._held_out(tokens)
+    assert (None if judge is None else judge[:, 0].tolist()) == held
+    assert sorted([*learnt[:, 0].tolist(), *(held or [])]) == list(range(n))
 
 
 EVERY = [name for name in FAMILIES if "peft" not in name]
@@ -89,37 +158,24 @@ def test_each_layer_and_the_whole_come_nearer_in_every_family(name):
     assert all(torch.equal(value, dense[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "opt_projected", "gemma3", "mixtral"])
-def test_layer_by_layer_is_the_same_as_from_the_start_each_time(name, monkeypatch):
-    """OPT's projections stand before and behind the layers."""
-    model, plan, small = cut(FAMILIES[name])
-    if name == "opt_projected":
-        whole = replace(plan_keeping(discover(model), {**plan.keep, "model.decoder:hidden": list(range(12))}))
-        plan = replace(whole, groups=discover(model)) if "model.decoder:hidden" in whole.n_units else plan
-    other = copy.deepcopy(small)
-    table = compensate(small, model, plan, calibration(96))
-    monkeypatch.setattr(Layerwise, "of", lambda *_: None)
-    again = compensate(other, model, plan, calibration(96))
-    assert torch.equal(logits(other), logits(small)) and table.equals(again)
-
-
-def test_a_bias_alone_is_the_mean_of_what_is_lacking():
-    """FLAP's compensation: LLaMA's readers are given a bias, and no weight changes."""
+def test_a_bias_alone_is_the_mean_of_what_is_lacking(monkeypatch):
+    """FLAP's compensation: LLaMA's layers are given a bias, and no weight changes."""
+    monkeypatch.setattr(compensation, "mean_loss", settled)
     model, plan, small = cut(FAMILIES["llama_gqa"])
     plain = copy.deepcopy(small)
-    table = compensate(small, model, plan, calibration(), fit="bias")
-    first = table["module"].iloc[0]
-    assert first == "model.layers.0.self_attn.o_proj"
+    table = compensate(small, model, plan, calibration(), fit="bias", ridge=1.0)
+    path = "model.layers.0.mlp.down_proj"
+    assert path in set(table["module"])
+    seen = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
     with torch.no_grad():
-        outputs = {}
-        for key, m in {"dense": model, "plain": plain}.items():
-            hook = m.get_submodule(first).register_forward_hook(lambda _, x, y, key=key: outputs.update({key: y}))
-            m(calibration())
-            hook.remove()
-    sizes = outputs["dense"].norm(dim=-1, keepdim=True)
+        model(calibration())
+    hook.remove()
+    gone, x = plan.removed("model.layers.0.mlp:ffn_channel"), seen[0]
+    sizes = x.norm(dim=1, keepdim=True)
     w = (sizes.median() / sizes).clamp_max(1).square()
-    expected = (w * (outputs["dense"] - outputs["plain"])).sum((0, 1)) / w.sum()
-    torch.testing.assert_close(small.get_submodule(first).bias.detach(), expected)
+    expected = (w * (x[:, gone] @ model.get_submodule(path).weight.detach().T[gone])).sum(0) / w.sum()
+    torch.testing.assert_close(small.get_submodule(path).bias.detach(), expected)
     assert all(torch.equal(p, dict(small.named_parameters())[n]) for n, p in plain.named_parameters())
     assert (table["error_after"] < table["error_before"]).all()
 
@@ -127,9 +183,9 @@ def test_a_bias_alone_is_the_mean_of_what_is_lacking():
 @pytest.mark.parametrize(("fit", "better"), [("bias", "none"), ("both", "weights")])
 def test_more_that_may_be_fitted_leaves_a_smaller_error(fit, better):
     model, plan, small = cut(FAMILIES["qwen2"])
-    first = compensate(small, model, plan, calibration(96), fit=fit)["error_after"].iloc[0]
+    first = compensate(small, model, plan, calibration(96), fit=fit, ridge=0.01)["error_after"].iloc[0]
     other = prune(model, plan)
-    table = compensate(other, model, plan, calibration(96))
+    table = compensate(other, model, plan, calibration(96), ridge=0.01)
     assert first < table["error_before" if better == "none" else "error_after"].iloc[0]
 
 
@@ -137,7 +193,7 @@ def test_more_that_may_be_fitted_leaves_a_smaller_error(fit, better):
 def test_biases_that_were_added_are_saved_and_cut_along(name, tmp_path):
     """Also after whole layers went, when modules stand elsewhere."""
     model, plan, small = cut(FAMILIES[name])
-    compensate(small, model, plan, calibration(), fit="bias")
+    compensate(small, model, plan, calibration(), fit="bias", ridge=1.0)
     groups = discover(small)
     keep = {"model.layers.0:layer": [], groups.of_kind("ffn_channel")[1].name: list(range(20))}
     for number, m in enumerate((small, prune(small, plan_keeping(groups, keep)))):
@@ -152,7 +208,7 @@ def test_biases_that_were_added_are_saved_and_cut_along(name, tmp_path):
 
 def test_cut_is_zero_with_biases_that_were_added():
     model, plan, small = cut(FAMILIES["llama_gqa"])
-    compensate(small, model, plan, calibration(), fit="both")
+    compensate(small, model, plan, calibration(), fit="both", ridge=0.3)
     groups = discover(small)
     keep = {group.name: list(range(group.n_units // 2)) for group in groups.of_kind("ffn_channel")}
     rest = plan_keeping(groups, keep)
@@ -181,7 +237,7 @@ def test_a_layer_that_reads_a_constant_is_fitted_by_its_bias(name):
     groups = discover(model)
     plan = replace(plan_keeping(groups, {channels.name: list(range(channels.n_units // 2))}), groups=groups)
     small = prune(model, plan)
-    assert compensate(small, model, plan, calibration())["error_after"].iloc[0] < 1e-9
+    assert compensate(small, model, plan, calibration(), ridge=0.3)["error_after"].iloc[0] < 1e-9
 
 
 def test_tokens_that_went_are_refused():
@@ -230,7 +286,7 @@ def test_half_precision_models_are_fitted_in_float32():
         keep, {n: groups[n].n_units for n in keep}, groups.n_parameters, groups.n_parameters, groups=groups
     )
     small = prune(model, plan)
-    table = compensate(small, model, plan, calibration())
+    table = compensate(small, model, plan, calibration(), ridge=0.3)
     assert small.dtype == torch.bfloat16 and (table["error_after"] < table["error_before"]).all()
 
 
@@ -253,8 +309,9 @@ def test_models_and_tokens_that_do_not_belong_are_refused():
         prune(model, plan, compensate="texts")
 
 
-def test_prune_compensates_what_a_layer_drop_leaves_too():
+def test_prune_compensates_what_a_layer_drop_leaves_too(monkeypatch):
     """As the drop first and then the rest; where nothing lost inputs, nothing is re-fitted."""
+    monkeypatch.setattr(compensation, "mean_loss", settled)
     family = FAMILIES["llama_gqa"]
     model, groups = family.model(), family.groups()
     calib, channels = calibration(), "model.layers.1.mlp:ffn_channel"
@@ -288,7 +345,7 @@ def test_tied_embeddings_are_left_alone():
     plan = replace(plan_keeping(groups, {name: list(range(48))}), groups=groups)
     small = prune(model, plan)
     embeddings = small.get_input_embeddings().weight.clone()
-    table = compensate(small, model, plan, calibration())
+    table = compensate(small, model, plan, calibration(), ridge=0.3)
     assert "model.layers.0.mlp.gate_proj" in set(table["module"])
     assert torch.equal(small.get_input_embeddings().weight, embeddings)
     assert small.lm_head.weight is small.get_input_embeddings().weight
@@ -312,28 +369,18 @@ def test_what_goes_wrong_in_the_fit_is_said_once_and_outside_the_cut(monkeypatch
     assert collected == [True]
 
 
-class Seen:
-    """Stands for the passes of a model."""
-
-    def __init__(self, x, y):
-        self.x, self.y = x, y
-
-    def at(self, _path, _batch):
-        return self.x, self.y
-
-
 def test_one_massive_token_does_not_decide_for_all():
-    """Its bias is that of the other tokens, though it lacks ten thousand times as much as they."""
+    """The bias is that of the other tokens, though one reads ten thousand times as much as they."""
     torch.manual_seed(0)
-    x, got, wanted = torch.randn(50, 6), torch.randn(50, 4), torch.randn(50, 4)
+    x = torch.randn(50, 6)
     scale = torch.ones(50, 1)
     scale[0] = 1e4
-    plain, massive = (
-        _gather(Seen(s * x, s * got), Seen(s * x, s * wanted), "layer", None, True, 1).constant()[-1]
-        for s in (torch.ones(50, 1), scale)
-    )
+    z = [torch.cat([s * x, torch.ones(50, 1)], 1) * compensation._token_weights(s * x) for s in (scale, scale * 0 + 1)]
+    weight, keep = torch.randn(6, 4).double(), torch.arange(3)
+    massive, plain = (fit_sums(each.T @ each, weight, keep, None, True).constant()[-1] for each in z)
     assert float((massive - plain).norm()) < 0.5 * float(plain.norm())
-    assert float((scale * (wanted - got)).mean(0).norm()) > 100 * float(plain.norm())  # the plain mean
+    lacking = (scale * x)[:, 3:].double() @ weight[3:]
+    assert float(lacking.mean(0).norm()) > 100 * float(plain.norm())  # the plain mean
 
 
 def test_a_layer_that_reads_zeros_stays_as_it_is():

@@ -3,6 +3,7 @@
 from prunekit.importance.ablation import Ablation, silenced
 from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
+from prunekit.importance.curvature import Curvature
 from prunekit.importance.fusion import FusedScores, HyWIA, fuse
 from prunekit.importance.influence import BlockInfluence
 from prunekit.importance.reconstruction import Reconstruction
@@ -15,6 +16,7 @@ __all__ = [
     "Ablation",
     "Activation",
     "BlockInfluence",
+    "Curvature",
     "Fluctuation",
     "FusedScores",
     "HyWIA",

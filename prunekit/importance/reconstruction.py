@@ -14,7 +14,7 @@ from prunekit.importance.inputs import Reader, linear_readers, members_read, sum
 from prunekit.importance.reduction import tokens_for
 
 RIDGE = 0.01
-ROOM = 2**30  # bytes of XᵀX that are held at once
+ROOM = 2**31  # bytes of XᵀX that are held at once
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Reconstruction:
         readers = linear_readers(model)
         found: dict[str, Tensor] = {}
         parameters = dict(model.named_parameters())
-        for read in _in_portions({group.name: _one_reader(group, readers) for group in groups}):
+        for read in in_portions({group.name: one_reader(group, readers, "Reconstruction()") for group in groups}):
             names = {member.parameter: readers[member.parameter] for member in read.values()}
             grams = sums_over_inputs(model, tokens, names, lambda x: x.T @ x)
             for name, member in read.items():
@@ -119,7 +119,8 @@ def greedy_costs(gram: Tensor, weight: Tensor, units: Tensor, ridge: float) -> T
     weight, units = weight.clone(), units.to(gram.device)
     left, costs, highest = list(range(len(units))), torch.zeros(len(units)).to(gram), torch.zeros(()).to(gram)
     while left:
-        blocks = torch.linalg.inv(inverse[units[left][:, :, None], units[left][:, None, :]])  # (n_left, width, width)
+        within = inverse[units[left][:, :, None], units[left][:, None, :]]  # (n_left, width, width)
+        blocks = torch.cholesky_inverse(torch.linalg.cholesky(within))
         rows = weight[units[left]]  # (n_left, width, n_out)
         cost, at = ((blocks @ rows) * rows).sum((1, 2)).min(0)
         unit = left.pop(int(at))
@@ -130,18 +131,23 @@ def greedy_costs(gram: Tensor, weight: Tensor, units: Tensor, ridge: float) -> T
     return (costs / size).cpu()
 
 
-def _one_reader(group: CoupledGroup, readers: Mapping[str, Reader]) -> Member:
+def one_reader(group: CoupledGroup, readers: Mapping[str, Reader], who: str) -> Member:
+    """The member of a group that one linear layer reads as inputs.
+
+    Raises:
+        PrunekitError: no linear layer reads it, or more than one; names who asks, such as `"Reconstruction()"`.
+    """
     read = [m for m in members_read(group, dict(readers)) if m.dim == readers[m.parameter].input_dim]
     if len(read) != 1:
         raise PrunekitError(
-            f"{group.name!r} is read by {len(read)} linear layers, and Reconstruction() needs one; choose heads or FFN "
+            f"{group.name!r} is read by {len(read)} linear layers, and {who} needs one; choose heads or FFN "
             'channels with groups.of_kind("kv_head", "ffn_channel")'
         )
     return read[0]
 
 
-def _in_portions(read: Mapping[str, Member]) -> Iterator[dict[str, Member]]:
-    """As many at once as there is room for."""
+def in_portions(read: Mapping[str, Member]) -> Iterator[dict[str, Member]]:
+    """Groups, as many at once as there is room for what their readers' inputs sum up to."""
     portion: dict[str, Member] = {}
     for name, member in read.items():
         if portion and sum(8 * m.index.numel() ** 2 for m in (*portion.values(), member)) > ROOM:

@@ -22,15 +22,20 @@ class Scores(dict[str, Tensor]):
     Attributes:
         label: the importance that made them, as a plot's legend may say it.
         kinds: group name → kind, as in `CoupledGroup`.
+        ranking: how `plan` compares them where it is not told: `"global"` where scores of all groups estimate one
+            thing, such as `Curvature`'s, else `"local"`.
         tokens: some of the calibration set that they were computed from, int64 (n, seq_len), on which `prune` measures
             what the cut did; None where they were computed from the weights alone, or read from a file.
     """
 
     tokens: Tensor | None = None
 
-    def __init__(self, values: Mapping[str, Tensor], *, label: str, kinds: Mapping[str, str]) -> None:
+    def __init__(
+        self, values: Mapping[str, Tensor], *, label: str, kinds: Mapping[str, str], ranking: str = "local"
+    ) -> None:
         super().__init__(values)
         self.label = label
+        self.ranking = ranking
         self.kinds = dict(kinds)
 
     def table(self) -> pd.DataFrame:
@@ -65,7 +70,8 @@ class Scores(dict[str, Tensor]):
         path = Path(path)
         if not path.parent.is_dir():
             raise PrunekitError(f"cannot save scores to {str(path)!r}: create the folder {str(path.parent)!r} first")
-        meta = {"format": _FORMAT, "label": self.label, "kinds": json.dumps(self.kinds), "order": json.dumps([*self])}
+        meta = {"format": _FORMAT, "label": self.label, "ranking": self.ranking, "kinds": json.dumps(self.kinds)}
+        meta["order"] = json.dumps([*self])
         with new_file(path) as beside:
             save_file({name: values.contiguous() for name, values in self.items()}, beside, meta)
         return path
@@ -87,7 +93,8 @@ class Scores(dict[str, Tensor]):
                 values = {name: file.get_tensor(name) for name in json.loads(meta["order"])}
         except (OSError, SafetensorError, LookupError, json.JSONDecodeError) as error:
             raise PrunekitError(f"no scores in {str(path)!r}: {error}; give a file that Scores.save wrote") from error
-        return cls(values, label=meta["label"], kinds=json.loads(meta["kinds"]))
+        ranking = meta.get("ranking", "local")  # files of before it was written
+        return cls(values, label=meta["label"], kinds=json.loads(meta["kinds"]), ranking=ranking)
 
     def __repr__(self) -> str:
         units = sum(len(values) for values in self.values())

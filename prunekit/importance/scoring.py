@@ -14,6 +14,7 @@ from prunekit.errors import PrunekitError
 from prunekit.importance.ablation import Ablation, check_scalable, scaled_to_loss
 from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
+from prunekit.importance.curvature import Curvature
 from prunekit.importance.fusion import HyWIA
 from prunekit.importance.influence import BlockInfluence
 from prunekit.importance.reconstruction import Reconstruction
@@ -41,6 +42,7 @@ class Importance(Protocol):
 
 
 IMPORTANCES: dict[str, Callable[..., Importance]] = {
+    "curvature": Curvature,
     "taylor": Taylor,
     "taylor-vector": partial(Taylor, granularity="vector"),
     "taylor-second": partial(Taylor, order="second"),

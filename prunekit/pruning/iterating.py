@@ -94,6 +94,6 @@ def _scores(
     for name, units in chosen.keep.items():
         scores[name] = torch.full((groups[name].n_units,), lowest, dtype=fresh[name].dtype)
         scores[name][units] = fresh[name]
-    found = Scores(scores, label=f"{fresh.label}, in steps", kinds=fresh.kinds)
+    found = Scores(scores, label=f"{fresh.label}, in steps", kinds=fresh.kinds, ranking=fresh.ranking)
     found.tokens = fresh.tokens
     return found

@@ -24,7 +24,7 @@ def plan(
     pruning_ratio: Ratio,
     *,
     of: str = "parameters",
-    ranking: str = "local",
+    ranking: str | None = None,
     kinds: Iterable[str] | None = None,
     protect_layers: Iterable[int] = (),
     round_to: int | Mapping[str, int] = 1,
@@ -44,7 +44,8 @@ def plan(
         pruning_ratio: fraction in [0, 1) of all the model's parameters, embeddings counted. With
             `of="units"` of the units, and it may then be a mapping kind → fraction.
         of: `"parameters"` or `"units"`.
-        ranking: `"local"` or `"global"`.
+        ranking: `"local"` or `"global"`; by default what the scores say: `"global"` for `Curvature`, which share the
+            budget out among layers by what each would lose, else `"local"`. With `of="units"`, `"local"`.
         kinds: kinds of groups that may be cut; by default the exact ones of `"kv_head"` and `"ffn_channel"`.
         protect_layers: layers whose groups stay whole, counted from 0.
         round_to: what is kept of a cut group is a multiple of this; an int or kind → int.
@@ -66,6 +67,8 @@ def plan(
     fractions = check_options(
         pruning_ratio, of=of, ranking=ranking, kinds=chosen, round_to=round_to, min_units=min_units
     )
+    if ranking is None:
+        ranking = getattr(scores, "ranking", "local") if of == "parameters" else "local"
     candidates = candidates_of(groups, scores, tuple(fractions), protected, exact_only=kinds is None)
     rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
     counter, rounded = Counter(groups), _rounded(round_to)
@@ -110,7 +113,7 @@ def check_options(
     pruning_ratio: Ratio,
     *,
     of: str = "parameters",
-    ranking: str = "local",
+    ranking: str | None = None,
     kinds: Iterable[str] | None = None,
     protect_layers: Iterable[int] = (),
     round_to: int | Mapping[str, int] = 1,
@@ -125,7 +128,7 @@ def check_options(
         PrunekitError: bad arguments.
     """
     chosen = DEFAULT_KINDS if kinds is None else _listed("kinds", kinds, "kv_head")
-    _check_choice("ranking", ranking, ("local", "global"))
+    _check_choice("ranking", "local" if ranking is None else ranking, ("local", "global"))
     _check_counts(round_to, min_units)
     _listed("protect_layers", protect_layers, 0)
     return _check_ratio(pruning_ratio, of, chosen)

@@ -1,0 +1,124 @@
+"""Least squares of one linear layer from sums over tokens, with the ridge chosen on tokens that were held out."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunekit.errors import PrunekitError
+from prunekit.importance.curvature import RIDGE, raised
+
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # that are tried for each layer
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Least squares of one linear layer, summed up over tokens.
+
+    Attributes:
+        gram: XᵀX of the inputs that are left, float64 (n_in, n_in); with a bias, the last input is 1.
+        cross: XᵀR, (n_in, n_out), with R what the pruned inputs added to the outputs.
+        biased: whether there is a bias.
+        lack: ‖R‖² before the fit.
+        size: ‖Y‖² of the dense outputs.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    biased: bool
+    lack: float
+    size: float
+
+    def __add__(self, other: "Fit") -> "Fit":
+        """The sums over the tokens of both."""
+        return Fit(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.biased,
+            self.lack + other.lack,
+            self.size + other.size,
+        )
+
+    def solved(self, ridge: float) -> Tensor:
+        """The change of the weights (n_in, n_out) that takes most of R away and stays small; a bias may be any size."""
+        if not self.biased:
+            return torch.cholesky_solve(self.cross, _factor(self.gram, ridge))
+        n, inputs, rest = self.gram[-1, -1], self.gram[:-1, -1], self.cross[-1]  # tokens, weighed, and sums over them
+        centred = self.gram[:-1, :-1] - torch.outer(inputs, inputs) / n
+        rounding = len(inputs) * torch.finfo(self.gram.dtype).eps  # is all that is left of constant inputs
+        centred.diagonal().add_(rounding * self.gram.diagonal()[:-1].sum())
+        change = torch.cholesky_solve(self.cross[:-1] - torch.outer(inputs, rest) / n, _factor(centred, ridge))
+        return torch.cat([change, (rest - inputs @ change)[None] / n])
+
+    def constant(self) -> Tensor:
+        """The change (n_in, n_out) of the bias alone: the mean of R."""
+        change = torch.zeros_like(self.cross)
+        change[-1] = self.cross[-1] / self.gram[-1, -1]
+        return change
+
+    def lack_after(self, change: Tensor) -> float:
+        """‖R‖² once the weights have changed."""
+        gained = 2 * (change * self.cross).sum() - (change * (self.gram @ change)).sum()
+        return max(self.lack - float(gained), 0.0)
+
+    def error(self, lack: float) -> float:
+        """‖R‖² as a part of ‖Y‖²."""
+        return lack / max(self.size, torch.finfo(torch.float64).tiny)
+
+
+class Choice(NamedTuple):
+    """What becomes of a layer.
+
+    Attributes:
+        change: of its weights, (n_in, n_out), and of its bias; None where it keeps them.
+        ridge: that was taken; NaN where there is none.
+        before: ‖R‖² / ‖Y‖² as it is, on the tokens that judge.
+        after: the same once it has changed.
+    """
+
+    change: Tensor | None
+    ridge: float
+    before: float
+    after: float
+
+
+def fit_sums(gram: Tensor, weight: Tensor, inputs: Tensor | None, outputs: Tensor | None, biased: bool) -> Fit:
+    """Least squares of one layer, from its dense weights (n_in, n_out) and what stays of both."""
+    gram, n = gram.double(), len(weight)
+    inputs = torch.arange(n) if inputs is None else inputs
+    weight = weight if outputs is None else weight[:, outputs.to(weight.device)]
+    pruned = torch.ones(n, dtype=torch.bool)
+    pruned[inputs] = False
+    stays = torch.cat([inputs, torch.tensor([n])]) if biased else inputs
+    stays, gone = stays.to(gram.device), pruned.nonzero().flatten().to(gram.device)
+    lacking = weight[gone]  # (n_pruned, n_out)
+    lack = float((lacking * (gram[gone][:, gone] @ lacking)).sum())
+    size = float((weight * (gram[:n, :n] @ weight)).sum())
+    return Fit(gram[stays][:, stays], gram[stays][:, gone] @ lacking, biased, lack, size)
+
+
+def choose(found: Fit, judge: Fit | None, fit: str, ridge: float | None) -> Choice:
+    """The change with the smallest error on the tokens that judge; with none of these, that of the ridge given."""
+    if judge is None:
+        taken = RIDGE if ridge is None else ridge
+        change = found.constant() if fit == "bias" else found.solved(taken)
+        taken = math.nan if fit == "bias" else taken
+        return Choice(change, taken, found.error(found.lack), found.error(found.lack_after(change)))
+    tried = {math.nan: found.constant()} if fit == "bias" else {r: found.solved(r) for r in RIDGES}
+    lacks = {r: judge.lack_after(change) for r, change in tried.items()}
+    best = min(lacks, key=lambda r: lacks[r])
+    if not lacks[best] < judge.lack:
+        return Choice(None, math.nan, judge.error(judge.lack), judge.error(judge.lack))
+    both = found + judge
+    change = both.constant() if fit == "bias" else both.solved(best)
+    return Choice(change, best, judge.error(judge.lack), judge.error(lacks[best]))
+
+
+def _factor(gram: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of XᵀX with its diagonal raised by a part of itself."""
+    lower, failed = torch.linalg.cholesky_ex(raised(gram, ridge))
+    if failed:
+        raise PrunekitError(f"ridge={ridge!r} is too small for inputs that depend on each other; try {RIDGE}")
+    return lower
