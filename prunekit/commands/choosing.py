@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from prunekit.importance import Importance
     from prunekit.pruning import PruningPlan
 
-DRAWN = {"n_samples": 16, "seq_len": 64, "seed": 0}  # unless told otherwise
+DRAWN = {"n_samples": 64, "seq_len": 128, "seed": 0}  # unless told otherwise
+DEFAULT, ELSE = "curvature", "taylor"  # importances, unless told otherwise; the second where the first does not apply
+CURVED_KINDS = {"kv_head", "query_head", "ffn_channel"}
 
 
 def drawn(args: argparse.Namespace) -> dict[str, int]:
@@ -29,11 +31,25 @@ def choose_importance(args: argparse.Namespace) -> "Importance":
     """
     from prunekit.importance import importance_from_name
 
-    name = args.importance or "taylor"
+    name = args.importance or default_importance(args)
     options = {} if args.granularity is None else {"granularity": args.granularity}
     if name == "random":
         options["seed"] = drawn(args)["seed"]
     return importance_from_name(name, **options)
+
+
+def default_importance(args: argparse.Namespace) -> str:
+    """The importance where none is named: curvature for heads and FFN channels, Taylor for other kinds."""
+    curved = args.granularity is None and set(args.kinds or ()) <= CURVED_KINDS
+    return DEFAULT if curved else ELSE
+
+
+def default_compensation(args: argparse.Namespace) -> str | None:
+    """What is re-fitted: what the options say, else weights where the importance is the default one."""
+    if args.compensate is not None:
+        return None if args.compensate == "none" else args.compensate
+    by_default = args.plan is None and args.importance is None and default_importance(args) == DEFAULT
+    return "weights" if by_default and not args.normalize else None
 
 
 def load_for(args: argparse.Namespace, importance: "Importance") -> tuple[Any, Any]:
@@ -62,7 +78,7 @@ def check_calibration(args: argparse.Namespace) -> None:
         args.calibration = "world"
     if args.calibration is None:
         raise PrunekitError(
-            f"importance {args.importance or 'taylor'!r} reads text; give --calibration with a text file or 'world', "
+            f"importance {args.importance or default_importance(args)!r} reads text; give --calibration with a text file or 'world', "
             "or take an importance that reads none: l1, l2 or random"
         )
 
@@ -75,7 +91,8 @@ def make_plan(args: argparse.Namespace, model: Any, tokenizer: Any, importance: 
     """
     from prunekit.checkpoint.streaming import candidates
     from prunekit.discovery import discover
-    from prunekit.importance import score
+    from prunekit.importance import Curvature, importance_from_name, score
+    from prunekit.importance.curvature import applies
     from prunekit.pruning import plan, plan_in_steps
 
     calib = calibrate(args, tokenizer) if importance.needs_calibration or args.normalize else None
@@ -84,7 +101,11 @@ def make_plan(args: argparse.Namespace, model: Any, tokenizer: Any, importance: 
         made = plan_in_steps(model, importance, args.pruning_ratio, calib, **options)
     else:
         groups = discover(model)
-        scores = score(model, candidates(groups, args.kinds), importance, calib, normalize=args.normalize)
+        chosen = candidates(groups, args.kinds)
+        if args.importance is None and importance == Curvature() and not applies(model, chosen):
+            print(f"prunekit: some groups have no linear layer that reads them: scored by {ELSE}", file=sys.stderr)
+            importance = importance_from_name(ELSE)
+        scores = score(model, chosen, importance, calib, normalize=args.normalize)
         made = plan(groups, scores, args.pruning_ratio, **planning(args))
     if "whole" in made.notes:
         print(f"prunekit: nothing goes of {made.notes['whole']}", file=sys.stderr)

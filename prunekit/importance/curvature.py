@@ -1,6 +1,6 @@
 """Curvature importance: the loss that a unit costs, to second order, once its consumer layer is re-fitted."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -100,6 +100,15 @@ class Curvature:
                 found[name] = (costs * CAUTION.get(kinds[name], 1.0)).float()
         ordered = {group.name: found[group.name] for group in groups}
         return Scores(ordered, label=self.label, kinds=kinds, ranking="global")
+
+
+def applies(model: nn.Module, groups: Iterable[CoupledGroup]) -> bool:
+    """Whether each group is read by one linear layer, so that `Curvature` can score it."""
+    readers = linear_readers(model)
+    try:
+        return all(one_reader(group, readers, "Curvature()") is not None for group in groups)
+    except PrunekitError:
+        return False
 
 
 def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) -> dict[str, Sums]:
