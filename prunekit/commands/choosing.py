@@ -78,8 +78,8 @@ def check_calibration(args: argparse.Namespace) -> None:
         args.calibration = "world"
     if args.calibration is None:
         raise PrunekitError(
-            f"importance {args.importance or default_importance(args)!r} reads text; give --calibration with a text file or 'world', "
-            "or take an importance that reads none: l1, l2 or random"
+            f"importance {args.importance or default_importance(args)!r} reads text; give --calibration with a text file "
+            "or 'world', or take an importance that reads none: l1, l2 or random"
         )
 
 
