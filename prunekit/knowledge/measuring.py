@@ -47,7 +47,7 @@ def knowledge_distribution(
             silenced once, at ratio 1.
         tasks: questions, as for `zero_shot`; None with no text takes the embedded world's, for its tokenizer.
         text: anything that `measure_perplexity` takes, or name of a domain → such a text. It is cut into windows of
-            128 tokens (or what the model takes) that do not overlap, BOS first.
+            128 tokens (or what the model takes) that do not overlap, BOS first in each where the tokenizer adds it.
         path: a .safetensors file that is written whenever a group is finished, and from which a run with the same
             model, silencings and questions goes on.
         tokens_a_batch: positions a forward pass, about; it does not change the result.
