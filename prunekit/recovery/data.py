@@ -36,8 +36,9 @@ def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int) -> Te
     stream = torch.cat([torch.zeros(0, dtype=torch.long), *token_documents(data, tokenizer, bos)])
     windows = whole_windows(stream, seq_len, bos)
     if not len(windows):
+        told = f"{len(stream)} tokens" if bos is None else f"{len(stream) + 1} tokens with BOS"
         raise PrunekitError(
-            f"the recovery data has {len(stream)} tokens and one window needs seq_len={seq_len}; "
+            f"the recovery data has {told} and one window needs seq_len={seq_len}; "
             "give more text or a smaller seq_len"
         )
     return windows
