@@ -5,7 +5,7 @@ import torch
 from evaluation_helpers import N_POSITIONS, TEXT, bloom, byte_tokenizer, gpt2, llama, opt
 from hypothesis import given
 from hypothesis import strategies as st
-from shared import shared_path
+from shared import real_model, shared_path
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -223,3 +223,15 @@ def test_a_real_model_has_its_known_perplexity(stories, options, expected, n_tok
     result = measure_perplexity(*stories, shared_path("data", "tinystories", "sample_cs336.txt"), **options)
     assert result.value == pytest.approx(expected, abs=2e-3)
     assert result.n_tokens == n_tokens
+
+
+@pytest.mark.slow
+def test_gemma_has_the_perplexity_of_a_plain_loop_over_windows():
+    model, tokenizer = real_model("gemma")
+    text = shared_path("data", "tinystories", "sample_niklas6.txt").read_text(encoding="utf-8")[:4000]
+    bos, *ids = tokenizer(text)["input_ids"]
+    expected, n_tokens = by_hand(model, [([bos, *ids[i : i + 127]], 1) for i in range(0, len(ids), 127)])
+    result = measure_perplexity(model, tokenizer, text)
+    assert result.value == pytest.approx(expected, rel=1e-5) and result.value == pytest.approx(13.3, abs=0.1)
+    assert (result.n_tokens, result.bos) == (n_tokens, True)
+    assert perplexity(model, tokenizer, text, protocol="papers") == pytest.approx(78.6, abs=0.1)

@@ -38,8 +38,7 @@ def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int) -> Te
     if not len(windows):
         told = f"{len(stream)} tokens" if bos is None else f"{len(stream) + 1} tokens with BOS"
         raise PrunekitError(
-            f"the recovery data has {told} and one window needs seq_len={seq_len}; "
-            "give more text or a smaller seq_len"
+            f"the recovery data has {told} and one window needs seq_len={seq_len}; give more text or a smaller seq_len"
         )
     return windows
 
