@@ -91,9 +91,6 @@ STORIES = [
     "Once there was a little dog named Tim. He ran in the park.",
     "Water boils at 100 degrees Celsius at sea level.",
 ]
-    "Once there was a little dog named Tim. He ran in the park.",
-    "Water boils at 100 degrees Celsius at sea level.",
-]
 
 
 def check_rolling(model, tokenizer, documents):
