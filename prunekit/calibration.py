@@ -83,21 +83,22 @@ def calibration_set(
     return begin_windows(stream[starts[:, None] + torch.arange(width)], first)
 
 
-def _window_starts(
-    n_tokens: int, n_samples: int, seq_len: int, generator: torch.Generator, held_out: bool = False
-) -> Tensor:
-    """Where each window begins, int64 (n_samples,): apart where they fit side by side; or those of others."""
-    slots = n_tokens // seq_len
+def _window_starts(n_tokens: int, n_samples: int, width: int, generator: torch.Generator, held_out: bool) -> Tensor:
+    """Where the text of each window begins, int64 (n_samples,): apart where they fit side by side.
+
+    Held-out windows are the next ones of the same draw, at most n_samples.
+    """
+    slots = n_tokens // width
     if held_out and slots <= n_samples:
         raise PrunekitError(
-            f"the text has {n_tokens} tokens, of which n_samples={n_samples} windows of {seq_len} leave none to hold "
-            "out; give more text or fewer windows"
+            f"the text has {n_tokens} tokens, of which n_samples={n_samples} windows of {width} tokens of text leave "
+            "none to hold out; give more text or fewer windows"
         )
     if slots < n_samples:
-        return torch.randint(n_tokens - seq_len + 1, (n_samples,), generator=generator)
-    offset = torch.randint(n_tokens % seq_len + 1, (1,), generator=generator)
+        return torch.randint(n_tokens - width + 1, (n_samples,), generator=generator)
+    offset = torch.randint(n_tokens % width + 1, (1,), generator=generator)
     order = torch.randperm(slots, generator=generator)
-    return offset + seq_len * (order[n_samples : 2 * n_samples] if held_out else order[:n_samples])
+    return offset + width * (order[n_samples : 2 * n_samples] if held_out else order[:n_samples])
 
 
 def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:

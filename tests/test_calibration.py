@@ -47,6 +47,23 @@ def test_windows_do_not_overlap_where_the_text_is_long_enough(tokenizer):
     assert calibration_set(words(1, 20), tokenizer, n_samples=9, seq_len=11).shape == (9, 11)
 
 
+@given(st.integers(0, 2**31), st.integers(2, 9), st.sampled_from([None, False]))
+def test_held_out_windows_share_no_token_with_the_others_and_begin_alike(tokenizer, seed, seq_len, bos):
+    options = {"n_samples": 5, "seq_len": seq_len, "seed": seed, "bos": bos}
+    seen, held_out = (calibration_set(words(1, 100), tokenizer, **options, held_out=held) for held in (False, True))
+    marks = int(bos is None)
+    assert seen.shape == held_out.shape == (5, seq_len)
+    assert not {*seen[:, marks:].flatten().tolist()} & {*held_out[:, marks:].flatten().tolist()}
+    assert all((drawn[:, 0] == 0).all() == bool(marks) for drawn in (seen, held_out))
+
+
+def test_a_text_that_leaves_nothing_to_hold_out_says_so(tokenizer):
+    options = {"n_samples": 2, "seq_len": 4, "held_out": True}
+    assert len(calibration_set(words(1, 10), tokenizer, **options)) == 1
+    with pytest.raises(PrunekitError, match=r"8 tokens, of which n_samples=2 windows of 3 tokens of text leave none"):
+        calibration_set(words(1, 9), tokenizer, **options)
+
+
 def test_a_seed_gives_the_same_windows_and_another_seed_others(tokenizer):
     first, again, other = (calibration_set(words(1, 100), tokenizer, seq_len=4, seed=s) for s in (0, 0, 1))
     assert first.equal(again) and not first.equal(other)
