@@ -230,6 +230,6 @@ def test_gemma_has_the_perplexity_of_a_plain_loop_over_windows():
     bos, *ids = tokenizer(text)["input_ids"]
     expected, n_tokens = by_hand(model, [([bos, *ids[i : i + 127]], 1) for i in range(0, len(ids), 127)])
     result = measure_perplexity(model, tokenizer, text)
-    assert result.value == pytest.approx(expected, rel=1e-5) and result.value == pytest.approx(13.3, abs=0.1)
+    assert result.value == pytest.approx(expected, rel=1e-4) and result.value == pytest.approx(13.3, abs=0.1)
     assert (result.n_tokens, result.bos) == (n_tokens, True)
     assert perplexity(model, tokenizer, text, protocol="papers") == pytest.approx(78.6, abs=0.1)
