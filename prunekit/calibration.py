@@ -14,7 +14,15 @@ from tqdm.auto import tqdm
 from prunekit.discovery.parts import outermost_elements
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
-from prunekit.text import DOCUMENT_SEPARATOR, TextSource, read_documents, tokenize
+from prunekit.text import (
+    DOCUMENT_SEPARATOR,
+    TextSource,
+    begin_windows,
+    leading_bos,
+    read_documents,
+    text_width,
+    tokenize,
+)
 
 TOKENS_A_BATCH = 1024  # 16 samples of 64 tokens at once: logits for 32,000 words then take 131 MB
 _ENOUGH_CHOICE = 16  # tokens to draw windows from, as a multiple of those drawn
@@ -28,21 +36,23 @@ def calibration_set(
     seq_len: int = 64,
     seed: int = 0,
     separator: str | None = DOCUMENT_SEPARATOR,
+    bos: bool | None = None,
     held_out: bool = False,
 ) -> Tensor:
-    """Draw random windows of tokens from a text.
+    """Draw random windows of tokens from a text, each of which begins as the model's training did.
 
-    Documents are shuffled, tokenised (with BOS where the tokenizer adds it) and joined; windows are drawn
-    from the stream. They do not overlap where there are `n_samples * seq_len` tokens; where the text is
-    shorter than that, they do.
+    Documents are shuffled and joined, a line break between two, and windows are drawn from the stream. They do not
+    overlap where the text fills `n_samples` windows; where it is shorter than that, they do. BOS stands first in
+    every window where the tokenizer adds it by itself, and nowhere else.
 
     Args:
         source: what `prunekit.text.read_documents` reads: a file, text, documents, a data set, `"world"`.
         tokenizer: a transformers tokenizer.
         n_samples: number of windows, at least 1.
-        seq_len: tokens in each, at least 2 (the loss predicts each token from those before it).
+        seq_len: tokens in each, BOS included, at least 2 (the loss predicts each token from those before it).
         seed: which documents and windows are drawn.
         separator: marker between documents inside one text; it is split off.
+        bos: True puts BOS first also where the tokenizer does not, False leaves it out; None goes by the tokenizer.
         held_out: draw windows that the same call without it does not draw, and that do not overlap with those: to
             measure on what a model was not calibrated on. Where few are left in the text, fewer come.
 
@@ -50,7 +60,7 @@ def calibration_set(
         int64 (n_samples, seq_len).
 
     Raises:
-        PrunekitError: no text, fewer tokens than one window, or an impossible size.
+        PrunekitError: no text, fewer tokens than one window, an impossible size, or BOS is asked for and there is none.
 
     Source: LLM-Pruner's calibration (10 samples of 64 tokens of BookCorpus).
         Differs: windows of one joined stream, where the reference takes one window a book.
@@ -60,32 +70,35 @@ def calibration_set(
     generator = torch.Generator().manual_seed(seed)
     documents = read_documents(source, separator=separator)
     order = torch.randperm(len(documents), generator=generator).tolist()
+    first = leading_bos(tokenizer, bos)
+    width = text_width(seq_len, first)
     enough = _ENOUGH_CHOICE * n_samples * seq_len
-    stream = tokenize((documents[i] for i in order), tokenizer, enough=enough)
-    if len(stream) < seq_len:
+    stream = tokenize([documents[i] for i in order], tokenizer, enough=enough)
+    if len(stream) < width:
         raise PrunekitError(
-            f"the text has {len(stream)} tokens and one window needs seq_len={seq_len}; "
+            f"the text has {len(stream) + seq_len - width} tokens and one window needs seq_len={seq_len}; "
             "give more text or a smaller seq_len"
         )
-    starts = _window_starts(len(stream), n_samples, seq_len, generator, held_out)
-    return stream[starts[:, None] + torch.arange(seq_len)]
+    starts = _window_starts(len(stream), n_samples, width, generator, held_out)
+    return begin_windows(stream[starts[:, None] + torch.arange(width)], first)
 
 
-def _window_starts(
-    n_tokens: int, n_samples: int, seq_len: int, generator: torch.Generator, held_out: bool = False
-) -> Tensor:
-    """Where each window begins, int64 (n_samples,): apart where they fit side by side; or those of others."""
-    slots = n_tokens // seq_len
+def _window_starts(n_tokens: int, n_samples: int, width: int, generator: torch.Generator, held_out: bool) -> Tensor:
+    """Where the text of each window begins, int64 (n_samples,): apart where they fit side by side.
+
+    Held-out windows are the next ones of the same draw, at most n_samples.
+    """
+    slots = n_tokens // width
     if held_out and slots <= n_samples:
         raise PrunekitError(
-            f"the text has {n_tokens} tokens, of which n_samples={n_samples} windows of {seq_len} leave none to hold "
-            "out; give more text or fewer windows"
+            f"the text has {n_tokens} tokens, of which n_samples={n_samples} windows of {width} tokens of text leave "
+            "none to hold out; give more text or fewer windows"
         )
     if slots < n_samples:
-        return torch.randint(n_tokens - seq_len + 1, (n_samples,), generator=generator)
-    offset = torch.randint(n_tokens % seq_len + 1, (1,), generator=generator)
+        return torch.randint(n_tokens - width + 1, (n_samples,), generator=generator)
+    offset = torch.randint(n_tokens % width + 1, (1,), generator=generator)
     order = torch.randperm(slots, generator=generator)
-    return offset + seq_len * (order[n_samples : 2 * n_samples] if held_out else order[:n_samples])
+    return offset + width * (order[n_samples : 2 * n_samples] if held_out else order[:n_samples])
 
 
 def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:

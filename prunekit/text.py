@@ -1,7 +1,7 @@
 """Documents from whatever somebody has: a file, a list, a data set, a string, or the embedded world."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from prunekit.errors import PrunekitError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 """What TinyStories and many other plain-text corpora write between two documents."""
+
+JOINT = "\n"
+"""What stands between two documents in one stream of tokens; the embedded world was trained so."""
 
 WORLD_DOCUMENTS = 2000  # about 80,000 tokens, generated in well under a second
 
@@ -56,11 +59,39 @@ def read_documents(source: TextSource, *, separator: str | None = None) -> list[
     return documents
 
 
-def tokenize(documents: Iterable[str], tokenizer: Any, *, enough: int | None = None) -> Tensor:
-    """One stream of tokens: each document as the tokenizer encodes it, one after the other.
+def leading_bos(tokenizer: Any, asked: bool | None = None) -> int | None:
+    """The token that stands first in every window of text: BOS, where the tokenizer puts it before a text by itself.
 
     Args:
-        documents: texts; each gets the markers (BOS) that the tokenizer itself adds, and no others.
+        tokenizer: a transformers tokenizer.
+        asked: True takes BOS also where the tokenizer does not add it, False takes none; None goes by the tokenizer.
+
+    Returns:
+        The id of BOS, or None where windows begin with text.
+
+    Raises:
+        PrunekitError: BOS is asked for, and the tokenizer has none.
+    """
+    bos: int | None = tokenizer.bos_token_id
+    if asked and bos is None:
+        raise PrunekitError("bos=True, but this tokenizer has no BOS token; give bos=None or bos=False")
+    if asked is None and bos is not None:
+        bare, marked = encode(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"]
+        asked = marked[: len(bare) + 1] == [bos, *bare]  # compared with the bare text: "a" itself may be unknown
+    return bos if asked else None
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text alone, without the markers that the tokenizer would add."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def tokenize(documents: Sequence[str], tokenizer: Any, *, enough: int | None = None) -> Tensor:
+    """One stream of tokens: the documents without any marker, one after the other, a line break between two.
+
+    Args:
+        documents: texts.
         tokenizer: a transformers tokenizer.
         enough: stop at the first document after which there are this many tokens; None reads all.
 
@@ -68,11 +99,37 @@ def tokenize(documents: Iterable[str], tokenizer: Any, *, enough: int | None = N
         int64 (n_tokens,).
     """
     ids: list[int] = []
-    for document in documents:
-        ids.extend(tokenizer(document, verbose=False)["input_ids"])
+    for number, document in enumerate(documents, start=1):
+        ids.extend(encode(tokenizer, document if number == len(documents) else document + JOINT))
         if enough is not None and len(ids) >= enough:
             break
     return torch.tensor(ids, dtype=torch.long)
+
+
+def text_width(width: int, bos: int | None) -> int:
+    """Tokens of text in a window of `width` tokens, of which BOS is one where there is one."""
+    return width if bos is None else width - 1
+
+
+def begin_windows(tokens: Tensor, bos: int | None) -> Tensor:
+    """BOS, where there is one, and then the text of each window: (…, n_tokens) → int64 (…, n_tokens + 1)."""
+    return tokens if bos is None else torch.nn.functional.pad(tokens, (1, 0), value=bos)
+
+
+def whole_windows(stream: Tensor, width: int, bos: int | None) -> Tensor:
+    """A stream of tokens as windows side by side; what is left over at the end is dropped.
+
+    Args:
+        stream: int64 (n_tokens,), without BOS.
+        width: tokens a window, BOS included.
+        bos: what `leading_bos` says.
+
+    Returns:
+        int64 (n_windows, width), BOS first in each.
+    """
+    step = text_width(width, bos)
+    n_windows = len(stream) // step
+    return begin_windows(stream[: n_windows * step].view(n_windows, step), bos)
 
 
 def _texts(source: TextSource) -> list[str]:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from shared import real_model
 
 # Before anything imports torch: one thread a process, and nothing from a hub.
 for name, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}.items():
@@ -25,12 +26,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct and its tokenizer, as loaded: copy the model before changing it. Skips where missing."""
-    import prunekit as pk
-
-    try:
-        return pk.load("smollm2")
-    except pk.PrunekitError as error:
-        pytest.skip(str(error))
+    return real_model("smollm2")
 
 
 def _note(report):

@@ -1,9 +1,11 @@
 """Where the read-only inputs of tests lie: `../shared` from the project's root, or PRUNEKIT_SHARED."""
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,24 @@ def shared_path(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {path}: set PRUNEKIT_SHARED to the folder of shared inputs")
     return path
+
+
+@functools.cache
+def real_model(name: str) -> tuple[Any, Any]:
+    """A real model and its tokenizer, which nobody may change; skips where it is not installed.
+
+    `"smollm2"` is found by `prunekit.load`, `"gemma"` by PRUNEKIT_GEMMA, the path of its file or folder.
+    """
+    from prunekit import load
+    from prunekit.errors import PrunekitError
+
+    source = os.environ.get("PRUNEKIT_GEMMA", "") if name == "gemma" else name
+    if not source:
+        pytest.skip("needs Gemma 3 270M: set PRUNEKIT_GEMMA to its path")
+    try:
+        return load(source)
+    except PrunekitError as error:
+        pytest.skip(f"needs {name}: {error}")
 
 
 def run_script(script: Path, *given: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

@@ -5,12 +5,16 @@ import json
 import datasets
 import pytest
 import torch
+from evaluation_helpers import byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from test_importance import CALIB, tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from prunekit.calibration import calibration_set, gather_gradients
+from prunekit.calibration import calibration_set, gather_gradients, mean_loss
 from prunekit.errors import PrunekitError
+from prunekit.recovery.data import token_windows
 from prunekit.text import read_documents, tokenize
 
 
@@ -31,14 +35,33 @@ def words(start, stop):
 def test_windows_are_pieces_of_the_text(tokenizer):
     calib = calibration_set(words(1, 100), tokenizer, n_samples=5, seq_len=10, seed=0)
     assert calib.dtype == torch.int64 and calib.shape == (5, 10)
-    assert (calib.diff(dim=1) == 1).all()
+    assert (calib[:, 0] == 0).all() and (calib[:, 1:].diff(dim=1) == 1).all()
+    without = calibration_set(words(1, 100), tokenizer, n_samples=5, seq_len=10, bos=False)
+    assert (without.diff(dim=1) == 1).all() and (without > 0).all()
 
 
 def test_windows_do_not_overlap_where_the_text_is_long_enough(tokenizer):
     for seed in range(5):
         calib = calibration_set(words(1, 100), tokenizer, n_samples=9, seq_len=11, seed=seed)
-        assert len(calib.unique()) == calib.numel()
+        assert len(calib[:, 1:].unique()) == calib[:, 1:].numel()
     assert calibration_set(words(1, 20), tokenizer, n_samples=9, seq_len=11).shape == (9, 11)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 9), st.sampled_from([None, False]))
+def test_held_out_windows_share_no_token_with_the_others_and_begin_alike(tokenizer, seed, seq_len, bos):
+    options = {"n_samples": 5, "seq_len": seq_len, "seed": seed, "bos": bos}
+    seen, held_out = (calibration_set(words(1, 100), tokenizer, **options, held_out=held) for held in (False, True))
+    marks = int(bos is None)
+    assert seen.shape == held_out.shape == (5, seq_len)
+    assert not {*seen[:, marks:].flatten().tolist()} & {*held_out[:, marks:].flatten().tolist()}
+    assert all((drawn[:, 0] == 0).all() == bool(marks) for drawn in (seen, held_out))
+
+
+def test_a_text_that_leaves_nothing_to_hold_out_says_so(tokenizer):
+    options = {"n_samples": 2, "seq_len": 4, "held_out": True}
+    assert len(calibration_set(words(1, 10), tokenizer, **options)) == 1
+    with pytest.raises(PrunekitError, match=r"8 tokens, of which n_samples=2 windows of 3 tokens of text leave none"):
+        calibration_set(words(1, 9), tokenizer, **options)
 
 
 def test_a_seed_gives_the_same_windows_and_another_seed_others(tokenizer):
@@ -46,16 +69,46 @@ def test_a_seed_gives_the_same_windows_and_another_seed_others(tokenizer):
     assert first.equal(again) and not first.equal(other)
 
 
-def test_documents_start_with_bos_and_the_separator_is_split_off(tokenizer):
-    calib = calibration_set("w1 w2<|endoftext|>w1 w2", tokenizer, n_samples=3, seq_len=6)
-    assert calib.equal(torch.tensor([0, 1, 2, 0, 1, 2]).expand(3, 6))
+def test_bos_is_in_front_of_windows_and_the_separator_is_split_off(tokenizer):
+    calib = calibration_set("w1 w2<|endoftext|>w1 w2", tokenizer, n_samples=3, seq_len=5)
+    assert calib.equal(torch.tensor([0, 1, 2, 1, 2]).expand(3, 5))
     kept = calibration_set("w1 <|endoftext|> w2", tokenizer, n_samples=1, seq_len=4, separator=None)
-    assert kept.tolist() == [[0, 1, 0, 2]]
+    assert kept.tolist() == [[0, 1, 0, 2]]  # an unknown word
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(2, 9), st.sampled_from([True, False]))
+def test_bos_is_first_in_every_window_where_the_tokenizer_adds_it_and_nowhere_else(lengths, seq_len, adds):
+    made = byte_tokenizer(adds_bos=adds)
+    documents = ["x" * length for length in lengths]
+    if sum(lengths) + len(lengths) - 1 < seq_len - adds:
+        return
+    calib = calibration_set(documents, made, n_samples=4, seq_len=seq_len)
+    windows = token_windows([*documents, "y" * seq_len], made, seq_len)
+    for tokens in (calib, windows):
+        assert tokens.shape[1] == seq_len and not (tokens[:, 1:] == 0).any()
+        assert (tokens[:, 0] == 0).all() == adds
+    assert "\n".join(documents).startswith(made.decode(windows[0, adds:])[: sum(lengths)])
+
+
+def test_a_line_break_stands_between_documents():
+    made = byte_tokenizer()
+    assert made.decode(tokenize(["one", "two", "three"], made)) == "one\ntwo\nthree"
+    assert made.decode(tokenize(["one"], made)) == "one"
+
+
+def test_calibration_reads_the_world_as_its_model_was_trained():
+    from prunekit import load
+
+    model, made = load("world")
+    losses = [
+        mean_loss(model, calibration_set("world", made, n_samples=8, seq_len=128, bos=bos)) for bos in (None, False)
+    ]
+    assert losses[0] < 1.15 and losses[0] < losses[1] - 0.02
 
 
 def test_only_as_much_is_tokenised_as_is_needed(tokenizer):
-    assert len(tokenize([words(1, 11)] * 100, tokenizer, enough=30)) == 33
-    assert len(tokenize([words(1, 11)] * 100, tokenizer)) == 1100
+    assert len(tokenize([words(1, 12)] * 100, tokenizer, enough=30)) == 33
+    assert len(tokenize([words(1, 12)] * 100, tokenizer)) == 1100
 
 
 @pytest.mark.parametrize("size", [{"n_samples": 0}, {"seq_len": 1}])

@@ -4,11 +4,14 @@ from dataclasses import replace
 import pytest
 import yaml
 from evaluation_helpers import byte_tokenizer, choice_task, llama, partial_task, yes_no_task
+from shared import real_model
 
+from prunekit import load, world
 from prunekit.errors import PrunekitError
-from prunekit.evaluation import zero_shot
+from prunekit.evaluation import measure_perplexity, perplexity, zero_shot
 from prunekit.evaluation.harness import run_harness
 from prunekit.questions import Question, Task
+from prunekit.text import leading_bos
 
 TASKS = [choice_task(16), choice_task(16, normalize=True, name="normed"), partial_task(10), yes_no_task(8)]
 
@@ -82,3 +85,40 @@ def test_what_its_form_cannot_say_is_refused():
         run_harness(llama(), byte_tokenizer(), [mixed])
     with pytest.raises(PrunekitError, match="no task to run"):
         run_harness(llama(), byte_tokenizer(), [])
+
+
+STORIES = [
+    "Once there was a little dog named Tim. He ran in the park.",
+    "Water boils at 100 degrees Celsius at sea level.",
+]
+
+
+def check_rolling(model, tokenizer, documents):
+    """The harness's rolling log-likelihood of documents that fit one window is ours, document by document.
+
+    `add_bos_token=False`: the harness puts its prefix token first, and a tokenizer that adds BOS would add a second.
+    """
+    pytest.importorskip("lm_eval", reason="needs pip install 'prunekit[harness]'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=False)
+    asked = [Instance("loglikelihood_rolling", {}, (document,), 0) for document in documents]
+    ours = measure_perplexity(model, tokenizer, documents, protocol="documents", bos=True)
+    assert lm.prefix_token_id == tokenizer.bos_token_id
+    assert -ours.nll == pytest.approx(sum(lm.loglikelihood_rolling(asked, disable_tqdm=True)), rel=1e-5)
+    return ours
+
+
+def test_rolling_perplexity_of_documents_is_ours():
+    model, tokenizer = load("world")
+    ours = check_rolling(model, tokenizer, world.documents(5, split="validation"))
+    assert ours.value == perplexity(model, tokenizer, world.documents(5, split="validation"), protocol="documents")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "adds_bos"), [("smollm2", False), ("gemma", True)])
+def test_rolling_perplexity_of_real_models_is_ours(name, adds_bos):
+    model, tokenizer = real_model(name)
+    check_rolling(model, tokenizer, STORIES)
+    assert (leading_bos(tokenizer) is not None) == adds_bos

@@ -428,7 +428,7 @@ def test_what_is_refused(world, tmp_path):
         "ratios=1.0 is no list": lambda: run(ratios=1.0),
         "tokenizer=None; give": lambda: run(tokenizer=None),
         "scores are a Taylor": lambda: run(scores=Taylor()),
-        "'arc_easy' is no task": lambda: run(tasks=["arc_easy"]),
+        "no task 'arc_simple'": lambda: run(tasks=["arc_simple"]),
         "no scores of": lambda: run(scores={}),
         r"have shape \(3,\).*give \(4,\)": lambda: run(scores={name: torch.ones(3)}),
         "1 values that are not finite": lambda: run(scores={name: torch.tensor([1.0, 2, 3, math.nan])}),

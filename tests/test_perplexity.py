@@ -3,13 +3,18 @@ import math
 import pytest
 import torch
 from evaluation_helpers import N_POSITIONS, TEXT, bloom, byte_tokenizer, gpt2, llama, opt, sums_alone
-from shared import shared_path
+from hypothesis import given
+from hypothesis import strategies as st
+from shared import real_model, shared_path
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import measure_perplexity, perplexity
 from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.scoring import log_likelihoods
 from prunekit.evaluation.windows import cut_windows
+from prunekit.text import leading_bos
 
 
 def by_hand(model, windows):
@@ -23,30 +28,56 @@ def by_hand(model, windows):
     return math.exp(nll / n), n
 
 
-def ids_of(text, bos=True):
-    return ([0] if bos else []) + byte_tokenizer(adds_bos=False)(text)["input_ids"]
+def ids_of(text):
+    return byte_tokenizer(adds_bos=False)(text)["input_ids"]
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_non_overlapping_windows_score_all_but_the_first_token_of_each(build, batch_size):
+def test_every_window_begins_with_bos_and_all_tokens_of_the_text_are_scored(build, batch_size):
     model, ids = build(), ids_of(TEXT)
-    expected, n_tokens = by_hand(model, [(ids[i : i + 50], 1) for i in range(0, len(ids), 50)])
+    expected, n_tokens = by_hand(model, [([0, *ids[i : i + 49]], 1) for i in range(0, len(ids), 49)])
     result = measure_perplexity(model, byte_tokenizer(), TEXT, window=50, batch_size=batch_size)
-    assert len(ids) % 50 > 1, "the last window is to be a short one"
+    assert len(ids) % 49 > 1, "the last window is to be a short one"
+    assert result.value == pytest.approx(expected, rel=1e-6)
+    assert result.n_tokens == n_tokens == len(ids)
+    assert (result.window, result.stride, result.bos, result.protocol) == (50, None, True, "windows")
+    assert result.description == "non-overlapping windows of 50 over the whole text, BOS first in each"
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), byte_tokenizer(adds_bos=False)], ids=["adds BOS", "does not"])
+def test_the_papers_protocol_has_no_bos_whatever_the_tokenizer_does(tokenizer):
+    model, ids = llama(), ids_of(TEXT)
+    expected, n_tokens = by_hand(model, [(ids[i : i + 50], 1) for i in range(0, len(ids), 50)])
+    result = measure_perplexity(model, tokenizer, TEXT, window=50, protocol="papers")
     assert result.value == pytest.approx(expected, rel=1e-6)
     assert result.n_tokens == n_tokens == len(ids) - math.ceil(len(ids) / 50)
-    assert (result.window, result.stride, result.bos, result.protocol) == (50, None, True, "windows")
+    assert result.description.endswith("no BOS (the papers' protocol)") and not result.bos
 
 
 def test_strided_windows_score_every_token_once():
     model, ids = llama(), ids_of(TEXT)
-    windows = [(ids[:40], 1)] + [(ids[i : i + 40], 25) for i in range(15, len(ids) - 25, 15)]
+    windows = [([0, *ids[:39]], 1)] + [([0, *ids[i : i + 39]], 25) for i in range(15, len(ids) - 24, 15)]
     expected, n_tokens = by_hand(model, windows)
     result = measure_perplexity(model, byte_tokenizer(), TEXT, window=40, stride=15)
     assert result.value == pytest.approx(expected, rel=1e-6)
-    assert result.n_tokens == n_tokens == len(ids) - 1
+    assert result.n_tokens == n_tokens == len(ids)
     assert "strided by 15" in result.description
+
+
+@given(st.integers(0, 40), st.integers(2, 12), st.none() | st.integers(1, 12), st.sampled_from([None, 99]))
+def test_bos_is_first_in_each_window_and_nowhere_else_and_no_token_is_scored_twice(n, window, stride, bos):
+    stride = stride and min(stride, window)
+    spans = cut_windows(range(n), window, stride, bos)
+    assert all(len(span.tokens) <= window for span in spans)
+    scored = [token for span in spans for token in span.tokens[span.start :]]
+    if bos is None:
+        assert all(99 not in span.tokens for span in spans)
+        firsts = range(0, n, window) if stride in (None, window) else range(1)
+        assert scored == [token for token in range(n) if token not in firsts]
+    else:
+        assert all(span.tokens[0] == 99 and 99 not in span.tokens[1:] for span in spans)
+        assert scored == list(range(n))
 
 
 @pytest.mark.parametrize(("n", "window", "stride"), [(7, 3, 1), (12, 5, 4), (5, 5, 2), (13, 4, 3), (2, 2, 1)])
@@ -64,8 +95,8 @@ def test_a_last_window_of_one_token_scores_nothing():
 def test_documents_are_scored_one_by_one_and_long_ones_in_windows():
     model = llama()
     texts = ["a short one", "another", "a very long one " * 12]
-    pieces = [ids_of(text.strip()) for text in texts]
-    windows = [(ids[i : i + N_POSITIONS], 1) for ids in pieces for i in range(0, len(ids), N_POSITIONS)]
+    pieces, step = [ids_of(text.strip()) for text in texts], N_POSITIONS - 1
+    windows = [([0, *ids[i : i + step]], 1) for ids in pieces for i in range(0, len(ids), step)]
     expected, n_tokens = by_hand(model, windows)
     joined = "\n<|end|>\n".join(texts) + "<|end|>"
     result = measure_perplexity(model, byte_tokenizer(), joined, protocol="documents", separator="<|end|>")
@@ -74,13 +105,19 @@ def test_documents_are_scored_one_by_one_and_long_ones_in_windows():
     assert "split at '<|end|>'" in result.description
 
 
-def test_bos_is_left_out_on_request_and_where_the_tokenizer_has_none():
-    model = llama()
-    without = measure_perplexity(model, byte_tokenizer(), TEXT, window=64, bos=False)
-    none_there = measure_perplexity(model, byte_tokenizer(bos=None), TEXT, window=64)
-    assert without.value == none_there.value
-    assert (without.bos, none_there.bos) == (False, False)
-    assert without.value != measure_perplexity(model, byte_tokenizer(), TEXT, window=64).value
+def test_bos_goes_by_the_tokenizer_unless_it_is_told():
+    model, (adds, knows, has_none) = llama(), (byte_tokenizer(), byte_tokenizer(False), byte_tokenizer(bos=None))
+    results = [measure_perplexity(model, tokenizer, TEXT, window=64) for tokenizer in (adds, knows, has_none)]
+    assert [result.bos for result in results] == [True, False, False]
+    assert results[1].value == results[2].value == measure_perplexity(model, adds, TEXT, window=64, bos=False).value
+    assert results[0].value == measure_perplexity(model, knows, TEXT, window=64, bos=True).value != results[1].value
+
+
+def test_bos_is_seen_also_where_it_stands_for_unknown_words():
+    inner = Tokenizer(models.WordLevel({"<s>": 0, "w": 1}, unk_token="<s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
+    assert tokenizer("a")["input_ids"] == [0] and leading_bos(tokenizer) is None
+    assert leading_bos(tokenizer, True) == 0
 
 
 def test_default_window_is_128_and_no_more_than_the_model_takes():
@@ -123,7 +160,10 @@ REFUSED = {
     "document window": ({"window": 0, "protocol": "documents"}, "at least 2"),
     "stride": ({"window": 40, "stride": 41}, "between 1 and the window"),
     "stride 0": ({"window": 40, "stride": 0}, "between 1 and the window"),
-    "protocol": ({"protocol": "sentences"}, "'windows', 'documents'"),
+    "protocol": ({"protocol": "sentences"}, "'windows', 'documents', 'papers'"),
+    "BOS in the papers' windows": ({"bos": True, "protocol": "papers"}, "protocol='windows'"),
+    "strided papers' windows": ({"stride": 3, "protocol": "papers"}, "stride=3.*protocol='windows'"),
+    "BOS where there is none": ({"bos": True, "tokenizer": byte_tokenizer(bos=None)}, "no BOS token"),
     "separator in windows": ({"separator": "."}, "protocol='documents'"),
     "separator missing": ({"separator": "<|>", "protocol": "documents"}, "does not occur"),
     "separator empty": ({"separator": "", "protocol": "documents"}, "does not occur"),
@@ -137,7 +177,7 @@ REFUSED = {
 def test_bad_input_is_refused(options, message):
     options = dict(options)
     with pytest.raises(PrunekitError, match=message):
-        perplexity(llama(), byte_tokenizer(), options.pop("text", TEXT), **options)
+        perplexity(llama(), options.pop("tokenizer", byte_tokenizer()), options.pop("text", TEXT), **options)
 
 
 def test_nan_weights_are_named():
@@ -172,12 +212,24 @@ def stories():
     ("options", "expected", "n_tokens"),
     [
         ({"protocol": "documents", "separator": "<|endoftext|>"}, 3.548, 1804),
-        ({"bos": False}, 6.294, 1867),
-        ({}, 6.426, 1868),
+        ({"protocol": "papers"}, 6.294, 1867),
+        ({}, 7.537, 1882),
     ],
-    ids=["stories", "raw windows", "windows with BOS"],
+    ids=["stories", "the papers' windows", "windows with BOS"],
 )
 def test_a_real_model_has_its_known_perplexity(stories, options, expected, n_tokens):
     result = measure_perplexity(*stories, shared_path("data", "tinystories", "sample_cs336.txt"), **options)
     assert result.value == pytest.approx(expected, abs=2e-3)
     assert result.n_tokens == n_tokens
+
+
+@pytest.mark.slow
+def test_gemma_has_the_perplexity_of_a_plain_loop_over_windows():
+    model, tokenizer = real_model("gemma")
+    text = shared_path("data", "tinystories", "sample_niklas6.txt").read_text(encoding="utf-8")[:4000]
+    bos, *ids = tokenizer(text)["input_ids"]
+    expected, n_tokens = by_hand(model, [([bos, *ids[i : i + 127]], 1) for i in range(0, len(ids), 127)])
+    result = measure_perplexity(model, tokenizer, text)
+    assert result.value == pytest.approx(expected, rel=1e-4) and result.value == pytest.approx(13.3, abs=0.1)
+    assert (result.n_tokens, result.bos) == (n_tokens, True)
+    assert perplexity(model, tokenizer, text, protocol="papers") == pytest.approx(78.6, abs=0.1)

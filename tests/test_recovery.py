@@ -197,13 +197,15 @@ def test_output_dir_holds_adapter_and_curve_and_nothing_lands_elsewhere(tmp_path
 def test_data_comes_in_every_form(tokenizer, tmp_path):  # noqa: F811
     text = words(1, 40)
     windows = token_windows(text, tokenizer, 8)
-    assert windows.equal(torch.arange(40).view(5, 8))
+    text_alone = torch.arange(1, 36).view(5, 7)
+    assert windows.equal(torch.cat([torch.zeros(5, 1, dtype=torch.long), text_alone], 1))
     (tmp_path / "a.txt").write_text(text)
     rows = datasets.Dataset.from_dict({"input_ids": [[0, *range(1, 20)], list(range(20, 40))]})
     column = datasets.Dataset.from_dict({"text": [text]})
     for data in (tmp_path / "a.txt", [text], column, rows):
         assert token_windows(data, tokenizer, 8).equal(windows)
     assert token_windows(windows, None, 3) is windows
+    assert token_windows(rows, None, 8).equal(torch.arange(40).view(5, 8))  # without a tokenizer as they are
     model = tiny_llama()
     first = recover(model, QUICK, text, tokenizer=tokenizer, seq_len=8)
     assert first.recovery_log.n_tokens == 40
@@ -218,7 +220,7 @@ def test_data_that_will_not_do_is_refused(tokenizer):  # noqa: F811
         recover(model, QUICK, "w1 w2 w3")
     with pytest.raises(PrunekitError, match="holds no text"):
         recover(model, QUICK, "  ", tokenizer=tokenizer)
-    with pytest.raises(PrunekitError, match="has 4 tokens and one window needs seq_len=128"):
+    with pytest.raises(PrunekitError, match="has 4 tokens with BOS and one window needs seq_len=128"):
         recover(model, QUICK, "w1 w2 w3", tokenizer=tokenizer)
     with pytest.raises(PrunekitError, match="has 0 tokens"):
         recover(model, QUICK, datasets.Dataset.from_dict({"input_ids": []}))

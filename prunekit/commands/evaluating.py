@@ -58,9 +58,11 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--metrics", type=listed(), help="with commas: perplexity, zero_shot, cost (default: all that the model allows)"
     )
-    parser.add_argument("--protocol", default="windows", help="windows over the whole text (default), or documents")
     parser.add_argument(
-        "--window", type=number(int, 2), help="tokens a window (default: 128; for documents all the model takes)"
+        "--protocol", default="windows", help="windows over the whole text (default), documents, or papers (no BOS)"
+    )
+    parser.add_argument(
+        "--window", type=number(int, 2), help="tokens a window, with BOS (default: 128; documents: all the model takes)"
     )
     parser.add_argument("--stride", type=number(int, 1), help="tokens by which windows advance (default: no overlap)")
     parser.add_argument("--separator", help="marker between documents, such as '<|endoftext|>'; with documents only")

@@ -1,23 +1,116 @@
-"""Which tokens are scored with which context: the protocols of perplexity, as lists of spans."""
+"""Which tokens of a text are scored with which context: the protocols of perplexity, as lists of spans."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import Span
+from prunekit.evaluation.likelihood import Span, max_positions
+from prunekit.text import TextSource, begin_windows, encode, leading_bos, read_documents, text_width
+
+PAPERS = "papers"
+PROTOCOLS = ("windows", "documents", PAPERS)
+WINDOW = 128  # LLM-Pruner's window for WikiText-2 and PTB
 
 
-def cut_windows(tokens: Sequence[int], window: int, stride: int | None = None) -> list[Span]:
+@dataclass(frozen=True)
+class TextSpans:
+    """A text as it is scored.
+
+    Attributes:
+        spans: the windows, each with at least one scored token.
+        window: tokens a window at most; None where documents were never split.
+        bos: whether BOS stands first in every window.
+    """
+
+    spans: list[Span]
+    window: int | None
+    bos: bool
+
+
+def read_spans(
+    model: nn.Module,
+    tokenizer: Any,
+    source: TextSource,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    protocol: str = "windows",
+    separator: str | None = None,
+    bos: bool | None = None,
+) -> TextSpans:
+    """A text cut into windows that a model scores.
+
+    Arguments and errors are those of `measure_perplexity`, of which this is the half that needs no forward pass.
+    """
+    check_protocol(protocol, separator, stride, bos)
+    window = choose_window(model, window, protocol)
+    first = leading_bos(tokenizer, False if protocol == PAPERS else bos)
+    sequences = [encode(tokenizer, document) for document in read_texts(source, protocol, separator)]
+    marks = 0 if first is None else 1
+    lengths = [len(tokens) + marks for tokens in sequences]
+    widths = [max(length, 2) if window is None else window for length in lengths]
+    cut = [cut_windows(*pair, stride, first) for pair in zip(sequences, widths, strict=True)]
+    spans = [span for several in cut for span in several]
+    _check_length(sum(lengths), spans, None if protocol == "documents" else window)
+    return TextSpans(spans, window, first is not None)
+
+
+def read_texts(source: TextSource, protocol: str, separator: str | None) -> list[str]:
+    """The texts to score one by one: the whole as one, or its documents.
+
+    `"world"` is the embedded world's held-out text, not the documents that its model was trained on.
+    """
+    if isinstance(source, str) and source == "world":
+        from prunekit.world import validation_text
+
+        source = validation_text()
+    documents = read_documents(source)
+    return split_documents(documents, separator) if protocol == "documents" else ["\n\n".join(documents)]
+
+
+def check_protocol(protocol: str, separator: str | None, stride: int | None, bos: bool | None) -> None:
+    """Refuses an unknown protocol, and options that do not go with it."""
+    if protocol not in PROTOCOLS:
+        raise PrunekitError(f"protocol={protocol!r}; it is one of {', '.join(map(repr, PROTOCOLS))}")
+    if separator is not None and protocol != "documents":
+        raise PrunekitError(f"separator={separator!r} splits documents; give protocol='documents' with it")
+    if protocol == PAPERS and (bos or stride is not None):
+        given = "bos=True" if bos else f"stride={stride}"
+        raise PrunekitError(
+            f"{given}, but the windows of protocol='papers' have no BOS and do not overlap; give protocol='windows' "
+            "with it, or leave it out"
+        )
+
+
+def choose_window(model: nn.Module, window: int | None, protocol: str) -> int | None:
+    """The window to use: the one given where it fits, else the protocol's own."""
+    limit = max_positions(model)
+    if window is not None and limit is not None and window > limit:
+        raise PrunekitError(
+            f"window={window}, but this model takes at most {limit} tokens; give window={limit} or less"
+        )
+    if window is not None or protocol == "documents":
+        return limit if window is None else window
+    return min(WINDOW, limit or WINDOW)
+
+
+def cut_windows(tokens: Sequence[int], window: int, stride: int | None = None, bos: int | None = None) -> list[Span]:
     """Windows over one token sequence, the last one as short as it comes out.
 
-    Without a stride the windows do not overlap, and the first token of each has no context and is not
-    scored. With a stride below the window, windows overlap, and every token but the very first is scored
-    exactly once, with up to `window - 1` tokens of context and never fewer than `window - stride` where
-    the text has them.
+    Without a stride the windows do not overlap. With a stride below the window they do, and every token is scored
+    exactly once, with up to `window - 1` tokens of context and never fewer than `window - stride` where the text has
+    them. The first token of a window has no context and is not scored: that is BOS where it stands there, so that
+    every token of the text is; else the first token of each window, or of the first one where windows overlap.
 
     Args:
-        tokens: token ids of the whole sequence.
-        window: tokens a window, at least 2.
+        tokens: token ids of the whole sequence, without BOS.
+        window: tokens a window, BOS included, at least 2.
         stride: tokens by which windows advance, in [1, window]; None or `window` for no overlap.
+        bos: the token that stands first in every window; None for none.
 
     Returns:
         Spans with at least one scored token each.
@@ -27,14 +120,15 @@ def cut_windows(tokens: Sequence[int], window: int, stride: int | None = None) -
 
     Source: LLM-Pruner's evaluation (windows of 128), which drops the last short window; here it counts.
     """
-    stride = check_window(window, stride)
-    spans, scored = [], 0
+    width = text_width(window, bos)
+    stride = min(check_window(window, stride), width)
+    marks, spans, scored = window - width, [], 0
     for first in range(0, len(tokens), stride):
-        piece = tuple(tokens[first : first + window])
-        start = max(scored - first, 1)
+        piece = begin_windows(torch.tensor(tokens[first : first + width]), bos)
+        start = max(scored - first + marks, 1)
         if start < len(piece):
-            spans.append(Span(piece, start))
-        scored = first + len(piece)
+            spans.append(Span(tuple(piece.tolist()), start))
+        scored = first + len(piece) - marks
         if scored >= len(tokens):
             break
     return spans
@@ -68,3 +162,14 @@ def split_documents(documents: Sequence[str], separator: str | None) -> list[str
     if not found:
         raise PrunekitError(f"nothing but {separator!r} stands in the text; give one that has documents")
     return found
+
+
+def _check_length(n_tokens: int, spans: Sequence[Span], window: int | None) -> None:
+    """Refuses a text with less than one window, or documents in which nothing can be scored."""
+    if window is not None and n_tokens < window:
+        raise PrunekitError(
+            f"the text has {n_tokens} tokens, less than one window of {window}; "
+            f"give a longer text, or window={max(n_tokens, 2)} or less"
+        )
+    if not spans:
+        raise PrunekitError("every document is a single token, and the first token is never scored; give longer ones")

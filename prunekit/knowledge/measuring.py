@@ -51,7 +51,7 @@ def knowledge_distribution(
         tasks: tasks or names of published ones, as for `zero_shot` (MMLU's domains are its subjects); None with no text
             takes the embedded world's, for its tokenizer.
         text: anything that `measure_perplexity` takes, or name of a domain → such a text. It is cut into windows of
-            128 tokens (or what the model takes) that do not overlap, BOS first.
+            128 tokens (or what the model takes) that do not overlap, BOS first in each where the tokenizer adds it.
         limit: the first so many questions of each task.
         data_dir: the folder from which published tasks are read, as for `zero_shot`; None reads from the hub.
         path: a .safetensors file that is written whenever a group is finished, and from which a run with the same

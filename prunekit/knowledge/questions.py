@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.language_modelling import check_length, choose_window, encode, read_texts
 from prunekit.evaluation.likelihood import Span, check_batches, max_positions
 from prunekit.evaluation.multiple_choice import choice_lengths, question_spans
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
-from prunekit.evaluation.windows import cut_windows
+from prunekit.evaluation.windows import read_spans
 from prunekit.questions import Question, Task
 from prunekit.text import TextSource
 
@@ -160,16 +159,10 @@ def _named_texts(text: Texts | None) -> Mapping[str, Tensor | TextSource]:
 
 
 def _windows(model: nn.Module, tokenizer: Any, source: Tensor | TextSource) -> list[Span]:
-    """Windows over a text that do not overlap, BOS first, as `perplexity` cuts them; rows of tokens as they are."""
+    """Windows over a text as `perplexity` cuts them; rows of tokens as they are."""
     if isinstance(source, Tensor):
         return [Span(tuple(row), 1) for row in check_tokens(source, model).tolist()]
-    window = choose_window(model, None, "windows")
-    assert window is not None  # whole texts are always cut
-    bos = tokenizer.bos_token_id is not None
-    sequences = [encode(tokenizer, document, bos) for document in read_texts(source, "windows", None)]
-    spans = [span for tokens in sequences for span in cut_windows(tokens, window)]
-    check_length(sequences, spans, "windows", window)
-    return spans
+    return read_spans(model, tokenizer, source).spans
 
 
 def _check_apart(asked: set[str], read: set[str]) -> None:

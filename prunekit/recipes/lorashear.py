@@ -95,7 +95,8 @@ def lorashear(
     folder = None if folder is None else _own(Path(folder))
     first = opened(sources, tokenizer, method, mixture, model)
     second = first if instructions is None else opened(instructions, tokenizer, method, mixture, model)
-    everything = join(shuffle([d for source in first for d in source.documents], seed=0), first[0].seq_len)
+    documents = [document for source in first for document in source.documents]
+    everything = join(shuffle(documents, seed=0), first[0].seq_len, first[0].bos)
     pruning, *tunings = _shared_out(method, method.n_steps(len(everything)), shares)
     stages = [(stage, how) for stage, how in zip((first, second), tunings, strict=True) if how is not None]
     groups, calib = discover(model), everything[:N_CALIBRATION]

@@ -141,7 +141,7 @@ def recover_on_mixture(
         rows += found
         once = replace(method, max_steps=steps, batch_size=a_step, seed=method.seed + number)
         drawn = [d for source, row in zip(drawn_from, found, strict=True) for d in source.draw(row["n_windows"])]
-        windows = join(shuffle(drawn, once.seed), drawn_from[0].seq_len)
+        windows = join(shuffle(drawn, once.seed), drawn_from[0].seq_len, drawn_from[0].bos)
         changed = recover(changed, once, windows[: steps * a_step], keep_zeros=keep_zeros, inplace=True, measure=False)
         logs.append(changed.recovery_log)
     rows += _measure(changed, drawn_from, dense_losses, mixture, mixture.n_rounds + 1, 0)

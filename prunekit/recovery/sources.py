@@ -1,6 +1,6 @@
 """Sources of training text: documents of tokens, drawn in turn and joined into windows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from prunekit.calibration import check_tokens
 from prunekit.errors import PrunekitError
 from prunekit.recovery.data import token_documents
-from prunekit.text import TextSource
+from prunekit.text import TextSource, leading_bos, text_width, whole_windows
 
 Sources = Mapping[str, Tensor | TextSource]
 
@@ -21,14 +21,16 @@ class Source:
 
     Attributes:
         name: of the source.
-        documents: to train on, shuffled, each int64 (length,) with 1 to seq_len tokens.
+        documents: to train on, shuffled, each int64 (length,) with 1 to seq_len tokens, BOS not included.
         validation: to measure on, int64 (n_windows, seq_len).
+        bos: the token that stands first in every window; None for none.
         drawn: documents drawn so far.
     """
 
     name: str
     documents: list[Tensor]
     validation: Tensor
+    bos: int | None = None
     drawn: int = 0
 
     @property
@@ -39,12 +41,12 @@ class Source:
     @property
     def n_windows(self) -> int:
         """Windows that the documents to train on fill."""
-        return sum(map(len, self.documents)) // self.seq_len
+        return sum(map(len, self.documents)) // text_width(self.seq_len, self.bos)
 
     def draw(self, n_windows: int) -> list[Tensor]:
         """The next documents, so many that they fill some windows; each comes once before any comes again."""
         found: list[Tensor] = []
-        n_tokens = n_windows * self.seq_len
+        n_tokens = n_windows * text_width(self.seq_len, self.bos)
         while n_tokens > 0:
             found.append(self.documents[self.drawn % len(self.documents)])
             n_tokens -= len(found[-1])
@@ -66,8 +68,10 @@ def open_sources(
     Args:
         sources: name → what `prunekit.text.read_documents` reads, a `datasets.Dataset` with `input_ids`, or integers
             (n, length), whose rows are documents. Longer documents are cut into pieces of `seq_len` tokens.
-        tokenizer: needed where a source is text.
-        seq_len: tokens of a window; not used where all sources are integers of one length, which is taken.
+        tokenizer: needed where a source is text. Where it adds BOS by itself, that stands first in every window and
+            nowhere else.
+        seq_len: tokens of a window, BOS included; where all sources are integers of one length, their rows are the
+            windows, as they are, and it is not used.
         model: that will read them.
         n_validation: windows laid aside of each source, at most, and at most a fifth of it.
         seed: of the shuffling.
@@ -82,8 +86,10 @@ def open_sources(
         )
     generator = torch.Generator().manual_seed(seed)
     lengths = {data.shape[-1] if isinstance(data, Tensor) and data.ndim == 2 else None for data in sources.values()}
-    seq_len = next(iter(lengths), None) or seq_len if len(lengths) == 1 else seq_len
-    return [_open(name, data, tokenizer, seq_len, model, n_validation, generator) for name, data in sources.items()]
+    alike = next(iter(lengths)) if len(lengths) == 1 else None
+    bos = None if alike or tokenizer is None else leading_bos(tokenizer)
+    options: Any = (tokenizer, alike or seq_len, bos, model, n_validation, generator)
+    return [_open(name, data, *options) for name, data in sources.items()]
 
 
 def _open(
@@ -91,19 +97,22 @@ def _open(
     data: Tensor | TextSource,
     tokenizer: Any,  # noqa: ANN401
     seq_len: int,
+    bos: int | None,
     model: Any,  # noqa: ANN401
     n_validation: int,
     generator: torch.Generator,
 ) -> Source:
+    width = text_width(seq_len, bos)
     try:
-        documents = [p for document in _documents(data, tokenizer) for p in document.split(seq_len) if len(document)]
+        whole = _documents(data, tokenizer, bos)
+        documents = [piece for document in whole for piece in document.split(width) if len(document)]
         if sum(map(len, documents)) > 1:
             check_tokens(join(documents, 2), model)
     except PrunekitError as error:
         raise PrunekitError(f"source {name!r}: {error}") from None
     order = torch.randperm(len(documents), generator=generator).tolist()
     n_tokens = sum(map(len, documents))
-    wanted = min(n_validation, max(1, n_tokens // seq_len // 5)) * seq_len
+    wanted = min(n_validation, max(1, n_tokens // width // 5)) * width
     held, length = 0, 0
     while length < wanted and held < len(documents):
         length += len(documents[order[held]])
@@ -114,22 +123,19 @@ def _open(
             "to measure on, and something else to train on: give more text, or a method with a smaller seq_len"
         )
     shuffled = [documents[i] for i in order]
-    return Source(name, shuffled[held:], join(shuffled[:held], seq_len))
+    return Source(name, shuffled[held:], join(shuffled[:held], seq_len, bos), bos)
 
 
-def _documents(data: Tensor | TextSource, tokenizer: Any) -> Iterable[Tensor]:  # noqa: ANN401
-    if isinstance(data, Tensor):
-        if data.ndim != 2 or data.is_floating_point() or data.dtype == torch.bool:
-            raise PrunekitError(f"it is a {data.dtype} tensor {tuple(data.shape)}; give integers (n, length)")
-        return data.cpu()
-    return token_documents(data, tokenizer)
+def _documents(data: Tensor | TextSource, tokenizer: Any, bos: int | None) -> list[Tensor]:  # noqa: ANN401
+    wrong = isinstance(data, Tensor) and (data.ndim != 2 or data.is_floating_point() or data.dtype == torch.bool)
+    if wrong:
+        raise PrunekitError(f"it is a {data.dtype} tensor {tuple(data.shape)}; give integers (n, length)")  # type: ignore[union-attr]
+    return token_documents(data, tokenizer, bos)
 
 
-def join(documents: Sequence[Tensor], seq_len: int) -> Tensor:
-    """Documents one after the other, cut into windows side by side, int64 (n_windows, seq_len); the rest is dropped."""
-    stream = torch.cat(list(documents)).long()
-    n_windows = len(stream) // seq_len
-    return stream[: n_windows * seq_len].view(n_windows, seq_len)
+def join(documents: Sequence[Tensor], seq_len: int, bos: int | None = None) -> Tensor:
+    """Documents one after the other, as windows side by side, BOS first in each, int64 (n_windows, seq_len)."""
+    return whole_windows(torch.cat(list(documents)).long(), seq_len, bos)
 
 
 def shuffle(documents: Sequence[Tensor], seed: int) -> list[Tensor]:

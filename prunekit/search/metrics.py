@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.language_modelling import perplexity, read_texts
+from prunekit.evaluation.language_modelling import perplexity
 from prunekit.evaluation.multiple_choice import zero_shot
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
 from prunekit.evaluation.report import world_default
+from prunekit.evaluation.windows import read_texts
 from prunekit.fingerprint import digest_of_text
 from prunekit.questions import Task
 from prunekit.text import TextSource
