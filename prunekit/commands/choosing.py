@@ -77,9 +77,10 @@ def check_calibration(args: argparse.Namespace) -> None:
     if args.calibration is None and args.model == "world":
         args.calibration = "world"
     if args.calibration is None:
+        name = args.importance or default_importance(args)
         raise PrunekitError(
-            f"importance {args.importance or default_importance(args)!r} reads text; give --calibration with a text file "
-            "or 'world', or take an importance that reads none: l1, l2 or random"
+            f"importance {name!r} reads text; give --calibration with a text file or 'world', or take an importance "
+            "that reads none: l1, l2 or random"
         )
 
 
