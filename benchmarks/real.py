@@ -39,13 +39,13 @@ class Bench:
         self.model, self.tokenizer = pk.load(name)
         self.groups = pk.discover(self.model)
         self.units = self.groups.of_kind(*(kind for kind in UNITS if kind in {g.kind for g in self.groups}))
-        self.texts = {key: (shared() / "data" / path).read_text()[:characters] for key, path in TEXTS.items()}
+        self.texts = {key: shared(f"data/{path}").read_text()[:characters] for key, path in TEXTS.items()}
         self.n_samples = n_samples
         self.scores = cache(self._scores)
 
     def calibration(self, seed: int, **options: Any) -> torch.Tensor:
         windows = {"n_samples": self.n_samples, "seq_len": 128, "seed": seed, **options}
-        return pk.calibration_set(shared() / "data" / CALIBRATION, self.tokenizer, **windows)
+        return pk.calibration_set(shared(f"data/{CALIBRATION}"), self.tokenizer, **windows)
 
     def _scores(self, importance: Any, seed: int) -> pk.importance.Scores:
         return pk.score(self.model, self.units, importance, self.calibration(seed))

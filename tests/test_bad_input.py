@@ -86,7 +86,7 @@ PRUNE = {
     "unknown measure": ("good --importance l2 --pruning-ratio 0.2 --of bytes", ["'bytes'", "'parameters'"]),
     "unknown kind": ("good --importance l2 --pruning-ratio 0.2 --kinds nose", ["'nose'", "ffn_channel"]),
     "a layer that is not there": ("good --importance l2 --pruning-ratio 0.2 --protect-layers 9", ["9", "0 to 1"]),
-    "no calibration text": ("good --pruning-ratio 0.2", ["'taylor'", "--calibration", "l2"]),
+    "no calibration text": ("good --pruning-ratio 0.2", ["'curvature'", "--calibration", "l2"]),
     "empty calibration text": ("good --pruning-ratio 0.2 --calibration empty.txt", ["empty.txt", "holds no text"]),
     "missing calibration text": (
         "good --pruning-ratio 0.2 --calibration gone.txt",
@@ -100,7 +100,7 @@ PRUNE = {
     "text that is not UTF-8": ("good --pruning-ratio 0.2 --calibration latin.txt", ["latin.txt", "UTF-8"]),
     "calibration shorter than a window": (
         "good --pruning-ratio 0.2 --calibration short.txt",
-        ["8 tokens", "seq_len=64"],
+        ["8 tokens", "seq_len=96"],
     ),
     "no window": ("good --pruning-ratio 0.2 --calibration text.txt --n-samples 0", ["--n-samples", "'0'", "from 1"]),
     "no tokenizer": ("mute --pruning-ratio 0.2 --calibration text.txt", ["'mute'", "no tokenizer", "tokenizer.json"]),
@@ -142,7 +142,7 @@ OTHERS = {
     ),
     "recover into a full folder": ("recover ./gone --data text.txt --out full", ["'full' exists", "new folder"]),
     "recover a model with NaN": ("recover nan --data text.txt --out OUT", ["layers.1.mlp.up_proj", "NaN"]),
-    "recover on too little": ("recover good --data short.txt --out OUT", ["8 tokens", "seq_len=128"]),
+    "recover on too little": ("recover good --data short.txt --out OUT", ["8 tokens", "seq_len=96"]),
     "recover without a tokenizer": ("recover mute --data text.txt --out OUT", ["'mute'", "no tokenizer"]),
     "a rank of zero": ("recover good --data text.txt --out OUT --r 0", ["--r", "'0'", "from 1"]),
     "an unknown preset": ("recover good --data text.txt --out OUT --preset quick", ["'quick'", "paper"]),
@@ -166,7 +166,7 @@ OTHERS = {
         "evaluate good --data text.txt --metrics perplexity --window 32 --stride 64",
         ["stride=64", "32"],
     ),
-    "questions of another world": ("evaluate good --metrics zero_shot", ["tasks=", "world", "--metrics"]),
+    "questions of another world": ("evaluate good --metrics zero_shot", ["--tasks", "world", "--metrics"]),
     "the same model twice": ("evaluate good good --metrics cost", ["'good'", "twice"]),
     "no notebooks": ("lab full", ["'full'", "no notebooks"]),
 }

@@ -142,7 +142,7 @@ def test_prune_writes_model_plan_and_card(cut):
     assert plan.pruning_ratio == pytest.approx(0.2, abs=0.005)
     assert sum(p.numel() for p in load(cut)[0].parameters()) == plan.n_parameters_kept
     card = (cut / "README.md").read_text()
-    assert "Taylor" in card and "ffn_channel" in card and f"{plan.n_parameters_kept:,}" in card
+    assert "curvature" in card and "ffn_channel" in card and f"{plan.n_parameters_kept:,}" in card
 
 
 def test_prune_prints_one_table(dense, tmp_path, capsys):
@@ -162,7 +162,8 @@ def test_prune_by_a_plan_that_takes_tokens_leaves_their_tokenizer_behind(dense, 
 
 
 def test_prune_as_json_and_by_its_own_plan_again(dense, cut, tmp_path, capsys):
-    found = run_json(capsys, "prune", dense, "--plan", cut / "plan.json", "--out", tmp_path / "again")
+    options = ["--compensate", "--calibration", cut.parent / "text.txt"]  # as the default did
+    found = run_json(capsys, "prune", dense, "--plan", cut / "plan.json", "--out", tmp_path / "again", *options)
     assert found["n_parameters_kept"] == PruningPlan.load(cut / "plan.json").n_parameters_kept
     assert found["kinds"]["ffn_channel"]["after"] < found["kinds"]["ffn_channel"]["before"]
     assert torch.equal(logits(tmp_path / "again"), logits(cut))

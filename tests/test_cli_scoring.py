@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import prunekit as pk
 from prunekit.cli import main
 from prunekit.importance import IMPORTANCES
+from prunekit.pruning import compensation
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,10 @@ def dense(tmp_path_factory):
 
 
 def cut(dense, out, *options, ratio="0.2"):
-    arguments = ["prune", str(dense), "--out", str(out), "--calibration", str(dense.parent / "text.txt"), *options]
+    text = str(dense.parent / "text.txt")
+    sizes = [] if "--n-samples" in options else ["--n-samples", "16"]
+    sizes += [] if "--seq-len" in options else ["--seq-len", "64"]
+    arguments = ["prune", str(dense), "--out", str(out), "--calibration", text, *sizes, *options]
     return main([*arguments, "--pruning-ratio", ratio] if ratio else arguments)
 
 
@@ -50,8 +54,37 @@ def test_compensation_is_that_of_the_library(fit, dense, tmp_path):
     assert "16 windows of 64 tokens" in plan.notes["calibration"]
 
 
+def test_curvature_and_a_re_fit_are_the_default(dense, tmp_path):
+    assert cut(dense, tmp_path / "out") == cut(dense, tmp_path / "plain", "--compensate", "none") == 0
+    model, _ = pk.load(dense)
+    groups = pk.discover(model)
+    scores = pk.score(model, groups.of_kind("kv_head", "ffn_channel"), pk.Curvature(), calib(dense))
+    plan = pk.plan(groups, scores, 0.2)
+    for name, fit in (("out", calib(dense)), ("plain", None)):
+        saved = pk.PruningPlan.load(tmp_path / name / "plan.json")
+        assert saved.keep == plan.keep
+        assert (saved.notes["importance"], saved.notes["ranking"]) == ("curvature", "global")
+        wanted = dict(pk.prune(model, plan, compensate=fit).named_parameters())
+        found = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(found[key], wanted[key]) for key in found)
+        assert ("compensate" in saved.notes) == (fit is not None)
+
+
+def test_kinds_without_curvature_are_scored_by_taylor(dense, tmp_path):
+    assert cut(dense, tmp_path / "out", "--kinds", "hidden", ratio="0.1875") == 0
+    notes = pk.PruningPlan.load(tmp_path / "out" / "plan.json").notes
+    assert notes["importance"] == "Taylor element first" and "compensate" not in notes
+
+
+def test_windows_are_as_long_as_a_small_model_takes(dense, tmp_path):
+    text = str(dense.parent / "text.txt")
+    options = ["--out", str(tmp_path / "out"), "--calibration", text, "--pruning-ratio", "0.1"]
+    assert main(["prune", str(dense), *options]) == 0
+    assert "64 windows of 96 tokens" in pk.PruningPlan.load(tmp_path / "out" / "plan.json").notes["calibration"]
+
+
 def test_a_plan_can_be_carried_out_with_compensation(dense, tmp_path):
-    assert cut(dense, tmp_path / "first") == 0
+    assert cut(dense, tmp_path / "first", "--compensate", "none") == 0
     plan = str(tmp_path / "first" / "plan.json")
     assert cut(dense, tmp_path / "second", "--plan", plan, "--compensate", "--n-samples", "8", ratio=None) == 0
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
@@ -107,7 +140,8 @@ def test_the_worlds_text_is_the_default_of_compensation_too(tmp_path):
     assert main(["prune", "world", "--pruning-ratio", "0.05", *options]) == 0
 
 
-def test_a_checkpoint_with_added_biases_is_not_told_to_be_padded(dense, tmp_path, capsys):
+def test_a_checkpoint_with_added_biases_is_not_told_to_be_padded(dense, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compensation, "mean_loss", lambda *_: 1.0)  # of a model with random weights
     assert cut(dense, tmp_path / "out", "--compensate", "bias") == 0
     told = capsys.readouterr().out
     assert "linear layers were given one): loads with prunekit\n" in told and "padded" not in told

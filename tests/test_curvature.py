@@ -167,7 +167,7 @@ def test_bad_input_is_refused_by_name():
 
 @pytest.mark.slow
 def test_the_default_cut_of_a_real_model_is_no_ruin(smollm2, shared):
-    """At 10%, on a quarter of the default calibration text: first-order Taylor with even shares is far above."""
+    """At 20%, on a quarter of the default calibration text: first-order Taylor with even shares is far above."""
     from prunekit import calibration_set
 
     model, tokenizer = smollm2
@@ -179,6 +179,6 @@ def test_the_default_cut_of_a_real_model_is_no_ruin(smollm2, shared):
     units = groups.of_kind("kv_head", "ffn_channel")
     rises = {}
     for importance in (Curvature(), Taylor()):
-        made = plan(groups, score(model, units, importance, calib), 0.1)
+        made = plan(groups, score(model, units, importance, calib), 0.2)
         rises[type(importance)] = prune(model, made, held_out=held).loss_change.rise
-    assert rises[Curvature] < 0.4 and rises[Taylor] > 2 * rises[Curvature]
+    assert rises[Curvature] < 0.8 and rises[Taylor] > 3 * rises[Curvature]

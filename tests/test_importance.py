@@ -284,7 +284,7 @@ def test_names_of_the_command_line(model, groups):
     assert importance_from_name("random", seed=5) == Random(5)
     labels = {importance_from_name(name).label for name in IMPORTANCES}
     assert len(labels) == len(IMPORTANCES)
-    with pytest.raises(PrunekitError, match="'l3' is unknown; allowed: taylor, .*random"):
+    with pytest.raises(PrunekitError, match="'l3' is unknown; allowed: curvature, taylor, .*random"):
         importance_from_name("l3")
     with pytest.raises(PrunekitError, match="'random' does not take order"):
         importance_from_name("random", order="first")

@@ -38,6 +38,15 @@ def choose_importance(args: argparse.Namespace) -> "Importance":
     return importance_from_name(name, **options)
 
 
+def fit_windows(args: argparse.Namespace, model: Any) -> None:
+    """Where no length of windows is given and the model takes fewer tokens than the default, as many as it takes."""
+    from prunekit.evaluation.likelihood import max_positions
+
+    limit = max_positions(model)
+    if args.seq_len is None and limit is not None and 2 <= limit < DRAWN["seq_len"]:
+        args.seq_len = limit
+
+
 def default_importance(args: argparse.Namespace) -> str:
     """The importance where none is named: curvature for heads and FFN channels, Taylor for other kinds."""
     curved = args.granularity is None and set(args.kinds or ()) <= CURVED_KINDS

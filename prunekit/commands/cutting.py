@@ -14,6 +14,7 @@ from prunekit.commands.choosing import (
     calibrate_streaming,
     choose_importance,
     default_compensation,
+    fit_windows,
     load_for,
     make_plan,
     notes,
@@ -240,7 +241,9 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
     else:
         importance = choose_importance(args)
         model, tokenizer = load_for(args, importance)
+        fit_windows(args, model)
         plan = make_plan(args, model, tokenizer, importance)
+    fit_windows(args, model)
     before = n_parameters(model)
     held_out = held_out_windows(args, tokenizer, seen=bool(args.compensate) or plan.tokens is not None)
     if args.compensate:

@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from prunekit.commands.accounting import held_out_windows, tell
-from prunekit.commands.choosing import DRAWN, calibrate
+from prunekit.commands.choosing import calibrate
 from prunekit.commands.options import (
     add_command,
     add_json,
@@ -21,6 +21,8 @@ from prunekit.files import check_new_folder
 
 if TYPE_CHECKING:
     from prunekit.sparsity import SparsityReport
+
+DRAWN = {"n_samples": 16, "seq_len": 64, "seed": 0}  # unless told otherwise
 
 TEXT = """\
 Zeroes weights of the matrices in the model's layers, layer after layer, and saves
@@ -47,9 +49,10 @@ def add(commands: Any) -> None:  # noqa: ANN401
         "--layers", type=listed(number(int, 0)), metavar="0,4", help="layers that get zeros (default: all)"
     )
     parser.add_argument("--calibration", metavar="TEXT", help='text file, or "world"; magnitude needs none')
-    parser.add_argument("--n-samples", type=number(int, 1), help=f"windows of it (default: {DRAWN['n_samples']})")
-    parser.add_argument("--seq-len", type=number(int, 2), help=f"tokens a window (default: {DRAWN['seq_len']})")
-    parser.add_argument("--seed", type=int, help=f"draws the windows (default: {DRAWN['seed']})")
+    parser.add_argument("--n-samples", type=number(int, 1), help="windows of it (default: %(default)s)")
+    parser.add_argument("--seq-len", type=number(int, 2), help="tokens a window (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="draws the windows (default: %(default)s)")
+    parser.set_defaults(**DRAWN)
     add_json(parser)
 
 
