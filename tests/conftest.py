@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-from shared import real_model
 
 # Before anything imports torch: one thread a process, and nothing from a hub.
 for name, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}.items():
@@ -26,6 +25,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct and its tokenizer, as loaded: copy the model before changing it. Skips where missing."""
+    from shared import real_model  # here, since test_setup.py copies this file to where that module is not
+
     return real_model("smollm2")
 
 

@@ -231,7 +231,7 @@ def test_the_command_line_warns_on_standard_error_and_ends_well(tmp_path, capsys
     options = ["--pruning-ratio", "0.5", "--importance", "random"]
     assert main(["prune", "world", *options, "--out", str(out)]) == 0
     said = capsys.readouterr()
-    assert "prunekit: prune: loss " in said.err and "16 held-out windows of 64 tokens" in said.out
+    assert "prunekit: prune: loss " in said.err and "8 held-out windows of 128 tokens" in said.out
     noted = LossChange.from_dict(PruningPlan.load(out / "plan.json").notes["loss"])
     assert noted.is_large and str(noted) in (out / "README.md").read_text()
 

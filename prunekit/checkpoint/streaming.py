@@ -19,12 +19,19 @@ from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
-from prunekit.importance import Ablation, HyWIA, Importance, Random, Scores, Taylor
+from prunekit.importance import Ablation, Curvature, HyWIA, Importance, Random, Scores, Taylor
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
 from prunekit.pruning.planning import DEFAULT_KINDS
 
 MAX_SHARD_SIZE = "1GB"
+_OF_WEIGHTS = "needs the gradient of every weight, which takes more memory than the model"
+NOT_STREAMED = {
+    Taylor: _OF_WEIGHTS,
+    HyWIA: _OF_WEIGHTS,
+    Ablation: "silences units in memory, one after the other",
+    Curvature: "needs gradients, and matrices for every layer that take about as much memory as its weights",
+}
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,8 @@ def check_streamable(importance: Importance) -> None:
     Raises:
         PrunekitError: names those that do not.
     """
-    if isinstance(importance, (Taylor, HyWIA, Ablation)):
-        why = (
-            "silences units in memory, one after the other"
-            if isinstance(importance, Ablation)
-            else "needs the gradient of every weight, which takes more memory than the model"
-        )
+    why = next((said for kind, said in NOT_STREAMED.items() if isinstance(importance, kind)), None)
+    if why is not None:
         raise PrunekitError(
             f"{importance!r} {why}; to stream a checkpoint, take Activation(), Magnitude() or Random(): activation, "
             "l1, l2 or random by name"

@@ -1,7 +1,6 @@
 """What sparsification did, matrix by matrix."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from html import escape
@@ -86,12 +85,13 @@ class SparsityReport:
         return f"SparsityReport({zeros}: {done}{left}{loss})"
 
     def _repr_html_(self) -> str:
-        formats = {"sparsity": "{:.1%}".format, "error": _shown_error}
+        formats = {"sparsity": "{:.1%}".format, "error": "{:.4f}".format}
         remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
         left = "".join(
             f"<li><code>{escape(name)}</code> stays dense: {escape(why)}</li>" for name, why in self.left.items()
         )
-        return f"<p>{escape(repr(self))}</p><ul>{remarks}{left}</ul>{self.by_layer().to_html(formatters=formats)}"
+        table = self.by_layer().to_html(formatters=formats, na_rep="not measured")  # formatters see no NaN
+        return f"<p>{escape(repr(self))}</p><ul>{remarks}{left}</ul>{table}"
 
     def to_json(self) -> str:
         """All of it as JSON text."""
@@ -117,7 +117,3 @@ class SparsityReport:
     def save(self, path: str | Path) -> None:
         """Write it as a JSON file."""
         write_text(Path(path), self.to_json())
-
-
-def _shown_error(error: float) -> str:
-    return "not measured" if math.isnan(error) else f"{error:.4f}"
