@@ -1,4 +1,4 @@
-"""The exceptions that prunekit raises on purpose, and its one warning of its own."""
+"""The exceptions that prunekit raises on purpose, its one warning of its own, and what others say in one line."""
 
 
 class PrunekitError(ValueError):
@@ -15,3 +15,8 @@ class BudgetError(PrunekitError):
 
 class DamageWarning(UserWarning):
     """A step raised the model's loss by much: the message has the figures and what to try."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows its first line."""
+    return (str(error).splitlines() or [""])[0]

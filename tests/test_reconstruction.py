@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prunekit import Fluctuation, PrunekitError, Reconstruction, discover, plan, prune, score
 from prunekit.importance import IMPORTANCES
-from prunekit.importance import reconstruction as room
+from prunekit.importance import inputs as room
 from prunekit.importance.activation import _moments, _variance
 from prunekit.importance.reconstruction import greedy_costs
 from prunekit.pruning.compensation import compensate

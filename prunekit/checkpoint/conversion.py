@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from prunekit.checkpoint.building import own_tensors
 from prunekit.checkpoint.cache import VARIABLE, cache_root, cached_folder, digest_of_file
 from prunekit.checkpoint.gguf_header import GgufHeader, check_magic, read_header
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, first_line
 from prunekit.fingerprint import digest_of_text
 
 FORMAT = 1  # of the cached folders; another number makes all of them anew
@@ -88,7 +88,7 @@ def _config(path: Path, alone: Path, header: GgufHeader) -> Any:  # noqa: ANN401
     except Exception as error:  # of any kind, for an architecture that it has no table for
         raise PrunekitError(
             f"{str(path)!r} is of architecture {header.architecture!r}, which transformers does not read from GGUF "
-            f"({_first_line(error)}); give a file of {READ}, or the checkpoint that it was made from"
+            f"({first_line(error)}); give a file of {READ}, or the checkpoint that it was made from"
         ) from error
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise PrunekitError(
@@ -108,7 +108,7 @@ def _model(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:  # 
     except Exception as error:  # transformers' and the gguf package's, of any kind
         raise PrunekitError(
             f"cannot convert {str(path)!r}, of architecture {header.architecture!r} with tensors of "
-            f"{', '.join(sorted(header.kinds))} ({type(error).__name__}: {_first_line(error)}); give the checkpoint "
+            f"{', '.join(sorted(header.kinds))} ({type(error).__name__}: {first_line(error)}); give the checkpoint "
             "that it was made from"
         ) from error
     missing = sorted(map(str, info["missing_keys"]))
@@ -160,7 +160,7 @@ def _tokenizer(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:
     except Exception as error:  # of any kind
         raise PrunekitError(
             f"cannot read the tokenizer of {str(path)!r}, of kind {header.vocabulary!r} ({type(error).__name__}: "
-            f"{_first_line(error)}); give the checkpoint that it was made from"
+            f"{first_line(error)}); give the checkpoint that it was made from"
         ) from error
 
 
@@ -172,7 +172,3 @@ def _check_tokenizer(path: Path, folder: Path, tokenizer: Any) -> None:  # noqa:
             f"the tokenizer of {str(path)!r} gives other tokens once it is saved and loaded; give the checkpoint that "
             "it was made from"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

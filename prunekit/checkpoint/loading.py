@@ -24,7 +24,7 @@ from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_
 from prunekit.checkpoint.origins import resolve
 from prunekit.checkpoint.widths import check_widths, tokens_went
 from prunekit.discovery import discover
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, first_line
 from prunekit.model_names import NAMES, is_world
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.experts import usable
@@ -165,7 +165,7 @@ def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) 
     except PrunekitError:
         raise
     except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own
-        raise _unloadable(source, where, f"{type(error).__name__}: {_first_line(error)}") from error
+        raise _unloadable(source, where, f"{type(error).__name__}: {first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]][:4])
         raise PrunekitError(
@@ -219,10 +219,6 @@ def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:  # noqa: A
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
-
-
 def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> Any:  # noqa: ANN401
     """The tokenizer of a folder or hub id; None where a folder has none."""
     if Path(source).is_dir() and not list(Path(source).glob("tokenizer*")):
@@ -233,7 +229,7 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
         )
     except Exception as error:
         raise PrunekitError(
-            f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {_first_line(error)}); restore its "
+            f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {first_line(error)}); restore its "
             "files from their source, or take them away and give a tokenizer of your own"
         ) from error
 
@@ -294,7 +290,7 @@ def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], optio
     except Exception as error:  # a configuration its family refuses: any exception of any validator
         kind = "" if isinstance(error, PrunekitError) else f"{type(error).__name__}: "
         raise PrunekitError(
-            f"config.json of {str(folder)!r} does not lead to a model ({kind}{_first_line(error)}); "
+            f"config.json of {str(folder)!r} does not lead to a model ({kind}{first_line(error)}); "
             "restore it from its source"
         ) from error
 

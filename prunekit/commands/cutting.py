@@ -236,6 +236,7 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
     if args.plan is not None:
         plan = PruningPlan.load(args.plan)
         model, tokenizer = load(args.model)
+        fit_windows(args, model)
         if args.compensate:
             need_tokenizer(args.model, tokenizer, "a calibration text")
     else:
@@ -243,7 +244,6 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
         model, tokenizer = load_for(args, importance)
         fit_windows(args, model)
         plan = make_plan(args, model, tokenizer, importance)
-    fit_windows(args, model)
     before = n_parameters(model)
     held_out = held_out_windows(args, tokenizer, seen=bool(args.compensate) or plan.tokens is not None)
     if args.compensate:

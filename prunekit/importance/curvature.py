@@ -13,8 +13,8 @@ from prunekit.calibration import Gradients, check_tokens, frozen, summed_loss
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
-from prunekit.importance.inputs import Reader, linear_readers, wide
-from prunekit.importance.reconstruction import check_ridge, in_portions, one_reader
+from prunekit.importance.inputs import Reader, in_portions, linear_readers, wide
+from prunekit.importance.reconstruction import check_ridge, gram_bytes, one_reader
 from prunekit.importance.reduction import check_takes_tokens, tokens_for
 from prunekit.importance.scores import Scores
 
@@ -90,10 +90,12 @@ class Curvature:
         parameters = dict(model.named_parameters())
         kinds = {group.name: group.kind for group in groups}
         found: dict[str, Tensor] = {}
-        for read in in_portions({group.name: one_reader(group, readers, "Curvature()") for group in groups}):
-            layers = {member.parameter: readers[member.parameter] for member in read.values()}
+        read = {group.name: one_reader(group, readers, "Curvature()") for group in groups}
+        for portion in in_portions({name: gram_bytes(member) for name, member in read.items()}):
+            layers = {read[name].parameter: readers[read[name].parameter] for name in portion}
             sums = gather_sums(model, tokens, layers)
-            for name, member in read.items():
+            for name in portion:
+                member = read[name]
                 weight = wide(parameters[member.parameter].detach())
                 weight = weight.T if layers[member.parameter].input_dim == 1 else weight
                 costs = costs_in_order(sums[member.parameter], weight, member.index, self.ridge)
@@ -106,9 +108,11 @@ def applies(model: nn.Module, groups: Iterable[CoupledGroup]) -> bool:
     """Whether each group is read by one linear layer, so that `Curvature` can score it."""
     readers = linear_readers(model)
     try:
-        return all(one_reader(group, readers, "Curvature()") is not None for group in groups)
+        for group in groups:
+            one_reader(group, readers, "Curvature()")
     except PrunekitError:
         return False
+    return True
 
 
 def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) -> dict[str, Sums]:

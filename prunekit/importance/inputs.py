@@ -16,6 +16,7 @@ from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.reduction import check_takes_tokens
 
+ROOM = 2**31  # bytes of sums over inputs that are held at once
 _INPUT_DIM: dict[type[nn.Module], int] = {nn.Linear: 1, Conv1D: 0}
 
 
@@ -99,6 +100,24 @@ def sums_over_inputs(
         if name not in sums or not bool(sums[name].isfinite().all()):
             raise PrunekitError(f"what {name} reads is not finite, or never came: check the weights of the checkpoint")
     return sums
+
+
+def in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names, as many at once as `ROOM` holds of what they take; at least one.
+
+    Args:
+        sizes: name → bytes that are held for it.
+    """
+    portion: list[str] = []
+    room = ROOM
+    for name, size in sizes.items():
+        if portion and size > room:
+            yield portion
+            portion, room = [], ROOM
+        portion.append(name)
+        room -= size
+    if portion:
+        yield portion
 
 
 @contextmanager

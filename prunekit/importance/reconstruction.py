@@ -1,6 +1,6 @@
 """Reconstruction importance: what is lost for good when a unit goes and its readers are re-fitted."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from prunekit.calibration import Gradients
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
-from prunekit.importance.inputs import Reader, linear_readers, members_read, sums_over_inputs, wide
+from prunekit.importance.inputs import Reader, in_portions, linear_readers, members_read, sums_over_inputs, wide
 from prunekit.importance.reduction import tokens_for
 
 RIDGE = 0.01
-ROOM = 2**31  # bytes of XᵀX that are held at once
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,21 @@ class Reconstruction:
         readers = linear_readers(model)
         found: dict[str, Tensor] = {}
         parameters = dict(model.named_parameters())
-        for read in in_portions({group.name: one_reader(group, readers, "Reconstruction()") for group in groups}):
-            names = {member.parameter: readers[member.parameter] for member in read.values()}
+        read = {group.name: one_reader(group, readers, "Reconstruction()") for group in groups}
+        for portion in in_portions({name: gram_bytes(member) for name, member in read.items()}):
+            names = {read[name].parameter: readers[read[name].parameter] for name in portion}
             grams = sums_over_inputs(model, tokens, names, lambda x: x.T @ x)
-            for name, member in read.items():
+            for name in portion:
+                member = read[name]
                 weight = wide(parameters[member.parameter].detach())
                 weight = weight.T if names[member.parameter].input_dim == 1 else weight
                 found[name] = greedy_costs(grams[member.parameter].double(), weight.double(), member.index, self.ridge)
         return {group.name: found[group.name].float() for group in groups}
+
+
+def gram_bytes(member: Member) -> int:
+    """Bytes of XᵀX in float64, X the inputs that all units of a group own."""
+    return 8 * member.index.numel() ** 2
 
 
 def check_ridge(ridge: Any) -> None:  # noqa: ANN401
@@ -144,14 +150,3 @@ def one_reader(group: CoupledGroup, readers: Mapping[str, Reader], who: str) -> 
             'channels with groups.of_kind("kv_head", "ffn_channel")'
         )
     return read[0]
-
-
-def in_portions(read: Mapping[str, Member]) -> Iterator[dict[str, Member]]:
-    """Groups, as many at once as there is room for what their readers' inputs sum up to."""
-    portion: dict[str, Member] = {}
-    for name, member in read.items():
-        if portion and sum(8 * m.index.numel() ** 2 for m in (*portion.values(), member)) > ROOM:
-            yield portion
-            portion = {}
-        portion[name] = member
-    yield portion

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from prunekit.calibration import check_tokens, mean_loss
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
-from prunekit.importance.inputs import Reader, linear_readers, sums_over_inputs, wide
-from prunekit.importance.reconstruction import ROOM, check_ridge
+from prunekit.importance.inputs import Reader, in_portions, linear_readers, sums_over_inputs, wide
+from prunekit.importance.reconstruction import check_ridge
 from prunekit.importance.reduction import check_choice
 from prunekit.pruning.least_squares import choose, fit_sums
 from prunekit.pruning.plans import PruningPlan
@@ -82,13 +82,15 @@ def compensate(
     if fit != "weights" and hasattr(small, "peft_config"):
         raise PrunekitError(f"fit={fit!r} would add biases to adapters, which merging drops: merge_and_unload() first")
     kept = _kept(plan, model)
-    learnt, held = _held_out(check_tokens(calib, model)) if ridge is None else (check_tokens(calib, model), None)
+    tokens = check_tokens(calib, model)
+    learnt, held = _held_out(tokens) if ridge is None else (tokens, None)
     before = None if held is None else mean_loss(small, held)
     rows, old = [], _Weights(small)
     lost = _readers(small, model)
     with evaluating(model):
         once = _run_once(model, lost, learnt[:1])
-    for readers in _in_portions({path: lost[path] for path in once}):
+    for portion in in_portions({path: _gram_bytes(lost[path]) for path in once}):
+        readers = {path: lost[path] for path in portion}
         sums = _grams(model, readers, learnt), None if held is None else _grams(model, readers, held)
         for path in tqdm(readers, desc="compensate", unit="layer", leave=False, delay=1):
             module: Any = small.get_submodule(path)
@@ -154,19 +156,10 @@ def _run_once(model: nn.Module, paths: Iterable[str], batch: Tensor) -> list[str
     return [path for path, n_rows in read.items() if n_rows == [batch.numel()]]
 
 
-def _in_portions(readers: Mapping[str, Reader]) -> Iterator[dict[str, Reader]]:
-    """Layers, as many at once as there is room for what their inputs sum up to."""
-    portion: dict[str, Reader] = {}
-    size = 0
-    for path, reader in readers.items():
-        module: Any = reader.modules[0]
-        more = 16 * module.weight.shape[reader.input_dim] ** 2  # learnt and held, twice while they are added up
-        if portion and size + more > ROOM:
-            yield portion
-            portion, size = {}, 0
-        portion[path], size = reader, size + more
-    if portion:
-        yield portion
+def _gram_bytes(reader: Reader) -> int:
+    """Bytes of a layer's sums: learnt and held, twice while they are added up."""
+    module: Any = reader.modules[0]
+    return 16 * module.weight.shape[reader.input_dim] ** 2
 
 
 def _grams(model: nn.Module, readers: Mapping[str, Reader], tokens: Tensor) -> dict[str, Tensor]:
