@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,9 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--epochs", type=number(float, 0, above=True), help="passes over the data (default: 2)")
     parser.add_argument("--max-steps", type=number(int, 1), help="stop after so many steps (default: by epochs)")
-    parser.add_argument("--seq-len", type=number(int, 2), help="tokens a window (default: 128)")
+    parser.add_argument(
+        "--seq-len", type=number(int, 2), help="tokens a window (default: 128, fewer where the model takes fewer)"
+    )
     parser.add_argument("--seed", type=int, help="of the training (default: 0)")
     add_json(parser)
 
@@ -79,8 +82,6 @@ def run(args: argparse.Namespace) -> int:
 
 def choose_method(args: argparse.Namespace) -> "LoRA":
     """LoRA, or the paper's, with the settings that were given."""
-    from dataclasses import replace
-
     from prunekit.recovery import LoRA
 
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
@@ -90,10 +91,13 @@ def choose_method(args: argparse.Namespace) -> "LoRA":
 def train(args: argparse.Namespace, method: "LoRA") -> "RecoveryLog":
     """Everything from the model to the saved recovered one."""
     from prunekit.checkpoint import save
+    from prunekit.evaluation.likelihood import max_positions
     from prunekit.recovery import recover
     from prunekit.recovery.data import token_windows
 
     model, tokenizer = load_with_tokenizer(args.model, "training on text")
+    if args.seq_len is None:
+        method = replace(method, seq_len=min(method.seq_len, max_positions(model) or method.seq_len))
     data, held_out = held_out_of(token_windows(args.data, tokenizer, method.seq_len))
     recovered = recover(model, method, data, inplace=True, held_out=held_out)
     log: RecoveryLog = recovered.recovery_log  # type: ignore[assignment]
