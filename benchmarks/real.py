@@ -20,6 +20,7 @@ from machine import RESULTS, machine, shared
 
 import prunekit as pk
 from prunekit.account import loss_on
+from prunekit.pruning.planning import default_units
 from prunekit.recipes.llm_pruner import spared_layers
 
 TEXTS = {
@@ -29,7 +30,6 @@ TEXTS = {
     "stories": "tinystories/sample_niklas6.txt",
 }
 CALIBRATION = "calibration/c4_demo.jsonl"
-UNITS = ("kv_head", "ffn_channel")
 
 
 class Bench:
@@ -38,7 +38,7 @@ class Bench:
     def __init__(self, name: str, characters: int, n_samples: int) -> None:
         self.model, self.tokenizer = pk.load(name)
         self.groups = pk.discover(self.model)
-        self.units = self.groups.of_kind(*(kind for kind in UNITS if kind in {g.kind for g in self.groups}))
+        self.units = default_units(self.groups)
         self.texts = {key: shared(f"data/{path}").read_text()[:characters] for key, path in TEXTS.items()}
         self.n_samples = n_samples
         self.scores = cache(self._scores)

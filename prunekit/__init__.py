@@ -49,7 +49,12 @@ if TYPE_CHECKING:
         fuse,
         score,
     )
-    from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution, knowledge_of_units
+    from prunekit.knowledge import (
+        KnowledgeDistribution,
+        knowledge_distribution,
+        knowledge_of_units,
+        massive_activations,
+    )
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
     from prunekit.recovery import LHSPG, FullTuning, LoRA, Mixture, prune_progressively, recover, recover_on_mixture
     from prunekit.search import AccuracyPredictor, KnobSpace, PlanSpace, measure_pairs, search_space
@@ -90,7 +95,7 @@ _ROOMS = {
         "fuse",
         "score",
     ),  # fmt: skip
-    "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units"),
+    "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units", "massive_activations"),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
     "recovery": ("FullTuning", "LHSPG", "LoRA", "Mixture", "prune_progressively", "recover", "recover_on_mixture"),
     "search": ("AccuracyPredictor", "KnobSpace", "PlanSpace", "measure_pairs", "search_space"),
@@ -139,6 +144,7 @@ __all__ = [
     "knowledge_distribution",
     "knowledge_of_units",
     "load",
+    "massive_activations",
     "measure_pairs",
     "perplexity",
     "plan",

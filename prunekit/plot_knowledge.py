@@ -1,14 +1,14 @@
-"""Pictures of what a model knows where: what is lost with each group or unit, and which score foresees it."""
+"""Pictures of what a model knows where: what is lost with each group or unit, which score foresees it, the stream."""
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from prunekit.errors import PrunekitError
-from prunekit.plot_style import axes_or_new, projected, require_columns
+from prunekit.plot_style import METHOD_COLORS, axes_or_new, projected, require_columns
 
 GIVEN = "KnowledgeDistribution.table()"
 COLORS = "PuOr"  # dark at both ends, of which the orange one is always the worse
@@ -104,6 +104,37 @@ def plot_score_agreement(table: pd.DataFrame, *, kind: str = "all", ax: Axes | N
     told = "all kinds" if kind == "all" else kind
     ax.set(ylabel="score", xlabel=by)
     ax.set_title(f"Which score foresees what is lost? ({told})", loc="left")
+    return ax
+
+
+@projected
+def plot_massive(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Where is the residual stream huge, and does attention go there? One point a layer.
+
+    Args:
+        table: columns largest, median and attention_to_first, one row a layer: `MassiveActivations.layers`.
+        ax: where to draw; None is a new figure.
+
+    Returns:
+        The axes: layers across, |h| up on a logarithmic scale; grey bars, on an axis of their own on the right, are
+        the share of attention that goes to the first token.
+
+    Raises:
+        PrunekitError: the table has not these columns.
+    """
+    require_columns(table, ("largest", "median", "attention_to_first"), "MassiveActivations.layers")
+    ax = axes_or_new(ax)
+    right = ax.twinx()
+    ax.set(zorder=right.get_zorder() + 1, facecolor="none")  # lines in front of the bars
+    bars = right.bar(table.index, table["attention_to_first"], color="0.8", label="attention to the first token")
+    right.set(ylim=(0, 1), ylabel="share of attention")
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    right.grid(False)
+    (high,) = ax.plot(table.index, table["largest"], "-o", color=METHOD_COLORS["cut"], label="largest |h|")
+    (low,) = ax.plot(table.index, table["median"], "--s", color=METHOD_COLORS["dense"], label="median |h|")
+    ax.set(yscale="log", xlabel="layer", ylabel="|h| after the layer (logarithmic)")
+    ax.set_title("The residual stream", loc="left")
+    ax.legend(handles=[high, low, bars], loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     return ax
 
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from prunekit.errors import PrunekitError
 from prunekit.lanes import layer_table
 from prunekit.plot_curves import plot_fusion, plot_tradeoff
-from prunekit.plot_knowledge import plot_knowledge, plot_score_agreement, plot_units
+from prunekit.plot_knowledge import plot_knowledge, plot_massive, plot_score_agreement, plot_units
 from prunekit.plot_lanes import plot_groups
 from prunekit.plot_recovery import plot_mixture, plot_norms
 from prunekit.plot_search import plot_front, plot_learning, plot_predictions, plot_spared
@@ -48,6 +48,7 @@ __all__ = [
     "plot_learning",
     "plot_loss",
     "plot_mask",
+    "plot_massive",
     "plot_mixture",
     "plot_norms",
     "plot_plan",

@@ -17,6 +17,7 @@ from prunekit import PrunekitError, PruningPlan, discover, plan, prune
 from prunekit.discovery.tracing import trace
 from prunekit.pruning import surgery
 from prunekit.pruning.budgets import TOLERANCE
+from prunekit.pruning.planning import default_units
 
 GROUPS = {name: discover(FAMILIES[name].model()) for name in ("llama_gqa", "gpt2", "bloom")}
 GROUPS_GQA = GROUPS["llama_gqa"]
@@ -292,6 +293,30 @@ def test_query_heads_go_evenly_from_every_kv_group(ratio, seed, ranking):
 
 EIGHT_LAYERS = discover(LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=8,
                                                      num_attention_heads=4, vocab_size=32)))  # fmt: skip
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_query_heads_stand_in_for_a_single_kv_head(ranking):
+    """By default they are cut like other heads; asked-for kinds, and scores without them, leave them whole."""
+    model = FAMILIES["llama_mqa"].model()
+    groups = discover(model)
+    assert {(g.kind, g.n_units > 1) for g in default_units(groups)} == {("query_head", True), ("ffn_channel", True)}
+    scores = {name: values * (values + 1e-3 * (":ffn" in name)) for name, values in random_scores(groups).items()}
+    made = plan(groups, scores, 0.3, ranking=ranking)
+    gone = {groups[name].kind for name in made.keep if made.removed(name)}
+    assert gone == {"query_head", "ffn_channel"}
+    small = prune(model, made)
+    assert relative_difference(logits(small), logits(zero_units(model, groups, made))) < 1e-9
+    units = plan(groups, scores, 0.5, of="units")
+    assert all(len(units.keep[g.name]) == g.n_units // 2 for g in default_units(groups))
+    without = {name: values for name, values in scores.items() if ":query_head" not in name}
+    for options in ({"kinds": ["kv_head", "ffn_channel"]}, {}):
+        held = plan(groups, without if not options else scores, 0.1, **options)
+        assert not any(held.removed(name) for name in held.keep if ":ffn_channel" not in name)
+
+
+def test_several_kv_heads_are_cut_with_their_query_heads():
+    assert {g.kind for g in default_units(GROUPS_GQA)} == {"kv_head", "ffn_channel"}
 
 
 @pytest.mark.parametrize("ranking", ["local", "global"])

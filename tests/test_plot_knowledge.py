@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
-from plot_helpers import closed_figures  # noqa: F401
+from plot_helpers import closed_figures, is_labelled_and_drawn_where_told  # noqa: F401
 
 from prunekit import PrunekitError
-from prunekit.plot_knowledge import plot_knowledge, plot_score_agreement, plot_units
+from prunekit.plot_knowledge import plot_knowledge, plot_massive, plot_score_agreement, plot_units
 
 
 def changes(measure="accuracy", layers=3, worst=0.4):
@@ -118,3 +118,14 @@ def test_tables_without_columns_are_refused(plot):
 def test_single_units_are_not_drawn_as_groups():
     with pytest.raises(PrunekitError, match="single units; draw it with plot_units"):
         plot_knowledge(changes().assign(unit=0))
+
+
+def test_the_stream_and_the_attention_on_its_first_token():
+    table = pd.DataFrame({"largest": [30.0, 25e3], "median": [0.6, 1.7], "attention_to_first": [0.01, 0.4]})
+    is_labelled_and_drawn_where_told(lambda **options: plot_massive(table, **options))
+    ax = plot_massive(table)
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[30.0, 25e3], [0.6, 1.7]] and ax.get_yscale() == "log"
+    (right,) = (other for other in ax.figure.axes if other is not ax)
+    assert [bar.get_height() for bar in right.patches] == [0.01, 0.4] and right.get_ylabel() == "share of attention"
+    with pytest.raises(PrunekitError, match="MassiveActivations.layers"):
+        plot_massive(table[["largest"]])

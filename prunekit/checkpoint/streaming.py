@@ -22,7 +22,7 @@ from prunekit.files import check_new_folder
 from prunekit.importance import Ablation, Curvature, HyWIA, Importance, Random, Scores, Taylor
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
-from prunekit.pruning.planning import DEFAULT_KINDS
+from prunekit.pruning.planning import default_units
 
 MAX_SHARD_SIZE = "1GB"
 _OF_WEIGHTS = "needs the gradient of every weight, which takes more memory than the model"
@@ -173,7 +173,7 @@ def candidates(groups: Groups, kinds: Iterable[str] | None) -> tuple[CoupledGrou
     for kind in kinds or ():
         if kind not in there:
             raise PrunekitError(f"kind {kind!r} is not one of this model's: {', '.join(there)}")
-    return groups.of_kind(*(DEFAULT_KINDS if kinds is None else kinds))
+    return default_units(groups) if kinds is None else groups.of_kind(*kinds)
 
 
 def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:

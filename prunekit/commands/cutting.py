@@ -125,7 +125,8 @@ def _add_planning(parser: Parser) -> None:
     )
     group.add_argument("--steps", type=number(int, 1), help="cut in so many steps, scored anew after each (default: 1)")
     group.add_argument("--of", help=OF)
-    group.add_argument("--kinds", type=listed(), help="kinds of groups, with commas (default: kv_head,ffn_channel)")
+    kinds = "kinds of groups, with commas (default: kv_head,ffn_channel; query_head where attention has one KV head)"
+    group.add_argument("--kinds", type=listed(), help=kinds)
     group.add_argument("--protect-layers", type=listed(number(int, 0)), metavar="0,4", help="layers that stay whole")
     group.add_argument("--round-to", type=number(int, 1), help="keep multiples of this many units (default: 1)")
 

@@ -46,7 +46,8 @@ def plan(
         of: `"parameters"` or `"units"`.
         ranking: `"local"` or `"global"`; by default what the scores say: `"global"` for `Curvature`, which share the
             budget out among layers by what each would lose, else `"local"`. With `of="units"`, `"local"`.
-        kinds: kinds of groups that may be cut; by default the exact ones of `"kv_head"` and `"ffn_channel"`.
+        kinds: kinds of groups that may be cut; by default the exact ones of `"kv_head"` and `"ffn_channel"`, and
+            where attention has a single KV head, its query heads where they are scored.
         protect_layers: layers whose groups stay whole, counted from 0.
         round_to: what is kept of a cut group is a multiple of this; an int or kind → int.
         min_units: units every group keeps at least.
@@ -69,7 +70,12 @@ def plan(
     )
     if ranking is None:
         ranking = getattr(scores, "ranking", "local") if of == "parameters" else "local"
-    candidates = candidates_of(groups, scores, tuple(fractions), protected, exact_only=kinds is None)
+    if kinds is None and not isinstance(pruning_ratio, Mapping):
+        found = tuple(g for g in default_units(groups) if g.kind != "query_head" or g.name in scores)
+        fractions.update((g.kind, pruning_ratio) for g in found)
+    else:
+        found = tuple(g for g in groups.of_kind(*fractions) if g.exact or kinds is not None)
+    candidates = candidates_of(groups, scores, found, protected)
     rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
     counter, rounded = Counter(groups), _rounded(round_to)
     if of == "units" and ranking == "local" and not set(fractions) & set(WHOLE_KINDS):
@@ -90,6 +96,21 @@ def plan(
     if rounded and (held := held_by_rounding(groups, candidates, scores, rounding, min_units)):
         notes["whole"] = f"{', '.join(held)}: no smaller number of units for {rounded}"
     return replace(plan_without(groups, gone, notes), tokens=getattr(scores, "tokens", None))
+
+
+def default_units(groups: Groups) -> tuple[CoupledGroup, ...]:
+    """The groups that may be cut where no kinds are asked for, exact ones.
+
+    KV heads with their query heads, and FFN channels. A single KV head cannot go: its query heads stand in its place.
+    """
+    single = {_place(g) for g in groups.of_kind("kv_head") if g.n_units == 1}
+    split = {_place(g) for g in groups.of_kind("query_head") if g.exact and g.n_units > 1} & single
+    found = groups.of_kind(*DEFAULT_KINDS, "query_head")
+    return tuple(g for g in found if g.exact and (g.kind == "query_head") == (_place(g) in split))
+
+
+def _place(group: CoupledGroup) -> str:
+    return group.name.rpartition(":")[0]
 
 
 def plan_without(groups: Groups, gone: Mapping[str, Collection[int]], notes: Mapping[str, Any]) -> PruningPlan:
@@ -193,19 +214,16 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def candidates_of(
     groups: Groups,
     scores: Mapping[str, Tensor],
-    kinds: tuple[str, ...],
+    among: Iterable[CoupledGroup],
     protected: tuple[int, ...],
-    *,
-    exact_only: bool,
 ) -> list[CoupledGroup]:
     """The groups that may be cut, each with a score a unit.
 
     Args:
         groups: what `discover` found.
         scores: group name → (n_units,).
-        kinds: of groups.
+        among: the groups of which they are.
         protected: layers whose groups stay whole.
-        exact_only: leave out groups that are not exact.
 
     Raises:
         PrunekitError: layers that the model does not have, scores that cannot be, or kinds that cut the same rows.
@@ -215,9 +233,7 @@ def candidates_of(
         if layer not in layers:
             span = f"layers {layers[0]} to {layers[-1]}; name some of those" if layers else "no numbered layers"
             raise PrunekitError(f"protect_layers names {layer!r}; this model has {span}")
-    found = [g for g in groups.of_kind(*kinds) if g.layer is None or g.layer not in protected]
-    if exact_only:
-        found = [g for g in found if g.exact]
+    found = [g for g in among if g.layer is None or g.layer not in protected]
     owner: dict[tuple[str, int], str] = {}
     for g in found:
         _check_scores(g, scores)

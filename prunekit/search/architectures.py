@@ -102,9 +102,10 @@ class PlanSpace(Space):
     @cached_property
     def units(self) -> Mapping[str, CoupledGroup]:
         """Knob → the group of which it says the share that goes."""
+        exact = [group for group in self.groups.of_kind(*self.kinds) if group.exact]
         found: list[CoupledGroup] = []
         for scores in self.importances.values():  # each must have a score for every unit
-            found = candidates_of(self.groups, scores, tuple(self.kinds), (), exact_only=True)
+            found = candidates_of(self.groups, scores, exact, ())
         found = [group for group in found if group.layer is not None and group.n_units > self.min_units]
         short = [f"{group.kind}.{group.layer}" for group in found]
         return {s if short.count(s) == 1 else g.name: g for s, g in zip(short, found, strict=True)}

@@ -1,0 +1,109 @@
+"""What training wins back on a real model, beside the uncut model trained in the same way on the same text.
+
+    python benchmarks/recovery_real.py --ways "LoRA(r=32, learning_rate=1e-3)" --tokens 200000 --tasks
+
+Raw text alone lowers an instruct model's perplexity, so a recovered model is compared with the uncut one after the same
+training. The cut is the shell's default at 20%, calibration seed 0, made once. The text is C4, Wikipedia and Alpaca,
+joined, cut into windows of 128 tokens and shuffled; none of it is measured on. Perplexity is that of the first
+characters of WikiText-2, PTB and Shakespeare; tasks are the papers' seven, 200 questions each. Rows are appended as
+they are measured: what stands in the table is not run again.
+"""
+
+import argparse
+import csv
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import RESULTS, SEVEN, append, machine, shared
+
+import prunekit as pk
+from prunekit.recovery.data import token_windows
+
+TEXTS = {"wikitext2": "wikitext2/test.txt", "ptb": "ptb/ptb.test.txt", "shakespeare": "tinyshakespeare/input.txt"}
+METHODS = {"LoRA": pk.LoRA, "FullTuning": pk.FullTuning}
+CUT = Path(__file__).parents[1] / "build" / "real" / "cut20"
+DEFAULT = "LoRA()"
+
+
+def cut_model() -> tuple[Any, Any]:
+    """SmolLM2 with a fifth of its parameters gone, as `prunekit prune` cuts it."""
+    if not CUT.is_dir():
+        model, tokenizer = pk.load("smollm2")
+        groups = pk.discover(model)
+        calib = pk.calibration_set(shared("data/calibration/c4_demo.jsonl"), tokenizer, n_samples=64, seq_len=128)
+        scores = pk.score(model, groups.of_kind("kv_head", "ffn_channel"), pk.Curvature(), calib)
+        small = pk.prune(model, pk.plan(groups, scores, 0.2), compensate=calib, measure=False)
+        pk.save(small, CUT, tokenizer=tokenizer)
+    return pk.load(CUT)
+
+
+def training_windows(tokenizer: Any) -> torch.Tensor:
+    """C4, Wikipedia and Alpaca as shuffled windows, int64 (n_windows, 128)."""
+    rows = json.loads(shared("data/instruct/alpaca_en_demo.json").read_text())
+    talk = ["\n".join(filter(None, (row["instruction"], row["input"], row["output"]))) for row in rows]
+    data = [shared("data/calibration/c4_demo.jsonl"), shared("data/calibration/wiki_demo.txt"), talk]
+    windows = torch.cat([token_windows(source, tokenizer, 128) for source in data])
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+
+
+def method_from(text: str, max_steps: int) -> Any:
+    """`LoRA(r=32)` as the method that it says, for so many steps."""
+    name, _, rest = text.partition("(")
+    pairs = [part.split("=") for part in rest.rstrip(")").replace(" ", "").split(",") if part]
+    return METHODS[name](**{key: json.loads(value) for key, value in pairs}, max_steps=max_steps)
+
+
+def measured(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
+    """Perplexities, and the mean accuracy of the seven tasks where they are asked for."""
+    texts = {name: shared(f"data/{path}").read_text()[: args.characters] for name, path in TEXTS.items()}
+    found = {name: round(pk.perplexity(model, tokenizer, text), 2) for name, text in texts.items()}
+    found["tasks"] = float("nan")
+    if args.tasks:
+        result = pk.zero_shot(model, tokenizer, SEVEN, limit=200, data_dir=shared("data/zeroshot"))
+        found["tasks"] = round(result.mean, 4)
+    return found
+
+
+def trained(model: Any, windows: torch.Tensor, way: str, tokens: int) -> tuple[Any, int, float]:
+    """The model after training on so many tokens, how many those were, and the seconds."""
+    if way == "untrained":
+        return model, 0, 0.0
+    batch = method_from(way, 1).windows_a_step(len(windows))
+    steps = tokens // (batch * windows.shape[1])
+    began = time.perf_counter()
+    out = pk.recover(model, method_from(way, steps), windows[: steps * batch], measure=False, inplace=True)
+    return out, steps * batch * windows.shape[1], time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=("cut", "uncut"), default=["cut", "uncut"])
+    parser.add_argument("--ways", nargs="+", default=["untrained", DEFAULT])
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--characters", type=int, default=26_000)
+    parser.add_argument("--tasks", action="store_true", help="ask the seven tasks too, some minutes a row")
+    parser.add_argument("--out", type=Path, default=RESULTS / "recovery_smollm2.csv")
+    args = parser.parse_args()
+    told, done = machine(), set()
+    if args.out.is_file():
+        with args.out.open(newline="") as file:
+            done = {(row["model"], row["way"], row["tokens"], row["characters"]) for row in csv.DictReader(file)}
+    for way in args.ways:
+        for name in args.models:
+            asked = args.tokens if way != "untrained" else 0
+            if (name, way, str(asked), str(args.characters)) in done:
+                continue
+            model, tokenizer = cut_model() if name == "cut" else pk.load("smollm2")
+            model, seen, seconds = trained(model, training_windows(tokenizer), way, asked)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            row = {"model": name, "way": way, "tokens": asked, "seen": seen, "seconds": round(seconds, 1)}
+            row |= {"peak_mb": peak, "characters": args.characters, **measured(model, tokenizer, args)}
+            append({**told, **row}, args.out)
+
+
+if __name__ == "__main__":
+    main()

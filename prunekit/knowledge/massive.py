@@ -1,0 +1,171 @@
+"""Massive activations: the few huge numbers in the residual stream that attention rests on, and who writes them."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from prunekit.calibration import check_tokens, in_batches
+from prunekit.discovery.constants import leaves
+from prunekit.discovery.groups import CoupledGroup, Groups
+from prunekit.discovery.preparing import evaluating
+from prunekit.errors import PrunekitError
+from prunekit.importance.inputs import linear_readers, wide
+from prunekit.importance.reduction import check_takes_tokens
+from prunekit.pruning.recording import written_out
+
+TIMES = 100  # a token is massive where one of its activations is so many times the layer's median |h|
+FIRST = 8  # attention sinks lie on the first tokens, so the attention of later ones is measured
+
+
+@dataclass(frozen=True, eq=False)
+class MassiveActivations:
+    """Where the residual stream is huge, how much attention goes there, and which units write it.
+
+    Attributes:
+        layers: one row a layer, indexed by its number: `largest` and `median` of |h| in the residual stream after
+            the layer, over all tokens and channels; `position` and `channel` of the largest; `n_massive`, the tokens
+            with an activation of more than 100 times the median; `attention_to_first`, the share of attention that
+            tokens after the eighth give to the first one, mean over heads (NaN where not every layer has attention).
+        writers: one row a unit of one layer, by what it adds to the largest activation: columns group, unit, written;
+            the largest |written| first. Where a norm stands between the unit and the stream, written is what goes
+            into that norm.
+        layer: the number of that layer: where nothing else was asked, the one after which `largest` grows most.
+        n_tokens: tokens that were measured.
+    """
+
+    layers: pd.DataFrame
+    writers: pd.DataFrame
+    layer: int
+    n_tokens: int
+
+    def __repr__(self) -> str:
+        at, row = self.writers.iloc[0], self.layers.loc[self.layer]
+        return (
+            f"MassiveActivations(|h| reaches {row['largest']:,.0f} after layer {self.layer}, median "
+            f"{row['median']:.2g}; unit {at['unit']} of {at['group']!r} writes {at['written']:,.0f} of it)"
+        )
+
+    def _repr_html_(self) -> str:
+        return str(self.layers.to_html(float_format="{:,.3g}".format, escape=True))
+
+
+def massive_activations(
+    model: nn.Module, groups: Groups, tokens: Tensor, *, layer: int | None = None
+) -> MassiveActivations:
+    """Finds massive activations, the attention on the first token, and the units that write the largest one.
+
+    Args:
+        model: a causal language model of transformers; left as it was.
+        groups: of `discover(model)`; its heads and FFN channels are the units.
+        tokens: integers (n_samples, seq_len), more than 8 a sample.
+        layer: whose units are told apart; None takes the layer after which the largest |h| grows most.
+
+    Returns:
+        A `MassiveActivations`.
+
+    Raises:
+        PrunekitError: samples of 8 tokens or less, no whole layers or units in `groups`, or no layer of that number.
+
+    Source: Sun et al. (2024), "Massive Activations in Large Language Models"; Xiao et al. (2023) for the attention on
+        the first token. That units are told apart by what they write is ours.
+    """
+    check_takes_tokens(model)
+    tokens = check_tokens(tokens, model)
+    paths = {group.layer: group.name.removesuffix(":layer") for group in groups.of_kind("layer")}
+    if layer is not None and layer not in paths:
+        raise PrunekitError(f"layer={layer} is not in the model; give one of {', '.join(map(str, paths))}, or None")
+    if tokens.shape[1] <= FIRST:
+        raise PrunekitError(f"samples have {tokens.shape[1]} tokens; give more than {FIRST} a sample")
+    peaks = {number: _Peak() for number in paths}
+    shares: list[list[float]] = []
+    with ExitStack() as stack:
+        for context in (evaluating(model), written_out(model), torch.no_grad()):
+            stack.enter_context(context)
+        for number, path in paths.items():
+            stack.callback(model.get_submodule(path).register_forward_hook(peaks[number].see).remove)
+        for batch in in_batches(tokens):
+            result = model(input_ids=batch, use_cache=False, output_attentions=True)
+            shares.append([float(w[:, :, FIRST:, 0].mean()) for w in result.attentions or ()])  # (B, H, T, T) each
+    table = pd.DataFrame({number: peak.told() for number, peak in peaks.items()}).T.rename_axis("layer")
+    table = table.astype(dict.fromkeys(("sample", "position", "channel", "n_massive"), int))
+    whole = all(len(row) == len(table) for row in shares)
+    table["attention_to_first"] = pd.DataFrame(shares).mean().to_numpy() if whole else float("nan")
+    if layer is None:
+        layer = int((table["largest"] / table["largest"].shift()).fillna(1).idxmax())
+    at = table.loc[layer]
+    units = [g for g in groups.of_kind("kv_head", "ffn_channel") if g.layer == layer]
+    row = tokens[int(at["sample"])][None]
+    writers = written_by(model, units, row, position=int(at["position"]), channel=int(at["channel"]))
+    return MassiveActivations(table.drop(columns="sample"), writers, layer, tokens.numel())
+
+
+class _Peak:
+    """The largest |h| after a layer over all batches, where it stands, and the median of each batch."""
+
+    def __init__(self) -> None:
+        self.largest, self.where, self.seen, self.massive = -1.0, (0, 0, 0), 0, 0
+        self.medians: list[float] = []
+
+    def see(self, _module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
+        h = wide(next(tensor for _, tensor in leaves((result,), {}))).abs()  # (B, T, d_model)
+        median = float(h.median())
+        if float(h.max()) > self.largest:
+            row, position, channel = (int(i) for i in torch.unravel_index(h.argmax(), h.shape))
+            self.largest, self.where = float(h.max()), (self.seen + row, position, channel)
+        self.medians.append(median)
+        self.massive += int((h.amax(-1) > TIMES * median).sum())
+        self.seen += len(h)
+
+    def told(self) -> dict[str, float]:
+        median = sum(self.medians) / len(self.medians)
+        where = dict(zip(("sample", "position", "channel"), self.where, strict=True))
+        return {"largest": self.largest, "median": median, **where, "n_massive": self.massive}
+
+
+def written_by(
+    model: nn.Module, groups: Iterable[CoupledGroup], tokens: Tensor, *, position: int, channel: int
+) -> pd.DataFrame:
+    """What each unit's consumer layer adds for it to one channel of the residual stream at one token.
+
+    Args:
+        model: a causal language model.
+        groups: whose units are told apart.
+        tokens: integers (1, seq_len).
+        position: of the token.
+        channel: of the residual stream.
+
+    Returns:
+        One row a unit: group, unit, written; the largest |written| first.
+
+    Raises:
+        PrunekitError: no linear layer consumes a unit of these groups.
+    """
+    readers, parameters = linear_readers(model), dict(model.named_parameters())
+    consumed = [
+        (group.name, member.index, readers[member.parameter].modules[0], parameters[member.parameter].detach())
+        for group in groups
+        for member in group.members
+        if member.parameter in readers and member.dim == readers[member.parameter].input_dim
+    ]
+    if not consumed:
+        raise PrunekitError("no linear layer consumes heads or FFN channels there; give groups of discover(model)")
+    read: dict[nn.Module, Tensor] = {}  # module → what it reads at the position, (n_in,)
+    with ExitStack() as stack:
+        for context in (evaluating(model), torch.no_grad()):
+            stack.enter_context(context)
+        for _, _, module, _ in consumed:
+            hook = module.register_forward_pre_hook(lambda m, args: read.update({m: wide(args[0])[0, position]}))
+            stack.callback(hook.remove)
+        model(input_ids=tokens, use_cache=False)
+    rows: list[tuple[str, int, float]] = []
+    for name, index, module, weight in consumed:
+        row = wide(weight)[channel] if isinstance(module, nn.Linear) else wide(weight)[:, channel]
+        written = (read[module] * row)[index.to(row.device)].sum(dim=1)
+        rows += [(name, unit, value) for unit, value in enumerate(written.tolist())]
+    table = pd.DataFrame(rows, columns=["group", "unit", "written"])
+    return table.sort_values("written", key=abs, ascending=False, ignore_index=True)
