@@ -1,17 +1,23 @@
-"""Why a cut breaks a real model: each head alone, each layer's part of a cut alone, and massive activations.
+"""What SmolLM2 shows in the notebooks: why a cut breaks it, what it writes afterwards, and what it holds where.
 
-Two tables: results/heads_smollm2.csv has one row a KV head (with its query heads): the rise of the loss without it,
-in nats, and what importances say of it. results/layers_smollm2.csv has one row a layer: the residual stream and the
-attention on the first token, and of LLM-Pruner's default score at 20% (16 windows of C4, all layers alike) the rise of
-the loss where this layer alone is cut (`alone`), and where all others are (`spared`). Losses are those of 8 windows of
-128 tokens of C4 that no score has seen.
+Losses are in nats a token, on windows of 128 tokens of C4 that no score has seen. Each table is made once:
+
+- results/heads_smollm2.csv: one row a KV head (with its query heads), the rise of the loss without it alone, and what
+  importances say of it (16 windows of C4).
+- results/layers_smollm2.csv: one row a layer, the residual stream and the attention on the first token; and of a cut
+  of 20% by first-order Taylor, all layers alike, the rise of the loss where only this layer is cut (`alone`) and where
+  only this layer is left whole (`spared`).
+- results/sentences_smollm2.csv: how the dense model, that cut, and the shell's default cut of 20% go on.
+- results/map_smollm2.csv: the rise of the loss, text by text, with half of each group of heads or channels zeroed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import cached_property
 
 import pandas as pd
 from machine import RESULTS, machine, save, shared
+from torch import Tensor
 
 import prunekit as pk
 from prunekit.account import loss_on
@@ -24,42 +30,111 @@ SCORES = {
     "activation": pk.Activation(),
     "curvature": pk.Curvature(),
 }
+PROMPTS = (
+    "The capital of France is",
+    "Water boils when",
+    "Once upon a time, there was a little girl who",
+    "To make a good cup of tea, you should",
+)
+TEXTS = {
+    "encyclopedia": "calibration/wiki_demo.txt",
+    "news": "ptb/ptb.test.txt",
+    "stories": "tinystories/sample_niklas6.txt",
+    "plays": "tinyshakespeare/input.txt",
+    "web": "calibration/c4_demo.jsonl",
+}
+Removed = Iterable[tuple[str, list[int]]]
+
+
+class Evidence:
+    """The model, and what several tables share."""
+
+    def __init__(self) -> None:
+        self.model, self.tokenizer = pk.load("smollm2")
+        self.groups = pk.discover(self.model)
+        self.units = self.groups.of_kind("kv_head", "ffn_channel")
+        self.held = self.calibration(8, held_out=True)
+        self.dense = loss_on(self.model, self.held)
+
+    def calibration(self, n: int, **options: bool) -> Tensor:
+        text = shared("data/calibration/c4_demo.jsonl")
+        return pk.calibration_set(text, self.tokenizer, n_samples=n, seq_len=128, seed=0, **options)
+
+    @cached_property
+    def taylor_cut(self) -> pk.PruningPlan:
+        scores = pk.score(self.model, self.units, pk.Taylor(), self.calibration(16))
+        return pk.plan(self.groups, scores, 0.2, ranking="local")
+
+    def rise(self, removed: Removed) -> float:
+        with ExitStack() as stack:
+            for name, gone in removed:
+                stack.enter_context(silenced(self.model, self.groups[name], gone))
+            return round(loss_on(self.model, self.held) - self.dense, 4)
+
+
+def heads(found: Evidence) -> list[dict]:
+    calib = found.calibration(16)
+    scores = {name: pk.score(found.model, found.units, how, calib) for name, how in SCORES.items()}
+    rows = []
+    for group in found.groups.of_kind("kv_head"):
+        for unit in range(group.n_units):
+            said = {name: float(f"{float(values[group.name][unit]):.4g}") for name, values in scores.items()}
+            rows.append({"layer": group.layer, "unit": unit, "loss": found.rise([(group.name, [unit])]), **said})
+    print(pd.DataFrame(rows).drop(columns=["layer", "unit"]).corr("spearman")["loss"])
+    return rows
+
+
+def layers(found: Evidence) -> list[dict]:
+    plan = found.taylor_cut
+    gone = [(name, plan.removed(name)) for name in plan.keep if plan.removed(name)]
+    print(f"dense {found.dense:.3f} nats, all layers cut +{found.rise(gone):.3f}")
+    rows = []
+    for layer, row in pk.massive_activations(found.model, found.groups, found.held).layers.iterrows():
+        mine = [(name, units) for name, units in gone if found.groups[name].layer == layer]
+        rest = [(name, units) for name, units in gone if found.groups[name].layer != layer]
+        rows.append({"layer": layer, **row.round(4), "alone": found.rise(mine), "spared": found.rise(rest)})
+    return rows
+
+
+def sentences(found: Evidence) -> list[dict]:
+    calib = found.calibration(64)
+    scores = pk.score(found.model, found.units, pk.Curvature(), calib)
+    models = {
+        "dense": found.model,
+        "first-order Taylor, 20%": pk.prune(found.model, found.taylor_cut, measure=False),
+        "default, 20%": pk.prune(found.model, pk.plan(found.groups, scores, 0.2), compensate=calib, measure=False),
+    }
+    return pk.generations(models, found.tokenizer, PROMPTS, max_new_tokens=16).table.to_dict("records")
+
+
+def knowledge_map(found: Evidence) -> list[dict]:
+    scores = pk.score(found.model, found.units, pk.Curvature(), found.calibration(16))
+    windows = 6 * 128 * 4  # characters, some six windows of each
+    text = {name: shared(f"data/{path}") for name, path in TEXTS.items()}
+    text = {name: path.read_text()[-windows:] for name, path in text.items() if path.suffix == ".txt"}
+    text["web"] = found.tokenizer.decode(found.held[:6].flatten())
+    options = {"ratios": (0.5,), "text": text}
+    known = pk.knowledge_distribution(found.model, found.tokenizer, found.units, scores, **options)
+    return known.table().round(5).to_dict("records")
+
+
+TABLES: dict[str, Callable[[Evidence], list[dict]]] = {
+    "heads": heads,
+    "layers": layers,
+    "sentences": sentences,
+    "map": knowledge_map,
+}
 
 
 def main() -> None:
     machine()
-    model, tokenizer = pk.load("smollm2")
-    groups, text = pk.discover(model), shared("data/calibration/c4_demo.jsonl")
-    calib = pk.calibration_set(text, tokenizer, n_samples=16, seq_len=128, seed=0)
-    held = pk.calibration_set(text, tokenizer, n_samples=8, seq_len=128, seed=0, held_out=True)
-    units = groups.of_kind("kv_head", "ffn_channel")
-    dense = loss_on(model, held)
-
-    def rise(removed: Iterable[tuple[str, list[int]]]) -> float:
-        with ExitStack() as stack:
-            for name, gone in removed:
-                stack.enter_context(silenced(model, groups[name], gone))
-            return round(loss_on(model, held) - dense, 4)
-
-    scores = {name: pk.score(model, units, importance, calib) for name, importance in SCORES.items()}
-    heads = []
-    for group in groups.of_kind("kv_head"):
-        for unit in range(group.n_units):
-            said = {name: float(f"{float(found[group.name][unit]):.4g}") for name, found in scores.items()}
-            heads.append({"layer": group.layer, "unit": unit, "loss": rise([(group.name, [unit])]), **said})
-    save(heads, RESULTS / "heads_smollm2.csv")
-    plan = pk.plan(groups, scores["taylor"], 0.2, ranking="local")
-    gone = {name: sorted(set(range(groups[name].n_units)) - set(keep)) for name, keep in plan.keep.items()}
-    massive = pk.massive_activations(model, groups, held).layers.round(4)
-    layers = []
-    for layer, row in massive.iterrows():
-        mine = [(name, units) for name, units in gone.items() if units and groups[name].layer == layer]
-        rest = [(name, units) for name, units in gone.items() if units and groups[name].layer != layer]
-        layers.append({"layer": layer, **row, "alone": rise(mine), "spared": rise(rest)})
-    save(layers, RESULTS / "layers_smollm2.csv")
-    everything = rise(gone.items())
-    print(f"dense {dense:.3f} nats, all layers cut +{everything:.3f}")
-    print(pd.DataFrame(heads).drop(columns=["layer", "unit"]).corr("spearman").loc["loss"])
+    found = None
+    for name, measure in TABLES.items():
+        path = RESULTS / f"{name}_smollm2.csv"
+        if not path.exists():
+            found = found or Evidence()
+            save(measure(found), path)
+            print(f"wrote {path.name}", flush=True)
 
 
 if __name__ == "__main__":
