@@ -133,7 +133,7 @@ def plot_massive(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     (high,) = ax.plot(table.index, table["largest"], "-o", color=METHOD_COLORS["cut"], label="largest |h|")
     (low,) = ax.plot(table.index, table["median"], "--s", color=METHOD_COLORS["dense"], label="median |h|")
     ax.set(yscale="log", xlabel="layer", ylabel="|h| after the layer (logarithmic)")
-    ax.set_title("The residual stream", loc="left")
+    ax.set_title("The residual stream", loc="left", pad=30)
     ax.legend(handles=[high, low, bars], loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     return ax
 

@@ -180,6 +180,8 @@ def test_a_tradeoff_has_medians_in_a_methods_colour_their_range_and_the_dense_mo
     bands = [band.get_paths()[0].get_extents() for band in ax.collections]
     assert (bands[0].ymin, bands[0].ymax) == (4.0, 14.0) and ax.get_yscale() == "log"
     assert plot_tradeoff(budgets().rename(columns={"perplexity": "accuracy"}), y="accuracy").get_yscale() == "linear"
+    ticks = [label.get_text() for label in ax.get_xticklabels()]
+    assert ticks == [f"{ratio:.0%}" for ratio in sorted(set(budgets().query("method != 'dense'")["ratio"]))]
 
 
 def test_fusion_shows_the_share_of_the_coarse_estimate():
