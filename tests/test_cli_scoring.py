@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from evaluation_helpers import TEXT, dense_folder
+from evaluation_helpers import TEXT, byte_tokenizer, dense_folder
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import prunekit as pk
 from prunekit.cli import main
@@ -145,3 +146,25 @@ def test_a_checkpoint_with_added_biases_is_not_told_to_be_padded(dense, tmp_path
     assert cut(dense, tmp_path / "out", "--compensate", "bias") == 0
     told = capsys.readouterr().out
     assert "linear layers were given one): loads with prunekit\n" in told and "padded" not in told
+
+
+@pytest.mark.parametrize("how", ["--streaming", "--no-streaming"])
+def test_windows_fit_the_model_where_no_length_is_given(how, dense, tmp_path):
+    text, out = str(dense.parent / "text.txt"), tmp_path / "out"
+    options = ["--importance", "activation", "--pruning-ratio", "0.2", "--n-samples", "8", how]
+    assert main(["prune", str(dense), "--calibration", text, *options, "--out", str(out)]) == 0
+    assert pk.PruningPlan.load(out / "plan.json").notes["calibration"] == "8 windows of 96 tokens, seed 0"
+
+
+@pytest.mark.parametrize("steps", [(), ("--steps", "2")])
+def test_taylor_stands_in_where_curvature_cannot_score_a_group(steps, dense, tmp_path, capsys):
+    """Experts that lie in one tensor are read by no linear layer: the default says so and scores by Taylor."""
+    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "max_position_embeddings": 96}
+    torch.manual_seed(0)
+    folder = tmp_path / "experts"
+    pk.save(MixtralForCausalLM(MixtralConfig(**sizes, **heads)), folder, tokenizer=byte_tokenizer())
+    (folder.parent / "text.txt").write_text(TEXT)
+    assert cut(folder, tmp_path / "out", *steps) == 0
+    assert "scored by taylor" in capsys.readouterr().err
+    assert "Taylor" in pk.PruningPlan.load(tmp_path / "out" / "plan.json").notes["importance"]

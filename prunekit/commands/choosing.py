@@ -38,11 +38,11 @@ def choose_importance(args: argparse.Namespace) -> "Importance":
     return importance_from_name(name, **options)
 
 
-def fit_windows(args: argparse.Namespace, model: Any) -> None:
+def fit_windows(args: argparse.Namespace, config: Any) -> None:
     """Where no length of windows is given and the model takes fewer tokens than the default, as many as it takes."""
-    from prunekit.evaluation.likelihood import max_positions
+    from prunekit.evaluation.likelihood import positions_of
 
-    limit = max_positions(model)
+    limit = positions_of(config)
     if args.seq_len is None and limit is not None and 2 <= limit < DRAWN["seq_len"]:
         args.seq_len = limit
 
@@ -106,15 +106,15 @@ def make_plan(args: argparse.Namespace, model: Any, tokenizer: Any, importance: 
     from prunekit.pruning import plan, plan_in_steps
 
     calib = calibrate(args, tokenizer) if importance.needs_calibration or args.normalize else None
+    groups = discover(model)
+    chosen = candidates(groups, args.kinds)
+    if args.importance is None and importance == Curvature() and not applies(model, chosen):
+        print(f"prunekit: some groups have no linear layer that reads them: scored by {ELSE}", file=sys.stderr)
+        importance = importance_from_name(ELSE)
     if args.steps:
         options = planning(args) | {"n_steps": args.steps, "normalize": args.normalize}
         made = plan_in_steps(model, importance, args.pruning_ratio, calib, **options)
     else:
-        groups = discover(model)
-        chosen = candidates(groups, args.kinds)
-        if args.importance is None and importance == Curvature() and not applies(model, chosen):
-            print(f"prunekit: some groups have no linear layer that reads them: scored by {ELSE}", file=sys.stderr)
-            importance = importance_from_name(ELSE)
         scores = score(model, chosen, importance, calib, normalize=args.normalize)
         made = plan(groups, scores, args.pruning_ratio, **planning(args))
     if "whole" in made.notes:
@@ -142,11 +142,15 @@ def calibrate_streaming(args: argparse.Namespace) -> "Tensor":
     Raises:
         PrunekitError: there is no text, or no tokenizer to read it with.
     """
+    from transformers import AutoConfig
+
     from prunekit.checkpoint.loading import load_tokenizer
     from prunekit.checkpoint.stream_source import local_folder
 
     check_calibration(args)
-    tokenizer = load_tokenizer(str(local_folder(args.model)), False)
+    folder = local_folder(args.model)
+    fit_windows(args, AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    tokenizer = load_tokenizer(str(folder), False)
     return calibrate(args, need_tokenizer(args.model, tokenizer, "a calibration text"))
 
 

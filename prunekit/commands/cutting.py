@@ -237,13 +237,13 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
     if args.plan is not None:
         plan = PruningPlan.load(args.plan)
         model, tokenizer = load(args.model)
-        fit_windows(args, model)
+        fit_windows(args, model.config)
         if args.compensate:
             need_tokenizer(args.model, tokenizer, "a calibration text")
     else:
         importance = choose_importance(args)
         model, tokenizer = load_for(args, importance)
-        fit_windows(args, model)
+        fit_windows(args, model.config)
         plan = make_plan(args, model, tokenizer, importance)
     before = n_parameters(model)
     held_out = held_out_windows(args, tokenizer, seen=bool(args.compensate) or plan.tokens is not None)
@@ -295,13 +295,13 @@ def cut_streaming(args: argparse.Namespace) -> "PruningPlan":
         if getattr(args, name) not in (None, "none"):
             raise PrunekitError(f"--{name} needs the whole model in memory; leave it out, or give --no-streaming")
     local_folder(args.model)
-    options: dict[str, Any] = {"notes": notes(args), **shard_size(args)}
     if args.plan is not None:
-        return prune_checkpoint(args.model, args.out, PruningPlan.load(args.plan), **options)
+        plan = PruningPlan.load(args.plan)
+        return prune_checkpoint(args.model, args.out, plan, notes=notes(args), **shard_size(args))
     importance = choose_importance(args)
     check_streamable(importance)
     calib = calibrate_streaming(args) if importance.needs_calibration else None
-    options |= planning(args)
+    options: dict[str, Any] = {"notes": notes(args), **shard_size(args), **planning(args)}
     return prune_checkpoint(args.model, args.out, importance, args.pruning_ratio, calib, **options)
 
 

@@ -45,7 +45,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def max_positions(model: nn.Module) -> int | None:
     """Tokens that fit into one forward pass, as the configuration says; None where it sets no limit."""
-    config: Any = model.config
+    return positions_of(model.config)
+
+
+def positions_of(config: Any) -> int | None:  # noqa: ANN401
+    """The same, of a configuration."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
