@@ -1,6 +1,7 @@
 """The recipes: each mode of LLM-Pruner against plans made by hand, HyWIA's pure blends, plain checkpoints, refusals."""
 
 import json
+import math
 from dataclasses import replace
 from importlib import import_module
 
@@ -69,6 +70,18 @@ def test_channel_mode_shrinks_the_residual_stream_to_a_plain_checkpoint(order, m
     assert (config["model_type"], config["hidden_size"]) == ("llama", 48)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.equal(logits_of(plain), logits_of(small))
+
+
+def test_modern_settings_are_the_default_of_the_package(model):
+    small, plan = llm_pruner(model, CALIB, 0.25, modern=True)
+    groups = pk.discover(model)
+    units = groups.of_kind("kv_head", "ffn_channel")
+    share = sum(math.prod(groups.shapes[name]) for name in {m.parameter for g in units for m in g.members})
+    expected = pk.plan(groups, pk.score(model, units, pk.Curvature(), CALIB), 0.25 * share / groups.n_parameters)
+    assert plan.keep == expected.keep
+    assert torch.equal(logits(small), logits(pk.prune(model, expected, compensate=CALIB)))
+    with pytest.raises(PrunekitError, match="leave mode, importance, layers"):
+        llm_pruner(model, CALIB, 0.25, modern=True, ranking="global")
 
 
 def test_layer_mode_keeps_the_first_layers(model, tmp_path):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
-from prunekit.importance import Importance, Taylor
+from prunekit.importance import Curvature, Importance, Taylor
 from prunekit.importance.reduction import check_choice
 from prunekit.pruning import PruningPlan, plan_in_steps, prune
 from prunekit.pruning.planning import DEFAULT_KINDS, check_options, plan_without
@@ -42,6 +42,7 @@ def llm_pruner(
     ranking: str = "local",
     normalize: str | None = None,
     n_steps: int = 1,
+    modern: bool = False,
     data: Tensor | TextSource | None = None,
     tokenizer: Any = None,  # noqa: ANN401
     recovery: LoRA | None = None,
@@ -63,6 +64,8 @@ def llm_pruner(
             groups compete for this share of all parameters in those groups, by score per parameter.
         normalize: `"loss"` makes the scores of any importance comparable for `"global"`, as in `score`.
         n_steps: steps of equal size, with scores refreshed between them.
+        modern: in block mode, this package's defaults in place of the paper's: scores by `Curvature`, layers that
+            compete for the share, none spared, and what is left re-fitted on `calib`.
         data: to recover with, as for `recover`; None leaves the model untuned.
         tokenizer: needed where `data` is text.
         recovery: how; None is the paper's, `LoRA.paper()`.
@@ -73,7 +76,8 @@ def llm_pruner(
         Mistral, Qwen3 and others).
 
     Raises:
-        PrunekitError: an unknown mode, or what `score`, `plan`, `prune` and `recover` raise.
+        PrunekitError: an unknown mode, `modern` with another way to choose, or what `score`, `plan`, `prune` and
+            `recover` raise.
 
     Source: sections 3.1 to 3.3 and the released code's `--block_wise`, `--channel_wise` and `--layer_wise`. Differs:
         shares are rounded to the nearest unit (in channel mode down to what the heads divide), the reference's down to
@@ -83,6 +87,14 @@ def llm_pruner(
     check_choice("mode", mode, MODES)
     check_options(pruning_ratio)
     groups = discover(model)
+    if modern:
+        if (mode, importance, layers, ranking, normalize, n_steps) != ("block", ELEMENT1, None, "local", None, 1):
+            raise PrunekitError(
+                "modern=True has an importance, layers and a ranking of its own: leave mode, importance, layers, "
+                "ranking, normalize and n_steps out, or set modern=False"
+            )
+        importance, ranking = Curvature(), "global"
+        layers = {group.layer for group in groups if group.layer is not None}
     if mode == "layer":
         chosen = _first_layers(groups, pruning_ratio)
     else:
@@ -90,7 +102,7 @@ def llm_pruner(
         share = pruning_ratio * options.pop("share", 1.0)
         options |= {"n_steps": n_steps, "normalize": normalize}
         chosen = plan_in_steps(model, importance, share, calib, **options)
-    small = prune(model, chosen)
+    small = prune(model, chosen, compensate=calib if modern else None)
     if data is not None:
         small = recover(small, recovery or LoRA.paper(), data, tokenizer=tokenizer, inplace=True)
     return Pruned(small, chosen)
