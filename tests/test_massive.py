@@ -3,6 +3,7 @@
 import pytest
 import torch
 from evaluation_helpers import llama
+from families import FAMILIES
 
 import prunekit as pk
 from prunekit.importance.ablation import silenced
@@ -32,6 +33,23 @@ def test_units_write_what_their_layer_adds_to_the_stream(model):
         assert len(table) == sum(g.n_units for g in units)
         added = float((after - before)[0, position, channel])
         assert table["written"].sum() == pytest.approx(added, abs=1e-9)
+
+
+def test_what_conv1d_layers_write_counts_too():
+    model = FAMILIES["gpt2"].model()
+    units = [g for g in pk.discover(model).of_kind("kv_head", "ffn_channel") if g.layer == 0]
+    before, after, *_ = streams(model, TOKENS[:1])
+    table = written_by(model, units, TOKENS[:1], position=4, channel=3)
+    block = model.transformer.h[0]
+    biases = float((block.attn.c_proj.bias + block.mlp.c_proj.bias)[3].detach())
+    assert table["written"].sum() + biases == pytest.approx(float((after - before)[0, 4, 3]), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom", "mixtral", "gemma3"])
+def test_other_families(name):
+    model = FAMILIES[name].model()
+    found = pk.massive_activations(model, pk.discover(model), TOKENS)
+    assert found.layers["attention_to_first"].between(0, 1).all() and len(found.writers) > 0
 
 
 def test_a_planted_unit_is_found_and_attention_to_the_first_token_measured(model):

@@ -30,9 +30,10 @@ class MassiveActivations:
         layers: one row a layer, indexed by its number: `largest` and `median` of |h| in the residual stream after
             the layer, over all tokens and channels; `position` and `channel` of the largest; `n_massive`, the tokens
             with an activation of more than 100 times the median; `attention_to_first`, the share of attention that
-            tokens after the eighth give to the first one, mean over heads (NaN where not every layer has attention).
+            tokens after the eighth give to the first one, mean over heads (NaN where the layer has no attention).
         writers: one row a unit of one layer, by what it adds to the largest activation: columns group, unit, written;
-            the largest |written| first. Where a norm stands between the unit and the stream, written is what goes
+            the largest |written| first. Units that no linear layer consumes (of experts fused into one tensor) are not
+            in it. Where a norm stands between the unit and the stream, written is what goes
             into that norm.
         layer: the number of that layer: where nothing else was asked, the one after which `largest` grows most.
         n_tokens: tokens that were measured.
@@ -82,19 +83,18 @@ def massive_activations(
     if tokens.shape[1] <= FIRST:
         raise PrunekitError(f"samples have {tokens.shape[1]} tokens; give more than {FIRST} a sample")
     peaks = {number: _Peak() for number in paths}
-    shares: list[list[float]] = []
     with ExitStack() as stack:
         for context in (evaluating(model), written_out(model), torch.no_grad()):
             stack.enter_context(context)
         for number, path in paths.items():
-            stack.callback(model.get_submodule(path).register_forward_hook(peaks[number].see).remove)
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_hook(peaks[number].see).remove)
+            for part in module.modules():
+                stack.callback(part.register_forward_hook(peaks[number].attend).remove)
         for batch in in_batches(tokens):
-            result = model(input_ids=batch, use_cache=False, output_attentions=True)
-            shares.append([float(w[:, :, FIRST:, 0].mean()) for w in result.attentions or ()])  # (B, H, T, T) each
+            model(input_ids=batch, use_cache=False)
     table = pd.DataFrame({number: peak.told() for number, peak in peaks.items()}).T.rename_axis("layer")
     table = table.astype(dict.fromkeys(("sample", "position", "channel", "n_massive"), int))
-    whole = all(len(row) == len(table) for row in shares)
-    table["attention_to_first"] = pd.DataFrame(shares).mean().to_numpy() if whole else float("nan")
     if layer is None:
         layer = int((table["largest"] / table["largest"].shift()).fillna(1).idxmax())
     at = table.loc[layer]
@@ -105,11 +105,12 @@ def massive_activations(
 
 
 class _Peak:
-    """The largest |h| after a layer over all batches, where it stands, and the median of each batch."""
+    """What is seen of one layer, over all batches; see `MassiveActivations.layers`."""
 
     def __init__(self) -> None:
         self.largest, self.where, self.seen, self.massive = -1.0, (0, 0, 0), 0, 0
         self.medians: list[float] = []
+        self.shares: list[float] = []
 
     def see(self, _module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
         h = wide(next(tensor for _, tensor in leaves((result,), {}))).abs()  # (B, T, d_model)
@@ -121,10 +122,18 @@ class _Peak:
         self.massive += int((h.amax(-1) > TIMES * median).sum())
         self.seen += len(h)
 
+    def attend(self, _module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
+        """Attention weights (B, H, T, T) that a module returns beside its output, as the eager implementation does."""
+        for weights in result if isinstance(result, tuple) else ():
+            if isinstance(weights, Tensor) and weights.ndim == 4 and weights.shape[-1] == weights.shape[-2] > FIRST:
+                self.shares.append(float(weights[:, :, FIRST:, 0].mean()))
+
     def told(self) -> dict[str, float]:
         median = sum(self.medians) / len(self.medians)
         where = dict(zip(("sample", "position", "channel"), self.where, strict=True))
-        return {"largest": self.largest, "median": median, **where, "n_massive": self.massive}
+        share = sum(self.shares) / len(self.shares) if self.shares else float("nan")
+        told = {"largest": self.largest, "median": median, **where, "n_massive": self.massive}
+        return {**told, "attention_to_first": share}
 
 
 def written_by(
