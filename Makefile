@@ -53,8 +53,12 @@ bench-predictor: setup ## architectures found by a predictor beside rules and ra
 	$(BIN)/python benchmarks/predictor.py
 	$(BIN)/python benchmarks/predictor.py speed
 
-bench-real: real .venv/.optipfair ## ways to prune SmolLM2 at equal size, over ratios and seeds: hours; goes on where it was
+bench-real: real .venv/.optipfair ## SmolLM2: ways to prune at equal size, what the notebooks show, re-fits, recovery: many hours; goes on where it was
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/why_real.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/real.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/refit_real.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/recovery_real.py --tasks
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/recipes_real.py
 
 bench-llmcompressor: setup .venv-llmcompressor/.installed ## all of benchmarks/sparsity.py, beside llm-compressor from an environment of its own
 	$(BIN)/python benchmarks/sparsity.py --full

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ def append(row: dict[str, Any], path: Path) -> None:
             writer.writeheader()
         writer.writerow(row)
     print(row, flush=True)
+
+
+def done(path: Path, *columns: str) -> set[tuple[str, ...]]:
+    """What stands in a table already: the values of some columns of each row, as text; none where there is no table."""
+    if not path.is_file():
+        return set()
+    with path.open(newline="") as file:
+        return {tuple(row[name] for name in columns) for row in csv.DictReader(file)}
+
+
+def apart(held: torch.Tensor, seen: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Those of some windows, (n, seq_len), of which no 12 tokens in a row stand in windows that were seen."""
+    runs = {tuple(run) for windows in seen for run in windows.unfold(1, 12, 1).flatten(0, 1).tolist()}
+    return held[[not any(tuple(run) in runs for run in row.unfold(0, 12, 1).tolist()) for row in held]]
 
 
 def shared(path: str) -> Path:

@@ -9,7 +9,6 @@ read (recovery may have). Rows are appended as they are measured: what stands in
 """
 
 import argparse
-import csv
 import multiprocessing
 import resource
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, SEVEN, append, machine, shared
+from machine import RESULTS, SEVEN, apart, append, done, machine, shared
 from recovery_real import training_windows
 
 import prunekit as pk
@@ -78,7 +77,8 @@ def measured(model: Any, tokenizer: Any, characters: int) -> dict[str, float]:
         name: pk.perplexity(model, tokenizer, shared(f"data/{path}").read_text()[:characters])
         for name, path in TEXTS.items()
     }
-    held = pk.calibration_set(shared(C4), tokenizer, n_samples=64, seq_len=128, seed=0, held_out=True)[:16]
+    seen = [drawn(tokenizer, 10, 64), drawn(tokenizer, 16, 128), drawn(tokenizer, 64, 128)]
+    held = apart(pk.calibration_set(shared(C4), tokenizer, n_samples=64, seq_len=128, seed=0, held_out=True), seen)[:16]
     found["c4"] = float(torch.tensor(loss_on(model, held)).exp())
     result = pk.zero_shot(model, tokenizer, SEVEN, limit=200, data_dir=shared("data/zeroshot"))
     return {**{name: round(value, 2) for name, value in found.items()}, "tasks": round(result.mean, 4)}
@@ -113,14 +113,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--characters", type=int, default=26_000)
+    parser.add_argument("--characters", type=int, default=13_000)
     parser.add_argument("--out", type=Path, default=RESULTS / "recipes_smollm2.csv")
     args = parser.parse_args()
-    told, done = machine(), set()
-    if args.out.is_file():
-        with args.out.open(newline="") as file:
-            done = {row["recipe"] for row in csv.DictReader(file)}
-    for way in (way for way in args.ways if way not in done):
+    told, there = machine(), done(args.out, "recipe")
+    for way in (way for way in args.ways if (way,) not in there):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             for row in pool.submit(run, way, args.tokens, args.characters).result():
                 append({**told, **row}, args.out)

@@ -10,7 +10,6 @@ they are measured: what stands in the table is not run again.
 """
 
 import argparse
-import csv
 import json
 import resource
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, SEVEN, append, machine, shared
+from machine import RESULTS, SEVEN, append, done, machine, shared
 
 import prunekit as pk
 from prunekit.recovery.data import token_windows
@@ -84,18 +83,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("cut", "uncut"), default=["cut", "uncut"])
     parser.add_argument("--ways", nargs="+", default=["untrained", DEFAULT])
     parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--characters", type=int, default=26_000)
+    parser.add_argument("--characters", type=int, default=13_000)
     parser.add_argument("--tasks", action="store_true", help="ask the seven tasks too, some minutes a row")
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery_smollm2.csv")
     args = parser.parse_args()
-    told, done = machine(), set()
-    if args.out.is_file():
-        with args.out.open(newline="") as file:
-            done = {(row["model"], row["way"], row["tokens"], row["characters"]) for row in csv.DictReader(file)}
+    told, rows = machine(), done(args.out, "tasks", "model", "way", "tokens", "characters")
+    there = {row[1:] for row in rows if row[0] != "nan" or not args.tasks}
     for way in args.ways:
         for name in args.models:
             asked = args.tokens if way != "untrained" else 0
-            if (name, way, str(asked), str(args.characters)) in done:
+            if (name, way, str(asked), str(args.characters)) in there:
                 continue
             model, tokenizer = cut_model() if name == "cut" else pk.load("smollm2")
             model, seen, seconds = trained(model, training_windows(tokenizer), way, asked)

@@ -9,12 +9,11 @@ that neither has seen. Rows are appended as they are measured: what stands in th
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 from typing import Any
 
-from machine import RESULTS, append, machine, shared
+from machine import RESULTS, apart, append, done, machine, shared
 
 import prunekit as pk
 from prunekit.account import loss_on
@@ -25,9 +24,9 @@ BY_UNITS = ("gemma",)
 WINDOWS = (16, 64, 256)
 
 
-def rows_of(name: str, ratios: list[float], done: set[tuple[str, str, str]]) -> Any:  # noqa: ANN401
+def rows_of(name: str, ratios: list[float], there: set[tuple[str, ...]]) -> Any:  # noqa: ANN401
     """One row a re-fit that is not there yet."""
-    wanted = [(r, n) for r in ratios for n in WINDOWS if (name, str(r), str(n)) not in done]
+    wanted = [(r, n) for r in ratios for n in WINDOWS if (name, str(r), str(n)) not in there]
     if not wanted:
         return
     model, tokenizer = pk.load(SOURCES[name])
@@ -39,7 +38,8 @@ def rows_of(name: str, ratios: list[float], done: set[tuple[str, str, str]]) -> 
 
     groups = pk.discover(model)
     scores = pk.score(model, default_units(groups), pk.Curvature(), drawn(64))
-    held = drawn(max(WINDOWS), held_out=True)[:16]  # none of those that any re-fit reads
+    held = drawn(max(WINDOWS), held_out=True)
+    held = apart(held, [drawn(n) for n in WINDOWS])[:16]
     of = "units" if name in BY_UNITS else "parameters"
     dense = loss_on(model, held)
     for ratio in ratios:
@@ -61,12 +61,9 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.5])
     parser.add_argument("--out", type=Path, default=RESULTS / "refit_real.csv")
     args = parser.parse_args()
-    told, done = machine(), set()
-    if args.out.is_file():
-        with args.out.open(newline="") as file:
-            done = {(row["model"], row["ratio"], row["windows"]) for row in csv.DictReader(file)}
+    told, there = machine(), done(args.out, "model", "ratio", "windows")
     for name in args.models:
-        for row in rows_of(name, args.ratios, done):
+        for row in rows_of(name, args.ratios, there):
             append({**told, **row}, args.out)
 
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from functools import cached_property
 
 import pandas as pd
-from machine import RESULTS, machine, save, shared
+from machine import RESULTS, apart, machine, save, shared
 from torch import Tensor
 
 import prunekit as pk
@@ -53,7 +53,7 @@ class Evidence:
         self.model, self.tokenizer = pk.load("smollm2")
         self.groups = pk.discover(self.model)
         self.units = self.groups.of_kind("kv_head", "ffn_channel")
-        self.held = self.calibration(8, held_out=True)
+        self.held = apart(self.calibration(8, held_out=True), [self.calibration(16)])
         self.dense = loss_on(self.model, self.held)
 
     def calibration(self, n: int, **options: bool) -> Tensor:

@@ -46,8 +46,9 @@ def plot_tradeoff(table: pd.DataFrame, *, y: str = "perplexity", ax: Axes | None
         ax.axhline(dense[y].median(), color=colors["dense"], linewidth=1.5, linestyle=":", label="dense")
     ax.set(xlabel="parameters removed", ylabel=y.replace("_", " "), title="What a budget costs")
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    if 0 < rows["ratio"].nunique() <= FEW:  # a tick between two ratios would be rounded
-        ax.set_xticks(sorted(rows["ratio"].unique()))
+    if 0 < rows["ratio"].nunique() <= FEW:
+        measured = sorted(rows["ratio"].unique())
+        ax.set_xticks(measured, [f"{100 * ratio:.3g}%" for ratio in measured])
     if y == "perplexity":
         ax.set(yscale="log", ylabel="perplexity (logarithmic)")
         ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")

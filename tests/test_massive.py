@@ -45,6 +45,44 @@ def test_what_conv1d_layers_write_counts_too():
     assert table["written"].sum() + biases == pytest.approx(float((after - before)[0, 4, 3]), abs=1e-9)
 
 
+def test_tokens_that_a_model_puts_in_a_row_are_found():
+    """OPT's FFN reads the tokens of all samples as one matrix."""
+    model = FAMILIES["opt"].model()
+    groups = pk.discover(model)
+    units = [g for g in groups.of_kind("ffn_channel") if g.layer == 0]
+    table = written_by(model, units, TOKENS[:1], position=4, channel=3)
+    read = {}
+    consumer = model.get_submodule(units[0].members[-1].parameter.rpartition(".")[0])
+    hook = consumer.register_forward_pre_hook(lambda module, args: read.update(x=args[0].reshape(1, 16, -1)[0, 4]))
+    with torch.no_grad():
+        model(TOKENS[:1])
+    hook.remove()
+    expected = (read["x"] * consumer.weight[3]).detach()
+    assert torch.allclose(torch.tensor(table.sort_values("unit")["written"].to_numpy()), expected)
+
+
+def test_a_negative_peak_has_shares_that_are_positive(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[5, 7] = -1e6
+    first = pk.massive_activations(model, pk.discover(model), TOKENS).writers.iloc[0]
+    assert first["unit"] == 7 and first["share"] == pytest.approx(1, abs=0.01)
+
+
+def test_a_second_batch_counts_on(model, monkeypatch):
+    whole = pk.massive_activations(model, pk.discover(model), TOKENS).layers
+    monkeypatch.setattr("prunekit.knowledge.massive.in_batches", lambda tokens: tokens.split(1))
+    parts = pk.massive_activations(model, pk.discover(model), TOKENS).layers
+    assert parts["largest"].tolist() == pytest.approx(whole["largest"].tolist())
+    assert parts[["position", "channel"]].equals(whole[["position", "channel"]])
+    assert parts["attention_to_first"].tolist() == pytest.approx(whole["attention_to_first"].tolist())
+
+
+def test_a_model_without_whole_layers_is_refused(model):
+    groups = pk.discover(model)
+    with pytest.raises(pk.PrunekitError, match="0 whole layers were discovered"):
+        pk.massive_activations(model, groups.without(g.name for g in groups.of_kind("layer")), TOKENS)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom", "mixtral", "gemma3"])
 def test_other_families(name):
     model = FAMILIES[name].model()

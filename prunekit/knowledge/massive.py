@@ -27,14 +27,15 @@ class MassiveActivations:
     """Where the residual stream is huge, how much attention goes there, and which units write it.
 
     Attributes:
-        layers: one row a layer, indexed by its number: `largest` and `median` of |h| in the residual stream after
-            the layer, over all tokens and channels; `position` and `channel` of the largest; `n_massive`, the tokens
-            with an activation of more than 100 times the median; `attention_to_first`, the share of attention that
-            tokens after the eighth give to the first one, mean over heads (NaN where the layer has no attention).
-        writers: one row a unit of one layer, by what it adds to the largest activation: columns group, unit, written;
-            the largest |written| first. Units that no linear layer consumes (of experts fused into one tensor) are not
-            in it. Where a norm stands between the unit and the stream, written is what goes
-            into that norm.
+        layers: one row a layer, indexed by its number: `largest` and `median` of |h| in the residual stream after the
+            layer, over all tokens and channels (the median is the mean over batches); `position` and `channel` of the
+            largest; `n_massive`, the tokens with an activation of more than 100 times the median;
+            `attention_to_first`, the share of attention that tokens after the eighth give to the first one inside the
+            layer, mean over heads (NaN where it has no attention).
+        writers: one row a unit of one layer, by what it adds to the largest activation: columns group, unit, written,
+            share (of the activation; earlier layers write the rest); the largest |written| first. Units that no linear
+            layer consumes (of experts fused into one tensor) are not in it. Where a norm stands between the unit and
+            the stream, written is what goes into that norm.
         layer: the number of that layer: where nothing else was asked, the one after which `largest` grows most.
         n_tokens: tokens that were measured.
     """
@@ -48,7 +49,7 @@ class MassiveActivations:
         at, row = self.writers.iloc[0], self.layers.loc[self.layer]
         return (
             f"MassiveActivations(|h| reaches {row['largest']:,.0f} after layer {self.layer}, median "
-            f"{row['median']:.2g}; unit {at['unit']} of {at['group']!r} writes {at['written']:,.0f} of it)"
+            f"{row['median']:.2g}; unit {at['unit']} of {at['group']!r} writes {at['share']:.0%} of it)"
         )
 
     def _repr_html_(self) -> str:
@@ -77,7 +78,13 @@ def massive_activations(
     """
     check_takes_tokens(model)
     tokens = check_tokens(tokens, model)
-    paths = {group.layer: group.name.removesuffix(":layer") for group in groups.of_kind("layer")}
+    whole = groups.of_kind("layer")
+    paths = {group.layer: group.name.removesuffix(":layer") for group in whole}
+    if not whole or len(paths) < len(whole):
+        raise PrunekitError(
+            f"{len(whole)} whole layers were discovered, {len(paths)} with a number of their own; this "
+            "analysis needs one stack of layers, as discover(model) finds it in a causal language model"
+        )
     if layer is not None and layer not in paths:
         raise PrunekitError(f"layer={layer} is not in the model; give one of {', '.join(map(str, paths))}, or None")
     if tokens.shape[1] <= FIRST:
@@ -101,6 +108,7 @@ def massive_activations(
     units = [g for g in groups.of_kind("kv_head", "ffn_channel") if g.layer == layer]
     row = tokens[int(at["sample"])][None]
     writers = written_by(model, units, row, position=int(at["position"]), channel=int(at["channel"]))
+    writers["share"] = writers["written"] / peaks[layer].value
     return MassiveActivations(table.drop(columns="sample"), writers, layer, tokens.numel())
 
 
@@ -108,18 +116,19 @@ class _Peak:
     """What is seen of one layer, over all batches; see `MassiveActivations.layers`."""
 
     def __init__(self) -> None:
-        self.largest, self.where, self.seen, self.massive = -1.0, (0, 0, 0), 0, 0
+        self.value, self.where, self.seen, self.massive = 0.0, (0, 0, 0), 0, 0
         self.medians: list[float] = []
         self.shares: list[float] = []
 
     def see(self, _module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
-        h = wide(next(tensor for _, tensor in leaves((result,), {}))).abs()  # (B, T, d_model)
-        median = float(h.median())
-        if float(h.max()) > self.largest:
-            row, position, channel = (int(i) for i in torch.unravel_index(h.argmax(), h.shape))
-            self.largest, self.where = float(h.max()), (self.seen + row, position, channel)
+        h = wide(next(tensor for _, tensor in leaves((result,), {})))  # (B, T, d_model)
+        size = h.abs()
+        median = float(size.median())
+        row, position, channel = (int(i) for i in torch.unravel_index(size.argmax(), h.shape))
+        if float(size[row, position, channel]) > abs(self.value):
+            self.value, self.where = float(h[row, position, channel]), (self.seen + row, position, channel)
         self.medians.append(median)
-        self.massive += int((h.amax(-1) > TIMES * median).sum())
+        self.massive += int((size.amax(-1) > TIMES * median).sum())
         self.seen += len(h)
 
     def attend(self, _module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
@@ -132,7 +141,7 @@ class _Peak:
         median = sum(self.medians) / len(self.medians)
         where = dict(zip(("sample", "position", "channel"), self.where, strict=True))
         share = sum(self.shares) / len(self.shares) if self.shares else float("nan")
-        told = {"largest": self.largest, "median": median, **where, "n_massive": self.massive}
+        told = {"largest": abs(self.value), "median": median, **where, "n_massive": self.massive}
         return {**told, "attention_to_first": share}
 
 
@@ -164,12 +173,16 @@ def written_by(
     if not consumed:
         raise PrunekitError("no linear layer consumes heads or FFN channels there; give groups of discover(model)")
     read: dict[nn.Module, Tensor] = {}  # module → what it reads at the position, (n_in,)
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        (x,) = (*args, *kwargs.values())
+        read[module] = wide(x).flatten(0, -2)[position]  # some models have put the tokens of all samples in a row
+
     with ExitStack() as stack:
         for context in (evaluating(model), torch.no_grad()):
             stack.enter_context(context)
         for _, _, module, _ in consumed:
-            hook = module.register_forward_pre_hook(lambda m, args: read.update({m: wide(args[0])[0, position]}))
-            stack.callback(hook.remove)
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         model(input_ids=tokens, use_cache=False)
     rows: list[tuple[str, int, float]] = []
     for name, index, module, weight in consumed:

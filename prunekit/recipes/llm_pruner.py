@@ -11,7 +11,7 @@ from prunekit.errors import PrunekitError
 from prunekit.importance import Curvature, Importance, Taylor
 from prunekit.importance.reduction import check_choice
 from prunekit.pruning import PruningPlan, plan_in_steps, prune
-from prunekit.pruning.planning import DEFAULT_KINDS, check_options, plan_without
+from prunekit.pruning.planning import check_options, default_units, plan_without
 from prunekit.recovery import LoRA, recover
 from prunekit.text import TextSource
 
@@ -64,8 +64,9 @@ def llm_pruner(
             groups compete for this share of all parameters in those groups, by score per parameter.
         normalize: `"loss"` makes the scores of any importance comparable for `"global"`, as in `score`.
         n_steps: steps of equal size, with scores refreshed between them.
-        modern: in block mode, this package's defaults in place of the paper's: scores by `Curvature`, layers that
-            compete for the share, none spared, and what is left re-fitted on `calib`.
+        modern: in block mode, this package's way in place of the paper's: scores by `Curvature`, layers that compete,
+            none spared, and what is left re-fitted on `calib`. `pruning_ratio` is then of all heads' and FFN channels'
+            parameters (of `plan`, it is of the whole model's).
         data: to recover with, as for `recover`; None leaves the model untuned.
         tokenizer: needed where `data` is text.
         recovery: how; None is the paper's, `LoRA.paper()`.
@@ -114,7 +115,7 @@ def _of_blocks(groups: Groups, layers: Iterable[int] | None, ranking: str) -> di
     options = {"protect_layers": spared, "ranking": ranking}
     if ranking == "local":
         return options | {"of": "units"}
-    cut = [group for group in groups.of_kind(*DEFAULT_KINDS) if group.exact and group.layer not in spared]
+    cut = [group for group in default_units(groups) if group.layer not in spared]
     names = {member.parameter for group in cut for member in group.members}
     return options | {"share": sum(math.prod(groups.shapes[name]) for name in names) / groups.n_parameters}
 
