@@ -7,11 +7,10 @@ from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit import Magnitude, PlanSpace, PrunekitError, plan, prune, score
+from prunekit import Magnitude, PlanSpace, PrunekitError, plan, score
 from prunekit.pruning import compensation
 from prunekit.pruning.budgets import TOLERANCE
 from prunekit.search import Choice, CostTable, Range, known_points, parameter_table
-from prunekit.search.building import masked
 
 NAMES = ["llama_gqa", "llama_mha", "gpt2", "opt", "bloom", "gpt_neox", "falcon_new", "qwen2_moe", "phi_gqa"]
 GROUPS = FAMILIES["llama_gqa"].groups()
@@ -113,34 +112,6 @@ def test_whole_layers_go_and_are_no_more_than_allowed():
     assert sum(p.numel() for p in small.parameters()) == space.costs(points[0])["parameters"]
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bloom"])
-def test_masks_say_what_the_cut_model_says_and_leave_no_trace(name):
-    family = FAMILIES[name]
-    model, groups = family.model(), family.groups()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    space = PlanSpace(groups, {"random": random_scores(groups)}, 0.2, as_masks=True)
-    ids = torch.arange(1, 9)[None]
-    for point in sampled(space, 3):
-        (mask, data), small = space.job(point), prune(model, space.plan(point))
-        with torch.no_grad(), mask(model, data) as zeroed:
-            assert zeroed is model
-            torch.testing.assert_close(zeroed(ids).logits, small(ids).logits, rtol=1e-9, atol=1e-9)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_masks_that_are_not_exact_are_refused_and_undone():
-    family = FAMILIES["llama_gqa"]
-    model, groups = family.model(), family.groups()
-    (hidden,) = groups.of_kind("hidden")
-    chosen = plan(groups, random_scores(groups), 0.1, kinds=["hidden"], of="units")
-    assert not hidden.exact
-    before = model.model.embed_tokens.weight.clone()
-    fields = {name: getattr(chosen, name) for name in ("keep", "n_units", "n_parameters", "n_parameters_kept")}
-    with pytest.raises(PrunekitError, match="as_masks=False"), masked(model, fields):
-        pass
-    assert torch.equal(model.model.embed_tokens.weight, before)
-
-
 def test_compensation_is_a_knob_and_is_carried_out(monkeypatch):
     monkeypatch.setattr(compensation, "mean_loss", lambda *_: 1.0)  # random tokens say nothing of the loss
     model = FAMILIES["llama_gqa"].model(dtype=torch.float32)
@@ -229,7 +200,6 @@ def test_what_makes_a_space_another_shows_in_its_description():
         ({"min_units": 0}, "min_units=0"),
         ({"whole_layers": -1}, "whole_layers=-1"),
         ({"groups": 3}, "groups are a int"),
-        ({"as_masks": True, "compensate": torch.ones(1, 4, dtype=torch.long)}, "leave out compensate"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(options, says):

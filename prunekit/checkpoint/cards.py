@@ -47,9 +47,8 @@ _GOOD_FOR = (
     "What these zeros are good for: to a dense engine they are numbers like any other, multiplied and stored in full. "
     "Zeros that lie anywhere make nothing faster, and this folder no smaller unless somebody compresses it. Only 2:4 "
     "(two zeros in every four weights along a row) can be faster: on NVIDIA GPUs of compute capability 8.0 or higher, "
-    'in half precision, with the semi-structured kernels that `prunekit.load("THIS FOLDER", dtype="float16", '
-    "semi_structured=True)` sets up. Whether it is depends on shapes and batch: measure. No other pattern is faster in "
-    "an engine that this library writes for."
+    "in half precision, in an engine with kernels for semi-structured sparsity. Whether it is depends on shapes and "
+    "batch: measure. No other pattern is faster in an engine that this library writes for."
 )
 
 

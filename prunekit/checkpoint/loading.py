@@ -29,7 +29,6 @@ from prunekit.model_names import NAMES, is_world
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.experts import usable
 from prunekit.sparsity.keeping import parsed_report
-from prunekit.sparsity.semi_structured import check_device, to_semi_structured
 from prunekit.world import load as load_world
 
 MODEL_TYPE = "prunekit"
@@ -42,7 +41,6 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     trust_remote_code: bool = False,
-    semi_structured: bool = False,
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, in evaluation mode on the CPU.
 
@@ -55,31 +53,19 @@ def load(
             to a folder in the user's cache, which the environment variable PRUNEKIT_CACHE moves.
         dtype: of the weights; the checkpoint's own by default.
         trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
-        semi_structured: bring the model onto the GPU, its 2:4-sparse weights in torch's semi-structured form, as
-            `prunekit.sparsity.to_semi_structured` does. **This has not been run on a GPU by those who wrote it.**
 
     Returns:
         The model, and its tokenizer or None where the folder has none.
 
     Raises:
         PrunekitError: there is no checkpoint, only a pickled one, or one whose files do not fit each other; a GGUF
-            file that cannot be converted; or, with `semi_structured`, no fitting GPU (then nothing is read) or no
-            weight that can be converted.
+            file that cannot be converted.
     """
     dtype = _known_dtype(dtype)
-    if semi_structured:
-        check_device()
-    model, tokenizer = _load(source, dtype, trust_remote_code)
-    if semi_structured:
-        to_semi_structured(model.to("cuda"))
-    return model, tokenizer
-
-
-def _load(given: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple[nn.Module, Any]:
-    if is_world(given):
+    if is_world(source):
         model, tokenizer = load_world()
         return _in_dtype(model, dtype), tokenizer
-    source = resolve(given)
+    given, source = source, resolve(source)
     if os.path.lexists(source):
         model = _load_folder(Path(source), dtype, trust_remote_code)
     elif Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:

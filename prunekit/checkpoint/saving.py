@@ -27,7 +27,6 @@ from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
 from prunekit.pruning import PruningPlan
-from prunekit.sparsity.semi_structured import check_dense_form
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
@@ -63,7 +62,7 @@ def save(
         The folder.
 
     Raises:
-        PrunekitError: `out` exists or cannot be written, adapters are not merged, weights are in semi-structured form,
+        PrunekitError: `out` exists or cannot be written, adapters are not merged,
             or the model is not what its recorded cuts lead to. Nothing is left behind.
     """
     check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
@@ -111,7 +110,6 @@ def check_saveable(model: Any) -> None:  # noqa: ANN401
     empty = [name for name, p in model.named_parameters() if p.is_meta]
     if empty:
         raise PrunekitError(f"the model has no weights in {', '.join(empty[:4])}; load them before saving")
-    check_dense_form(model, "saved")
 
 
 def check_saving(

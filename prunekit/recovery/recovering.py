@@ -21,7 +21,6 @@ from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.training import flags_kept, seeded, train
 from prunekit.sparsity.keeping import TRAINED, masked_adapters, renew_report, share_of_zeros
 from prunekit.sparsity.keeping import keep_zeros as zeros_kept
-from prunekit.sparsity.semi_structured import check_dense_form
 from prunekit.text import TextSource
 
 if TYPE_CHECKING:
@@ -82,7 +81,6 @@ def recover(
         raise PrunekitError(f"recovery method {method!r} is unknown; give one of {known}, such as LoRA(r=8)")
     if output_dir is not None and Path(output_dir).exists():
         raise PrunekitError(f"output_dir {str(output_dir)!r} exists already: give a new folder")
-    check_dense_form(model, "trained")
     keep = _zeros_stay(model, keep_zeros)
     check_finite(model)
     length = method.seq_len if seq_len is None else seq_len

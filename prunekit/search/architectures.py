@@ -17,7 +17,7 @@ from prunekit.errors import PrunekitError
 from prunekit.fingerprint import bytes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import DEFAULT_KINDS, candidates_of, plan_without
-from prunekit.search.building import cut, masked
+from prunekit.search.building import cut
 from prunekit.search.costs import Budget, CostTable, budgets_of, check_budgets, parameter_table
 from prunekit.search.fitting import Slots
 from prunekit.search.knobs import Choice, Knob, Range
@@ -46,8 +46,6 @@ class PlanSpace(Space):
         whole_layers: layers that may go whole, at most.
         min_units: units that each group keeps at least.
         compensate: a calibration set, integers (n_samples, seq_len), to re-fit on or not; None never re-fits.
-        as_masks: measure the dense model with zeros in place of smaller ones: no second model is held, and nothing is
-            faster. The first point that a worker measures is cut too, and must say the same.
         limits: knob → what it is held to; see `narrowed`.
 
     Raises:
@@ -66,7 +64,6 @@ class PlanSpace(Space):
     whole_layers: int = 0
     min_units: int = 1
     compensate: Tensor | None = None
-    as_masks: bool = False
     limits: Mapping[str, Knob] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -78,8 +75,6 @@ class PlanSpace(Space):
                 f"kinds={self.kinds!r}: no exact group with more than min_units={self.min_units} units lies in a "
                 f"layer; this model has {', '.join(kinds)}"
             )
-        if self.as_masks and self.compensate is not None:
-            raise PrunekitError("as_masks=True re-fits nothing; leave out compensate, or cut: as_masks=False")
         check_budgets(self.limited, self._least_left)
 
     def _check_types(self) -> None:
@@ -95,9 +90,8 @@ class PlanSpace(Space):
             )
         if self.compensate is not None and not isinstance(self.compensate, Tensor):
             raise PrunekitError(f"compensate={self.compensate!r:.40} is no calibration set; give integers (n, seq_len)")
-        for name in ("layer_range", "as_masks"):
-            if not isinstance(getattr(self, name), bool):
-                raise PrunekitError(f"{name}={getattr(self, name)!r:.40} is not allowed; give True or False")
+        if not isinstance(self.layer_range, bool):
+            raise PrunekitError(f"layer_range={self.layer_range!r:.40} is not allowed; give True or False")
 
     @cached_property
     def units(self) -> Mapping[str, CoupledGroup]:
@@ -240,11 +234,11 @@ class PlanSpace(Space):
         return self.fitted(point)
 
     def job(self, point: Point) -> tuple[CarryOut, Any]:
-        """The cut, or the masks, and the plan as plain data."""
+        """The cut, and the plan as plain data."""
         plan = self.plan(point)
         calib = self.compensate if point.get(COMPENSATE) else None
         data = {name: getattr(plan, name) for name in ("keep", "n_units", "n_parameters", "n_parameters_kept")}
-        return masked if self.as_masks else partial(cut, calib=calib), data
+        return partial(cut, calib=calib), data
 
     def costs(self, point: Point) -> dict[str, float]:
         """Parameters, and what the budgets limit."""
@@ -257,7 +251,7 @@ class PlanSpace(Space):
         if self.compensate is not None:
             digest.update(bytes_of(self.compensate))
         limits = [[budget.name, repr(budget.limit)] for budget in self.limited]
-        budgets = {"budgets": limits, "digest": digest.hexdigest(), "as_masks": self.as_masks}
+        budgets = {"budgets": limits, "digest": digest.hexdigest()}
         return {**super().described(), **budgets, "min_units": self.min_units, "whole_layers": self.whole_layers}
 
     def __repr__(self) -> str:

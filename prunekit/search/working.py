@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -91,19 +90,14 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:  
         model, tokenizer = opened(work)
         start = time.perf_counter()
         try:
-            with _entered(build(model, data)) as built:
-                figures = {metric.name: figure(metric, built, tokenizer) for metric in work.metrics}
+            built = build(model, data)
+            figures = {metric.name: figure(metric, built, tokenizer) for metric in work.metrics}
         except PrunekitError as error:
             return Outcome(number, {}, str(error))
         except Exception as error:
             error.add_note(f"while trial {number} was measured, {data!r:.200}; it waits to be measured again")
             raise
         return Outcome(number, figures | {"seconds": time.perf_counter() - start})
-
-
-def _entered(built: Any) -> AbstractContextManager[Any]:  # noqa: ANN401
-    """What was built as a context: a model that is only for a while is one already."""
-    return built if isinstance(built, AbstractContextManager) else nullcontext(built)
 
 
 def figure(metric: Metric, model: Any, tokenizer: Any) -> float:  # noqa: ANN401

@@ -3,7 +3,6 @@
 from prunekit.sparsity.keeping import keep_zeros, masked_adapters
 from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.report import SparsityReport
-from prunekit.sparsity.semi_structured import to_semi_structured
 from prunekit.sparsity.solvers import magnitude, sparsegpt, wanda
 from prunekit.sparsity.sparsifying import sparsify
 
@@ -15,6 +14,5 @@ __all__ = [
     "masked_adapters",
     "sparsegpt",
     "sparsify",
-    "to_semi_structured",
     "wanda",
 ]
