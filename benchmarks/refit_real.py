@@ -24,7 +24,7 @@ BY_UNITS = ("gemma",)
 WINDOWS = (16, 64, 256)
 
 
-def rows_of(name: str, ratios: list[float], there: set[tuple[str, ...]]) -> Any:  # noqa: ANN401
+def rows_of(name: str, ratios: list[float], there: set[tuple[str, ...]]) -> Any:
     """One row a re-fit that is not there yet."""
     wanted = [(r, n) for r in ratios for n in WINDOWS if (name, str(r), str(n)) not in there]
     if not wanted:
@@ -33,7 +33,7 @@ def rows_of(name: str, ratios: list[float], there: set[tuple[str, ...]]) -> Any:
     text = "world" if name == "world" else shared("data/calibration/c4_demo.jsonl")
     length = min(128, model.config.max_position_embeddings)
 
-    def drawn(n: int, **options: Any) -> Any:  # noqa: ANN401
+    def drawn(n: int, **options: Any) -> Any:
         return pk.calibration_set(text, tokenizer, n_samples=n, seq_len=length, seed=0, **options)
 
     groups = pk.discover(model)

@@ -165,7 +165,7 @@ __all__ = [
 registration.watch()
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> Any:
     for room, names in _ROOMS.items():
         if name in names:
             found = getattr(import_module(f"prunekit.{room}"), name)

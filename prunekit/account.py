@@ -84,7 +84,7 @@ class LossChange:
         return {**asdict(self), "before": _finite(self.before), "after": _finite(self.after)}
 
     @classmethod
-    def from_dict(cls, fields: Any) -> "LossChange":  # noqa: ANN401
+    def from_dict(cls, fields: Any) -> "LossChange":
         """Read back what `to_dict` gave.
 
         Raises:
@@ -152,7 +152,7 @@ def few(tokens: Tensor) -> Tensor:
     return tokens[: max(1, MOST_TOKENS // max(tokens.shape[1], 1))].detach().clone()
 
 
-def held_out_sample(tokens: Any, model: nn.Module) -> Sample:  # noqa: ANN401
+def held_out_sample(tokens: Any, model: nn.Module) -> Sample:
     """What a user gave to measure on.
 
     Raises:
@@ -184,7 +184,7 @@ def opened(step: str, model: nn.Module, sample: Sample | None, why: str = HOW) -
         return Opening(step, None, None, _failed(error))
 
 
-def closed(opening: Opening, model: Any, *, stacklevel: int = 2) -> LossChange:  # noqa: ANN401
+def closed(opening: Opening, model: Any, *, stacklevel: int = 2) -> LossChange:
     """Measure a model after a step, let it carry the account as `loss_change`, and warn where the loss rose by much.
 
     The model is made by now, so that neither an error nor an interrupt here may lose it.

@@ -45,7 +45,7 @@ class _Answer(NamedTuple):
     rest: tuple
     where: int
 
-    def filled(self, hidden: Tensor) -> Any:  # noqa: ANN401
+    def filled(self, hidden: Tensor) -> Any:
         """The same with a residual stream."""
         return (*self.rest[: self.where], hidden, *self.rest[self.where + 1 :]) if self.rest else hidden
 
@@ -171,7 +171,7 @@ def _follow(
     answers: list[_Answer] = []
     stream: list[Tensor] = []  # in front of the first layer, then where the batch is now
 
-    def enter(_module: nn.Module, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+    def enter(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
         places = [key for key, value in (*enumerate(args), *kwargs.items()) if _is_stream(value, stream)]
         if not places:
             return None
@@ -182,7 +182,7 @@ def _follow(
         calls.append(call.emptied())
         return call.filled(stream[-1])
 
-    def leave(_module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
+    def leave(_module: nn.Module, _args: Any, result: Any) -> None:
         after = _first_float(result)
         stream[1:] = [] if after is None else [after]  # with none, the next layer is found to read something else
         answers.append(_answer(result))
@@ -212,7 +212,7 @@ def fewest_logits(model: nn.Module, batch: Inputs) -> dict[str, int]:
 
 
 @contextmanager
-def _answering(module: nn.Module, result: Any) -> Iterator[None]:  # noqa: ANN401
+def _answering(module: nn.Module, result: Any) -> Iterator[None]:
     """While open, a module returns this and computes nothing."""
     own = vars(module).get("forward")  # accelerate's hooks, for one, put theirs there
     module.forward = lambda *_args, **_kwargs: result
@@ -224,14 +224,14 @@ def _answering(module: nn.Module, result: Any) -> Iterator[None]:  # noqa: ANN40
             module.forward = own
 
 
-def _answer(result: Any) -> _Answer:  # noqa: ANN401
+def _answer(result: Any) -> _Answer:
     if not isinstance(result, tuple):
         return _Answer((), 0)
     where = next((i for i, value in enumerate(result) if isinstance(value, Tensor) and value.is_floating_point()), 0)
     return _Answer(tuple(None if isinstance(value, Tensor) else value for value in result), where)
 
 
-def _is_stream(value: Any, stream: list[Tensor]) -> bool:  # noqa: ANN401
+def _is_stream(value: Any, stream: list[Tensor]) -> bool:
     """Whether an argument is what the layer before returned; for the first layer, activations (batch, seq, d_model)."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
@@ -241,7 +241,7 @@ def _is_stream(value: Any, stream: list[Tensor]) -> bool:  # noqa: ANN401
     return alike and torch.equal(value, stream[-1])
 
 
-def _first_float(result: Any) -> Tensor | None:  # noqa: ANN401
+def _first_float(result: Any) -> Tensor | None:
     return next((tensor for _, tensor in leaves((result,), {}) if tensor.is_floating_point()), None)
 
 

@@ -36,13 +36,13 @@ class PrunekitForCausalLM:
         cls,
         source: str | Path,
         *,
-        config: Any = None,  # noqa: ANN401
-        dtype: Any = None,  # noqa: ANN401
-        device_map: Any = None,  # noqa: ANN401
+        config: Any = None,
+        dtype: Any = None,
+        device_map: Any = None,
         output_loading_info: bool = False,
         subfolder: str = "",
         **options: Any,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """The model of a cut checkpoint.
 
         Args:
@@ -70,7 +70,7 @@ class PrunekitForCausalLM:
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _from_config(cls, config: PrunekitConfig, **options: Any) -> Any:  # noqa: ANN401
+    def _from_config(cls, config: PrunekitConfig, **options: Any) -> Any:
         raise PrunekitError("a cut model has no weights to start from; load one with from_pretrained, or cut another")
 
 
@@ -85,7 +85,7 @@ def _check_options(options: dict[str, Any]) -> None:
             )
 
 
-def _one_device(device_map: Any) -> Any:  # noqa: ANN401
+def _one_device(device_map: Any) -> Any:
     """The device that a map names, or None."""
     import torch
 

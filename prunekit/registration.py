@@ -23,13 +23,13 @@ def watch() -> None:
         sys.meta_path.insert(0, _Watcher())
 
 
-def _register_configuration(table: Any) -> None:  # noqa: ANN401
+def _register_configuration(table: Any) -> None:
     from prunekit.registered import PrunekitConfig
 
     table.AutoConfig.register(PrunekitConfig.model_type, PrunekitConfig, exist_ok=True)
 
 
-def _register_model(table: Any) -> None:  # noqa: ANN401
+def _register_model(table: Any) -> None:
     from prunekit.registered import PrunekitConfig, PrunekitForCausalLM
 
     table.AutoModelForCausalLM.register(PrunekitConfig, PrunekitForCausalLM, exist_ok=True)

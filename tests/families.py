@@ -273,9 +273,9 @@ def zero_units(model: nn.Module, groups: Groups, plan: PruningPlan) -> nn.Module
 class Unrounded(TorchDispatchMode):
     """While open, what a model would cast to float32, as most do in norms and some in attention, becomes float64."""
 
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: Options | None = None
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         kwargs = kwargs or {}
         return func(*args, **kwargs | ({"dtype": torch.float64} if kwargs.get("dtype") is torch.float32 else {}))
 

@@ -116,7 +116,7 @@ def test_the_configuration_says_the_widths_of_each_layer_in_the_official_schema(
         right = [(sizes.get((n, "kv_head"), 1), sizes[n, "ffn_channel"]) for n in range(2)]  # one head left is no group
         assert config.model_type == "prunekit" and config.is_heterogeneous and said == right
         with pytest.raises(RuntimeError, match="per-layer attribute"):
-            getattr(config, channels)  # noqa: B009
+            getattr(config, channels)
 
 
 def test_auto_classes_take_the_usual_options_and_refuse_what_cannot_be(folders):

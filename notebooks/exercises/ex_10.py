@@ -13,7 +13,7 @@ FRONT = [6, 2, 5]  # 3 is better than its cheaper neighbour 0, and still worse t
 def stub_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
     """What the notebook starts from: four things are wrong with it."""
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
-    return [i for before, i in zip(order, order[1:]) if values[i] < values[before]]  # noqa: B905, RUF007
+    return [i for before, i in zip(order, order[1:]) if values[i] < values[before]]  # noqa: B905
 
 
 def solution_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:

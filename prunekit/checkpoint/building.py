@@ -17,7 +17,7 @@ Stages = list[dict[str, list[int]]]
 Shapes = dict[str, tuple[int, ...]]
 
 
-def empty_model(config: Any, **options: Any) -> Any:  # noqa: ANN401
+def empty_model(config: Any, **options: Any) -> Any:
     """The model of a configuration, its parameters on the meta device, its buffers real; no code from elsewhere."""
     with init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
@@ -37,7 +37,7 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | kept
 
 
-def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] = ()) -> Any:  # noqa: ANN401
+def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] = ()) -> Any:
     """An uncut model without weights, with every recorded cut made again in order.
 
     Args:

@@ -53,7 +53,7 @@ _GOOD_FOR = (
 
 
 def texts_beside(
-    model: Any,  # noqa: ANN401
+    model: Any,
     layout: str,
     plan: PruningPlan | None,
     report: "Report | None",
@@ -70,7 +70,7 @@ def texts_beside(
 
 
 def model_card(
-    model: Any,  # noqa: ANN401
+    model: Any,
     layout: str,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
@@ -106,7 +106,7 @@ def model_card(
     return "\n\n".join([*parts, f"## Load\n\n```python\n{loader}\n```"]) + "\n"
 
 
-def renumbered(model: Any, plan: PruningPlan | None, tokenizer: Any) -> list[str]:  # noqa: ANN401
+def renumbered(model: Any, plan: PruningPlan | None, tokenizer: Any) -> list[str]:
     """What a card says of a tokenizer: that none is there, where tokens went and no other was given."""
     if tokenizer is not None or not tokens_went(model, plan):
         return []
@@ -114,7 +114,7 @@ def renumbered(model: Any, plan: PruningPlan | None, tokenizer: Any) -> list[str
     return [f"{RENUMBERED.capitalize()}{listed}. The tokenizer of the uncut model does not fit, and none is saved."]
 
 
-def _loss_parts(model: Any) -> list[str]:  # noqa: ANN401
+def _loss_parts(model: Any) -> list[str]:
     """What the last step did to the loss, where it was measured."""
     change = getattr(model, "loss_change", None)
     if not isinstance(change, LossChange):

@@ -82,7 +82,7 @@ def _isolated(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _config(path: Path, alone: Path, header: GgufHeader) -> Any:  # noqa: ANN401
+def _config(path: Path, alone: Path, header: GgufHeader) -> Any:
     try:
         config = AutoConfig.from_pretrained(alone, gguf_file=FILE, trust_remote_code=False)
     except Exception as error:  # of any kind, for an architecture that it has no table for
@@ -99,7 +99,7 @@ def _config(path: Path, alone: Path, header: GgufHeader) -> Any:  # noqa: ANN401
     return config
 
 
-def _model(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:  # noqa: ANN401
+def _model(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:
     options = {"gguf_file": FILE, "config": config, "dtype": header.dtype, "output_loading_info": True}
     if hasattr(transformers, "GgufConfig"):  # without it, blocks stay as they are; older releases dequantize anyway
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -118,7 +118,7 @@ def _model(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:  # 
     return _ordinary(model)
 
 
-def _check_nothing_is_left_out(path: Path, header: GgufHeader, model: Any) -> None:  # noqa: ANN401
+def _check_nothing_is_left_out(path: Path, header: GgufHeader, model: Any) -> None:
     """Refuses a file of which the model does not hold every number: it would compute something else.
 
     Blocks beyond the model's own, which some files have for guessing several tokens at once, do not count.
@@ -139,7 +139,7 @@ def _check_nothing_is_left_out(path: Path, header: GgufHeader, model: Any) -> No
     )
 
 
-def _ordinary(model: Any) -> Any:  # noqa: ANN401
+def _ordinary(model: Any) -> Any:
     """Without what is left of having been quantized, which would keep it from being saved."""
     for name in ("hf_quantizer", "quantization_method"):
         vars(model).pop(name, None)
@@ -148,7 +148,7 @@ def _ordinary(model: Any) -> Any:  # noqa: ANN401
     return model
 
 
-def _tokenizer(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:  # noqa: ANN401
+def _tokenizer(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:
     """The file's own; where it holds none, that of the files beside it, or None."""
     options: dict[str, Any] = {"config": config, "trust_remote_code": False}
     if header.vocabulary is None and not _tokenizer_files(path):
@@ -164,7 +164,7 @@ def _tokenizer(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:
         ) from error
 
 
-def _check_tokenizer(path: Path, folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+def _check_tokenizer(path: Path, folder: Path, tokenizer: Any) -> None:
     """Refuses one that is another after saving and loading."""
     again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if again(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:

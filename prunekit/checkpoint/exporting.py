@@ -35,7 +35,7 @@ def export(
     out: str | Path,
     *,
     layout: Literal["plain", "padded", "gguf"] = "plain",
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
     files: Mapping[str, str] | None = None,
@@ -79,7 +79,7 @@ def export(
     return Path(out)
 
 
-def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:  # noqa: ANN401
+def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:
     """A model of even widths, a configuration that says them, and which had to be filled up for that."""
     cuts = Cuts.of(model) if is_cut(model) else None
     config = plain_config(model, cuts)

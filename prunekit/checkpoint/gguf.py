@@ -39,7 +39,7 @@ class NoVocabulary(UserWarning):
     """A GGUF file was written without the words of its tokens."""
 
 
-def write_gguf(model: Any, config: Any, folder: Path) -> list[str]:  # noqa: ANN401
+def write_gguf(model: Any, config: Any, folder: Path) -> list[str]:
     """Write `model.gguf`, with the vocabulary of the tokenizer that stands in the folder already.
 
     Args:
@@ -69,7 +69,7 @@ def write_gguf(model: Any, config: Any, folder: Path) -> list[str]:  # noqa: ANN
     return remarks
 
 
-def check_family(model: Any) -> None:  # noqa: ANN401
+def check_family(model: Any) -> None:
     """Refuses what GGUF's `llama` is not, whatever its widths, before anything else is asked of it.
 
     Raises:
@@ -85,7 +85,7 @@ def check_family(model: Any) -> None:  # noqa: ANN401
         raise PrunekitError(f"GGUF has no {model.dtype}; convert the model to one of {known}")
 
 
-def _add_sizes(writer: Any, config: Any) -> None:  # noqa: ANN401
+def _add_sizes(writer: Any, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)
@@ -99,7 +99,7 @@ def _add_sizes(writer: Any, config: Any) -> None:  # noqa: ANN401
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _interleaved(name: str, tensor: Tensor, config: Any) -> Tensor:  # noqa: ANN401
+def _interleaved(name: str, tensor: Tensor, config: Any) -> Tensor:
     """Query and key rows in llama.cpp's order: rotary pairs stand side by side, not half a head apart."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None:
@@ -107,7 +107,7 @@ def _interleaved(name: str, tensor: Tensor, config: Any) -> Tensor:  # noqa: ANN
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)  # (head, half, pair) → (head, pair, half)
 
 
-def _add_tensor(gguf: Any, writer: Any, wanted: str | None, name: str, tensor: Tensor) -> None:  # noqa: ANN401
+def _add_tensor(gguf: Any, writer: Any, wanted: str | None, name: str, tensor: Tensor) -> None:
     if wanted is None:
         raise PrunekitError(f"GGUF's {ARCHITECTURE!r} has no place for {name}; this model cannot be written")
     kind = gguf.GGMLQuantizationType[_KINDS[tensor.dtype][0] if tensor.dim() > 1 else "F32"]
@@ -115,7 +115,7 @@ def _add_tensor(gguf: Any, writer: Any, wanted: str | None, name: str, tensor: T
     writer.add_tensor(wanted, data, raw_dtype=kind)
 
 
-def _add_vocabulary(gguf: Any, writer: Any, folder: Path, model: Any) -> list[str]:  # noqa: ANN401
+def _add_vocabulary(gguf: Any, writer: Any, folder: Path, model: Any) -> list[str]:
     """The words of a BPE tokenizer, or none and the reason, with a warning."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -143,7 +143,7 @@ def _add_vocabulary(gguf: Any, writer: Any, folder: Path, model: Any) -> list[st
     return []
 
 
-def _lacking(tokenizer: dict[str, Any] | None, model: Any) -> str | None:  # noqa: ANN401
+def _lacking(tokenizer: dict[str, Any] | None, model: Any) -> str | None:
     """Why the file of a model cannot hold a tokenizer's words; None where it can."""
     if tokenizer is None:
         return "there is no tokenizer.json; give it token ids"
@@ -160,7 +160,7 @@ def _lacking(tokenizer: dict[str, Any] | None, model: Any) -> str | None:  # noq
     return None
 
 
-def _is_anothers(tokenizer: dict[str, Any], model: Any) -> bool:  # noqa: ANN401
+def _is_anothers(tokenizer: dict[str, Any], model: Any) -> bool:
     """Whether words have numbers that the model has not; ones that were added to an uncut model's are left out."""
     own = ("NORMAL", "BYTE")
     numbers = [number for number, _, kind in _numbered(tokenizer) if kind in own or tokens_went(model)]
@@ -191,14 +191,14 @@ def _numbered(tokenizer: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
         yield added["id"], added["content"], "CONTROL" if added["special"] else "USER_DEFINED"
 
 
-def _words(types: Any, tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:  # noqa: ANN401
+def _words(types: Any, tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Every word by its number, with its kind; numbers that the tokenizer leaves open are unused."""
     found = {number: (word, types[kind]) for number, word, kind in _numbered(tokenizer)}
     rows = [found.get(number, (f"<unused {number}>", types.UNUSED)) for number in range(size)]
     return [word for word, _ in rows], [int(kind) for _, kind in rows]
 
 
-def _prove(model: Any, folder: Path) -> None:  # noqa: ANN401
+def _prove(model: Any, folder: Path) -> None:
     try:
         with redirect_stderr(io.StringIO()):  # the reader's own progress
             again = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)

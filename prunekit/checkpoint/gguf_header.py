@@ -43,7 +43,7 @@ class GgufHeader:
         return _DTYPES[halves[0] if halves else "F32"]
 
 
-def gguf_package(why: str) -> Any:  # noqa: ANN401
+def gguf_package(why: str) -> Any:
     """llama.cpp's own Python package.
 
     Raises:
@@ -103,12 +103,12 @@ def read_header(path: Path) -> GgufHeader:
     return GgufHeader(str(architecture), sizes, frozenset(kind.name for kind in kinds), known)
 
 
-def _value(reader: Any, name: str) -> Any:  # noqa: ANN401
+def _value(reader: Any, name: str) -> Any:
     field = reader.fields.get(name)
     return None if field is None else field.contents()
 
 
-def _check_kinds(gguf: Any, path: Path, kinds: set[Any]) -> None:  # noqa: ANN401
+def _check_kinds(gguf: Any, path: Path, kinds: set[Any]) -> None:
     refused = sorted(kind.name for kind in kinds if not _can_be_dequantized(gguf, kind))
     if refused:
         raise PrunekitError(
@@ -117,7 +117,7 @@ def _check_kinds(gguf: Any, path: Path, kinds: set[Any]) -> None:  # noqa: ANN40
         )
 
 
-def _can_be_dequantized(gguf: Any, kind: Any) -> bool:  # noqa: ANN401
+def _can_be_dequantized(gguf: Any, kind: Any) -> bool:
     """Tried on one block of zeros."""
     _, n_bytes = gguf.GGML_QUANT_SIZES[kind]
     try:

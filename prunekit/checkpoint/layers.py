@@ -43,7 +43,7 @@ def _gone(stage: dict[str, list[int]]) -> set[str]:
     return {name.removesuffix(":layer") for name, units in stage.items() if name.endswith(":layer") and not units}
 
 
-def on_all_layers(config: Any, stages: Stages) -> Stages:  # noqa: ANN401
+def on_all_layers(config: Any, stages: Stages) -> Stages:
     """The same cuts under the names of the model that has all its layers; those that go do so last.
 
     Args:
@@ -69,7 +69,7 @@ def _numbered(name: str, path: str, here: list[int]) -> str:
     return re.sub(rf"^({re.escape(path)}\.)(\d+)(?=[.:])", lambda match: f"{match[1]}{here[int(match[2])]}", name)
 
 
-def _lengthen(config: Any, gone: list[int]) -> None:  # noqa: ANN401
+def _lengthen(config: Any, gone: list[int]) -> None:
     """Give a configuration its layers back.
 
     What it lists layer by layer says nothing of those that went; they take after a neighbour, and go again.

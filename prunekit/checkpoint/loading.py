@@ -80,7 +80,7 @@ def load(
     return usable(model).eval(), tokenizer
 
 
-def _read_sparsity(path: Path, model: Any) -> None:  # noqa: ANN401
+def _read_sparsity(path: Path, model: Any) -> None:
     """What is told of the zeros in a folder's weights, where something is."""
     if not os.path.lexists(path):
         return
@@ -92,7 +92,7 @@ def _read_sparsity(path: Path, model: Any) -> None:  # noqa: ANN401
         ) from error
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:  # noqa: ANN401
+def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "is a link that leads nowhere"
         raise PrunekitError(
@@ -135,7 +135,7 @@ def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
     check_size(config, stored, str(folder), factor=2)
 
 
-def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:  # noqa: ANN401
+def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     where = _where(source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -193,7 +193,7 @@ def _check_floats(folder: Path, model: nn.Module, stored: dict[str, Stored]) -> 
             raise PrunekitError(f"{name!r} of {str(folder)!r} is stored as {stored[name].dtype}; restore the weights")
 
 
-def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:  # noqa: ANN401
+def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:
     """Refuses the tokenizer of the model that tokens were cut from, which numbers them as before."""
     size, path = model.get_input_embeddings().num_embeddings, folder / "plan.json"
     if tokenizer is None or len(tokenizer) <= size:
@@ -205,7 +205,7 @@ def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:  # noqa: A
         )
 
 
-def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> Any:  # noqa: ANN401
+def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> Any:
     """The tokenizer of a folder or hub id; None where a folder has none."""
     if Path(source).is_dir() and not list(Path(source).glob("tokenizer*")):
         return None
@@ -220,7 +220,7 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
         ) from error
 
 
-def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = False, **options: Any) -> Any:  # noqa: ANN401
+def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = False, **options: Any) -> Any:
     """The model of a folder with `model_type: "prunekit"`, an object of its family's own class.
 
     Args:
@@ -260,11 +260,11 @@ def _check_record(folder: Path, saved: dict[str, Any]) -> None:
         )
 
 
-def _is_list_of(value: Any, kind: type) -> bool:  # noqa: ANN401
+def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(type(entry) is kind for entry in value)
 
 
-def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], options: dict[str, Any]) -> Any:  # noqa: ANN401
+def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], options: dict[str, Any]) -> Any:
     try:
         config = AutoConfig.for_model(**_without_kernels(saved["base_config"]))
         check_size(config, stored, str(folder), factor=LEAST_PART_LEFT)
@@ -281,7 +281,7 @@ def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], optio
         ) from error
 
 
-def _without_kernels(described: Any) -> Any:  # noqa: ANN401
+def _without_kernels(described: Any) -> Any:
     """A configuration that names no implementation of attention or experts: some would be fetched, and run."""
     if not isinstance(described, dict):
         return described
@@ -296,7 +296,7 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
     return model
 
 
-def _known_dtype(dtype: torch.dtype | str) -> Any:  # noqa: ANN401
+def _known_dtype(dtype: torch.dtype | str) -> Any:
     """The dtype that is meant, or "auto"; refuses what weights cannot be computed with."""
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
     if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
@@ -306,7 +306,7 @@ def _known_dtype(dtype: torch.dtype | str) -> Any:  # noqa: ANN401
     return wanted
 
 
-def _fill(model: Any, folder: Path, stored: dict[str, Stored], mapped: bool) -> None:  # noqa: ANN401
+def _fill(model: Any, folder: Path, stored: dict[str, Stored], mapped: bool) -> None:
     """Give an empty model its weights, file by file; tied ones are stored once.
 
     Unless they stay mapped, they are copied to memory of torch's own: a mapped file is aligned otherwise, and on some
@@ -319,7 +319,7 @@ def _fill(model: Any, folder: Path, stored: dict[str, Stored], mapped: bool) -> 
     model.tie_weights()
 
 
-def _check_fit(model: Any, folder: Path, stored: dict[str, Stored]) -> None:  # noqa: ANN401
+def _check_fit(model: Any, folder: Path, stored: dict[str, Stored]) -> None:
     expected = {name: tuple(t.shape) for name, t in own_tensors(model).items()}
     for name in [n for n in expected if n not in stored][:1]:
         raise PrunekitError(f"{str(folder)!r} lacks the weights of {name}; restore it from its source")

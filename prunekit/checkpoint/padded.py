@@ -15,7 +15,7 @@ ROUNDING = 64  # units in the last place: more zeros in a sum change its order a
 COARSE = 0.03  # half precision: what is wrong differs far more
 
 
-def padded_model(model: Any, cuts: Cuts) -> Any:  # noqa: ANN401
+def padded_model(model: Any, cuts: Cuts) -> Any:
     """A model that plain `transformers` loads and that computes what `model` computes.
 
     Every width is that of the widest layer, or the next that the family takes; where its configuration has no
@@ -49,7 +49,7 @@ def padded_model(model: Any, cuts: Cuts) -> Any:  # noqa: ANN401
     return padded
 
 
-def relative_difference(a: Any, b: Any) -> float:  # noqa: ANN401
+def relative_difference(a: Any, b: Any) -> float:
     """‖a − b‖ / ‖b‖ of two models' logits on the same tokens."""
     found, expected = first_logits(a).double(), first_logits(b).double()
     return float((found - expected).norm() / expected.norm())
@@ -60,7 +60,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return min(ROUNDING * torch.finfo(dtype).eps, COARSE)
 
 
-def _roomy(cuts: Cuts) -> Any:  # noqa: ANN401
+def _roomy(cuts: Cuts) -> Any:
     config = cuts.config
     for name, groups in cuts.roles.items():
         widest = max(cuts.n_left(group) for group in groups)
@@ -84,7 +84,7 @@ def _survivors(groups: Groups, cuts: Cuts) -> dict[tuple[str, int], Tensor]:
     return {site: _others(groups.shapes[site[0]][site[1]], torch.cat(parts)) for site, parts in gone.items()}
 
 
-def _group(groups: Groups, name: str) -> Any:  # noqa: ANN401
+def _group(groups: Groups, name: str) -> Any:
     try:
         return groups[name]
     except PrunekitError:

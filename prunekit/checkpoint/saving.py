@@ -38,7 +38,7 @@ def save(
     model: nn.Module,
     out: str | Path,
     *,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
     files: Mapping[str, str] | None = None,
@@ -79,29 +79,29 @@ def save(
     return Path(out)
 
 
-def description(model: Any) -> Any:  # noqa: ANN401
+def description(model: Any) -> Any:
     """What config.json is to say: the family's own configuration where that is proved, else prunekit's record."""
     cuts = Cuts.of(model) if is_cut(model) else None
     config = plain_config(model, cuts)
     return cut_config(model, cuts) if config is None and cuts is not None else config
 
 
-def layout_of(config: Any) -> str:  # noqa: ANN401
+def layout_of(config: Any) -> str:
     """The layout of what a configuration or record describes."""
     return OWN if isinstance(config, dict) else PLAIN
 
 
-def not_plain(config: Any) -> list[str]:  # noqa: ANN401
+def not_plain(config: Any) -> list[str]:
     """What of the widths that a configuration or record describes the family has no words for."""
     return config.get("not_plain", []) if isinstance(config, dict) else []
 
 
-def is_cut(model: Any) -> bool:  # noqa: ANN401
+def is_cut(model: Any) -> bool:
     """Whether a model carries a record of cuts."""
     return getattr(model.config, "prunekit", None) is not None
 
 
-def check_saveable(model: Any) -> None:  # noqa: ANN401
+def check_saveable(model: Any) -> None:
     """Refuses what is no model with a configuration, unmerged adapters, and weights that are no ordinary tensors."""
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise PrunekitError(f"a {type(model).__name__} cannot be saved; give a causal language model of transformers")
@@ -113,12 +113,12 @@ def check_saveable(model: Any) -> None:  # noqa: ANN401
 
 
 def check_saving(
-    model: Any,  # noqa: ANN401
+    model: Any,
     out: str | Path,
-    tokenizer: Any,  # noqa: ANN401
-    plan: Any,  # noqa: ANN401
-    report: Any,  # noqa: ANN401
-    files: Any,  # noqa: ANN401
+    tokenizer: Any,
+    plan: Any,
+    report: Any,
+    files: Any,
     max_shard_size: str | int,
 ) -> None:
     """Refuses whatever `save` and `export` cannot write, before anything is computed."""
@@ -138,7 +138,7 @@ def check_saving(
     check_shard_size(max_shard_size)
 
 
-def _is_texts(files: Any) -> bool:  # noqa: ANN401
+def _is_texts(files: Any) -> bool:
     return isinstance(files, Mapping) and all(isinstance(text, str) for pair in files.items() for text in pair)
 
 
@@ -166,7 +166,7 @@ def whole_folder(out: str | Path) -> Iterator[Path]:
         ) from error
 
 
-def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int) -> None:  # noqa: ANN401
+def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int) -> None:
     """A plain checkpoint of a model under another configuration."""
     mine = model.config
     try:
@@ -176,7 +176,7 @@ def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int
         model.config = mine
 
 
-def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
+def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:
     """What config.json says of a cut model, proved by building it again.
 
     Where a family computes something from a layer's number, the record is that of the model with all its layers.
@@ -192,7 +192,7 @@ def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
     return _record(model, Cuts.of(model, all_layers=True))
 
 
-def _record(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
+def _record(model: Any, cuts: Cuts) -> dict[str, Any]:
     described = cuts.described() | {"architectures": [type(model).__name__]}
     try:
         uncut = empty_model(AutoConfig.for_model(**described))
@@ -214,14 +214,14 @@ def _record(model: Any, cuts: Cuts) -> dict[str, Any]:  # noqa: ANN401
     return record | {"not_plain": unsaid(cuts)} | layer_widths(cuts)
 
 
-def _write_cut(model: Any, cut: dict[str, Any], folder: Path, max_shard_size: str | int) -> None:  # noqa: ANN401
+def _write_cut(model: Any, cut: dict[str, Any], folder: Path, max_shard_size: str | int) -> None:
     """Weights under prunekit's own names; save_pretrained renames some."""
     write_configurations(model, cut, folder)
     state = {name: t.detach().contiguous() for name, t in own_tensors(model).items()}
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
 
 
-def write_configurations(model: Any, config: Any, folder: Path) -> None:  # noqa: ANN401
+def write_configurations(model: Any, config: Any, folder: Path) -> None:
     """config.json, from a configuration or a record, and that of generation."""
     if isinstance(config, dict):
         write_text(folder / "config.json", json.dumps(config, indent=1))
@@ -232,7 +232,7 @@ def write_configurations(model: Any, config: Any, folder: Path) -> None:  # noqa
         model.generation_config.save_pretrained(folder)
 
 
-def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:  # noqa: ANN401
+def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:
     """The tokenizer, by default the one that stands where the model was loaded from."""
     tokenizer = tokenizer if tokenizer is not None else _tokenizer_beside(model)
     if tokenizer is not None:
@@ -253,7 +253,7 @@ def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str])
         write_text(folder / name, text)
 
 
-def _tokenizer_beside(model: Any) -> Any:  # noqa: ANN401
+def _tokenizer_beside(model: Any) -> Any:
     source = getattr(model.config, "name_or_path", "")
     there = bool(source) and Path(source).is_dir() and not tokens_went(model)  # which it would number wrongly
     return load_tokenizer(source, False) if there else None

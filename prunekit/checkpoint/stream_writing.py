@@ -64,7 +64,7 @@ class Postponed(TorchDispatchMode):
         self.pieces = {p.data_ptr(): Piece(p) for p in model.parameters() if p.numel()}
         self._stand_ins: list[Tensor] = []  # they live on, so that no address is given to another
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         piece = self.pieces.get(args[0].data_ptr()) if func in _POSTPONED else None
         if piece is None or args[0].shape != self._shape(piece):
             return func(*args, **(kwargs or {}))
@@ -128,7 +128,7 @@ def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
     beside.replace(path)
 
 
-def write_the_rest(small: Any, folder: Path, plan: PruningPlan) -> None:  # noqa: ANN401
+def write_the_rest(small: Any, folder: Path, plan: PruningPlan) -> None:
     """What stands beside the shards: configuration, tokenizer, plan and card, as `save` writes them.
 
     The configuration is the family's own where that is proved. The proof is that of `save`: a model built from it

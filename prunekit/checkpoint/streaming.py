@@ -141,7 +141,7 @@ def _check_arguments(how: Importance | PruningPlan, given: Mapping[str, Any]) ->
         raise PrunekitError(f"{how!r} needs a calibration set: prune_checkpoint(source, out, importance, ratio, calib)")
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def _plain(value: Any) -> Any:
     """As JSON can say it: ranges, sets and tuples become lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}

@@ -13,7 +13,7 @@ from prunekit.discovery.preparing import evaluating
 from prunekit.pruning.recording import written_out
 
 
-def plain_config(model: Any, cuts: Cuts | None = None) -> Any:  # noqa: ANN401
+def plain_config(model: Any, cuts: Cuts | None = None) -> Any:
     """A configuration from which plain `transformers` builds this very model, or None.
 
     An uncut model has its own. For a cut one, the fields that say its widths are found by trying. The result
@@ -30,7 +30,7 @@ def plain_config(model: Any, cuts: Cuts | None = None) -> Any:  # noqa: ANN401
     return config if _same_model(model, config) else None
 
 
-def narrowed(cuts: Cuts) -> Any:  # noqa: ANN401
+def narrowed(cuts: Cuts) -> Any:
     """The uncut configuration, with each width that the family can say as wide as the widest layer left."""
     config = cuts.config
     for name, groups in cuts.roles.items():
@@ -74,7 +74,7 @@ def _span(counts: set[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def reads_back(config: Any) -> bool:  # noqa: ANN401
+def reads_back(config: Any) -> bool:
     """False where the family checks its fields when they are read, as LLaMA wants heads that divide the hidden size."""
     try:
         type(config).from_dict(config.to_dict())
@@ -83,7 +83,7 @@ def reads_back(config: Any) -> bool:  # noqa: ANN401
         return False
 
 
-def _same_model(model: Any, config: Any) -> bool:  # noqa: ANN401
+def _same_model(model: Any, config: Any) -> bool:
     try:
         built = empty_model(config)
     except Exception:  # a value the family refuses: any exception of any validator
@@ -93,7 +93,7 @@ def _same_model(model: Any, config: Any) -> bool:  # noqa: ANN401
     return has_same_logits(built, model)
 
 
-def has_same_logits(built: Any, model: Any) -> bool:  # noqa: ANN401
+def has_same_logits(built: Any, model: Any) -> bool:
     """Whether an empty model, given the weights of another, computes the same."""
     built.load_state_dict(model.state_dict(), assign=True, strict=False)
     built.tie_weights()
@@ -101,7 +101,7 @@ def has_same_logits(built: Any, model: Any) -> bool:  # noqa: ANN401
 
 
 @torch.no_grad()
-def first_logits(model: Any) -> torch.Tensor:  # noqa: ANN401
+def first_logits(model: Any) -> torch.Tensor:
     """Logits (1, 8, vocabulary) on the first eight tokens of the vocabulary, attention and experts written out."""
     tokens = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
     with evaluating(model), written_out(model):

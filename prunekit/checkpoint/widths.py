@@ -35,7 +35,7 @@ class Cuts:
     biases: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: Any, *, all_layers: bool = False) -> "Cuts":  # noqa: ANN401
+    def of(cls, model: Any, *, all_layers: bool = False) -> "Cuts":
         """From a model's record.
 
         Args:
@@ -105,12 +105,12 @@ def role(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=[.:])", "*", name)
 
 
-def _added_biases(model: Any, groups: Groups) -> tuple[str, ...]:  # noqa: ANN401
+def _added_biases(model: Any, groups: Groups) -> tuple[str, ...]:
     known = set(map(role, groups.shapes))
     return tuple(n for n, _ in model.named_parameters() if n.endswith(".bias") and role(n) not in known)
 
 
-def on_all_tokens(config: Any, record: dict[str, Any]) -> None:  # noqa: ANN401
+def on_all_tokens(config: Any, record: dict[str, Any]) -> None:
     """Gives a configuration the size of the uncut vocabulary; special tokens keep their new numbers, which it has too.
 
     Args:
@@ -129,7 +129,7 @@ def tokens_left(stages: Stages) -> list[int] | None:
     return next(iter(units_left(of_tokens).values()), None)
 
 
-def tokens_went(model: Any, plan: PruningPlan | None = None) -> bool:  # noqa: ANN401
+def tokens_went(model: Any, plan: PruningPlan | None = None) -> bool:
     """Whether tokens have new numbers, by a model's own record or by the plan that it was cut by."""
     recorded = (getattr(model.config, "prunekit", None) or {}).get("stages", [])
     return tokens_left(recorded) is not None or (plan is not None and takes_tokens(plan))
@@ -153,7 +153,7 @@ def units_left(stages: Stages) -> dict[str, list[int]]:
     return left
 
 
-def with_width(config: Any, fields: Fields, width: int) -> Any:  # noqa: ANN401
+def with_width(config: Any, fields: Fields, width: int) -> Any:
     """A copy of a configuration that says this many units."""
     changed = copy.deepcopy(config)
     for field, per_unit in fields.items():
@@ -161,7 +161,7 @@ def with_width(config: Any, fields: Fields, width: int) -> Any:  # noqa: ANN401
     return changed
 
 
-def _candidates(config: Any, group: CoupledGroup) -> Iterator[Fields]:  # noqa: ANN401
+def _candidates(config: Any, group: CoupledGroup) -> Iterator[Fields]:
     if group.kind == "kv_head":
         yield head_fields(config, group)
     for name, value in config.to_dict().items():
@@ -169,14 +169,14 @@ def _candidates(config: Any, group: CoupledGroup) -> Iterator[Fields]:  # noqa: 
             yield {name: 1}
 
 
-def head_fields(config: Any, group: CoupledGroup) -> Fields:  # noqa: ANN401
+def head_fields(config: Any, group: CoupledGroup) -> Fields:
     """Head counts by their standard names, in the family's own spelling."""
     own = {name: config.attribute_map.get(name, name) for name in ("num_attention_heads", "num_key_value_heads")}
     counts = {field: getattr(config, field, None) or 0 for field in own.values()}
     return {field: count // group.n_units for field, count in counts.items() if count >= group.n_units}
 
 
-def _shapes(config: Any, fields: Fields, width: int) -> Shapes | None:  # noqa: ANN401
+def _shapes(config: Any, fields: Fields, width: int) -> Shapes | None:
     try:
         return shapes_of(empty_model(with_width(config, fields, width)))
     except Exception:  # a value the family refuses: any exception of any validator
@@ -251,7 +251,7 @@ def check_widths(saved: dict[str, Any], groups: Groups) -> None:
                 )
 
 
-def _stands(value: Any, whole: int | None, there: list[tuple[int, int]]) -> bool:  # noqa: ANN401
+def _stands(value: Any, whole: int | None, there: list[tuple[int, int]]) -> bool:
     """Whether a field is what some group leaves of it, a group of just its size where there is one."""
     if whole is None:
         return any(value == kept for _, kept in there)

@@ -35,7 +35,7 @@ example:
       --calibration text.txt --n-samples 128 --seq-len 2048 --out sparse/"""
 
 
-def add(commands: Any) -> None:  # noqa: ANN401
+def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "sparsify", run, "Zero the least important weights of a model.", TEXT)
     add_model(parser)

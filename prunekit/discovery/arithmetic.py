@@ -45,7 +45,7 @@ def _with_numbers(
     func: Any,
     args: tuple,
     factors: tuple,
-    kwargs: dict | None = None,  # noqa: ANN401
+    kwargs: dict | None = None,
 ) -> Tensor:
     """Numbers of a product are zeros, as parameters are. Where no factor is, its channels add something when zeroed."""
     if all(bool(factor.any()) for factor in factors):
@@ -56,14 +56,14 @@ def _with_numbers(
 
 
 @rule("mm", "bmm")
-def matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+def matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """A @ b."""
     product = _product(mode, mode.operand(args[0]), mode.operand(args[1]), None, args[0])
     return _with_numbers(mode, product, func, args, args[:2])
 
 
 @rule("addmm", "baddbmm")
-def biased_matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+def biased_matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """Bias + a @ b; with beta = 0 the bias is not read."""
     bias = None if kwargs.get("beta", 1) == 0 else mode.operand(args[0])
     product = _product(mode, mode.operand(args[1]), mode.operand(args[2]), bias, args[1])
@@ -71,7 +71,7 @@ def biased_matrix_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict)
 
 
 @rule("linear")
-def linear(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+def linear(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """Input @ weightᵀ + bias in one step, where the weight is a plain matrix of rows and columns."""
     source, weight = mode.operand(args[0]), mode.operand(args[1])
     wide = [{d} if n > 1 else set() for d, n in enumerate(weight.shape)]
@@ -93,7 +93,7 @@ def _tells_last(plane: Tensor) -> bool:
 
 
 @rule("matmul")
-def activations_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+def activations_product(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """A @ b in one step, where both are activations with the same leading dimensions."""
     a, b = operands = [mode.operand(t) for t in args]
     if not all(op.planes and not op.parameter for op in operands) or not a.shape[:-2] == b.shape[:-2] != ():
@@ -113,7 +113,7 @@ _LINEAR = {aten.add, aten.sub, aten.neg, aten.add_, aten.sub_, aten.rsub, aten.m
 
 
 @rule("pointwise", "native_dropout", "where", "masked_fill", "masked_fill_")
-def pointwise(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+def pointwise(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """Channels that meet are one channel."""
     operands = [mode.operand(t) for t in tensors_in((args, kwargs))]
     if any(len(op.planes) > 1 for op in operands) and not any(op.planes and not op.parameter for op in operands):
@@ -131,7 +131,7 @@ def pointwise(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # 
     return mode.mark(result, plane)
 
 
-def _is_nonlinear(mode: LabelMode, func: Any, operands: list[Operand]) -> bool:  # noqa: ANN401
+def _is_nonlinear(mode: LabelMode, func: Any, operands: list[Operand]) -> bool:
     packet = func.overloadpacket
     if packet not in _LINEAR:
         return True
@@ -141,7 +141,7 @@ def _is_nonlinear(mode: LabelMode, func: Any, operands: list[Operand]) -> bool: 
     return len(activations) > 1 and all(mode.graph.kind_of(op.planes[0]) != STATISTIC for op in activations)
 
 
-def _pointwise_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, operands: list[Operand]) -> Any:  # noqa: ANN401
+def _pointwise_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, operands: list[Operand]) -> Any:
     """Matrices added or scaled before they are used: dimension by dimension."""
     labelled = [op for op in operands if op.planes]
     ranks = {len(op.planes) for op in labelled}
@@ -158,7 +158,7 @@ def _pointwise_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict,
 
 
 @rule("mean", "sum", "var", "std", "amax", "amin", "max", "min", "linalg_vector_norm", "norm", "logsumexp", "prod")
-def reduction(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+def reduction(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """A statistic over channels."""
     if torch.Tag.pointwise in func.tags:  # the larger of two tensors
         return pointwise(mode, func, args, kwargs)
@@ -177,7 +177,7 @@ def reduction(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # 
 
 
 @rule("_softmax", "_log_softmax", "softmax", "_safe_softmax")
-def softmax(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+def softmax(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """Channel for channel; over labelled channels it is also a statistic."""
     source = mode.operand(args[0])
     plane = source.planes[0]
@@ -187,7 +187,7 @@ def softmax(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  #
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
-def norm(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+def norm(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """A statistic over the last dimensions, then scale and shift, channel for channel."""
     source, result = mode.operand(args[0]), func(*args, **kwargs)
     affine = [mode.operand(t) for t in tensors_in(args[2:4])]

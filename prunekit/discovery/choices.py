@@ -27,7 +27,7 @@ class Choice:
     looked_up: bool = False
 
 
-def choose(mode: LabelMode, func: Any, args: tuple, kwargs: dict, unknown: Any) -> Any:  # noqa: ANN401
+def choose(mode: LabelMode, func: Any, args: tuple, kwargs: dict, unknown: Any) -> Any:
     """Topk over labelled scores: a statistic over them, and a choice that everything computed from it remembers."""
     source = mode.operand(args[0])
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", -1)) % len(source.shape)

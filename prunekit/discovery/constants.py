@@ -53,7 +53,7 @@ def leaves(args: tuple, kwargs: dict) -> Iterator[tuple[Where, Tensor]]:
         yield from _leaves((key,), value)
 
 
-def _leaves(where: Where, value: Any) -> Iterator[tuple[Where, Tensor]]:  # noqa: ANN401
+def _leaves(where: Where, value: Any) -> Iterator[tuple[Where, Tensor]]:
     if isinstance(value, Tensor):
         yield where, value
     elif isinstance(value, (tuple, list)):
@@ -85,7 +85,7 @@ class Selection:
             kwargs = {**kwargs, key: self._within(kwargs[key], inner)}
         return args, kwargs
 
-    def _within(self, value: Any, inner: list[int]) -> Any:  # noqa: ANN401
+    def _within(self, value: Any, inner: list[int]) -> Any:
         if not inner:
             return value if value is None else self._select(value)
         first, *rest = inner

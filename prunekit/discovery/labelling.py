@@ -147,7 +147,7 @@ class LabelMode(TorchDispatchMode):
         setattr(tensor, UNIFORM, True)
         return tensor
 
-    def mark_chosen(self, result: Any, choice: int) -> Any:  # noqa: ANN401
+    def mark_chosen(self, result: Any, choice: int) -> Any:
         """Tensors computed from a choice by value."""
         for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
@@ -158,7 +158,7 @@ class LabelMode(TorchDispatchMode):
         """As `LabelGraph.lock`, naming the module that runs."""
         self.graph.lock(labels, f"{self.path or 'the model'}: {reason}")
 
-    def note_numbers(self, func: Any, values: Any) -> None:  # noqa: ANN401
+    def note_numbers(self, func: Any, values: Any) -> None:
         """Remember plain numbers that tensors are computed with, or made of."""
         numbers = _scalars(self, values)
         if numbers:
@@ -171,9 +171,7 @@ class LabelMode(TorchDispatchMode):
         if len(steps) > 1 and place not in self.trace.rectangles and len(varying_dims(plane)) > 1:
             self.trace.rectangles[place] = plane.squeeze()
 
-    def __torch_dispatch__(  # noqa: D105
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         rule = RULES.get(func.overloadpacket) or (RULES["pointwise"] if torch.Tag.pointwise in func.tags else None)
         if rule is not None and rule.always:
@@ -194,7 +192,7 @@ class LabelMode(TorchDispatchMode):
                 self.graph.locks[i] = (labels, f"{self.path}: {reason} ({func.overloadpacket.__name__})")
         return result
 
-    def _see_tokens(self, func: Any, args: tuple, tensors: list[Tensor]) -> None:  # noqa: ANN401
+    def _see_tokens(self, func: Any, args: tuple, tensors: list[Tensor]) -> None:
         """Tokens may be numbered anew where rows are looked up by them, and nothing else is done with their numbers."""
         if any(t.dtype == torch.long and self.is_input(t) for t in tensors):
             looks_up = func.overloadpacket in movement.LOOK_UPS and not any(map(self.is_input, tensors_in(args[:1])))
@@ -207,7 +205,7 @@ def _still_uniform(tensor: Tensor) -> bool:
     return hasattr(tensor, UNIFORM) and tensor.numel() > 0 and bool((tensor == tensor.reshape(-1)[:1]).all())
 
 
-def _scalars(mode: LabelMode, tree: Any) -> tuple[float, ...]:  # noqa: ANN401
+def _scalars(mode: LabelMode, tree: Any) -> tuple[float, ...]:
     """Numbers among the arguments, also those in tensors of one element."""
     if isinstance(tree, (list, tuple)):
         return tuple(number for item in tree for number in _scalars(mode, item))

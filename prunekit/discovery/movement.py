@@ -27,7 +27,7 @@ LOOK_UPS = {aten.embedding, aten.index, aten.index_select}
 
 
 @rule(*_VIEWS)
-def look(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+def look(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """A view: activations share the labels with the storage; parameters have their planes viewed too."""
     source = mode.operand(args[0])
     result = func(*args, **kwargs)
@@ -38,7 +38,7 @@ def look(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa:
     return result
 
 
-def _look_at_parameter(mode: LabelMode, func: Any, args: tuple, kwargs: dict, source: Operand, result: Any) -> None:  # noqa: ANN401
+def _look_at_parameter(mode: LabelMode, func: Any, args: tuple, kwargs: dict, source: Operand, result: Any) -> None:
     viewing = func.overloadpacket in (aten.view, aten._unsafe_view, aten._reshape_alias)
     move = (lambda p: p.reshape(result.shape)) if viewing else (lambda p: func(p, *args[1:], **kwargs))
     moved = [move(plane) for plane in source.planes]
@@ -52,7 +52,7 @@ def _look_at_parameter(mode: LabelMode, func: Any, args: tuple, kwargs: dict, so
 
 
 @rule("view_as_complex")
-def pair_up(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+def pair_up(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """Two channels become one complex one: they go together from here on."""
     source = mode.operand(args[0])
     if len(source.planes) != 1:
@@ -63,14 +63,14 @@ def pair_up(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  #
 
 
 @rule("view_as_real")
-def split_up(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+def split_up(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """One complex channel becomes two that bear its label."""
     result = func(args[0].clone())
     return mode.mark(result, mode.operand(args[0]).planes[0].unsqueeze(-1).expand(result.shape))
 
 
 @rule("expand", "broadcast_to")
-def expand(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+def expand(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """An expanded activation owns its copies, so that one copy can go and the others stay."""
     source = mode.operand(args[0])
     result = func(*args, **kwargs)
@@ -90,7 +90,7 @@ def expand(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # 
     "clone", "contiguous", "cat", "stack", "repeat", "flip", "roll", "constant_pad_nd", "repeat_interleave", "copy",
     "index_select", "index", "gather", "tril", "triu", "_to_copy",
 )  # fmt: skip
-def move(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+def move(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """Data movement into a new tensor: the same movement of the labels."""
     data, rest = args[0], args[1:]
     sources = [mode.operand(t) for t in tensors_in(data)]
@@ -128,7 +128,7 @@ def _align(mode: LabelMode, planes: list[Tensor], dim: int) -> None:
             mode.graph.unify(first, other)
 
 
-def _convert(mode: LabelMode, func: Any, args: tuple, kwargs: dict, source: Operand) -> Tensor:  # noqa: ANN401
+def _convert(mode: LabelMode, func: Any, args: tuple, kwargs: dict, source: Operand) -> Tensor:
     if not source.parameter:
         return mode.mark(func(*args, **kwargs), source.planes[0])
     dtype = kwargs.get("dtype") or args[0].dtype
@@ -148,7 +148,7 @@ def _all_distinct(planes: list[Tensor]) -> bool:
     return len(np.unique(labels)) == len(labels)
 
 
-def _move_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, sources: list[Operand]) -> Any:  # noqa: ANN401
+def _move_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, sources: list[Operand]) -> Any:
     """Rows taken from one table by data (an embedding), or matrices laid side by side."""
     packet = func.overloadpacket
     if packet is aten.cat and len({len(s.planes) for s in sources}) == 1:
@@ -165,7 +165,7 @@ def _move_parameters(mode: LabelMode, func: Any, args: tuple, kwargs: dict, sour
 
 
 @rule("embedding")
-def embedding(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+def embedding(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """Rows looked up by data: the rows are pinned, the columns are the channels of what comes out."""
     source = mode.operand(args[0])
     result = func(*args, **kwargs)
@@ -174,7 +174,7 @@ def embedding(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor: 
     return _looked_up(mode, source, result, [p[args[1]] for p in source.planes], args[1])
 
 
-def _looked_up(mode: LabelMode, source: Operand, result: Tensor, planes: list[Tensor], index: Any) -> Tensor:  # noqa: ANN401
+def _looked_up(mode: LabelMode, source: Operand, result: Tensor, planes: list[Tensor], index: Any) -> Tensor:
     rows = [along(p, {0}) for p in source.planes if 0 in varying_dims(p)]
     if mode.is_input(index):
         mode.token_rows += rows

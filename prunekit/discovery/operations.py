@@ -42,7 +42,7 @@ def rule(*packets: str, always: bool = False) -> Callable[[Callable[..., Any]], 
     return register
 
 
-def tensors_in(tree: Any) -> list[Tensor]:  # noqa: ANN401
+def tensors_in(tree: Any) -> list[Tensor]:
     """Every tensor among nested arguments."""
     if isinstance(tree, Tensor):
         return [tree]
@@ -62,14 +62,14 @@ def tensors_in(tree: Any) -> list[Tensor]:  # noqa: ANN401
     "empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like",
     "ones_like", "full_like", "new_empty_strided", "empty_strided", "scalar_tensor", always=True,
 )  # fmt: skip
-def create(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+def create(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """A fresh constant of equal values, whatever the labels of the tensor it takes its shape from."""
     mode.note_numbers(func, [kwargs.get("fill_value"), *args[1:2]] if "full" in func.overloadpacket.__name__ else [])
     return mode.mark_uniform(func(*args, **kwargs))
 
 
 @rule("topk")
-def topk(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+def topk(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """A choice by value."""
     return choose(mode, func, args, kwargs, unknown)
 
@@ -78,7 +78,7 @@ def topk(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa:
 
 
 @rule("copy_", "fill_", "zero_")
-def overwrite(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+def overwrite(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """What is written brings its labels with it."""
     if mode.operand(args[0]).parameter:
         return unknown(mode, func, args, kwargs)
@@ -91,7 +91,7 @@ def overwrite(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor: 
 
 
 @rule("index_add_", "index_add")
-def add_at(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # noqa: ANN401
+def add_at(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """Rows added to rows: along every other dimension, channel for channel."""
     into, source = mode.operand(args[0]), mode.operand(args[3])
     dim = args[1] % len(into.shape)
@@ -104,7 +104,7 @@ def add_at(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:  # 
     return mode.mark(func(*args, **kwargs), rows[0].expand(into.shape))
 
 
-def unknown(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+def unknown(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """No rule: decompose it if torch can; else what goes in is locked, and what comes out counts as locked."""
     with mode:
         decomposed = func.decompose(*args, **kwargs)
@@ -120,13 +120,13 @@ def unknown(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # no
     return result
 
 
-def _solid(value: Any) -> Any:  # noqa: ANN401
+def _solid(value: Any) -> Any:
     """A tensor with memory of its own: kernels of any kind may not expect one number in place of a matrix."""
     return value.contiguous() if isinstance(value, Tensor) else value
 
 
 @rule("_local_scalar_dense", "is_nonzero", "item")
-def read_out(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+def read_out(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """A value that leaves the trace may decide anything."""
     for plane in mode.operand(args[0]).planes:
         mode.lock(plane, "its value is read by Python code")

@@ -89,7 +89,7 @@ def probing(model: nn.Module, mode: LabelMode, found: dict[str, Part]) -> Iterat
         def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
             stack.append(_channels_among(mode, args, kwargs, path in layers, generator))
 
-        def leave(_module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
+        def leave(_module: nn.Module, _args: Any, result: Any) -> None:
             part = _probe(mode, path, stack.pop(), result, layer_of(path, layers))
             if part is not None:
                 found[path] = part
@@ -132,7 +132,7 @@ def _probe(
     path: str,
     arguments: list[tuple[Where, Tensor]],
     returned: Any,
-    layer: str | None,  # noqa: ANN401
+    layer: str | None,
 ) -> Part | None:
     with untraced():
         results = [(where[1:], t) for where, t in leaves((returned,), {}) if t.is_floating_point()]

@@ -54,11 +54,11 @@ def module_paths(model: nn.Module, mode: LabelMode) -> Iterator[None]:
     names = {id(module): name for name, module in model.named_modules()}
     stack: list[str] = []
 
-    def enter(module: nn.Module, _args: Any) -> None:  # noqa: ANN401
+    def enter(module: nn.Module, _args: Any) -> None:
         stack.append(mode.path)
         mode.path = mode.entered = names.get(id(module), mode.path)
 
-    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
         mode.path = stack.pop()
 
     with ExitStack() as hooks:
@@ -76,7 +76,7 @@ def labelled_arguments(model: nn.Module, mode: LabelMode) -> Iterator[None]:
         with untraced():
             stack.append(mode.label_arguments(args, kwargs))
 
-    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
         mode.restore(stack.pop())
 
     with ExitStack() as hooks:

@@ -76,7 +76,7 @@ class Remembered(int):
 
 
 def _arithmetic(function: Callable[[int, int], int], reflected: bool) -> Callable[[Remembered, Any], Any]:
-    def method(self: Remembered, other: Any) -> Any:  # noqa: ANN401
+    def method(self: Remembered, other: Any) -> Any:
         if not isinstance(other, int):
             return NotImplemented
         plain = other.origin if isinstance(other, Remembered) else int(other)
@@ -97,7 +97,7 @@ for _name, _function in {
     setattr(Remembered, f"__r{_name}__", _arithmetic(_function, reflected=True))
 
 
-def _wrap(value: Any, key: Key) -> Any:  # noqa: ANN401
+def _wrap(value: Any, key: Key) -> Any:
     if type(value) is int:
         return Remembered.of(value, Attribute(key, value))
     if type(value) in (list, tuple) and value and all(type(v) is int for v in value):
@@ -106,7 +106,7 @@ def _wrap(value: Any, key: Key) -> Any:  # noqa: ANN401
     return value
 
 
-def _is_width(value: Any) -> bool:  # noqa: ANN401
+def _is_width(value: Any) -> bool:
     return type(value) is int or (type(value) in (list, tuple) and bool(value) and all(type(v) is int for v in value))
 
 

@@ -69,7 +69,7 @@ def _options(forward: Callable[..., Any]) -> dict[str, Any]:
     )
 
 
-def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:  # noqa: ANN401
+def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:
     named = dict(output) if isinstance(output, dict) else dict(getattr(output, "__dict__", {}))
     if isinstance(output, (Tensor, tuple, list)):
         named = {}

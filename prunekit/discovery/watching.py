@@ -76,9 +76,9 @@ class IntegerWatcher(TorchFunctionMode):
         self._chosen: list[Equation] = []
         self._measures: dict[Key, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
 
-    def __torch_function__(  # noqa: D105
+    def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             with self:
@@ -99,10 +99,10 @@ class IntegerWatcher(TorchFunctionMode):
             note(self, result, args, kwargs)
         return result
 
-    def _is_choice(self, index: Any) -> bool:  # noqa: ANN401
+    def _is_choice(self, index: Any) -> bool:
         return isinstance(index, Tensor) and index.dim() == 0 and self._mode.operand(index).choice is not None
 
-    def see_classes(self, number: Any, chosen: Tensor) -> None:  # noqa: ANN401
+    def see_classes(self, number: Any, chosen: Tensor) -> None:
         """Note a number of classes that were chosen from; there may be one more than scores, for "none"."""
         choice = self._mode.operand(chosen).choice
         if isinstance(number, Remembered) and choice is not None:
@@ -110,12 +110,12 @@ class IntegerWatcher(TorchFunctionMode):
             scored = Operation(operator.sub, number.origin, int(number) - len(labels))
             self._chosen.append(Equation(scored, Span((labels,), 0), self._mode.path))
 
-    def see(self, number: Any, tensor: Any, dim: int, stop: int | None = None) -> None:  # noqa: ANN401
+    def see(self, number: Any, tensor: Any, dim: int, stop: int | None = None) -> None:
         """Note a size if it is a remembered integer."""
         if isinstance(number, Remembered) and isinstance(tensor, Tensor):
             self._seen.append(_Sighting(number, tensor, dim, stop, self._mode.path))
 
-    def _measured(self, tensor: Tensor, sizes: Any, dim: int | None) -> Any:  # noqa: ANN401
+    def _measured(self, tensor: Tensor, sizes: Any, dim: int | None) -> Any:
         """Sizes read off a labelled tensor are numbers that change with it."""
         if not self._mode.labelled(tensor):
             return sizes
@@ -151,25 +151,25 @@ def _named(args: tuple, kwargs: dict, *names: str) -> list[Any]:
     return [bound.get(name) for name in names]
 
 
-def _note_shape(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+def _note_shape(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:
     sizes = _sizes(args[1:]) or _sizes((kwargs.get("shape") or kwargs.get("size") or (),))
     for dim, size in enumerate(sizes):
         watcher.see(size, result, dim - len(sizes))
 
 
-def _note_created(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+def _note_created(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:
     for dim, size in enumerate(_sizes(args)):
         watcher.see(size, result, dim)
 
 
-def _note_split(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+def _note_split(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:
     size = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
     dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     for i, part in enumerate(result):
         watcher.see(size[i] if isinstance(size, (list, tuple)) else size, part, dim)
 
 
-def _note_slice(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+def _note_slice(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:
     tensor, index = args
     index = index if isinstance(index, tuple) else (index,)
     if not any(isinstance(i, slice) for i in index) or any(isinstance(i, (list, Tensor)) for i in index):
@@ -185,25 +185,25 @@ def _note_slice(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict)
             dim += 1
 
 
-def _note_narrow(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+def _note_narrow(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:
     tensor, dim, start, length = _named(args, kwargs, "input", "dim", "start", "length")
     watcher.see(length, result, dim)
     watcher.see(start, tensor, dim, int(start))
 
 
-def _note_norm(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+def _note_norm(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:
     source, shape = _named(args, kwargs, "input", "normalized_shape")
     for dim, size in enumerate(shape):
         watcher.see(size, source, dim - len(shape))
 
 
-def _note_unflatten(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+def _note_unflatten(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:
     tensor, dim, sizes = _named(args, kwargs, "input", "dim", "sizes")
     for i, size in enumerate(sizes):
         watcher.see(size, result, dim % tensor.dim() + i)
 
 
-def _note_one_hot(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:  # noqa: ANN401
+def _note_one_hot(watcher: IntegerWatcher, result: Any, args: tuple, kwargs: dict) -> None:
     chosen, number = _named(args, kwargs, "tensor", "num_classes")
     watcher.see_classes(number, chosen)
 

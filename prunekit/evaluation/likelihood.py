@@ -48,7 +48,7 @@ def max_positions(model: nn.Module) -> int | None:
     return positions_of(model.config)
 
 
-def positions_of(config: Any) -> int | None:  # noqa: ANN401
+def positions_of(config: Any) -> int | None:
     """The same, of a configuration."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

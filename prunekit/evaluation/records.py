@@ -51,7 +51,7 @@ class Record:
             raise self.error(f"{'.'.join(path)!r} is {value!r:.40} and no list of texts")
         return list(value)
 
-    def label(self, value: Any, allowed: Sequence[Any]) -> int:  # noqa: ANN401
+    def label(self, value: Any, allowed: Sequence[Any]) -> int:
         """The place of a label among those allowed, which may also be written as text.
 
         Raises:
@@ -62,7 +62,7 @@ class Record:
             raise self.error(f"the label {value!r:.40} is none of {', '.join(map(repr, allowed))}")
         return texts.index(str(value))
 
-    def value(self, *path: str) -> Any:  # noqa: ANN401
+    def value(self, *path: str) -> Any:
         """What stands at a column, or at a column within one.
 
         Raises:

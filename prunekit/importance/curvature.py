@@ -145,13 +145,13 @@ def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) 
 
 
 @contextmanager
-def _watching(model: Any, readers: Mapping[str, Reader], sums: dict[str, Sums]) -> Iterator[None]:  # noqa: ANN401
+def _watching(model: Any, readers: Mapping[str, Reader], sums: dict[str, Sums]) -> Iterator[None]:
     """While open, every backward pass adds to the sums; the graph begins at the embeddings."""
 
-    def begin(_module: nn.Module, _args: Any, result: Tensor) -> Tensor:  # noqa: ANN401
+    def begin(_module: nn.Module, _args: Any, result: Tensor) -> Tensor:
         return result.detach().requires_grad_(True)
 
-    def watch(name: str) -> Any:  # noqa: ANN401
+    def watch(name: str) -> Any:
         def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], result: Tensor) -> None:
             (x,) = (*args, *kwargs.values())
             if result.requires_grad:

@@ -64,8 +64,8 @@ class BlockInfluence:
         return {name: (total / tokens.numel())[None] for name, total in turned.items()}
 
 
-def _adder(turned: dict[str, Tensor], name: str) -> Any:  # noqa: ANN401
-    def add(_module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:  # noqa: ANN401
+def _adder(turned: dict[str, Tensor], name: str) -> Any:
+    def add(_module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
         after = next(tensor for _, tensor in leaves((result,), {}))
         before = next(t for _, t in leaves(args, kwargs) if t.shape == after.shape and t.is_floating_point())
         cosines = torch.cosine_similarity(wide(before), wide(after), dim=-1)

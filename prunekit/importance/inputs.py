@@ -69,7 +69,7 @@ def sums_over_inputs(
     model: nn.Module,
     calib: Any,
     readers: Mapping[str, Reader],
-    measure: Callable[[Tensor], Tensor],  # noqa: ANN401
+    measure: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """What some linear layers read, measured and added up over all calibration tokens, in one pass.
 
@@ -125,7 +125,7 @@ def _watching(
     readers: Mapping[str, Reader],
     sums: dict[str, Tensor],
     measure: Callable[[Tensor], Tensor],
-    bar: Any,  # noqa: ANN401
+    bar: Any,
 ) -> Iterator[None]:
     """While open, what the layers read is measured and added up."""
 
@@ -153,13 +153,13 @@ def computing_wide(model: nn.Module) -> Iterator[None]:
     """
     held: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
-    def enter(module: nn.Module, _args: Any) -> None:  # noqa: ANN401
+    def enter(module: nn.Module, _args: Any) -> None:
         held[module] = dict(module._parameters)
         for name, p in held[module].items():
             if p is not None and p.is_floating_point():
                 module._parameters[name] = nn.Parameter(wide(p.detach()), requires_grad=False)
 
-    def leave(module: nn.Module, _args: Any, _result: Any) -> None:  # noqa: ANN401
+    def leave(module: nn.Module, _args: Any, _result: Any) -> None:
         module._parameters.update(held.pop(module, {}))
 
     with ExitStack() as hooks:

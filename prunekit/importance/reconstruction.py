@@ -77,7 +77,7 @@ def gram_bytes(member: Member) -> int:
     return 8 * member.index.numel() ** 2
 
 
-def check_ridge(ridge: Any) -> None:  # noqa: ANN401
+def check_ridge(ridge: Any) -> None:
     """Refuse a ridge that is no finite number above 0.
 
     Raises:

@@ -120,7 +120,7 @@ class _Peak:
         self.medians: list[float] = []
         self.shares: list[float] = []
 
-    def see(self, _module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
+    def see(self, _module: nn.Module, _args: Any, result: Any) -> None:
         h = wide(next(tensor for _, tensor in leaves((result,), {})))  # (B, T, d_model)
         size = h.abs()
         median = float(size.median())
@@ -131,7 +131,7 @@ class _Peak:
         self.massive += int((size.amax(-1) > TIMES * median).sum())
         self.seen += len(h)
 
-    def attend(self, _module: nn.Module, _args: Any, result: Any) -> None:  # noqa: ANN401
+    def attend(self, _module: nn.Module, _args: Any, result: Any) -> None:
         """Attention weights (B, H, T, T) that a module returns beside its output, as the eager implementation does."""
         for weights in result if isinstance(result, tuple) else ():
             if isinstance(weights, Tensor) and weights.ndim == 4 and weights.shape[-1] == weights.shape[-2] > FIRST:

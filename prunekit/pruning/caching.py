@@ -57,7 +57,7 @@ def _watching(model: nn.Module, paths: set[str], found: set[str]) -> Iterator[No
         def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
             before[:] = _keys(args, kwargs)
 
-        def leave(_module: nn.Module, args: tuple, kwargs: dict, _result: Any) -> None:  # noqa: ANN401
+        def leave(_module: nn.Module, args: tuple, kwargs: dict, _result: Any) -> None:
             after = _keys(args, kwargs)
             if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
                 found.add(path)

@@ -179,7 +179,7 @@ def _token_weights(x: Tensor) -> Tensor:
     return median / sizes.clamp_min(median)
 
 
-def _oriented(module: Any, reader: Reader) -> Tensor:  # noqa: ANN401
+def _oriented(module: Any, reader: Reader) -> Tensor:
     """A layer's weights, float64 (n_in, n_out)."""
     weight = wide(module.weight.detach()).double()
     return weight if reader.input_dim == 0 else weight.T
@@ -247,7 +247,7 @@ def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
     return kept
 
 
-def _refit(module: Any, reader: Reader, change: Tensor) -> None:  # noqa: ANN401
+def _refit(module: Any, reader: Reader, change: Tensor) -> None:
     """Change a layer's weights, and its bias where the change has a row for it."""
     n_in = module.weight.shape[reader.input_dim]
     weights = change[:n_in] if reader.input_dim == 0 else change[:n_in].T

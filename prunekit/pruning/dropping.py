@@ -31,7 +31,7 @@ class Skipped(nn.Module):
         super().__init__()
         self.part, self.writes, self.layer_idx = part, writes, int(str(part.layer).rpartition(".")[2])
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros, or the argument that the block handed on."""
         like = dict(leaves(args, kwargs))[self.part.like]
         if self.writes:
@@ -149,14 +149,14 @@ def _shorten_configurations(model: nn.Module, n_layers: int, kept: list[int]) ->
                 _check_computed(config, name, expected)
 
 
-def layer_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+def layer_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:
     """Fields of a configuration that say something of each layer, and their values."""
     for name, value in vars(config).items():
         if isinstance(value, (list, tuple)) and len(value) == n_layers and "layer" in name:
             yield name, value
 
 
-def _computed_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+def _computed_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:
     """As `layer_lists`, of what is no field but follows from others, such as a period."""
     for name, member in inspect.getmembers_static(type(config)):
         value = _answer(config, name) if isinstance(member, property) else None
@@ -164,14 +164,14 @@ def _computed_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:  #
             yield name, value
 
 
-def _answer(config: Any, name: str) -> Any:  # noqa: ANN401
+def _answer(config: Any, name: str) -> Any:
     try:
         return getattr(config, name)
     except Exception:  # whatever a property raises where it does not apply
         return None
 
 
-def _check_computed(config: Any, name: str, expected: list[Any]) -> None:  # noqa: ANN401
+def _check_computed(config: Any, name: str, expected: list[Any]) -> None:
     """Masks and caches are made from such lists, so that one which is off gives wrong logits."""
     pairs = enumerate(zip_longest(_answer(config, name) or (), expected))
     wrong = next(((number, *pair) for number, pair in pairs if pair[0] != pair[1]), None)

@@ -10,7 +10,7 @@ ROW = 16  # bytes that a row must be a multiple of in torch's grouped products
 _GROUPED = "grouped_mm"
 
 
-def usable(model: Any) -> Any:  # noqa: ANN401
+def usable(model: Any) -> Any:
     """The model, whose experts run one after the other where their widths forbid to run them at once.
 
     Args:

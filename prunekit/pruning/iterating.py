@@ -26,7 +26,7 @@ def plan_in_steps(
     *,
     n_steps: int,
     normalize: str | None = None,
-    **options: Any,  # noqa: ANN401
+    **options: Any,
 ) -> PruningPlan:
     """A plan of equal steps: after each, what is left is cut out and scored again.
 

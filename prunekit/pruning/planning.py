@@ -171,14 +171,14 @@ def _check_types(groups: object, scores: object, after: object) -> None:
         raise PrunekitError(f"after is a {type(after).__name__}; give an earlier plan, as plan(...) returns, or None")
 
 
-def _listed(name: str, given: Any, example: object) -> tuple[Any, ...]:  # noqa: ANN401
+def _listed(name: str, given: Any, example: object) -> tuple[Any, ...]:
     """The values of an option that takes several; a text is one value, not its letters."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise PrunekitError(f"{name}={given!r} is no list; give one, such as {name}=[{example!r}]")
     return tuple(given)
 
 
-def _check_counts(round_to: Any, min_units: Any) -> None:  # noqa: ANN401
+def _check_counts(round_to: Any, min_units: Any) -> None:
     """Refuses numbers of units that are none, and kinds that nothing is of."""
     by_kind = round_to if isinstance(round_to, Mapping) else {}
     for kind in by_kind:

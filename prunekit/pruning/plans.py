@@ -163,7 +163,7 @@ class PruningPlan:
         return f"<p>{self!r}</p>{table.style.format('{:.0%}', na_rep='').to_html()}"
 
 
-def _check_fields(data: Any, plan: type[PruningPlan]) -> None:  # noqa: ANN401
+def _check_fields(data: Any, plan: type[PruningPlan]) -> None:
     if not isinstance(data, Mapping):
         raise PrunekitError(f"{_NO_PLAN}: it is a {type(data).__name__}; {_GIVE}")
     needed = {each.name: each.default is each.default_factory for each in fields(plan)}  # both MISSING
@@ -173,7 +173,7 @@ def _check_fields(data: Any, plan: type[PruningPlan]) -> None:  # noqa: ANN401
         raise PrunekitError(f"{_NO_PLAN}: it has a field {name!r:.60}; {_GIVE}")
 
 
-def _check_sizes(before: Any, after: Any) -> None:  # noqa: ANN401
+def _check_sizes(before: Any, after: Any) -> None:
     if type(before) is not int or type(after) is not int or not 0 <= after <= before or before == 0:
         raise PrunekitError(
             f"a plan has n_parameters={before!r} and n_parameters_kept={after!r}; both must be integers, the first "
@@ -181,7 +181,7 @@ def _check_sizes(before: Any, after: Any) -> None:  # noqa: ANN401
         )
 
 
-def _check_units(name: str, units: Any, total: Any) -> None:  # noqa: ANN401
+def _check_units(name: str, units: Any, total: Any) -> None:
     if not isinstance(units, list) or any(type(unit) is not int for unit in units):
         raise PrunekitError(f"plan for {name!r} keeps {str(units)[:60]}; it must be a list of integers")
     if type(total) is not int:

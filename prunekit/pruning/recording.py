@@ -54,7 +54,7 @@ def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
         config.prunekit = {**({"n_tokens": sizes[0]} if sizes else {}), **earlier, "stages": [*earlier["stages"], cut]}
 
 
-def _base_name(model: Any, name: str) -> str:  # noqa: ANN401
+def _base_name(model: Any, name: str) -> str:
     """The group's name in the model under an adapter wrapper, which is what is left after merging."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     prefix = next(path for path, module in model.named_modules() if module is inner)

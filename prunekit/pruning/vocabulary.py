@@ -39,7 +39,7 @@ def renumber_tokens(model: nn.Module, kept: list[int], n_tokens: int) -> None:
                 renumber(config, new, n_tokens, len(kept))
 
 
-def configurations(*held: Any) -> Iterator[Any]:  # noqa: ANN401
+def configurations(*held: Any) -> Iterator[Any]:
     """Configurations, and those that stand inside them."""
     for config in held:
         if hasattr(config, "__dict__"):
@@ -47,7 +47,7 @@ def configurations(*held: Any) -> Iterator[Any]:  # noqa: ANN401
             yield from configurations(*(c for c in vars(config).values() if isinstance(c, PreTrainedConfig)))
 
 
-def renumber(config: Any, new: Mapping[int, int], n_before: int, n_after: int) -> None:  # noqa: ANN401
+def renumber(config: Any, new: Mapping[int, int], n_before: int, n_after: int) -> None:
     """Write new numbers of tokens into one configuration, in place.
 
     Args:
@@ -69,7 +69,7 @@ def renumber(config: Any, new: Mapping[int, int], n_before: int, n_after: int) -
             own[name] = [[[new[t] for t in row], bias] for row, bias in pairs if all(t in new for t in row)] or None
 
 
-def _name(config: Any, field: str, tokens: Any) -> None:  # noqa: ANN401
+def _name(config: Any, field: str, tokens: Any) -> None:
     """Let a field name these tokens, or none."""
     try:
         setattr(config, field, tokens)

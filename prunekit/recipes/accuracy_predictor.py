@@ -40,8 +40,8 @@ class Searched(NamedTuple):
 
 
 def accuracy_predictor(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: Any,
+    tokenizer: Any,
     calib: Tensor,
     budgets: float | Range | Sequence[Budget],
     text: TextSource | None = None,

@@ -39,7 +39,7 @@ def hywia(
     order: str = "first",
     layers: Iterable[int] | None = None,
     data: Tensor | TextSource | None = None,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     recovery: LoRA | None = None,
 ) -> Fused:
     """Group, estimate twice, fuse adaptively, sort, prune, recover.

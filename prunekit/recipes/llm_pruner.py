@@ -44,7 +44,7 @@ def llm_pruner(
     n_steps: int = 1,
     modern: bool = False,
     data: Tensor | TextSource | None = None,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     recovery: LoRA | None = None,
 ) -> Pruned:
     """Prune as LLM-Pruner does, and recover. `evaluate(small, tokenizer)` measures as the paper does.
@@ -141,7 +141,7 @@ def spared_layers(groups: Groups, layers: Iterable[int] | None) -> list[int]:
     return [layer for layer in every if layer not in chosen]
 
 
-def _of_channels(model: Any) -> dict[str, Any]:  # noqa: ANN401
+def _of_channels(model: Any) -> dict[str, Any]:
     heads = getattr(model.config, "num_attention_heads", 1)
     return {"kinds": ["hidden"], "of": "units", "round_to": {"hidden": heads}}
 

@@ -49,8 +49,8 @@ class Sheared(NamedTuple):
 
 
 def lorashear(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: Any,
+    tokenizer: Any,
     sources: Sources,
     pruning_ratio: float = 0.2,
     *,
@@ -167,8 +167,8 @@ def _own(folder: Path) -> Path:
 
 
 def _distribution(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: Any,
+    tokenizer: Any,
     groups: Groups,
     sources: Sequence[Source],
     calib: Tensor,

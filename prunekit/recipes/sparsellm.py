@@ -33,7 +33,7 @@ def sparsellm(
     half_depth: bool = False,
     allocation: str = "uniform",
     data: Tensor | TextSource | None = None,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     recovery: LoRA | FullTuning | None = None,
 ) -> Sparsified:
     """Layer after layer: attention by SparseGPT, the FFN's matrices and auxiliary variables by turns.

@@ -101,7 +101,7 @@ def recover_on_mixture(
     mixture: Mixture | None = None,
     *,
     keep_zeros: bool | None = None,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     inplace: bool = False,
 ) -> "PreTrainedModel":
     """Recover in rounds: measure what is lost on each source, draw the next training text accordingly, train.
@@ -152,10 +152,10 @@ def recover_on_mixture(
 
 def opened(
     sources: Sources | Sequence[Source],
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     method: TrainingSettings,
     mixture: Mixture,
-    model: Any,  # noqa: ANN401
+    model: Any,
 ) -> Sequence[Source]:
     """Sources to draw from, opened if they are not yet."""
     if isinstance(sources, Sequence) and sources and all(isinstance(source, Source) for source in sources):
@@ -180,7 +180,7 @@ def steps_over(sources: Sequence[Source], method: TrainingSettings, mixture: Mix
 
 
 def _measure(
-    model: Any,  # noqa: ANN401
+    model: Any,
     sources: Sequence[Source],
     dense: list[float],
     mixture: Mixture,

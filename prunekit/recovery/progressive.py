@@ -81,7 +81,7 @@ def prune_progressively(
     warmup: float = 0.1,
     rest: float = 0.0,
     saliency: Saliency = update_saliency,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Any = None,
     folder: str | Path | None = None,
 ) -> Progressed:
     """Train with LoRA while units go period by period, until they are exactly zero (LHSPG).
@@ -161,7 +161,7 @@ def _protected(groups: Groups, protect: Iterable[str]) -> list[str]:
     return names
 
 
-def _train(adapted: Any, tokens: Tensor, method: LoRA, optimizer: LHSPG, resume: Resume | None) -> RecoveryLog:  # noqa: ANN401
+def _train(adapted: Any, tokens: Tensor, method: LoRA, optimizer: LHSPG, resume: Resume | None) -> RecoveryLog:
     try:
         log = train(adapted, tokens, method, optimizer=optimizer, resume=resume)
     except PrunekitError as error:
@@ -231,7 +231,7 @@ def _plain(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-def _open(folder: Path, every: int, run: list[Any], tokens: Tensor, model: Any) -> Resume:  # noqa: ANN401
+def _open(folder: Path, every: int, run: list[Any], tokens: Tensor, model: Any) -> Resume:
     """A folder for checkpoints, new or of the same run, which a note in it tells.
 
     Raises:

@@ -56,9 +56,9 @@ class Source:
 
 def open_sources(
     sources: Sources,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     seq_len: int,
-    model: Any,  # noqa: ANN401
+    model: Any,
     *,
     n_validation: int = 32,
     seed: int = 0,
@@ -95,10 +95,10 @@ def open_sources(
 def _open(
     name: str,
     data: Tensor | TextSource,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     seq_len: int,
     bos: int | None,
-    model: Any,  # noqa: ANN401
+    model: Any,
     n_validation: int,
     generator: torch.Generator,
 ) -> Source:
@@ -126,7 +126,7 @@ def _open(
     return Source(name, shuffled[held:], join(shuffled[:held], seq_len, bos), bos)
 
 
-def _documents(data: Tensor | TextSource, tokenizer: Any, bos: int | None) -> list[Tensor]:  # noqa: ANN401
+def _documents(data: Tensor | TextSource, tokenizer: Any, bos: int | None) -> list[Tensor]:
     wrong = isinstance(data, Tensor) and (data.ndim != 2 or data.is_floating_point() or data.dtype == torch.bool)
     if wrong:
         raise PrunekitError(f"it is a {data.dtype} tensor {tuple(data.shape)}; give integers (n, length)")  # type: ignore[union-attr]

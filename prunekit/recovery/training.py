@@ -97,7 +97,7 @@ def _steps_of(checkpoint: str) -> int:
     return int(checkpoint.rpartition("-")[2])
 
 
-def _take_up(model: Any, optimizer: torch.optim.Optimizer | None, checkpoint: str) -> list[dict[str, float]]:  # noqa: ANN401
+def _take_up(model: Any, optimizer: torch.optim.Optimizer | None, checkpoint: str) -> list[dict[str, float]]:
     """Adapters and optimiser of a training that is finished; its history."""
     from peft import load_peft_weights, set_peft_model_state_dict
 

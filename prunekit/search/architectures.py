@@ -155,7 +155,7 @@ class PlanSpace(Space):
         goes = set(rng.permutation(may_go)[: self.whole_layers]) if rng.random() < 0.5 else set()
         return point | shares | {name: name in goes or not self.knobs[name].holds(False) for name in self.whole}
 
-    def holds(self, name: str, value: Any) -> bool:  # noqa: ANN401
+    def holds(self, name: str, value: Any) -> bool:
         """Whether a knob may be set to a value; a group that the layer range leaves whole loses nothing, whatever."""
         knob, group = self.knobs[name], self.units.get(name)
         if group is None or not isinstance(knob, Range) or not is_real(value):
@@ -181,7 +181,7 @@ class PlanSpace(Space):
             return None
         return {**point, **dict(zip(self.units, (units / self._slots.n_units).tolist(), strict=True))}
 
-    def check(self, point: Any) -> Point:  # noqa: ANN401
+    def check(self, point: Any) -> Point:
         """The point itself.
 
         Raises:
@@ -306,7 +306,7 @@ class PlanSpace(Space):
         return table.total - sum(saved.values()) - sum(sorted(wins)[::-1][: self.whole_layers])
 
 
-def _units_in(share: Any, n_units: int) -> tuple[int, int]:  # noqa: ANN401
+def _units_in(share: Any, n_units: int) -> tuple[int, int]:
     """How many of so many units go at least and at most by a range of shares."""
     least = math.ceil(share.low * n_units - 1e-6)
     return least, max(math.floor(share.high * n_units + 1e-6), least)

@@ -48,7 +48,7 @@ class Campaign:
         self,
         space: Space,
         model: nn.Module,
-        tokenizer: Any,  # noqa: ANN401
+        tokenizer: Any,
         metrics: Sequence[Metric],
         *,
         folder: str | Path | None = None,
@@ -163,7 +163,7 @@ class Campaign:
 def measure_pairs(
     space: Space,
     model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     n: int,
     *,
     metric: str | Metric = "perplexity",

@@ -30,7 +30,7 @@ class Range:
         """From the least to the most."""
         return self.high - self.low
 
-    def plain(self, value: Any) -> float:  # noqa: ANN401
+    def plain(self, value: Any) -> float:
         """A value of it in the one form in which it is kept."""
         return float(value)
 
@@ -49,7 +49,7 @@ class Range:
         """The value itself where it lies inside."""
         return float(min(max(value, self.low), self.high))
 
-    def holds(self, value: Any) -> bool:  # noqa: ANN401
+    def holds(self, value: Any) -> bool:
         """Whether this is one of its values."""
         return is_real(value) and self.low <= value <= self.high
 
@@ -81,25 +81,25 @@ class Choice:
         """From the least to the most where they are numbers; 1 where that is nothing."""
         return float(max(self.options) - min(self.options)) or 1.0 if self.ordered else 1.0
 
-    def plain(self, value: Any) -> Any:  # noqa: ANN401
+    def plain(self, value: Any) -> Any:
         """An option in the one form in which it is kept."""
         return self.options[self.options.index(value)]
 
-    def draw(self, rng: np.random.Generator) -> Any:  # noqa: ANN401
+    def draw(self, rng: np.random.Generator) -> Any:
         """Any of them, evenly."""
         return self.options[int(rng.integers(len(self.options)))]
 
-    def move(self, value: Any, rng: np.random.Generator) -> Any:  # noqa: ANN401
+    def move(self, value: Any, rng: np.random.Generator) -> Any:
         """Any of them."""
         return self.draw(rng)
 
-    def nearest(self, value: Any) -> Any:  # noqa: ANN401
+    def nearest(self, value: Any) -> Any:
         """The value itself where it is an option, else the nearest number or the first option."""
         if value in self.options or not self.ordered:
             return value if value in self.options else self.options[0]
         return min(self.options, key=lambda option: abs(option - value))
 
-    def holds(self, value: Any) -> bool:  # noqa: ANN401
+    def holds(self, value: Any) -> bool:
         """Whether this is one of its values."""
         return any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in self.options)
 

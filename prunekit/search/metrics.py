@@ -49,7 +49,7 @@ class Metric:
 def metrics_of(
     metric: str | Metric,
     also: Iterable[str | Metric],
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     text: TextSource | None,
     tasks: Tasks | None,
 ) -> list[Metric]:
@@ -60,7 +60,7 @@ def metrics_of(
 
 def metric_of(
     metric: str | Metric,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     text: TextSource | None,
     tasks: Tasks | None,
 ) -> Metric:
@@ -89,9 +89,9 @@ def metric_of(
     )
 
 
-def _perplexity(model: nn.Module, tokenizer: Any, *, text: str) -> float:  # noqa: ANN401
+def _perplexity(model: nn.Module, tokenizer: Any, *, text: str) -> float:
     return perplexity(model, tokenizer, [text])
 
 
-def _accuracy(model: nn.Module, tokenizer: Any, *, tasks: list[Task]) -> float:  # noqa: ANN401
+def _accuracy(model: nn.Module, tokenizer: Any, *, tasks: list[Task]) -> float:
     return zero_shot(model, tokenizer, tasks).mean

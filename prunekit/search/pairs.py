@@ -107,6 +107,6 @@ class Pairs:
         return f"<p>{self!r}</p>{order.head(10).to_html(index=False, float_format='{:.3g}'.format)}"
 
 
-def _setting(knob: Knob, value: Any) -> Any:  # noqa: ANN401
+def _setting(knob: Knob, value: Any) -> Any:
     """What a knob was set to: a row may have 1.0 for 1, and what was used of a budget, less than the least allowed."""
     return knob.nearest(value) if isinstance(knob, Range) else knob.plain(value)

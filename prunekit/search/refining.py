@@ -86,7 +86,7 @@ def _parts(space: Space, name: str, points: list, shap: pd.DataFrame) -> Iterato
             yield Cut(name, left, float(harm[goes].mean()))
 
 
-def _splits(knob: Knob, values: Any) -> Iterator[tuple[Knob, np.ndarray]]:  # noqa: ANN401
+def _splits(knob: Knob, values: Any) -> Iterator[tuple[Knob, np.ndarray]]:
     """What is left, and which of the values would go."""
     if isinstance(knob, Choice):
         for option in knob.options if len(knob.options) > 1 else ():

@@ -58,7 +58,7 @@ class Found:
 def search_space(
     space: Space,
     model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     *,
     n_pairs: int = 120,
     n_rounds: int = 4,

@@ -91,7 +91,7 @@ class Space(ABC):
         """Each knob as in one of two points; it may need fitting."""
         return {name: (one if rng.random() < 0.5 else other)[name] for name in self.knobs}
 
-    def check(self, point: Any) -> Point:  # noqa: ANN401
+    def check(self, point: Any) -> Point:
         """The point itself.
 
         Raises:
@@ -104,7 +104,7 @@ class Space(ABC):
                 raise PrunekitError(f"{name}={point[name]!r} is not allowed; give one of {knob!r}")
         return {name: knob.plain(point[name]) for name, knob in self.knobs.items()}
 
-    def holds(self, name: str, value: Any) -> bool:  # noqa: ANN401
+    def holds(self, name: str, value: Any) -> bool:
         """Whether a knob may be set to a value."""
         return self.knobs[name].holds(value)
 

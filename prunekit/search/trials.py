@@ -190,5 +190,5 @@ def _is_given_up(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and "why" not in trial.user_attrs
 
 
-def _distribution(knob: Any) -> BaseDistribution:  # noqa: ANN401
+def _distribution(knob: Any) -> BaseDistribution:
     return FloatDistribution(knob.low, knob.high) if isinstance(knob, Range) else CategoricalDistribution(knob.options)

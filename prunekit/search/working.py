@@ -46,7 +46,7 @@ class Outcome:
     why: str | None = None
 
 
-def keep_open(fingerprint: str, model: nn.Module, tokenizer: Any) -> None:  # noqa: ANN401
+def keep_open(fingerprint: str, model: nn.Module, tokenizer: Any) -> None:
     """Let this process work with a model that is there already."""
     _OPEN.clear()
     _OPEN[fingerprint] = (model, tokenizer)
@@ -74,7 +74,7 @@ def opened(work: Work) -> tuple[Any, Any]:
     return _OPEN[work.fingerprint]
 
 
-def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:  # noqa: ANN401
+def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:
     """Build what a point says, and measure it.
 
     Args:
@@ -100,7 +100,7 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:  
         return Outcome(number, figures | {"seconds": time.perf_counter() - start})
 
 
-def figure(metric: Metric, model: Any, tokenizer: Any) -> float:  # noqa: ANN401
+def figure(metric: Metric, model: Any, tokenizer: Any) -> float:
     """What a metric says of a model.
 
     Raises:

@@ -30,7 +30,7 @@ class Factor(NamedTuple):
 def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """A Hessian with 1 on the diagonal of dead inputs and `damping` times the mean diagonal on all of it, and which are
     dead.
-    """  # noqa: D205
+    """
     dead = hessian.diagonal() == 0
     result = hessian.clone()
     result.diagonal()[dead] = 1

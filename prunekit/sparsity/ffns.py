@@ -62,7 +62,7 @@ class FoundFFN:
 def activations_of(layer: nn.Module, found: dict[nn.Module, int]) -> Iterator[None]:
     """While open, modules without matrices that turn a tensor into one of its shape are noted, with its width."""
 
-    def note(module: nn.Module, args: tuple, result: Any) -> None:  # noqa: ANN401
+    def note(module: nn.Module, args: tuple, result: Any) -> None:
         alike = len(args) == 1 and isinstance(result, Tensor) and isinstance(args[0], Tensor)
         if alike and args[0].shape == result.shape and result.dim():
             found[module] = result.shape[-1]

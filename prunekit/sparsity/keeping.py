@@ -127,7 +127,7 @@ def _adapted_layers(adapted: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def plain_lora_weight(path: str, layer: Any) -> nn.Parameter:  # noqa: ANN401
+def plain_lora_weight(path: str, layer: Any) -> nn.Parameter:
     """The weight that an adapter layer updates by γ·B·A, and by nothing else.
 
     Raises:
@@ -157,7 +157,7 @@ def _check_nothing_else(adapted: nn.Module, layers: Mapping[str, Any]) -> None:
             raise PrunekitError(f"{name} has zeros and is trained itself; attach LoRA without modules_to_save")
 
 
-def _masked_methods(path: str, layer: Any) -> dict[str, Callable]:  # noqa: ANN401
+def _masked_methods(path: str, layer: Any) -> dict[str, Callable]:
     """A LoRA layer's `forward` and `get_delta_weight`, by which peft merges, with the mask."""
     forward, whole, (adapter,) = layer.forward, layer.get_delta_weight, layer.lora_A
 
@@ -179,7 +179,7 @@ def _masked_methods(path: str, layer: Any) -> dict[str, Callable]:  # noqa: ANN4
     return {"forward": masked, "get_delta_weight": update}
 
 
-def current_report(model: Any) -> SparsityReport | None:  # noqa: ANN401
+def current_report(model: Any) -> SparsityReport | None:
     """The sparsity report that a model carries, held against its weights.
 
     Returns:
@@ -215,7 +215,7 @@ def _counted(report: SparsityReport, counts: list[int]) -> SparsityReport:
     return replace(report, rows=rows, remarks=(*report.remarks, remark))
 
 
-def renew_report(model: Any, *remarks: str) -> None:  # noqa: ANN401
+def renew_report(model: Any, *remarks: str) -> None:
     """After a model's weights were changed: its report as it is true now, with remarks, each once; gone where none is.
 
     Raises:

@@ -93,7 +93,7 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self._note = note
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         where = _PRODUCTS.get(func)
@@ -107,7 +107,7 @@ class _Products(TorchFunctionMode):
         return result
 
 
-def _argument(args: tuple, kwargs: Mapping[str, Any], place: int, name: str) -> Any:  # noqa: ANN401
+def _argument(args: tuple, kwargs: Mapping[str, Any], place: int, name: str) -> Any:
     return args[place] if place < len(args) else kwargs.get(name)
 
 

@@ -52,7 +52,7 @@ class Pattern:
         return torch.zeros_like(runs, dtype=torch.bool).scatter_(1, chosen, True).flatten(0, 1)
 
 
-def pattern_of(sparsity: Any = None, pattern: Any = None) -> Pattern:  # noqa: ANN401
+def pattern_of(sparsity: Any = None, pattern: Any = None) -> Pattern:
     """What somebody asked for.
 
     Args:
@@ -90,7 +90,7 @@ def _from_text(text: str) -> tuple[int, int]:
     return n, m
 
 
-def _from_counts(pattern: Any) -> Pattern:  # noqa: ANN401
+def _from_counts(pattern: Any) -> Pattern:
     whole = isinstance(pattern, tuple | list) and len(pattern) == 2 and all(type(n) is int for n in pattern)
     if not whole or not 1 <= pattern[0] <= pattern[1]:
         raise PrunekitError(

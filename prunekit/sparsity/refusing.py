@@ -10,7 +10,7 @@ from prunekit.errors import PrunekitError
 _QUANTISED = ("torch.ao.nn.", "bitsandbytes.", "torchao.", "auto_gptq.", "awq.", "optimum.quanto")
 
 
-def check_sparsifiable(model: Any) -> None:  # noqa: ANN401
+def check_sparsifiable(model: Any) -> None:
     """Refuse what is no model, is quantised, carries adapters, or has weights that are not finite.
 
     Raises:

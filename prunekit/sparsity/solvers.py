@@ -193,7 +193,7 @@ def zeroed_lowest_of_rows(weight: Tensor, scores: Tensor, pattern: Pattern) -> T
     return weight.masked_fill(below | (tied & first), 0)
 
 
-def check_damping(damping: Any) -> None:  # noqa: ANN401
+def check_damping(damping: Any) -> None:
     """Refuse a damping that is no finite number above 0.
 
     Raises:
@@ -203,7 +203,7 @@ def check_damping(damping: Any) -> None:  # noqa: ANN401
         raise PrunekitError(f"damping={damping!r} is not allowed; give a number above 0, such as {DAMPING}")
 
 
-def _check_weight(weight: Any, pattern: Pattern) -> None:  # noqa: ANN401
+def _check_weight(weight: Any, pattern: Pattern) -> None:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         given = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise PrunekitError(f"a weight is a tensor of floating-point numbers (out, in), not {given}")
@@ -212,7 +212,7 @@ def _check_weight(weight: Any, pattern: Pattern) -> None:  # noqa: ANN401
     pattern.check_width(weight.shape[1], "the weight")
 
 
-def _check_statistics(statistics: Any, weight: Tensor) -> Tensor:  # noqa: ANN401
+def _check_statistics(statistics: Any, weight: Tensor) -> Tensor:
     n_in = weight.shape[1]
     if not isinstance(statistics, Tensor) or statistics.shape != (n_in, n_in):
         given = tuple(statistics.shape) if isinstance(statistics, Tensor) else type(statistics).__name__

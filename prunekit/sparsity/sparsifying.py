@@ -118,7 +118,7 @@ def sparsify(
     return target.eval()
 
 
-def _method(method: Any) -> tuple[str, SparseLLM]:  # noqa: ANN401
+def _method(method: Any) -> tuple[str, SparseLLM]:
     if isinstance(method, SparseLLM):
         return "sparsellm", method
     if not isinstance(method, str) or method not in METHODS:
@@ -133,7 +133,7 @@ def _check_switches(**given: object) -> None:
             raise PrunekitError(f"{name}={value!r} is not allowed; give True or False")
 
 
-def _check_allocation(allocation: Any, wanted: Pattern) -> None:  # noqa: ANN401
+def _check_allocation(allocation: Any, wanted: Pattern) -> None:
     if allocation not in ALLOCATIONS:
         raise PrunekitError(f"allocation={allocation!r} is unknown; give one of {', '.join(map(repr, ALLOCATIONS))}")
     if allocation == "global" and wanted.of is not None:
@@ -149,7 +149,7 @@ def _tokens(model: nn.Module, calib: Tensor | None, method: str, allocation: str
     return None
 
 
-def _first_sequence(tokens: Tensor | None, model: Any) -> Tensor:  # noqa: ANN401
+def _first_sequence(tokens: Tensor | None, model: Any) -> Tensor:
     """Something to look at the matrices with."""
     if tokens is not None:
         return tokens[:1]
@@ -170,7 +170,7 @@ def _chosen(
     return sorted(chosen, key=lambda matrix: inside[matrix.layer])
 
 
-def _numbers(layers: Any, n_layers: int) -> list[int]:  # noqa: ANN401
+def _numbers(layers: Any, n_layers: int) -> list[int]:
     numbers = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     wrong = [number for number in numbers if type(number) is not int or not 0 <= number < n_layers]
     if wrong or not numbers:
