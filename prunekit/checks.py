@@ -1,9 +1,21 @@
-"""Numbers that somebody gave, refused by name where they cannot be."""
+"""Numbers and choices that somebody gave, refused by name where they cannot be."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from prunekit.errors import PrunekitError
+
+
+def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Refuse a value that is none of those allowed.
+
+    Raises:
+        PrunekitError: names the option, the value given and the values allowed.
+    """
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise PrunekitError(f"{name}={value!r} is unknown; allowed: {', '.join(map(repr, allowed))}")
 
 
 def check_integers(**numbers: tuple[Any, int]) -> None:

@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator
 
-from prunekit.errors import PrunekitError
+from prunekit.checks import check_choice
 from prunekit.plot_style import HATCHES, MARKERS, axes_or_new, colors_of, legend_outside, projected, require_columns
 
 MOST = 400  # lines; more are a blot
@@ -83,8 +83,7 @@ def plot_mixture(table: pd.DataFrame, *, y: str = "n_windows", ax: Axes | None =
     Raises:
         PrunekitError: another `y`, or a table that is empty or has not these columns.
     """
-    if y not in LABELS:
-        raise PrunekitError(f"y={y!r}; choose one of {', '.join(map(repr, LABELS))}")
+    check_choice("y", y, LABELS)
     require_columns(table, ("round", "source", "n_windows", "gap"), "MixtureLog.table()")
     wide = table.pivot_table(index="round", columns="source", values=y, sort=False)
     colors = colors_of(wide.columns, {})

@@ -451,7 +451,7 @@ def test_what_is_refused(world, tmp_path):
     found = by_hand(RISING)
     single = replace(found, silencings=found.silencings.assign(unit=[0, 1] * 3))
     for message, attempt in {
-        "by='colour'; it is one of 'domain'": lambda: found.table("colour"),
+        "by='colour' is unknown; allowed: 'domain'": lambda: found.table("colour"),
         "measure='speed'": lambda: found.damage("speed"),
         "were not all measured; give some of 0.25, 0.5": lambda: found.damage(ratios=(0.75,)),
         "gamma=2": lambda: found.unprunable(gamma=2),

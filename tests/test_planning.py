@@ -176,9 +176,9 @@ def test_a_ratio_that_is_no_fraction_is_refused(ratio):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"of": "rows"}, "of='rows' is not known; choose one of 'parameters', 'units'"),
-        ({"ranking": "best"}, "ranking='best' is not known"),
-        ({"kinds": ["heads"]}, "kind='heads' is not known; choose one of 'kv_head'"),
+        ({"of": "rows"}, "of='rows' is unknown; allowed: 'parameters', 'units'"),
+        ({"ranking": "best"}, "ranking='best' is unknown"),
+        ({"kinds": ["heads"]}, "kind='heads' is unknown; allowed: 'kv_head'"),
         ({"protect_layers": [9]}, "protect_layers names 9; this model has layers 0 to 1"),
         ({"round_to": 0}, "round_to=0 is not allowed"),
         ({"kinds": []}, "kinds is empty"),
@@ -191,7 +191,7 @@ def test_a_ratio_that_is_no_fraction_is_refused(ratio):
         ({"protect_layers": 0}, r"protect_layers=0 is no list; give one, such as protect_layers=\[0\]"),
         ({"protect_layers": [[0]]}, r"protect_layers names \[0\]; this model has layers 0 to 1; name some"),
         ({"min_units": "2"}, "min_units='2' is not allowed; give an integer of 1 or more"),
-        ({"round_to": {"heads": 2}}, "round_to: kind='heads' is not known; choose one of 'kv_head'"),
+        ({"round_to": {"heads": 2}}, "round_to: kind='heads' is unknown; allowed: 'kv_head'"),
         ({"round_to": {"rank": 0}}, "round_to=0 is not allowed"),
     ],
 )

@@ -285,7 +285,7 @@ def test_memory_is_that_of_a_few_parameters(importance, large, tmp_path):
         ({"source": "some/hub-id"}, "'some/hub-id' is not a folder on this machine"),
         ({"max_shard_size": "large"}, "max_shard_size='large' is no size"),
         ({"ratio": 0.99}, "pruning_ratio=0.99 cannot be met"),
-        ({"ranking": "sideways"}, "ranking='sideways' is not known"),
+        ({"ranking": "sideways"}, "ranking='sideways' is unknown"),
         ({"kinds": ["expert"]}, "kind 'expert' is not one of this model's: "),
     ],
 )

@@ -20,6 +20,7 @@ from prunekit.checkpoint.saving import (
 )
 from prunekit.checkpoint.uniform import plain_config, unsaid
 from prunekit.checkpoint.widths import Cuts
+from prunekit.checks import check_choice
 from prunekit.errors import PrunekitError
 from prunekit.layouts import GGUF, LAYOUTS, PADDED
 from prunekit.pruning import PruningPlan
@@ -61,8 +62,7 @@ def export(
     Raises:
         PrunekitError: the layout is unknown or cannot hold this model, or what `save` raises. Nothing is left behind.
     """
-    if layout not in LAYOUTS:
-        raise PrunekitError(f"layout={layout!r} is not known; give one of {', '.join(map(repr, LAYOUTS))}")
+    check_choice("layout", layout, LAYOUTS)
     check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
     if layout == GGUF:
         check_family(model)

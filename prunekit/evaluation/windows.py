@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.checks import check_choice
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import Span, max_positions
 from prunekit.text import TextSource, begin_windows, encode, leading_bos, read_documents, text_width
@@ -74,8 +75,7 @@ def read_texts(source: TextSource, protocol: str, separator: str | None) -> list
 
 def check_protocol(protocol: str, separator: str | None, stride: int | None, bos: bool | None) -> None:
     """Refuses an unknown protocol, and options that do not go with it."""
-    if protocol not in PROTOCOLS:
-        raise PrunekitError(f"protocol={protocol!r}; it is one of {', '.join(map(repr, PROTOCOLS))}")
+    check_choice("protocol", protocol, PROTOCOLS)
     if separator is not None and protocol != "documents":
         raise PrunekitError(f"separator={separator!r} splits documents; give protocol='documents' with it")
     if protocol == PAPERS and (bos or stride is not None):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration import Gradients
+from prunekit.checks import check_choice
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.importance.reduction import REDUCTIONS, all_slice_scores, check_choice, unit_scores
+from prunekit.importance.reduction import REDUCTIONS, all_slice_scores, unit_scores
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,6 @@ SliceScores = dict[tuple[str, int], Tensor]
 """(parameter, dim) → one score an index of that dimension."""
 
 
-def check_choice(what: str, given: object, allowed: Iterable[object]) -> None:
-    """Refuse an option that is none of those allowed.
-
-    Raises:
-        PrunekitError: names the option, the value given and the values allowed.
-    """
-    allowed = tuple(allowed)
-    if given not in allowed:
-        raise PrunekitError(f"{what}={given!r} is unknown; allowed: {', '.join(map(repr, allowed))}")
-
-
 def check_takes_tokens(model: nn.Module) -> None:
     """Refuse to run what does not take tokens as models of transformers do.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from prunekit.account import few
 from prunekit.calibration import Gradients, check_finite
+from prunekit.checks import check_choice
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
 from prunekit.importance.ablation import Ablation, check_scalable, scaled_to_loss
@@ -18,7 +19,6 @@ from prunekit.importance.curvature import Curvature
 from prunekit.importance.fusion import HyWIA
 from prunekit.importance.influence import BlockInfluence
 from prunekit.importance.reconstruction import Reconstruction
-from prunekit.importance.reduction import check_choice
 from prunekit.importance.scores import Scores
 from prunekit.importance.taylor import Taylor
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration import Gradients, gather_gradients
+from prunekit.checks import check_choice
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.importance.reduction import (
     GRANULARITIES,
     REDUCTIONS,
     all_slice_scores,
-    check_choice,
     check_takes_tokens,
     unit_scores,
 )

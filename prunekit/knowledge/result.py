@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from prunekit.checks import check_choice
 from prunekit.errors import PrunekitError
 from prunekit.knowledge.files import plain, read_arrays, table_of, write_arrays
 
@@ -70,8 +71,8 @@ class KnowledgeDistribution:
         """
         if measure is None:
             measure = "accuracy" if self.questions["chance"].notna().any() else "loss"
-        _check_choice("by", by, BY)
-        _check_choice("measure", measure, MEASURES)
+        check_choice("by", by, BY)
+        check_choice("measure", measure, MEASURES)
         if measure == "accuracy" and self.questions["chance"].isna().all():
             raise PrunekitError("only text was read here, which has no accuracy; give measure='loss'")
         labels = self.questions[by].where(self.questions["chance"].notna() | (measure == "loss"))
@@ -288,8 +289,3 @@ def _spearman(a: pd.Series, b: pd.Series) -> float:
     """Pearson's correlation of the ranks, of which equal values share one; NaN where one side is all equal."""
     one_sided = a.nunique() < 2 or b.nunique() < 2
     return math.nan if one_sided else float(a.rank().corr(b.rank()))
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise PrunekitError(f"{name}={value!r}; it is one of {', '.join(map(repr, allowed))}")

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, mean_loss
+from prunekit.checks import check_choice
 from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, in_portions, linear_readers, sums_over_inputs, wide
 from prunekit.importance.reconstruction import check_ridge
-from prunekit.importance.reduction import check_choice
 from prunekit.pruning.least_squares import choose, fit_sums
 from prunekit.pruning.plans import PruningPlan
 

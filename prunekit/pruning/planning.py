@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunekit.checks import check_integers
+from prunekit.checks import check_choice, check_integers
 from prunekit.discovery import KINDS, CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.pruning.budgets import by_group, held_by_rounding, take_parameters, take_shares, take_units
@@ -150,7 +150,7 @@ def check_options(
         PrunekitError: bad arguments.
     """
     chosen = DEFAULT_KINDS if kinds is None else _listed("kinds", kinds, "kv_head")
-    _check_choice("ranking", "local" if ranking is None else ranking, ("local", "global"))
+    check_choice("ranking", "local" if ranking is None else ranking, ("local", "global"))
     _check_counts(round_to, min_units)
     _listed("protect_layers", protect_layers, 0)
     return _check_ratio(pruning_ratio, of, chosen)
@@ -182,7 +182,7 @@ def _check_counts(round_to: Any, min_units: Any) -> None:
     """Refuses numbers of units that are none, and kinds that nothing is of."""
     by_kind = round_to if isinstance(round_to, Mapping) else {}
     for kind in by_kind:
-        _check_choice("round_to: kind", kind, KINDS)
+        check_choice("round_to: kind", kind, KINDS)
     rounded = by_kind.values() if isinstance(round_to, Mapping) else [round_to]
     for name, value in [*(("round_to", value) for value in rounded), ("min_units", min_units)]:
         check_integers(**{name: (value, 1)})
@@ -190,11 +190,11 @@ def _check_counts(round_to: Any, min_units: Any) -> None:
 
 def _check_ratio(ratio: Ratio, of: str, kinds: tuple[str, ...]) -> dict[str, float]:
     """Fraction for each kind that may be cut."""
-    _check_choice("of", of, ("parameters", "units"))
+    check_choice("of", of, ("parameters", "units"))
     if not kinds:
         raise PrunekitError(f"kinds is empty; give at least one of {', '.join(KINDS)}")
     for kind in (*kinds, *(ratio if isinstance(ratio, Mapping) else ())):
-        _check_choice("kind", kind, KINDS)
+        check_choice("kind", kind, KINDS)
     if isinstance(ratio, Mapping):
         if of != "units":
             raise PrunekitError(f"pruning_ratio={dict(ratio)} by kind is only allowed with of='units'; give one number")
@@ -205,11 +205,6 @@ def _check_ratio(ratio: Ratio, of: str, kinds: tuple[str, ...]) -> dict[str, flo
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise PrunekitError(f"pruning_ratio={value!r} is not allowed; give a fraction in [0, 1), such as 0.25")
     return fractions
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise PrunekitError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}")
 
 
 def candidates_of(

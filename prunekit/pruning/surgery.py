@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.account import Opening, Sample, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens
+from prunekit.checks import check_choice
 from prunekit.discovery import Groups
 from prunekit.discovery.components import spread_death
 from prunekit.discovery.constants import Selection, select
@@ -22,7 +23,6 @@ from prunekit.discovery.preparing import uncollected
 from prunekit.discovery.remembered import Key, set_attribute
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
-from prunekit.importance.reduction import check_choice
 from prunekit.pruning.arguments import find_selections
 from prunekit.pruning.compensation import FITS
 from prunekit.pruning.compensation import compensate as refit

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from prunekit.checks import check_choice
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.importance import Curvature, Importance, Taylor
-from prunekit.importance.reduction import check_choice
 from prunekit.pruning import PruningPlan, plan_in_steps, prune
 from prunekit.pruning.planning import check_options, default_units, plan_without
 from prunekit.recovery import LoRA, recover

@@ -8,12 +8,11 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunekit.checks import check_integers
+from prunekit.checks import check_choice, check_integers
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.footprint import check_sizes, count_macs, random_tokens, time_decode, time_prefill
 from prunekit.evaluation.likelihood import evaluating
-from prunekit.importance.reduction import check_choice
 from prunekit.pruning import prune
 from prunekit.pruning.planning import DEFAULT_KINDS, plan_without
 from prunekit.search.architectures import PlanSpace
