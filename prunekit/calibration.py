@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from prunekit.discovery.parts import outermost_elements
-from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
+from prunekit.models import evaluating
 from prunekit.text import (
     DOCUMENT_SEPARATOR,
     TextSource,

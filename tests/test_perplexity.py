@@ -46,6 +46,15 @@ def test_every_window_begins_with_bos_and_all_tokens_of_the_text_are_scored(buil
 
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), byte_tokenizer(adds_bos=False)], ids=["adds BOS", "does not"])
+def test_each_module_has_its_own_mode_afterwards(tokenizer):
+    """A frozen part that was in evaluation mode inside a model in training stays there."""
+    model = llama().train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    perplexity(model, tokenizer, TEXT)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_the_papers_protocol_has_no_bos_whatever_the_tokenizer_does(tokenizer):
     model, ids = llama(), ids_of(TEXT)
     expected, n_tokens = by_hand(model, [(ids[i : i + 50], 1) for i in range(0, len(ids), 50)])

@@ -9,7 +9,7 @@ import torch
 from prunekit.checkpoint.building import empty_model, shapes_of
 from prunekit.checkpoint.widths import Cuts, with_width
 from prunekit.discovery import CoupledGroup
-from prunekit.discovery.preparing import evaluating
+from prunekit.models import evaluating
 from prunekit.pruning.recording import written_out
 
 

@@ -40,7 +40,7 @@ def choose_importance(args: argparse.Namespace) -> "Importance":
 
 def fit_windows(args: argparse.Namespace, config: Any) -> None:
     """Where no length of windows is given and the model takes fewer tokens than the default, as many as it takes."""
-    from prunekit.evaluation.likelihood import positions_of
+    from prunekit.models import positions_of
 
     limit = positions_of(config)
     if args.seq_len is None and limit is not None and 2 <= limit < DRAWN["seq_len"]:

@@ -91,7 +91,7 @@ def choose_method(args: argparse.Namespace) -> "LoRA":
 def train(args: argparse.Namespace, method: "LoRA") -> "RecoveryLog":
     """Everything from the model to the saved recovered one."""
     from prunekit.checkpoint import save
-    from prunekit.evaluation.likelihood import max_positions
+    from prunekit.models import max_positions
     from prunekit.recovery import recover
     from prunekit.recovery.data import token_windows
 

@@ -16,10 +16,11 @@ from prunekit.discovery.labelling import LabelMode, Trace
 from prunekit.discovery.labels import along, varying_dims
 from prunekit.discovery.operations import tensors_in
 from prunekit.discovery.parts import probing
-from prunekit.discovery.preparing import evaluating, free_parameters, labelled_arguments, module_paths, uncollected
+from prunekit.discovery.preparing import free_parameters, labelled_arguments, module_paths, uncollected
 from prunekit.discovery.remembered import remembering
 from prunekit.discovery.watching import IntegerWatcher
 from prunekit.errors import PrunekitError
+from prunekit.models import evaluating
 
 
 @uncollected()

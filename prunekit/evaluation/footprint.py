@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import device_of, evaluating, max_positions
+from prunekit.models import device_of, evaluating, max_positions
 
 MIB = 1024**2
 WARM_UP = 2  # runs before the clock counts: allocation, kernel selection, caches
@@ -117,7 +117,7 @@ def cost(
     model = on_device(model, device)
     where = device_of(model)
     ids = random_tokens(model, batch_size, seq_len)
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         return Cost(
             n_parameters=sum(weight.numel() for weight in model.parameters()),
             macs=count_macs(model, ids),

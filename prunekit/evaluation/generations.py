@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import check_tokens_fit, device_of, evaluating, max_positions
+from prunekit.evaluation.likelihood import check_tokens_fit
+from prunekit.models import device_of, evaluating, max_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ def _continue(model: nn.Module, tokenizer: Any, ids: torch.Tensor, max_new_token
             "takes; shorten the prompt or give a smaller max_new_tokens"
         )
     ids = ids.to(device_of(model))
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         written = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

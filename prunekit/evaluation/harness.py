@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 import yaml
 from torch import nn
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import evaluating
 from prunekit.evaluation.named_tasks import named_tasks
 from prunekit.evaluation.standard_tasks import TASKS
+from prunekit.models import evaluating
 from prunekit.questions import Question, Task
 
 PREFIX = "prunekit_"  # before our tasks' names, so that none is mistaken for one of the harness's own
@@ -82,7 +83,7 @@ def run_harness(
     given = list(tasks.values() if isinstance(tasks, Mapping) else tasks)
     ours = [task for task in given if isinstance(task, Task)]
     names = [task for task in given if isinstance(task, str)]
-    with written_tasks(ours) as (folder, written), evaluating(model):
+    with written_tasks(ours) as (folder, written), evaluating(model), torch.no_grad():
         paths = [path for path in (folder, include_path) if path is not None]
         manager = make_manager(lm_eval, paths, bool(names) and include_path is None, names)
         lm = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

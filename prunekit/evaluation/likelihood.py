@@ -1,11 +1,9 @@
 """What is scored, and what of a model it must fit."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PrunekitError
@@ -29,34 +27,6 @@ class Span:
     def n_scored(self) -> int:
         """Tokens that are scored."""
         return len(self.tokens) - self.start
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; the model's own mode again outside."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-def max_positions(model: nn.Module) -> int | None:
-    """Tokens that fit into one forward pass, as the configuration says; None where it sets no limit."""
-    return positions_of(model.config)
-
-
-def positions_of(config: Any) -> int | None:
-    """The same, of a configuration."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies."""
-    return next(model.parameters()).device
 
 
 def check_batches(model: nn.Module, spans: Sequence[Span], batch_size: int) -> None:

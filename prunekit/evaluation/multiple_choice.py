@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import Span, max_positions
+from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
 from prunekit.evaluation.scoring import log_likelihoods
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
+from prunekit.models import max_positions
 from prunekit.questions import Question, Task
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.evaluation.likelihood import Span, check_batches, device_of, evaluating, max_positions, require_finite
+from prunekit.evaluation.likelihood import Span, check_batches, require_finite
 from prunekit.evaluation.packing import ROW, WIDEST, Row, pack, sample_rows, unpacked
+from prunekit.models import device_of, evaluating, max_positions
 
 TOLERANCE = 1e-4  # relative, of a span's sum in float32; wider where the model's numbers are coarser
 CONTROL = 0.05  # what packing may err by, as a part of what a row errs by whose tree the model is not told of
@@ -121,7 +122,7 @@ def log_likelihoods(
     check_batches(model, spans, batch_size)
     sums, greedy = torch.zeros(len(spans), dtype=torch.float64), torch.zeros(len(spans), dtype=torch.bool)
     bar = tqdm(total=len(spans), desc=progress, disable=progress is None, leave=False, delay=1)
-    with evaluating(model), bar:
+    with evaluating(model), torch.no_grad(), bar:
         reading = choose_reading(model, spans, batch_size * ROW)
         n_computed = reading.n_tried
         for batch in reading.batches(model):

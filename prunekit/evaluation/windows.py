@@ -9,7 +9,8 @@ from torch import nn
 
 from prunekit.checks import check_choice
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import Span, max_positions
+from prunekit.evaluation.likelihood import Span
+from prunekit.models import max_positions
 from prunekit.text import TextSource, begin_windows, encode, leading_bos, read_documents, text_width
 
 PAPERS = "papers"

@@ -11,12 +11,12 @@ from tqdm.auto import tqdm
 
 from prunekit.calibration import Gradients, check_tokens, frozen, summed_loss
 from prunekit.discovery.groups import CoupledGroup
-from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, in_portions, linear_readers, wide
 from prunekit.importance.reconstruction import check_ridge, gram_bytes, one_reader
 from prunekit.importance.reduction import check_takes_tokens, tokens_for
 from prunekit.importance.scores import Scores
+from prunekit.models import evaluating
 
 RIDGE = 0.3
 HEAVY = 2.0  # medians; a token with a larger gradient counts as if its gradient were so large

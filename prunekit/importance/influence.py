@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from prunekit.calibration import Gradients, check_tokens, in_batches
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
-from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import computing_wide, wide
 from prunekit.importance.reduction import check_takes_tokens, tokens_for
+from prunekit.models import evaluating
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.groups import CoupledGroup, Member
-from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.reduction import check_takes_tokens
+from prunekit.models import evaluating
 
 ROOM = 2**31  # bytes of sums over inputs that are held at once
 _INPUT_DIM: dict[type[nn.Module], int] = {nn.Linear: 1, Conv1D: 0}

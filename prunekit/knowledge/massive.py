@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup, Groups
-from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import linear_readers, wide
 from prunekit.importance.reduction import check_takes_tokens
+from prunekit.models import evaluating
 from prunekit.pruning.recording import written_out
 
 TIMES = 100  # a token is massive where one of its activations is so many times the layer's median |h|

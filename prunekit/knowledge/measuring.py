@@ -11,13 +11,14 @@ from tqdm.auto import tqdm
 from prunekit.calibration import check_finite
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import evaluating, require_finite
+from prunekit.evaluation.likelihood import require_finite
 from prunekit.evaluation.named_tasks import Tasks
 from prunekit.importance.ablation import silenced
 from prunekit.knowledge.questions import Exam, Texts, make_exam
 from prunekit.knowledge.record import Record, Silencing, fingerprint
 from prunekit.knowledge.result import KnowledgeDistribution
 from prunekit.knowledge.running import Runner
+from prunekit.models import evaluating
 
 POSITIONS = 1024  # a forward pass; on a CPU more takes more memory and longer, since less of it stays in the cache
 
@@ -175,7 +176,7 @@ def _measure(
     """All silencings, those of the lowest layer first."""
     record = Record(plan, exam, path, fingerprint(model, exam, plan) if path is not None else "")
     if record.missing():
-        with evaluating(model):
+        with evaluating(model), torch.no_grad():
             _run(model, exam, record, tokens_a_batch)
     return record.result()
 

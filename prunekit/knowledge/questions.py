@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import Span, check_batches, max_positions
+from prunekit.evaluation.likelihood import Span, check_batches
 from prunekit.evaluation.multiple_choice import choice_lengths, question_spans
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
 from prunekit.evaluation.windows import read_spans
+from prunekit.models import max_positions
 from prunekit.questions import Question, Task
 from prunekit.text import TextSource
 

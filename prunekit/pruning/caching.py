@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from prunekit.discovery.labelling import LabelMode, Trace
-from prunekit.discovery.preparing import evaluating, free_parameters, module_paths
+from prunekit.discovery.preparing import free_parameters, module_paths
 from prunekit.discovery.remembered import remembering
 from prunekit.errors import PrunekitError
+from prunekit.models import evaluating
 
 
 def find_writers(model: nn.Module, paths: set[str]) -> set[str]:

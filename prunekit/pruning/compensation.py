@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, mean_loss
 from prunekit.checks import check_choice
-from prunekit.discovery.preparing import evaluating
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, in_portions, linear_readers, sums_over_inputs, wide
 from prunekit.importance.reconstruction import check_ridge
+from prunekit.models import evaluating
 from prunekit.pruning.least_squares import choose, fit_sums
 from prunekit.pruning.plans import PruningPlan
 

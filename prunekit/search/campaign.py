@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from prunekit.checkpoint import save
 from prunekit.checks import check_integers
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import device_of
 from prunekit.fingerprint import digest_of
+from prunekit.models import device_of
 from prunekit.questions import Task
 from prunekit.search.metrics import Metric, metrics_of
 from prunekit.search.pairs import Pairs

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -12,7 +13,7 @@ from prunekit.checks import check_choice, check_integers
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.footprint import check_sizes, count_macs, random_tokens, time_decode, time_prefill
-from prunekit.evaluation.likelihood import evaluating
+from prunekit.models import evaluating
 from prunekit.pruning import prune
 from prunekit.pruning.planning import DEFAULT_KINDS, plan_without
 from prunekit.search.architectures import PlanSpace
@@ -165,11 +166,11 @@ def _cuts(alike: list[CoupledGroup], shares: Sequence[float]) -> Iterator[tuple[
 
 
 def _macs(model: nn.Module, *, seq_len: int) -> float:
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         return float(count_macs(model, random_tokens(model, 1, seq_len)))
 
 
 def _milliseconds(model: nn.Module, *, phase: str, seq_len: int, batch_size: int, repeats: int) -> float:
     run = time_decode if phase == "decode" else time_prefill
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         return run(model, random_tokens(model, batch_size, seq_len), repeats).median

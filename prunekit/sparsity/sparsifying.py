@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 from prunekit.account import closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.parts import outermost_elements
-from prunekit.discovery.preparing import evaluating
 from prunekit.discovery.remembered import EXPERTS
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
+from prunekit.models import evaluating
 from prunekit.pruning.recording import written_out
 from prunekit.sparsity.allocation import allocate
 from prunekit.sparsity.factors import DAMPING
