@@ -38,7 +38,7 @@ from run import (
 from transformers import LlamaForCausalLM
 
 import prunekit as pk
-from prunekit.calibration import gather_gradients
+from prunekit.gradients import gather_gradients
 from prunekit.pruning import surgery
 
 SHAPES = {"8x256": Shape(8, 256, 8, 8, 688), **SHAPES}

@@ -22,7 +22,8 @@ from prunekit import (
     prune,
     score,
 )
-from prunekit.calibration import gather_gradients, mean_loss
+from prunekit.calibration import mean_loss
+from prunekit.gradients import gather_gradients
 from prunekit.importance import Scores, silenced
 from prunekit.importance.ablation import scaled_to_loss
 

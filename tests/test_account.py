@@ -24,9 +24,10 @@ from prunekit import (
 )
 from prunekit import account as accounts
 from prunekit.account import LIMIT, LossChange
-from prunekit.calibration import gather_gradients, mean_loss
+from prunekit.calibration import mean_loss
 from prunekit.cli import main
 from prunekit.errors import DamageWarning
+from prunekit.gradients import gather_gradients
 from prunekit.importance import Magnitude, Taylor
 from prunekit.recovery import FullTuning
 from prunekit.recovery.log import RecoveryLog

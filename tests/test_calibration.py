@@ -12,8 +12,9 @@ from test_importance import CALIB, tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from prunekit.calibration import calibration_set, gather_gradients, mean_loss
+from prunekit.calibration import calibration_set, mean_loss
 from prunekit.errors import PrunekitError
+from prunekit.gradients import gather_gradients
 from prunekit.recovery.data import token_windows
 from prunekit.text import read_documents, tokenize
 

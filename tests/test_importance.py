@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunekit.calibration import check_finite, gather_gradients
+from prunekit.calibration import check_finite
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
+from prunekit.gradients import gather_gradients
 from prunekit.importance import (
     IMPORTANCES,
     Importance,

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunekit import HyWIA, Taylor, discover, score
-from prunekit.calibration import gather_gradients
+from prunekit.gradients import gather_gradients
 
 
 def _peak(work):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.calibration import Gradients, mean_loss
+from prunekit.calibration import mean_loss
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
+from prunekit.gradients import Gradients
 from prunekit.importance.reduction import check_takes_tokens, tokens_for
 from prunekit.importance.scores import Scores
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration import Gradients
 from prunekit.discovery.groups import CoupledGroup
+from prunekit.gradients import Gradients
 from prunekit.importance.inputs import linear_readers, members_read, sums_over_inputs, wide
 from prunekit.importance.reduction import all_slice_scores, tokens_for, unit_scores
 

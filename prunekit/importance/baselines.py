@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration import Gradients
 from prunekit.checks import check_choice
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
+from prunekit.gradients import Gradients
 from prunekit.importance.reduction import REDUCTIONS, all_slice_scores, unit_scores
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.calibration import Gradients, check_tokens, frozen, summed_loss
+from prunekit.calibration import check_tokens, summed_loss
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
+from prunekit.gradients import Gradients, frozen
 from prunekit.importance.inputs import Reader, in_portions, linear_readers, wide
 from prunekit.importance.reconstruction import check_ridge, gram_bytes, one_reader
 from prunekit.importance.reduction import check_takes_tokens, tokens_for

@@ -7,10 +7,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration import Gradients
 from prunekit.checks import check_choice
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
+from prunekit.gradients import Gradients
 from prunekit.importance.scores import Scores, layer_of
 from prunekit.importance.taylor import Taylor
 

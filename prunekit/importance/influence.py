@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration import Gradients, check_tokens, in_batches
+from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
+from prunekit.gradients import Gradients
 from prunekit.importance.inputs import computing_wide, wide
 from prunekit.importance.reduction import check_takes_tokens, tokens_for
 from prunekit.models import evaluating

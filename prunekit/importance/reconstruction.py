@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration import Gradients
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
+from prunekit.gradients import Gradients
 from prunekit.importance.inputs import Reader, in_portions, linear_readers, members_read, sums_over_inputs, wide
 from prunekit.importance.reduction import tokens_for
 

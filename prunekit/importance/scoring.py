@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.account import few
-from prunekit.calibration import Gradients, check_finite
+from prunekit.calibration import check_finite
 from prunekit.checks import check_choice
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
+from prunekit.gradients import Gradients
 from prunekit.importance.ablation import Ablation, check_scalable, scaled_to_loss
 from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunekit.calibration import Gradients, gather_gradients
 from prunekit.checks import check_choice
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
+from prunekit.gradients import Gradients, gather_gradients
 from prunekit.importance.reduction import (
     GRANULARITIES,
     REDUCTIONS,

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from prunekit.calibration import gather_gradients
 from prunekit.discovery import discover
+from prunekit.gradients import gather_gradients
 from prunekit.importance import FusedScores, HyWIA, Taylor, fuse, score
 from prunekit.importance.fusion import Rule
 from prunekit.pruning import PruningPlan, plan, prune

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.calibration import frozen
 from prunekit.errors import PrunekitError
+from prunekit.gradients import frozen
 from prunekit.sparsity.matrices import Call, Matrix, watching
 from prunekit.sparsity.patterns import Pattern
 
