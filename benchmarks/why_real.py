@@ -17,6 +17,7 @@ from functools import cached_property
 
 import pandas as pd
 from machine import RESULTS, apart, machine, save, shared
+from recovery_real import cut_model
 from torch import Tensor
 
 import prunekit as pk
@@ -97,12 +98,10 @@ def layers(found: Evidence) -> list[dict]:
 
 
 def sentences(found: Evidence) -> list[dict]:
-    calib = found.calibration(64)
-    scores = pk.score(found.model, found.units, pk.Curvature(), calib)
     models = {
         "dense": found.model,
         "first-order Taylor, 20%": pk.prune(found.model, found.taylor_cut, measure=False),
-        "default, 20%": pk.prune(found.model, pk.plan(found.groups, scores, 0.2), compensate=calib, measure=False),
+        "default, 20%": cut_model()[0],
     }
     return pk.generations(models, found.tokenizer, PROMPTS, max_new_tokens=16).table.to_dict("records")
 

@@ -13,7 +13,7 @@ from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.importance.inputs import linear_readers, wide
+from prunekit.importance.inputs import linear_readers, sums_over_inputs, wide
 from prunekit.importance.reduction import check_takes_tokens
 from prunekit.models import evaluating
 from prunekit.pruning.recording import written_out
@@ -161,33 +161,23 @@ def written_by(
         One row a unit: group, unit, written; the largest |written| first.
 
     Raises:
-        PrunekitError: no linear layer consumes a unit of these groups.
+        PrunekitError: no linear layer consumes a unit of these groups, or what it reads is not finite.
     """
-    readers, parameters = linear_readers(model), dict(model.named_parameters())
+    readers = linear_readers(model)
     consumed = [
-        (group.name, member.index, readers[member.parameter].modules[0], parameters[member.parameter].detach())
+        (group.name, member)
         for group in groups
         for member in group.members
         if member.parameter in readers and member.dim == readers[member.parameter].input_dim
     ]
     if not consumed:
         raise PrunekitError("no linear layer consumes heads or FFN channels there; give groups of discover(model)")
-    read: dict[nn.Module, Tensor] = {}  # module → what it reads at the position, (n_in,)
-
-    def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        (x,) = (*args, *kwargs.values())
-        read[module] = wide(x).flatten(0, -2)[position]  # some models have put the tokens of all samples in a row
-
-    with ExitStack() as stack:
-        for context in (evaluating(model), torch.no_grad()):
-            stack.enter_context(context)
-        for _, _, module, _ in consumed:
-            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        model(input_ids=tokens, use_cache=False)
+    wanted = {member.parameter: readers[member.parameter] for _, member in consumed}
+    inputs = sums_over_inputs(model, tokens, wanted, lambda x: x[position])  # of one sample: parameter → (n_in,)
     rows: list[tuple[str, int, float]] = []
-    for name, index, module, weight in consumed:
-        row = wide(weight)[channel] if isinstance(module, nn.Linear) else wide(weight)[:, channel]
-        written = (read[module] * row)[index.to(row.device)].sum(dim=1)
+    for name, member in consumed:
+        weight = wide(model.get_parameter(member.parameter).detach()).select(1 - member.dim, channel)  # (n_in,)
+        written = (inputs[member.parameter] * weight)[member.index.to(weight.device)].sum(dim=1)
         rows += [(name, unit, value) for unit, value in enumerate(written.tolist())]
     table = pd.DataFrame(rows, columns=["group", "unit", "written"])
     return table.sort_values("written", key=abs, ascending=False, ignore_index=True)

@@ -106,8 +106,7 @@ def default_units(groups: Groups) -> tuple[CoupledGroup, ...]:
     single = {_place(g) for g in groups.of_kind("kv_head") if g.n_units == 1}
     split = {_place(g) for g in groups.of_kind("query_head") if g.exact and g.n_units > 1} & single
     found = groups.of_kind(*DEFAULT_KINDS, "query_head")
-    stand_in = {"query_head": True, "kv_head": False}
-    return tuple(g for g in found if g.exact and stand_in.get(g.kind) in (None, _place(g) in split))
+    return tuple(g for g in found if g.exact and g.kind != ("kv_head" if _place(g) in split else "query_head"))
 
 
 def _place(group: CoupledGroup) -> str:

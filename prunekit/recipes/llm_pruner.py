@@ -87,13 +87,20 @@ def llm_pruner(
     """
     check_choice("mode", mode, MODES)
     check_options(pruning_ratio)
+    if modern and (mode, importance, layers, ranking, normalize, n_steps) != (
+        "block",
+        ELEMENT1,
+        None,
+        "local",
+        None,
+        1,
+    ):
+        raise PrunekitError(
+            "modern=True has an importance, layers and a ranking of its own: leave mode, importance, layers, "
+            "ranking, normalize and n_steps out, or set modern=False"
+        )
     groups = discover(model)
     if modern:
-        if (mode, importance, layers, ranking, normalize, n_steps) != ("block", ELEMENT1, None, "local", None, 1):
-            raise PrunekitError(
-                "modern=True has an importance, layers and a ranking of its own: leave mode, importance, layers, "
-                "ranking, normalize and n_steps out, or set modern=False"
-            )
         importance, ranking = Curvature(), "global"
         layers = {group.layer for group in groups if group.layer is not None}
     if mode == "layer":
