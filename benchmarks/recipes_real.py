@@ -72,7 +72,7 @@ WAYS = {
 TRAINS = ("LoRAShear",)  # while it cuts: there is nothing to measure before
 
 
-def measured(model: Any, tokenizer: Any, characters: int) -> dict[str, float]:
+def measured(model: Any, tokenizer: Any, characters: int, limit: int) -> dict[str, float]:
     found = {
         name: pk.perplexity(model, tokenizer, shared(f"data/{path}").read_text()[:characters])
         for name, path in TEXTS.items()
@@ -80,13 +80,12 @@ def measured(model: Any, tokenizer: Any, characters: int) -> dict[str, float]:
     seen = [drawn(tokenizer, 10, 64), drawn(tokenizer, 16, 128), drawn(tokenizer, 64, 128)]
     held = apart(pk.calibration_set(shared(C4), tokenizer, n_samples=64, seq_len=128, seed=0, held_out=True), seen)[:16]
     found["c4"] = float(torch.tensor(loss_on(model, held)).exp())
-    result = pk.zero_shot(model, tokenizer, SEVEN, limit=200, data_dir=shared("data/zeroshot"))
+    result = pk.zero_shot(model, tokenizer, SEVEN, limit=limit, data_dir=shared("data/zeroshot"))
     return {**{name: round(value, 2) for name, value in found.items()}, "tasks": round(result.mean, 4)}
 
 
-def run(way: str, tokens: int, characters: int) -> list[dict[str, Any]]:
+def run(way: str, tokens: int, characters: int, limit: int) -> list[dict[str, Any]]:
     """One row as pruned, where there is such a model, and one after recovery."""
-    torch.set_num_threads(2)
     model, tokenizer = pk.load("smollm2")
     whole, rows = sum(p.numel() for p in model.parameters()), []
 
@@ -94,7 +93,7 @@ def run(way: str, tokens: int, characters: int) -> list[dict[str, Any]]:
         seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         kept = sum(int((p != 0).sum()) for p in model.parameters()) / whole
         told = {"recipe": way, "stage": stage, "kept": round(kept, 4), "seconds": round(seconds, 1), "peak_mb": peak}
-        rows.append({**told, "tokens": tokens if stage == "recovered" else 0, **measured(model, tokenizer, characters)})
+        rows.append({**told, "tokens": tokens if stage == "recovered" else 0, **measured(model, tokenizer, characters, limit)})
 
     began = time.perf_counter()
     small = WAYS[way](model, tokenizer, tokens)
@@ -112,14 +111,15 @@ def run(way: str, tokens: int, characters: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
-    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--tokens", type=int, default=41_000)
     parser.add_argument("--characters", type=int, default=13_000)
+    parser.add_argument("--limit", type=int, default=100, help="questions of each of the seven tasks")
     parser.add_argument("--out", type=Path, default=RESULTS / "recipes_smollm2.csv")
     args = parser.parse_args()
     told, there = machine(), done(args.out, "recipe")
     for way in (way for way in args.ways if (way,) not in there):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            for row in pool.submit(run, way, args.tokens, args.characters).result():
+            for row in pool.submit(run, way, args.tokens, args.characters, args.limit).result():
                 append({**told, **row}, args.out)
 
 
