@@ -93,7 +93,9 @@ def run(way: str, tokens: int, characters: int, limit: int) -> list[dict[str, An
         seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         kept = sum(int((p != 0).sum()) for p in model.parameters()) / whole
         told = {"recipe": way, "stage": stage, "kept": round(kept, 4), "seconds": round(seconds, 1), "peak_mb": peak}
-        rows.append({**told, "tokens": tokens if stage == "recovered" else 0, **measured(model, tokenizer, characters, limit)})
+        rows.append(
+            {**told, "tokens": tokens if stage == "recovered" else 0, **measured(model, tokenizer, characters, limit)}
+        )
 
     began = time.perf_counter()
     small = WAYS[way](model, tokenizer, tokens)

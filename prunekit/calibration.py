@@ -5,17 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.documents import Document, TextSource, at_least_one, documents_of, is_stream
 from prunekit.errors import PrunekitError
-from prunekit.models import evaluating
-from prunekit.text import (
-    DOCUMENT_SEPARATOR,
-    TextSource,
-    begin_windows,
-    leading_bos,
-    read_documents,
-    text_width,
-    tokenize,
-)
+from prunekit.models import evaluating, max_positions
+from prunekit.text import DOCUMENT_SEPARATOR, begin_windows, leading_bos, text_width, tokenize
 
 TOKENS_A_BATCH = 1024  # 16 samples of 64 tokens at once: logits for 32,000 words then take 131 MB
 _ENOUGH_CHOICE = 16  # tokens to draw windows from, as a multiple of those drawn
@@ -39,8 +32,10 @@ def calibration_set(
     every window where the tokenizer adds it by itself, and nowhere else.
 
     Args:
-        source: what `prunekit.text.read_documents` reads: a file, text, documents, a data set, `"world"`.
-        tokenizer: a transformers tokenizer.
+        source: what `prunekit.documents.documents_of` reads: a file, text, documents, chats, a data set, token ids,
+            `"world"`. Of a data set that is streamed, only as many documents are read as the draw chooses from: 16
+            times the tokens that are drawn.
+        tokenizer: a transformers tokenizer; None will do where the source is token ids.
         n_samples: number of windows, at least 1.
         seq_len: tokens in each, BOS included, at least 2 (the loss predicts each token from those before it).
         seed: which documents and windows are drawn.
@@ -61,12 +56,12 @@ def calibration_set(
     if n_samples < 1 or seq_len < 2:
         raise PrunekitError(f"n_samples={n_samples}, seq_len={seq_len}: at least 1 sample of 2 tokens is needed")
     generator = torch.Generator().manual_seed(seed)
-    documents = read_documents(source, separator=separator)
-    order = torch.randperm(len(documents), generator=generator).tolist()
-    first = leading_bos(tokenizer, bos)
-    width = text_width(seq_len, first)
     enough = _ENOUGH_CHOICE * n_samples * seq_len
-    stream = tokenize([documents[i] for i in order], tokenizer, enough=enough)
+    documents = at_least_one(_read(source, tokenizer, separator, enough), source)
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    first = None if tokenizer is None else leading_bos(tokenizer, bos)
+    width = text_width(seq_len, first)
+    stream = tokenize([documents[i] for i in order], tokenizer, enough=enough, bos=first)
     if len(stream) < width:
         raise PrunekitError(
             f"the text has {len(stream) + seq_len - width} tokens and one window needs seq_len={seq_len}; "
@@ -74,6 +69,19 @@ def calibration_set(
         )
     starts = _window_starts(len(stream), n_samples, width, generator, held_out)
     return begin_windows(stream[starts[:, None] + torch.arange(width)], first)
+
+
+def _read(source: TextSource, tokenizer: Any, separator: str | None, enough: int) -> list[Document]:
+    """The documents: of a stream, which may never end, only the first ones that hold enough tokens."""
+    documents, found, n_tokens = documents_of(source, tokenizer, separator=separator), [], 0
+    if not is_stream(source):
+        return list(documents)
+    for document in documents:
+        found.append(document)
+        n_tokens += len(tokenize([document], tokenizer))
+        if n_tokens >= enough:
+            break
+    return found
 
 
 def _window_starts(n_tokens: int, n_samples: int, width: int, generator: torch.Generator, held_out: bool) -> Tensor:
@@ -116,7 +124,7 @@ def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
         )
     if len(calib) < 1 or calib.shape[1] < 2:
         raise PrunekitError(f"calibration set {tuple(calib.shape)}: at least 1 sample of 2 tokens is needed")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and calib.shape[1] > limit:
         raise PrunekitError(f"seq_len={calib.shape[1]}, but the model takes at most {limit} tokens: make it shorter")
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]

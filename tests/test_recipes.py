@@ -148,7 +148,7 @@ def test_what_cannot_be_is_refused(model):
         hywia(model, CALIB, rule="magic")
     with pytest.raises(PrunekitError, match="needs a calibration set"):
         llm_pruner(model, None)
-    with pytest.raises(PrunekitError, match="the recovery data is text"):
+    with pytest.raises(PrunekitError, match="the data is text"):
         llm_pruner(model, CALIB, data="some text")
 
 

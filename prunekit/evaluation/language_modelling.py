@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.documents import TextSource
 from prunekit.evaluation.scoring import log_likelihoods
 from prunekit.evaluation.windows import PAPERS, read_spans
-from prunekit.text import TextSource
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def measure_perplexity(
     Args:
         model: a causal language model of `transformers`.
         tokenizer: the model's own tokenizer.
-        text_or_path: a text, the path of a file that holds one, or whatever else `prunekit.text.read_documents`
+        text_or_path: a text, the path of a file that holds one, or whatever else `prunekit.documents.read_documents`
             takes (several documents are joined by an empty line for `"windows"`); `"world"` is the embedded
             world's validation text.
         window: tokens a window, BOS included; None for 128 over a whole text, and for as many as the model takes in

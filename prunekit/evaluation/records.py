@@ -1,13 +1,13 @@
 """Rows of published data sets: from files on this machine or from the hub, each with its place for messages."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunekit.errors import PrunekitError
+from prunekit.file_records import records_in
 
 STEMS = {
     "train": ("train",),
@@ -111,7 +111,7 @@ def read_files(folder: Path, split: str) -> Iterator[Record] | None:
         for ending in (".jsonl", ".parquet"):
             files = _files_of(folder, stem, ending)
             if files:
-                return _read_jsonl(files) if ending == ".jsonl" else _read_parquet(files)
+                return _read(files)
     return None
 
 
@@ -132,45 +132,18 @@ def _files_of(folder: Path, stem: str, ending: str) -> list[Path]:
     return alike
 
 
-def _read_jsonl(files: Sequence[Path]) -> Iterator[Record]:
+def _read(files: Sequence[Path]) -> Iterator[Record]:
     for file in files:
         labels_file = file.with_name(f"{file.stem}-labels.lst")
         labels = labels_file.read_text(encoding="utf-8").split() if labels_file.is_file() else None
-        for number, line in enumerate(_lines(file), start=1):
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise PrunekitError(f"{place}: this is no JSON ({error}); give one object a line") from error
+        for number, (place, fields) in enumerate(records_in(file)):
             if not isinstance(fields, dict):
                 raise PrunekitError(f"{place}: {fields!r:.40} is no JSON object with columns")
             if labels is not None and "label" not in fields:
-                if number > len(labels):
+                if number >= len(labels):
                     raise PrunekitError(f"{place}: {labels_file.name} ends after {len(labels)} labels; give one a line")
-                fields["label"] = labels[number - 1]
+                fields["label"] = labels[number]
             yield Record(fields, place)
-
-
-def _lines(file: Path) -> list[str]:
-    """Lines as JSON counts them: a text in it may hold other line breaks."""
-    try:
-        return file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PrunekitError(f"cannot read {str(file)!r} as UTF-8 text: {error}") from error
-
-
-def _read_parquet(files: Sequence[Path]) -> Iterator[Record]:
-    import datasets
-
-    for file in files:
-        try:
-            rows = datasets.Dataset.from_parquet(str(file))
-        except Exception as error:  # pyarrow's and the library's own errors
-            raise PrunekitError(f"cannot read {str(file)!r} as Parquet: {str(error)[:200]}") from error
-        for number, fields in enumerate(rows):
-            yield Record(fields, f"{file}, row {number}")
 
 
 def read_csv(file: Path, columns: Sequence[str]) -> Iterator[Record]:

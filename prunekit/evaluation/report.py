@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.footprint import Cost, cost
 from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity
@@ -17,7 +18,6 @@ from prunekit.evaluation.multiple_choice import zero_shot
 from prunekit.evaluation.named_tasks import Tasks
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
 from prunekit.files import write_text
-from prunekit.text import TextSource
 
 METRICS = ("perplexity", "zero_shot", "cost")
 FORMAT = "prunekit report 1"

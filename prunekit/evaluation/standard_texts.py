@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prunekit.documents import read_documents
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.records import Record, folders_of
-from prunekit.text import read_documents
 
 
 @dataclass(frozen=True)

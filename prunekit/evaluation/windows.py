@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from prunekit.checks import check_choice
+from prunekit.documents import TextSource, read_documents
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import Span
 from prunekit.models import max_positions
-from prunekit.text import TextSource, begin_windows, encode, leading_bos, read_documents, text_width
+from prunekit.text import begin_windows, encode, leading_bos, text_width
 
 PAPERS = "papers"
 PROTOCOLS = ("windows", "documents", PAPERS)
@@ -51,7 +52,7 @@ def read_spans(
     check_protocol(protocol, separator, stride, bos)
     window = choose_window(model, window, protocol)
     first = leading_bos(tokenizer, False if protocol == PAPERS else bos)
-    sequences = [encode(tokenizer, document) for document in read_texts(source, protocol, separator)]
+    sequences = [encode(tokenizer, document) for document in read_texts(source, protocol, separator, tokenizer)]
     marks = 0 if first is None else 1
     lengths = [len(tokens) + marks for tokens in sequences]
     widths = [max(length, 2) if window is None else window for length in lengths]
@@ -61,8 +62,8 @@ def read_spans(
     return TextSpans(spans, window, first is not None)
 
 
-def read_texts(source: TextSource, protocol: str, separator: str | None) -> list[str]:
-    """The texts to score one by one: the whole as one, or its documents.
+def read_texts(source: TextSource, protocol: str, separator: str | None, tokenizer: Any = None) -> list[str]:
+    """The texts to score one by one: the whole as one, or its documents; chats in the tokenizer's template.
 
     `"world"` is the embedded world's held-out text, not the documents that its model was trained on.
     """
@@ -70,7 +71,7 @@ def read_texts(source: TextSource, protocol: str, separator: str | None) -> list
         from prunekit.world import validation_text
 
         source = validation_text()
-    documents = read_documents(source)
+    documents = read_documents(source, tokenizer=tokenizer)
     return split_documents(documents, separator) if protocol == "documents" else ["\n\n".join(documents)]
 
 

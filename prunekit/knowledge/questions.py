@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens
+from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import Span, check_batches
 from prunekit.evaluation.multiple_choice import choice_lengths, question_spans
@@ -18,7 +19,6 @@ from prunekit.evaluation.named_tasks import Tasks, named_tasks
 from prunekit.evaluation.windows import read_spans
 from prunekit.models import max_positions
 from prunekit.questions import Question, Task
-from prunekit.text import TextSource
 
 Texts = Tensor | TextSource | Mapping[str, Tensor | TextSource]
 TEXT = "text"  # the domain of a text that was given no name

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from prunekit.account import few
 from prunekit.discovery import discover
+from prunekit.documents import TextSource
 from prunekit.importance import Importance, score
 from prunekit.importance.scoring import importance_from_name
 from prunekit.pruning import PruningPlan, prune
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.recovery import LoRA, recover
 from prunekit.search import Budget, Found, PlanSpace, Range, Trees, known_points, search_space
-from prunekit.text import TextSource
 
 IMPORTANCES = ("taylor", "taylor-vector", "l2")  # kinds that the space may choose from
 

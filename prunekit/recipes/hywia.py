@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from prunekit.discovery import discover
+from prunekit.documents import TextSource
 from prunekit.gradients import gather_gradients
 from prunekit.importance import FusedScores, HyWIA, Taylor, fuse, score
 from prunekit.importance.fusion import Rule
@@ -13,7 +14,6 @@ from prunekit.pruning import PruningPlan, plan, prune
 from prunekit.pruning.planning import DEFAULT_KINDS, check_options
 from prunekit.recipes.llm_pruner import spared_layers
 from prunekit.recovery import LoRA, recover
-from prunekit.text import TextSource
 
 
 class Fused(NamedTuple):

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from prunekit.checks import check_choice
 from prunekit.discovery import Groups, discover
+from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.importance import Curvature, Importance, Taylor
 from prunekit.pruning import PruningPlan, plan_in_steps, prune
 from prunekit.pruning.planning import check_options, default_units, plan_without
 from prunekit.recovery import LoRA, recover
-from prunekit.text import TextSource
 
 MODES = ("block", "channel", "layer")
 ELEMENT1 = Taylor("element", "first")

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from prunekit.discovery.parts import outermost_elements
+from prunekit.documents import TextSource
 from prunekit.recovery import FullTuning, LoRA, recover
 from prunekit.sparsity import SparseLLM, SparsityReport, sparsify
-from prunekit.text import TextSource
 
 
 class Sparsified(NamedTuple):

@@ -1,26 +1,27 @@
 """Recovery data: whatever somebody has → windows of tokens."""
 
-from collections.abc import Iterable
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prunekit.documents import TextSource, at_least_one, documents_of
 from prunekit.errors import PrunekitError
-from prunekit.text import DOCUMENT_SEPARATOR, JOINT, TextSource, leading_bos, read_documents, tokenize, whole_windows
+from prunekit.text import DOCUMENT_SEPARATOR, JOINT, leading_bos, tokenize, whole_windows
 
 
-def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int) -> Tensor:
+def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int, *, enough: int | None = None) -> Tensor:
     """Tokens to train on, as windows of one length.
 
     Documents are joined and cut into windows side by side; what is left over at the end is dropped. BOS stands first
     in every window where the tokenizer adds it by itself, and nowhere else.
 
     Args:
-        data: integers (n, length), taken as they are; a `datasets.Dataset` with `input_ids` or a text
-            column; or anything that `prunekit.text.read_documents` reads.
-        tokenizer: needed where `data` is text. Without it `input_ids` are joined as they are.
+        data: integers (n, length), taken as they are; or anything that `prunekit.documents.documents_of` reads.
+        tokenizer: needed where `data` is text. Without it token ids are joined as they are.
         seq_len: length of a window, BOS included, at least 2; not used where `data` is a tensor.
+        enough: windows that are needed, for data that is streamed: it is read so far, and no further. None reads all.
 
     Returns:
         int64 (n_windows, seq_len) on the CPU.
@@ -33,8 +34,9 @@ def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int) -> Te
     if seq_len < 2:
         raise PrunekitError(f"seq_len={seq_len}: a window needs at least 2 tokens")
     bos = None if tokenizer is None else leading_bos(tokenizer)
-    stream = torch.cat([torch.zeros(0, dtype=torch.long), *token_documents(data, tokenizer, bos)])
-    windows = whole_windows(stream, seq_len, bos)
+    n_tokens = None if enough is None else enough * seq_len
+    stream = torch.cat([torch.zeros(0, dtype=torch.long), *token_documents(data, tokenizer, bos, enough=n_tokens)])
+    windows = whole_windows(stream, seq_len, bos)[:enough]
     if not len(windows):
         told = f"{len(stream)} tokens" if bos is None else f"{len(stream) + 1} tokens with BOS"
         raise PrunekitError(
@@ -43,27 +45,30 @@ def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int) -> Te
     return windows
 
 
-def token_documents(data: Tensor | TextSource, tokenizer: Any, bos: int | None) -> list[Tensor]:
+def token_documents(
+    data: Tensor | TextSource, tokenizer: Any, bos: int | None, *, enough: int | None = None
+) -> list[Tensor]:
     """Each document as tokens, int64 (length,), without BOS at its beginning.
 
     Args:
         data: text, a data set, or integers (n, length) whose rows are documents.
         tokenizer: needed where `data` is text.
         bos: what `leading_bos` says of it.
+        enough: tokens after which no further document is read; None reads all.
 
     Raises:
         PrunekitError: text without a tokenizer, or nothing in it.
     """
-    if isinstance(data, Tensor):
-        return [_without(bos, row) for row in data.cpu().long()]
-    if "input_ids" in (getattr(data, "column_names", None) or ()):
-        rows: Iterable[Any] = data  # type: ignore[assignment]
-        return [_without(bos, torch.as_tensor(row["input_ids"], dtype=torch.long)) for row in rows]
-    if tokenizer is None:
-        raise PrunekitError("the recovery data is text: give tokenizer=tokenizer, or token ids")
-    documents = read_documents(data, separator=DOCUMENT_SEPARATOR)
-    return [tokenize([text + JOINT * (len(documents) > 1)], tokenizer) for text in documents]
-
-
-def _without(bos: int | None, row: Tensor) -> Tensor:
-    return row[1:] if bos is not None and row[:1].eq(bos).any() else row
+    found: list[Tensor] = []
+    n_tokens = 0
+    read = documents_of(data, tokenizer, separator=DOCUMENT_SEPARATOR)
+    # a text that is the only one ends without the line break between two
+    first = list(islice(read, 2))
+    joint = JOINT * (len(first) > 1)
+    for document in chain(first, read):
+        tokens = tokenize([document if isinstance(document, Tensor) else document + joint], tokenizer, bos=bos)
+        found.append(tokens)
+        n_tokens += len(tokens)
+        if enough is not None and n_tokens >= enough:
+            break
+    return at_least_one(found, data)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import check_integers, check_reals
 from prunekit.discovery import Groups, discover
+from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 from prunekit.fingerprint import digest_of
@@ -26,7 +27,6 @@ from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, check_method, detach
 from prunekit.recovery.training import Resume, flags_kept, newest_checkpoint, seeded, train
 from prunekit.sparsity.keeping import TRAINED, renew_report
-from prunekit.text import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

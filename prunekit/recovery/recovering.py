@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.account import closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_finite, check_tokens
+from prunekit.documents import TextSource, is_stream
 from prunekit.errors import PrunekitError
 from prunekit.recovery.data import token_windows
 from prunekit.recovery.full import FullTuning, train_all
@@ -21,7 +22,6 @@ from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.training import flags_kept, seeded, train
 from prunekit.sparsity.keeping import TRAINED, masked_adapters, renew_report, share_of_zeros
 from prunekit.sparsity.keeping import keep_zeros as zeros_kept
-from prunekit.text import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,8 +50,8 @@ def recover(
     Args:
         model: a causal LM, its layers as uneven as they may be.
         method: how to train, such as `LoRA()`, `LoRA.paper()` or `FullTuning()`.
-        data: integers (n, seq_len); a `datasets.Dataset` with `input_ids` or a text column; or text, documents,
-            a file, `"world"`.
+        data: integers (n, seq_len); or what `prunekit.documents.documents_of` reads: text, documents, chats, a file, a
+            data set, token ids, `"world"`. Data that is streamed is read as far as the method's `max_steps` need.
         keep_zeros: weights that are zero stay so: LoRA's update is masked while it is trained and merged, full
             fine-tuning's gradients are (see `masked_adapters` and `keep_zeros` of `prunekit.sparsity`). None does it
             where the model carries a `sparsity_report`, of `sparsify` or of the checkpoint.
@@ -84,7 +84,8 @@ def recover(
     keep = _zeros_stay(model, keep_zeros)
     check_finite(model)
     length = method.seq_len if seq_len is None else seq_len
-    tokens = check_tokens(token_windows(data, tokenizer, length), model).cpu()
+    enough = method.most_windows if is_stream(data) else None
+    tokens = check_tokens(token_windows(data, tokenizer, length, enough=enough), model).cpu()
     sample = seen_sample(tokens, "the training") if held_out is None else held_out_sample(held_out, model)
     opening = opened("recover", model, sample) if measure else None
     changed = model if inplace else copy.deepcopy(model)

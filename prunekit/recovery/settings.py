@@ -30,6 +30,11 @@ class TrainingSettings:
         """Optimiser steps over `n_windows` of data."""
         return self.max_steps or max(1, math.ceil(self.epochs * math.ceil(n_windows / self.windows_a_step(n_windows))))
 
+    @property
+    def most_windows(self) -> int | None:
+        """Windows that `max_steps` steps read at most; None where epochs decide."""
+        return self.max_steps and self.max_steps * self.windows_a_step(_STEPS_AN_EPOCH * _FULL_BATCH)
+
     def _check(self, more: Mapping[str, bool]) -> None:
         """Refuse values that cannot be.
 

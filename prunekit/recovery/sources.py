@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from prunekit.calibration import check_tokens
+from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.recovery.data import token_documents
-from prunekit.text import TextSource, leading_bos, text_width, whole_windows
+from prunekit.text import leading_bos, text_width, whole_windows
 
 Sources = Mapping[str, Tensor | TextSource]
 
@@ -66,8 +67,8 @@ def open_sources(
     """Read sources, shuffle their documents, and lay some aside.
 
     Args:
-        sources: name → what `prunekit.text.read_documents` reads, a `datasets.Dataset` with `input_ids`, or integers
-            (n, length), whose rows are documents. Longer documents are cut into pieces of `seq_len` tokens.
+        sources: name → what `prunekit.documents.documents_of` reads, or integers (n, length), whose rows are
+            documents. Longer documents are cut into pieces of `seq_len` tokens.
         tokenizer: needed where a source is text. Where it adds BOS by itself, that stands first in every window and
             nowhere else.
         seq_len: tokens of a window, BOS included; where all sources are integers of one length, their rows are the

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from prunekit.checkpoint import save
 from prunekit.checks import check_integers
+from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.fingerprint import digest_of
 from prunekit.models import device_of
@@ -27,7 +28,6 @@ from prunekit.search.pairs import Pairs
 from prunekit.search.space import Point, Space, key_of
 from prunekit.search.trials import Trials
 from prunekit.search.working import Work, carry_out, keep_open, let_go
-from prunekit.text import TextSource
 
 JOURNAL, MODEL = "journal.log", "model"  # what stands in the folder of a search
 COLUMNS = ("number", "round", "seconds")  # that a table has besides knobs, costs and metrics

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.language_modelling import perplexity
 from prunekit.evaluation.multiple_choice import zero_shot
@@ -15,7 +16,6 @@ from prunekit.evaluation.report import world_default
 from prunekit.evaluation.windows import read_texts
 from prunekit.fingerprint import digest_of_text
 from prunekit.questions import Task
-from prunekit.text import TextSource
 
 Measure = Callable[[nn.Module, Any], float]  # (model, tokenizer) → figure
 
@@ -79,7 +79,7 @@ def metric_of(
         return metric
     if metric == "perplexity":
         source = world_default(tokenizer, "validation_text", "text") if text is None else text
-        (whole,) = read_texts(source, "windows", None)  # read here: a worker may not see our files
+        (whole,) = read_texts(source, "windows", None, tokenizer)  # read here: a worker may not see our files
         return Metric("perplexity", partial(_perplexity, text=whole), log=True, of=digest_of_text(whole)[:16])
     if metric == "accuracy":
         asked = named_tasks(world_default(tokenizer, "tasks", "tasks") if tasks is None else tasks)

@@ -12,6 +12,7 @@ import pandas as pd
 from torch import nn
 
 from prunekit.checks import check_integers
+from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.questions import Task
 from prunekit.search.campaign import Campaign, drawn
@@ -21,7 +22,6 @@ from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees
 from prunekit.search.proposing import PARENTS, evolve
 from prunekit.search.refining import Cut, refined
 from prunekit.search.space import Point, Space, key_of
-from prunekit.text import TextSource
 
 
 @dataclass(frozen=True, eq=False)

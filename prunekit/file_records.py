@@ -1,0 +1,124 @@
+"""Records in a file: what kind of file it is, decided once by its name and its first bytes, and each with its place."""
+
+import codecs
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pandas as pd
+
+from prunekit.errors import PrunekitError
+
+FORMATS = ".txt, .json, .jsonl, .ndjson, .csv, .tsv or .parquet, each also as .gz"
+_ENCODINGS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # byte order mark → how the text behind it is written; without one it is UTF-8
+
+
+def records_in(path: Path) -> Iterator[tuple[str, Any]]:
+    """The records of a file, one after the other; lines and Parquet are read as far as they are asked for.
+
+    The kind goes by the suffix, in capitals or not, before a `.gz`; Parquet also by its first bytes. A .json file may
+    hold JSON lines. A file of another kind is one text, if it is text at all.
+
+    Args:
+        path: a file that exists.
+
+    Yields:
+        (place, record): where it stands, for messages, such as `"a.jsonl, line 3"`, and the record: a mapping with a
+        value a column, whatever a line of JSON holds, or the whole text.
+
+    Raises:
+        PrunekitError: the file cannot be read as what its name says, by file and line.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes] or [""]
+    kind = suffixes[-2] if suffixes[-1] == ".gz" and len(suffixes) > 1 else suffixes[-1]
+    try:
+        with _opened(path) as file:
+            first = file.read(4096)
+            file.seek(0)
+            if kind == ".parquet" or first.startswith(b"PAR1"):
+                yield from _parquet(file, path)
+                return
+            encoding = next((name for mark, name in _ENCODINGS.items() if first.startswith(mark)), "utf-8")
+            if encoding != "utf-16" and b"\0" in first:
+                raise PrunekitError(f"cannot read {str(path)!r}: it is no text; give {FORMATS}")
+            with io.TextIOWrapper(file, encoding, newline="\n") as text:
+                yield from _READERS.get(kind, _prose)(text, path)
+    except (OSError, EOFError, UnicodeError) as error:
+        raise PrunekitError(f"cannot read {str(path)!r} as text: {error}; give {FORMATS}, in UTF-8") from error
+
+
+def _opened(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(path)) if packed else path.open("rb")
+
+
+def _prose(text: IO[str], path: Path) -> Iterator[tuple[str, str]]:
+    yield str(path), text.read()
+
+
+def _lines(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
+    """One JSON value a line; a JSON text may hold other line breaks than this one."""
+    for number, line in enumerate(text, start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                yield place, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise PrunekitError(f"{place}: this is no JSON ({error}); give one object a line") from error
+
+
+def _json(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
+    """A list of records, or one; or JSON lines, which many write with this suffix."""
+    content = text.read()
+    try:
+        found = json.loads(content)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if getattr(error, "msg", "") != "Extra data":
+            raise PrunekitError(f"cannot read {str(path)!r} as JSON: {error}") from error
+        yield from _lines(io.StringIO(content), path)
+        return
+    several = isinstance(found, list)
+    for number, record in enumerate(found if several else [found], start=1):
+        yield (f"{path}, record {number}" if several else str(path)), record
+
+
+def _table(text: IO[str], path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows of a table whose first line names the columns; all values are text."""
+    header = text.readline()
+    text.seek(0)
+    separator = max("\t,;", key=header.count)
+    try:
+        table = pd.read_csv(text, sep=separator, dtype=str, keep_default_na=False)
+    except (ValueError, pd.errors.ParserError) as error:  # also an empty file, and text that is not UTF-8
+        raise PrunekitError(f"cannot read {str(path)!r} as a table: {error}") from error
+    for number, row in enumerate(table.to_dict("records"), start=1):
+        yield f"{path}, row {number}", cast(dict[str, str], row)
+
+
+def _parquet(file: IO[bytes], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        rows = (row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            yield f"{path}, row {number}", row
+    except ArrowException as error:
+        raise PrunekitError(f"cannot read {str(path)!r} as Parquet: {str(error)[:200]}") from error
+
+
+_READERS: dict[str, Callable[[IO[str], Path], Iterator[tuple[str, Any]]]] = {
+    ".json": _json,
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".csv": _table,
+    ".tsv": _table,
+}
