@@ -220,6 +220,6 @@ def _at(place: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as it may stand in a message: short."""
-    text = repr(value)
+    """A value as it may stand in a message: short, on one line."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:60]}… ({type(value).__name__})"

@@ -222,7 +222,7 @@ def test_data_that_will_not_do_is_refused(tokenizer):  # noqa: F811
         recover(model, QUICK, "  ", tokenizer=tokenizer)
     with pytest.raises(PrunekitError, match="has 4 tokens with BOS and one window needs seq_len=128"):
         recover(model, QUICK, "w1 w2 w3", tokenizer=tokenizer)
-    with pytest.raises(PrunekitError, match="has 0 tokens"):
+    with pytest.raises(PrunekitError, match="num_rows: 0 .* holds no text"):
         recover(model, QUICK, datasets.Dataset.from_dict({"input_ids": []}))
     with pytest.raises(PrunekitError, match="at least 1 sample of 2 tokens"):
         recover(model, QUICK, counting()[:0])
