@@ -31,6 +31,20 @@ def write_text(path: Path, text: str) -> None:
         Path(beside).unlink(missing_ok=True)
 
 
+def read_text(path: str | Path, writer: str) -> str:
+    """The text of a file that `writer`, such as `"Report.save"`, wrote.
+
+    Raises:
+        PrunekitError: there is no such file, or it is no text.
+    """
+    if not Path(path).is_file():
+        raise PrunekitError(f"{str(path)!r} is no file; give the path of one that {writer} wrote")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunekitError(f"{str(path)!r} cannot be read as text ({error}); give one that {writer} wrote") from None
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, moved there when the block ends well, removed when it does not."""

@@ -301,12 +301,21 @@ def test_models_and_tokens_that_do_not_belong_are_refused():
     model, plan, small = cut(FAMILIES["llama_mha"])
     with pytest.raises(PrunekitError, match="token ids"):
         compensate(small, model, plan, calibration() + 100)
-    with pytest.raises(PrunekitError, match="carries no groups"):
-        compensate(small, model, PruningPlan.from_json(plan.to_json()), calibration())
+    other = PruningPlan.from_json(plan.to_json().replace("layers.1", "layers.7"))
+    with pytest.raises(PrunekitError, match="the plan is of another dense model"):
+        compensate(small, model, other, calibration())
     with pytest.raises(PrunekitError, match="leave out inplace=True"):
         prune(model, plan, inplace=True, compensate=calibration())
     with pytest.raises(PrunekitError, match="a calibration set is an integer tensor"):
         prune(model, plan, compensate="texts")
+
+
+def test_a_plan_that_was_read_from_a_file_will_do():
+    model, plan, small = cut(FAMILIES["llama_mha"])
+    again = copy.deepcopy(small)
+    table = compensate(small, model, plan, calibration(), ridge=1.0)
+    read = compensate(again, model, PruningPlan.from_json(plan.to_json()), calibration(), ridge=1.0)
+    assert read.equals(table) and logits(again).equal(logits(small))
 
 
 def test_prune_compensates_what_a_layer_drop_leaves_too(monkeypatch):

@@ -333,3 +333,10 @@ def test_a_vocabulary_whose_numbers_are_computed_with_is_locked():
     assert not groups.of_kind("vocabulary")
     assert "also computed with (remainder)" in groups.locked["plain.weight[dim 0]"]
     assert "head.weight[dim 0]" in groups.locked
+
+
+def test_a_group_is_in_the_groups_by_its_name_and_as_itself():
+    groups = discover(FAMILIES["llama_gqa"].model())
+    assert groups[0].name in groups and groups[0] in groups
+    assert "model.layers.9.mlp:ffn_channel" not in groups and None not in groups
+    assert groups[0] not in groups.without([groups[0].name])

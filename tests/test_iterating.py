@@ -108,3 +108,16 @@ def test_kinds_may_be_a_generator_and_those_of_a_mapping_count(model):
     ratio, groups = {"query_head": 0.5}, discover(model)
     plain = plan(groups, score(model, groups, Magnitude()), ratio, of="units")
     assert plan_in_steps(model, Magnitude(), ratio, n_steps=1, of="units").keep == plain.keep
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize("of", ["units", "parameters"])
+def test_what_went_before_goes_first_in_every_mode(model, of, ranking):
+    groups, options = discover(model), {"of": of, "ranking": ranking, "kinds": ["ffn_channel"]}
+    low = {g.name: torch.arange(g.n_units).float() + 1 for g in groups}
+    high = {name: values.flip(0) for name, values in low.items()}
+    before = plan(groups, low, 0.1, **options)
+    after = plan(groups, high, 0.2, after=before, **options)
+    assert any(before.removed(name) for name in before.keep)
+    for name in before.keep:
+        assert set(before.removed(name)) <= set(after.removed(name))

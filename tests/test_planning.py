@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from prunekit import PrunekitError, PruningPlan, discover, plan, prune
+from prunekit import Magnitude, PrunekitError, PruningPlan, discover, plan, prune, score
 from prunekit.discovery.tracing import trace
 from prunekit.pruning import surgery
 from prunekit.pruning.budgets import TOLERANCE
-from prunekit.pruning.planning import default_units
+from prunekit.pruning.planning import candidates_of, default_units
 
 GROUPS = {name: discover(FAMILIES[name].model()) for name in ("llama_gqa", "gpt2", "bloom")}
 GROUPS_GQA = GROUPS["llama_gqa"]
@@ -395,3 +396,25 @@ def test_groups_can_be_left_out_by_name():
     assert abs(made.pruning_ratio - 0.1) <= TOLERANCE
     with pytest.raises(PrunekitError, match="no group is called 'none'"):
         GROUPS_GQA.without(["none"])
+
+
+def test_groups_of_one_kind_may_share_rows_whatever_number_stands_behind_their_names():
+    group = GROUPS_GQA.of_kind("ffn_channel")[0]
+    twin = replace(group, name=f"{group.name}#2")
+    groups = replace(GROUPS_GQA, items=(group, twin))
+    assert candidates_of(groups, random_scores(groups), groups, ()) == [group, twin]
+    other = replace(group, name="other", kind="kv_head")
+    with pytest.raises(PrunekitError, match="cut the same rows"):
+        candidates_of(groups, random_scores([group, other]), [group, other], ())
+
+
+def test_saving_says_where(tmp_path):
+    made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.2)
+    assert made.save(tmp_path / "plan.json") == tmp_path / "plan.json"
+    assert PruningPlan.load(made.save(str(tmp_path / "plan.json"))).keep == made.keep
+
+
+def test_a_plan_says_by_which_importance():
+    model = FAMILIES["llama_gqa"].model()
+    made = plan(GROUPS_GQA, score(model, GROUPS_GQA, Magnitude()), 0.2)
+    assert made.notes["importance"] == "L2"

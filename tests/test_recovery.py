@@ -170,7 +170,13 @@ def test_the_loss_curve_is_kept(tmp_path):
     # q, o: (16 + 16)·4; k, v: (16 + 8)·4; gate, up, down: (16 + 12)·4; two layers
     assert log.trainable == 2 * 4 * (2 * 32 + 2 * 24 + 3 * 28)
     path = log.save(tmp_path / "log.json")
-    assert RecoveryLog.from_dict(json.loads(path.read_text())) == log
+    assert RecoveryLog.load(path) == log
+    for text in ("{}", "no json", "[]"):
+        path.write_text(text)
+        with pytest.raises(PrunekitError, match="no recovery log in"):
+            RecoveryLog.load(path)
+    with pytest.raises(PrunekitError, match="is no file; give the path of one that RecoveryLog.save wrote"):
+        RecoveryLog.load(tmp_path / "nothing.json")
 
 
 @pytest.mark.parametrize("accumulated", [8, 2])

@@ -346,6 +346,21 @@ def test_figures_that_are_no_numbers_fail(tmp_path, answer):
     assert all("metric 'score' gave" in why and "must give a number" in why for why in pairs.failed.values())
 
 
+def test_what_does_not_fit_into_memory_fails_for_good(tmp_path):
+    """Else every resume would claim it first, and end there."""
+
+    def measure(point):
+        if point["whole"]:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        return score_of(point)
+
+    metric, noted = calls(measure)
+    for _ in range(2):
+        pairs = measure_pairs(SPACE, model(), None, N, metric=metric, folder=tmp_path)
+        assert 0 < len(pairs.failed) == N - len(pairs) and len(noted) == N
+        assert set(pairs.failed.values()) == {"out of memory: tried to allocate 80 GiB"}
+
+
 def test_where_all_fail_the_reason_is_told(tmp_path):
     def build(model, point):
         raise PrunekitError("never works")

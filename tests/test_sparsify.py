@@ -310,9 +310,9 @@ def test_an_interrupt_leaves_the_model(monkeypatch):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_the_report_reads_and_comes_back():
+def test_the_report_reads_and_comes_back(tmp_path):
     report = sparsify(tiny_llama(), calib(), SparseLLM(n_iterations=2), 0.5).sparsity_report
-    assert SparsityReport.from_json(report.to_json()) == report
+    assert SparsityReport.load(report.save(tmp_path / "report.json")) == report
     assert "sparsellm" in repr(report) and "50%" in repr(report)
     assert "<table" in report._repr_html_()
     assert report.by_layer()["sparsity"].between(0.49, 0.51).all()

@@ -109,6 +109,10 @@ class Groups(Sequence[CoupledGroup]):
     def __iter__(self) -> Iterator[CoupledGroup]:
         return iter(self.items)
 
+    def __contains__(self, item: object) -> bool:
+        """Whether a group of that name, or that very group, is one of these."""
+        return item in self._by_name if isinstance(item, str) else any(item is group for group in self.items)
+
     @overload
     def __getitem__(self, key: int | str) -> CoupledGroup: ...
     @overload

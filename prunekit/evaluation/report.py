@@ -17,7 +17,7 @@ from prunekit.evaluation.language_modelling import PerplexityResult, measure_per
 from prunekit.evaluation.multiple_choice import zero_shot
 from prunekit.evaluation.named_tasks import Tasks
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
-from prunekit.files import write_text
+from prunekit.files import read_text, write_text
 
 METRICS = ("perplexity", "zero_shot", "cost")
 FORMAT = "prunekit report 1"
@@ -141,9 +141,7 @@ class Report:
         Raises:
             PrunekitError: there is no such file, or it is no report.
         """
-        if not Path(path).is_file():
-            raise PrunekitError(f"no file at {str(path)!r}; give a file that Report.save wrote")
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        return cls.from_json(read_text(path, "Report.save"))
 
     def __repr__(self) -> str:
         table = self.table().assign(value=[readable(value) for value in self.table()["value"]])

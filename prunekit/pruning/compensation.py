@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, mean_loss
 from prunekit.checks import check_choice
+from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, in_portions, linear_readers, sums_over_inputs, wide
 from prunekit.importance.reconstruction import check_ridge
@@ -221,12 +222,12 @@ def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
     """(path, dim of its weight) → the indices that stay, where some go."""
     if not isinstance(plan, PruningPlan):
         raise PrunekitError(f"the plan is a {type(plan).__name__}; give the one that the model was cut by")
-    if plan.groups is None:
-        raise PrunekitError("the plan was read from a file and carries no groups; make it again with plan(groups, ...)")
-    if {name: tuple(p.shape) for name, p in model.named_parameters()} != dict(plan.groups.shapes):
+    groups = discover(model) if plan.groups is None else plan.groups  # a plan that was read from a file has none
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if shapes != dict(groups.shapes) or any(name not in groups for name in plan.keep):
         raise PrunekitError("the plan is of another dense model; the order is compensate(small, model, plan, calib)")
     for name, units in plan.keep.items():
-        if plan.groups[name].kind == "vocabulary" and len(units) < plan.n_units[name]:
+        if groups[name].kind == "vocabulary" and len(units) < plan.n_units[name]:
             raise PrunekitError("the plan takes tokens, and the calibration set has their old numbers: cut those later")
         if not units:  # layers behind it stand elsewhere in the cut model
             raise PrunekitError(
@@ -235,13 +236,13 @@ def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
             )
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for name in plan.keep:
-        for member in plan.groups[name].members:
+        for member in groups[name].members:
             place = (member.parameter.removesuffix(".weight"), member.dim)
             gone.setdefault(place, []).append(member.owned_by(plan.removed(name)))
-    shapes = {name.removesuffix(".weight"): shape for name, shape in plan.groups.shapes.items()}
+    sizes = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
     kept = {}
     for place, indices in gone.items():
-        stays = torch.ones(shapes[place[0]][place[1]], dtype=torch.bool)
+        stays = torch.ones(sizes[place[0]][place[1]], dtype=torch.bool)
         stays[torch.cat(indices)] = False
         kept[place] = stays.nonzero().flatten()
     return kept

@@ -11,7 +11,7 @@ from prunekit.discovery import KINDS, CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.pruning.budgets import by_group, held_by_rounding, take_parameters, take_shares, take_units
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, all_steps, gone_first
+from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, all_steps, gone_first, lowest
 
 DEFAULT_KINDS = ("kv_head", "ffn_channel")
 
@@ -78,12 +78,13 @@ def plan(
     candidates = candidates_of(groups, scores, found, protected)
     rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
     counter, rounded = Counter(groups), _rounded(round_to)
+    gone_before = {} if after is None else {name: set(after.removed(name)) for name in after.keep}
+    ordered = lowest(scores, gone_before)
     if of == "units" and ranking == "local" and not set(fractions) & set(WHOLE_KINDS):
-        taken = take_shares(groups, candidates, scores, fractions, rounding, min_units)
+        taken = take_shares(groups, candidates, ordered, fractions, rounding, min_units)
     else:
-        steps = all_steps(groups, candidates, scores, ranking, rounding, min_units)
-        if after is not None:
-            steps = gone_first(steps, {name: set(after.removed(name)) for name in after.keep})
+        steps = all_steps(groups, candidates, ordered, ranking, rounding, min_units)
+        steps = gone_first(steps, gone_before)
         if of == "units":
             taken = take_units(steps, candidates, fractions, ranking)
         else:
@@ -229,14 +230,14 @@ def candidates_of(
             span = f"layers {layers[0]} to {layers[-1]}; name some of those" if layers else "no numbered layers"
             raise PrunekitError(f"protect_layers names {layer!r}; this model has {span}")
     found = [g for g in among if g.layer is None or g.layer not in protected]
-    owner: dict[tuple[str, int], str] = {}
+    owner: dict[tuple[str, int], CoupledGroup] = {}
     for g in found:
         _check_scores(g, scores)
         for m in g.members:
-            other = owner.setdefault((m.parameter, m.dim), g.name)
-            if other != g.name and other.rsplit(":")[-1] != g.kind:
+            other = owner.setdefault((m.parameter, m.dim), g)
+            if other.kind != g.kind:
                 raise PrunekitError(
-                    f"{g.name!r} and {other!r} cut the same rows of {m.parameter}; give kinds that do not overlap"
+                    f"{g.name!r} and {other.name!r} cut the same rows of {m.parameter}; give kinds that do not overlap"
                 )
     return found
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunekit.discovery import Groups
 from prunekit.errors import PrunekitError
-from prunekit.files import write_text
+from prunekit.files import read_text, write_text
 
 _NO_PLAN, _GIVE = "this is no pruning plan", "give JSON as PruningPlan.save writes"
 
@@ -124,13 +124,14 @@ class PruningPlan:
         _check_fields(data, cls)
         return cls(**data)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> Path:
         """Write JSON; the file is complete or not there.
 
         Raises:
             PrunekitError: the folder is missing or cannot be written to.
         """
         write_text(Path(path), self.to_json())
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":
@@ -139,14 +140,7 @@ class PruningPlan:
         Raises:
             PrunekitError: there is no such file, it cannot be read, or it is no plan.
         """
-        if not Path(path).is_file():
-            raise PrunekitError(f"{str(path)!r} is no file; give the path of a plan written by PruningPlan.save")
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PrunekitError(
-                f"{str(path)!r} cannot be read as text ({error}); give a plan written by PruningPlan.save"
-            ) from None
+        return cls.from_json(read_text(path, "PruningPlan.save"))
 
     def __repr__(self) -> str:
         cut = sum(len(units) < self.n_units[name] for name, units in self.keep.items())

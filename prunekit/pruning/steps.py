@@ -76,8 +76,18 @@ def all_steps(
 
 def gone_first(steps: list[Step], gone: Mapping[str, set[int]]) -> list[Step]:
     """The same steps, those before all others whose units are gone already, of a kind at once."""
+    if not gone:
+        return steps
     known = [s._replace(key=-math.inf) if set(s.units) <= gone.get(s.group.name, set()) else s for s in steps]
     return sorted(known, key=lambda step: (step.key, step.group.kind))
+
+
+def lowest(scores: Mapping[str, Tensor], gone: Mapping[str, set[int]]) -> dict[str, Tensor]:
+    """The same scores, those of units that are gone already below all others."""
+    found = {name: values.clone() for name, values in scores.items()}
+    for name in found.keys() & gone.keys():
+        found[name][sorted(gone[name])] = -math.inf
+    return found
 
 
 def _whole_steps(

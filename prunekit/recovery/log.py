@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from prunekit.account import LossChange
-from prunekit.files import write_text
+from prunekit.errors import PrunekitError
+from prunekit.files import read_text, write_text
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,18 @@ class RecoveryLog:
         change = None if self.loss_change is None else self.loss_change.to_dict()
         curves = {"losses": list(self.losses), "learning_rates": list(self.learning_rates)}
         return {**vars(self), **curves, "loss_change": change}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RecoveryLog":
+        """Read what `save` wrote.
+
+        Raises:
+            PrunekitError: there is no such file, or it holds no such log.
+        """
+        try:
+            return cls.from_dict(json.loads(read_text(path, "RecoveryLog.save")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PrunekitError(f"no recovery log in {str(path)!r} ({error}); give a file that save wrote") from None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":

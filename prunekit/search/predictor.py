@@ -115,7 +115,7 @@ class AccuracyPredictor:
         """
         return pd.DataFrame(self._mean(points, pred_contrib=True)[:, :-1], columns=self.space.feature_names())
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> Path:
         """Write the trees as text, in JSON; the file is complete or not there.
 
         Raises:
@@ -128,6 +128,7 @@ class AccuracyPredictor:
             "floor": self._floor, "digest": digest_of_text("".join(models)), "models": models,
         }  # fmt: skip
         write_text(Path(path), json.dumps(content, indent=1))
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path, space: Space) -> "AccuracyPredictor":

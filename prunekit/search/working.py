@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunekit.checkpoint import load
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, first_line
 from prunekit.fingerprint import digest_of
 from prunekit.search.metrics import Metric
 from prunekit.search.space import CarryOut
@@ -84,7 +84,8 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:
         data: plain.
 
     Returns:
-        The figures by name, and the seconds that it took; or, where prunekit refuses, what it says.
+        The figures by name, and the seconds that it took; or why there are none: what prunekit refuses, or memory
+        that is not there.
     """
     with _ALONE:
         model, tokenizer = opened(work)
@@ -94,6 +95,8 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:
             figures = {metric.name: figure(metric, built, tokenizer) for metric in work.metrics}
         except PrunekitError as error:
             return Outcome(number, {}, str(error))
+        except (MemoryError, torch.OutOfMemoryError) as error:  # it would come again on every resume
+            return Outcome(number, {}, f"out of memory: {first_line(error)}")
         except Exception as error:
             error.add_note(f"while trial {number} was measured, {data!r:.200}; it waits to be measured again")
             raise

@@ -11,7 +11,7 @@ import pandas as pd
 
 from prunekit.account import LossChange
 from prunekit.errors import PrunekitError
-from prunekit.files import write_text
+from prunekit.files import read_text, write_text
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,16 @@ class SparsityReport:
                 f"this is no sparsity report ({error}); give what SparsityReport.to_json wrote"
             ) from None
 
-    def save(self, path: str | Path) -> None:
-        """Write it as a JSON file."""
+    def save(self, path: str | Path) -> Path:
+        """Write it as a JSON file; it is complete or not there."""
         write_text(Path(path), self.to_json())
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SparsityReport":
+        """Read what `save` wrote.
+
+        Raises:
+            PrunekitError: there is no such file, or it holds no report.
+        """
+        return cls.from_json(read_text(path, "SparsityReport.save"))
