@@ -280,15 +280,15 @@ def test_what_is_no_model_and_no_plan_is_refused():
 
 
 @settings(max_examples=10, deadline=None)
-@given(ratio=st.floats(0.1, 0.6), seed=st.integers(0, 99), ranking=st.sampled_from(["local", "global"]))
+@given(ratio=st.floats(0.51, 0.6), seed=st.integers(0, 99), ranking=st.sampled_from(["local", "global"]))
 def test_query_heads_go_evenly_from_every_kv_group(ratio, seed, ranking):
     scores = random_scores(GROUPS_GQA, seed)
     made = plan(GROUPS_GQA, scores, ratio, kinds=("query_head",), of="units", ranking=ranking)
     for name, kept in made.keep.items():
         left = [sum(unit // 2 == group for unit in kept) for group in range(4)]
         assert len(set(left)) == 1
-        if left[0] == 1:  # of each two, the one with the higher score
-            assert all(scores[name][unit] >= scores[name][unit ^ 1] for unit in kept)
+        assert left[0] == 1  # of each two, the one with the higher score
+        assert all(scores[name][unit] >= scores[name][unit ^ 1] for unit in kept)
     assert prune(FAMILIES["llama_gqa"].model(), made)
 
 
@@ -418,3 +418,28 @@ def test_a_plan_says_by_which_importance():
     model = FAMILIES["llama_gqa"].model()
     made = plan(GROUPS_GQA, score(model, GROUPS_GQA, Magnitude()), 0.2)
     assert made.notes["importance"] == "L2"
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize(
+    "options", [{"kinds": ["query_head"]}, {"kinds": ["ffn_channel"], "round_to": 80}], ids=["heads", "rounded"]
+)
+def test_a_share_of_units_by_which_nothing_goes_is_refused(options, ranking):
+    with pytest.raises(PrunekitError, match=rf"nothing would go \({options['kinds'][0]}: 0.05 of \d+ units a group"):
+        plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.05, of="units", ranking=ranking, **options)
+
+
+def test_a_kind_of_which_nothing_goes_is_noted():
+    made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.1, of="units")
+    assert "kv_head: 0.1 of 4 units a group" in made.notes["whole"] and "kv_head: 0.1" in repr(made)
+    made = plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.25, of="units")
+    assert "whole" not in made.notes
+
+
+def test_what_is_asked_for_by_name_is_cut_or_refused():
+    scores, ratio = random_scores(GROUPS_GQA), {"hidden": 0.25, "ffn_channel": 0.25}
+    made = plan(GROUPS_GQA, scores, ratio, of="units")
+    assert {name.rpartition(":")[2] for name in made.keep if made.removed(name)} == set(ratio)
+    for ratio, kinds in (({"expert": 0.5, "ffn_channel": 0.2}, None), (0.25, ["expert"])):
+        with pytest.raises(PrunekitError, match="this model has no groups of the kind 'expert'; it has kv_head, "):
+            plan(GROUPS_GQA, scores, ratio, of="units", kinds=kinds)

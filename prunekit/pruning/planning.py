@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prunekit.checks import check_choice, check_integers
 from prunekit.discovery import KINDS, CoupledGroup, Groups
-from prunekit.errors import PrunekitError
+from prunekit.errors import BudgetError, PrunekitError
 from prunekit.pruning.budgets import by_group, held_by_rounding, take_parameters, take_shares, take_units
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, all_steps, gone_first, lowest
@@ -46,18 +46,21 @@ def plan(
         of: `"parameters"` or `"units"`.
         ranking: `"local"` or `"global"`; by default what the scores say: `"global"` for `Curvature`, which share the
             budget out among layers by what each would lose, else `"local"`. With `of="units"`, `"local"`.
-        kinds: kinds of groups that may be cut; by default the exact ones of `"kv_head"` and `"ffn_channel"`, and
-            where attention has a single KV head, its query heads where they are scored.
+        kinds: kinds of groups that may be cut, inexact ones too; by default those of the mapping, else the exact ones
+            of `"kv_head"` and `"ffn_channel"`, and where attention has a single KV head, its query heads where they are
+            scored.
         protect_layers: layers whose groups stay whole, counted from 0.
         round_to: what is kept of a cut group is a multiple of this; an int or kind → int.
         min_units: units every group keeps at least.
-        after: an earlier, smaller plan; what goes in it goes first, if it scores lowest.
+        after: an earlier, smaller plan; what goes in it goes first.
 
     Returns:
-        A plan whose parameter count is within 0.5% of the model's parameters of what was asked.
+        A plan whose parameter count is within 0.5% of the model's parameters of what was asked. `notes["whole"]` says
+        which kinds stay whole though they were asked for, and why.
 
     Raises:
-        PrunekitError: bad arguments, or a budget that cannot be met, with the nearest one that can.
+        PrunekitError: bad arguments, kinds that the model has no groups of, a budget that cannot be met, with the
+            nearest one that can, or one by which nothing goes.
 
     Source: LLM-Pruner (Ma et al. 2023), local and global selection. Differs: its global mode compares head
     sums with single channels and so never removes a head; here scores are taken per parameter.
@@ -74,7 +77,8 @@ def plan(
         found = tuple(g for g in default_units(groups) if g.kind != "query_head" or g.name in scores)
         fractions.update((g.kind, pruning_ratio) for g in found)
     else:
-        found = tuple(g for g in groups.of_kind(*fractions) if g.exact or kinds is not None)
+        _check_there(groups, fractions)
+        found = groups.of_kind(*fractions)  # asked for by name: inexact ones too
     candidates = candidates_of(groups, scores, found, protected)
     rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
     counter, rounded = Counter(groups), _rounded(round_to)
@@ -94,8 +98,12 @@ def plan(
         "pruning_ratio": dict(pruning_ratio) if isinstance(pruning_ratio, Mapping) else pruning_ratio,
         "of": of, "ranking": ranking, "importance": getattr(scores, "label", None),
     }  # fmt: skip
-    if rounded and (held := held_by_rounding(groups, candidates, scores, rounding, min_units)):
-        notes["whole"] = f"{', '.join(held)}: no smaller number of units for {rounded}"
+    held = held_by_rounding(groups, candidates, scores, rounding, min_units) if rounded else []
+    few = _too_few(gone, candidates, fractions) if of == "units" else {}
+    _check_some_go(gone, few, rounded)
+    whole = [f"{', '.join(held)}: no smaller number of units for {rounded}"] if held else []
+    if whole or few:
+        notes["whole"] = "; ".join(whole + [f"{kind}: {why}" for kind, why in few.items() if kind not in held])
     return replace(plan_without(groups, gone, notes), tokens=getattr(scores, "tokens", None))
 
 
@@ -108,6 +116,35 @@ def default_units(groups: Groups) -> tuple[CoupledGroup, ...]:
     split = {_place(g) for g in groups.of_kind("query_head") if g.exact and g.n_units > 1} & single
     found = groups.of_kind(*DEFAULT_KINDS, "query_head")
     return tuple(g for g in found if g.exact and g.kind != ("kv_head" if _place(g) in split else "query_head"))
+
+
+def _check_there(groups: Groups, kinds: Iterable[str]) -> None:
+    """Refuses kinds that were asked for by name and that the model has no groups of."""
+    for kind in kinds:
+        if not groups.of_kind(kind):
+            there = ", ".join(each for each in KINDS if groups.of_kind(each)) or "no groups at all"
+            locked = f"; {len(groups.locked)} places are locked, groups.locked says why" if groups.locked else ""
+            raise PrunekitError(f"this model has no groups of the kind {kind!r}; it has {there}{locked}")
+
+
+def _too_few(
+    gone: Mapping[str, Collection[int]], candidates: list[CoupledGroup], fractions: Mapping[str, float]
+) -> dict[str, str]:
+    """Kind → why nothing of it goes, where a share of its units was asked for."""
+    found = {}
+    for kind, fraction in fractions.items():
+        units = [g.n_units for g in candidates if g.kind == kind]
+        if fraction > 0 and units and not any(gone[g.name] for g in candidates if g.kind == kind):
+            found[kind] = f"{fraction:.4g} of {max(units)} units a group are fewer than can go at once"
+    return found
+
+
+def _check_some_go(gone: Mapping[str, Collection[int]], few: Mapping[str, str], rounded: str) -> None:
+    """Refuses a share of units so small that nothing goes."""
+    if few and not any(gone.values()):
+        why = "; ".join(f"{kind}: {reason}" for kind, reason in few.items())
+        limits = f", with {rounded}" if rounded else ""
+        raise BudgetError(f"nothing would go ({why}{limits}); ask for a larger pruning_ratio, or allow more kinds")
 
 
 def _place(group: CoupledGroup) -> str:
