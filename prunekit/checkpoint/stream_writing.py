@@ -9,7 +9,6 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from prunekit.checkpoint.building import own_tensors
@@ -23,6 +22,7 @@ from prunekit.checkpoint.saving import (
     write_texts,
     write_tokenizer,
 )
+from prunekit.compat import TorchDispatchMode
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 from prunekit.pruning import PruningPlan, prune

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prunekit.compat import argument_names
 from prunekit.discovery.labels import STATISTIC, varying_dims
 from prunekit.discovery.operations import aten, rule, tensors_in, unknown
 from prunekit.discovery.rules import Operand, combine, contract, reduce_labels, spread_rows
@@ -166,8 +167,7 @@ def reduction(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     result = func(*args, **kwargs)
     if len(source.planes) != 1:
         return unknown(mode, func, args, kwargs)
-    names = [argument.name for argument in func._schema.arguments]
-    bound = dict(zip(names, args, strict=False)) | kwargs
+    bound = dict(zip(argument_names(func), args, strict=False)) | kwargs
     dims = bound.get("dim")
     dims = (dims,) if isinstance(dims, int) else tuple(dims or range(len(source.shape)))
     statistic = reduce_labels(mode.graph, source.planes[0], dims, bool(bound.get("keepdim")))

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from prunekit.compat import TorchDispatchMode, storage_key
 from prunekit.discovery import arithmetic, movement  # noqa: F401  they register their rules
 from prunekit.discovery.choices import Choice, chosen_by
 from prunekit.discovery.constants import Argument, constants_among, n_stored
@@ -68,7 +68,7 @@ class LabelMode(TorchDispatchMode):
 
     def is_input(self, tensor: Tensor) -> bool:
         """Whether a tensor is the input's tokens themselves, in whatever view."""
-        return self._input is not None and tensor.untyped_storage()._cdata == self._input._cdata
+        return self._input is not None and storage_key(tensor.untyped_storage()) == storage_key(self._input)
 
     def input(self, shape: tuple[int, int]) -> Tensor:
         """Token ids to run."""
@@ -78,14 +78,14 @@ class LabelMode(TorchDispatchMode):
 
     def labelled(self, tensor: Tensor) -> bool:
         """Whether a tensor has labels."""
-        return tensor.untyped_storage()._cdata in self._storages or bool(getattr(tensor, PLANES, ()))
+        return storage_key(tensor.untyped_storage()) in self._storages or bool(getattr(tensor, PLANES, ()))
 
     def operand(self, tensor: Tensor) -> Operand:
         """The labels of a tensor. Views share the labels of what they view, as they share its storage."""
         planes = getattr(tensor, PLANES, None)
         if planes is not None:
             return Operand(planes, tensor.shape, parameter=True)
-        key = tensor.untyped_storage()._cdata
+        key = storage_key(tensor.untyped_storage())
         found = self._storages.get(key)
         if found is None:
             uniform = n_stored(tensor) == 1 or _still_uniform(tensor)
@@ -98,11 +98,11 @@ class LabelMode(TorchDispatchMode):
         if plane is None:
             return tensor
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
+        if storage_key(storage) not in self._storages:
             n = storage.nbytes() // tensor.element_size()
-            self._storages[storage._cdata] = (torch.from_numpy(np.zeros(n, np.int64)), storage)
-        flat = self._storages[storage._cdata][0]
-        if plane.untyped_storage()._cdata == flat.untyped_storage()._cdata:
+            self._storages[storage_key(storage)] = (torch.from_numpy(np.zeros(n, np.int64)), storage)
+        flat = self._storages[storage_key(storage)][0]
+        if storage_key(plane.untyped_storage()) == storage_key(flat.untyped_storage()):
             plane = plane.clone()  # what is written in place may be its own labels, expanded
         copies = {d for d, step in enumerate(tensor.stride()) if not step}  # of one element, which has one label
         labels, plane = (along(t, set(range(t.dim())) - copies) for t in (tensor, plane.expand(tensor.shape)))
@@ -114,16 +114,16 @@ class LabelMode(TorchDispatchMode):
         before = []
         for where, tensor in constants_among(args, kwargs):
             storage = tensor.untyped_storage()
-            if storage._cdata in self._chosen or (self.labelled(tensor) and not self.is_handed(tensor)):
+            if storage_key(storage) in self._chosen or (self.labelled(tensor) and not self.is_handed(tensor)):
                 continue
-            before.append((storage._cdata, self._storages.pop(storage._cdata, None)))
+            before.append((storage_key(storage), self._storages.pop(storage_key(storage), None)))
             self.trace.arguments[Argument(self.path, where, tuple(tensor.shape))] = (self.graph.n_nodes, tensor.clone())
             self.mark(tensor, self.graph.new(tuple(tensor.shape), ARGUMENT))
         return before
 
     def is_handed(self, tensor: Tensor) -> bool:
         """Whether a tensor's labels are those of an argument, and last until the module returns."""
-        found = self._storages.get(tensor.untyped_storage()._cdata)
+        found = self._storages.get(storage_key(tensor.untyped_storage()))
         return found is not None and self.graph.kind_of(found[0]) == ARGUMENT
 
     def is_score(self, tensor: Tensor) -> bool:
@@ -151,7 +151,7 @@ class LabelMode(TorchDispatchMode):
         """Tensors computed from a choice by value."""
         for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
-            self._chosen[storage._cdata] = (choice, storage)
+            self._chosen[storage_key(storage)] = (choice, storage)
         return result
 
     def lock(self, labels: Tensor, reason: str) -> None:

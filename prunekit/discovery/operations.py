@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prunekit.compat import decomposed
 from prunekit.discovery.choices import choose
 from prunekit.discovery.labels import CONSTANT, LOCKED, along, varying_dims
 
@@ -107,9 +108,9 @@ def add_at(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
 def unknown(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """No rule: decompose it if torch can; else what goes in is locked, and what comes out counts as locked."""
     with mode:
-        decomposed = func.decompose(*args, **kwargs)
-    if decomposed is not NotImplemented:
-        return decomposed
+        simpler = decomposed(func, args, kwargs)
+    if simpler is not NotImplemented:
+        return simpler
     for tensor in tensors_in((args, kwargs)):
         for plane in mode.operand(tensor).planes:
             mode.lock(along(plane, varying_dims(plane)), f"{func.overloadpacket.__name__} is not understood")

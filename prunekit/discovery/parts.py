@@ -16,18 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.compat import untraced
 from prunekit.discovery.constants import Where, leaves
 from prunekit.discovery.labels import LOCKED
 
 if TYPE_CHECKING:
     from prunekit.discovery.labelling import LabelMode
-
-
-@contextmanager
-def untraced() -> Iterator[None]:
-    """While open, operations are nobody's business but ours."""
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        yield
 
 
 @dataclass(frozen=True)

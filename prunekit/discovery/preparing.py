@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from prunekit.compat import untraced
 from prunekit.discovery.labelling import LabelMode
-from prunekit.discovery.parts import untraced
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION
+
 # Written-out attention and experts read every number that a module keeps, and run on any device.
-EXPERTS = "_experts_implementation_internal"
-WRITTEN_OUT = ("_attn_implementation_internal", EXPERTS)
+WRITTEN_OUT = (ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION)
 
 Key = tuple[str, str, str]  # module path, "" or "config", attribute (with "[i]" for an element of a sequence)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from prunekit.compat import SHAPE_READ, below_autograd
 from prunekit.discovery.remembered import Attribute, Key, Operation, Remembered
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class IntegerWatcher(TorchFunctionMode):
         if func is Tensor.__getitem__ and self._is_choice(args[1]):  # a plain look-up would read the number out
             return args[0].index_select(0, args[1].view(1)).squeeze(0)
         if func in _PRODUCTS:
-            with torch._C._AutoDispatchBelowAutograd():  # one operation with a rule, not the many that it is made of
+            with below_autograd():  # one operation with a rule, not the many that it is made of
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _SIZE_READS:
@@ -212,7 +213,7 @@ _PRODUCTS = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 _VALUE_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}  # these pass by the operations
 
-_SIZE_READS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
+_SIZE_READS = {SHAPE_READ, Tensor.size}
 
 _NOTES: dict[Any, Callable[[IntegerWatcher, Any, tuple, dict], None]] = {
     **dict.fromkeys(

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunekit.compat import TorchDispatchMode, storage_key, tree_leaves
 from prunekit.errors import PrunekitError
 from prunekit.models import device_of, evaluating, max_positions
 
@@ -212,7 +211,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._alive = 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._seen = {storage_key(tensor.untyped_storage()) for tensor in known}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operator and notes the storages that it made."""
@@ -223,7 +222,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
         if key in self._seen:
             return
         self._seen.add(key)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.discovery.remembered import EXPERTS
+from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
 
 ROW = 16  # bytes that a row must be a multiple of in torch's grouped products
 _GROUPED = "grouped_mm"

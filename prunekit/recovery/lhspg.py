@@ -1,6 +1,5 @@
 """LHSPG: LoRA half-space projected gradient, a torch optimiser at whose end chosen units are exactly zero."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checks import check_integers, check_reals
+from prunekit.compat import adamw_step
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.importance import Importance, score
@@ -21,7 +21,6 @@ from prunekit.recovery.lora_units import as_units, lora_pairs, units_of
 
 PREFIX = "base_model.model."  # of every name inside a peft model
 Saliency = Callable[["LHSPG"], Mapping[str, Tensor]]
-_adamw_step = inspect.unwrap(torch.optim.AdamW.step)  # without the wrapper that would call an optimiser's hooks twice
 
 
 def update_saliency(optimizer: "LHSPG") -> Mapping[str, Tensor]:
@@ -184,7 +183,7 @@ class LHSPG(torch.optim.AdamW):
         self._check_gradients()
         with torch.no_grad():
             self._turn_if_due()  # without a warm-up; or where the one that was due has been interrupted
-            _adamw_step(self)
+            adamw_step(self)
             self.n_steps += 1
             self._shrink()
             self._turn_if_due()

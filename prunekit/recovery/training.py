@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunekit.compat import LOSS_KEYWORDS
 from prunekit.errors import PrunekitError
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.settings import TrainingSettings
@@ -76,7 +77,7 @@ def train(
             optimizers=(optimizer, None),
         )
         # The Trainer would divide by seq_len labels where the model predicts seq_len - 1 of them.
-        trainer.model_accepts_loss_kwargs = False
+        setattr(trainer, LOSS_KEYWORDS, False)
         trainer.remove_callback(PrinterCallback)
         newest = newest_checkpoint(resume.folder) if resume else None
         if newest is not None and _steps_of(newest) >= (method.max_steps or math.inf):

@@ -10,10 +10,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 
+from prunekit.compat import JOURNAL_KEY
 from prunekit.errors import PrunekitError
 
 STUDY = "prunekit"
-_BEGINNING = b'{"op_code"'  # of every line
+_BEGINNING = f'{{"{JOURNAL_KEY}"'.encode()  # of every line
 
 
 class KernelLock:
@@ -72,7 +73,7 @@ class Journal(JournalFileBackend):
                     told = json.loads(line)
                 except (ValueError, RecursionError):
                     told = None
-                if not isinstance(told, dict) or "op_code" not in told:
+                if not isinstance(told, dict) or JOURNAL_KEY not in told:
                     raise PrunekitError(
                         f"line {number} of {str(self._path)!r} is none of a journal: {line[:40]!r}; give another path, "
                         "or take out that line and all behind it to go on with what stands before"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from prunekit.compat import lora_inputs
 from prunekit.errors import PrunekitError
 from prunekit.sparsity.report import SparsityReport
 
@@ -173,7 +174,7 @@ def _masked_methods(path: str, layer: Any) -> dict[str, Callable]:
         result = layer.base_layer(x, *args, **kwargs)
         stored = update(adapter)
         weight = stored.T if layer.fan_in_fan_out else stored  # (out, in)
-        inputs = layer.lora_dropout[adapter](layer._cast_input_dtype(x, weight.dtype))
+        inputs = layer.lora_dropout[adapter](lora_inputs(layer, x, weight.dtype))
         return (result + functional.linear(inputs, weight)).to(result.dtype)
 
     return {"forward": masked, "get_delta_weight": update}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from prunekit.compat import without_function_modes
 from prunekit.discovery.parts import layer_of
 from prunekit.layerwise import fewest_logits
 
@@ -98,7 +99,7 @@ class _Products(TorchFunctionMode):
         result = func(*args, **kwargs)
         where = _PRODUCTS.get(func)
         if where is not None:
-            with torch._C.DisableTorchFunctionSubclass(), torch._C.DisableTorchFunction():
+            with without_function_modes():
                 bias = _argument(args, kwargs, where.bias, "bias") if where.bias is not None else None
                 weight = _argument(args, kwargs, where.weight, "weight")
                 inputs = _argument(args, kwargs, where.inputs, "input")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from prunekit.compat import version_of
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
 from prunekit.sparsity.grams import add_to_gram, complete_gram
@@ -140,7 +141,7 @@ class _Sharing:
             parted = [(m, leader) for m, leader in self._leaders.items() if m is not leader and matrix in (m, leader)]
             self._leaders |= {m: m for m, _ in parted}
             return parted
-        key = (x.data_ptr(), x.shape, x.stride(), x._version)
+        key = (x.data_ptr(), x.shape, x.stride(), version_of(x))
         self._leaders[matrix] = self._first.setdefault(key, matrix)
         return []
 

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from prunekit.account import closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens, in_batches
+from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
 from prunekit.discovery.parts import outermost_elements
-from prunekit.discovery.remembered import EXPERTS
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
 from prunekit.models import evaluating

@@ -1,0 +1,75 @@
+"""Private names of torch, transformers, peft and optuna that prunekit relies on, in one place.
+
+A release of one of these libraries may change them; `tests/test_compat.py` has a test for each, which says what breaks
+then. `_parameters`, `_modules` and `_forward_pre_hooks` of a torch module are left where they are used: they are
+in every saved pickle of a module, so torch keeps them.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["TorchDispatchMode", "tree_leaves"]  # and what stands below
+
+EXPERTS_IMPLEMENTATION = "_experts_implementation_internal"  # attributes of a transformers configuration
+ATTENTION_IMPLEMENTATION = "_attn_implementation_internal"
+LOSS_KEYWORDS = "model_accepts_loss_kwargs"  # of a Trainer: whether it divides the loss by the number of labels
+JOURNAL_KEY = "op_code"  # with which each line of optuna's journal begins
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Within, torch calls neither function modes nor dispatch modes, so that labels are not labelled themselves."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        yield
+
+
+@contextmanager
+def without_function_modes() -> Iterator[None]:
+    """Within, torch calls no function mode and no `__torch_function__` of a tensor subclass."""
+    with torch._C.DisableTorchFunctionSubclass(), torch._C.DisableTorchFunction():
+        yield
+
+
+@contextmanager
+def below_autograd() -> Iterator[None]:
+    """Within, a product is one operation for a dispatch mode, and not the several that autograd makes of it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        yield
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """What tells a tensor's memory from any other's while it is alive; views share it."""
+    return storage._cdata
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written into in place; views share it."""
+    return tensor._version
+
+
+def argument_names(func: Any) -> list[str]:
+    """The names of an operator's arguments, in order."""
+    return [argument.name for argument in func._schema.arguments]
+
+
+def decomposed(func: Any, args: tuple, kwargs: dict) -> Any:
+    """An operator's result by the simpler operators that torch knows for it, or NotImplemented."""
+    return func.decompose(*args, **kwargs)
+
+
+SHAPE_READ = Tensor.shape.__get__  # type: ignore[attr-defined]  # the function that a mode sees where a shape is read
+
+adamw_step = inspect.unwrap(torch.optim.AdamW.step)  # without the wrapper that would call an optimiser's hooks twice
+
+
+def lora_inputs(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inputs of a peft LoRA layer as its own `forward` casts them."""
+    cast: Tensor = layer._cast_input_dtype(x, dtype)
+    return cast
