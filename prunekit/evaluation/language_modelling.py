@@ -69,12 +69,28 @@ def perplexity(
     bos: bool | None = None,
     batch_size: int = 16,
 ) -> float:
-    """How surprised a model is by a text: exp of the mean negative log-likelihood a token.
+    """Perplexity of a text: exp of the mean negative log-likelihood a token.
 
-    Arguments, errors and source are those of `measure_perplexity`, which also returns the protocol.
+    `measure_perplexity` measures the same, and returns the protocol and the number of tokens too.
+
+    Args:
+        model: a causal language model of `transformers`.
+        tokenizer: the model's own tokenizer.
+        text_or_path: a text, a file, or whatever else `prunekit.documents.read_documents` takes.
+        window: tokens a window, BOS included; None for 128, or in documents for as many as the model takes.
+        stride: tokens by which windows advance, in [1, window]; None for no overlap.
+        protocol: `"windows"`, `"documents"` or `"papers"`.
+        separator: marker between documents; only for `"documents"`.
+        bos: True puts BOS first in every window, False leaves it out, None goes by the tokenizer.
+        batch_size: rows of about 128 tokens a forward pass; it does not change the result.
 
     Returns:
         The perplexity; 1 is certainty, the size of the vocabulary is a blind guess.
+
+    Raises:
+        PrunekitError: what `measure_perplexity` raises: no text, a window that does not fit, an unknown protocol.
+
+    Source: see `measure_perplexity`.
     """
     return measure_perplexity(
         model,

@@ -71,6 +71,9 @@ def standard_text(name: str, *, data_dir: str | Path | None = None) -> str:
         data_dir: a folder that holds `wikitext2/test.txt`, `ptb/ptb.test.txt` or `c4/validation.jsonl`; None reads
             from the hub. A text file is taken as it is.
 
+    Returns:
+        The whole text.
+
     Raises:
         PrunekitError: there is no such text, or it cannot be read.
 

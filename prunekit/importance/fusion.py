@@ -81,6 +81,9 @@ def fuse(coarse: Scores, fine: Scores, rule: Rule = "attention") -> FusedScores:
         rule: `"attention"`, `"uncertainty"`, a fixed pair of weights, or a function of a group's coarse and fine
             scores, (n_units,) each. (1, 0) gives the coarse scores back, (0, 1) the fine ones, to the last bit.
 
+    Returns:
+        Scores of the same groups; `weights` are the two weights of each group.
+
     Raises:
         PrunekitError: an unknown rule, weights that are no two numbers of which one is above 0, or scores of
             different groups.

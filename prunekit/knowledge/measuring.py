@@ -90,10 +90,24 @@ def knowledge_of_units(
     path: str | Path | None = None,
     tokens_a_batch: int = POSITIONS,
 ) -> KnowledgeDistribution:
-    """What does one head hold? Each unit of some groups alone is silenced, and everything is asked again.
+    """How much worse the model gets, domain by domain, when one unit alone is ablated: one head, one channel.
 
-    Arguments and errors are those of `knowledge_distribution`, without scores and ratios; the table has a column
-    `unit`.
+    Args:
+        model: the dense model; it is left as it is.
+        tokenizer: its tokenizer.
+        groups: whose units are ablated, each alone; some of what `discover` found.
+        tasks: questions, as `knowledge_distribution` takes them.
+        text: windows of text, as `knowledge_distribution` takes them.
+        limit: questions of each task at most; None asks all.
+        data_dir: a folder with the files of published tasks; None reads from the hub.
+        path: a file in which measurements are kept, from which an interrupted run goes on; None for none.
+        tokens_a_batch: tokens of a forward pass.
+
+    Returns:
+        A distribution whose table has one row a unit and domain, with a column `unit`.
+
+    Raises:
+        PrunekitError: what `knowledge_distribution` raises.
     """
     chosen = _check_groups(model, groups)
     plan = [

@@ -66,7 +66,12 @@ class AccuracyPredictor:
     """
 
     def __init__(self, space: Space, trees: Trees | None = None) -> None:
-        """Of which space, and how."""
+        """A predictor that has not learned yet.
+
+        Args:
+            space: whose points it reads.
+            trees: how the trees are grown; None is `Trees()`.
+        """
         self.space, self.trees = space, trees or Trees()
         self._models: list[Any] = []
         self._floor = 0.0
