@@ -8,11 +8,8 @@ import pytest
 
 import prunekit as pk
 
-PUBLIC = [
-    name
-    for name in pk.__all__
-    if not (inspect.isclass(getattr(pk, name)) and issubclass(getattr(pk, name), BaseException | Warning))
-]
+EXPORTED = {name: getattr(pk, name) for name in pk.__all__}
+PUBLIC = [name for name, found in EXPORTED.items() if not (inspect.isclass(found) and issubclass(found, Exception))]
 
 
 def documents(doc, name):
