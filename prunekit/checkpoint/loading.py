@@ -31,6 +31,7 @@ from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.describing import describe
 from prunekit.pruning.experts import usable
+from prunekit.pruning.recording import RECORD
 from prunekit.sparsity.keeping import parsed_report
 from prunekit.world import load as load_world
 
@@ -76,7 +77,7 @@ def load(
             f"{str(source)!r} does not exist; give a checkpoint folder, a .gguf file, a hub id, or {NAMES}"
         )
     else:
-        model = _load_plain(str(source), dtype, trust_remote_code)
+        model = load_plain(str(source), dtype, trust_remote_code)
     tokenizer = load_tokenizer(str(source), trust_remote_code, model.config)
     _check_numbers(Path(given), model, tokenizer)  # what prunekit wrote beside a GGUF file is not in the cache
     _read_sparsity(Path(given) / SPARSITY, model)
@@ -105,10 +106,22 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
     if config.get("model_type") == MODEL_TYPE:
         return load_cut(folder, dtype)
     _check_architecture(folder, config)
+    try:
+        return _load_whole(folder, dtype, trust_remote_code)
+    except PrunekitError as error:
+        if RECORD not in config:
+            raise
+        raise PrunekitError(
+            f"{str(folder)!r} was cut by prunekit and written by save_pretrained, and its weights do not fit its "
+            f"configuration ({error}); save the model with prunekit.save"
+        ) from error
+
+
+def _load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     stored = stored_tensors(folder)
     check_dtypes(folder, stored)
     _check_plain_size(folder, stored)
-    model = _load_plain(str(folder), dtype, trust_remote_code)
+    model = load_plain(str(folder), dtype, trust_remote_code)
     _check_floats(folder, model, stored)
     return model
 
@@ -133,7 +146,8 @@ def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
     check_size(config, stored, str(folder), factor=2)
 
 
-def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
+    """The model of a folder or hub id as `transformers` loads it; refuses weights that lack or do not fit."""
     where = _where(source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

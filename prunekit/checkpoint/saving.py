@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from prunekit.checkpoint.building import cut_again
 from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
+from prunekit.checkpoint.reading_back import check_written
 from prunekit.checkpoint.widths import layer_widths
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder, write_text
@@ -65,8 +66,8 @@ def save(
         The folder.
 
     Raises:
-        PrunekitError: `out` exists or cannot be written, adapters are not merged,
-            or the model is not what its recorded cuts lead to. Nothing is left behind.
+        PrunekitError: `out` exists or cannot be written, adapters are not merged, the model is not what its recorded
+            cuts lead to, or what was written does not read back as the model. Nothing is left behind.
     """
     check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
     config = description(model)
@@ -166,13 +167,32 @@ def whole_folder(out: str | Path) -> Iterator[Path]:
 
 
 def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int) -> None:
-    """A plain checkpoint of a model under another configuration."""
+    """A plain checkpoint of a model under another configuration, in the form of the hub's if that reads back.
+
+    Where `transformers` writes what it does not read, such as packed weights of a model that it unpacked on loading,
+    the weights are written as the model holds them.
+
+    Raises:
+        PrunekitError: neither reads back.
+    """
     mine = model.config
     try:
         model.config = config
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        _write_as_on_the_hub(model, folder, max_shard_size)
     finally:
         model.config = mine
+
+
+def _write_as_on_the_hub(model: Any, folder: Path, max_shard_size: str | int) -> None:
+    for original in (True, False):
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=original)
+        try:
+            return check_written(folder, model)
+        except PrunekitError as error:
+            why = error
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+    raise PrunekitError(f"transformers writes of this {type(model).__name__} what it does not read: {why}")
 
 
 def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:
@@ -218,6 +238,7 @@ def _write_cut(model: Any, cut: dict[str, Any], folder: Path, max_shard_size: st
     write_configurations(model, cut, folder)
     state = {name: t.detach().contiguous() for name, t in own_tensors(model).items()}
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+    check_written(folder, model)
 
 
 def write_configurations(model: Any, config: Any, folder: Path) -> None:

@@ -16,6 +16,7 @@ from prunekit.pruning.renumbering import drops_layers, on_all_layers, without_la
 from prunekit.pruning.vocabulary import configurations, renumber
 
 HEADS = ("kv_head", "query_head")  # whose counts have standard names
+HEAD_SIZE = "head_dim"
 Fields = dict[str, int]  # field of a configuration → its value a unit
 
 
@@ -50,6 +51,7 @@ class Cuts:
         try:
             config, done = uncut_widths(model.config), recorded(model.config)["stages"]
             stages = on_all_layers(config, done) if all_layers else without_layers(done)
+            config = _with_head_size(config) if any(_shapes_heads(name) for stage in done for name in stage) else config
             if groups is None or len(done) > 1 or drops_layers(done):
                 groups = discover(empty_model(config))
             return cls(config, groups, stages, _added_biases(model, groups))
@@ -116,12 +118,30 @@ def uncut_widths(config: Any) -> Any:
     Layers that went stay away, and special tokens keep their new numbers, which the uncut vocabulary has too.
     """
     whole = copy.deepcopy(config)
-    before = vars(whole).pop(RECORD)["before"]
+    before = vars(whole).pop(RECORD).get("before", {})
     for part in configurations(whole):
         for field, value in before.items():
             if vars(part).get(field) == getattr(config.get_text_config(), field):
                 setattr(part, field, value)
     return whole
+
+
+def _shapes_heads(name: str) -> bool:
+    """Whether a group's units go into a head size that is computed: hidden size by number of heads."""
+    return name.rpartition(":")[2].partition("#")[0] in (*HEADS, "hidden")
+
+
+def _with_head_size(config: Any) -> Any:
+    """The same configuration with a head size that only followed from other fields, where the family reads one."""
+    text = config.get_text_config()
+    hidden, heads = (getattr(text, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if getattr(text, HEAD_SIZE, None) is not None or not hidden or not heads:
+        return config
+    plain, same, other = (
+        _shapes(with_fields(config, {"num_hidden_layers": 1, **more}), {}, 0)
+        for more in ({}, {HEAD_SIZE: hidden // heads}, {HEAD_SIZE: 2 * hidden // heads})
+    )
+    return with_fields(config, {HEAD_SIZE: hidden // heads}) if same == plain and None is not other != plain else config
 
 
 def tokens_left(stages: Stages) -> list[int] | None:

@@ -11,7 +11,7 @@ import torch
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.models import empty_model, evaluating, logits_alone, shapes_of
-from prunekit.pruning.cuts import Cuts, Fields, with_fields, with_width
+from prunekit.pruning.cuts import HEAD_SIZE, Cuts, Fields, with_fields, with_width
 from prunekit.pruning.recording import RECORD, base_of, configurations_of, recorded, written_out
 from prunekit.pruning.vocabulary import configurations
 
@@ -49,33 +49,30 @@ def _refuse(family: str, why: str, *_: Any, **__: Any) -> NoReturn:
     """Stands for a model's `save_pretrained` where `transformers` would write what it cannot load."""
     raise PrunekitError(
         f"save_pretrained would write a folder that does not load: the configuration of {family} cannot express this "
-        f"cut ({why}); use prunekit.save(model, folder), or prunekit.export(model, folder, layout='padded'), which "
-        "fills it up to even widths"
+        f"cut ({why}); use prunekit.save(model, folder)"
     )
 
 
 def _write_widths(model: Any, cuts: Cuts) -> None:
     """The widths that can be said, in every configuration that the model holds."""
-    values, text = _sayable(model.config, cuts), model.config.get_text_config()
-    before = {field: getattr(text, field) for field in values}
-    computed = first_logits(model)
-    _write(model, before, values)
+    said, uncut = model.config.get_text_config(), cuts.config.get_text_config()
+    size = {HEAD_SIZE: uncut.head_dim} if getattr(uncut, HEAD_SIZE, None) != getattr(said, HEAD_SIZE, None) else {}
+    values = _sayable(with_fields(model.config, size), cuts)
+    old = {field: getattr(said, field, None) for field in (*size, *values)}
+    held = [part for part in configurations(*configurations_of(model)) if type(part) is type(said)]
+    before, computed = [dict(vars(part)) for part in held], first_logits(model)
+    for part in held:
+        for field, value in {**size, **values}.items():
+            if getattr(part, field, None) == old[field]:
+                setattr(part, field, value)
     if torch.equal(first_logits(model), computed):
-        uncut = {field: getattr(cuts.config.get_text_config(), field) for field in values}
         record = recorded(model.config)
-        model.config.prunekit = {**record, "before": {**uncut, **record["before"]}}
-    else:
-        _write(model, values, before)
-
-
-def _write(model: Any, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """New values of fields in every configuration of the model's kind that says the old one."""
-    kind = type(model.config.get_text_config())
-    held = {id(config): config for config in configurations(*configurations_of(model)) if type(config) is kind}
-    for config in held.values():
-        for field, value in new.items():
-            if getattr(config, field) == old[field]:
-                setattr(config, field, value)
+        uncut_values = {field: getattr(uncut, field) for field in values}
+        model.config.prunekit = {**record, "before": {**uncut_values, **record.get("before", {})}}
+        return
+    for part, own in zip(held, before, strict=True):
+        vars(part).clear()
+        vars(part).update(own)
 
 
 def _sayable(config: Any, cuts: Cuts) -> Fields:
