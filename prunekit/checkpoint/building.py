@@ -1,40 +1,19 @@
-"""Models without weights: built from a configuration, cut again as recorded, measured before memory is asked for."""
+"""Models without weights: cut again as recorded, measured before memory is asked for."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint.folders import Stored
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
-from prunekit.pruning import PruningPlan, prune
-
-Stages = list[dict[str, list[int]]]
-Shapes = dict[str, tuple[int, ...]]
-
-
-def empty_model(config: Any, **options: Any) -> Any:
-    """The model of a configuration, its parameters on the meta device, its buffers real; no code from elsewhere."""
-    with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
-    model.tie_weights()
-    return model
-
-
-def shapes_of(model: nn.Module) -> Shapes:
-    """Parameter name → shape, tied ones once."""
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds: parameters as `named_parameters()` has them, tied ones once; persistent buffers."""
-    parameters = {id(p) for p in model.parameters()}
-    kept = {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) not in parameters}
-    return dict(model.named_parameters()) | kept
+from prunekit.models import shapes_of
+from prunekit.pruning import PruningPlan
+from prunekit.pruning.cuts import Stages
+from prunekit.pruning.surgery import cut
 
 
 def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] = ()) -> Any:
@@ -51,7 +30,7 @@ def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] 
     """
     for number, keep in enumerate(stages):
         groups = discover(model) if number else groups
-        model = prune(model, _recorded_plan(groups, keep), inplace=True, measure=False)
+        model = cut(model, _recorded_plan(groups, keep))
     modules = dict(model.named_modules())
     for name in biases:
         linear = modules.get(name.removesuffix(".bias"))
@@ -77,7 +56,10 @@ def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: i
     Raises:
         PrunekitError: it asks for more.
     """
-    layers, held = getattr(config, "num_hidden_layers", None) or 0, sum(_elements(t.shape) for t in stored.values())
+    layers, held = (
+        getattr(config.get_text_config(), "num_hidden_layers", None) or 0,
+        sum(_elements(t.shape) for t in stored.values()),
+    )
     if layers > len(stored):
         raise PrunekitError(
             f"config.json of {source!r} has {layers:,} layers, but {len(stored)} tensors are stored; "

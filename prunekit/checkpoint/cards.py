@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prunekit.account import LossChange
-from prunekit.checkpoint.widths import takes_tokens, tokens_went
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.pruning import PruningPlan
+from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.experts import fit_for_grouped
 from prunekit.sparsity.keeping import current_report
 
@@ -110,7 +110,7 @@ def renumbered(model: Any, plan: PruningPlan | None, tokenizer: Any) -> list[str
     """What a card says of a tokenizer: that none is there, where tokens went and no other was given."""
     if tokenizer is not None or not tokens_went(model, plan):
         return []
-    listed = f" ({LISTED})" if plan is not None and takes_tokens(plan) else ""
+    listed = f" ({LISTED})" if plan is not None and plan.takes_tokens else ""
     return [f"{RENUMBERED.capitalize()}{listed}. The tokenizer of the uncut model does not fit, and none is saved."]
 
 

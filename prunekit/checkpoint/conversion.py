@@ -17,11 +17,11 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from prunekit.checkpoint.building import own_tensors
 from prunekit.checkpoint.cache import VARIABLE, cache_root, cached_folder, digest_of_file
 from prunekit.checkpoint.gguf_header import GgufHeader, check_magic, read_header
 from prunekit.errors import PrunekitError, first_line
 from prunekit.fingerprint import digest_of_text
+from prunekit.models import own_tensors
 
 FORMAT = 1  # of the cached folders; another number makes all of them anew
 FILE = "model.gguf"

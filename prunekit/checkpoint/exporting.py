@@ -12,18 +12,17 @@ from prunekit.checkpoint.padded import padded_model
 from prunekit.checkpoint.saving import (
     SHARD,
     check_saving,
-    is_cut,
     whole_folder,
     write_plain,
     write_texts,
     write_tokenizer,
 )
-from prunekit.checkpoint.uniform import plain_config, unsaid
-from prunekit.checkpoint.widths import Cuts
 from prunekit.checks import check_choice
 from prunekit.errors import PrunekitError
 from prunekit.layouts import GGUF, LAYOUTS, PADDED
 from prunekit.pruning import PruningPlan
+from prunekit.pruning.cuts import Cuts
+from prunekit.pruning.describing import plain_config, unsaid
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
@@ -67,27 +66,26 @@ def export(
     if layout == GGUF:
         check_family(model)
     remarks = renumbered(model, plan, tokenizer)
-    model, config, filled = _even(model, layout)
+    even, config, filled = _even(model, layout)
     with whole_folder(out) as folder:
         write_tokenizer(model, folder, tokenizer)
         if layout == GGUF:
-            remarks += write_gguf(model, config, folder)
+            remarks += write_gguf(even, config, folder)
         else:
-            write_plain(model, config, folder, max_shard_size)
-        made = texts_beside(model, layout, plan, report, unsaid=filled, remarks=remarks)
+            write_plain(even, config, folder, max_shard_size)
+        made = texts_beside(even, layout, plan, report, unsaid=filled, remarks=remarks)
         write_texts(folder, made, files or {})
     return Path(out)
 
 
 def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:
     """A model of even widths, a configuration that says them, and which had to be filled up for that."""
-    cuts = Cuts.of(model) if is_cut(model) else None
-    config = plain_config(model, cuts)
-    if config is not None or cuts is None:
+    config = plain_config(model)
+    if config is not None:
         return model, config, []
+    cuts = Cuts.of(model)
     if layout == PADDED:
         padded = padded_model(model, cuts)
-        padded.config.name_or_path = model.config.name_or_path
         return padded, padded.config, unsaid(cuts)
     if cuts.biases:
         raise PrunekitError(f"{type(model).__name__} was given biases that its configuration cannot say; {KEEP}")

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint.gguf_header import gguf_package
 from prunekit.checkpoint.padded import relative_difference, tolerance
-from prunekit.checkpoint.widths import tokens_went
 from prunekit.errors import PrunekitError
+from prunekit.pruning.cuts import tokens_went
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"

@@ -18,16 +18,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from prunekit.checkpoint.building import check_size, cut_again, empty_model, own_tensors
+from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.cards import LISTED, SPARSITY
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_object, stored_tensors
 from prunekit.checkpoint.origins import resolve
-from prunekit.checkpoint.widths import check_widths, tokens_went
-from prunekit.discovery import discover
+from prunekit.checkpoint.widths import check_widths
+from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError, first_line
 from prunekit.model_names import NAMES, is_world
+from prunekit.models import empty_model, name_model, own_tensors
 from prunekit.pruning import PruningPlan
+from prunekit.pruning.cuts import tokens_went
+from prunekit.pruning.describing import describe
 from prunekit.pruning.experts import usable
+from prunekit.pruning.recording import RECORD
 from prunekit.sparsity.keeping import parsed_report
 from prunekit.world import load as load_world
 
@@ -73,7 +77,7 @@ def load(
             f"{str(source)!r} does not exist; give a checkpoint folder, a .gguf file, a hub id, or {NAMES}"
         )
     else:
-        model = _load_plain(str(source), dtype, trust_remote_code)
+        model = load_plain(str(source), dtype, trust_remote_code)
     tokenizer = load_tokenizer(str(source), trust_remote_code, model.config)
     _check_numbers(Path(given), model, tokenizer)  # what prunekit wrote beside a GGUF file is not in the cache
     _read_sparsity(Path(given) / SPARSITY, model)
@@ -102,21 +106,28 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
     if config.get("model_type") == MODEL_TYPE:
         return load_cut(folder, dtype)
     _check_architecture(folder, config)
+    try:
+        return _load_whole(folder, dtype, trust_remote_code)
+    except PrunekitError as error:
+        if RECORD not in config:
+            raise
+        raise PrunekitError(
+            f"{str(folder)!r} was cut by prunekit and written by save_pretrained, and its weights do not fit its "
+            f"configuration ({error}); save the model with prunekit.save"
+        ) from error
+
+
+def _load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     stored = stored_tensors(folder)
     check_dtypes(folder, stored)
     _check_plain_size(folder, stored)
-    model = _load_plain(str(folder), dtype, trust_remote_code)
+    model = load_plain(str(folder), dtype, trust_remote_code)
     _check_floats(folder, model, stored)
     return model
 
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     """Refuses what `transformers` knows to be something else, such as an encoder, and would load all the same."""
-    if "prunekit" in config:
-        raise PrunekitError(
-            f"{str(folder)!r} was cut by prunekit and written by save_pretrained, which cannot say its widths; "
-            "save the model with prunekit.save"
-        )
     names = [str(name) for name in config.get("architectures") or []]
     causal = {name for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _listed(value)}
     if names and not causal & set(names) and all(hasattr(transformers, name) for name in names):
@@ -135,7 +146,8 @@ def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
     check_size(config, stored, str(folder), factor=2)
 
 
-def _load_plain(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
+    """The model of a folder or hub id as `transformers` loads it; refuses weights that lack or do not fit."""
     where = _where(source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -235,12 +247,14 @@ def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = 
     saved = read_config(folder)
     _check_record(folder, saved)
     stored = stored_tensors(folder)
-    model = _build(folder, saved, stored, options)
+    model, groups = _build(folder, saved, stored, options)
     _fill(model, folder, stored, mapped)
     if os.path.lexists(folder / "generation_config.json"):
         model.generation_config = GenerationConfig.from_dict(read_object(folder / "generation_config.json"))
-    model.config.name_or_path = str(folder)
-    return usable(_in_dtype(model, dtype)).eval()
+    name_model(model, str(folder))
+    model = usable(_in_dtype(model, dtype)).eval()
+    describe(model, groups)
+    return model
 
 
 def _check_record(folder: Path, saved: dict[str, Any]) -> None:
@@ -264,7 +278,9 @@ def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(type(entry) is kind for entry in value)
 
 
-def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], options: dict[str, Any]) -> Any:
+def _build(
+    folder: Path, saved: dict[str, Any], stored: dict[str, Stored], options: dict[str, Any]
+) -> tuple[Any, Groups]:
     try:
         config = AutoConfig.for_model(**_without_kernels(saved["base_config"]))
         check_size(config, stored, str(folder), factor=LEAST_PART_LEFT)
@@ -272,7 +288,7 @@ def _build(folder: Path, saved: dict[str, Any], stored: dict[str, Stored], optio
         groups = discover(model)
         small = cut_again(model, groups, saved["stages"], saved.get("biases", []))
         check_widths(saved, groups)
-        return small
+        return small, groups
     except Exception as error:  # a configuration its family refuses: any exception of any validator
         kind = "" if isinstance(error, PrunekitError) else f"{type(error).__name__}: "
         raise PrunekitError(

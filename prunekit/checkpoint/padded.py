@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.checkpoint.building import empty_model, own_tensors
-from prunekit.checkpoint.uniform import first_logits, reads_back
-from prunekit.checkpoint.widths import Cuts, with_width
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
+from prunekit.models import empty_model, own_tensors
+from prunekit.pruning.cuts import Cuts, with_width
+from prunekit.pruning.describing import first_logits, reads_back
 
 ROUNDING = 64  # units in the last place: more zeros in a sum change its order and nothing else
 COARSE = 0.03  # half precision: what is wrong differs far more

@@ -17,16 +17,20 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
 
-from prunekit.checkpoint.building import cut_again, empty_model, own_tensors, shapes_of
+from prunekit.checkpoint.building import cut_again
 from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
-from prunekit.checkpoint.layers import drops_layers
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
-from prunekit.checkpoint.uniform import has_same_logits, plain_config, unsaid
-from prunekit.checkpoint.widths import Cuts, layer_widths, tokens_went
+from prunekit.checkpoint.reading_back import check_written
+from prunekit.checkpoint.widths import layer_widths
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
+from prunekit.models import empty_model, name_model, own_tensors, shapes_of
 from prunekit.pruning import PruningPlan
+from prunekit.pruning.cuts import Cuts, tokens_went
+from prunekit.pruning.describing import has_same_logits, plain_config, unsaid
+from prunekit.pruning.recording import recorded
+from prunekit.pruning.renumbering import drops_layers
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
@@ -62,8 +66,8 @@ def save(
         The folder.
 
     Raises:
-        PrunekitError: `out` exists or cannot be written, adapters are not merged,
-            or the model is not what its recorded cuts lead to. Nothing is left behind.
+        PrunekitError: `out` exists or cannot be written, adapters are not merged, the model is not what its recorded
+            cuts lead to, or what was written does not read back as the model. Nothing is left behind.
     """
     check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
     config = description(model)
@@ -76,14 +80,15 @@ def save(
         remarks = renumbered(model, plan, tokenizer)
         made = texts_beside(model, layout_of(config), plan, report, unsaid=not_plain(config), remarks=remarks)
         write_texts(folder, made, files or {})
+    if recorded(model.config):
+        name_model(model, str(out))
     return Path(out)
 
 
 def description(model: Any) -> Any:
     """What config.json is to say: the family's own configuration where that is proved, else prunekit's record."""
-    cuts = Cuts.of(model) if is_cut(model) else None
-    config = plain_config(model, cuts)
-    return cut_config(model, cuts) if config is None and cuts is not None else config
+    config = plain_config(model)
+    return cut_config(model, Cuts.of(model)) if config is None else config
 
 
 def layout_of(config: Any) -> str:
@@ -94,11 +99,6 @@ def layout_of(config: Any) -> str:
 def not_plain(config: Any) -> list[str]:
     """What of the widths that a configuration or record describes the family has no words for."""
     return config.get("not_plain", []) if isinstance(config, dict) else []
-
-
-def is_cut(model: Any) -> bool:
-    """Whether a model carries a record of cuts."""
-    return getattr(model.config, "prunekit", None) is not None
 
 
 def check_saveable(model: Any) -> None:
@@ -167,13 +167,32 @@ def whole_folder(out: str | Path) -> Iterator[Path]:
 
 
 def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int) -> None:
-    """A plain checkpoint of a model under another configuration."""
+    """A plain checkpoint of a model under another configuration, in the form of the hub's if that reads back.
+
+    Where `transformers` writes what it does not read, such as packed weights of a model that it unpacked on loading,
+    the weights are written as the model holds them.
+
+    Raises:
+        PrunekitError: neither reads back.
+    """
     mine = model.config
     try:
         model.config = config
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        _write_as_on_the_hub(model, folder, max_shard_size)
     finally:
         model.config = mine
+
+
+def _write_as_on_the_hub(model: Any, folder: Path, max_shard_size: str | int) -> None:
+    for original in (True, False):
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=original)
+        try:
+            return check_written(folder, model)
+        except PrunekitError as error:
+            why = error
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+    raise PrunekitError(f"transformers writes of this {type(model).__name__} what it does not read: {why}")
 
 
 def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:
@@ -187,7 +206,7 @@ def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:
     try:
         return _record(model, cuts)
     except PrunekitError:
-        if not drops_layers(model.config.prunekit["stages"]):
+        if not drops_layers(recorded(model.config)["stages"]):
             raise
     return _record(model, Cuts.of(model, all_layers=True))
 
@@ -204,7 +223,7 @@ def _record(model: Any, cuts: Cuts) -> dict[str, Any]:
             "this model's shapes are not those of its recorded cuts; it was changed by other means: make such changes "
             "to the whole model, save that, load it, and cut it again"
         )
-    if drops_layers(model.config.prunekit["stages"]) and not has_same_logits(rebuilt, model):
+    if drops_layers(recorded(model.config)["stages"]) and not has_same_logits(rebuilt, model):
         raise PrunekitError(
             "built again from its record, this model gives other logits: its family computes something from a layer's "
             "number; keep all layers, or give prunekit.export(layout='padded') a model whose layers all stand"
@@ -219,6 +238,7 @@ def _write_cut(model: Any, cut: dict[str, Any], folder: Path, max_shard_size: st
     write_configurations(model, cut, folder)
     state = {name: t.detach().contiguous() for name, t in own_tensors(model).items()}
     save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+    check_written(folder, model)
 
 
 def write_configurations(model: Any, config: Any, folder: Path) -> None:
@@ -254,6 +274,6 @@ def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str])
 
 
 def _tokenizer_beside(model: Any) -> Any:
-    source = getattr(model.config, "name_or_path", "")
+    source = getattr(model.config, "name_or_path", "") or getattr(model, "cut_from", "")
     there = bool(source) and Path(source).is_dir() and not tokens_went(model)  # which it would number wrongly
     return load_tokenizer(source, False) if there else None

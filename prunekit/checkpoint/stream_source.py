@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from prunekit.checkpoint.building import empty_model, shapes_of
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, stored_tensors
 from prunekit.checkpoint.loading import MODEL_TYPE, load, load_cut, load_tokenizer
 from prunekit.checkpoint.origins import resolve
 from prunekit.errors import PrunekitError
+from prunekit.models import empty_model, shapes_of
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

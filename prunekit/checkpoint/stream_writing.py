@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.checkpoint.building import own_tensors
 from prunekit.checkpoint.cards import renumbered, texts_beside
 from prunekit.checkpoint.folders import INDEX
 from prunekit.checkpoint.saving import (
@@ -25,7 +24,10 @@ from prunekit.checkpoint.saving import (
 from prunekit.compat import TorchDispatchMode
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
-from prunekit.pruning import PruningPlan, prune
+from prunekit.models import own_tensors
+from prunekit.pruning import PruningPlan
+from prunekit.pruning.describing import describe
+from prunekit.pruning.surgery import cut
 from prunekit.pruning.weights import copied
 
 aten = torch.ops.aten
@@ -89,7 +91,7 @@ def cut_without_weights(model: nn.Module, plan: PruningPlan) -> tuple[Any, Postp
     """The smaller model as `prune` proves it, with stand-ins for what was sliced, and what they stand for."""
     sharing: Any = copied(model, {id(p): p for p in model.parameters()})
     with Postponed(model) as postponed:
-        return prune(sharing, plan, inplace=True, measure=False), postponed
+        return cut(sharing, plan), postponed
 
 
 def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard_size: str | int) -> None:
@@ -137,6 +139,7 @@ def write_the_rest(small: Any, folder: Path, plan: PruningPlan) -> None:
     for shard in sorted(folder.glob("model*.safetensors")):
         small.load_state_dict(load_file(shard), strict=False, assign=True)
     small.tie_weights()
+    describe(small, plan.groups)
     config = description(small)
     write_configurations(small, config, folder)
     write_tokenizer(small, folder, None)

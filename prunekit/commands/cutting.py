@@ -178,10 +178,9 @@ def remarks(args: argparse.Namespace, plan: "PruningPlan") -> list[str]:
     from prunekit.checkpoint.cards import LISTED, RENUMBERED
     from prunekit.checkpoint.folders import read_config
     from prunekit.checkpoint.saving import not_plain
-    from prunekit.checkpoint.widths import takes_tokens
 
     told = [f"nothing goes of {plan.notes['whole']}"] if "whole" in plan.notes and args.streaming else []
-    told += [f"{RENUMBERED} ({LISTED}): no tokenizer is saved"] if takes_tokens(plan) else []
+    told += [f"{RENUMBERED} ({LISTED}): no tokenizer is saved"] if plan.takes_tokens else []
     widths = not_plain(read_config(Path(args.out)))
     if widths:
         even = "--of units keeps layers even, " if uneven_by_parameters(args, plan) else ""
@@ -230,8 +229,8 @@ def cut(args: argparse.Namespace) -> "PruningPlan":
         print(f"prunekit: {UNMEASURED} {args.out}", file=sys.stderr)
         return plan
     from prunekit.checkpoint import load, save
-    from prunekit.checkpoint.widths import tokens_went
     from prunekit.pruning import PruningPlan, prune
+    from prunekit.pruning.cuts import tokens_went
 
     args.compensate = default_compensation(args)
     if args.plan is not None:

@@ -80,10 +80,11 @@ def without_weights(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    from prunekit.checkpoint.building import check_size, cut_again, empty_model
+    from prunekit.checkpoint.building import check_size, cut_again
     from prunekit.checkpoint.folders import read_config, stored_tensors
     from prunekit.checkpoint.loading import LEAST_PART_LEFT, MODEL_TYPE
     from prunekit.discovery import discover
+    from prunekit.models import empty_model
 
     saved, stored = read_config(folder), stored_tensors(folder)
     cut = saved.get("model_type") == MODEL_TYPE

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from prunekit.checkpoint import load
-    from prunekit.checkpoint.building import empty_model
+    from prunekit.models import empty_model
     from prunekit.pruning import PruningPlan
 
     check_new_folder(args.out)

@@ -133,11 +133,10 @@ def need_tokenizer(source: str, tokenizer: Any, why: str) -> Any:
 
 
 def _lost_tokens(folder: Path) -> bool:
-    from prunekit.checkpoint.widths import takes_tokens
     from prunekit.pruning import PruningPlan
 
     path = folder / "plan.json"
-    return path.is_file() and takes_tokens(PruningPlan.load(path))
+    return path.is_file() and PruningPlan.load(path).takes_tokens
 
 
 def print_json(value: Any) -> None:

@@ -4,8 +4,6 @@ With batch 1 and sequence 1 every element of an activation is a channel. Paramet
 cost nothing (one zero, expanded), so a model of any size is traced without its weights.
 """
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from prunekit.discovery.preparing import free_parameters, labelled_arguments, mo
 from prunekit.discovery.remembered import remembering
 from prunekit.discovery.watching import IntegerWatcher
 from prunekit.errors import PrunekitError
-from prunekit.models import evaluating
+from prunekit.models import evaluating, logits_alone
 
 
 @uncollected()
@@ -50,7 +48,7 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: boo
     ):
         try:
             with torch.no_grad(), watcher, mode:
-                output = model(mode.input(shape), **_options(model.forward))
+                output = model(mode.input(shape), **logits_alone(model))
         except Exception as error:
             raise PrunekitError(
                 f"the model does not run on one token, so its structure cannot be traced: "
@@ -58,16 +56,6 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: boo
             ) from error
     _finish(mode, watcher, output)
     return result
-
-
-def _options(forward: Callable[..., Any]) -> dict[str, Any]:
-    accepted = inspect.signature(forward).parameters
-    wanted = {"use_cache": False, "return_dict": True}
-    return (
-        wanted
-        if any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        else {name: value for name, value in wanted.items() if name in accepted}
-    )
 
 
 def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:

@@ -18,6 +18,7 @@ from prunekit.errors import PrunekitError
 from prunekit.importance.inputs import Reader, in_portions, linear_readers, sums_over_inputs, wide
 from prunekit.importance.reconstruction import check_ridge
 from prunekit.models import evaluating
+from prunekit.pruning.describing import describe
 from prunekit.pruning.least_squares import choose, fit_sums
 from prunekit.pruning.plans import PruningPlan
 
@@ -109,6 +110,8 @@ def compensate(
     if before is not None and held is not None:
         table = _judged(table, old, before, mean_loss(small, held))
     small.compensation = table  # type: ignore[assignment]
+    if fit != "weights":
+        describe(small)  # biases came
     return table
 
 

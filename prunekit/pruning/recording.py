@@ -10,7 +10,11 @@ from transformers import PreTrainedConfig
 
 from prunekit.discovery import Groups
 from prunekit.discovery.remembered import WRITTEN_OUT
+from prunekit.models import name_model
 from prunekit.pruning.plans import PruningPlan
+
+RECORD = "prunekit"  # the field of a configuration that says what was cut
+Stages = list[dict[str, list[int]]]
 
 
 def configurations_of(model: nn.Module) -> list[Any]:
@@ -35,7 +39,8 @@ def own_configurations(model: nn.Module) -> None:
 def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
     """Note in the configuration what was cut, cut after cut, so that the cuts can be made again on an empty model.
 
-    How many tokens there were is noted too, since a configuration says only how many are left.
+    The record has `stages`, group name → units kept, one for each cut, and `before`, the uncut values of the fields
+    that say something else now.
     """
     vars(model).pop("sparsity_report", None)  # its matrices are no longer these
     vars(model).pop("loss_change", None)  # an earlier step's
@@ -48,15 +53,33 @@ def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
         for name, units in plan.keep.items()
         if len(units) < groups[name].n_units and not (adapters and groups[name].kind == "rank")
     }
-    earlier = getattr(config, "prunekit", None) or {"stages": []}
-    sizes = [groups[name].n_units for name in plan.keep if groups[name].kind == "vocabulary"]
+    earlier = recorded(config) or {"stages": [], "before": {}}
+    tokens = [("vocab_size", groups[name].n_units) for name in plan.keep if groups[name].kind == "vocabulary"]
     if cut:
-        config.prunekit = {**({"n_tokens": sizes[0]} if sizes else {}), **earlier, "stages": [*earlier["stages"], cut]}
+        config.prunekit = {"stages": [*earlier["stages"], cut], "before": {**dict(tokens), **earlier["before"]}}
+        _forget_source(base_of(model))
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """What a configuration says was cut; empty where nothing was."""
+    return getattr(config, RECORD, None) or {}
+
+
+def base_of(model: Any) -> Any:
+    """The model under an adapter wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _forget_source(model: Any) -> None:
+    """What lies where the model came from is another model now: only its tokenizer is looked for there."""
+    if getattr(model.config, "name_or_path", ""):
+        model.cut_from = model.config.name_or_path
+        name_model(model, "")
 
 
 def _base_name(model: Any, name: str) -> str:
     """The group's name in the model under an adapter wrapper, which is what is left after merging."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_of(model)
     prefix = next(path for path, module in model.named_modules() if module is inner)
     return name.removeprefix(f"{prefix}.") if prefix else name
 

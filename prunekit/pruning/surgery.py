@@ -26,6 +26,7 @@ from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
 from prunekit.pruning.compensation import FITS
 from prunekit.pruning.compensation import compensate as refit
+from prunekit.pruning.describing import describe
 from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.experts import usable
 from prunekit.pruning.plans import PruningPlan
@@ -120,8 +121,10 @@ def prune(
         measure: whether to measure at all; nothing warns of a ruined model then.
 
     Returns:
-        The smaller model. What was cut stands in `config.prunekit`, cut after cut. Its `loss_change` is a `LossChange`:
-        what the cut did to the loss. `DamageWarning` says where that is much.
+        The smaller model. Its configuration says the widths left, where they are alike in all layers and the family has
+        fields for them, so that `transformers` can save it; where not, its `save_pretrained` refuses and
+        `prunekit.save` writes it. What was cut stands in `config.prunekit`, cut after cut. Its `loss_change` is a
+        `LossChange`: what the cut did to the loss. `DamageWarning` says where that is much.
 
     Raises:
         PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through, or what
@@ -142,9 +145,15 @@ def prune(
     pruned = _prune(model, plan, inplace)
     if compensate is not None and pruned.plan.keep:
         refit(*pruned, compensate, fit=fit)
+    describe(pruned.small, pruned.plan.groups)
     if opening is not None:
         closed(opening, pruned.small)
     return pruned.small
+
+
+def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """The model itself, cut: as `prune`, in place, with nothing measured and its configuration left to `describe`."""
+    return _prune(model, plan, True).small
 
 
 def _opened(model: nn.Module, plan: PruningPlan, held_out: Tensor | None, compensate: Tensor | None) -> Opening:

@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from prunekit.checkpoint.building import Stages
 from prunekit.pruning.dropping import layer_lists
+from prunekit.pruning.recording import Stages
 
 
 def without_layers(stages: Stages) -> Stages:
@@ -51,6 +51,7 @@ def on_all_layers(config: Any, stages: Stages) -> Stages:
         stages: group name → units kept, cut after cut.
     """
     n_gone = sum(len(_gone(stage)) for stage in stages)
+    config = config.get_text_config()
     here = list(range(config.num_hidden_layers + n_gone))  # numbers of the layers that are there at a stage
     (path,) = {layer.rpartition(".")[0] for stage in stages for layer in _gone(stage)}
     done: Stages = []

@@ -1,0 +1,47 @@
+"""What was written is read back and held against the model, before it is moved into place."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from prunekit.checkpoint.folders import Stored, stored_tensors
+from prunekit.checkpoint.loading import load_plain
+from prunekit.errors import PrunekitError
+from prunekit.models import own_tensors
+
+SAMPLE = 1024  # numbers compared of each tensor, spread over it
+
+
+def check_written(folder: Path, model: Any) -> None:
+    """Compare names, shapes and a sample of the values in a folder with the model that was written there.
+
+    Where the files have other names than the model, as those of most families with experts do, the model is loaded from
+    them.
+
+    Raises:
+        PrunekitError: something is missing or differs.
+    """
+    expected, stored = own_tensors(model), stored_tensors(folder)
+    if stored.keys() == expected.keys():
+        wrong = next((name for name in expected if not _alike(_read(name, stored[name]), expected[name])), None)
+    else:
+        found = own_tensors(load_plain(str(folder)))
+        wrong = next((name for name in expected if name not in found or not _alike(found[name], expected[name])), None)
+    if wrong is not None:
+        raise PrunekitError(f"{wrong} is not read back as it was")
+
+
+def _read(name: str, stored: Stored) -> Tensor:
+    with safe_open(stored.file, "pt") as weights:
+        tensor: Tensor = weights.get_tensor(name)
+        return tensor
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    step = max(1, expected.numel() // SAMPLE)
+    a, b = (tensor.detach().reshape(-1)[::step].cpu() for tensor in (found, expected))
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -1,0 +1,213 @@
+"""What was cut from a model since it was whole, and which fields of its configuration say that, found by trying."""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from prunekit.discovery import KINDS, CoupledGroup, Groups, discover
+from prunekit.errors import PrunekitError
+from prunekit.models import Shapes, empty_model, shapes_of
+from prunekit.pruning.plans import PruningPlan
+from prunekit.pruning.recording import RECORD, Stages, recorded
+from prunekit.pruning.renumbering import drops_layers, on_all_layers, without_layers
+from prunekit.pruning.vocabulary import configurations, renumber
+
+HEADS = ("kv_head", "query_head")  # whose counts have standard names
+HEAD_SIZE = "head_dim"
+Fields = dict[str, int]  # field of a configuration → its value a unit
+
+
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """What was cut from a model since it was whole.
+
+    Attributes:
+        config: of the uncut model.
+        groups: of the uncut model.
+        stages: group name → units kept, cut after cut.
+        biases: parameters that the uncut model has nothing like, such as `compensate(fit="bias")` adds.
+    """
+
+    config: Any
+    groups: Groups
+    stages: Stages
+    biases: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: Any, *, all_layers: bool = False, groups: Groups | None = None) -> "Cuts":
+        """From a model's record.
+
+        Args:
+            model: as returned by `prune`.
+            all_layers: the uncut model has the layers that went, and they go last; otherwise it never had them.
+            groups: of the uncut model, where they are at hand and it never had other layers.
+
+        Raises:
+            PrunekitError: the uncut model cannot be built from its configuration.
+        """
+        try:
+            config, done = uncut_widths(model.config), recorded(model.config)["stages"]
+            stages = on_all_layers(config, done) if all_layers else without_layers(done)
+            config = _with_head_size(config) if any(_shapes_heads(name) for stage in done for name in stage) else config
+            if groups is None or len(done) > 1 or drops_layers(done):
+                groups = discover(empty_model(config))
+            return cls(config, groups, stages, _added_biases(model, groups))
+        except Exception as error:  # code that came with a checkpoint, a record or a configuration that makes no sense
+            raise PrunekitError(
+                f"this cut model cannot be rebuilt from its record, so it is not saved: {error}"
+            ) from error
+
+    @cached_property
+    def left(self) -> dict[str, list[int]]:
+        """Group name → the units left, as the uncut model numbers them."""
+        return units_left(self.stages)
+
+    def described(self) -> dict[str, Any]:
+        """The uncut configuration, in which special tokens have their old numbers."""
+        config, kept = copy.deepcopy(self.config), tokens_left(self.stages) or []
+        for part in configurations(config) if kept else ():
+            renumber(part, dict(enumerate(kept)), kept[-1] + 1, kept[-1] + 1)
+        return config.to_dict()
+
+    def n_left(self, group: CoupledGroup) -> int:
+        """Units left of a group."""
+        return len(self.left.get(group.name, range(group.n_units)))
+
+    @cached_property
+    def roles(self) -> dict[str, list[CoupledGroup]]:
+        """The groups that play one part in every layer, for each part that was cut anywhere; KV heads first."""
+        cut = {role(name) for name, units in self.left.items() if units}  # blocks that went have no width
+        found: dict[str, list[CoupledGroup]] = {}
+        for group in sorted(self.groups, key=lambda g: KINDS.index(g.kind)):
+            if role(group.name) in cut:
+                found.setdefault(role(group.name), []).append(group)
+        return found
+
+    @cached_property
+    def fields(self) -> dict[str, Fields]:
+        """Role → the fields that say its width; none where the family has none."""
+        return {role: self._fields(groups) for role, groups in self.roles.items()}
+
+    def _fields(self, groups: list[CoupledGroup]) -> Fields:
+        """The fields with which the family builds just the shapes that the cut leaves, tried on its first layers."""
+        shallow = copy.deepcopy(self.config)
+        if groups[0].layer is not None:
+            shallow.get_text_config().num_hidden_layers = groups[0].layer + 1
+        width = min(self.n_left(group) for group in groups)
+        expected = _cut_shapes(_shapes(shallow, {}, width), groups, width)
+        tried = _candidates(self.config.get_text_config(), groups[0])
+        return next((fields for fields in tried if _shapes(shallow, fields, width) == expected), {})
+
+
+def role(name: str) -> str:
+    """A group's or parameter's name without the number of its layer."""
+    return re.sub(r"(?<=\.)\d+(?=[.:])", "*", name)
+
+
+def _added_biases(model: Any, groups: Groups) -> tuple[str, ...]:
+    known = set(map(role, groups.shapes))
+    return tuple(n for n, _ in model.named_parameters() if n.endswith(".bias") and role(n) not in known)
+
+
+def uncut_widths(config: Any) -> Any:
+    """A copy of a cut model's configuration that says the uncut widths and nothing of the cut.
+
+    Layers that went stay away, and special tokens keep their new numbers, which the uncut vocabulary has too.
+    """
+    whole = copy.deepcopy(config)
+    before = vars(whole).pop(RECORD).get("before", {})
+    for part in configurations(whole):
+        for field, value in before.items():
+            if vars(part).get(field) == getattr(config.get_text_config(), field):
+                setattr(part, field, value)
+    return whole
+
+
+def _shapes_heads(name: str) -> bool:
+    """Whether a group's units go into a head size that is computed: hidden size by number of heads."""
+    return name.rpartition(":")[2].partition("#")[0] in (*HEADS, "hidden")
+
+
+def _with_head_size(config: Any) -> Any:
+    """The same configuration with a head size that only followed from other fields, where the family reads one."""
+    text = config.get_text_config()
+    hidden, heads = (getattr(text, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if getattr(text, HEAD_SIZE, None) is not None or not hidden or not heads:
+        return config
+    plain, same, other = (
+        _shapes(with_fields(config, {"num_hidden_layers": 1, **more}), {}, 0)
+        for more in ({}, {HEAD_SIZE: hidden // heads}, {HEAD_SIZE: 2 * hidden // heads})
+    )
+    return with_fields(config, {HEAD_SIZE: hidden // heads}) if same == plain and None is not other != plain else config
+
+
+def tokens_left(stages: Stages) -> list[int] | None:
+    """Token ids left after all stages, as the uncut model numbers them; None where none went."""
+    of_tokens = [{name: units for name, units in stage.items() if _is_vocabulary(name)} for stage in stages]
+    return next(iter(units_left(of_tokens).values()), None)
+
+
+def tokens_went(model: Any, plan: PruningPlan | None = None) -> bool:
+    """Whether tokens have new numbers, by a model's own record or by the plan that it was cut by."""
+    return tokens_left(recorded(model.config).get("stages", [])) is not None or (plan is not None and plan.takes_tokens)
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.rpartition(":")[2] == "vocabulary"
+
+
+def units_left(stages: Stages) -> dict[str, list[int]]:
+    """Group name → units left after all stages, as the uncut model numbers them."""
+    left: dict[str, list[int]] = {}
+    for stage in stages:
+        for name, units in stage.items():
+            left[name] = [left[name][unit] for unit in units] if name in left else list(units)
+    return left
+
+
+def with_width(config: Any, fields: Fields, width: int) -> Any:
+    """A copy of a configuration that says this many units."""
+    return with_fields(config, {field: width * per_unit for field, per_unit in fields.items()})
+
+
+def with_fields(config: Any, values: Fields) -> Any:
+    """A copy of a configuration with these values, in the part that says what the language model is."""
+    changed = copy.deepcopy(config)
+    for field, value in values.items():
+        setattr(changed.get_text_config(), field, value)
+    return changed
+
+
+def _candidates(config: Any, group: CoupledGroup) -> Iterator[Fields]:
+    if group.kind in HEADS:
+        yield head_fields(config, group)
+    for name, value in config.to_dict().items():
+        if value is None or (type(value) is int and value == group.n_units):
+            yield {name: 1}
+
+
+def head_fields(config: Any, group: CoupledGroup) -> Fields:
+    """Head counts by their standard names, in the family's own spelling."""
+    own = {name: config.attribute_map.get(name, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    counts = {field: getattr(config, field, None) or 0 for field in own.values()}
+    return {field: count // group.n_units for field, count in counts.items() if count >= group.n_units}
+
+
+def _shapes(config: Any, fields: Fields, width: int) -> Shapes | None:
+    try:
+        return shapes_of(empty_model(with_width(config, fields, width)))
+    except Exception:  # a value the family refuses: any exception of any validator
+        return None
+
+
+def _cut_shapes(shapes: Shapes | None, groups: list[CoupledGroup], width: int) -> Shapes:
+    """The shapes of a model with `width` units left of each of these groups, as far as it has them."""
+    sizes = {name: list(shape) for name, shape in (shapes or {}).items()}
+    for group in groups:
+        for member in group.members:
+            if member.parameter in sizes:
+                sizes[member.parameter][member.dim] -= (group.n_units - width) * member.width
+    return {name: tuple(shape) for name, shape in sizes.items()}

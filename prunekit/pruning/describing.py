@@ -1,0 +1,192 @@
+"""A cut model's configuration says what is left, as far as its family can, proved by building the model from it."""
+
+import copy
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+
+from prunekit.discovery import CoupledGroup, Groups
+from prunekit.errors import PrunekitError
+from prunekit.models import empty_model, evaluating, logits_alone, shapes_of
+from prunekit.pruning.cuts import HEAD_SIZE, Cuts, Fields, with_fields, with_width
+from prunekit.pruning.recording import RECORD, base_of, configurations_of, recorded, written_out
+from prunekit.pruning.vocabulary import configurations
+
+_SAVE = "save_pretrained"
+
+
+def describe(model: Any, groups: Groups | None = None) -> None:
+    """Write into a cut model's configuration what is left of it, in place.
+
+    A width that is the same in every layer, and that the family has a field for, is written there. Where the family
+    builds the very model from its configuration, `transformers` can save it; where not, `save_pretrained` refuses.
+
+    Args:
+        model: with a record of its cuts, or without, which is left alone.
+        groups: of the uncut model, where they are at hand.
+    """
+    adapted, model = base_of(model) is not model, base_of(model)
+    if not recorded(getattr(model, "config", None)):
+        return
+    vars(model).pop(_SAVE, None)
+    try:
+        cuts = Cuts.of(model, groups=None if adapted else groups)
+    except PrunekitError as error:
+        vars(model)[_SAVE] = partial(_refuse, type(model).__name__, str(error))
+        return
+    _write_widths(model, cuts)
+    built = _built(model, _without_record(model.config))
+    if built is None:
+        vars(model)[_SAVE] = partial(_refuse, type(model).__name__, "; ".join(unsaid(cuts)))
+    elif not adapted:
+        _remember_alike(model, built)
+
+
+def _refuse(family: str, why: str, *_: Any, **__: Any) -> NoReturn:
+    """Stands for a model's `save_pretrained` where `transformers` would write what it cannot load."""
+    raise PrunekitError(
+        f"save_pretrained would write a folder that does not load: the configuration of {family} cannot express this "
+        f"cut ({why}); use prunekit.save(model, folder)"
+    )
+
+
+def _write_widths(model: Any, cuts: Cuts) -> None:
+    """The widths that can be said, in every configuration that the model holds."""
+    said, uncut = model.config.get_text_config(), cuts.config.get_text_config()
+    size = {HEAD_SIZE: uncut.head_dim} if getattr(uncut, HEAD_SIZE, None) != getattr(said, HEAD_SIZE, None) else {}
+    values = _sayable(with_fields(model.config, size), cuts)
+    old = {field: getattr(said, field, None) for field in (*size, *values)}
+    held = [part for part in configurations(*configurations_of(model)) if type(part) is type(said)]
+    before, computed = [dict(vars(part)) for part in held], first_logits(model)
+    for part in held:
+        for field, value in {**size, **values}.items():
+            if getattr(part, field, None) == old[field]:
+                setattr(part, field, value)
+    if torch.equal(first_logits(model), computed):
+        record = recorded(model.config)
+        uncut_values = {field: getattr(uncut, field) for field in values}
+        model.config.prunekit = {**record, "before": {**uncut_values, **record.get("before", {})}}
+        return
+    for part, own in zip(held, before, strict=True):
+        vars(part).clear()
+        vars(part).update(own)
+
+
+def _sayable(config: Any, cuts: Cuts) -> Fields:
+    """Field → value of every width that is the same in all layers; all of them, or what the family takes one by one."""
+    widths = [_fields_of(cuts, name) for name in cuts.roles]
+    values = {field: value for fields in widths for field, value in fields.items()}
+    if reads_back(with_fields(config, values)):
+        return values
+    taken: Fields = {}
+    for fields in widths:
+        taken |= fields if reads_back(with_fields(config, taken | fields)) else {}
+    return taken
+
+
+def _fields_of(cuts: Cuts, role: str) -> Fields:
+    counts = {cuts.n_left(group) for group in cuts.roles[role]}
+    return {field: next(iter(counts)) * n for field, n in cuts.fields[role].items()} if len(counts) == 1 else {}
+
+
+def _remember_alike(model: Any, built: Any) -> None:
+    """Integers that modules remember, as the family's own code sets them; the cut solved those of one trace only."""
+    right = dict(built.named_modules())
+    for path, module in model.named_modules():
+        own = vars(module)
+        for name, value in vars(right[path]).items():
+            if type(value) is int and type(own.get(name)) is int:
+                own[name] = value
+
+
+def plain_config(model: Any) -> Any:
+    """The configuration from which plain `transformers` builds this very model, or None.
+
+    An uncut model has its own. That of a cut one counts only if the model built from it has every parameter's shape
+    and, given the same weights, the same logits.
+    """
+    config = _without_record(model.config)
+    return config if not recorded(model.config) or _built(model, config) is not None else None
+
+
+def _without_record(config: Any) -> Any:
+    plain = copy.deepcopy(config)
+    vars(plain).pop(RECORD, None)
+    return plain
+
+
+def unsaid(cuts: Cuts) -> list[str]:
+    """What of a cut its family has no words for, such as `"ffn_channel: 396 to 397 of 512 in each layer"`.
+
+    A width that differs between layers, that no field says, or whose value the family refuses, blocks that went, and
+    biases that came. Where each can be said and only all together cannot, all are named.
+    """
+    gone = [name for name, units in cuts.left.items() if not units]
+    widths = [groups for name, groups in cuts.roles.items() if not _can_say(cuts, name)]
+    added = [f"bias: {len(cuts.biases)} linear layers were given one"] if cuts.biases else []
+    widths = widths if widths or gone or added else list(cuts.roles.values())
+    kinds = [name.rpartition(":")[0].rpartition(".")[2] if name.endswith(":block") else "layer" for name in gone]
+    told = [_width(cuts, [group for group in groups if not _inside(group, gone)]) for groups in widths]
+    return list(dict.fromkeys([*told, *(f"{kind}: {kinds.count(kind)} went" for kind in kinds), *added]))
+
+
+def _can_say(cuts: Cuts, name: str) -> bool:
+    counts, fields = {cuts.n_left(group) for group in cuts.roles[name]}, cuts.fields[name]
+    return len(counts) == 1 and bool(fields) and reads_back(with_width(cuts.config, fields, counts.pop()))
+
+
+def _inside(group: CoupledGroup, gone: Iterable[str]) -> bool:
+    return any(f"{group.name.partition(':')[0]}.".startswith(f"{name.rpartition(':')[0]}.") for name in gone)
+
+
+def _width(cuts: Cuts, groups: list[CoupledGroup]) -> str:
+    left, whole = ({n(group) for group in groups} for n in (cuts.n_left, lambda group: group.n_units))
+    of_layers = len({group.layer for group in groups}) == len(groups)
+    where = "" if len(groups) == 1 else f" in each {'layer' if of_layers else 'group'}"
+    return f"{groups[0].kind}: {_span(left)} of {_span(whole)}{where}"
+
+
+def _span(counts: set[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def reads_back(config: Any) -> bool:
+    """False where the family checks its fields when they are read, as LLaMA wants heads that divide the hidden size."""
+    try:
+        type(config).from_dict(config.to_dict())
+        return True
+    except Exception:  # a value the family refuses: any exception of any validator
+        return False
+
+
+def _built(model: Any, config: Any) -> Any:
+    """The model of a configuration, if it is this very one; None if not. Under adapters only shapes are compared."""
+    found, adapted = shapes_of(model), False
+    with suppress(Exception):  # a value that the family refuses, or does not run with: any exception of any code
+        built = empty_model(config)
+        shapes = shapes_of(built)
+        if found.keys() != shapes.keys():  # adapters, perhaps
+            found = {name.replace(".base_layer.", "."): shape for name, shape in found.items() if ".lora_" not in name}
+            adapted = True
+        if found == shapes and reads_back(config) and (adapted or has_same_logits(built, model)):
+            return built
+    return None
+
+
+def has_same_logits(built: Any, model: Any) -> bool:
+    """Whether an empty model, given the weights of another, computes the same."""
+    built.load_state_dict(model.state_dict(), assign=True, strict=False)
+    built.tie_weights()
+    return torch.equal(first_logits(built.to(next(model.parameters()).device)), first_logits(model))
+
+
+@torch.no_grad()
+def first_logits(model: Any) -> torch.Tensor:
+    """Logits (1, 8, vocabulary) on the first eight tokens of the vocabulary, attention and experts written out."""
+    tokens = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
+    with evaluating(model), written_out(model):
+        return model(tokens, **logits_alone(model)).logits

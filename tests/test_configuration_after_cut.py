@@ -1,0 +1,198 @@
+"""After a cut, configuration and modules agree: `transformers` and peft save the model exactly, or refuse by name."""
+
+import copy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from evaluation_helpers import llama
+from families import FAMILIES, logits, plan_keeping
+from other_families import UNLISTED
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import prunekit as pk
+
+NAMES = (
+    "llama_gqa", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "bloom",
+    "mixtral", "qwen2_moe", "olmo", "qwen3_moe", "gpt_oss",
+)  # fmt: skip
+WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+FORMS = ("channels", "heads", "experts", "layer", "hidden", "vocabulary", "uneven")
+# What a family's configuration cannot express: layers that differ, heads and FFN whose sizes follow from the hidden
+# size, and embeddings scaled by a hidden size that was another.
+UNSAID = {
+    *((name, "uneven") for name in NAMES),
+    *((name, form) for name in ("gpt2", "gpt_neox", "opt", "bloom") for form in ("heads", "hidden")),
+    *((name, "hidden") for name in ("gemma", "gemma2", "gemma3")),
+    ("bloom", "channels"),
+}
+
+
+@cache
+def cut(name, form):
+    """A model of which a half of these units is left, in every layer alike unless it is uneven."""
+    model = {**FAMILIES, **UNLISTED}[name].model(dtype=torch.float32)
+    groups = pk.discover(model)
+    kinds = {"heads": "kv_head", "uneven": "ffn_channel", "channels": "ffn_channel", "experts": "expert"}
+    chosen = groups.of_kind(kinds.get(form, form))
+    keep = {g.name: list(range(1, 1 + g.n_units // 2 - (g.layer if form == "uneven" else 0))) for g in chosen}
+    return pk.prune(model, plan_keeping(groups, {chosen[0].name: []} if form == "layer" else keep))
+
+
+def answers(model):
+    """Logits on tokens that every vocabulary here has, attention and experts as set."""
+    with torch.no_grad():
+        return model.eval()(torch.arange(16).view(2, 8), use_cache=False).logits
+
+
+def loaded(folder):
+    """The model as plain `transformers` loads it, experts one after the other as in the one that was saved."""
+    return AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name in NAMES for form in FORMS if form != "experts" or name in WITH_EXPERTS]
+)
+def test_save_pretrained_writes_the_model_or_refuses_by_name(name, form, tmp_path):
+    small = cut(name, form)
+    if (name, form) in UNSAID:
+        with pytest.raises(pk.PrunekitError, match=rf"of {type(small).__name__} cannot express .* prunekit\.save\("):
+            small.save_pretrained(tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+        return
+    small.save_pretrained(tmp_path / "out")
+    for again in (loaded(tmp_path / "out"), pk.load(tmp_path / "out")[0]):
+        again.config._experts_implementation = "eager"
+        assert torch.equal(answers(again), answers(small))
+
+
+@pytest.mark.parametrize("form", ["channels", "heads", "uneven"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_of_the_trainer_loads_or_training_says_why_not(name, form, tmp_path):
+    small, row = copy.deepcopy(cut(name, form)), torch.arange(8)
+    settings = {"max_steps": 1, "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    trainer = Trainer(
+        small, TrainingArguments(tmp_path / "run", **settings), train_dataset=[{"input_ids": row, "labels": row}] * 8
+    )
+    if (name, form) in UNSAID:
+        with pytest.raises(pk.PrunekitError, match=r"cannot express this cut .*prunekit\.save\("):
+            trainer.train()
+        assert not files(tmp_path)
+        return
+    trainer.train()
+    assert torch.equal(answers(loaded(tmp_path / "run" / "checkpoint-1")), answers(small))
+
+
+@pytest.mark.parametrize("form", ["channels", "heads", "uneven"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_trained_on_a_cut_model_finds_its_base(name, form, tmp_path):
+    """Whatever the widths: peft saves the adapter and the name of the folder that the base was saved in."""
+    small = copy.deepcopy(cut(name, form))
+    pk.save(small, tmp_path / "base")
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(copy.deepcopy(small), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert not torch.equal(answers(adapted), answers(small))
+    options = {"experts_implementation": "eager"}
+    for again in (
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **options),
+        PeftModel.from_pretrained(copy.deepcopy(small), tmp_path / "adapter"),
+    ):
+        assert torch.equal(answers(again), answers(adapted))
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, lambda folder: pk.load(folder)[0]])
+def test_a_loaded_cut_model_knows_where_it_lies(load, tmp_path):
+    pk.save(cut("llama_gqa", "uneven"), tmp_path / "cut")
+    adapted = get_peft_model(load(tmp_path / "cut"), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "cut")
+
+
+def test_a_model_that_was_cut_is_no_longer_what_lies_where_it_came_from(tmp_path):
+    llama().save_pretrained(tmp_path / "dense")
+    model, _ = pk.load(tmp_path / "dense")
+    groups = pk.discover(model)
+    small = pk.prune(model, plan_keeping(groups, {groups.of_kind("ffn_channel")[0].name: [0, 1]}))
+    assert model.name_or_path == str(tmp_path / "dense") and small.name_or_path == small.config.name_or_path == ""
+    assert small.cut_from == str(tmp_path / "dense")
+    pk.save(small, tmp_path / "small")
+    assert small.name_or_path == small.config.name_or_path == str(tmp_path / "small")
+
+
+def test_two_uneven_cuts_that_come_out_even_are_said():
+    small = cut("llama_gqa", "uneven")
+    groups = pk.discover(small)
+    evened = pk.prune(small, plan_keeping(groups, {"model.layers.0.mlp:ffn_channel": list(range(47))}))
+    assert small.config.intermediate_size == 96 and evened.config.intermediate_size == 47
+    assert "save_pretrained" in vars(small) and "save_pretrained" not in vars(evened)
+    assert evened.config.prunekit["before"] == {"intermediate_size": 96}
+
+
+def test_what_can_be_said_is_said_beside_what_cannot(tmp_path):
+    model = FAMILIES["mixtral"].model(dtype=torch.float32)
+    keep = {g.name: [0, 1, 2] for g in pk.discover(model).of_kind("expert")}
+    keep |= {pk.discover(model).of_kind("ffn_channel")[0].name: list(range(9))}
+    small = pk.prune(model, plan_keeping(pk.discover(model), keep))
+    assert small.config.num_local_experts == small.config.num_experts == 3 and small.config.intermediate_size == 96
+    pk.save(small, tmp_path / "out")
+    again = pk.load(tmp_path / "out")[0]
+    assert again.config.num_local_experts == 3 and torch.equal(answers(again), answers(small))
+    with pytest.raises(pk.PrunekitError, match="ffn_channel: 9 to 96 of 96 in each layer"):
+        again.save_pretrained(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_a_model_without_some_experts_trains_with_its_load_balancing_loss(name):
+    small, ids = cut(name, "experts"), torch.arange(16).view(2, 8)
+    plain = AutoModelForCausalLM.from_config(pk_free(small.config))
+    assert small.num_experts == plain.num_experts == 2
+    plain.load_state_dict(small.state_dict())
+    losses = [model.eval()(ids, labels=ids, output_router_logits=True).loss for model in (small, plain)]
+    assert torch.equal(*losses)
+
+
+def pk_free(config):
+    config = copy.deepcopy(config)
+    del config.prunekit
+    return config
+
+
+@pytest.mark.parametrize("kind", ["expert", "ffn_channel"])
+def test_a_model_set_to_return_router_logits_can_be_cut(kind):
+    model = FAMILIES["mixtral"].model(dtype=torch.float32)
+    model.config.output_router_logits = True
+    groups, ids = pk.discover(model), torch.arange(8)[None]
+    small = pk.prune(model, plan_keeping(groups, {g.name: list(range(g.n_units // 2)) for g in groups.of_kind(kind)}))
+    assert small(ids, labels=ids).aux_loss.isfinite()
+
+
+def test_adapters_that_were_there_when_the_model_was_cut_leave_it_saveable(tmp_path):
+    """The widths are said while the adapters are on; the merged model is the one that they are true of."""
+    wrapped = FAMILIES["llama_peft"].model(dtype=torch.float32)
+    groups = pk.discover(wrapped)
+    keep = {g.name: list(range(g.n_units // 2)) for g in groups.of_kind("ffn_channel")}
+    merged = pk.prune(wrapped, plan_keeping(groups, keep)).merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded(tmp_path / "out")), logits(merged))
+    keep = {g.name: list(range(g.n_units // 2 + g.layer)) for g in groups.of_kind("ffn_channel")}
+    uneven = pk.prune(wrapped, plan_keeping(groups, keep)).merge_and_unload()
+    with pytest.raises(pk.PrunekitError, match="ffn_channel: 48 to 49 of 96"):
+        uneven.save_pretrained(tmp_path / "uneven")
+
+
+def test_biases_that_a_refit_adds_are_no_part_of_the_configuration(tmp_path):
+    model = llama()
+    groups, calib = pk.discover(model), torch.arange(64).view(4, 16)
+    keep = {g.name: list(range(g.n_units // 2)) for g in groups.of_kind("ffn_channel")}
+    plan = replace(plan_keeping(groups, keep), groups=groups)
+    small = pk.prune(model, plan)
+    assert "save_pretrained" not in vars(small)
+    pk.compensate(small, model, plan, calib, fit="bias")
+    with pytest.raises(pk.PrunekitError, match=r"bias: \d linear layers were given one"):
+        small.save_pretrained(tmp_path / "out")
