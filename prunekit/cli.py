@@ -46,13 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        0 when all went well, 1 where a notebook of the tour failed, 2 for bad input, 130 when interrupted, 141 when
+        0 when all went well, 2 for bad input, 130 when interrupted, 141 when
             nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["tour"]:  # has a parser of its own
-            return notebooks.run_tour(arguments[1:])
         args = build_parser().parse_args(arguments)
         be_quiet()
         code = int(args.run(args))

@@ -1,22 +1,15 @@
-"""`prunekit tour` and `prunekit lab`: the notebook series, headless or in a browser."""
+"""`prunekit lab`: the notebook series in a browser."""
 
 import argparse
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prunekit.commands.options import add_command, number
 from prunekit.errors import PrunekitError
 
-TOUR = """\
-Each notebook becomes an HTML file in build/notebooks, and a table sums up what
-was measured. `prunekit tour --help` lists the options.
-
-example:
-  prunekit tour --jobs 2"""
 LAB = """\
 It looks for the folder `notebooks` where you stand, then beside the package.
 Stop it with Ctrl-C.
@@ -27,21 +20,13 @@ example:
 
 
 def add(commands: Any) -> None:
-    """Add both commands."""
-    add_command(commands, "tour", lambda args: run_tour([]), "Run the notebook series headless, and sum it up.", TOUR)
+    """Add the command."""
     parser = add_command(commands, "lab", run_lab, "Open JupyterLab on the notebook series.", LAB)
     parser.add_argument("notebooks", metavar="FOLDER", nargs="?", type=Path, help="folder of the series")
     parser.add_argument("--no-browser", action="store_true", help="print the address, open no browser")
     parser.add_argument(
         "--port", type=number(int, 1, 65535), help="port of the server (default: 8888 or the next free)"
     )
-
-
-def run_tour(arguments: Sequence[str]) -> int:
-    """Hand over to `prunekit.tour`."""
-    from prunekit.tour import main
-
-    return main(list(arguments))
 
 
 def run_lab(args: argparse.Namespace) -> int:
