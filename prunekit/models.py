@@ -1,4 +1,4 @@
-"""What is asked of any model: its mode, its device, and how many tokens it takes."""
+"""What is asked of any model: its mode, its device, its size, and how many tokens it takes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +25,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def max_positions(model: nn.Module) -> int | None:
     """Tokens that fit into one forward pass, as the configuration says; None where it sets no limit."""
     return positions_of(model.config)
@@ -34,3 +39,9 @@ def positions_of(config: Any) -> int | None:
     """The same, of a configuration."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def fitting_length(wanted: int, config: Any) -> int:
+    """Tokens a window: as many as wanted, fewer where a model of this configuration takes fewer."""
+    limit = positions_of(config)
+    return wanted if limit is None or limit < 2 else min(wanted, limit)

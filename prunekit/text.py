@@ -59,6 +59,12 @@ def read_documents(source: TextSource, *, separator: str | None = None) -> list[
     return documents
 
 
+NO_TOKENIZER = (
+    "a checkpoint that has no tokenizer gets one by tokenizer.json and tokenizer_config.json in its folder; where "
+    "tokens were cut, that of the uncut model does not fit: plan.json lists under keep the old number of each new one"
+)
+
+
 def leading_bos(tokenizer: Any, asked: bool | None = None) -> int | None:
     """The token that stands first in every window of text: BOS, where the tokenizer puts it before a text by itself.
 
@@ -70,8 +76,10 @@ def leading_bos(tokenizer: Any, asked: bool | None = None) -> int | None:
         The id of BOS, or None where windows begin with text.
 
     Raises:
-        PrunekitError: BOS is asked for, and the tokenizer has none.
+        PrunekitError: there is no tokenizer, or BOS is asked for and it has none.
     """
+    if tokenizer is None:
+        raise PrunekitError(f"tokenizer=None, and text needs one; {NO_TOKENIZER}")
     bos: int | None = tokenizer.bos_token_id
     if asked and bos is None:
         raise PrunekitError("bos=True, but this tokenizer has no BOS token; give bos=None or bos=False")

@@ -12,9 +12,7 @@ from shared import shared_path
 from transformers import AutoModelForCausalLM
 
 from prunekit import discover, load
-from prunekit.checkpoint.exporting import LAYOUTS
 from prunekit.cli import main
-from prunekit.commands import exporting
 from prunekit.pruning import PruningPlan
 
 COMMANDS = ("discover", "prune", "recover", "evaluate", "export", "lab")
@@ -130,7 +128,6 @@ def test_export_fills_an_uneven_checkpoint_up_for_plain_transformers(dense, tmp_
 
 
 def test_export_knows_every_layout(dense, tmp_path, capsys):
-    assert exporting.LAYOUTS == LAYOUTS
     assert main(["export", str(dense), "--layout", "round", "--out", str(tmp_path / "x")]) == 2
     assert "plain, padded, gguf" in capsys.readouterr().err.replace("'", "") and not (tmp_path / "x").exists()
     assert main(["export", str(dense), "--out", str(tmp_path / "x")]) == 0

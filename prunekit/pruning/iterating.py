@@ -26,6 +26,7 @@ def plan_in_steps(
     *,
     n_steps: int,
     normalize: str | None = None,
+    groups: Groups | None = None,
     **options: Any,
 ) -> PruningPlan:
     """A plan of equal steps: after each, what is left is cut out and scored again.
@@ -37,6 +38,7 @@ def plan_in_steps(
         calib: as for `score`.
         n_steps: 1 or more. A step that is too small for a unit is passed over; its share goes with the next.
         normalize: as for `score`.
+        groups: what `discover(model)` returned, where it was called before; None discovers.
         options: of `plan`, but no whole blocks and layers, which would move those behind them.
 
     Returns:
@@ -54,7 +56,7 @@ def plan_in_steps(
         raise PrunekitError("kinds has vocabulary, after which calib would name other tokens; take tokens in one step")
     if set(kinds) & set(WHOLE_KINDS):
         raise PrunekitError(f"kinds={kinds} has some that go whole; take blocks and layers in a plan of their own")
-    groups = discover(model)
+    groups = discover(model) if groups is None else groups
     chosen, small = plan(groups, _ones(groups), _part(pruning_ratio, 0.0), **options), model
     scored = partial(score, importance=importance, calib=calib, normalize=normalize)
     scores: Scores | None = None

@@ -6,8 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit.account import MOST_TOKENS
 from prunekit.errors import PrunekitError
-from prunekit.text import DOCUMENT_SEPARATOR, JOINT, TextSource, leading_bos, read_documents, tokenize, whole_windows
+from prunekit.text import (
+    DOCUMENT_SEPARATOR,
+    JOINT,
+    NO_TOKENIZER,
+    TextSource,
+    leading_bos,
+    read_documents,
+    tokenize,
+    whole_windows,
+)
 
 
 def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int) -> Tensor:
@@ -43,6 +53,16 @@ def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int) -> Te
     return windows
 
 
+def hold_out(windows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Windows to train on, and the last twentieth of them to measure on, at most about 1,024 tokens; or None.
+
+    Args:
+        windows: integers (n, seq_len), as `token_windows` gives them.
+    """
+    n = min(len(windows) // 20, max(1, MOST_TOKENS // windows.shape[1]))
+    return (windows[:-n], windows[-n:]) if n else (windows, None)
+
+
 def token_documents(data: Tensor | TextSource, tokenizer: Any, bos: int | None) -> list[Tensor]:
     """Each document as tokens, int64 (length,), without BOS at its beginning.
 
@@ -60,7 +80,7 @@ def token_documents(data: Tensor | TextSource, tokenizer: Any, bos: int | None) 
         rows: Iterable[Any] = data  # type: ignore[assignment]
         return [_without(bos, torch.as_tensor(row["input_ids"], dtype=torch.long)) for row in rows]
     if tokenizer is None:
-        raise PrunekitError("the recovery data is text: give tokenizer=tokenizer, or token ids")
+        raise PrunekitError(f"the recovery data is text: give tokenizer=tokenizer, or token ids; {NO_TOKENIZER}")
     documents = read_documents(data, separator=DOCUMENT_SEPARATOR)
     return [tokenize([text + JOINT * (len(documents) > 1)], tokenizer) for text in documents]
 
