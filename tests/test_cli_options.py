@@ -13,7 +13,15 @@ from prunekit.cli.options import Of, described, given_to, parser_of
 from prunekit.errors import PrunekitError
 
 
-def tune(data, *, rate: float = 0.5, layers: Iterable[int] | None = None, kind: str | float = "a", keep: bool = False):
+def tune(
+    data,
+    *,
+    rate: float = 0.5,
+    layers: Iterable[int] | None = None,
+    kind: str | float = "a",
+    keep: bool = False,
+    text: str | Iterable[Any] = "",
+):
     """Tune.
 
     Args:
@@ -23,6 +31,7 @@ def tune(data, *, rate: float = 0.5, layers: Iterable[int] | None = None, kind: 
         layers: which.
         kind: of it.
         keep: zeros.
+        text: or documents.
     """
 
 
@@ -31,7 +40,7 @@ def verb(
     place: str | None = None,
     *,
     out: str,
-    tuning: Annotated[dict[str, Any], Of(tune, "rate", "layers", "kind", keep=True)],
+    tuning: Annotated[dict[str, Any], Of(tune, "rate", "layers", "kind", "text", keep=True)],
     pattern: tuple[int, int] | None = None,
     n_steps: int = 3,
     fit: Annotated[Literal["both", "bias"] | None, {"nargs": "?", "const": "both"}] = None,
@@ -62,6 +71,7 @@ def parsed(*arguments):
 
 def test_only_what_was_given_is_handed_on():
     assert parsed() == {"model": "m", "out": "o", "tuning": {}}
+    assert parsed("--text", "a,b")["tuning"] == {"text": "a,b"}
     given = parsed("here", "--rate", "2", "--layers", "0, 3", "--pattern", "2:4", "--n-steps", "5", "--no-stream")
     assert given["tuning"] == {"rate": 2.0, "layers": (0, 3)} and given["place"] == "here"
     assert (given["pattern"], given["n_steps"], given["stream"]) == ((2, 4), 5, False)

@@ -125,7 +125,8 @@ def _reading(annotation: Any) -> dict[str, Any]:
             return {"choices": inside}
         if origin is tuple and set(inside) == {int}:
             return {"type": _counts, "metavar": "KEPT:OF"}
-        if origin in (Iterable, Sequence) or (origin is tuple and ... in inside):
+        several = origin in (Iterable, Sequence) or (origin is tuple and ... in inside)
+        if several and Any not in inside:  # of anything, a shell gives one
             return {"type": _listed(inside[0] if inside[0] in (int, float) else str)}
     if bool in kinds:
         return {"action": argparse.BooleanOptionalAction if NoneType in kinds else "store_true"}
