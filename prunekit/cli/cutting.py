@@ -281,7 +281,7 @@ def _remarks(order: _Order, plan: pk.PruningPlan) -> list[str]:
     widths = not_plain(read_config(Path(order.out)))
     if not widths:
         return told
-    asked = order.plan is not None or plan.notes["of"] == "units" or plan.notes["ranking"] == "global"
+    asked = order.plan or order.planning.get("of") == "units" or order.planning.get("ranking") == "global"
     uneven = not asked and bool((plan.table().groupby("kind")["kept"].nunique() > 1).any())
     advice = f"; {'--of units keeps layers even, ' if uneven else ''}prunekit export --layout padded fills them up"
     biased = any(width.startswith("bias:") for width in widths)  # which zeros cannot fill up

@@ -130,18 +130,19 @@ def _reading(annotation: Any) -> dict[str, Any]:
             return {"type": _listed(inside[0] if inside[0] in (int, float) else str)}
     if bool in kinds:
         return {"action": argparse.BooleanOptionalAction if NoneType in kinds else "store_true"}
-    if float in kinds:
-        return {"type": _number_or_text if str in kinds else _reader(float)}
-    return {"type": _reader(int) if int in kinds else str}
+    number = next((kind for kind in (float, int) if kind in kinds), str)
+    return {"type": _reader(number, or_text=str in kinds)}
 
 
-def _reader(kind: type) -> Callable[[str], Any]:
+def _reader(kind: type, or_text: bool = False) -> Callable[[str], Any]:
     """A reader of numbers, for argparse's `type`; whether one is in its range, the library says."""
 
     def read(text: str) -> Any:
         try:
             return kind(text)
         except ValueError:
+            if or_text:
+                return text
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
 
@@ -150,15 +151,8 @@ def _reader(kind: type) -> Callable[[str], Any]:
 
 def _listed(kind: type) -> Callable[[str], tuple[Any, ...]]:
     """A reader of values with commas between them."""
-    read = str if kind is str else _reader(kind)
+    read = _reader(kind)
     return lambda text: tuple(read(part.strip()) for part in text.split(",") if part.strip())
-
-
-def _number_or_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -62,7 +62,8 @@ def plan_in_steps(
     scores: Scores | None = None
     for step in tqdm(range(1, n_steps + 1), desc="steps", leave=False, delay=1):
         if scores is None:  # a step that was passed over changed nothing
-            scores = _scores(groups, chosen, small, scored)
+            left = groups if small is model else discover(small)
+            scores = _scores(groups, left, chosen, small, scored)
         try:
             chosen = plan(groups, scores, _part(pruning_ratio, step / n_steps), **options, after=chosen)
         except BudgetError:
@@ -83,10 +84,13 @@ def _part(ratio: Ratio, share: float) -> Ratio:
 
 
 def _scores(
-    groups: Groups, chosen: PruningPlan, small: nn.Module, scored: Callable[[nn.Module, list[CoupledGroup]], Scores]
+    groups: Groups,
+    left: Groups,
+    chosen: PruningPlan,
+    small: nn.Module,
+    scored: Callable[[nn.Module, list[CoupledGroup]], Scores],
 ) -> Scores:
     """Scores of what is left, as the dense model numbers its units; what is gone scores below everything."""
-    left = discover(small)
     missing = [name for name in chosen.keep if name not in {group.name for group in left}]
     if missing:
         raise PrunekitError(f"{missing[0]!r} is not found again after a step; plan it in one step")
