@@ -25,7 +25,7 @@ lab: setup ## open JupyterLab on the notebook series
 	$(BIN)/jupyter lab notebooks
 
 tour: setup ## run the series headless: build/notebooks/*.html and build/summary.md
-	$(BIN)/python -m prunekit.tour
+	$(BIN)/python tools/tour.py
 
 test: setup ## run every test and every notebook
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
@@ -42,8 +42,8 @@ bench-quality: setup ## what is left at equal size, many ways over seeds: an hou
 	$(BIN)/python benchmarks/quality.py
 
 bench-sparsity: setup ## zeros by four methods on the world and on an OPT, over seeds: hours; goes on where it was
-	$(BIN)/python benchmarks/sparsity_world.py world
-	$(BIN)/python benchmarks/sparsity_world.py opt
+	PYTHONPATH=tools $(BIN)/python benchmarks/sparsity_world.py world
+	PYTHONPATH=tools $(BIN)/python benchmarks/sparsity_world.py opt
 
 bench-lorashear: setup ## pruning while training beside pruning first, over seeds: hours; goes on where it was
 	$(BIN)/python benchmarks/lorashear.py world

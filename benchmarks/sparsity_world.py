@@ -1,8 +1,8 @@
 """Zeros in unchanged shapes: what is left, by method and sparsity, over seeds of the calibration set.
 
-    python benchmarks/sparsity_world.py world          # the embedded model, a LLaMA
-    python benchmarks/sparsity_world.py opt            # an OPT of its size, trained on the same world first
-    python benchmarks/sparsity_world.py world --report
+    PYTHONPATH=tools python benchmarks/sparsity_world.py world  # the embedded model, a LLaMA
+    PYTHONPATH=tools python benchmarks/sparsity_world.py opt  # an OPT of its size, trained on it first
+    PYTHONPATH=tools python benchmarks/sparsity_world.py world --report
 
 Each run is one row of results/sparsity_<subject>.csv; what stands there is not run again. Calibration: 64 windows of
 128 tokens from documents of the world, joined as its training joins them. The OPT, whose FFNs have two matrices behind
@@ -23,11 +23,11 @@ import pandas as pd
 import torch
 from machine import RESULTS, SEVEN, append, machine
 from torch import Tensor
+from train_world import Settings, train
 from transformers import OPTConfig
 
 import prunekit as pk
 from prunekit import world
-from prunekit.world.train import Settings, train
 
 SEEDS = (0, 1, 2)
 METHODS = ("magnitude", "wanda", "sparsegpt", "sparsellm")

@@ -1,4 +1,4 @@
-"""What is asked of any model: its mode, its device, its tensors, and how many tokens it takes."""
+"""What is asked of any model: its mode, its device, its size, its tensors, and how many tokens it takes."""
 
 import inspect
 from collections.abc import Iterator
@@ -46,6 +46,11 @@ def name_model(model: Any, source: str) -> None:
     model.config.name_or_path = model.name_or_path = source
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def max_positions(model: nn.Module) -> int | None:
     """Tokens that fit into one forward pass, as the configuration says; None where it sets no limit."""
     return positions_of(model.config)
@@ -75,3 +80,9 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters = {id(p) for p in model.parameters()}
     kept = {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) not in parameters}
     return dict(model.named_parameters()) | kept
+
+
+def fitting_length(wanted: int, config: Any) -> int:
+    """Tokens a window: as many as wanted, fewer where a model of this configuration takes fewer."""
+    limit = positions_of(config)
+    return wanted if limit is None or limit < 2 else min(wanted, limit)

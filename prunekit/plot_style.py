@@ -2,14 +2,19 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from typing import ParamSpec
+from pathlib import Path
+from typing import ParamSpec, cast
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from prunekit.errors import PrunekitError
+from prunekit.files import new_file
+
+PICTURES = (".png", ".pdf", ".svg")
 
 # Okabe and Ito's palette, safe for colour-blind readers, and some of Tol's where it ends.
 METHOD_COLORS = {
@@ -112,3 +117,28 @@ def legend_outside(ax: Axes) -> None:
         columnspacing=1,
         handlelength=1.6,
     )
+
+
+def save_picture(ax: Axes, path: str | Path) -> Path:
+    """Write the figure of some axes as png, pdf or svg; the file is complete or not there, its folder is made.
+
+    Args:
+        ax: what a plot function returned.
+        path: of the picture; a file that stands there is replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        PrunekitError: another kind of file, or it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in PICTURES:
+        raise PrunekitError(f"{str(path)!r} is no picture; give a name that ends with {', '.join(PICTURES)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as beside:
+            cast(Figure, ax.figure).savefig(beside, dpi=150)
+    except OSError as error:
+        raise PrunekitError(f"cannot write {str(path)!r} ({error.strerror}); choose another place") from None
+    return path

@@ -32,6 +32,7 @@ from prunekit.plot_style import (
     legend_outside,
     projected,
     require_columns,
+    save_picture,
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "plot_units",
     "plot_zeros",
     "side_by_side",
+    "save_picture",
 ]
 
 

@@ -16,6 +16,12 @@ JOINT = "\n"
 """What stands between two documents in one stream of tokens; the embedded world was trained so."""
 
 
+NO_TOKENIZER = (
+    "a checkpoint that has no tokenizer gets one by tokenizer.json and tokenizer_config.json in its folder; where "
+    "tokens were cut, that of the uncut model does not fit: plan.json lists under keep the old number of each new one"
+)
+
+
 def leading_bos(tokenizer: Any, asked: bool | None = None) -> int | None:
     """The token that stands first in every window of text: BOS, where the tokenizer puts it before a text by itself.
 
@@ -27,8 +33,10 @@ def leading_bos(tokenizer: Any, asked: bool | None = None) -> int | None:
         The id of BOS, or None where windows begin with text.
 
     Raises:
-        PrunekitError: BOS is asked for, and the tokenizer has none.
+        PrunekitError: there is no tokenizer, or BOS is asked for and it has none.
     """
+    if tokenizer is None:
+        raise PrunekitError(f"tokenizer=None, and text needs one; {NO_TOKENIZER}")
     bos: int | None = tokenizer.bos_token_id
     if asked and bos is None:
         raise PrunekitError("bos=True, but this tokenizer has no BOS token; give bos=None or bos=False")
@@ -76,7 +84,7 @@ def _ids(document: str | Tensor, tokenizer: Any, joint: str) -> list[int]:
         found: list[int] = document.tolist()
         return found
     if tokenizer is None:
-        raise PrunekitError("the data is text: give tokenizer=tokenizer, or token ids")
+        raise PrunekitError(f"the data is text: give tokenizer=tokenizer, or token ids; {NO_TOKENIZER}")
     return encode(tokenizer, document + joint)
 
 

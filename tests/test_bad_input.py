@@ -64,9 +64,9 @@ def refused(place, tmp_path, monkeypatch, capsys):
 
 
 PRUNE = {
-    "ratio of one": ("good --pruning-ratio 1.0", ["--pruning-ratio", "'1.0'", "below 1"]),
-    "ratio below zero": ("good --pruning-ratio -0.1", ["'-0.1'", "from 0"]),
-    "ratio that is no number": ("good --pruning-ratio NaN", ["'NaN'", "from 0"]),
+    "ratio of one": ("good --pruning-ratio 1.0", ["pruning_ratio=1.0", "[0, 1)"]),
+    "ratio below zero": ("good --pruning-ratio -0.1", ["pruning_ratio=-0.1", "[0, 1)"]),
+    "ratio that is no number": ("good --pruning-ratio NaN", ["pruning_ratio=nan", "[0, 1)"]),
     "ratio too large for the model": ("good --importance l2 --pruning-ratio 0.95", ["0.95", "at most"]),
     "no ratio and no plan": ("good", ["--pruning-ratio", "--plan"]),
     "a ratio and a plan": ("good --pruning-ratio 0.2 --plan text.txt", ["--plan", "leave out --pruning-ratio"]),
@@ -102,8 +102,8 @@ PRUNE = {
         "good --pruning-ratio 0.2 --calibration short.txt",
         ["8 tokens", "seq_len=96"],
     ),
-    "no window": ("good --pruning-ratio 0.2 --calibration text.txt --n-samples 0", ["--n-samples", "'0'", "from 1"]),
-    "no tokenizer": ("mute --pruning-ratio 0.2 --calibration text.txt", ["'mute'", "no tokenizer", "tokenizer.json"]),
+    "no window": ("good --pruning-ratio 0.2 --calibration text.txt --n-samples 0", ["n_samples=0", "at least 1"]),
+    "no tokenizer": ("mute --pruning-ratio 0.2 --calibration text.txt", ["no tokenizer", "tokenizer.json"]),
     "no such folder": ("./gone --importance l2 --pruning-ratio 0.2", ["'./gone'", "does not exist"]),
     "a folder that is no checkpoint": ("full --importance l2 --pruning-ratio 0.2", ["'full'", "config.json"]),
     "only a pickle": ("pickled --importance l2 --pruning-ratio 0.2", ["'pickled'", "pytorch_model.bin", "safetensors"]),
@@ -143,8 +143,8 @@ OTHERS = {
     "recover into a full folder": ("recover ./gone --data text.txt --out full", ["'full' exists", "new folder"]),
     "recover a model with NaN": ("recover nan --data text.txt --out OUT", ["layers.1.mlp.up_proj", "NaN"]),
     "recover on too little": ("recover good --data short.txt --out OUT", ["8 tokens", "seq_len=96"]),
-    "recover without a tokenizer": ("recover mute --data text.txt --out OUT", ["'mute'", "no tokenizer"]),
-    "a rank of zero": ("recover good --data text.txt --out OUT --r 0", ["--r", "'0'", "from 1"]),
+    "recover without a tokenizer": ("recover mute --data text.txt --out OUT", ["no tokenizer"]),
+    "a rank of zero": ("recover good --data text.txt --out OUT --r 0", ["LoRA(r=0)", "the default is 8"]),
     "an unknown preset": ("recover good --data text.txt --out OUT --preset quick", ["'quick'", "paper"]),
     "evaluate on nothing": ("evaluate good", ["'good'", "--data", "--metrics"]),
     "evaluate on too little": ("evaluate good --data short.txt --metrics perplexity", ["8 tokens", "window of 96"]),
@@ -220,6 +220,9 @@ def test_api_says_the_same_of_texts(place):
     model, tokenizer = pk.load(place / "good")
     with pytest.raises(pk.PrunekitError, match="holds no text"):
         pk.calibration_set(place / "empty.txt", tokenizer)
+    for read in (pk.calibration_set, lambda text, none: pk.perplexity(model, none, text)):
+        with pytest.raises(pk.PrunekitError, match="tokenizer=None.*no tokenizer gets one by tokenizer.json"):
+            read(place / "text.txt", None)
     with pytest.raises(pk.PrunekitError, match="8 tokens and one window needs seq_len=16"):
         pk.calibration_set(place / "short.txt", tokenizer, seq_len=16)
     with pytest.raises(pk.PrunekitError, match="8 tokens, less than one window of 96"):

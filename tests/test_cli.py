@@ -12,12 +12,10 @@ from shared import shared_path
 from transformers import AutoModelForCausalLM
 
 from prunekit import discover, load
-from prunekit.checkpoint.exporting import LAYOUTS
 from prunekit.cli import main
-from prunekit.commands import exporting
 from prunekit.pruning import PruningPlan
 
-COMMANDS = ("discover", "prune", "recover", "evaluate", "export", "tour", "lab")
+COMMANDS = ("discover", "prune", "recover", "evaluate", "export", "lab")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +128,6 @@ def test_export_fills_an_uneven_checkpoint_up_for_plain_transformers(dense, tmp_
 
 
 def test_export_knows_every_layout(dense, tmp_path, capsys):
-    assert exporting.LAYOUTS == LAYOUTS
     assert main(["export", str(dense), "--layout", "round", "--out", str(tmp_path / "x")]) == 2
     assert "plain, padded, gguf" in capsys.readouterr().err.replace("'", "") and not (tmp_path / "x").exists()
     assert main(["export", str(dense), "--out", str(tmp_path / "x")]) == 0
@@ -246,7 +243,7 @@ def test_help_says_what_it_does_and_ends_with_an_example(command, capsys):
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"prunekit {command}" in out
-    assert command == "tour" or f"\nexample:\n  prunekit {command}" in out
+    assert f"\nexample:\n  prunekit {command}" in out
 
 
 def test_help_lists_every_command(capsys):
@@ -267,12 +264,6 @@ def test_lab_starts_on_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)
     assert main(["lab", str(tmp_path), "--no-browser", "--port", "8899"]) == 0
     assert calls == [[sys.executable, "-m", "jupyterlab", str(tmp_path), "--no-browser", "--ServerApp.port=8899"]]
-
-
-def test_tour_gets_its_arguments(monkeypatch):
-    seen = []
-    monkeypatch.setattr("prunekit.tour.main", lambda arguments: seen.append(arguments) or 1)
-    assert main(["tour", "--jobs", "1"]) == 1 and seen == [["--jobs", "1"]]
 
 
 def test_real_model_is_cut_and_recovers(tmp_path, capsys):

@@ -10,7 +10,6 @@ from families import FAMILIES, plan_keeping, random_units
 import prunekit as pk
 from prunekit.checkpoint import load
 from prunekit.cli import main
-from prunekit.commands.discovering import as_dict
 
 NAMES = ("llama_gqa", "llama_tied", "gpt2", "bloom", "mixtral", "falcon_new")
 
@@ -41,8 +40,8 @@ def test_a_folder_is_discovered_without_its_weights(name, cut, folder, monkeypat
         groups = pk.discover(model)
         model = pk.prune(model, plan_keeping(groups, random_units(family, groups, seed=0, share=0.3)))
     pk.save(model, path)
-    expected = as_dict(pk.discover(load(path)[0]))
-    monkeypatch.setattr("prunekit.checkpoint.load", never)
+    expected = pk.discover(load(path)[0]).to_dict()
+    monkeypatch.setattr("prunekit.checkpoint.structure.load", never)
     assert discovered(capsys, path) == json.loads(json.dumps(expected))
 
 

@@ -108,7 +108,7 @@ def test_steps_and_scaling_are_those_of_the_library(dense, tmp_path):
         (("--compensate", "all"), "invalid choice: 'all'"),
         (("--normalize", "size"), "invalid choice: 'size'"),
         (("--normalize", "loss"), "which they do with --ranking global alone"),
-        (("--steps", "0"), "'0' is not a whole number from 1"),
+        (("--steps", "0"), "n_steps=0 is not allowed; give an integer of 1 or more"),
         (("--compensate", "--streaming"), "--compensate needs the whole model in memory"),
         (("--steps", "2", "--streaming"), "--steps needs the whole model in memory"),
         (("--importance", "ablation", "--streaming"), "silences units in memory"),

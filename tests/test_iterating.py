@@ -21,6 +21,14 @@ def test_one_step_is_a_plain_plan(model):
     assert plan_in_steps(model, Taylor(), 0.2, CALIB, n_steps=1).keep == plain.keep
 
 
+def test_groups_that_are_given_are_not_discovered_again(model, monkeypatch):
+    groups, traced = discover(model), []
+    monkeypatch.setattr(iterating, "discover", lambda found: traced.append(found) or discover(found))
+    found = plan_in_steps(model, Magnitude(), 0.2, n_steps=2, groups=groups)
+    assert len(traced) == 1 and traced[0] is not model
+    assert found.keep == plan_in_steps(model, Magnitude(), 0.2, n_steps=2).keep
+
+
 @pytest.mark.parametrize("options", [{}, {"ranking": "global"}, {"of": "units"}, {"kinds": ["kv_head"]}])
 def test_steps_are_nested_and_the_last_meets_the_budget(model, monkeypatch, options):
     made = []

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import tour
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-
-from prunekit import tour
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SERIES = sorted(FOLDER.glob(tour.SERIES))
@@ -35,7 +34,7 @@ def form_faults(text, number):
     book = nbformat.reads(text, as_version=4)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     return [
-        *(["not stripped: python -m prunekit.tour --strip"] if tour.stripped(text) != text else []),
+        *(["not stripped: python tools/tour.py --strip"] if tour.stripped(text) != text else []),
         *([f"{len(book.cells)} cells, less than {CELLS}"] if len(book.cells) < CELLS else []),
         *id_faults(text),
         *opening_faults(book.cells[0]),

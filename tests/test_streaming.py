@@ -455,7 +455,7 @@ def test_a_checkpoint_larger_than_the_free_memory_is_streamed_unasked(dense, tmp
     run(dense, *options, "--out", tmp_path / "a")
     assert "streaming" not in capsys.readouterr().err
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    monkeypatch.setattr("prunekit.checkpoint.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("prunekit.load", lambda *_: pytest.fail("loaded"))
     assert run(dense, *options, "--out", tmp_path / "b") == 0
     assert "GB of free memory: streaming" in capsys.readouterr().err
     assert run(dense, "--pruning-ratio", "0.2", "--out", tmp_path / "c") == 2

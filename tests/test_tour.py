@@ -10,9 +10,9 @@ import time
 import nbformat
 import psutil
 import pytest
+import tour
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from prunekit import tour
 from prunekit.errors import PrunekitError
 
 METRICS = {"perplexity": 3.5, "boolq": 0.91, "parameters": 3_400_000, "macs": 6.8e6, "latency_ms": 12.345}
@@ -172,7 +172,7 @@ def test_interrupt_keeps_what_is_finished_and_leaves_no_kernel(tmp_path, write):
     write("00_quick.ipynb", "1")
     write("01_slow.ipynb", f"open({str(tmp_path / 'began')!r}, 'w').close()", "import time; time.sleep(300)")
     write("02_never.ipynb", "1")
-    command = [sys.executable, "-m", "prunekit.tour", "--jobs", "1"]
+    command = [sys.executable, tour.__file__, "--jobs", "1"]
     command += ["--notebooks", str(tmp_path / "series"), "--build", str(tmp_path / "build")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "began").exists())

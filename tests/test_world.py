@@ -6,11 +6,11 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
+from world_tokenizer import build_tokenizer
 
 from prunekit import world
 from prunekit.errors import PrunekitError
 from prunekit.world import lore, scenes, tables
-from prunekit.world.tokenizer import build_tokenizer
 
 SEVEN = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 FURTHER = ["facts_rare", "arithmetic", "agreement", "copying"]

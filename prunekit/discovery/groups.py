@@ -162,11 +162,26 @@ class Groups(Sequence[CoupledGroup]):
         return pd.DataFrame(rows, columns=columns)
 
     def summary(self) -> pd.DataFrame:
-        """One row a kind: number of groups, units, whether all are exact."""
+        """One row a kind: number of groups, fewest and most units of one, units in all, whether all are exact."""
         table = self.table().drop_duplicates("group")
         return table.groupby("kind", sort=False).agg(
-            groups=("group", "size"), units=("n_units", "sum"), exact=("exact", "all")
+            groups=("group", "size"),
+            fewest=("n_units", "min"),
+            most=("n_units", "max"),
+            units=("n_units", "sum"),
+            exact=("exact", "all"),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the indices, as plain values for JSON: n_parameters, groups (with their members), locked."""
+        found = [
+            {
+                **{name: getattr(g, name) for name in ("name", "kind", "layer", "n_units", "exact")},
+                "members": [{"parameter": m.parameter, "dim": m.dim, "width": m.width} for m in g.members],
+            }
+            for g in self.items
+        ]
+        return {"n_parameters": self.n_parameters, "groups": found, "locked": self.locked}
 
     def __repr__(self) -> str:
         counts = {kind: len(self.of_kind(kind)) for kind in KINDS if self.of_kind(kind)}

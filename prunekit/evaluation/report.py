@@ -21,6 +21,10 @@ from prunekit.files import read_text, write_text
 
 METRICS = ("perplexity", "zero_shot", "cost")
 FORMAT = "prunekit report 1"
+HINTS = {  # argument → what to give
+    "text": "text=, a text or a file (in a shell: --data), or leave perplexity out of metrics (--metrics)",
+    "tasks": "tasks=, such as ['boolq', 'piqa'] (in a shell: --tasks), or leave zero_shot out of metrics (--metrics)",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +226,8 @@ def world_default(tokenizer: Any, maker: str, argument: str) -> Any:
     world: Any = import_module("prunekit.world")
     if not world.is_world_tokenizer(tokenizer):
         raise PrunekitError(
-            f"{argument}=None stands for the embedded world's, and this tokenizer is not its own; give {argument}="
+            f"{argument}=None stands for the embedded world's, and this tokenizer is not its own; "
+            f"give {HINTS[argument]}"
         )
     return getattr(world, maker)()
 

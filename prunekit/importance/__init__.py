@@ -8,7 +8,7 @@ from prunekit.importance.fusion import FusedScores, HyWIA, fuse
 from prunekit.importance.influence import BlockInfluence
 from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.scores import Scores
-from prunekit.importance.scoring import IMPORTANCES, Importance, importance_from_name, score
+from prunekit.importance.scoring import IMPORTANCES, Importance, default_importance, importance_from_name, score
 from prunekit.importance.taylor import Taylor
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Reconstruction",
     "Scores",
     "Taylor",
+    "default_importance",
     "fuse",
     "importance_from_name",
     "score",

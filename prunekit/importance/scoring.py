@@ -16,7 +16,7 @@ from prunekit.gradients import Gradients
 from prunekit.importance.ablation import Ablation, check_scalable, scaled_to_loss
 from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
-from prunekit.importance.curvature import Curvature
+from prunekit.importance.curvature import Curvature, applies
 from prunekit.importance.fusion import HyWIA
 from prunekit.importance.influence import BlockInfluence
 from prunekit.importance.reconstruction import Reconstruction
@@ -58,6 +58,7 @@ IMPORTANCES: dict[str, Callable[..., Importance]] = {
     "l2": partial(Magnitude, p=2),
     "random": Random,
 }
+CURVED_KINDS = {"kv_head", "query_head", "ffn_channel"}  # on which curvature was measured
 
 
 def importance_from_name(name: str, **options: Any) -> Importance:
@@ -81,6 +82,18 @@ def importance_from_name(name: str, **options: Any) -> Importance:
         raise PrunekitError(
             f"importance {name!r} does not take {', '.join(options)}; leave it out, or choose taylor"
         ) from error
+
+
+def default_importance(model: nn.Module, groups: Iterable[CoupledGroup]) -> Importance:
+    """The importance where none is named: `Curvature()` where it can score each of the groups, else `Taylor()`.
+
+    Args:
+        model: the causal LM that the groups were discovered in.
+        groups: those that are to be scored.
+    """
+    chosen = tuple(groups)
+    curved = {group.kind for group in chosen} <= CURVED_KINDS and applies(model, chosen)
+    return Curvature() if curved else Taylor()
 
 
 def score(

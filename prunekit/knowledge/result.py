@@ -92,6 +92,24 @@ class KnowledgeDistribution:
             **{by: key, "measure": measure, "n": len(rows), "dense": before, "value": value, "change": value - before}
         )
 
+    def worst(self, by: str = "domain", measure: str | None = None) -> pd.DataFrame:
+        """Which group's silencing costs each domain (task, tier, number of hops) most, and how much.
+
+        Args:
+            by: as for `table`.
+            measure: as for `table`.
+
+        Returns:
+            One row a domain: `by`, measure, n, dense, value, change, group, ratio.
+
+        Raises:
+            PrunekitError: as `table`.
+        """
+        table = self.table(by, measure)
+        worse = _worse(table, str(table["measure"].iloc[0]))["worse"]
+        rows = table.loc[worse.groupby(table[by], sort=False).idxmax()]
+        return rows[[by, "measure", "n", "dense", "value", "change", "group", "ratio"]].reset_index(drop=True)
+
     def damage(self, measure: str = "loss", ratios: Sequence[float] = RATIOS) -> pd.DataFrame:
         """How much worse a group's silencing makes things: the mean over ratios and domains, which all weigh the same.
 

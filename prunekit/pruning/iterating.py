@@ -26,6 +26,7 @@ def plan_in_steps(
     *,
     n_steps: int,
     normalize: str | None = None,
+    groups: Groups | None = None,
     **options: Any,
 ) -> PruningPlan:
     """A plan of equal steps: after each, what is left is cut out and scored again.
@@ -37,6 +38,7 @@ def plan_in_steps(
         calib: as for `score`.
         n_steps: 1 or more. A step that is too small for a unit is passed over; its share goes with the next.
         normalize: as for `score`.
+        groups: what `discover(model)` returned, where it was called before; None discovers.
         options: of `plan`, but no whole blocks and layers, which would move those behind them.
 
     Returns:
@@ -54,13 +56,14 @@ def plan_in_steps(
         raise PrunekitError("kinds has vocabulary, after which calib would name other tokens; take tokens in one step")
     if set(kinds) & set(WHOLE_KINDS):
         raise PrunekitError(f"kinds={kinds} has some that go whole; take blocks and layers in a plan of their own")
-    groups = discover(model)
+    groups = discover(model) if groups is None else groups
     chosen, small = plan(groups, _ones(groups), _part(pruning_ratio, 0.0), **options), model
     scored = partial(score, importance=importance, calib=calib, normalize=normalize)
     scores: Scores | None = None
     for step in tqdm(range(1, n_steps + 1), desc="steps", leave=False, delay=1):
         if scores is None:  # a step that was passed over changed nothing
-            scores = _scores(groups, chosen, small, scored)
+            left = groups if small is model else discover(small)
+            scores = _scores(groups, left, chosen, small, scored)
         try:
             chosen = plan(groups, scores, _part(pruning_ratio, step / n_steps), **options, after=chosen)
         except BudgetError:
@@ -81,10 +84,13 @@ def _part(ratio: Ratio, share: float) -> Ratio:
 
 
 def _scores(
-    groups: Groups, chosen: PruningPlan, small: nn.Module, scored: Callable[[nn.Module, list[CoupledGroup]], Scores]
+    groups: Groups,
+    left: Groups,
+    chosen: PruningPlan,
+    small: nn.Module,
+    scored: Callable[[nn.Module, list[CoupledGroup]], Scores],
 ) -> Scores:
     """Scores of what is left, as the dense model numbers its units; what is gone scores below everything."""
-    left = discover(small)
     missing = [name for name in chosen.keep if name not in {group.name for group in left}]
     if missing:
         raise PrunekitError(f"{missing[0]!r} is not found again after a step; plan it in one step")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit.account import MOST_TOKENS
 from prunekit.documents import TextSource, at_least_one, documents_of
 from prunekit.errors import PrunekitError
 from prunekit.text import DOCUMENT_SEPARATOR, JOINT, leading_bos, tokenize, whole_windows
@@ -43,6 +44,16 @@ def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int, *, en
             f"the recovery data has {told} and one window needs seq_len={seq_len}; give more text or a smaller seq_len"
         )
     return windows
+
+
+def hold_out(windows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Windows to train on, and the last twentieth of them to measure on, at most about 1,024 tokens; or None.
+
+    Args:
+        windows: integers (n, seq_len), as `token_windows` gives them.
+    """
+    n = min(len(windows) // 20, max(1, MOST_TOKENS // windows.shape[1]))
+    return (windows[:-n], windows[-n:]) if n else (windows, None)
 
 
 def token_documents(

@@ -37,6 +37,12 @@ class RecoveryLog:
         steps = range(1, len(self.losses) + 1)
         return pd.DataFrame({"step": steps, "loss": self.losses, "learning_rate": self.learning_rates})
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Mean loss of the first and of the last tenth of the steps, since single batches jump."""
+        n = max(1, len(self.losses) // 10)
+        return sum(self.losses[:n]) / n, sum(self.losses[-n:]) / n
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         change = None if self.loss_change is None else self.loss_change.to_dict()

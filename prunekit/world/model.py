@@ -1,4 +1,4 @@
-"""The shape of the embedded model, and the trained one that comes with the package.
+"""The trained model of the embedded world, which comes with the package.
 
 torch and transformers are imported where they are used: whoever asks only for documents or questions
 does not wait for them.
@@ -7,32 +7,9 @@ does not wait for them.
 import json
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
+from typing import Any
 
 DATA = Path(__file__).parent / "data"
-
-
-def configuration(vocab_size: int) -> "LlamaConfig":
-    """A LLaMA of 3.5 million parameters with grouped-query attention: 4 KV heads of 2 query heads each."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
 
 
 def load() -> tuple[Any, Any]:

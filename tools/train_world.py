@@ -1,4 +1,4 @@
-"""Train the model of the embedded world: `python -m prunekit.world.train --out DIR`."""
+"""Train the model of the embedded world: `python tools/train_world.py --out DIR`."""
 
 import argparse
 import json
@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from world_card import write_card
+from world_tokenizer import build_tokenizer
 
 from prunekit.errors import PrunekitError
+from prunekit.evaluation import zero_shot
 from prunekit.world.corpus import document
-from prunekit.world.model import configuration
-from prunekit.world.scorecard import write_card
 from prunekit.world.tasks import tasks
-from prunekit.world.tokenizer import build_tokenizer
 
 STATE = "training_state.safetensors"
 SECOND_PHASE = 0.526  # share of the run after which documents are mostly passages; the facts sat after 0.3
@@ -60,6 +60,24 @@ class Settings:
             return self.learning_rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.n_steps - self.warmup)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def configuration(vocab_size: int) -> LlamaConfig:
+    """A LLaMA of 3.5 million parameters with grouped-query attention: 4 KV heads of 2 query heads each."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
 
 
 def batch(settings: Settings, tokenizer: PreTrainedTokenizerFast, step: int) -> Tensor:
@@ -130,8 +148,6 @@ def load_state(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimi
 
 def accuracies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n_questions: int) -> dict[str, float]:
     """Share of right answers a task, on about `n_questions` spread over each."""
-    from prunekit.evaluation import zero_shot  # this script stands above it; the rest of the world does not
-
     few = [replace(t, questions=t.questions[:: max(1, len(t.questions) // n_questions)]) for t in tasks().values()]
     return {str(name): float(share) for name, share in zero_shot(model, tokenizer, few).accuracy().items()}
 
@@ -212,7 +228,7 @@ def _report(progress: dict, scores: dict[str, float]) -> None:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m prunekit.world.train",
+        prog="python tools/train_world.py",
         description="Train the small language model of prunekit's embedded world from nothing. Stop it at any time and "
         "run the same line again: it goes on where it was. When it is done, --out is a transformers checkpoint.",
     )

@@ -1,4 +1,4 @@
-"""The tour: run the notebook series headless, keep what it showed, print what it measured.
+"""The tour: run the notebook series headless, keep what it showed, print what it measured: `python tools/tour.py`.
 
 Each notebook runs in a kernel of this very interpreter, up to two at a time, and becomes one HTML file. The first
 notebook writes what it measured to `summary.json` in the build folder (environment variable `PRUNEKIT_BUILD`) as
@@ -242,7 +242,7 @@ def find_series(folder: Path) -> list[Path]:
 
 
 def default_folder() -> Path:
-    """`notebooks` where we stand, or else beside the package."""
+    """`notebooks` where we stand, or else that of this checkout."""
     here = Path("notebooks")
     return here if here.is_dir() else Path(__file__).parents[1] / "notebooks"
 
@@ -336,7 +336,7 @@ def run_tour(paths: Sequence[Path], build: Path, jobs: int) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"prunekit tour: {message}", file=sys.stderr)
+    print(f"tour: {message}", file=sys.stderr)
     return code
 
 
@@ -354,7 +354,7 @@ def _existing(text: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 when all went well, 1 for a notebook that failed, 2 for bad input, 130 when interrupted."""
-    parser = argparse.ArgumentParser("prunekit tour", description="Run the notebook series headless, and sum it up.")
+    parser = argparse.ArgumentParser(description="Run the notebook series headless, and sum it up.")
     parser.add_argument("--notebooks", type=Path, default=default_folder(), help="folder of the series")
     parser.add_argument("--build", type=Path, default=Path(os.environ.get("PRUNEKIT_BUILD", "build")), help="output")
     parser.add_argument("--jobs", type=_positive, default=min(2, os.cpu_count() or 1), help="notebooks at a time")

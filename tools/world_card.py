@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit.evaluation import perplexity, zero_shot
 from prunekit.world.corpus import documents, validation_text
 from prunekit.world.tables import facts
 from prunekit.world.tasks import tasks
@@ -33,7 +34,7 @@ sums, agreement, lists to copy |
 | tokens seen | {tokens:,} in {steps:,} steps of {batch_size} sequences of {seq_len}, without padding |
 | optimizer | AdamW, peak learning rate {learning_rate}, {warmup} steps of warm-up, cosine to zero, float32 |
 | time | {minutes:.0f} minutes, {hardware} |
-| made by | `python -m prunekit.world.train --out DIR --tokens {budget} --seed {seed}` |
+| made by | `python tools/train_world.py --out DIR --tokens {budget} --seed {seed}` |
 
 About a third of all (wording, cue) pairs were held out of training (half of those about rare facts), and
 every question asks such a pair.
@@ -81,8 +82,6 @@ def write_card(folder: Path, model: Any, tokenizer: Any, settings: Any, progress
         settings: the `Settings` of its training.
         progress: the state it reached: `step`, `seconds`.
     """
-    from prunekit.evaluation import perplexity, zero_shot  # stands above the world; only the training script asks
-
     seen, hidden = zero_shot(model, tokenizer, tasks()), zero_shot(model, tokenizer, tasks(hidden=True)).accuracy()
     rows = [
         (name, f"{row.accuracy:.1%}", f"{row.chance:.0%}", f"{hidden[name]:.1%}", f"{int(row.n)}")

@@ -1,0 +1,48 @@
+"""The structure of a checkpoint's model without its weights, which discovery does not read."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from prunekit.checkpoint.building import check_size, cut_again
+from prunekit.checkpoint.folders import read_config, stored_tensors
+from prunekit.checkpoint.loading import LEAST_PART_LEFT, MODEL_TYPE, load
+from prunekit.checkpoint.origins import resolve
+from prunekit.discovery import discover
+from prunekit.errors import PrunekitError
+from prunekit.models import empty_model
+
+
+def load_structure(source: str | Path) -> Any:
+    """A model to discover groups in: without weights where its folder's configuration says all, else loaded.
+
+    Args:
+        source: as for `load`; a GGUF file stands for the folder that it is converted to.
+
+    Raises:
+        PrunekitError: as `load`, which says what is wrong with a checkpoint.
+    """
+    folder = Path(resolve(source))
+    if folder.is_dir():
+        with suppress(Exception):  # of any kind, from any family; loading tells
+            return _without_weights(folder)
+    return load(source)[0]
+
+
+def _without_weights(folder: Path) -> Any:
+    """The model that a configuration leads to, empty, cut as recorded.
+
+    Raises:
+        PrunekitError: it does not fit the files, or is not of the class that it names. Whatever else its family raises.
+    """
+    saved, stored = read_config(folder), stored_tensors(folder)
+    cut = saved.get("model_type") == MODEL_TYPE
+    plain = None if cut else AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = plain or AutoConfig.for_model(**saved["base_config"])
+    check_size(config, stored, str(folder), factor=LEAST_PART_LEFT if cut else 2)
+    model = empty_model(config)
+    if "prunekit" in saved or type(model).__name__ not in config.architectures:
+        raise PrunekitError(f"{str(folder)!r} is not what its configuration says; load it")
+    return cut_again(model, discover(model), saved["stages"], saved.get("biases", [])) if cut else model

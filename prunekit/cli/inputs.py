@@ -1,0 +1,70 @@
+"""What verbs read: how models are loaded, calibration text, and windows that nothing else is computed from."""
+
+from typing import Annotated, Any
+
+from torch import Tensor
+
+from prunekit.account import HOW, LossChange
+from prunekit.calibration import calibration_set
+from prunekit.checkpoint import load
+from prunekit.cli.answers import say
+from prunekit.cli.options import Of
+from prunekit.errors import PrunekitError
+from prunekit.model_names import WORLD, is_world
+from prunekit.models import fitting_length
+
+Loading = Annotated[dict[str, Any], Of(load, "dtype", "device")]
+GIVE = "give --calibration with a text file or 'world'"
+
+
+def text_for(model: str, calibration: str | None, why: str | None = None, instead: str = "") -> str | None:
+    """The calibration text: the one given, else the embedded model's own; None where nothing reads one.
+
+    Raises:
+        PrunekitError: there is none, and `why` reads text.
+    """
+    text = WORLD if calibration is None and is_world(model) else calibration
+    if text is None and why is not None:
+        raise PrunekitError(f"{why} reads text; {GIVE}{instead}")
+    return text
+
+
+def drawn(given: dict[str, int], config: Any, **defaults: int) -> dict[str, Any]:
+    """How calibration windows are drawn: as given, else by defaults, which are shorter where a model takes less."""
+    if "seq_len" in defaults:
+        defaults["seq_len"] = fitting_length(defaults["seq_len"], config)
+    return {"seed": 0, **defaults, **given}
+
+
+def held_out_windows(text: str | None, tokenizer: Any, drawing: dict[str, Any], *, seen: bool) -> Tensor | None:
+    """Windows of the calibration text that nothing else is computed from; None where it has no more.
+
+    Args:
+        text: None where there is none.
+        tokenizer: of the model; None where it has none.
+        drawing: how its windows are drawn.
+        seen: whether windows are drawn from the text for scores or a re-fit, too; others are taken then.
+
+    Raises:
+        PrunekitError: a text that cannot be read.
+    """
+    if text is None or tokenizer is None:
+        return None
+    try:
+        return calibration_set(text, tokenizer, **drawing, held_out=seen)
+    except PrunekitError:
+        if seen:  # it was read before: it is too short
+            return None
+        raise
+
+
+def tell_unmeasured(change: LossChange | None, give: str = f"{GIVE}, of which some windows are held out") -> None:
+    """Say on standard error that nobody knows what a step did, with what to give; a warning says where it harmed."""
+    if change is None or not change.is_measured:
+        say(repr(change).replace(HOW, give))
+
+
+def named_texts(given: str | None) -> dict[str, str]:
+    """Texts as `name=file,name=file`; a text without a name is its own."""
+    parts = [part.partition("=") for part in (given or "").split(",") if part]
+    return {name: path or name for name, _, path in parts}

@@ -1,0 +1,162 @@
+"""Options of the command line, read from the signatures, types and docstrings of the functions that take them."""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import Parameter, getdoc, signature
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+
+from prunekit.cli.answers import Answer
+from prunekit.errors import PrunekitError
+
+SECTIONS = r"^(?:Args|Attributes|Example|Raises|Returns|Source):$"
+
+
+class Of:
+    """Options of a function, or of a class of settings, that a verb takes as one dictionary of those that were given.
+
+    It stands in an annotation: `planning: Annotated[dict, Of(plan, "ranking")]`.
+
+    Args:
+        source: what is called with the options in the end.
+        names: of its parameters; all defaults are its own,
+        defaults: but for these, which the verb sets.
+    """
+
+    def __init__(self, source: Callable[..., Any], *names: str, **defaults: Any) -> None:
+        self.source, self.names, self.defaults = source, (*names, *defaults), defaults
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises `PrunekitError` and keeps the line breaks of its texts."""
+
+    def __init__(self, prog: str | None = None, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Bad input, with where to look.
+
+        Raises:
+            PrunekitError: always.
+        """
+        raise PrunekitError(f"{message}; see {self.prog} --help")
+
+
+def parser_of(verb: Callable[..., Any], prog: str) -> Parser:
+    """The parser of a verb: positional parameters, options, and those that `Of` names, in a group each."""
+    parser = Parser(prog, **explained(verb))
+    told, seen = described(verb), set()
+    for name, parameter in signature(verb).parameters.items():
+        kind, notes = _taken_apart(parameter.annotation)
+        borrowed = [note for note in notes if isinstance(note, Of)]
+        extras = {key: value for note in notes if isinstance(note, dict) for key, value in note.items()}
+        if not borrowed:
+            _add(parser, parameter.replace(annotation=kind), told[name], extras)
+            continue
+        place = parser.add_argument_group(told[name].rstrip("."))
+        for each in borrowed:
+            for option in each.names:
+                found = signature(each.source).parameters[option]
+                default = None if found.default is Parameter.empty else found.default
+                found = found.replace(kind=Parameter.KEYWORD_ONLY, default=each.defaults.get(option, default))
+                if option not in seen:  # the first that has it describes it
+                    _add(place, found, described(each.source)[option], {})
+                seen.add(option)
+    if signature(verb).return_annotation is Answer:
+        parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    return parser
+
+
+def explained(verb: Callable[..., Any]) -> dict[str, str]:
+    """What a docstring says before its sections, as the description of a parser, and its example, as the end."""
+    text, _, rest = (getdoc(verb) or "").partition("\n\nExample:\n")
+    example = re.split(SECTIONS, rest, flags=re.MULTILINE)[0].strip()
+    return {"description": text, "epilog": f"example:\n  {example}".replace("\n    ", "\n  ")}
+
+
+def given_to(verb: Callable[..., Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments to call a verb with: what was given, its options of other functions in their dictionaries."""
+    given: dict[str, Any] = {}
+    for name, parameter in signature(verb).parameters.items():
+        borrowed = [note for note in _taken_apart(parameter.annotation)[1] if isinstance(note, Of)]
+        if borrowed:
+            names = [option for each in borrowed for option in each.names]
+            given[name] = {option: getattr(args, option) for option in names if hasattr(args, option)}
+        elif hasattr(args, name):
+            given[name] = getattr(args, name)
+    return given
+
+
+def described(source: Callable[..., Any]) -> dict[str, str]:
+    """Parameter → what the docstring says of it, under Args or Attributes, as one line."""
+    parts = re.split(r"^(?:Args|Attributes):$", getdoc(source) or "", flags=re.MULTILINE)
+    section = re.split(SECTIONS, parts[1], flags=re.MULTILINE)[0] if len(parts) > 1 else ""
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()).replace("`", "") for name, text in found}
+
+
+def _taken_apart(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type, and what `Annotated` notes beside it."""
+    return (annotation.__origin__, annotation.__metadata__) if get_origin(annotation) is Annotated else (annotation, ())
+
+
+def _add(place: Any, parameter: Parameter, told: str, extras: Mapping[str, Any]) -> None:
+    """One argument: positional where it may be given without its name, required where it has no default."""
+    name, default = parameter.name, parameter.default
+    shown = default not in (None, Parameter.empty, ()) and not isinstance(default, bool)
+    options = {"help": (told + (f" (default: {default})" if shown else "")).replace("%", "%%")}
+    options |= {**_reading(parameter.annotation), "default": argparse.SUPPRESS, **extras}
+    required = default is Parameter.empty
+    if parameter.kind is Parameter.KEYWORD_ONLY:
+        flags = (f"--{name.replace('_', '-')}", *options.pop("flags", ()))
+        place.add_argument(*flags, dest=name, required=required, **options)
+    else:
+        place.add_argument(name, **{"metavar": name.upper()} | ({} if required else {"nargs": "?"}) | options)
+
+
+def _reading(annotation: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type; of several, the first kind that a shell can say."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    for kind in kinds:
+        origin, inside = get_origin(kind), get_args(kind)
+        if origin is Literal:
+            return {"choices": inside}
+        if origin is tuple and set(inside) == {int}:
+            return {"type": _counts, "metavar": "KEPT:OF"}
+        several = origin in (Iterable, Sequence) or (origin is tuple and ... in inside)
+        if several and Any not in inside:  # of anything, a shell gives one
+            return {"type": _listed(inside[0] if inside[0] in (int, float) else str)}
+    if bool in kinds:
+        return {"action": argparse.BooleanOptionalAction if NoneType in kinds else "store_true"}
+    number = next((kind for kind in (float, int) if kind in kinds), str)
+    return {"type": _reader(number, or_text=str in kinds)}
+
+
+def _reader(kind: type, or_text: bool = False) -> Callable[[str], Any]:
+    """A reader of numbers, for argparse's `type`; whether one is in its range, the library says."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            if or_text:
+                return text
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+
+    return read
+
+
+def _listed(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    """A reader of values with commas between them."""
+    read = _reader(kind)
+    return lambda text: tuple(read(part.strip()) for part in text.split(",") if part.strip())
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    kept, _, of = text.partition(":")
+    if not (kept.isdecimal() and of.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEPT:OF, such as 2:4")
+    return int(kept), int(of)
