@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from prunekit.errors import PrunekitError
+from prunekit.extras import need
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -49,10 +50,9 @@ def gguf_package(why: str) -> Any:
     Raises:
         PrunekitError: it is not installed, and `why` needs it.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise PrunekitError(f"{why} needs the gguf package; pip install 'prunekit[gguf]'") from None
+    need("gguf", "gguf", why=why)
+    import gguf
+
     return gguf
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +15,9 @@ from prunekit.importance.scoring import importance_from_name
 from prunekit.pruning import PruningPlan, prune
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.recovery import LoRA, recover
-from prunekit.search import Budget, Found, PlanSpace, Range, Trees, known_points, search_space
+
+if TYPE_CHECKING:
+    from prunekit.search import Budget, Found, PlanSpace, Range, Trees
 
 IMPORTANCES = ("taylor", "taylor-vector", "l2")  # kinds that the space may choose from
 
@@ -32,8 +34,8 @@ class Searched(NamedTuple):
 
     model: Any
     plan: PruningPlan
-    found: Found
-    space: PlanSpace
+    found: "Found"
+    space: "PlanSpace"
 
     def __repr__(self) -> str:
         return f"Searched(\n  {self.plan!r},\n  {self.found!r})"
@@ -43,7 +45,7 @@ def accuracy_predictor(
     model: Any,
     tokenizer: Any,
     calib: Tensor,
-    budgets: float | Range | Sequence[Budget],
+    budgets: "float | Range | Sequence[Budget]",
     text: TextSource | None = None,
     *,
     importances: Iterable[str | Importance] = IMPORTANCES,
@@ -52,7 +54,7 @@ def accuracy_predictor(
     n_pairs: int = 120,
     n_rounds: int = 4,
     top_k: int = 40,
-    trees: Trees | None = None,
+    trees: "Trees | None" = None,
     seed: int = 0,
     folder: str | Path | None = None,
     n_jobs: int = 1,
@@ -90,6 +92,12 @@ def accuracy_predictor(
     Source: Fig. 1. Reconstructed: the space's bounds, how architectures are drawn and the rounds, which are GBDT-NAS's.
         Here the budget is met by every architecture, and rounds propose by evolution.
     """
+    from prunekit.search import (  # needs prunekit[search], the other recipes do not
+        PlanSpace,
+        known_points,
+        search_space,
+    )
+
     groups = discover(model)
     kinds = [importance_from_name(each) if isinstance(each, str) else each for each in importances]
     units = groups.of_kind(*DEFAULT_KINDS)

@@ -1,5 +1,9 @@
 """Search: which architecture under a budget, by a predictor that learns what pruning costs."""
 
+from prunekit.extras import need
+
+need("search", "joblib", "lightgbm", "optuna", why="prunekit.search")
+
 from prunekit.search.architectures import PlanSpace
 from prunekit.search.campaign import measure_pairs
 from prunekit.search.costs import Budget, CostTable, parameter_table

@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from prunekit.checkpoint import save
-from prunekit.checks import check_integers
+from prunekit.checks import check_choice, check_integers
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
+from prunekit.extras import need
 from prunekit.fingerprint import digest_of
 from prunekit.models import device_of
 from prunekit.questions import Task
@@ -116,25 +115,14 @@ class Campaign:
     def _measure(self, bar: tqdm) -> None:
         """Claim trial after trial, as workers become free."""
         with parallel_config(backend=self._backend):
-            options = {} if self._backend == "ray" else {"return_as": "generator_unordered"}
-            workers = Parallel(n_jobs=self._n_jobs, batch_size=1, pre_dispatch="2 * n_jobs", **options)
-            for outcome in chain.from_iterable(map(workers, self._waves())):
+            options = {"batch_size": 1, "pre_dispatch": "2 * n_jobs", "return_as": "generator_unordered"}
+            for outcome in Parallel(n_jobs=self._n_jobs, **options)(self._jobs()):
                 costs = self._costs.pop(outcome.number)
                 if outcome.why is None:
                     self.trials.finish(outcome.number, {**costs, **outcome.measured}, self.metrics[0].name)
                 else:
                     self.trials.fail(outcome.number, outcome.why)
                 bar.update()
-
-    def _waves(self) -> Iterator[Iterable[Any]]:
-        """All jobs as one; for Ray, which returns many only together, no more at once than there are workers."""
-        jobs = self._jobs()
-        if self._backend != "ray":
-            yield jobs
-            return
-        at_once = self._n_jobs if self._n_jobs > 0 else os.cpu_count() or 1
-        while wave := list(islice(jobs, at_once)):
-            yield wave
 
     def _jobs(self) -> Iterator[Any]:
         while (claimed := self.trials.claim()) is not None:
@@ -194,7 +182,7 @@ def measure_pairs(
             which several processes may work at once. None keeps nothing.
         n_jobs: worker processes, each with one torch thread; 1 measures in this one, -1 takes all cores. Starting
             them takes a while, which few or quick points do not pay for.
-        backend: of joblib: `"loky"`, or `"dask"` or `"ray"` with the workers of a client that is connected already.
+        backend: of joblib: `"loky"`, or `"dask"` with the workers of a client that is connected already.
         source: where workers load the model; None writes a copy into the folder, which all of them must see.
 
     Returns:
@@ -241,24 +229,14 @@ def _make(folder: Path) -> None:
 
 
 def _known(backend: str) -> str:
-    """The name of a backend, registered where joblib does not know it by itself."""
-    if backend == "ray":
-        try:
-            from ray.util.joblib import register_ray
-        except ImportError:
-            raise PrunekitError("backend='ray' needs Ray: pip install ray, or choose 'loky' or 'dask'") from None
-        register_ray()
-    elif backend == "dask":
-        try:
-            from distributed import get_client
+    """The name of a backend that joblib can use now."""
+    check_choice("backend", backend, ("loky", "dask"))
+    if backend == "dask":
+        need("dask", "distributed", why="backend='dask'")
+        from distributed import get_client
 
+        try:
             get_client()
-        except ImportError:
-            raise PrunekitError(
-                "backend='dask' needs Dask: pip install 'dask[distributed]', or choose 'loky'"
-            ) from None
         except ValueError:
             raise PrunekitError("backend='dask' needs a client: make one first, distributed.Client(…)") from None
-    elif backend != "loky":
-        raise PrunekitError(f"backend={backend!r} is unknown; give 'loky', 'dask' or 'ray'")
     return backend

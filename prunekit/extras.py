@@ -1,0 +1,28 @@
+"""Packages that prunekit needs for some of its abilities only, each refused by name with the line that installs it."""
+
+from importlib.util import find_spec
+
+from prunekit.errors import PrunekitError
+
+
+def need(extra: str, *modules: str, why: str) -> None:
+    """Refuse what an extra is needed for, where it is not installed.
+
+    Args:
+        extra: the name in pyproject.toml, such as `"search"`.
+        modules: what it brings that is needed.
+        why: what needs it, for the message.
+
+    Raises:
+        PrunekitError: names the modules that are missing, and the line that installs them.
+    """
+    missing = [module for module in modules if not _there(module)]
+    if missing:
+        raise PrunekitError(f"{why} needs {' and '.join(missing)}; pip install 'prunekit[{extra}]'")
+
+
+def _there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # where the module was taken out of sys.modules by force
+        return False
