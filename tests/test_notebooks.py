@@ -19,7 +19,8 @@ SERIES = sorted(FOLDER.glob(tour.SERIES))
 EXERCISES = sorted((FOLDER / "exercises").glob("ex_[0-9][0-9].py"))
 CELLS = 25  # at least
 LINES = 12  # of a code cell; aim at 3 to 10
-OPENING = ("objectives", "time", "hardware")
+OPENING = ("objectives", "time", "hardware", "prerequisites")
+QUESTIONS = range(3, 6)  # at the end of a notebook, each with a folded answer
 RIGHT = "✓"  # how a check's answer begins when the exercise is solved
 
 each_notebook = pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
@@ -32,12 +33,14 @@ each_exercise = pytest.mark.parametrize("path", EXERCISES, ids=lambda path: path
 def form_faults(text, number):
     """What is wrong with the form of notebook `number`, one line a fault."""
     book = nbformat.reads(text, as_version=4)
-    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    code, prose = ([cell for cell in book.cells if cell.cell_type == kind] for kind in ("code", "markdown"))
     return [
         *(["not stripped: python tools/tour.py --strip"] if tour.stripped(text) != text else []),
         *([f"{len(book.cells)} cells, less than {CELLS}"] if len(book.cells) < CELLS else []),
         *id_faults(text),
         *opening_faults(book.cells[0]),
+        *(f"cell {cell.id}: {fault}" for cell in prose for fault in fold_faults(cell.source)),
+        *question_faults([cell.source for cell in prose]),
         *(f"cell {cell.id}: {fault}" for cell in code for fault in code_faults(cell.source)),
         *exercise_faults("\n".join(cell.source for cell in code), number),
     ]
@@ -53,6 +56,21 @@ def opening_faults(cell):
     if cell.cell_type != "markdown" or not cell.source.startswith("# "):
         return ["the first cell has no title"]
     return [f"the first cell does not say: {word}" for word in OPENING if word not in cell.source.lower()]
+
+
+def fold_faults(source):
+    """What a reader should not see before running the cells: answers, unless they are folded and render inside."""
+    if re.search(r"^(\*\*|#+ )What you saw", source, re.M):
+        yield "What you saw stands open: put it into <details>"
+    whole = re.findall(r"^<details><summary>[^\n]+</summary>\n\n.+?\n\n</details>$", source, re.M | re.S)
+    if not len(whole) == source.count("<details>") == source.count("</details>"):
+        yield "<details><summary>…</summary>, a blank line, text, a blank line, </details>: one of them is missing"
+
+
+def question_faults(texts):
+    answers = [text.count("<details>") for text in texts if text.startswith("## Questions to answer\n")]
+    if len(answers) != 1 or answers[0] not in QUESTIONS:
+        yield f"no cell '## Questions to answer' with {min(QUESTIONS)} to {max(QUESTIONS)} folded answers"
 
 
 def code_faults(source):
@@ -78,11 +96,15 @@ def test_form(path):
     assert not faults, "\n".join([path.name, *faults])
 
 
+FOLDED = "<details><summary>Answer</summary>\n\nSo it is.\n\n</details>"
+
+
 def well_formed():
-    opening = new_markdown_cell("# Title\n**Objectives** …\n\n**Time** 5 minutes\n\n**Hardware** 2 cores", id="c0")
+    opening = new_markdown_cell("# Title\n" + "\n\n".join(f"**{word.title()}** …" for word in OPENING), id="c0")
+    questions = new_markdown_cell("## Questions to answer\n\n" + 3 * f"Why?\n\n{FOLDED}\n\n", id="questions")
     exercise = "from exercises import ex_07\nassert True\nex_07.check_sum(1)"
     cells = [new_code_cell(exercise if number == 1 else "x = 1", id=f"c{number}") for number in range(1, 25)]
-    return new_notebook(cells=[opening, *cells])
+    return new_notebook(cells=[opening, *cells, questions])
 
 
 def spoil(what, book):
@@ -96,7 +118,7 @@ def spoil(what, book):
     elif what == "title":
         book.cells[0].source = "Objectives, time, hardware"
     elif what == "hardware":
-        book.cells[0].source = "# Title\nobjectives, time"
+        book.cells[0].source = "# Title\nobjectives, time, prerequisites"
     else:
         first.source = what + "\n" + first.source
 
@@ -119,6 +141,22 @@ def test_form_wants_ids_exercise_and_assertion():
     text = tour.stripped(nbformat.writes(well_formed()))
     assert form_faults(text, "08") and form_faults(text.replace("assert True", "pass"), "07")
     assert form_faults(text.replace('"id": "c3"', '"id": "c2"'), "07")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Why?", "**What you saw.** It fell."),  # an answer that stands open
+        ("</summary>\n\n", "</summary>\n"),  # Markdown inside does not render
+        ("\n\n</details>", ""),  # the rest of the notebook is folded too
+        ("## Questions to answer", "## Questions"),
+        (FOLDED, ""),  # fewer than three answers
+    ],
+)
+def test_form_wants_answers_folded(old, new):
+    book = well_formed()
+    book.cells[-1].source = book.cells[-1].source.replace(old, new, 1)
+    assert form_faults(tour.stripped(nbformat.writes(book)), "07")
 
 
 def test_form_series_begins_at_zero_and_has_no_number_twice():

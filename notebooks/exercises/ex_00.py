@@ -1,4 +1,4 @@
-"""Exercise of notebook 00: which share of the loss did recovery win back?"""
+"""Exercise of notebook 00: which share of the lost accuracy did recovery win back?"""
 
 from collections.abc import Callable, Sequence
 
@@ -23,7 +23,7 @@ def check_share_won_back(answer: Share) -> str:
     if got is None:
         return "Your function returns nothing yet: how much was lost, how much came back, and what is their ratio?"
     known = {
-        0.22 / 0.41: "✓ Right: a ratio of sums, so a task that lost almost nothing cannot drown the others.",
+        0.22 / 0.41: "✓ Right: a ratio of sums, so a task that lost almost nothing does not dominate the result.",
         (0.5 + 2.0) / 2: "This is the mean of each task's ratio; a task that lost one point counts as much as one "
         "that lost forty. Sum (or average) over the tasks first, and divide last.",
         1.61 / 1.8: "This compares recovered with dense. A recovery that did nothing should score 0.",

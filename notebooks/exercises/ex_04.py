@@ -37,7 +37,7 @@ def check_merge(merge: Merge) -> str:
 
 def _check_scale(update: Tensor, product: Tensor) -> str:
     wrong = {
-        1.0: "the factor alpha / r is missing, so the merged model would be less trained than the one you trained",
+        1.0: "the factor alpha / r is missing, so the merged model differs from the one you trained",
         ALPHA: "it is multiplied by alpha, but not divided by the rank r (the number of rows of A)",
         1 / R: "it is divided by r, but not multiplied by alpha",
         ALPHA / D_IN: "it is divided by the number of inputs; r is the number of rows of A",
@@ -47,4 +47,4 @@ def _check_scale(update: Tensor, product: Tensor) -> str:
             return f"The direction is right and the size is not: {hint}."
     if not torch.allclose(update, ALPHA / R * product):
         return "What was added is no multiple of B·A: form the product B @ A first, then scale, then add."
-    return "✓ Right: one addition, once, and the adapter costs nothing ever after."
+    return "✓ Right: one addition, once, and the adapter costs nothing at inference."

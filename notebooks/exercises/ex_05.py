@@ -1,4 +1,4 @@
-"""Exercise of notebook 05: mark a multiple-choice question from its log-likelihoods."""
+"""Exercise of notebook 05: score a multiple-choice question from its log-likelihoods."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ Pick = Callable[[Sequence[float], Sequence[str], bool], int]
 
 
 def stub_pick(log_likelihoods: Sequence[float], choices: Sequence[str], normalize: bool) -> int:
-    """What the notebook starts from: it takes the wrong end, and does not normalise."""
+    """What the notebook starts from: it takes the lowest score, and does not normalise."""
     return min(range(len(choices)), key=lambda i: log_likelihoods[i])
 
 
@@ -30,4 +30,4 @@ def check_pick(pick: Pick) -> str:
         return "−6 over fifteen characters is more likely *per character* than −4 over two: divide before you compare."
     if pick([-4.0, -2.9], [" ab", "      a"], True) != 0:
         return "White space in front counts as length in your answer: −4 over two letters beats −2.9 over one."
-    return "✓ Right: acc takes the sums, acc_norm the sums per character. Nothing more is in a zero-shot score."
+    return "✓ Right: acc takes the sums, acc_norm the sums per character."

@@ -44,7 +44,7 @@ def check_unprunable_groups(answer: Answer) -> str:
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         return f"Your function returns {found!r}: return a list of names of groups."
     return _hint(found, everything) or (
-        "✓ Right: the mean over P and all domains, the worst first, and in doubt one group more is spared."
+        "✓ Right: the mean over P and all domains, the largest damage first, and the number of groups is rounded up."
     )
 
 
@@ -53,7 +53,7 @@ def _hint(found: list[str], everything: list[str]) -> str:
     if sorted(everything) != sorted(right):
         return f"With γ = 1 all {len(right)} groups are unprunable, each named once; you return {everything}."
     if everything[0] == "better without":
-        return "You begin with the group that one can best do without: the worst comes first."
+        return "You begin with the group whose removal does least damage: the largest damage comes first."
     if everything[0] == "all or nothing":
         return "You begin with a group that only matters when all of it goes: P is {.25, .5}, without ratio 1."
     if everything[0] == "one domain":

@@ -14,7 +14,7 @@ AGAINST = -2 * X
 
 
 def stub_half_space_step(x: Tensor, update: Tensor, remaining: int) -> Tensor:
-    """What the notebook starts from: it shrinks, but takes no update up and knows no half-space."""
+    """What the notebook starts from: it shrinks, but takes no update and has no half-space."""
     return x - x / remaining
 
 
@@ -42,7 +42,7 @@ def check_half_space_step(step: Step) -> str:
 def _check_update(step: Step) -> str:
     found = step(X, ASIDE, 5)
     if torch.allclose(found, 0.8 * X):
-        return "The update is lost: x̃ starts from x + update, or what training has just learned is thrown away."
+        return "The update is missing: x̃ starts from x + update, so that the unit keeps what training has just learned."
     if not torch.allclose(found, 0.8 * X + ASIDE):
         return f"With the update (0.8, -0.6) it becomes (3.2, 2.6); yours is {_show(found)}: shorten along x only."
     found, wanted = step(X, ALONG, 5), 0.8 * (X + ALONG)
@@ -62,9 +62,9 @@ def _check_half_space(step: Step) -> str:
     if bool(found.any()):
         return (
             f"In the last step (remaining = 1) x̃·x is 0, and the unit is to fall on 0; yours is {_show(found)}. "
-            "Behind the half-space means x̃·x ≤ 0, and rounding may leave it a hair above: ask for remaining == 1 too."
+            "Behind the half-space means x̃·x ≤ 0, and rounding may leave it slightly above: ask for remaining == 1 too."
         )
-    return "✓ Right: what is learned is taken up, a part of the length goes, and the half-space makes the end exact."
+    return "✓ Right: the unit takes its update, loses a part of its length, and the half-space makes the zero exact."
 
 
 def _show(x: Tensor) -> str:

@@ -20,7 +20,7 @@ SQUARES = torch.tensor([1.0, 4.0, 1.0, 9.0, 1.0, 1.0, 4.0, 1.0])
 
 
 def stub_wanda_pattern(weight: Tensor, squares: Tensor, kept: int, of: int) -> Tensor:
-    """What the notebook starts from: runs down a column, so many zeros as should stay, and no look at the inputs."""
+    """What the notebook starts from: runs down a column, zeros where weights should stay, inputs not used."""
     runs = weight.abs().unflatten(0, (-1, of))
     lowest = runs.topk(kept, dim=1, largest=False).indices
     return weight.masked_fill(torch.zeros_like(runs, dtype=torch.bool).scatter(1, lowest, True).flatten(0, 1), 0)
@@ -74,7 +74,7 @@ def _check_scores(prune: Pruner) -> str:
         return "The score is |w| times the *norm* of the input; squares holds sums of squares: take the root."
     if not torch.equal(found, solution_wanda_pattern(WEIGHT, SQUARES, 2, 4)):
         return "The runs are right, and the scores are not: |w| times the root of squares, each column with its own."
-    return "✓ Right: this is Wanda's score in the pattern that hardware knows."
+    return "✓ Right: this is Wanda's score in a pattern that hardware supports."
 
 
 def _stays(pruned: Tensor, of: int) -> Tensor:

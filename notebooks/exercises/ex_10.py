@@ -1,4 +1,4 @@
-"""Exercise of notebook 10: the Pareto front of what was measured, which no other measurement is better than."""
+"""Exercise of notebook 10: the Pareto front, the samples for which no other is both cheaper and better."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ def stub_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 
 
 def solution_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-    """The cheapest first, of equal ones the better first; what is better than all so far stays."""
+    """The cheapest first, of equal ones the better first; one that is better than all before it stays."""
     best, found = math.inf, []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], values[i])):
         if values[i] < best:
@@ -30,26 +30,29 @@ def check_front(front: Front) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     found = front(COSTS, VALUES)
     if not isinstance(found, list) or not all(isinstance(i, int) and 0 <= i < len(COSTS) for i in found):
-        return f"Return a list of places, numbers from 0 to {len(COSTS) - 1}; you return {found!r}."
+        return f"Return a list of indices, numbers from 0 to {len(COSTS) - 1}; you return {found!r}."
     costs = [COSTS[i] for i in found]
     if costs != sorted(costs):
-        return f"The costs on your front are {costs}: begin with the cheapest, since dearer ones must be worth it."
-    return _hint(found) or _hint_at_one(front) or "✓ Right: who pays more gets more, and nobody pays for nothing."
+        return (
+            f"The costs on your front are {costs}: begin with the cheapest. "
+            "A more expensive sample must be better than all before it."
+        )
+    return _hint(found) or _hint_at_one(front) or "✓ Right: along the front a higher cost always brings a better value."
 
 
 def _hint(found: list[int]) -> str:
     if 6 not in found and 1 not in found:
-        return "The cheapest one of all is missing: nothing is as cheap, so it is on every front."
+        return "The cheapest one of all is missing: no other is as cheap, so it is on the front."
     if 3 in found or 0 in found:
         worse = 3 if 3 in found else 0
         return (
-            f"Place {worse} costs {COSTS[worse]:g} and measures {VALUES[worse]:g}; place 2 is cheaper and better. "
+            f"Sample {worse} costs {COSTS[worse]:g} and measures {VALUES[worse]:g}; sample 2 is cheaper and better. "
             "Compare each with the best of all cheaper ones, not with its neighbour."
         )
     if 1 in found or 4 in found:
         worse, better = (1, 6) if 1 in found else (4, 2)
         return (
-            f"Places {worse} and {better} cost the same, and {better} is better: sort equal costs by what is measured."
+            f"Samples {worse} and {better} cost the same, and {better} is better: sort equal costs by what is measured."
         )
     return "" if found == FRONT else f"The front is {FRONT}; yours is {found}."
 
@@ -58,5 +61,5 @@ def _hint_at_one(front: Front) -> str:
     if front((1.0,), (2.0,)) != [0]:
         return "Of one architecture alone the front is that one: [0]."
     if front((1.0, 2.0), (3.0, 3.0)) != [0]:
-        return "Two measure the same, and one is dearer: that one is not on the front."
+        return "Two have the same value, and one costs more: that one is not on the front."
     return ""

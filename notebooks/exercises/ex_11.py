@@ -22,7 +22,7 @@ def check_filling(filling: Filling) -> str:
     got = filling(list(WIDTHS), D_MODEL)
     hints = {
         270: "✓ Right: 3 + 6 + 0 channels are filling, and each has d_model numbers in three matrices.",
-        90: "3 + 6 + 0 channels are right. But a channel of a gated feed-forward layer lies in three matrices.",
+        90: "3 + 6 + 0 channels are right. But a channel of a gated feed-forward layer is in three matrices.",
         60: "That is the narrowest layer, in one matrix. Every layer narrower than the widest is filled up.",
         180: "That is the narrowest layer. Every layer narrower than the widest is filled up.",
         9: "These are the channels that are filling: 3 + 6 + 0. How many numbers has a channel?",
