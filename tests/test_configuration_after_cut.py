@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import prunekit as pk
+from prunekit.models import empty_model
 
 NAMES = (
     "llama_gqa", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "bloom",
@@ -233,3 +234,12 @@ def test_a_head_size_that_followed_from_other_fields_is_said_when_these_change()
     small = cut("qwen2", "heads")
     assert (small.config.head_dim, small.config.num_attention_heads, small.config.num_key_value_heads) == (8, 4, 2)
     assert not hasattr(cut("qwen2", "channels").config, "head_dim") and not hasattr(model.config, "head_dim")
+
+
+def test_a_model_without_weights_is_cut_and_says_that_it_cannot_be_saved(tmp_path):
+    model = empty_model(FAMILIES["llama_gqa"].model().config)
+    groups = pk.discover(model)
+    small = pk.prune(model, plan_keeping(groups, {g.name: [0, 1] for g in groups.of_kind("ffn_channel")}))
+    assert small.model.layers[0].mlp.up_proj.weight.shape[0] == 2
+    with pytest.raises(pk.PrunekitError, match="would write a folder that does not load"):
+        small.save_pretrained(tmp_path / "out")
