@@ -56,6 +56,15 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+_DEQUANTIZING = {
+    "mxfp4": "Mxfp4Config(dequantize=True)",
+    "fp8": "FineGrainedFP8Config(dequantize=True)",
+    "mxfp8": "FineGrainedFP8Config(dequantize=True)",
+    "compressed-tensors": "CompressedTensorsConfig(run_compressed=False)",
+    "bitsandbytes": "",
+}  # quant_method → what makes transformers dequantize while loading; "" where the loaded model is dequantized
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint that prunekit can read.
 
@@ -72,10 +81,23 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PrunekitError(f"{str(folder)!r} is no checkpoint: it has no config.json; give the folder that holds it")
     config = read_object(path)
     if config.get("quantization_config") is not None:
-        raise PrunekitError(
-            f"{str(folder)!r} is quantized, and quantized weights cannot be cut; give the checkpoint it was made from"
-        )
+        raise _quantized(folder, config["quantization_config"])
     return config
+
+
+def _quantized(folder: Path, quantization: Any) -> PrunekitError:
+    """What to do about quantized weights: some formats have no other release, and transformers dequantizes them."""
+    method = str(quantization.get("quant_method")) if isinstance(quantization, dict) else "unknown"
+    if method in _DEQUANTIZING:
+        option = f", quantization_config={_DEQUANTIZING[method]}" if _DEQUANTIZING[method] else ""
+        dequantized = "" if option else ".dequantize()"
+        advice = (
+            f"dequantize it first: model = AutoModelForCausalLM.from_pretrained({str(folder)!r}{option}){dequantized}, "
+            "then prunekit.save(model, new_folder), and give that"
+        )
+    else:
+        advice = "give the checkpoint it was made from, which is not quantized"
+    return PrunekitError(f"{str(folder)!r} is quantized ({method}), and quantized weights cannot be cut; {advice}")
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

@@ -16,7 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_MODELS,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS,
+)
 
 from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.cards import LISTED, SPARSITY
@@ -129,11 +134,18 @@ def _load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool)
 
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    """Refuses what `transformers` knows to be something else, such as an encoder, and would load all the same."""
+    """Refuses what `transformers` knows to be something else, such as an encoder, and would load all the same.
+
+    A model of pictures and text is taken where `AutoModelForCausalLM` builds its language model, or the whole.
+    """
     names = [str(name) for name in config.get("architectures") or []]
-    causal = {name for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _listed(value)}
+    causal = {name for value in CAUSAL_MODELS.values() for name in _listed(value)}
+    if config.get("model_type") in CAUSAL_MODELS:
+        causal |= set(_listed(IMAGE_TEXT_MODELS.get(config["model_type"], ())))
     if names and not causal & set(names) and all(hasattr(transformers, name) for name in names):
-        raise PrunekitError(f"{str(folder)!r} is a {names[0]}, no causal language model; give one that is")
+        raise PrunekitError(
+            f"{str(folder)!r} is a {names[0]}, no causal language model; give one that AutoModelForCausalLM loads"
+        )
 
 
 def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
