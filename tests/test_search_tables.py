@@ -5,7 +5,7 @@ import pytest
 import torch
 from families import FAMILIES
 
-import prunekit.search.tables as tables
+import prunekit.search.cost_tables as tables
 from prunekit import PlanSpace, PrunekitError, prune
 from prunekit.evaluation.footprint import count_macs
 from prunekit.search import check_table, latency_table, mac_table, parameter_table
