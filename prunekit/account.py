@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunekit.calibration import check_tokens, mean_loss
 from prunekit.errors import DamageWarning, PrunekitError
 
-LIMIT = math.log(1.5)  # nats a token; a rise above it is warned of: half as much perplexity again
+LIMIT = math.log(1.5)  # nats per token; a rise above it is warned of: half as much perplexity again
 MOST_TOKENS = 1024  # that are read, before and after: some seconds of a small real model on two cores
 _AT_ONCE = 256  # of them, so that the logits of a large vocabulary take a fraction of what scoring takes
 _OVERFLOW = 700.0  # nats, of which exp is no float any more
@@ -30,7 +30,7 @@ class LossChange:
 
     Attributes:
         step: `"prune"`, `"sparsify"` or `"recover"`.
-        before: mean loss before the step, nats a token; infinite where it was not finite, None where not measured.
+        before: mean loss before the step, nats per token; infinite where it was not finite, None where not measured.
         after: the same after it, on the same tokens.
         n_tokens: tokens that were read; 0 where nothing was measured.
         tokens_from: which tokens these are, in words; where nothing was measured, why not.
@@ -49,7 +49,7 @@ class LossChange:
 
     @property
     def rise(self) -> float:
-        """Loss after minus loss before, nats a token; NaN where not measured."""
+        """Loss after minus loss before, nats per token; NaN where not measured."""
         if self.before is None or self.after is None:
             return math.nan
         return math.inf if math.isinf(self.after) else self.after - self.before
@@ -104,7 +104,7 @@ class LossChange:
         if not self.is_measured:
             return f"loss not measured: {self.tokens_from}"
         return (
-            f"loss {self.before:.2f} → {self.after:.2f} nats a token (perplexity {self.perplexity_before:.4g} → "
+            f"loss {self.before:.2f} → {self.after:.2f} nats per token (perplexity {self.perplexity_before:.4g} → "
             f"{self.perplexity_after:.4g}) on {self.tokens_from}"
         )
 
@@ -137,7 +137,7 @@ class Opening(NamedTuple):
     Attributes:
         step: that is to come.
         sample: to measure on; None where nothing is measured.
-        before: loss, nats a token.
+        before: loss, nats per token.
         why: nothing is measured.
     """
 
@@ -219,7 +219,7 @@ def _failed(error: Exception) -> str:
 
 
 def loss_on(model: nn.Module, tokens: Tensor) -> float:
-    """Mean loss, nats a token; infinite where it is not finite.
+    """Mean loss, nats per token; infinite where it is not finite.
 
     Raises:
         PrunekitError: tokens that the model cannot read.

@@ -141,10 +141,10 @@ def in_batches(tokens: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, calib: Tensor) -> float:
-    """Mean loss over a calibration set, nats a token.
+    """Mean loss over a calibration set, nats per token.
 
     Args:
-        model: a causal LM; left as it was.
+        model: a causal LM; unchanged afterwards.
         calib: integers (n_samples, seq_len).
 
     Raises:
@@ -158,7 +158,7 @@ def mean_loss(model: nn.Module, calib: Tensor) -> float:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse a model that has a weight which is NaN, infinite or not there.
+    """Raise an error for a model that has a weight which is NaN, infinite or not there.
 
     Raises:
         PrunekitError: names the first such parameter.

@@ -8,7 +8,7 @@ from prunekit.errors import PrunekitError
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
-    """Refuse a value that is none of those allowed.
+    """Raise an error for a value that is none of those allowed.
 
     Raises:
         PrunekitError: names the option, the value given and the values allowed.

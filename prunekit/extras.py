@@ -6,7 +6,7 @@ from prunekit.errors import PrunekitError
 
 
 def need(extra: str, *modules: str, why: str) -> None:
-    """Refuse what an extra is needed for, where it is not installed.
+    """Raise an error for what an extra is needed for, where it is not installed.
 
     Args:
         extra: the name in pyproject.toml, such as `"search"`.

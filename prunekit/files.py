@@ -11,7 +11,7 @@ from prunekit.errors import PrunekitError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file; it is complete or not there.
+    """Write a text file; the file is complete or not written.
 
     Raises:
         PrunekitError: the folder is missing or cannot be written to.
@@ -35,7 +35,7 @@ def read_text(path: str | Path, writer: str) -> str:
     """The text of a file that `writer`, such as `"Report.save"`, wrote.
 
     Raises:
-        PrunekitError: there is no such file, or it is no text.
+        PrunekitError: the file is missing, or it is no text.
     """
     if not Path(path).is_file():
         raise PrunekitError(f"{str(path)!r} is no file; give the path of one that {writer} wrote")

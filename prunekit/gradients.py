@@ -25,7 +25,7 @@ class Gradients:
         g: parameter name → gradient of the mean loss.
         h: parameter name → mean over samples of the squared gradient of one sample's loss; None where
             it was not asked for.
-        loss: mean loss over the calibration set, nats a token.
+        loss: mean loss over the calibration set, nats per token.
         n_samples: size of the calibration set.
         tokens: the calibration set, int64 (n_samples, seq_len).
     """
@@ -44,7 +44,7 @@ class Gradients:
 def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str], *, second: bool = False) -> Gradients:
     """Gradients of the language-modelling loss for some parameters, in one pass over the calibration set.
 
-    The model is left as it was, whatever happens: training mode, `requires_grad` and `.grad` of every
+    The model is unchanged afterwards, whatever happens: training mode, `requires_grad` and `.grad` of every
     parameter. Frozen and half-precision parameters are fine; sums are kept in float32 (float64 for
     float64). Each gradient is added to its sum and freed as soon as it exists, so the peak is the model,
     the sums and the activations of one batch (one sample where `second`); after

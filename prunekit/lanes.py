@@ -76,8 +76,8 @@ def layer_table(groups: Groups, *, layer: int | None = None, kinds: Sequence[str
         kinds: kinds of group to list, where the layer has them.
 
     Returns:
-        One row a kind and size of group: kind (with the number in the group's name, where there is one), groups, units
-        (of each), exact, one unit takes.
+        One row per kind and size of group: kind (with the number in the group's name, where there is one), groups,
+        units (of each), exact, one unit takes.
 
     Raises:
         PrunekitError: there are no groups, or none of these kinds in that layer.

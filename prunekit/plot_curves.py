@@ -24,7 +24,7 @@ def plot_tradeoff(table: pd.DataFrame, *, y: str = "perplexity", ax: Axes | None
     """What does a budget cost? One curve a method, the median over its rows at one ratio, with their range as a band.
 
     Args:
-        table: columns method, ratio and `y`, one row a measured model (several where there are seeds). Rows of the
+        table: columns method, ratio and `y`, one row per measured model (several where there are seeds). Rows of the
             method `"dense"` become a line across.
         y: what is drawn up, such as `"perplexity"` (logarithmic) or `"mean_accuracy"` (a fraction).
         ax: where to draw; None is a new figure.
@@ -70,7 +70,7 @@ def plot_fusion(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """How much does each layer listen to the coarse estimate? One curve a kind of group, the fine one has the rest.
 
     Args:
-        table: columns kind, layer, coarse and fine, one row a group: `FusedScores.weight_table()`. A column `rule`
+        table: columns kind, layer, coarse and fine, one row per group: `FusedScores.weight_table()`. A column `rule`
             draws one curve for each rule and kind.
         ax: where to draw; None is a new figure.
 

@@ -18,12 +18,12 @@ LABELS = ("domain", "task", "tier", "hops")
 
 @projected
 def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes | None = None) -> Axes:
-    """Which knowledge goes with which group? The change of each domain, one row a group.
+    """Which knowledge goes with which group? The change of each domain, one row per group.
 
     Args:
         table: columns kind, layer, ratio, a domain (or task, tier, hops), measure and change:
             `KnowledgeDistribution.table()`.
-        ratio: share of each group that was silenced; None is the largest. Groups of one unit are drawn at any.
+        ratio: share of each group that was ablated; None is the largest. Groups of one unit are drawn at any.
         ax: where to draw; None is a new figure.
 
     Returns:
@@ -44,13 +44,13 @@ def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes 
     names = [f"{_layer(layer)}{_short(group, kind)}" for group, kind, layer in _keys(rows)]
     ax = _changes(rows, names, ax)
     ax.set_ylabel("layer and kind")
-    ax.set_title(f"What is lost with each group, {ratio:.0%} of it silenced", loc="left")
+    ax.set_title(f"What is lost with each group, {ratio:.0%} of it ablated", loc="left")
     return ax
 
 
 @projected
 def plot_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Which knowledge goes with which head? The change of each domain, one row a unit.
+    """Which knowledge goes with which head? The change of each domain, one row per unit.
 
     Args:
         table: columns kind, layer, unit, a domain (or task, tier, hops), measure and change: `table()` of what
@@ -112,7 +112,7 @@ def plot_massive(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Where is the residual stream huge, and does attention go there? One point a layer.
 
     Args:
-        table: columns largest, median and attention_to_first, one row a layer: `MassiveActivations.layers`.
+        table: columns largest, median and attention_to_first, one row per layer: `MassiveActivations.layers`.
         ax: where to draw; None is a new figure.
 
     Returns:

@@ -11,7 +11,7 @@ from prunekit.plot_style import HATCHES, MARKERS, axes_or_new, colors_of, legend
 MOST = 400  # lines; more are a blot
 LABELS = {  # what is drawn up, and the title
     "n_windows": ("windows drawn", "What training drew"),
-    "gap": ("loss above the dense model's (nats a token)", "What was still lacking"),
+    "gap": ("loss above the dense model's (nats per token)", "What was still lacking"),
 }
 
 
@@ -20,7 +20,7 @@ def plot_norms(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None 
     """How do units go? The norm of each, from the step in which it was chosen to the zero at its period's end.
 
     Args:
-        table: columns period, step, group, unit and norm, one row a unit and step: `LHSPG.history()`.
+        table: columns period, step, group, unit and norm, one row per unit and step: `LHSPG.history()`.
         kind: of the units drawn; None is the kind with most units.
         ax: where to draw; None is a new figure.
 
@@ -73,8 +73,8 @@ def plot_mixture(table: pd.DataFrame, *, y: str = "n_windows", ax: Axes | None =
     """What was trained on, and why? Each round's windows by source, or the gap that decided it.
 
     Args:
-        table: columns round, source, gap and n_windows, one row a round and source: `MixtureLog.table()`.
-        y: `"n_windows"` stacks what was drawn; `"gap"` draws what each source still lacked, in nats a token.
+        table: columns round, source, gap and n_windows, one row per round and source: `MixtureLog.table()`.
+        y: `"n_windows"` stacks what was drawn; `"gap"` draws what each source still lacked, in nats per token.
         ax: where to draw; None is a new figure.
 
     Returns:

@@ -72,7 +72,7 @@ def plot_learning(
     """How many pairs are enough? A figure of the predictor by the number of pairs that it learned from.
 
     Args:
-        table: columns n_pairs and `figure`, one row a draw: `learning_curve(pairs, sizes)`.
+        table: columns n_pairs and `figure`, one row per draw: `learning_curve(pairs, sizes)`.
         figure: `"spearman"`, `"kendall"`, `"rmse"` or `"regret"`.
         levels: name → figure to compare with, drawn as a line across: what another text would have said, or size alone.
         ax: where to draw; None is a new figure.
@@ -191,7 +191,7 @@ def _short(value: float) -> str:
 
 @projected
 def plot_spared(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Which groups must be spared, by several views? One row a view and kind; where rows look alike, views agree.
+    """Which groups must be spared, by several views? One row per view and kind; where rows look alike, views agree.
 
     Args:
         table: columns kind and layer, and one column of numbers a view, higher where a group is to be spared more; one

@@ -98,7 +98,7 @@ def plot_sparsity(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """What do zeros cost? One curve a method and way to share them out.
 
     Args:
-        table: columns method, sparsity (a fraction) and perplexity, one row a measured model. Rows of the method
+        table: columns method, sparsity (a fraction) and perplexity, one row per measured model. Rows of the method
             `"dense"` become a line across. A column `allocation` draws those that are not `"uniform"` dashed, with
             hollow markers.
         ax: where to draw; None is a new figure.
@@ -143,8 +143,8 @@ def plot_zeros(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Where did the zeros go? The share of zeros in each matrix of each layer.
 
     Args:
-        table: columns layer, matrix, n_zeros and n_weights, one row a matrix: `SparsityReport.table()`. Experts of one
-            layer are taken together.
+        table: columns layer, matrix, n_zeros and n_weights, one row per matrix: `SparsityReport.table()`. Experts of
+            one layer are taken together.
         ax: where to draw; None is a new figure.
 
     Returns:

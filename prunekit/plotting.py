@@ -71,7 +71,7 @@ def plot_scores(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None
     """Which layers hold important units? Each layer's scores, sorted, as a row of colours.
 
     Args:
-        table: columns kind, layer, score, one row a unit: `Scores.table()`.
+        table: columns kind, layer, score, one row per unit: `Scores.table()`.
         kind: the kind of group to draw; None is the one with most units.
         ax: where to draw; None is a new figure.
 
@@ -113,7 +113,7 @@ def plot_plan(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """How much of each layer stays?
 
     Args:
-        table: columns kind, layer, kept_fraction, one row a group: `PruningPlan.table()`.
+        table: columns kind, layer, kept_fraction, one row per group: `PruningPlan.table()`.
         ax: where to draw; None is a new figure.
 
     Returns:
@@ -163,7 +163,7 @@ def plot_loss(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Does recovery still gain? The training loss, step by step, and its running mean where there are many.
 
     Args:
-        table: columns step and loss in nats a token, one row a step: the recovery log's `table()`. A column
+        table: columns step and loss in nats per token, one row per step: the recovery log's `table()`. A column
             `method` draws one curve each.
         ax: where to draw; None is a new figure.
 
@@ -179,7 +179,7 @@ def plot_loss(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     for marker, (name, curve) in zip(MARKERS * len(curves), curves.items(), strict=False):
         draw_curve(ax, curve, str(name), colors[name], marker)
-    ax.set(xlabel="optimiser step", ylabel="training loss (nats a token)", title="Recovery")
+    ax.set(xlabel="optimiser step", ylabel="training loss (nats per token)", title="Recovery")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_outside(ax)
     return ax
@@ -261,7 +261,7 @@ def plot_agreement(table: pd.DataFrame, *, x: str | None = None, y: str | None =
     """Do two scores want to cut the same units? Ranks inside each group, one against the other.
 
     Args:
-        table: columns group, kind and two scores, one row a unit: `side_by_side({"taylor": …, "magnitude": …})`.
+        table: columns group, kind and two scores, one row per unit: `side_by_side({"taylor": …, "magnitude": …})`.
         x: column across; None is the last but one.
         y: column up; None is the last.
         ax: where to draw; None is a new figure.

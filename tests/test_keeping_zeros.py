@@ -24,7 +24,7 @@ from prunekit import FullTuning, LoRA, PrunekitError, recover, sparsify
 from prunekit.recovery import Mixture, RecoveryLog, prune_progressively, recover_on_mixture
 from prunekit.recovery.lora import attach, detach
 from prunekit.sparsity import keep_zeros, masked_adapters
-from prunekit.sparsity.keeping import TRAINED, current_report
+from prunekit.sparsity.zero_masks import TRAINED, current_report
 
 LONG = LoRA(r=4, max_steps=30, batch_size=8, learning_rate=1e-2)
 FULL = FullTuning(max_steps=30, batch_size=8, learning_rate=3e-3)

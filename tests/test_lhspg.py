@@ -13,7 +13,7 @@ from torch import nn
 
 from prunekit import Taylor, discover, prune
 from prunekit.errors import PrunekitError
-from prunekit.importance.lora import UpdateStatistics, lora_saliency
+from prunekit.importance.lora_importance import UpdateStatistics, lora_saliency
 from prunekit.recovery.lhspg import LHSPG, importance_saliency, update_saliency
 from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.lora_units import GroupUnits, LoraPair, _Owned, lora_pairs, units_of

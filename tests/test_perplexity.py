@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import measure_perplexity, perplexity
 from prunekit.evaluation.likelihood import Span
-from prunekit.evaluation.scoring import log_likelihoods
+from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.windows import cut_windows
 from prunekit.text import leading_bos
 

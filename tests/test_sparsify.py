@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from prunekit import SparseLLM, SparsityReport, sparsify
 from prunekit.errors import PrunekitError
-from prunekit.sparsity import reading, sparsegpt, wanda
-from prunekit.sparsity import sparsifying as driver
+from prunekit.sparsity import matrix_inputs, sparsegpt, wanda
+from prunekit.sparsity import model_sparsity as driver
 
 ALL = {name: f for name, f in {**FAMILIES, **DIFFICULT, **UNLISTED}.items() if "peft" not in name}
 UNKNOWN_FFN = {"bitnet", "gpt_oss", "mamba"}  # a norm inside, biases and clamps outside the products, none at all
@@ -333,7 +333,7 @@ def test_expert_options_are_as_before():
 def test_no_gram_matrix_is_summed_up_for_the_report_alone(method, monkeypatch):
     wanted = sparsify(tiny_llama(), calib(), method, 0.5, report_error=True)
     assert all(row["error"] > 0 for row in wanted.sparsity_report.rows)
-    monkeypatch.setattr(reading, "add_to_gram", None)
+    monkeypatch.setattr(matrix_inputs, "add_to_gram", None)
     plain = sparsify(tiny_llama(), calib(), method, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wanted.parameters(), strict=True))
     assert all(row["error"] is None for row in plain.sparsity_report.rows)

@@ -9,7 +9,7 @@ from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.experts import fit_for_grouped
-from prunekit.sparsity.keeping import current_report
+from prunekit.sparsity.zero_masks import current_report
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report

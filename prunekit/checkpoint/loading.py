@@ -32,7 +32,7 @@ from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.describing import describe
 from prunekit.pruning.experts import usable
 from prunekit.pruning.recording import RECORD
-from prunekit.sparsity.keeping import parsed_report
+from prunekit.sparsity.zero_masks import parsed_report
 from prunekit.world import load as load_world
 
 MODEL_TYPE = "prunekit"

@@ -152,7 +152,7 @@ class Groups(Sequence[CoupledGroup]):
         return replace(self, items=tuple(group for group in self.items if group.name not in left_out))
 
     def table(self) -> pd.DataFrame:
-        """One row a member: group, kind, layer, n_units, exact, parameter, dim, width."""
+        """One row per member: group, kind, layer, n_units, exact, parameter, dim, width."""
         rows = [
             (g.name, g.kind, g.layer, g.n_units, g.exact, m.parameter, m.dim, m.width)
             for g in self.items
@@ -162,7 +162,7 @@ class Groups(Sequence[CoupledGroup]):
         return pd.DataFrame(rows, columns=columns)
 
     def summary(self) -> pd.DataFrame:
-        """One row a kind: number of groups, fewest and most units of one, units in all, whether all are exact."""
+        """One row per kind: number of groups, fewest and most units of one, units in all, whether all are exact."""
         table = self.table().drop_duplicates("group")
         return table.groupby("kind", sort=False).agg(
             groups=("group", "size"),

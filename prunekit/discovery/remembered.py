@@ -117,7 +117,7 @@ def remembering(model: nn.Module, written_out: bool = True) -> Iterator[None]:
 
     Args:
         model: whose integers.
-        written_out: run attention and experts written out, whatever the model is set to.
+        written_out: run attention and eager experts, whatever the model is set to.
     """
     before = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:

@@ -28,7 +28,7 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: boo
     Args:
         model: a causal language model; its weights are not read and may stand on the meta device.
         shape: sequences and their tokens. With more than one token, only what modules are handed means anything.
-        written_out: run attention and experts written out, so that every number is seen that they may need.
+        written_out: run attention and eager experts, so that every number is seen that they may need.
 
     Raises:
         PrunekitError: this is no model with parameters, or its forward pass does not run on one token.

@@ -19,7 +19,7 @@ class Generations:
     """Continuations of prompts.
 
     Attributes:
-        table: one row a prompt: a column `prompt`, and one column a model with what it wrote.
+        table: one row per prompt: a column `prompt`, and one column a model with what it wrote.
         max_new_tokens: tokens at most.
     """
 

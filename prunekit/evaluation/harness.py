@@ -27,7 +27,7 @@ class HarnessResult:
     """What lm-evaluation-harness answered.
 
     Attributes:
-        questions: one row a question: task, question (its number), gold, prediction (by summed
+        questions: one row per question: task, question (its number), gold, prediction (by summed
             log-likelihood), correct (`acc`), correct_norm (`acc_norm`; None where the task does not ask for it),
             log_likelihoods (a list, one a choice, in nats). Empty for tasks that are not multiple choice.
         metrics: task → metric → value, as the harness reports them.
@@ -216,7 +216,7 @@ def read_results(results: Any) -> HarnessResult:
 
 
 def read_sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """One row a multiple-choice question."""
+    """One row per multiple-choice question."""
     sums = [float(response[0]) for response in sample["filtered_resps"]]
     correct_norm = sample.get("acc_norm")
     return {

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from prunekit.documents import TextSource
-from prunekit.evaluation.scoring import log_likelihoods
+from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.windows import PAPERS, read_spans
 
 

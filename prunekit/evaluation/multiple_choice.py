@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
-from prunekit.evaluation.scoring import log_likelihoods
+from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
 from prunekit.models import max_positions
 from prunekit.questions import Question, Task
@@ -36,14 +36,14 @@ def zero_shot(
         model: a causal language model of `transformers`.
         tokenizer: the model's own tokenizer; BOS comes first where it adds one itself.
         tasks: names of published tasks (`"boolq" "piqa" "hellaswag" "winogrande" "arc_easy" "arc_challenge"
-            "openbookqa" "mmlu" "mmlu_anatomy" "lambada"`), tasks of one's own, or both; or name → task.
+            "openbookqa" "mmlu" "mmlu_anatomy" "lambada"`), tasks of your own, or both; or name → task.
         limit: the first so many questions of each task; None asks all.
         data_dir: the folder from which published tasks are read, as `standard_task` says; None reads from the hub.
         shots: answered examples in front of each question of a published task.
         batch_size: rows of about 128 tokens a forward pass; it does not change the result.
 
     Returns:
-        A `ZeroShotResult` with one row a question.
+        A `ZeroShotResult` with one row per question.
 
     Raises:
         PrunekitError: there is no task or question, two tasks share a name, a question is malformed or its choice

@@ -35,7 +35,7 @@ class Report:
 
     Attributes:
         perplexity: with its protocol; None where not measured.
-        zero_shot: one row a question; None where not measured.
+        zero_shot: one row per question; None where not measured.
         cost: parameters, MACs, memory, latency; None where not measured.
     """
 
@@ -83,7 +83,7 @@ class Report:
         return figures[name]
 
     def table(self) -> pd.DataFrame:
-        """One row a headline figure: metric, value, note (protocol, standard error and chance, or spread)."""
+        """One row per headline figure: metric, value, note (protocol, standard error and chance, or spread)."""
         rows = [(name, value, self._note(name)) for name, value in self.headline().items()]
         return pd.DataFrame(rows, columns=["metric", "value", "note"])
 
@@ -143,7 +143,7 @@ class Report:
         """Reads a report that `save` wrote.
 
         Raises:
-            PrunekitError: there is no such file, or it is no report.
+            PrunekitError: the file is missing, or it is no report.
         """
         return cls.from_json(read_text(path, "Report.save"))
 
@@ -239,7 +239,7 @@ def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
         reports: name of the model → its report, such as `{"dense": …, "cut": …, "recovered": …}`.
 
     Returns:
-        One row a model (index `model`), one column a headline figure; NaN where it was not measured.
+        One row per model (index `model`), one column a headline figure; NaN where it was not measured.
 
     Raises:
         PrunekitError: there is no report.
@@ -252,7 +252,7 @@ def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
 
 
 def compare_accuracy(reports: Mapping[str, Report], by: str = "task") -> pd.DataFrame:
-    """Zero-shot accuracies of several models, one row a model and group: what `plot_accuracy` draws.
+    """Zero-shot accuracies of several models, one row per model and group: what `plot_accuracy` draws.
 
     Args:
         reports: name of the model → its report, with zero-shot answers.

@@ -13,7 +13,7 @@ GROUPS = ("task", "form", "domain", "tier", "hops")
 
 @dataclass(frozen=True, eq=False)
 class ZeroShotResult:
-    """One row a question, and the accuracies that follow from them.
+    """One row per question, and the accuracies that follow from them.
 
     Attributes:
         questions: columns task, form, question (its number in the task), domain, tier, hops, gold and prediction

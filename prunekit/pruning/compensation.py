@@ -15,7 +15,7 @@ from prunekit.calibration import check_tokens, mean_loss
 from prunekit.checks import check_choice
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
-from prunekit.importance.inputs import Reader, in_portions, linear_readers, sums_over_inputs, wide
+from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, sums_over_inputs, wide
 from prunekit.importance.reconstruction import check_ridge
 from prunekit.models import evaluating
 from prunekit.pruning.describing import describe

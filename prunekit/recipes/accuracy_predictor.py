@@ -64,7 +64,7 @@ def accuracy_predictor(
     """Space, pairs, predictor, refinement, the best of what it expects really measured; top 1, recovered.
 
     Args:
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         tokenizer: its tokenizer.
         calib: integers (n_samples, seq_len), for the scores.
         budgets: fraction of all parameters that goes, or budgets such as `[latency_table(model, groups).at_most(12)]`.

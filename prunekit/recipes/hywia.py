@@ -22,7 +22,7 @@ class Fused(NamedTuple):
     Attributes:
         model: the smaller one, recovered where there were data to recover with.
         plan: by which it was cut.
-        scores: fused; `scores.weight_table()` has the weights of both estimates, one row a group.
+        scores: fused; `scores.weight_table()` has the weights of both estimates, one row per group.
     """
 
     model: Any
@@ -45,7 +45,7 @@ def hywia(
     """Group, estimate twice, fuse adaptively, sort, prune, recover.
 
     Args:
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         calib: integers (n_samples, seq_len).
         pruning_ratio: what goes of the heads and FFN channels of `layers`.
         rule: how the weights of a group's two estimates are found, as in `fuse`.

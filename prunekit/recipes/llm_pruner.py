@@ -50,7 +50,7 @@ def llm_pruner(
     """Prune as LLM-Pruner does, and recover. `evaluate(small, tokenizer)` measures as the paper does.
 
     Args:
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         calib: integers (n_samples, seq_len), in the paper 10 samples of 64 tokens; None where `importance` reads none.
         pruning_ratio: what goes of the heads and FFN channels of `layers` (block), of the hidden channels (channel),
             of the layers (layer).

@@ -66,7 +66,7 @@ def lorashear(
     """Distribution, protection, progressive pruning with transfer, construction, dynamic fine-tuning.
 
     Args:
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         tokenizer: its tokenizer.
         sources: pretraining-like text, name → text or tokens. Some windows of each are laid aside: they say where
             knowledge lies and what was lost, and are never trained on.
@@ -76,7 +76,7 @@ def lorashear(
             `prune_progressively`. With the default shares and mixture 40 steps are the least.
         mixture: how sources are weighed.
         gamma: fraction of the groups that stays whole.
-        importance: by which units are silenced for the distribution and chosen at each period's start; None silences
+        importance: by which units are ablated for the distribution and chosen at each period's start; None ablates
             by `Taylor()` and chooses by the paper's proxies.
         n_periods: in which the units go.
         shares: of the steps, for progressive pruning, `sources` and `instructions`.
@@ -139,7 +139,7 @@ def _check(
     stages: Sequence[tuple[Sequence[Source], LoRA]],
     mixture: Mixture,
 ) -> None:
-    """Refuse what would only be refused after hours."""
+    """Raise an error for what would only be refused after hours."""
     check_reals(gamma=(gamma, 0, 1))
     if isinstance(importance, type):
         raise PrunekitError(f"importance is the class {importance.__name__}; give one, such as {importance.__name__}()")
@@ -175,7 +175,7 @@ def _distribution(
     importance: Importance,
     folder: Path | None,
 ) -> KnowledgeDistribution:
-    """What each source loses with each group silenced."""
+    """What each source loses with each group ablated."""
     units = groups.of_kind(*DEFAULT_KINDS)
     asked = {source.name: source.validation[:N_ASKED] for source in sources}
     path = None if folder is None else folder / KNOWLEDGE

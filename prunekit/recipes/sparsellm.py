@@ -39,7 +39,7 @@ def sparsellm(
     """Layer after layer: attention by SparseGPT, the FFN's matrices and auxiliary variables by turns.
 
     Args:
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         calib: integers (n_samples, seq_len). The paper has 128 samples of 2048 tokens of C4, the released code 64 or
             32 samples.
         sparsity: fraction of zeros in each matrix, or `"2:4"`.

@@ -13,7 +13,7 @@ from prunekit.compat import adamw_step
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.importance import Importance, score
-from prunekit.importance.lora import lora_saliency
+from prunekit.importance.lora_importance import lora_saliency
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import plan_without
 from prunekit.recovery.choosing import check_wanted, lowest_units
@@ -47,7 +47,7 @@ class LHSPG(torch.optim.AdamW):
     the update of all other units is merged into the weights, which is how what the redundant ones knew is transferred.
     Steps after the last period train on, with the zeros held.
 
-    It works where an optimiser does: in a loop of one's own, in the Trainer, under accelerate. `state_dict` holds the
+    It works where an optimiser does: in a loop of your own, in the Trainer, under accelerate. `state_dict` holds the
     weights that it changes as well, since checkpoints of adapters do not.
 
     Example::
@@ -159,7 +159,7 @@ class LHSPG(torch.optim.AdamW):
         return plan_without(groups, gone, {"importance": "LHSPG", **(notes or {})})
 
     def history(self) -> pd.DataFrame:
-        """One row a redundant unit and step: period (from 1), step (of the whole training), group, unit, norm (‖x‖)."""
+        """One row per redundant unit and step: period (from 1), step (of all training), group, unit, norm (‖x‖)."""
         tables = []
         for number, (taken, norms) in enumerate(zip(self._periods, self._norms, strict=True)):
             start = self.warmup_steps + number * self.period_steps

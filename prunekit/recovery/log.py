@@ -17,7 +17,7 @@ class RecoveryLog:
     """What training said, one entry an optimiser step.
 
     Attributes:
-        losses: training loss of each step's batch, nats a token.
+        losses: training loss of each step's batch, nats per token.
         learning_rates: learning rate of each step.
         n_tokens: tokens in the recovery data.
         trainable: parameters that were trained.
@@ -33,7 +33,7 @@ class RecoveryLog:
     loss_change: LossChange | None = None
 
     def table(self) -> pd.DataFrame:
-        """One row a step: step (from 1), loss, learning_rate."""
+        """One row per step: step (from 1), loss, learning_rate."""
         steps = range(1, len(self.losses) + 1)
         return pd.DataFrame({"step": steps, "loss": self.losses, "learning_rate": self.learning_rates})
 
@@ -54,7 +54,7 @@ class RecoveryLog:
         """Read what `save` wrote.
 
         Raises:
-            PrunekitError: there is no such file, or it holds no such log.
+            PrunekitError: the file is missing, or it holds no such log.
         """
         try:
             return cls.from_dict(json.loads(read_text(path, "RecoveryLog.save")))

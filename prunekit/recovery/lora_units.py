@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.importance.lora import UpdateStatistics
-from prunekit.sparsity.keeping import plain_lora_weight
+from prunekit.importance.lora_importance import UpdateStatistics
+from prunekit.sparsity.zero_masks import plain_lora_weight
 
 
 @dataclass(frozen=True)

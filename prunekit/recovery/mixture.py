@@ -31,7 +31,7 @@ class Mixture:
     Attributes:
         n_rounds: trainings, each on a mixture measured anew.
         uniform_share: β in [0, 1], what is drawn alike from all S sources; 1 is uniform sampling, the control.
-        temperature: τ in nats a token; the smaller, the more the worst source gets.
+        temperature: τ in nats per token; the smaller, the more the worst source gets.
         n_validation: windows of each source that are only measured, never trained on; at most a fifth of it.
         seed: which windows are drawn.
 
@@ -54,7 +54,7 @@ class Mixture:
         if not is_real(share) or not 0 <= share <= 1:
             raise PrunekitError(f"uniform_share={share!r} is not allowed; give a number from 0 to 1 (all alike)")
         if not is_real(temperature) or temperature <= 0:
-            raise PrunekitError(f"temperature={temperature!r} is not allowed; give a number above 0, in nats a token")
+            raise PrunekitError(f"temperature={temperature!r} is not allowed; give a number above 0, in nats per token")
 
     def shares(self, gaps: Tensor) -> Tensor:
         """Share of each source from its gap in nats, (n_sources,); they sum to 1."""
@@ -72,7 +72,7 @@ class MixtureLog:
     rows: tuple[dict[str, Any], ...]
 
     def table(self) -> pd.DataFrame:
-        """Columns round (from 1), source, dense and loss (nats a token), gap (their difference), share, n_windows."""
+        """Columns round (from 1), source, dense and loss (nats per token), gap (their difference), share, n_windows."""
         return pd.DataFrame(self.rows)
 
     def __add__(self, other: "MixtureLog") -> "MixtureLog":
@@ -86,7 +86,9 @@ class MixtureLog:
         table = self.table()
         first, last = (table[table["round"] == n]["gap"].mean() for n in (1, table["round"].max()))
         n_rounds, n_sources = (table.groupby("round")["n_windows"].sum() > 0).sum(), table["source"].nunique()
-        return f"MixtureLog({n_rounds} rounds over {n_sources} sources; mean gap {first:.3f} → {last:.3f} nats a token)"
+        return (
+            f"MixtureLog({n_rounds} rounds over {n_sources} sources; mean gap {first:.3f} → {last:.3f} nats per token)"
+        )
 
     def _repr_html_(self) -> str:
         table = self.table().pivot(index="source", columns="round", values="gap").to_html() if self.rows else ""
@@ -187,7 +189,7 @@ def _measure(
     number: int,
     n_windows: int,
 ) -> list[dict[str, Any]]:
-    """One row a source: what it lost, and how many windows are drawn of it."""
+    """One row per source: what it lost, and how many windows are drawn of it."""
     losses = [mean_loss(model, source.validation) for source in sources]
     gaps = torch.tensor(losses, dtype=torch.float64) - torch.tensor(dense, dtype=torch.float64)
     shares = mixture.shares(gaps)

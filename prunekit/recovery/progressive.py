@@ -26,7 +26,7 @@ from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, check_method, detach
 from prunekit.recovery.training import Resume, flags_kept, newest_checkpoint, seeded, train
-from prunekit.sparsity.keeping import TRAINED, renew_report
+from prunekit.sparsity.zero_masks import TRAINED, renew_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class Progressed(NamedTuple):
         """How large the units still were one step before each period's end, against its start.
 
         Returns:
-            One row a period: period, units, start and before_end (mean norms), share (before_end / start, mean over
+            One row per period: period, units, start and before_end (mean norms), share (before_end / start, mean over
             units), largest_share.
         """
         rows = []
@@ -87,7 +87,7 @@ def prune_progressively(
     """Train with LoRA while units go period by period, until they are exactly zero (LHSPG).
 
     Args:
-        model: a causal LM; it is left alone. Zeros of single weights, as `sparsify` makes them, are filled.
+        model: a causal LM; unchanged. Zeros of single weights, as `sparsify` makes them, are filled.
         pruning_ratio: fraction of all the model's parameters that is to go, met within 0.5% or refused. Heads and FFN
             channels give up the same share; which layers lose them is up to saliency.
         data: as for `recover`.

@@ -20,8 +20,8 @@ from prunekit.recovery.full import FullTuning, train_all
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.training import flags_kept, seeded, train
-from prunekit.sparsity.keeping import TRAINED, masked_adapters, renew_report, share_of_zeros
-from prunekit.sparsity.keeping import keep_zeros as zeros_kept
+from prunekit.sparsity.zero_masks import TRAINED, masked_adapters, renew_report, share_of_zeros
+from prunekit.sparsity.zero_masks import keep_zeros as zeros_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

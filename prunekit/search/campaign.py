@@ -171,7 +171,7 @@ def measure_pairs(
 
     Args:
         space: where the n candidates are drawn.
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         tokenizer: its tokenizer.
         n: number of candidates, including those already in the folder.
         metric: `"perplexity"`, `"accuracy"` or a `Metric`.

@@ -20,7 +20,7 @@ def cut(model: nn.Module, plan: Fields, *, calib: Tensor | None = None) -> nn.Mo
 
 
     Args:
-        model: the dense one; it is left alone.
+        model: the dense one; unchanged.
         plan: fields of the plan.
         calib: tokens to re-fit on; None does not re-fit.
     """

@@ -31,7 +31,7 @@ def mac_table(
     """A table of multiply-accumulates of one forward pass over one sequence.
 
     Args:
-        model: in which the groups were discovered; left alone.
+        model: in which the groups were discovered; unchanged.
         groups: what `discover` found.
         kinds: in the table; with `"layer"` whole layers too.
         seq_len: tokens.
@@ -59,7 +59,7 @@ def latency_table(
     All groups of one shape are cut together, so that the saving exceeds the noise; each gets an equal share.
 
     Args:
-        model: in which the groups were discovered; left alone.
+        model: in which the groups were discovered; unchanged.
         groups: what `discover` found.
         phase: `"decode"` or `"prefill"`.
         kinds: in the table; with `"layer"` whole layers too.

@@ -83,7 +83,7 @@ def search_space(
 
     Args:
         space: the space to search.
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         tokenizer: its tokenizer.
         n_pairs: random candidates of the first round.
         n_rounds: rounds after the first.

@@ -49,7 +49,7 @@ def prune_ffn(
     """Prune the matrices of one FFN by SparseLLM.
 
     Args:
-        ffn: its weights are left alone; its z, s and p are changed.
+        ffn: its weights are unchanged; its z, s and p are changed.
         n_sequences: n in H = (2/n)·Σxxᵀ.
         pattern: what each matrix is to look like; or `"up"`, `"gate"` and `"down"` → what that one is.
         method: how.

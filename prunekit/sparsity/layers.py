@@ -14,9 +14,9 @@ from prunekit.sparsity.auxiliaries import FFN
 from prunekit.sparsity.factors import Factor, factorize
 from prunekit.sparsity.ffns import FoundFFN, Rows, activations_of, find_ffns
 from prunekit.sparsity.matrices import Call, Matrix
+from prunekit.sparsity.matrix_inputs import Reading, read_layer
 from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.patterns import Pattern
-from prunekit.sparsity.reading import Reading, read_layer
 from prunekit.sparsity.solvers import solve, zeroed_lowest, zeroed_lowest_of_rows
 
 UNREACHED = "no token of the calibration set reached it"
@@ -66,7 +66,7 @@ def prune_layer(
         settings: what is asked.
 
     Returns:
-        One row a matrix, as `SparsityReport.rows` has them.
+        One row per matrix, as `SparsityReport.rows` has them.
 
     Raises:
         PrunekitError: activations that are not finite or all zero.

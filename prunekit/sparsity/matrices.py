@@ -176,7 +176,7 @@ def find_matrices(model: nn.Module, layers: list[str], batch: Tensor) -> Found:
     orientation, in one layer. Routers, which choose experts, and what is used in any other way stay dense.
 
     Args:
-        model: a causal LM in evaluation mode, its experts written out.
+        model: a causal LM in evaluation mode, its eager experts.
         layers: their paths.
         batch: int64 (batch, seq).
     """

@@ -33,7 +33,7 @@ class Pattern:
         return f"{100 * self.sparsity:g}%" if self.of is None else f"{self.zeros} of {self.of} zero"
 
     def check_width(self, n_in: int, name: str) -> None:
-        """Refuse rows that the runs do not divide.
+        """Raise an error for rows that the runs do not divide.
 
         Raises:
             PrunekitError: names the matrix.

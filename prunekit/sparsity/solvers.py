@@ -194,7 +194,7 @@ def zeroed_lowest_of_rows(weight: Tensor, scores: Tensor, pattern: Pattern) -> T
 
 
 def check_damping(damping: Any) -> None:
-    """Refuse a damping that is no finite number above 0.
+    """Raise an error for a damping that is no finite number above 0.
 
     Raises:
         PrunekitError: names the value.

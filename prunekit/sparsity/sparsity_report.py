@@ -53,13 +53,13 @@ class SparsityReport:
         return replace(self, rows=tuple(rows), remarks=(*self.remarks, *earlier.remarks, remark))
 
     def table(self) -> pd.DataFrame:
-        """One row a matrix, with its sparsity."""
+        """One row per matrix, with its sparsity."""
         table = pd.DataFrame(self.rows)
         errors = pd.to_numeric(table["error"])  # without a calibration set there are none
         return table.assign(sparsity=table["n_zeros"] / table["n_weights"], error=errors)
 
     def by_layer(self) -> pd.DataFrame:
-        """One row a layer: n_weights, n_zeros, sparsity, and the mean error of its matrices."""
+        """One row per layer: n_weights, n_zeros, sparsity, and the mean error of its matrices."""
         table = (
             self.table()
             .groupby("layer")
@@ -115,7 +115,7 @@ class SparsityReport:
             ) from None
 
     def save(self, path: str | Path) -> Path:
-        """Write it as a JSON file; it is complete or not there."""
+        """Write it as a JSON file; the file is complete or not written."""
         write_text(Path(path), self.to_json())
         return Path(path)
 
@@ -124,6 +124,6 @@ class SparsityReport:
         """Read what `save` wrote.
 
         Raises:
-            PrunekitError: there is no such file, or it holds no report.
+            PrunekitError: the file is missing, or it holds no report.
         """
         return cls.from_json(read_text(path, "SparsityReport.save"))

@@ -98,7 +98,7 @@ def read_layer(
             reading.sums[matrix] = reading.sums[leader].copied()
         if sharing.leads(call.matrix):
             _add_to_sums(reading, call, n_sequences, with_gram)
-        if choose is not None:  # the model may overwrite what it hands on
+        if choose is not None:  # the model may overwrite its outputs
             first.append(call._replace(inputs=call.inputs.clone(), outputs=call.outputs.clone()))
 
     def add(call: Call) -> None:

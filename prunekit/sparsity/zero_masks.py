@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from prunekit.compat import lora_inputs
 from prunekit.errors import PrunekitError
-from prunekit.sparsity.report import SparsityReport
+from prunekit.sparsity.sparsity_report import SparsityReport
 
 TRAINED = "it was trained since it was sparsified: the output errors and the loss are those of before"
 Masks = dict[nn.Parameter, Tensor]
@@ -21,7 +21,7 @@ Masks = dict[nn.Parameter, Tensor]
 
 @contextmanager
 def keep_zeros(model: nn.Module) -> Iterator[None]:
-    """For training loops of one's own: while open, zeros get no gradient, and at the end they are zero again.
+    """For training loops of your own: while open, zeros get no gradient, and at the end they are zero again.
 
     Example::
 
@@ -151,7 +151,7 @@ def plain_lora_weight(path: str, layer: Any) -> nn.Parameter:
 
 
 def _check_nothing_else(adapted: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Refuse matrices with zeros that are trained beside A and B."""
+    """Raise an error for matrices with zeros that are trained beside A and B."""
     pairs = {p for layer in layers.values() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
     for name, p in adapted.named_parameters():
         if p.requires_grad and p not in pairs and p.dim() > 1 and bool((p == 0).any()):

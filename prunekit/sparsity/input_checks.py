@@ -11,7 +11,7 @@ _QUANTISED = ("torch.ao.nn.", "bitsandbytes.", "torchao.", "auto_gptq.", "awq.",
 
 
 def check_sparsifiable(model: Any) -> None:
-    """Refuse what is no model, is quantised, carries adapters, or has weights that are not finite.
+    """Raise an error for what is no model, is quantised, carries adapters, or has weights that are not finite.
 
     Raises:
         PrunekitError: names what stands in the way.

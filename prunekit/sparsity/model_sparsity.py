@@ -19,14 +19,14 @@ from prunekit.models import evaluating
 from prunekit.pruning.recording import written_out
 from prunekit.sparsity.allocation import allocate
 from prunekit.sparsity.factors import DAMPING
+from prunekit.sparsity.input_checks import check_sparsifiable
 from prunekit.sparsity.layers import Settings, prune_alone, prune_layer
 from prunekit.sparsity.matrices import Matrix, find_matrices
 from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.patterns import Pattern, pattern_of
-from prunekit.sparsity.refusing import check_sparsifiable
 from prunekit.sparsity.remarks import remarks_on
-from prunekit.sparsity.report import SparsityReport
 from prunekit.sparsity.solvers import check_damping
+from prunekit.sparsity.sparsity_report import SparsityReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ def sparsify(
     held_out: Tensor | None = None,
     measure: bool = True,
 ) -> "PreTrainedModel":
-    """Put zeros into the weight matrices of a model's layers, shapes unchanged.
+    """Set weights to zero into the weight matrices of a model's layers, shapes unchanged.
 
     Blocks are done one after the other: the calibration set waits in front of a block, what its matrices read is summed
     up while it is still dense, they are pruned, and the set goes through it. So memory holds the residual stream of the
