@@ -215,7 +215,7 @@ def test_adapters_in_a_state_that_is_not_understood_are_refused():
     with masked_adapters(adapted):
         adapted.add_adapter("late", LoraConfig(target_modules=["q_proj"]))
         adapted.set_adapter("late")
-        with pytest.raises(PrunekitError, match="another adapter was asked for"):
+        with pytest.raises(PrunekitError, match="another adapter was requested"):
             adapted(input_ids=counting()[:1])
     merged = attach(sparse(), QUICK)
     merged.merge_adapter()

@@ -439,7 +439,7 @@ def test_what_is_refused(world, tmp_path):
         "names both questions and a text": lambda: run(text={"fact": TEXT * 3}),
         "less than one window": lambda: run(text="short"),
         "tokens_a_batch=0": lambda: run(tokens_a_batch=0),
-        "give a .safetensors file in a folder": lambda: run(path=tmp_path / "k.json"),
+        "give a .safetensors file in an existing folder": lambda: run(path=tmp_path / "k.json"),
         "in an existing folder": lambda: run(path=tmp_path / "no" / "k.safetensors"),
     }.items():
         with pytest.raises(PrunekitError, match=message):

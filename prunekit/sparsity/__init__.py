@@ -1,4 +1,4 @@
-"""Zeros in unchanged shapes: solvers for one weight, and SparseLLM and its peers over a model."""
+"""Unstructured and n:m sparsity: solvers for one weight matrix, and `sparsify` for a model."""
 
 from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.model_sparsity import sparsify
