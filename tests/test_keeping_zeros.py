@@ -89,7 +89,7 @@ def test_without_being_kept_the_zeros_die_and_the_report_says_so(method, name):
     recovered = recover(model, method, counting(), keep_zeros=False)
     assert all((weight == 0).float().mean() < 0.1 for weight in told(recovered).values())
     report = recovered.sparsity_report
-    assert report.sparsity < 0.1 and any("were filled after it was sparsified" in remark for remark in report.remarks)
+    assert report.sparsity < 0.1 and any("were filled after sparsification" in remark for remark in report.remarks)
     assert {row["matrix"]: row["n_zeros"] for row in report.rows} == {
         name: int((weight == 0).sum()) for name, weight in told(recovered).items()
     }
@@ -127,7 +127,7 @@ def test_what_is_trained_is_what_is_merged(name, how, monkeypatch):
             seen["masked"] = adapted.eval()(input_ids=tokens[:4]).logits
         return train_log()
 
-    monkeypatch.setattr("prunekit.recovery.recovering.train", look)
+    monkeypatch.setattr("prunekit.recovery.fine_tuning.train", look)
     model = sparse(name, how)
     zeros, base = zeros_of(model), model(input_ids=data[:4]).logits
     merged = recover(model, QUICK, data)
@@ -247,7 +247,7 @@ def test_an_interrupt_leaves_the_sparse_model_as_it_was(monkeypatch):
 
     model = sparse()
     before = weights_of(model)
-    monkeypatch.setattr("prunekit.recovery.recovering.train", interrupt)
+    monkeypatch.setattr("prunekit.recovery.fine_tuning.train", interrupt)
     for method in (QUICK, FullTuning()):
         with pytest.raises(KeyboardInterrupt):
             recover(model, method, counting(), inplace=True)

@@ -266,7 +266,7 @@ def test_texts_are_measured_as_perplexity_measures_them():
             assert row["value"] == pytest.approx(math.log(result.value), rel=1e-6) and row["n"] == result.n_windows
     assert found.questions["right"].str.contains("dog barks").any() and not found.hit.any()
     assert set(found.table()["measure"]) == {"loss"}  # all that there is
-    with pytest.raises(PrunekitError, match="only text was read here.*measure='loss'"):
+    with pytest.raises(PrunekitError, match="only text was evaluated.*measure='loss'"):
         found.table(measure="accuracy")
     assert knowledge_of_units(model, tokenizer, groups, text=TEXT).questions["domain"].unique().tolist() == ["text"]
 

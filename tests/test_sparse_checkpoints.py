@@ -89,7 +89,7 @@ def test_zeros_that_were_filled_are_told(tmp_path):
     before = model.sparsity_report
     name = fill(model)
     folder = save(model, tmp_path / "out")
-    said = f"3 zeros of 1 matrices ({name}, …) were filled after it was sparsified"
+    said = f"3 zeros of 1 matrices ({name}, …) were filled after sparsification"
     told_now = SparsityReport.from_json((folder / "sparsity.json").read_text())
     assert said in (folder / "README.md").read_text() and any(said in remark for remark in told_now.remarks)
     was, now = ({row["matrix"]: row["n_zeros"] for row in report.rows} for report in (before, told_now))

@@ -185,7 +185,7 @@ def test_a_target_that_cannot_be_is_refused(solver, target, message):
         (lambda w, h: (w, h[:3]), r"tensor \(32, 32\)"),
         (lambda w, h: (w, h * math.inf), "NaN or infinite"),
         (lambda w, h: (w, None), "NoneType"),
-        (lambda w, h: (w, h * 0), "all inputs are zero"),
+        (lambda w, h: (w, h * 0), "all inputs of this matrix are zero"),
     ],
 )
 def test_what_sparsegpt_cannot_use_is_refused(change, message):

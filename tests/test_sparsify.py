@@ -271,7 +271,7 @@ def with_quantised_layer(model):
     [
         (lambda: damaged(lambda m: m.model.norm.weight.fill_(math.nan)), "NaN"),
         (lambda: damaged(lambda m: m.model.layers[1].input_layernorm.weight.zero_()), "are zero for every token"),
-        (lambda: damaged(lambda m: m.model.layers[0].input_layernorm.weight.fill_(3e38)), "is not finite"),
+        (lambda: damaged(lambda m: m.model.layers[0].input_layernorm.weight.fill_(3e38)), "not finite"),
         (lambda: damaged(with_quantised_layer), r"quantised \(model\.layers\.0\.mlp\.up_proj is a bitsandbytes"),
         (lambda: damaged(lambda m: setattr(m.config, "quantization_config", {"quant_method": "gptq"})), "'gptq'"),
         (lambda: damaged(lambda m: m.to(torch.float8_e4m3fn)), "quantised .*float8"),

@@ -1,4 +1,4 @@
-"""What discovery finds: coupled groups, as plain values."""
+"""Coupled groups as plain values."""
 
 import math
 import re
@@ -61,7 +61,7 @@ class CoupledGroup:
     Attributes:
         name: unique, `"<module path>:<kind>"`.
         kind: one of `KINDS`.
-        n_units: number of units, in the order in which they stand in the first member.
+        n_units: number of units, in the order of the first member.
         members: every parameter dimension that takes part, in the order of `named_parameters()`.
         exact: True where the smaller model equals the model with the units zeroed; False where a
             norm's statistics span units, so that removing some changes what is left.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from prunekit.discovery.labelling import LabelMode, Trace
-from prunekit.discovery.preparing import free_parameters, module_paths
-from prunekit.discovery.remembered import remembering
+from prunekit.discovery.stored_integers import remembering
+from prunekit.discovery.trace_setup import free_parameters, module_paths
 from prunekit.errors import PrunekitError
 from prunekit.models import evaluating
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from prunekit.discovery import Groups
-from prunekit.discovery.remembered import WRITTEN_OUT
+from prunekit.discovery.stored_integers import WRITTEN_OUT
 from prunekit.models import name_model
 from prunekit.pruning.plans import PruningPlan
 

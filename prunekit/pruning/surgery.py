@@ -19,8 +19,8 @@ from prunekit.discovery.constants import Selection, select
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.partition import find_groups
 from prunekit.discovery.parts import list_elements
-from prunekit.discovery.preparing import uncollected
-from prunekit.discovery.remembered import Key, set_attribute
+from prunekit.discovery.stored_integers import Key, set_attribute
+from prunekit.discovery.trace_setup import uncollected
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from prunekit.discovery.integer_positions import SHAPE, Equation
 from prunekit.discovery.labelling import Trace
-from prunekit.discovery.remembered import Attribute, Key
-from prunekit.discovery.watching import SHAPE, Equation
+from prunekit.discovery.stored_integers import Attribute, Key
 from prunekit.errors import PrunekitError
 
 

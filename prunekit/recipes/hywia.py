@@ -42,7 +42,7 @@ def hywia(
     tokenizer: Any = None,
     recovery: LoRA | None = None,
 ) -> Fused:
-    """Group, estimate twice, fuse adaptively, sort, prune, recover.
+    """Prunes as HyWIA does: two estimates per group, adaptive fusion, plan, prune, recover.
 
     Args:
         model: the dense model; unchanged.
@@ -63,7 +63,7 @@ def hywia(
 
     Source: the paper's four steps. Reconstructed: the fusion rule, which the paper does not write out.
     """
-    HyWIA(rule, order)  # refuses what is none before anything is computed
+    HyWIA(rule, order)  # checks it before anything is computed
     check_options(pruning_ratio, of="units")
     groups = discover(model)
     spared = spared_layers(groups, layers)

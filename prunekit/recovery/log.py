@@ -1,4 +1,4 @@
-"""The loss curve of a recovery, as a plain value."""
+"""The training log of a recovery."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from prunekit.files import read_text, write_text
 
 @dataclass(frozen=True)
 class RecoveryLog:
-    """What training said, one entry an optimiser step.
+    """Training log, one entry per optimiser step.
 
     Attributes:
         losses: training loss of each step's batch, nats per token.
@@ -39,7 +39,7 @@ class RecoveryLog:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Mean loss of the first and of the last tenth of the steps, since single batches jump."""
+        """Mean loss of the first and of the last tenth of the steps, since single batches vary."""
         n = max(1, len(self.losses) // 10)
         return sum(self.losses[:n]) / n, sum(self.losses[-n:]) / n
 
@@ -51,7 +51,7 @@ class RecoveryLog:
 
     @classmethod
     def load(cls, path: str | Path) -> "RecoveryLog":
-        """Read what `save` wrote.
+        """Read a log that `save` wrote.
 
         Raises:
             PrunekitError: the file is missing, or it holds no such log.
@@ -63,7 +63,7 @@ class RecoveryLog:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":
-        """The log that `to_dict` wrote down."""
+        """The log from the form of `to_dict`."""
         curves = {name: tuple(fields[name]) for name in ("losses", "learning_rates")}
         change = fields.get("loss_change")
         return cls(**{**fields, **curves, "loss_change": None if change is None else LossChange.from_dict(change)})
