@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Rooms are opened when something in them is asked for, so that `prunekit --help` does not wait for torch.
+# Subpackages are imported on first use, so that `prunekit --help` does not wait for torch.
 _ROOMS = {
     "account": ("LossChange",),
     "calibration": ("calibration_set",),
