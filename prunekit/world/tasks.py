@@ -69,7 +69,7 @@ def _boolq(hidden: bool) -> Questions:
 
 
 def _hellaswag(hidden: bool) -> Questions:
-    """Endings are two neighbouring steps of each of two scripts: the question asks for the order, not only the subject."""
+    """Endings are two neighbouring steps of each of two scripts: the question asks for the order and the subject."""
     pairs = [(a, b) for a, b in combinations(range(len(scenes.SCRIPTS)), 2) if (a - b) % 3 == 0]
     for opening, (i, pair) in product(range(len(scenes.OPENINGS)), enumerate(pairs)):
         actors = [a for a in scenes.ACTORS if scenes.script_held_out(opening, a, pair[0])]
