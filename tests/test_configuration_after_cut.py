@@ -7,12 +7,13 @@ from functools import cache
 import pytest
 import torch
 from evaluation_helpers import llama
-from families import FAMILIES, logits, plan_keeping
+from families import FAMILIES, SIZED, logits, plan_keeping
 from other_families import UNLISTED
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import prunekit as pk
+from prunekit.models import empty_model
 
 NAMES = (
     "llama_gqa", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "bloom",
@@ -195,4 +196,50 @@ def test_biases_that_a_refit_adds_are_no_part_of_the_configuration(tmp_path):
     assert "save_pretrained" not in vars(small)
     pk.compensate(small, model, plan, calib, fit="bias")
     with pytest.raises(pk.PrunekitError, match=r"bias: \d linear layers were given one"):
+        small.save_pretrained(tmp_path / "out")
+
+
+def pictured():
+    """A model of pictures and text, whose language model has a configuration of its own."""
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**SIZED, "model_type": "gemma3_text", "num_hidden_layers": 3, "sliding_window": 8},
+        vision_config={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8,
+                       "patch_size": 14, "image_size": 28, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4, image_token_index=45, boi_token_index=46, eoi_token_index=47,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["ffn_channel", "kv_head", "layer"])
+def test_the_widths_of_a_language_model_inside_another_are_its_own(kind, tmp_path):
+    model = pictured()
+    chosen = pk.discover(model).of_kind(kind)
+    keep = {chosen[0].name: []} if kind == "layer" else {g.name: list(range(g.n_units // 2)) for g in chosen}
+    small = pk.prune(model, plan_keeping(pk.discover(model), keep))
+    small.save_pretrained(tmp_path / "out")
+    again = loaded(tmp_path / "out")
+    assert torch.equal(answers(again), answers(small))
+    for name in ("intermediate_size", "num_attention_heads", "num_hidden_layers"):  # as large as those that were cut
+        assert getattr(again.config.vision_config, name) == getattr(model.config.vision_config, name)
+    uneven = pk.prune(small, plan_keeping(pk.discover(small), {pk.discover(small).of_kind("ffn_channel")[0].name: [3]}))
+    pk.save(uneven, tmp_path / "own")
+    assert torch.equal(answers(pk.load(tmp_path / "own")[0]), answers(uneven))
+
+
+def test_a_head_size_that_followed_from_other_fields_is_said_when_these_change():
+    """Qwen2 divides its hidden size by the number of heads, unless its configuration has a head size."""
+    model = FAMILIES["qwen2"].model(dtype=torch.float32)
+    assert not hasattr(model.config, "head_dim")
+    small = cut("qwen2", "heads")
+    assert (small.config.head_dim, small.config.num_attention_heads, small.config.num_key_value_heads) == (8, 4, 2)
+    assert not hasattr(cut("qwen2", "channels").config, "head_dim") and not hasattr(model.config, "head_dim")
+
+
+def test_a_model_without_weights_is_cut_and_says_that_it_cannot_be_saved(tmp_path):
+    model = empty_model(FAMILIES["llama_gqa"].model().config)
+    groups = pk.discover(model)
+    small = pk.prune(model, plan_keeping(groups, {g.name: [0, 1] for g in groups.of_kind("ffn_channel")}))
+    assert small.model.layers[0].mlp.up_proj.weight.shape[0] == 2
+    with pytest.raises(pk.PrunekitError, match="would write a folder that does not load"):
         small.save_pretrained(tmp_path / "out")

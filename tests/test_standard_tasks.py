@@ -162,7 +162,7 @@ MALFORMED = {
     "no list": (
         "arc_easy",
         {**ROWS["arc_easy"], "choices": {"text": "a", "label": "A"}},
-        "'choices.label' is 'A' and no",
+        "'choices.label' is 'A', not a list",
     ),
     "no choices": ("arc_easy", {"question": "Why?", "answerKey": "1"}, "'choices' is missing"),
     "no text": ("boolq", {**ROWS["boolq"], "passage": 3}, "'passage' is 3 and no text"),

@@ -255,7 +255,8 @@ def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = 
         model.generation_config = GenerationConfig.from_dict(read_object(folder / "generation_config.json"))
     name_model(model, str(folder))
     model = usable(_in_dtype(model, dtype)).eval()
-    describe(model, groups)
+    if not mapped:  # it would be read from disk, every weight of it
+        describe(model, groups)
     return model
 
 

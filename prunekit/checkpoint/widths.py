@@ -12,16 +12,17 @@ def layer_widths(cuts: Cuts) -> dict[str, Any]:
 
     The form is that of `transformers`' own `PreTrainedConfig(per_layer_config=…)`.
     """
-    whole: dict[str, Any] = {"num_hidden_layers": cuts.config.num_hidden_layers}
+    text = cuts.config.get_text_config()
+    whole: dict[str, Any] = {"num_hidden_layers": text.num_hidden_layers}
     layers: dict[str, dict[str, Any]] = {}
     for name, groups in cuts.roles.items():
-        fields = cuts.fields[name] or (head_fields(cuts.config, groups[0]) if groups[0].kind in HEADS else {})
+        fields = cuts.fields[name] or (head_fields(text, groups[0]) if groups[0].kind in HEADS else {})
         for group in groups:
             said = {field: cuts.n_left(group) * per_unit for field, per_unit in fields.items()}
             if group.layer is None:
                 whole |= said
             elif said and group.name in cuts.left:
-                whole |= {field: getattr(cuts.config, field) for field in fields}
+                whole |= {field: getattr(text, field) for field in fields}
                 layers.setdefault(str(group.layer), {}).update(said)
     for group in cuts.groups:
         if group.layer is not None and _skipped(cuts.left, group.layer):

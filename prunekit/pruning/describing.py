@@ -60,12 +60,14 @@ def _write_widths(model: Any, cuts: Cuts) -> None:
     values = _sayable(with_fields(model.config, size), cuts)
     old = {field: getattr(said, field, None) for field in (*size, *values)}
     held = [part for part in configurations(*configurations_of(model)) if type(part) is type(said)]
-    before, computed = [dict(vars(part)) for part in held], first_logits(model)
+    before, computed = [dict(vars(part)) for part in held], _logits_if_any(model)
+    if computed is None:
+        return
     for part in held:
         for field, value in {**size, **values}.items():
             if getattr(part, field, None) == old[field]:
                 setattr(part, field, value)
-    if torch.equal(first_logits(model), computed):
+    if torch.equal(first_logits(model), computed):  # else some module reads these fields for something else
         record = recorded(model.config)
         uncut_values = {field: getattr(uncut, field) for field in values}
         model.config.prunekit = {**record, "before": {**uncut_values, **record.get("before", {})}}
@@ -73,6 +75,14 @@ def _write_widths(model: Any, cuts: Cuts) -> None:
     for part, own in zip(held, before, strict=True):
         vars(part).clear()
         vars(part).update(own)
+
+
+def _logits_if_any(model: Any) -> torch.Tensor | None:
+    """A model's logits; None where it has no weights, or does not run as it lies, so that nothing can be compared."""
+    with suppress(Exception):  # of whatever code moves its weights about
+        computed = first_logits(model)
+        return None if computed.is_meta else computed
+    return None
 
 
 def _sayable(config: Any, cuts: Cuts) -> Fields:
@@ -109,7 +119,10 @@ def plain_config(model: Any) -> Any:
     and, given the same weights, the same logits.
     """
     config = _without_record(model.config)
-    return config if not recorded(model.config) or _built(model, config) is not None else None
+    if not recorded(model.config):
+        return config
+    known = _SAVE in vars(model)  # that it cannot: nothing but another cut changes that
+    return config if not known and _built(model, config) is not None else None
 
 
 def _without_record(config: Any) -> Any:
