@@ -65,7 +65,7 @@ def at_least_one(documents: list[Any], source: object) -> list[Any]:
     """The documents.
 
     Raises:
-        PrunekitError: there are none.
+        PrunekitError: the source has no documents.
     """
     if not documents:
         raise PrunekitError(f"{_shown(source)} holds no text; give {_ACCEPTED}")

@@ -47,7 +47,7 @@ def plot_coupled_group(
         layer: number of the layer.
         kinds: kinds of group to draw, where the layer has them.
         units: which units of every group to colour, at most 4; one colour each, the same in every matrix. None is
-            two of each group, far enough apart to be told from each other.
+            two of each group, far enough apart to distinguish them.
         ax: where to draw; None is a new figure.
 
     Returns:

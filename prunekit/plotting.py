@@ -134,7 +134,7 @@ def plot_plan(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def draw_bars(ax: Axes, wide: pd.DataFrame, colors: Mapping[str, str], errors: pd.DataFrame | None = None) -> None:
-    """Grouped bars: one group a row, one bar a column; colour and hatch tell the columns apart."""
+    """Grouped bars: one group per row, one bar per column; columns differ by colour and hatch."""
     width = 0.8 / wide.shape[1]
     places = np.arange(len(wide))
     for i, name in enumerate(wide.columns):

@@ -150,7 +150,7 @@ def test_a_broken_report_is_refused_by_name(broken, tmp_path):
     content = json.loads(path.read_text())
     broken(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(PrunekitError, match=r"sparsity\.json' tells nothing of this model's zeros .*take it away"):
+    with pytest.raises(PrunekitError, match=r"sparsity\.json' does not describe this model's zeros .*delete it"):
         load(tmp_path / "out")
 
 
@@ -159,11 +159,11 @@ def test_a_file_that_holds_no_report_is_refused_by_name(tmp_path):
     text = path.read_text()
     for broken in TEXTS.values():
         path.write_bytes(broken(text).encode(errors="surrogatepass"))
-        with pytest.raises(PrunekitError, match=r"sparsity\.json' tells nothing of this model's zeros"):
+        with pytest.raises(PrunekitError, match=r"sparsity\.json' does not describe this model's zeros"):
             load(tmp_path / "out")
     path.unlink()
     path.mkdir()
-    with pytest.raises(PrunekitError, match=r"sparsity\.json' tells nothing"):
+    with pytest.raises(PrunekitError, match=r"sparsity\.json' does not describe"):
         load(tmp_path / "out")
     path.rmdir()
     assert not hasattr(load(tmp_path / "out")[0], "sparsity_report")

@@ -35,7 +35,7 @@ class Trace:
         rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular; by where
             they lie, since one that is transposed or reshaped back need not be looked at twice.
         scalars: name and plain numbers of every pointwise operation on labelled tensors, in order.
-        arguments: constants that modules are handed, such as the slopes of ALiBi, → (first node, values).
+        arguments: constants passed to modules, such as the slopes of ALiBi, → (first node, values).
         parts: modules that do nothing when their parameters are zero.
     """
 

@@ -27,7 +27,8 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: boo
 
     Args:
         model: a causal language model; its weights are not read and may stand on the meta device.
-        shape: sequences and their tokens. With more than one token, only what modules are handed means anything.
+        shape: sequences and their tokens. With more than one token, only the constants passed to modules are
+            meaningful.
         written_out: run attention and eager experts, so that every number is seen that they may need.
 
     Raises:

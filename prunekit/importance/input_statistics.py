@@ -46,7 +46,7 @@ def linear_readers(model: nn.Module) -> dict[str, Reader]:
 
 
 def members_read(group: CoupledGroup, readers: dict[str, Reader]) -> tuple[Member, ...]:
-    """The members of a group in its consumer layers; if there are none, its rows in linear layers.
+    """The members of a group in its consumer layers; without these, its rows in linear layers.
 
     Raises:
         PrunekitError: no linear layer is part of the group.

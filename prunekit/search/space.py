@@ -55,7 +55,7 @@ class Space(ABC):
         return {name: knob.draw(rng) for name, knob in self.knobs.items()}
 
     def fitted(self, point: Point) -> Point | None:
-        """The nearest allowed candidate; None if there is none."""
+        """The nearest allowed candidate, or None."""
         return point
 
     def described(self) -> dict[str, Any]:

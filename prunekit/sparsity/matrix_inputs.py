@@ -169,7 +169,7 @@ def _add_to_sums(reading: Reading, call: Call, n_sequences: int, with_gram: bool
 
 
 def _keep(reading: Reading, call: Call, keep: set[tuple[Matrix, str]]) -> None:
-    """What the model hands on may be overwritten, so that copies are kept."""
+    """Copy stored activations, since the model may overwrite them."""
     for side, tensor in (("inputs", call.inputs), ("outputs", call.outputs)):
         if (call.matrix, side) in keep:
             wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

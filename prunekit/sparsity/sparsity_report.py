@@ -55,7 +55,7 @@ class SparsityReport:
     def table(self) -> pd.DataFrame:
         """One row per matrix, with its sparsity."""
         table = pd.DataFrame(self.rows)
-        errors = pd.to_numeric(table["error"])  # without a calibration set there are none
+        errors = pd.to_numeric(table["error"])  # without a calibration set there are no errors
         return table.assign(sparsity=table["n_zeros"] / table["n_weights"], error=errors)
 
     def by_layer(self) -> pd.DataFrame:
