@@ -1,8 +1,8 @@
-"""Time of the knowledge distribution of the embedded world, prunekit against the plain loop over the same silencings.
+"""Time of the knowledge distribution of the embedded world, prunekit against the plain loop over the same ablations.
 
 The plain loop is a fair one: questions are tokenised once, the model stays in memory, weights are zeroed in place, and
 each pass is `log_likelihoods`, as `zero_shot` runs it. It takes as long for
-each silencing, so that some of them, evenly spread, stand for all; ours is timed on all. Half of them go before ours
+each ablation, so that some of them, evenly spread, stand for all; ours is timed on all. Half of them go before ours
 and half after it, so that a machine that grows busier is unfair to neither. Whether both give the same is asserted.
 Seconds are CPU seconds of this process, with as many threads as OMP_NUM_THREADS says; they count everything from the
 groups and scores on (questions, the trial of packing, and the table).
@@ -22,11 +22,11 @@ import prunekit as pk
 from prunekit import world
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.evaluation.packing import pack, unpacked
-from prunekit.evaluation.scoring import log_likelihoods
-from prunekit.importance.ablation import silenced
+from prunekit.evaluation.sequence_scores import log_likelihoods
+from prunekit.importance.ablation import ablated
 from prunekit.importance.scores import Scores
 from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution
-from prunekit.knowledge.questions import Exam, make_exam
+from prunekit.knowledge.question_spans import Exam, make_exam
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 KINDS = ("kv_head", "query_head", "ffn_channel", "block", "layer")
@@ -39,7 +39,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, np.ndarray]:
 
 
 def every_silencing(groups: list[CoupledGroup], scores: Scores) -> list[tuple[CoupledGroup, list[int]]]:
-    """What is silenced, as `knowledge_distribution` has it."""
+    """What is ablated, as `knowledge_distribution` has it."""
     return [
         (group, sorted(scores[group.name].argsort(stable=True)[: round(ratio * group.n_units)].tolist()))
         for group in groups
@@ -51,7 +51,7 @@ def naive(model: Any, exam: Exam, some: list[tuple[CoupledGroup, list[int]]]) ->
     """Hits and losses, measured by the plain loop."""
     marks = []
     for group, units in some:
-        with silenced(model, group, units):
+        with ablated(model, group, units):
             marks.append(exam.marks(log_likelihoods(model, exam.spans, batch_size=32).sums))
     return marks
 
@@ -77,7 +77,7 @@ def count_tokens(exam: Exam) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=8, help="silencings that the plain loop measures")
+    parser.add_argument("--sample", type=int, default=8, help="ablations that the plain loop measures")
     parser.add_argument("--every", type=int, default=2, help="ask every so many-th question of each task")
     parser.add_argument("--layers", type=int, nargs="*", help="only these layers (default: all)")
     args = parser.parse_args()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import prunekit as pk
 from prunekit.account import loss_on
-from prunekit.importance.ablation import silenced
+from prunekit.importance.ablation import ablated
 
 SCORES = {
     "taylor": pk.Taylor(),
@@ -69,7 +69,7 @@ class Evidence:
     def rise(self, removed: Removed) -> float:
         with ExitStack() as stack:
             for name, gone in removed:
-                stack.enter_context(silenced(self.model, self.groups[name], gone))
+                stack.enter_context(ablated(self.model, self.groups[name], gone))
             return round(loss_on(self.model, self.held) - self.dense, 4)
 
 

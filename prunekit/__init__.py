@@ -57,12 +57,12 @@ if TYPE_CHECKING:
     )
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
     from prunekit.recovery import LHSPG, FullTuning, LoRA, Mixture, prune_progressively, recover, recover_on_mixture
-    from prunekit.search import AccuracyPredictor, KnobSpace, PlanSpace, measure_pairs, search_space
+    from prunekit.search import AccuracyPredictor, HyperparameterSpace, PlanSpace, measure_pairs, search_space
     from prunekit.sparsity import SparseLLM, SparsityReport, sparsify
 
 __version__ = "0.1.0"
 
-# Rooms are opened when something in them is asked for, so that `prunekit --help` does not wait for torch.
+# Subpackages are imported on first use, so that `prunekit --help` does not wait for torch.
 _ROOMS = {
     "account": ("LossChange",),
     "calibration": ("calibration_set",),
@@ -98,7 +98,7 @@ _ROOMS = {
     "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units", "massive_activations"),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
     "recovery": ("FullTuning", "LHSPG", "LoRA", "Mixture", "prune_progressively", "recover", "recover_on_mixture"),
-    "search": ("AccuracyPredictor", "KnobSpace", "PlanSpace", "measure_pairs", "search_space"),
+    "search": ("AccuracyPredictor", "HyperparameterSpace", "PlanSpace", "measure_pairs", "search_space"),
     "sparsity": ("SparseLLM", "SparsityReport", "sparsify"),
 }
 
@@ -114,7 +114,7 @@ __all__ = [
     "FullTuning",
     "Groups",
     "HyWIA",
-    "KnobSpace",
+    "HyperparameterSpace",
     "KnowledgeDistribution",
     "LHSPG",
     "LoRA",

@@ -1,4 +1,4 @@
-"""`python -m prunekit` is `prunekit`."""
+"""Runs the command line: `python -m prunekit`."""
 
 from prunekit.cli import main
 

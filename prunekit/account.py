@@ -1,4 +1,4 @@
-"""What a step did to a model's loss: measured before and after, carried with the model, warned of where it is much."""
+"""The change of a model's loss by a step (`LossChange`), with a warning if the loss rises by much."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunekit.calibration import check_tokens, mean_loss
 from prunekit.errors import DamageWarning, PrunekitError
 
-LIMIT = math.log(1.5)  # nats a token; a rise above it is warned of: half as much perplexity again
+LIMIT = math.log(1.5)  # nats per token; a rise above it is warned of: half as much perplexity again
 MOST_TOKENS = 1024  # that are read, before and after: some seconds of a small real model on two cores
 _AT_ONCE = 256  # of them, so that the logits of a large vocabulary take a fraction of what scoring takes
 _OVERFLOW = 700.0  # nats, of which exp is no float any more
@@ -26,11 +26,11 @@ ADVICE = {  # step → what to try where the loss rose by much
 
 @dataclass(frozen=True)
 class LossChange:
-    """What one step did to a model's loss.
+    """The loss of a model before and after one step.
 
     Attributes:
         step: `"prune"`, `"sparsify"` or `"recover"`.
-        before: mean loss before the step, nats a token; infinite where it was not finite, None where not measured.
+        before: mean loss before the step, nats per token; infinite where it was not finite, None where not measured.
         after: the same after it, on the same tokens.
         n_tokens: tokens that were read; 0 where nothing was measured.
         tokens_from: which tokens these are, in words; where nothing was measured, why not.
@@ -44,12 +44,12 @@ class LossChange:
 
     @property
     def is_measured(self) -> bool:
-        """Whether there are two losses."""
+        """Whether both losses were measured."""
         return self.before is not None and self.after is not None
 
     @property
     def rise(self) -> float:
-        """Loss after minus loss before, nats a token; NaN where not measured."""
+        """Loss after minus loss before, nats per token; NaN where not measured."""
         if self.before is None or self.after is None:
             return math.nan
         return math.inf if math.isinf(self.after) else self.after - self.before
@@ -66,12 +66,12 @@ class LossChange:
 
     @property
     def is_large(self) -> bool:
-        """Whether the loss rose by more than `LIMIT`, or is not finite any more."""
+        """Whether the loss rose by more than `LIMIT` or became non-finite."""
         return self.rise > LIMIT
 
     @property
     def warning(self) -> str | None:
-        """What to say where the loss rose by much, with what to try; None where it did not."""
+        """The warning with what to try if the loss rose by much; otherwise None."""
         if not self.is_large:
             return None
         return (
@@ -80,12 +80,12 @@ class LossChange:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; a loss that is not finite is None beside a number of tokens."""
+        """Plain values for JSON; a non-finite loss is None with a number of tokens."""
         return {**asdict(self), "before": _finite(self.before), "after": _finite(self.after)}
 
     @classmethod
     def from_dict(cls, fields: Any) -> "LossChange":
-        """Read back what `to_dict` gave.
+        """The value from the form of `to_dict`.
 
         Raises:
             PrunekitError: the fields are not those of a loss change.
@@ -104,7 +104,7 @@ class LossChange:
         if not self.is_measured:
             return f"loss not measured: {self.tokens_from}"
         return (
-            f"loss {self.before:.2f} → {self.after:.2f} nats a token (perplexity {self.perplexity_before:.4g} → "
+            f"loss {self.before:.2f} → {self.after:.2f} nats per token (perplexity {self.perplexity_before:.4g} → "
             f"{self.perplexity_after:.4g}) on {self.tokens_from}"
         )
 
@@ -132,12 +132,12 @@ class Sample(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """An account that waits for the loss after the step.
+    """A measurement before a step, to complete after it.
 
     Attributes:
         step: that is to come.
         sample: to measure on; None where nothing is measured.
-        before: loss, nats a token.
+        before: loss, nats per token.
         why: nothing is measured.
     """
 
@@ -148,12 +148,12 @@ class Opening(NamedTuple):
 
 
 def few(tokens: Tensor) -> Tensor:
-    """The first windows of a calibration set (n, seq_len), as many as are measured on; memory of its own."""
+    """A copy of the first windows of a calibration set (n, seq_len), for the measurement."""
     return tokens[: max(1, MOST_TOKENS // max(tokens.shape[1], 1))].detach().clone()
 
 
 def held_out_sample(tokens: Any, model: nn.Module) -> Sample:
-    """What a user gave to measure on.
+    """Tokens given as `held_out`, checked.
 
     Raises:
         PrunekitError: no integers (n, seq_len) that the model can read.
@@ -163,7 +163,7 @@ def held_out_sample(tokens: Any, model: nn.Module) -> Sample:
 
 
 def seen_sample(tokens: Tensor | None, by: str) -> Sample | None:
-    """Windows that a step learnt from, which are better than none, and are named so."""
+    """Calibration windows as a fallback, labelled as such."""
     if tokens is None:
         return None
     chosen = few(tokens)
@@ -175,23 +175,23 @@ def _counted(n: int, what: str) -> str:
 
 
 def opened(step: str, model: nn.Module, sample: Sample | None, why: str = HOW) -> Opening:
-    """Measure a model before a step; what fails is told in the account and stops nothing."""
+    """Measure a model before a step; an error is recorded and does not stop the step."""
     if sample is None:
         return Opening(step, None, None, why)
     try:
         return Opening(step, sample, loss_on(model, sample.tokens))
-    except Exception as error:  # of any family's forward pass: the account is not what was asked for
+    except Exception as error:  # any error of a forward pass: the measurement is secondary
         return Opening(step, None, None, _failed(error))
 
 
 def closed(opening: Opening, model: Any, *, stacklevel: int = 2) -> LossChange:
-    """Measure a model after a step, let it carry the account as `loss_change`, and warn where the loss rose by much.
+    """Measure a model after a step, store the result as `loss_change`, and warn if the loss rose by much.
 
     The model is made by now, so that neither an error nor an interrupt here may lose it.
 
     Args:
         opening: of the same step.
-        model: what the step made.
+        model: the result of the step.
         stacklevel: of the warning, counted from the caller.
     """
     change = _closed(opening, model)
@@ -219,7 +219,7 @@ def _failed(error: Exception) -> str:
 
 
 def loss_on(model: nn.Module, tokens: Tensor) -> float:
-    """Mean loss, nats a token; infinite where it is not finite.
+    """Mean loss, nats per token; infinite where it is not finite.
 
     Raises:
         PrunekitError: tokens that the model cannot read.

@@ -25,7 +25,7 @@ def calibration_set(
     bos: bool | None = None,
     held_out: bool = False,
 ) -> Tensor:
-    """Draw random windows of tokens from a text, each of which begins as the model's training did.
+    """Draws a calibration set: random windows of tokens from a text, with BOS where the model expects it.
 
     Documents are shuffled and joined, a line break between two, and windows are drawn from the stream. They do not
     overlap where the text fills `n_samples` windows; where it is shorter than that, they do. BOS stands first in
@@ -42,13 +42,14 @@ def calibration_set(
         separator: marker between documents inside one text; it is split off.
         bos: True puts BOS first also where the tokenizer does not, False leaves it out; None goes by the tokenizer.
         held_out: draw windows that the same call without it does not draw, and that do not overlap with those: to
-            measure on what a model was not calibrated on. Where few are left in the text, fewer come.
+            measure on what a model was not calibrated on. If the text is short, there are fewer.
 
     Returns:
         int64 (n_samples, seq_len).
 
     Raises:
-        PrunekitError: no text, fewer tokens than one window, an impossible size, or BOS is asked for and there is none.
+        PrunekitError: no text, fewer tokens than one window, an invalid size, or BOS requested from a tokenizer
+            without.
 
     Source: LLM-Pruner's calibration (10 samples of 64 tokens of BookCorpus).
         Differs: windows of one joined stream, where the reference takes one window a book.
@@ -72,7 +73,7 @@ def calibration_set(
 
 
 def _read(source: TextSource, tokenizer: Any, separator: str | None, enough: int) -> list[Document]:
-    """The documents: of a stream, which may never end, only the first ones that hold enough tokens."""
+    """The documents; of an endless stream only the first with enough tokens."""
     documents, found, n_tokens = documents_of(source, tokenizer, separator=separator), [], 0
     if not is_stream(source):
         return list(documents)
@@ -85,7 +86,7 @@ def _read(source: TextSource, tokenizer: Any, separator: str | None, enough: int
 
 
 def _window_starts(n_tokens: int, n_samples: int, width: int, generator: torch.Generator, held_out: bool) -> Tensor:
-    """Where the text of each window begins, int64 (n_samples,): apart where they fit side by side.
+    """Start of each window's text, int64 (n_samples,), without overlap where possible.
 
     Held-out windows are the next ones of the same draw, at most n_samples.
     """
@@ -103,7 +104,7 @@ def _window_starts(n_tokens: int, n_samples: int, width: int, generator: torch.G
 
 
 def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
-    """The calibration set as int64 on the model's device, or a clear refusal.
+    """The calibration set as int64 on the model's device, checked.
 
     Args:
         calib: integers (n_samples, seq_len) with at least one sample of two tokens.
@@ -135,16 +136,16 @@ def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
 
 
 def in_batches(tokens: Tensor) -> tuple[Tensor, ...]:
-    """Samples (n_samples, seq_len) in portions that run at once."""
+    """Samples (n_samples, seq_len) in batches."""
     return tokens.split(max(1, TOKENS_A_BATCH // tokens.shape[1]))
 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, calib: Tensor) -> float:
-    """Mean loss over a calibration set, nats a token.
+    """Mean loss over a calibration set, nats per token.
 
     Args:
-        model: a causal LM; left as it was.
+        model: a causal LM; unchanged afterwards.
         calib: integers (n_samples, seq_len).
 
     Raises:
@@ -158,7 +159,7 @@ def mean_loss(model: nn.Module, calib: Tensor) -> float:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse a model that has a weight which is NaN, infinite or not there.
+    """Raise an error if a weight is NaN, infinite or on the meta device.
 
     Raises:
         PrunekitError: names the first such parameter.
@@ -171,7 +172,7 @@ def check_finite(model: nn.Module) -> None:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite. A finite sum says so at a tenth of the cost; one that overflows does not."""
+    """Whether all values are finite. A finite sum proves it at a tenth of the cost; otherwise each value is checked."""
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 

@@ -1,4 +1,4 @@
-"""Numbers and choices that somebody gave, refused by name where they cannot be."""
+"""Checks of arguments: integers, real numbers and choices."""
 
 import math
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from prunekit.errors import PrunekitError
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
-    """Refuse a value that is none of those allowed.
+    """Raise an error for a value that is not among those allowed.
 
     Raises:
         PrunekitError: names the option, the value given and the values allowed.
@@ -19,7 +19,7 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
 
 
 def check_integers(**numbers: tuple[Any, int]) -> None:
-    """Name → value and the least that it may be.
+    """Check integers, given as name → (value, lower bound).
 
     Raises:
         PrunekitError: a value that is no integer, or smaller.
@@ -30,7 +30,7 @@ def check_integers(**numbers: tuple[Any, int]) -> None:
 
 
 def check_reals(**numbers: tuple[Any, float, float]) -> None:
-    """Name → value, the least that it may be, and what it must stay below.
+    """Check real numbers, given as name → (value, lower bound, exclusive upper bound).
 
     Raises:
         PrunekitError: a value that is no finite number, or outside.
@@ -41,5 +41,5 @@ def check_reals(**numbers: tuple[Any, float, float]) -> None:
 
 
 def is_real(value: object) -> bool:
-    """Whether this is a finite number, and no truth value."""
+    """Whether a value is a finite number and not a Boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -25,42 +25,42 @@ JOURNAL_KEY = "op_code"  # with which each line of optuna's journal begins
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Within, torch calls neither function modes nor dispatch modes, so that labels are not labelled themselves."""
+    """A context without torch's function and dispatch modes, so that labels are not traced."""
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         yield
 
 
 @contextmanager
 def without_function_modes() -> Iterator[None]:
-    """Within, torch calls no function mode and no `__torch_function__` of a tensor subclass."""
+    """A context without torch function modes and `__torch_function__` of tensor subclasses."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C.DisableTorchFunction():
         yield
 
 
 @contextmanager
 def below_autograd() -> Iterator[None]:
-    """Within, a product is one operation for a dispatch mode, and not the several that autograd makes of it."""
+    """A context in which a dispatch mode sees a product as one operation, not as autograd's parts."""
     with torch._C._AutoDispatchBelowAutograd():
         yield
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """What tells a tensor's memory from any other's while it is alive; views share it."""
+    """A key of a tensor's memory while it is alive; views share it."""
     return storage._cdata
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written into in place; views share it."""
+    """Number of in-place writes to a tensor; views share it."""
     return tensor._version
 
 
 def argument_names(func: Any) -> list[str]:
-    """The names of an operator's arguments, in order."""
+    """Names of an operator's arguments, in order."""
     return [argument.name for argument in func._schema.arguments]
 
 
 def decomposed(func: Any, args: tuple, kwargs: dict) -> Any:
-    """An operator's result by the simpler operators that torch knows for it, or NotImplemented."""
+    """An operator's result by torch's decomposition, or NotImplemented."""
     return func.decompose(*args, **kwargs)
 
 

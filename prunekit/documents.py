@@ -1,4 +1,4 @@
-"""Documents from whatever somebody has: files, lists, tables, data sets, chats, token ids, or the embedded world."""
+"""Reads documents from files, lists, tables, data sets, chats, token ids, or the embedded world."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ _TEXT_FILES = {".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
 
 
 def read_documents(source: TextSource, *, separator: str | None = None, tokenizer: Any = None) -> list[str]:
-    """The texts that `source` holds, in order, empty ones left out.
+    """Reads the documents of a source as texts, in order, without empty ones.
 
     Args:
         source: a path to a file (.txt is one document; .json, .jsonl, .ndjson, .csv, .tsv, .parquet hold records; each
@@ -41,7 +41,7 @@ def read_documents(source: TextSource, *, separator: str | None = None, tokenize
             `prompt` and `completion`, or a chat: `messages` with `role` and `content`, or `conversations` with `from`
             and `value`.
         separator: a marker that stands between documents inside one text, such as `DOCUMENT_SEPARATOR`;
-            it is split off and does not come back. None leaves the text as it is.
+            it is removed. None does not split the text.
         tokenizer: a transformers tokenizer; chats are written in its template.
 
     Returns:
@@ -65,7 +65,7 @@ def at_least_one(documents: list[Any], source: object) -> list[Any]:
     """The documents.
 
     Raises:
-        PrunekitError: there are none.
+        PrunekitError: the source has no documents.
     """
     if not documents:
         raise PrunekitError(f"{_shown(source)} holds no text; give {_ACCEPTED}")
@@ -73,12 +73,12 @@ def at_least_one(documents: list[Any], source: object) -> list[Any]:
 
 
 def is_stream(source: object) -> bool:
-    """Whether nobody can say how much `source` holds, such as a generator or a data set that is streamed."""
+    """Whether a source has no known length, such as a generator or a streamed data set."""
     return isinstance(source, Iterable) and not hasattr(source, "__len__") and not isinstance(source, str | Path)
 
 
 def documents_of(source: TextSource, tokenizer: Any = None, *, separator: str | None = None) -> Iterator[Document]:
-    """What `source` holds, one document after the other, as far as they are asked for.
+    """Documents of a source one after the other, read lazily.
 
     Arguments and errors are those of `read_documents`; here also token ids are documents: integers (n, length), a
     list of lists of integers, records with `input_ids`, or batches of any of these, such as a DataLoader gives. Where
@@ -98,7 +98,7 @@ def documents_of(source: TextSource, tokenizer: Any = None, *, separator: str | 
 
 
 def _records(source: Any) -> Iterator[tuple[str, Any]]:
-    """(place, record), by the kind of source; the place is empty where the source is no file."""
+    """(place, record) of a source; the place is empty if the source is not a file."""
     if isinstance(source, str | Path):
         file = _existing_file(source)
         if file is not None:
@@ -121,16 +121,16 @@ def _records(source: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _existing_file(source: str | Path) -> Path | None:
-    """The file of that name; None also for a text that no file system takes for a name."""
+    """The file of that name; None if there is none or the text cannot be a file name."""
     try:
         path = Path(source).expanduser()
         return path if path.is_file() else None
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, "~somebody"
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, "~user"
         return None
 
 
 def _looks_like_path(source: str | Path) -> bool:
-    """Whether a string that is no existing file was still meant as one."""
+    """Whether a string without an existing file looks like a file name."""
     if isinstance(source, Path):
         return True
     if len(source) > 1024 or "\n" in source:
@@ -141,7 +141,7 @@ def _looks_like_path(source: str | Path) -> bool:
 
 
 def _documents_in(record: Any, tokenizer: Any, place: str) -> Sequence[Document]:
-    """The documents of one record: several where it is a batch of tokens."""
+    """The documents of one record; a batch of tokens has several."""
     if isinstance(record, str):
         return [record]
     if isinstance(record, Mapping):
@@ -193,7 +193,7 @@ def _text_of(record: Mapping[str, Any], tokenizer: Any, place: str) -> str | Non
 
 
 def _turn(turn: Any, role: str, content: str, place: str) -> Mapping[str, Any]:
-    """One turn of a chat as templates read it."""
+    """One turn of a chat in the form of templates."""
     if not isinstance(turn, Mapping) or not ({role, content} <= set(turn) or {"role", "content"} <= set(turn)):
         raise PrunekitError(f"{_at(place)}a turn of a chat is {_shown(turn)}; give one with {role!r} and {content!r}")
     if role not in turn:
@@ -211,7 +211,7 @@ def _written(turns: list[Any], tokenizer: Any, place: str) -> str:
         )
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception as error:  # templates raise what they like, such as for roles that do not alternate
+    except Exception as error:  # templates raise exceptions of any type, such as for roles that do not alternate
         raise PrunekitError(f"{_at(place)}the tokenizer's chat template refuses this chat: {error}") from error
 
 
@@ -220,6 +220,6 @@ def _at(place: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as it may stand in a message: short, on one line."""
+    """A value for a message: short, on one line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:60]}… ({type(value).__name__})"

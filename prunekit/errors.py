@@ -1,8 +1,8 @@
-"""The exceptions that prunekit raises on purpose, its one warning of its own, and what others say in one line."""
+"""The exceptions and the warning class of prunekit."""
 
 
 class PrunekitError(ValueError):
-    """Bad input, or a model that is not understood.
+    """Invalid input, or a model that prunekit does not support.
 
     The message names the value given, what is allowed, and the next step. Nothing was changed or
     half-written when it is raised.
@@ -10,13 +10,13 @@ class PrunekitError(ValueError):
 
 
 class BudgetError(PrunekitError):
-    """A budget that no plan meets: units are too large for it, or too few may go."""
+    """A budget that no plan meets: units are too large for it, or too few may be removed."""
 
 
 class DamageWarning(UserWarning):
-    """A step raised the model's loss by much: the message has the figures and what to try."""
+    """A step raised the model's loss by much; the message gives the losses and what to try."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without what follows its first line."""
+    """The first line of an error's message."""
     return (str(error).splitlines() or [""])[0]

@@ -1,4 +1,4 @@
-"""Packages that prunekit needs for some of its abilities only, each refused by name with the line that installs it."""
+"""Checks that optional packages are installed, with the command that installs them."""
 
 from importlib.util import find_spec
 
@@ -6,11 +6,11 @@ from prunekit.errors import PrunekitError
 
 
 def need(extra: str, *modules: str, why: str) -> None:
-    """Refuse what an extra is needed for, where it is not installed.
+    """Raise an error if an optional package is not installed.
 
     Args:
         extra: the name in pyproject.toml, such as `"search"`.
-        modules: what it brings that is needed.
+        modules: the modules needed.
         why: what needs it, for the message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Records in a file: what kind of file it is, decided once by its name and its first bytes, and each with its place."""
+"""Reads records from a file; the format follows from its name and first bytes."""
 
 import codecs
 import gzip
@@ -21,10 +21,10 @@ _ENCODINGS = {
 
 
 def records_in(path: Path) -> Iterator[tuple[str, Any]]:
-    """The records of a file, one after the other; lines and Parquet are read as far as they are asked for.
+    """Records of a file one after the other; lines and Parquet are read lazily.
 
     The kind goes by the suffix, in capitals or not, before a `.gz`; Parquet also by its first bytes. A .json file may
-    hold JSON lines. A file of another kind is one text, if it is text at all.
+    hold JSON lines. Any other text file is one text.
 
     Args:
         path: a file that exists.
@@ -65,7 +65,7 @@ def _prose(text: IO[str], path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _lines(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
-    """One JSON value a line; a JSON text may hold other line breaks than this one."""
+    """One JSON value per line."""
     for number, line in enumerate(text, start=1):
         if line.strip():
             place = f"{path}, line {number}"
@@ -76,7 +76,7 @@ def _lines(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of records, or one; or JSON lines, which many write with this suffix."""
+    """A list of records, one record, or JSON lines, which often have this suffix."""
     content = text.read()
     try:
         found = json.loads(content)
@@ -91,7 +91,7 @@ def _json(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _table(text: IO[str], path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows of a table whose first line names the columns; all values are text."""
+    """Rows of a table with a header line; all values are text."""
     header = text.readline()
     text.seek(0)
     separator = max("\t,;", key=header.count)

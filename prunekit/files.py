@@ -1,4 +1,4 @@
-"""Writing files beside their place and moving them into it, so that nothing is ever half-written."""
+"""Writes files and folders completely or not at all: first beside their place, then moved."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from prunekit.errors import PrunekitError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file; it is complete or not there.
+    """Write a text file; the file is complete or not written.
 
     Raises:
         PrunekitError: the folder is missing or cannot be written to.
@@ -35,7 +35,7 @@ def read_text(path: str | Path, writer: str) -> str:
     """The text of a file that `writer`, such as `"Report.save"`, wrote.
 
     Raises:
-        PrunekitError: there is no such file, or it is no text.
+        PrunekitError: the file is missing, or it is no text.
     """
     if not Path(path).is_file():
         raise PrunekitError(f"{str(path)!r} is no file; give the path of one that {writer} wrote")
@@ -47,14 +47,14 @@ def read_text(path: str | Path, writer: str) -> str:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, moved there when the block ends well, removed when it does not."""
+    """A context with a temporary file that is moved to `path` on success and removed on an error."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
         yield Path(beside) / path.name
         (Path(beside) / path.name).replace(path)
 
 
 def check_new_folder(out: str | Path) -> Path:
-    """The path of an output folder that does not exist yet, or is empty.
+    """The path of an output folder, checked to be new or empty.
 
     Raises:
         PrunekitError: something stands there, or nothing could be written there.
@@ -71,7 +71,7 @@ def check_new_folder(out: str | Path) -> Path:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to fill beside `out`, moved to `out` when the block ends well, removed when it does not.
+    """A context with a temporary folder that is moved to `out` on success and removed on an error.
 
     Raises:
         PrunekitError: `out` exists, or its parent cannot be written to.

@@ -1,4 +1,4 @@
-"""What changes when a weight does: by which a run that was stopped knows its own files again."""
+"""Digests of models, tensors and texts, which identify the files of an interrupted run."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def digest_of(model: nn.Module) -> "hashlib._Hash":
-    """SHA-256 over names, types, shapes and values of all that a model's state holds, open for more."""
+    """SHA-256 over names, types, shapes and values of a model's state; can be updated further."""
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -21,5 +21,5 @@ def digest_of_text(text: str) -> str:
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """A tensor's values as they lie in memory, of any type."""
+    """The bytes of a tensor of any type."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -4,10 +4,10 @@ import pandas as pd
 
 
 def unbeaten(table: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
-    """The rows that no other is both cheaper and better than, the cheapest first.
+    """The Pareto front of a table: rows that no other row beats in cost and value, cheapest first.
 
     Args:
-        table: one row a thing.
+        table: one row per thing.
         cost: name of the column that is to be low.
         value: name of the other one.
     """

@@ -1,4 +1,4 @@
-"""Gradients gathered over a calibration set, in one pass for all groups."""
+"""Gathers gradients over a calibration set, in one pass for all groups."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ from prunekit.models import evaluating
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Statistics of the loss over a calibration set, one tensor a parameter in that parameter's shape.
+    """Gradient statistics over a calibration set, one tensor per parameter, in its shape.
 
     Attributes:
         g: parameter name → gradient of the mean loss.
         h: parameter name → mean over samples of the squared gradient of one sample's loss; None where
-            it was not asked for.
-        loss: mean loss over the calibration set, nats a token.
+            it was not requested.
+        loss: mean loss over the calibration set, nats per token.
         n_samples: size of the calibration set.
         tokens: the calibration set, int64 (n_samples, seq_len).
     """
@@ -42,9 +42,9 @@ class Gradients:
 
 
 def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str], *, second: bool = False) -> Gradients:
-    """Gradients of the language-modelling loss for some parameters, in one pass over the calibration set.
+    """Gathers gradients of the language-modelling loss for some parameters, in one pass over the calibration set.
 
-    The model is left as it was, whatever happens: training mode, `requires_grad` and `.grad` of every
+    The model is unchanged afterwards, whatever happens: training mode, `requires_grad` and `.grad` of every
     parameter. Frozen and half-precision parameters are fine; sums are kept in float32 (float64 for
     float64). Each gradient is added to its sum and freed as soon as it exists, so the peak is the model,
     the sums and the activations of one batch (one sample where `second`); after
@@ -57,7 +57,7 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
         second: also gather `h`, one sample at a time.
 
     Returns:
-        `Gradients`, on the parameters' devices; zeros for what the loss does not depend on.
+        `Gradients`, on the parameters' devices; zeros for parameters without effect on the loss.
 
     Raises:
         PrunekitError: unknown parameters, bad tokens, or a weight, loss or gradient that is not finite.
@@ -84,7 +84,7 @@ def _chosen(model: nn.Module, parameters: Iterable[str]) -> dict[str, nn.Paramet
     every = dict(model.named_parameters())
     names = list(dict.fromkeys(parameters))
     if not names:
-        raise PrunekitError("no parameter was asked for; name some of model.named_parameters()")
+        raise PrunekitError("no parameter given; name some of model.named_parameters()")
     unknown = [name for name in names if name not in every]
     if unknown:
         raise PrunekitError(f"the model has no parameter {unknown[0]!r}; see model.named_parameters()")
@@ -105,7 +105,7 @@ def _backward(model: nn.Module, batch: Tensor) -> float:
 
 @contextmanager
 def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """While open, activations inside a layer are computed again on the way back, where a model is set to do so."""
+    """A context with gradient checkpointing if the model has it turned on."""
     asked = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     modules = dict.fromkeys(model.get_submodule(path) for path in outermost_elements(model)) if asked else {}
     before = {module: vars(module).get("forward") for module in modules}
@@ -128,7 +128,7 @@ def _collecting(
     h: dict[str, Tensor] | None,
     n_samples: int,
 ) -> Iterator[None]:
-    """Within, every backward adds to `g` and `h`; afterwards the parameters are as before."""
+    """A context in which every backward pass adds to `g` and `h`."""
     handles = []
     with frozen(model):
         for name, p in chosen.items():
@@ -144,7 +144,7 @@ def _collecting(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within, no parameter has or asks for a gradient; afterwards all are as before."""
+    """A context in which no parameter has or requires a gradient; restored at its end."""
     before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     try:
         for p in before:

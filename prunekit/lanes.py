@@ -1,4 +1,4 @@
-"""What one unit of each coupled group takes out of one layer: as a table, and as lanes for the diagram."""
+"""The parts of one layer that one unit of each group owns, as a table and as lanes of the diagram."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -16,10 +16,10 @@ PLURALS = {"entry": "entries", "row": "rows", "column": "columns", "matrix": "ma
 
 @dataclass(frozen=True)
 class Part:
-    """What one unit takes of one parameter, or of a weight with its bias.
+    """The slice that one unit owns of a parameter, or of a weight with its bias.
 
     Attributes:
-        name: as short as can be told from the others.
+        name: shortest unique name.
         shape: of the parameter; () for a whole module.
         dim: dimension that is cut.
         owned: the indices along `dim` of one unit; of a whole module, one a tensor.
@@ -32,7 +32,7 @@ class Part:
 
     @property
     def takes(self) -> str:
-        """Such as `"16 rows"`."""
+        """The slice in words, such as `"16 rows"`."""
         from_last = self.dim - len(self.shape)
         word = "entry" if len(self.shape) == 1 else {-1: "column", -2: "row"}.get(from_last, "matrix")
         word, n = ("tensor" if not self.shape else word), len(self.owned)
@@ -48,7 +48,7 @@ class Lane:
         kind: of the groups.
         n_units: of each.
         exact: whether they are.
-        where: what is said of groups that belong to no one layer.
+        where: place of a group that belongs to no single layer.
         groups: the parts of each.
     """
 
@@ -61,7 +61,7 @@ class Lane:
 
     @property
     def size(self) -> str:
-        """Such as `"4 units, exact"`."""
+        """The size in words, such as `"4 units, exact"`."""
         each = f"{len(self.groups)} × " if len(self.groups) > 1 else ""
         units = "1 unit" if self.n_units == 1 else f"{self.n_units:,} units"
         return f"{each}{units}, {'exact' if self.exact else 'inexact'}"
@@ -76,8 +76,8 @@ def layer_table(groups: Groups, *, layer: int | None = None, kinds: Sequence[str
         kinds: kinds of group to list, where the layer has them.
 
     Returns:
-        One row a kind and size of group: kind (with the number in the group's name, where there is one), groups, units
-        (of each), exact, one unit takes.
+        One row per kind and size of group: kind (with the number in the group's name, where there is one), groups,
+        units (of each), exact, one unit takes.
 
     Raises:
         PrunekitError: there are no groups, or none of these kinds in that layer.
@@ -90,7 +90,7 @@ def layer_table(groups: Groups, *, layer: int | None = None, kinds: Sequence[str
 
 
 def told(parts: Iterable[Part]) -> str:
-    """Such as `"16 rows of q_proj, 8 rows of k_proj, v_proj"`."""
+    """The parts in words, such as `"16 rows of q_proj, 8 rows of k_proj, v_proj"`."""
     alike = groupby(parts, lambda part: part.takes)
     return ", ".join(f"{takes} of {', '.join(part.name for part in same)}" for takes, same in alike)
 
@@ -99,7 +99,7 @@ def first_layer(groups: Groups) -> int:
     """The lowest number of a layer with groups.
 
     Raises:
-        PrunekitError: there is none.
+        PrunekitError: no layer has groups.
     """
     layers = layers_of(groups)
     if not layers:
@@ -113,7 +113,7 @@ def layers_of(groups: Groups) -> list[int]:
 
 
 def layer_lanes(groups: Groups, layer: int, kinds: Sequence[str]) -> list[Lane]:
-    """The groups of a layer, those of one kind and size together, then those that go through all layers.
+    """Lanes of a layer: groups of one kind and size together, then groups across all layers.
 
     Raises:
         PrunekitError: the layer has none of these kinds.
@@ -135,7 +135,7 @@ def layer_lanes(groups: Groups, layer: int, kinds: Sequence[str]) -> list[Lane]:
 
 
 def where(group: CoupledGroup) -> str:
-    """What is said of a group that belongs to no one layer."""
+    """The place of a group that belongs to no single layer."""
     if group.layer is not None:
         return ""
     inside = any(number_in(member.parameter) is not None for member in group.members)
@@ -143,7 +143,7 @@ def where(group: CoupledGroup) -> str:
 
 
 def parts_of(group: CoupledGroup, groups: Groups, layer: int, names: dict[str, str]) -> tuple[Part, ...]:
-    """A group's parts in a layer, or outside all layers where it has none there."""
+    """Parts of a group in a layer, or outside all layers if it has none there."""
     if group.kind in WHOLE_KINDS:
         path = group.name.rpartition(":")[0].rpartition(".")[2]
         name = f"layer {path}" if path.isdigit() else path
@@ -154,7 +154,7 @@ def parts_of(group: CoupledGroup, groups: Groups, layer: int, names: dict[str, s
 
 
 def merged(named: Sequence[tuple[str, Member]], groups: Groups, unit: int) -> tuple[Part, ...]:
-    """Members as parts; a bias that is cut with its weight, index by index, is told with it."""
+    """Members as parts; a bias with the same indices is joined to its weight."""
     parts: dict[str, Part] = {}
     for name, member in named:
         owned, weight = tuple(member.index[unit].tolist()), parts.get(name)
@@ -167,7 +167,7 @@ def merged(named: Sequence[tuple[str, Member]], groups: Groups, unit: int) -> tu
 
 
 def module_of(parameter: str) -> str:
-    """A parameter's name without the ending that most have."""
+    """A parameter's name without ".weight"."""
     return parameter.removesuffix(".weight").removesuffix(".bias")
 
 
@@ -178,7 +178,7 @@ def number_in(name: str) -> int | None:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Each path in the fewest of its words that no other path has in this order; later words first."""
+    """The shortest unique name of each path, preferring later words."""
     split = {name: name.split(".") for name in names}
 
     def own(words: tuple[str, ...], name: str) -> bool:

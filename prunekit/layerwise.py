@@ -1,4 +1,4 @@
-"""A model run layer by layer: tokens wait between two layers, so that no layer is run again to reach the next."""
+"""Runs a model layer by layer; batches wait between two layers, so that no layer is run twice."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ Inputs = Tensor | Mapping[str, Tensor]  # token ids, or the model's keyword argu
 
 
 class _Call(NamedTuple):
-    """How a layer is called: its arguments, with nothing at `where`, the place of the residual stream."""
+    """Arguments of a layer's call, without the residual stream at `where`."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -28,7 +28,7 @@ class _Call(NamedTuple):
         return (*self.args[: self.where], hidden, *self.args[self.where + 1 :]), self.kwargs
 
     def emptied(self) -> "_Call":
-        """The same without a residual stream, which would be held."""
+        """A copy without the residual stream, to save memory."""
         return _Call(*self.filled(None), self.where)
 
     def others(self) -> list[Tensor]:
@@ -37,21 +37,21 @@ class _Call(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """What a layer returns: its tuple without tensors, or () for a tensor alone; `where` is the stream's place in it.
+    """Form of a layer's output: its tuple without tensors, or () for a single tensor; `where` is the stream's place.
 
-    Other tensors beside it, such as attention weights, are not held: nothing reads them that is asked for here.
+    Other tensors beside it, such as attention weights, are not kept, since nothing here needs them.
     """
 
     rest: tuple
     where: int
 
     def filled(self, hidden: Tensor) -> Any:
-        """The same with a residual stream."""
+        """The output with a residual stream."""
         return (*self.rest[: self.where], hidden, *self.rest[self.where + 1 :]) if self.rest else hidden
 
 
 class _Passage(NamedTuple):
-    """One batch on its way: the residual stream in front of the first layer, how layers are called and answer."""
+    """One batch: the residual stream before the first layer, and the forms of calls and outputs."""
 
     hidden: Tensor
     calls: list[_Call]
@@ -59,7 +59,7 @@ class _Passage(NamedTuple):
 
 
 class Layerwise:
-    """Batches of tokens on their way through the layers of a model.
+    """Batches of tokens in front of a layer, for a model whose layers form a chain.
 
     Attributes:
         layers: paths of the layers, in order.
@@ -77,9 +77,9 @@ class Layerwise:
 
     @classmethod
     def of(cls, model: nn.Module, batches: Sequence[Inputs]) -> "Layerwise | None":
-        """Batches in front of the first layer; None for a model whose layers are no simple chain.
+        """Batches before the first layer; None for a model whose layers are not a simple chain.
 
-        They are one where each layer reads what the one before it returned, and where nothing else that it is handed
+        Layers form a chain if each layer's input is the output of the one before, and no other argument
         depends on a layer, which is tried with one sequence whose residual stream is turned round.
 
         Args:
@@ -100,7 +100,7 @@ class Layerwise:
         return cls(model, layers, batches, passages) if alike else None
 
     def run(self, number: int, batch: int) -> Tensor:
-        """What a layer returns for one batch, (batch, seq, d_model); all batches wait in front of it then."""
+        """Output of a layer for one batch, (batch, seq, d_model); moves all batches in front of it."""
         self._go_to(number)
         args, kwargs = self._calls[batch][number].filled(self._hidden[batch])
         result = _first_float(self._modules[number](*args, **kwargs))
@@ -118,7 +118,7 @@ class Layerwise:
 
     @contextmanager
     def _standing_in(self, number: int, hidden: Tensor) -> Iterator[None]:
-        """While open, the layers below `number` return a residual stream whatever they are handed."""
+        """A context in which layers below `number` return a given residual stream."""
         with ExitStack() as stack:
             for module, answer in zip(self._modules[:number], self._answers, strict=False):
                 stack.enter_context(_answering(module, answer.filled(hidden)))
@@ -133,7 +133,7 @@ class Layerwise:
 
 
 class Passes:
-    """Batches through the layers of any model: handed from layer to layer where these are a chain, else run whole."""
+    """Passes batches through the layers of any model: layer by layer for a chain, else by whole forward passes."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
         self.layers = outermost_elements(model)
@@ -143,9 +143,9 @@ class Passes:
         self._tried = False
 
     def run(self, layer: str | None, batch: int) -> None:
-        """Run a batch through one layer, with all before it as it now is; the whole model where `layer` is None.
+        """Run a batch through one layer, behind the present earlier layers; the whole model if `layer` is None.
 
-        Layers that run as a chain are asked for in order, each as often as one likes.
+        In a chain, layers must be requested in order, each any number of times.
         """
         if layer is not None:
             self.begin()
@@ -155,7 +155,7 @@ class Passes:
             self._model(**_arguments(self._batches[batch]))
 
     def begin(self) -> None:
-        """Put the batches in front of the first layer, once; what comes before it may change until here.
+        """Move the batches in front of the first layer, once; earlier modules may change until then.
 
         That runs the whole model some times, which is nothing for those to see who watch one layer.
         """
@@ -166,7 +166,7 @@ class Passes:
 def _follow(
     model: nn.Module, layers: list[str], batch: Inputs, change: Callable[[Tensor], Tensor] | None = None
 ) -> _Passage | None:
-    """Run a batch, the first layer's residual stream changed; None where a layer does not read the one before it."""
+    """Run a batch with a changed residual stream; None if a layer does not use the output of the one before."""
     calls: list[_Call] = []
     answers: list[_Answer] = []
     stream: list[Tensor] = []  # in front of the first layer, then where the batch is now
@@ -189,7 +189,7 @@ def _follow(
 
     with ExitStack() as hooks:
         for path in layers:
-            layer = model.get_submodule(path)  # a hook of the layer's own may change what it is handed: go before it
+            layer = model.get_submodule(path)  # run before the layer's own hooks, which may change its inputs
             hooks.callback(layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
             hooks.callback(layer.register_forward_hook(leave).remove)
         model(**_arguments(batch), **fewest_logits(model, batch))
@@ -197,12 +197,12 @@ def _follow(
 
 
 def _arguments(batch: Inputs) -> dict[str, Any]:
-    """What the model is called with: no cache, which batches that wait would not fill."""
+    """Arguments of the model's call, without a cache."""
     return {**(batch if isinstance(batch, Mapping) else {"input_ids": batch}), "use_cache": False}
 
 
 def fewest_logits(model: nn.Module, batch: Inputs) -> dict[str, int]:
-    """The argument by which a model computes the last token's logits alone, where it takes it and no loss is asked for.
+    """The argument that limits logits to the last token, if the model has it and no loss is needed.
 
     Those of all tokens are a fifth of SmolLM2's work, and more where the vocabulary is larger.
     """
@@ -213,7 +213,7 @@ def fewest_logits(model: nn.Module, batch: Inputs) -> dict[str, int]:
 
 @contextmanager
 def _answering(module: nn.Module, result: Any) -> Iterator[None]:
-    """While open, a module returns this and computes nothing."""
+    """A context in which a module returns a given value and computes nothing."""
     own = vars(module).get("forward")  # accelerate's hooks, for one, put theirs there
     module.forward = lambda *_args, **_kwargs: result
     try:
@@ -232,7 +232,7 @@ def _answer(result: Any) -> _Answer:
 
 
 def _is_stream(value: Any, stream: list[Tensor]) -> bool:
-    """Whether an argument is what the layer before returned; for the first layer, activations (batch, seq, d_model)."""
+    """Whether an argument is the output of the layer before; for the first layer, activations (batch, seq, d_model)."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
     if not stream:

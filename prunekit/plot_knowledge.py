@@ -1,4 +1,4 @@
-"""Pictures of what a model knows where: what is lost with each group or unit, which score foresees it, the stream."""
+"""Plots of knowledge distributions, their agreement with scores, and massive activations."""
 
 import numpy as np
 import pandas as pd
@@ -18,12 +18,12 @@ LABELS = ("domain", "task", "tier", "hops")
 
 @projected
 def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes | None = None) -> Axes:
-    """Which knowledge goes with which group? The change of each domain, one row a group.
+    """Plots the change of each domain under ablation, one row per group.
 
     Args:
         table: columns kind, layer, ratio, a domain (or task, tier, hops), measure and change:
             `KnowledgeDistribution.table()`.
-        ratio: share of each group that was silenced; None is the largest. Groups of one unit are drawn at any.
+        ratio: share of each group that was ablated; None is the largest. Groups of one unit are drawn at any.
         ax: where to draw; None is a new figure.
 
     Returns:
@@ -44,13 +44,13 @@ def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes 
     names = [f"{_layer(layer)}{_short(group, kind)}" for group, kind, layer in _keys(rows)]
     ax = _changes(rows, names, ax)
     ax.set_ylabel("layer and kind")
-    ax.set_title(f"What is lost with each group, {ratio:.0%} of it silenced", loc="left")
+    ax.set_title(f"What is lost with each group, {ratio:.0%} of it ablated", loc="left")
     return ax
 
 
 @projected
 def plot_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Which knowledge goes with which head? The change of each domain, one row a unit.
+    """Plots the change of each domain under ablation, one row per unit.
 
     Args:
         table: columns kind, layer, unit, a domain (or task, tier, hops), measure and change: `table()` of what
@@ -78,7 +78,7 @@ def plot_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @projected
 def plot_score_agreement(table: pd.DataFrame, *, kind: str = "all", ax: Axes | None = None) -> Axes:
-    """Which score foresees what is lost? Rank correlation of scores with real changes, domain by domain.
+    """Plots the rank correlation of scores with measured damage, by domain.
 
     Args:
         table: columns score, kind, a domain (or task, tier, hops) and spearman:
@@ -103,16 +103,16 @@ def plot_score_agreement(table: pd.DataFrame, *, kind: str = "all", ax: Axes | N
         ax.text(column, row, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", color=shade)
     told = "all kinds" if kind == "all" else kind
     ax.set(ylabel="score", xlabel=by)
-    ax.set_title(f"Which score foresees what is lost? ({told})", loc="left")
+    ax.set_title(f"Rank correlation of scores with damage ({told})", loc="left")
     return ax
 
 
 @projected
 def plot_massive(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Where is the residual stream huge, and does attention go there? One point a layer.
+    """Plots the size of the residual stream and the attention to the first token, by layer.
 
     Args:
-        table: columns largest, median and attention_to_first, one row a layer: `MassiveActivations.layers`.
+        table: columns largest, median and attention_to_first, one row per layer: `MassiveActivations.layers`.
         ax: where to draw; None is a new figure.
 
     Returns:
@@ -148,7 +148,7 @@ def _layer(layer: float | None) -> str:
 
 
 def _short(group: str, kind: str) -> str:
-    """A kind, with the module where several of that kind lie in one layer."""
+    """Name of a kind, with the module if a layer has several of that kind."""
     return f"{kind} {group.rpartition(':')[0].rpartition('.')[2]}" if kind == "block" else kind
 
 
@@ -160,7 +160,7 @@ def _label(table: pd.DataFrame) -> str:
 
 
 def _changes(rows: pd.DataFrame, names: list[str], ax: Axes | None) -> Axes:
-    """A heatmap of changes; which way is worse is told by the measure, in [0, 1] or in nats."""
+    """Draws a heatmap of changes, coloured by the direction that is worse for the measure."""
     by = _label(rows)
     ordered = rows.assign(name=names).sort_values("layer", kind="stable", na_position="first")
     layers = ordered.drop_duplicates("name")["layer"].to_numpy(float)
@@ -178,7 +178,7 @@ def _changes(rows: pd.DataFrame, names: list[str], ax: Axes | None) -> Axes:
 
 
 def _heat(ax: Axes, grid: pd.DataFrame, most: float, label: str, *, worse: int | None) -> Axes:
-    """Colours centred on zero, with a bar; what is a quarter as bad as the worst, or more, is hatched."""
+    """Draws colours centred on zero, with a colour bar; cells at least a quarter as bad as the worst are hatched."""
     values = np.ma.masked_invalid(grid.to_numpy(float))
     colors = f"{COLORS}_r" if worse == 1 else COLORS
     ax.grid(False)

@@ -1,4 +1,4 @@
-"""A diagram of coupled groups: each kind of one layer is a lane, each parameter in it a box."""
+"""Diagram of the coupled groups of a layer: one lane per kind, one box per parameter."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -29,7 +29,7 @@ Placed = tuple[Part | str, float, int]  # what, where from the left, in which li
 def plot_groups(
     groups: Groups, *, layer: int | None = None, kinds: Sequence[str] = KINDS, ax: Axes | None = None
 ) -> Axes:
-    """Which groups does a layer have, and what does one unit of each take along?
+    """Draws the groups of one layer and the slices that one unit of each owns.
 
     Each kind of group is a lane, each parameter in it a box; the coloured bands are the rows (dimension 0) or columns
     that one unit owns where they lie, a coloured sheet of a stack is a whole matrix. A weight and its bias share a box.

@@ -1,4 +1,4 @@
-"""Pictures of training that prunes: units on their way to zero, and what was drawn from which source."""
+"""Plots of progressive pruning (unit norms) and of dynamic fine-tuning (sources)."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,18 +9,18 @@ from prunekit.checks import check_choice
 from prunekit.plot_style import HATCHES, MARKERS, axes_or_new, colors_of, legend_outside, projected, require_columns
 
 MOST = 400  # lines; more are a blot
-LABELS = {  # what is drawn up, and the title
+LABELS = {  # label of the vertical axis, and the title
     "n_windows": ("windows drawn", "What training drew"),
-    "gap": ("loss above the dense model's (nats a token)", "What was still lacking"),
+    "gap": ("loss above the dense model's (nats per token)", "What was still lacking"),
 }
 
 
 @projected
 def plot_norms(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None = None) -> Axes:
-    """How do units go? The norm of each, from the step in which it was chosen to the zero at its period's end.
+    """Plots the norm of each redundant unit, from the step of its choice to zero at its period's end.
 
     Args:
-        table: columns period, step, group, unit and norm, one row a unit and step: `LHSPG.history()`.
+        table: columns period, step, group, unit and norm, one row per unit and step: `LHSPG.history()`.
         kind: of the units drawn; None is the kind with most units.
         ax: where to draw; None is a new figure.
 
@@ -55,7 +55,7 @@ def plot_norms(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None 
 
 
 def _draw_paths(ax: Axes, rows: pd.DataFrame) -> None:
-    """One line a unit, coloured by layer."""
+    """Draws one line per unit, coloured by layer."""
     wide = rows.pivot_table(index=["group", "unit", "period"], columns="step", values="norm")
     wide = wide.iloc[:: max(1, len(wide) // MOST)]
     layers = wide.index.get_level_values("group").str.extract(r"(?:^|\.)(\d+)(?:\.|:)", expand=False).astype(float)
@@ -70,11 +70,11 @@ def _draw_paths(ax: Axes, rows: pd.DataFrame) -> None:
 
 @projected
 def plot_mixture(table: pd.DataFrame, *, y: str = "n_windows", ax: Axes | None = None) -> Axes:
-    """What was trained on, and why? Each round's windows by source, or the gap that decided it.
+    """Plots the windows drawn from each source in each round, or the loss gaps.
 
     Args:
-        table: columns round, source, gap and n_windows, one row a round and source: `MixtureLog.table()`.
-        y: `"n_windows"` stacks what was drawn; `"gap"` draws what each source still lacked, in nats a token.
+        table: columns round, source, gap and n_windows, one row per round and source: `MixtureLog.table()`.
+        y: `"n_windows"` stacks what was drawn; `"gap"` draws the gap of each source, in nats per token.
         ax: where to draw; None is a new figure.
 
     Returns:
@@ -98,7 +98,7 @@ def plot_mixture(table: pd.DataFrame, *, y: str = "n_windows", ax: Axes | None =
 
 
 def _stack(ax: Axes, wide: pd.DataFrame, colors: dict[str, str]) -> None:
-    """One bar a round in which something was drawn."""
+    """Draws one bar per round with windows."""
     wide = wide[wide.sum(axis=1) > 0]
     bottom = wide.cumsum(axis=1) - wide
     for number, name in enumerate(wide.columns):
@@ -110,7 +110,7 @@ def _stack(ax: Axes, wide: pd.DataFrame, colors: dict[str, str]) -> None:
 
 
 def _follow(ax: Axes, wide: pd.DataFrame, colors: dict[str, str]) -> None:
-    """One curve a source."""
+    """Draws one curve per source."""
     for number, name in enumerate(wide.columns):
         marker, dash = MARKERS[number % len(MARKERS)], "-" if number < len(MARKERS) else "--"
         ax.plot(wide.index, wide[name], dash, label=name, color=colors[name], marker=marker, linewidth=2, markersize=8)

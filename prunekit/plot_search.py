@@ -1,4 +1,4 @@
-"""Pictures of a search: how well a predictor foretells, what it has learned, and which architectures are worth it."""
+"""Plots of a search: predictions, learning curve, Pareto front, and groups to protect."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,12 +30,12 @@ FAINT = "#767676"
 
 @projected
 def plot_predictions(table: pd.DataFrame, *, of: str = "log perplexity", ax: Axes | None = None) -> Axes:
-    """Does what was expected come true? One point an architecture, on the diagonal where it does.
+    """Plots predicted against measured values, one marker per candidate.
 
     Args:
-        table: columns expected and measured, one row an architecture: `cross_validate(pairs)`. A column `round` tells
-            the rounds of a search apart.
-        of: what was learned, with its unit.
+        table: columns expected and measured, one row per candidate: `cross_validate(pairs)`. A column `round`
+            distinguishes the rounds of a search apart.
+        of: name and unit of the predicted value.
         ax: where to draw; None is a new figure.
 
     Returns:
@@ -69,10 +69,10 @@ def plot_learning(
     levels: Mapping[str, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """How many pairs are enough? A figure of the predictor by the number of pairs that it learned from.
+    """Plots a figure of the predictor by the number of training samples.
 
     Args:
-        table: columns n_pairs and `figure`, one row a draw: `learning_curve(pairs, sizes)`.
+        table: columns n_pairs and `figure`, one row per draw: `learning_curve(pairs, sizes)`.
         figure: `"spearman"`, `"kendall"`, `"rmse"` or `"regret"`.
         levels: name → figure to compare with, drawn as a line across: what another text would have said, or size alone.
         ax: where to draw; None is a new figure.
@@ -91,8 +91,8 @@ def plot_learning(
     ax.plot(found.index, found["mean"], color=color, marker="o", markersize=9, linewidth=2.4, label="predictor, mean")
     for dash, (name, level) in zip(DASHES * len(levels or {}), (levels or {}).items(), strict=False):
         ax.axhline(level, color="black", linestyle=dash, linewidth=1.8, label=name)
-    ax.set(xlabel="pairs learned from", ylabel=f"{FIGURES.get(figure, figure)}, on pairs not seen")
-    ax.set_title("What pairs teach")
+    ax.set(xlabel="training samples", ylabel=f"{FIGURES.get(figure, figure)}, on held-out samples")
+    ax.set_title("Learning curve of the predictor")
     ax.set_xticks(found.index if len(found) <= TICKS else MaxNLocator(TICKS, integer=True).tick_values(*ax.get_xlim()))
     legend_outside(ax)
     return ax
@@ -108,12 +108,12 @@ def plot_front(
     rules: pd.DataFrame | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """What is the best that a budget buys? All that was measured, and the front that nothing measured is better than.
+    """Plots all measured candidates and their Pareto front.
 
     Args:
         table: columns round, `cost` and `metric`, one row an architecture: the table of `Pairs`.
-        cost: what is to be low, such as `"parameters"`.
-        metric: what is to be low as well, and above 0.
+        cost: column of the cost, such as `"parameters"`.
+        metric: column of the metric; lower is better, above 0.
         limit: the most that may be spent; the best architecture within it is marked.
         rules: columns method, `cost` and `metric`, to compare with; one curve a method.
         ax: where to draw; None is a new figure.
@@ -157,7 +157,7 @@ def _chosen(table: pd.DataFrame, cost: str, metric: str, limit: float) -> pd.Ser
 
 
 def _by_origin(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, dict[str, Any]]]:
-    """Drawn architectures as faint rings, those that a predictor proposed as filled points."""
+    """Draws random candidates as faint rings, proposed ones as filled markers."""
     drawn = table["round"] == 0
     ring = {"facecolors": "none", "edgecolors": FAINT, "s": 40, "linewidths": 1.2}
     filled = {"color": METHOD_COLORS["predictor"], "s": 40, "alpha": 0.45, "linewidths": 0}
@@ -191,7 +191,7 @@ def _short(value: float) -> str:
 
 @projected
 def plot_spared(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Which groups must be spared, by several views? One row a view and kind; where rows look alike, views agree.
+    """Plots which groups to protect by several measures, one row per measure and kind.
 
     Args:
         table: columns kind and layer, and one column of numbers a view, higher where a group is to be spared more; one

@@ -1,4 +1,4 @@
-"""Pictures of zeros in unchanged shapes: where they are, what they cost, and what SparseLLM's iterations gain."""
+"""Plots of sparsity: masks, zeros per matrix, perplexity, and SparseLLM's iterations."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from prunekit.errors import PrunekitError
 from prunekit.plot_style import MARKERS, axes_or_new, colors_of, legend_outside, projected, require_columns
 
 KEPT = "#21618C"  # as dark as it must be in greyscale
-CELLS = 64  # rows or columns up to which weights are told apart by lines, and numbers are written
+CELLS = 64  # rows or columns up to which lines and numbers are drawn
 LINES = 12  # FFNs up to which each has an entry in the legend
 REPORT = "SparsityReport.table()"
 
 
 @projected
 def plot_mask(weight: Tensor, *, ax: Axes | None = None) -> Axes:
-    """Which weights are zero? Those that stay are dark, zeros are white.
+    """Plots the mask of a weight matrix: zeros white, other weights dark.
 
     Args:
         weight: (out, in), or a part of it such as `weight[:48, :48]`.
@@ -56,7 +56,7 @@ def plot_mask(weight: Tensor, *, ax: Axes | None = None) -> Axes:
 
 @projected
 def plot_ffn_errors(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Do SparseLLM's iterations help? The error of each FFN's output after each of them.
+    """Plots the error of each FFN's output after each iteration of SparseLLM.
 
     Args:
         table: columns layer, matrix, iteration, error and kept, one row an FFN and iteration:
@@ -95,10 +95,10 @@ def plot_ffn_errors(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @projected
 def plot_sparsity(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """What do zeros cost? One curve a method and way to share them out.
+    """Plots perplexity by sparsity, one curve per method and allocation.
 
     Args:
-        table: columns method, sparsity (a fraction) and perplexity, one row a measured model. Rows of the method
+        table: columns method, sparsity (a fraction) and perplexity, one row per measured model. Rows of the method
             `"dense"` become a line across. A column `allocation` draws those that are not `"uniform"` dashed, with
             hollow markers.
         ax: where to draw; None is a new figure.
@@ -140,11 +140,11 @@ def plot_sparsity(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @projected
 def plot_zeros(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Where did the zeros go? The share of zeros in each matrix of each layer.
+    """Plots the share of zeros in each matrix of each layer.
 
     Args:
-        table: columns layer, matrix, n_zeros and n_weights, one row a matrix: `SparsityReport.table()`. Experts of one
-            layer are taken together.
+        table: columns layer, matrix, n_zeros and n_weights, one row per matrix: `SparsityReport.table()`. Experts of
+            one layer are taken together.
         ax: where to draw; None is a new figure.
 
     Returns:
@@ -173,7 +173,7 @@ def plot_zeros(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def _write_shares(ax: Axes, share: pd.DataFrame) -> None:
-    """Numbers on the colours, dark on light and light on dark; those short of all are not rounded up to it."""
+    """Numbers on the colours, dark on light and light on dark; values below 100% are not rounded up to it."""
     for (row, column), value in np.ndenumerate(share.to_numpy(float)):
         if np.isfinite(value):
             text = ">99%" if 0.995 <= value < 1 else f"{value:.0%}"
@@ -182,7 +182,7 @@ def _write_shares(ax: Axes, share: pd.DataFrame) -> None:
 
 
 def _short_names(matrices: pd.Series) -> pd.Series:
-    """`model.layers.3.mlp.down_proj.weight` → `down_proj`, and more of it where that alone says too little."""
+    """`model.layers.3.mlp.down_proj.weight` → `down_proj`, or a longer name if that is not unique."""
     inside = matrices.str.replace(r"\[\d+\]$|\.weight$", "", regex=True).str.replace(r"^.*?\.\d+\.", "", regex=True)
     inside = inside.str.replace(r"\.\d+(?=\.|$)", "", regex=True)  # numbers of experts
     last = inside.str.split(".").str[-1]

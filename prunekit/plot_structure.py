@@ -1,4 +1,4 @@
-"""A picture of coupled structures: which rows and columns of one layer go together."""
+"""Plot of coupled structures: the rows and columns of one layer that are removed together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def plot_coupled_group(
     units: Sequence[int] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """What goes together? One layer's parameters to scale, with what some units own in one colour each.
+    """Plots one layer's parameters to scale, with the slices of some units in one colour each.
 
     Every coupled group is a row of matrices; dimension 0 of a parameter runs down, dimension 1 across, as stored.
     A parameter of one dimension is a narrow column; of three, its last two dimensions are drawn.
@@ -47,7 +47,7 @@ def plot_coupled_group(
         layer: number of the layer.
         kinds: kinds of group to draw, where the layer has them.
         units: which units of every group to colour, at most 4; one colour each, the same in every matrix. None is
-            two of each group, far enough apart to be told from each other.
+            two of each group, far enough apart to distinguish them.
         ax: where to draw; None is a new figure.
 
     Returns:
@@ -85,7 +85,7 @@ def plot_coupled_group(
 def check_units(
     groups: Groups, chosen: Sequence[CoupledGroup], layer: int, kinds: Sequence[str], units: Sequence[int] | None
 ) -> None:
-    """Refuses a layer without such groups, and units that are not there."""
+    """Raises an error for a layer without such groups, or unknown units."""
     if not chosen:
         layers = sorted({group.layer for group in groups if group.layer is not None and group.kind in kinds})
         raise PrunekitError(f"layer {layer} has no group of kind {', '.join(kinds)}; layers {layers} have")

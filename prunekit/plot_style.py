@@ -1,4 +1,4 @@
-"""How every picture of the series looks: colours that mean something, letters that can be read from afar."""
+"""Style of all plots: colours of methods and kinds, font sizes, legends."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
@@ -62,7 +62,7 @@ P = ParamSpec("P")
 
 
 def projected(plot: Callable[P, Axes]) -> Callable[P, Axes]:
-    """Draws with letters that can be read from the last row, whatever the caller's own style is."""
+    """A context with large fonts, whatever the caller's style."""
 
     @wraps(plot)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Axes:
@@ -78,7 +78,7 @@ def axes_or_new(ax: Axes | None) -> Axes:
 
 
 def colors_of(names: Iterable[str], fixed: Mapping[str, str] = METHOD_COLORS) -> dict[str, str]:
-    """Name → colour: its own where it has one, else a spare one in the order of appearance."""
+    """Name → colour: its fixed colour, or a spare one in order of appearance."""
     wanted = list(dict.fromkeys(names))
     taken = {fixed[name] for name in wanted if name in fixed}
     spare = [color for color in (*SPARE_COLORS, *METHOD_COLORS.values()) if color not in taken]
@@ -89,7 +89,7 @@ def colors_of(names: Iterable[str], fixed: Mapping[str, str] = METHOD_COLORS) ->
 
 
 def require_columns(table: pd.DataFrame, columns: Iterable[str], source: str) -> None:
-    """Refuses what is no table, an empty one, or one without a column that is drawn."""
+    """Raises an error if a table is not a DataFrame, is empty, or lacks a column."""
     if not isinstance(table, pd.DataFrame):
         raise PrunekitError(f"a {type(table).__name__} is no table; give {source}")
     missing = [column for column in columns if column not in table.columns]
@@ -123,7 +123,7 @@ def save_picture(ax: Axes, path: str | Path) -> Path:
     """Write the figure of some axes as png, pdf or svg; the file is complete or not there, its folder is made.
 
     Args:
-        ax: what a plot function returned.
+        ax: axes of a plot function.
         path: of the picture; a file that stands there is replaced.
 
     Returns:

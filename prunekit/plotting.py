@@ -1,7 +1,7 @@
-"""Pictures of the values that travel along the pipe: a tidy table in, `Axes` out.
+"""Plot functions: a tidy table in, `Axes` out.
 
 Every function draws on the axes given, or on a new figure, and changes no global state. A colour belongs to a
-method (`METHOD_COLORS`) and is the same everywhere; markers and hatches tell series apart without it.
+method (`METHOD_COLORS`) and is the same everywhere; series also differ by markers and hatches.
 """
 
 from collections.abc import Mapping
@@ -68,10 +68,10 @@ __all__ = [
 
 @projected
 def plot_scores(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None = None) -> Axes:
-    """Which layers hold important units? Each layer's scores, sorted, as a row of colours.
+    """Plots each layer's sorted scores as a row of colours.
 
     Args:
-        table: columns kind, layer, score, one row a unit: `Scores.table()`.
+        table: columns kind, layer, score, one row per unit: `Scores.table()`.
         kind: the kind of group to draw; None is the one with most units.
         ax: where to draw; None is a new figure.
 
@@ -110,10 +110,10 @@ def label_layers(ax: Axes, layers: pd.Index) -> None:
 
 @projected
 def plot_plan(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """How much of each layer stays?
+    """Plots the kept fraction of each layer.
 
     Args:
-        table: columns kind, layer, kept_fraction, one row a group: `PruningPlan.table()`.
+        table: columns kind, layer, kept_fraction, one row per group: `PruningPlan.table()`.
         ax: where to draw; None is a new figure.
 
     Returns:
@@ -134,7 +134,7 @@ def plot_plan(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def draw_bars(ax: Axes, wide: pd.DataFrame, colors: Mapping[str, str], errors: pd.DataFrame | None = None) -> None:
-    """Grouped bars: one group a row, one bar a column; colour and hatch tell the columns apart."""
+    """Grouped bars: one group per row, one bar per column; columns differ by colour and hatch."""
     width = 0.8 / wide.shape[1]
     places = np.arange(len(wide))
     for i, name in enumerate(wide.columns):
@@ -160,10 +160,10 @@ def draw_bars(ax: Axes, wide: pd.DataFrame, colors: Mapping[str, str], errors: p
 
 @projected
 def plot_loss(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Does recovery still gain? The training loss, step by step, and its running mean where there are many.
+    """Plots the training loss by step, with its running mean if there are many steps.
 
     Args:
-        table: columns step and loss in nats a token, one row a step: the recovery log's `table()`. A column
+        table: columns step and loss in nats per token, one row per step: the recovery log's `table()`. A column
             `method` draws one curve each.
         ax: where to draw; None is a new figure.
 
@@ -179,7 +179,7 @@ def plot_loss(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     for marker, (name, curve) in zip(MARKERS * len(curves), curves.items(), strict=False):
         draw_curve(ax, curve, str(name), colors[name], marker)
-    ax.set(xlabel="optimiser step", ylabel="training loss (nats a token)", title="Recovery")
+    ax.set(xlabel="optimiser step", ylabel="training loss (nats per token)", title="Recovery")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_outside(ax)
     return ax
@@ -200,7 +200,7 @@ def draw_curve(ax: Axes, curve: pd.DataFrame, name: str, color: str, marker: str
 
 @projected
 def plot_accuracy(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """What was lost, and what came back? Zero-shot accuracy of several models, task by task.
+    """Plots the zero-shot accuracy of several models, by task.
 
     Args:
         table: columns model, accuracy, stderr, chance, and in second place the group that is drawn across:
@@ -233,7 +233,7 @@ def plot_accuracy(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def side_by_side(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Several scores of the same units in one table: what `plot_agreement` draws.
+    """Joins several scores of the same units in one table, for `plot_agreement`.
 
     Args:
         tables: name of the score → `Scores.table()`.
@@ -258,10 +258,10 @@ def side_by_side(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 @projected
 def plot_agreement(table: pd.DataFrame, *, x: str | None = None, y: str | None = None, ax: Axes | None = None) -> Axes:
-    """Do two scores want to cut the same units? Ranks inside each group, one against the other.
+    """Plots the ranks of two scores against each other, inside each group.
 
     Args:
-        table: columns group, kind and two scores, one row a unit: `side_by_side({"taylor": …, "magnitude": …})`.
+        table: columns group, kind and two scores, one row per unit: `side_by_side({"taylor": …, "magnitude": …})`.
         x: column across; None is the last but one.
         y: column up; None is the last.
         ax: where to draw; None is a new figure.

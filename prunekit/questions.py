@@ -1,11 +1,11 @@
-"""Multiple-choice questions as plain values, shared by the world that asks them and the scorer."""
+"""Multiple-choice questions and tasks as plain values."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice question, ready to score by log-likelihood.
+    """A multiple-choice question, scored by log-likelihood.
 
     Each choice is scored as `log p(choice | context)`. Where the choices differ on the left instead
     (WinoGrande's partial scoring), `contexts` has one context a choice and all `choices` are equal. A single choice
@@ -15,9 +15,9 @@ class Question:
         context: the text all choices continue; `""` where `contexts` is given.
         choices: the continuations, each with the white space that separates it from its context.
         answer: index of the right choice.
-        domain: the kind of knowledge asked for, such as `"fact"` or `"arithmetic"`.
+        domain: the kind of knowledge, such as `"fact"` or `"arithmetic"`.
         tier: frequency of the fact in training, `"common"` or `"rare"`; None where none is planted.
-        hops: number of facts to be combined; None where no fact is asked.
+        hops: number of facts to be combined; None if the question is not about facts.
         contexts: one context a choice, or None.
     """
 
@@ -40,7 +40,7 @@ class Task:
     """A named set of questions.
 
     Attributes:
-        name: what the report calls it.
+        name: name in reports.
         form: the published task whose form it takes, such as `"boolq"`.
         questions: at least one.
         normalize: score per character of the choice (lm-evaluation-harness's `acc_norm`) where True, the

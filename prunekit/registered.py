@@ -1,4 +1,4 @@
-"""What `transformers`' auto classes know of cut checkpoints: a configuration, and how its model loads."""
+"""Configuration and loader of cut checkpoints for `transformers`' auto classes."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from prunekit.errors import PrunekitError
 
 _WEIGHTS = ["*.json", "*.safetensors"]
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# No code, no pickles, sparing as it is, and what AutoModelForCausalLM adds by itself:
+# Options that change nothing: no code, no pickles, low memory, and what AutoModelForCausalLM adds:
 _SETTLED = ("trust_remote_code", "code_revision", "use_safetensors", "low_cpu_mem_usage", "adapter_kwargs")
 
 
@@ -27,7 +27,7 @@ class PrunekitConfig(PreTrainedConfig):
 
 
 class PrunekitForCausalLM:
-    """What `AutoModelForCausalLM.from_pretrained` calls; what it gives is an object of the family's own class."""
+    """Loader for `AutoModelForCausalLM.from_pretrained`; it returns an object of the family's own class."""
 
     config_class = PrunekitConfig
 
@@ -50,8 +50,8 @@ class PrunekitForCausalLM:
             config: read from it already; it holds options such as `attn_implementation`.
             dtype: of the weights; the checkpoint's own by default.
             device_map: one device, such as `"cuda:0"` or `{"": 0}`.
-            output_loading_info: return a pair, with what `transformers` tells of a load that went well.
-            subfolder: where the checkpoint lies in its source.
+            output_loading_info: return a pair with the loading information of `transformers`.
+            subfolder: folder of the checkpoint in its source.
             options: where and how to fetch it, such as `revision`.
 
         Raises:
@@ -75,7 +75,7 @@ class PrunekitForCausalLM:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuses by name what would change something and is not done."""
+    """Raises an error for options that are not supported."""
     known = {*_HUB, *_SETTLED, "torch_dtype"}
     for name, value in options.items():
         if name not in known and not name.startswith("_") and value not in (None, False, {}):

@@ -1,4 +1,4 @@
-"""Makes `transformers`' auto classes know `model_type: "prunekit"`, without importing them.
+"""Registers `model_type: "prunekit"` with `transformers`' auto classes, without importing them.
 
 `import prunekit` must cost nothing, so what is to be registered waits until `transformers` itself has loaded the table
 it belongs in, whichever of the two is imported first.
@@ -15,7 +15,7 @@ AUTO = "transformers.models.auto"
 
 
 def watch() -> None:
-    """Register now what `transformers` has loaded already, and the rest as soon as it is."""
+    """Register in the tables that `transformers` has loaded, and in the others once they are loaded."""
     for name, register in _TABLES.items():
         if name in sys.modules:
             register(sys.modules[name])
@@ -42,7 +42,7 @@ _TABLES: dict[str, Callable[[Any], None]] = {
 
 
 class _Watcher(MetaPathFinder):
-    """Finds the modules that hold the tables as Python would, and registers once they have run."""
+    """An import hook that registers once the modules with the tables have run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""Tokens of text: documents joined into one stream, windows of it, and the BOS that each window begins with."""
+"""Tokenizes text: joins documents into one stream, cuts windows, and adds BOS."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from prunekit.documents import read_documents as read_documents  # its name of o
 from prunekit.errors import PrunekitError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
-"""What TinyStories and many other plain-text corpora write between two documents."""
+"""Separator between documents in TinyStories and many other corpora."""
 
 JOINT = "\n"
-"""What stands between two documents in one stream of tokens; the embedded world was trained so."""
+"""Separator between documents in a stream of tokens, as in the embedded world's training."""
 
 
 NO_TOKENIZER = (
@@ -23,17 +23,17 @@ NO_TOKENIZER = (
 
 
 def leading_bos(tokenizer: Any, asked: bool | None = None) -> int | None:
-    """The token that stands first in every window of text: BOS, where the tokenizer puts it before a text by itself.
+    """The first token of every window of text: BOS if the tokenizer adds it by itself.
 
     Args:
         tokenizer: a transformers tokenizer.
-        asked: True takes BOS also where the tokenizer does not add it, False takes none; None goes by the tokenizer.
+        asked: True always uses BOS, False never; None follows the tokenizer.
 
     Returns:
         The id of BOS, or None where windows begin with text.
 
     Raises:
-        PrunekitError: there is no tokenizer, or BOS is asked for and it has none.
+        PrunekitError: no tokenizer, or BOS requested from a tokenizer without one.
     """
     if tokenizer is None:
         raise PrunekitError(f"tokenizer=None, and text needs one; {NO_TOKENIZER}")
@@ -58,7 +58,7 @@ def tokenize(
     """One stream of tokens: the documents one after the other, a line break between two texts.
 
     Args:
-        documents: texts, or tokens as they are, int64 (length,).
+        documents: texts, or tokens, int64 (length,).
         tokenizer: a transformers tokenizer; not used where all are tokens.
         enough: stop at the first document after which there are this many tokens; None reads all.
         bos: the token that windows begin with; where a document begins with it too, as a chat template may write it,
@@ -99,7 +99,7 @@ def begin_windows(tokens: Tensor, bos: int | None) -> Tensor:
 
 
 def whole_windows(stream: Tensor, width: int, bos: int | None) -> Tensor:
-    """A stream of tokens as windows side by side; what is left over at the end is dropped.
+    """A stream of tokens as windows without overlap; the rest is dropped.
 
     Args:
         stream: int64 (n_tokens,), without BOS.

@@ -12,7 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from torch import nn
 
-from prunekit.search import Choice, KnobSpace, Metric, Range
+from prunekit.search import Choice, HyperparameterSpace, Metric, Range
 from prunekit.search.space import Point, key_of
 
 PATIENCE = 300  # seconds, after which whoever waits gives up: a test fails then and does not hang
@@ -34,7 +34,7 @@ def score_of(point, tokenizer=None):
     return point["share"] * point["scale"] + point["width"] / 100 + (point["by"] == "l1") / 7 - point["whole"] / 3
 
 
-SPACE = KnobSpace(KNOBS, the_point)
+SPACE = HyperparameterSpace(KNOBS, the_point)
 SCORE = Metric("score", score_of)
 
 

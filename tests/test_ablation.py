@@ -1,4 +1,4 @@
-"""Ablation: what silencing does and undoes, scores in units of loss, what each needs."""
+"""Ablation: what ablation does and undoes, scores in units of loss, what each needs."""
 
 import copy
 
@@ -24,7 +24,7 @@ from prunekit import (
 )
 from prunekit.calibration import mean_loss
 from prunekit.gradients import gather_gradients
-from prunekit.importance import Scores, silenced
+from prunekit.importance import Scores, ablated
 from prunekit.importance.ablation import scaled_to_loss
 
 CALIB = torch.randint(0, 48, (8, 12), generator=torch.Generator().manual_seed(3))
@@ -39,7 +39,7 @@ def test_a_silenced_unit_is_one_that_was_cut(name):
     for group in groups.of_kind(*CUT)[:2]:
         keep = list(range(1, group.n_units))
         small = prune(model, plan_keeping(groups, {group.name: keep}))
-        with silenced(model, group, [0]):
+        with ablated(model, group, [0]):
             assert mean_loss(model, CALIB) == pytest.approx(mean_loss(small, CALIB), rel=1e-6)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -48,7 +48,7 @@ def test_weights_come_back_whatever_happens():
     family = FAMILIES["llama_gqa"]
     model, group = family.model(), family.groups().of_kind("kv_head")[0]
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(KeyboardInterrupt), silenced(model, group, range(group.n_units)):
+    with pytest.raises(KeyboardInterrupt), ablated(model, group, range(group.n_units)):
         raise KeyboardInterrupt
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -78,7 +78,7 @@ def test_scaled_scores_add_up_to_what_the_loss_rises_by(name, importance):
     for group in groups.of_kind(*CUT):
         before, after = plain[group.name], scaled[group.name]
         assert torch.equal(before.argsort(stable=True), after.argsort(stable=True))
-        with silenced(model, group, range(group.n_units)):
+        with ablated(model, group, range(group.n_units)):
             without = mean_loss(model, CALIB)
         assert float(after.sum()) == pytest.approx(max(without - mean_loss(model, CALIB), 0), rel=1e-3, abs=1e-7)
     assert scaled.label == f"{importance.label}, scaled to the loss"
@@ -93,7 +93,7 @@ def test_what_costs_nothing_in_part_is_not_taken_for_nothing_as_a_whole():
     scores = score(model, channels, Reconstruction(), calib, normalize="loss")
     low = scores[channels[0].name].argsort()[:256].tolist()
     dense = mean_loss(model, calib)
-    with silenced(model, channels[0], low):
+    with ablated(model, channels[0], low):
         assert mean_loss(model, calib) < 1.05 * dense
     assert float(scores[channels[0].name].sum()) > 1
     made = plan(groups, scores, 0.4, ranking="global", kinds=["ffn_channel"])
@@ -123,10 +123,10 @@ def test_what_cannot_be_is_refused():
         score(model, heads, Magnitude(), CALIB, normalize="size")
     with pytest.raises(PrunekitError, match="Ablation.. measures the loss already; leave out normalize"):
         score(model, heads, Ablation(), CALIB, normalize="loss")
-    with pytest.raises(PrunekitError, match="'model.layers.0:layer' goes whole"):
+    with pytest.raises(PrunekitError, match="'model.layers.0:layer' is one unit"):
         score(model, groups.of_kind("layer"), Magnitude(), CALIB, normalize="loss")
     negative = Scores({heads[0].name: torch.tensor([1.0, -1.0])}, label="odd", kinds={heads[0].name: "kv_head"})
-    with pytest.raises(PrunekitError, match="odd scores of .* go below 0 and cannot be shared out"):
+    with pytest.raises(PrunekitError, match="odd scores of .* go below 0 and cannot be scaled"):
         scaled_to_loss(model, heads[:1], negative, CALIB)
     with pytest.raises(PrunekitError, match="normalize='loss' reads tokens, not None"):
         score(model, heads, Magnitude(), normalize="loss")

@@ -126,7 +126,7 @@ def test_a_weight_that_is_computed_is_no_weight_of_a_reader(normed):
     torch.testing.assert_close(found["model.layers.1.mlp:ffn_channel"], columns)
     own = next(n for n, _ in model.named_parameters() if n.startswith("model.layers.0.mlp.down_proj."))
     alone = CoupledGroup("it:hidden", "hidden", 1, (Member(own, 0, torch.zeros(1, 1, dtype=torch.long)),), True)
-    with pytest.raises(PrunekitError, match="no linear layer reads 'it:hidden'"):
+    with pytest.raises(PrunekitError, match="no linear layer consumes 'it:hidden'"):
         score(model, (alone,), Activation(), tokens())
 
 
@@ -149,7 +149,7 @@ def test_a_layer_that_is_called_by_name_is_read_all_the_same():
 @pytest.mark.parametrize("importance", [Activation(), Taylor()])
 def test_a_model_that_is_not_of_transformers_is_refused(importance):
     family = next(iter(WIRINGS.values()))
-    with pytest.raises(PrunekitError, match=r"a Wired is no model of transformers.*such as Magnitude\(\)"):
+    with pytest.raises(PrunekitError, match=r"a Wired is not a transformers model.*such as Magnitude\(\)"):
         score(family.model(), family.groups(), importance, tokens())
 
 
@@ -157,8 +157,8 @@ def test_a_model_that_is_not_of_transformers_is_refused(importance):
     ("model", "groups", "message"),
     [
         (None, [], "the model is a NoneType; give the one"),
-        (nn.Linear(2, 2), None, "None is no group; give discover"),
-        (nn.Linear(2, 2), ["model.layers.0.mlp:ffn_channel"], "'model.layers.0.mlp:ffn_channel' is no group"),
+        (nn.Linear(2, 2), None, "None is not a group; give discover"),
+        (nn.Linear(2, 2), ["model.layers.0.mlp:ffn_channel"], "'model.layers.0.mlp:ffn_channel' is not a group"),
     ],
 )
 def test_what_is_no_model_and_no_group_is_refused(model, groups, message):
@@ -176,6 +176,6 @@ def test_what_cannot_be_scored_is_refused():
     norms = CoupledGroup(
         "model.norm:hidden", "hidden", 64, (Member("model.norm.weight", 0, torch.arange(64)[:, None]),), True
     )
-    with pytest.raises(PrunekitError, match="no linear layer reads 'model.norm:hidden'"):
+    with pytest.raises(PrunekitError, match="no linear layer consumes 'model.norm:hidden'"):
         score(model, (norms,), Activation(), tokens())
     assert IMPORTANCES["activation"]() == Activation()

@@ -364,7 +364,7 @@ SAVE = {
     "a record of another cut": (changed(prunekit={"stages": [{}]}), {}, ["changed by other means"]),
     "a size of no sense": (llama, {"max_shard_size": "much"}, ["max_shard_size='much'", "'5GB'"]),
     "a size of nothing": (llama, {"max_shard_size": 0}, ["max_shard_size=0"]),
-    "a text outside the folder": (llama, {"files": {"../x": ""}}, ["'../x'", "plain file names"]),
+    "a text outside the folder": (llama, {"files": {"../x": ""}}, ["'../x'", "names without folders"]),
     "a tokenizer's name": (llama, {"tokenizer": "gpt2"}, ["tokenizer='gpt2'"]),
 }
 EXPORT = {

@@ -111,7 +111,7 @@ def test_steps_and_scaling_are_those_of_the_library(dense, tmp_path):
         (("--steps", "0"), "n_steps=0 is not allowed; give an integer of 1 or more"),
         (("--compensate", "--streaming"), "--compensate needs the whole model in memory"),
         (("--steps", "2", "--streaming"), "--steps needs the whole model in memory"),
-        (("--importance", "ablation", "--streaming"), "silences units in memory"),
+        (("--importance", "ablation", "--streaming"), "ablates units in memory"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(options, message, dense, tmp_path, capsys):

@@ -44,7 +44,7 @@ REFUSED = {
     "no such task": (("--tasks", "bollq"), "'bollq': no task of prunekit's own.*pip install 'prunekit\\[harness\\]'"),
     "no such file": (("--tasks", "boolq", "--data-dir", "."), r"boolq: no file boolq.validation\.jsonl"),
     "no limit": (("--tasks", "boolq", "--limit", "0"), "limit=0.*a limit is at least 1"),
-    "nothing to read": ((), "brings no text of its own; give --data with a text file, --tasks"),
+    "nothing to read": ((), "has no default text; give --data with a text file, --tasks"),
     "nothing to ask": (("--metrics", "zero_shot"), "give tasks=, such as.*boolq.*--tasks"),
 }
 

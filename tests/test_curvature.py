@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from prunekit import Curvature, PrunekitError, Taylor, discover, plan, prune, score
 from prunekit.importance import IMPORTANCES, Scores, curvature
 from prunekit.importance.curvature import BLOCKS, Sums, applies, costs_in_order, gather_sums, raised
-from prunekit.importance.inputs import linear_readers
+from prunekit.importance.input_statistics import linear_readers
 
 
 def calibration(n=8, seq=12):
@@ -111,7 +111,7 @@ def test_heads_and_channels_of_every_family_are_scored_or_refused_by_name(name):
         pytest.skip("no heads and no channels")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     if not applies(model, chosen):
-        with pytest.raises(PrunekitError, match=r"is read by \d+ linear layers|no linear layer reads"):
+        with pytest.raises(PrunekitError, match=r"has \d+ consumer layers|no linear layer consumes"):
             score(model, chosen, Curvature(), calibration())
         return
     found = score(model, chosen, Curvature(), calibration())

@@ -16,7 +16,7 @@ from prunekit import PrunekitError, discover
 from prunekit.discovery.components import levels
 from prunekit.discovery.labels import LabelGraph, varying_dims
 from prunekit.discovery.partition import _tangled
-from prunekit.discovery.remembered import Remembered, remembering
+from prunekit.discovery.stored_integers import Remembered, remembering
 from prunekit.discovery.tracing import trace
 
 

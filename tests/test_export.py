@@ -181,7 +181,7 @@ def test_an_even_model_is_exported_as_it_is(layout, tmp_path):
 def test_the_card_says_which_widths_the_family_has_no_words_for(keep, said, tmp_path):
     small = cut_by(FAMILIES["llama_mha"].model(), {name: list(units) for name, units in keep.items()})
     pk.save(small, tmp_path / "own")
-    assert f"has no words for its widths ({'; '.join(said)}), so" in (tmp_path / "own" / "README.md").read_text()
+    assert f"cannot express its widths ({'; '.join(said)}), so" in (tmp_path / "own" / "README.md").read_text()
     assert json.loads((tmp_path / "own" / "config.json").read_text())["not_plain"] == said
 
 
@@ -267,8 +267,8 @@ def test_a_file_of_ones_own_takes_no_place_of_the_checkpoint(write, name, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plan": {}}, r"plan=\{\} is none; give what plan\(\)"),
-        ({"report": "x"}, r"report='x' is none; give what evaluate\(\)"),
+        ({"plan": {}}, r"plan=\{\} is not a PruningPlan; give what plan\(\)"),
+        ({"report": "x"}, r"report='x' is not a Report; give what evaluate\(\)"),
         ({"files": ["a"]}, "must map names of files to their texts"),
         ({"files": {"a": 1}}, "must map names of files to their texts"),
     ],

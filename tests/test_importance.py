@@ -312,7 +312,7 @@ def test_scores_that_cannot_be_read_or_written_say_so(model, groups, tmp_path):
     with pytest.raises(PrunekitError, match="no scores in"):
         Scores.load(tmp_path / "text")
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(PrunekitError, match="not one that Scores.save wrote"):
+    with pytest.raises(PrunekitError, match="Scores.save did not write it"):
         Scores.load(tmp_path / "other.safetensors")
     with pytest.raises(PrunekitError, match="create the folder"):
         score(model, groups, Random()).save(tmp_path / "no" / "where")

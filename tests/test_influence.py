@@ -37,7 +37,9 @@ def test_a_layer_that_does_nothing_has_none():
 def test_what_has_none_is_refused():
     model = FAMILIES["llama_mha"].model()
     groups = discover(model)
-    with pytest.raises(PrunekitError, match=r"is no whole layer, so it has no block influence; choose groups.of_kind"):
+    with pytest.raises(
+        PrunekitError, match=r"is not a whole layer, so it has no block influence; choose groups.of_kind"
+    ):
         score(model, groups.of_kind("block"), BlockInfluence(), tokens())
     with pytest.raises(PrunekitError, match="reads tokens, not"):
         BlockInfluence().unit_scores(model, groups.of_kind("layer"), "tokens")

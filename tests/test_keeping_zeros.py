@@ -24,7 +24,7 @@ from prunekit import FullTuning, LoRA, PrunekitError, recover, sparsify
 from prunekit.recovery import Mixture, RecoveryLog, prune_progressively, recover_on_mixture
 from prunekit.recovery.lora import attach, detach
 from prunekit.sparsity import keep_zeros, masked_adapters
-from prunekit.sparsity.keeping import TRAINED, current_report
+from prunekit.sparsity.zero_masks import TRAINED, current_report
 
 LONG = LoRA(r=4, max_steps=30, batch_size=8, learning_rate=1e-2)
 FULL = FullTuning(max_steps=30, batch_size=8, learning_rate=3e-3)
@@ -89,7 +89,7 @@ def test_without_being_kept_the_zeros_die_and_the_report_says_so(method, name):
     recovered = recover(model, method, counting(), keep_zeros=False)
     assert all((weight == 0).float().mean() < 0.1 for weight in told(recovered).values())
     report = recovered.sparsity_report
-    assert report.sparsity < 0.1 and any("were filled after it was sparsified" in remark for remark in report.remarks)
+    assert report.sparsity < 0.1 and any("were filled after sparsification" in remark for remark in report.remarks)
     assert {row["matrix"]: row["n_zeros"] for row in report.rows} == {
         name: int((weight == 0).sum()) for name, weight in told(recovered).items()
     }
@@ -127,7 +127,7 @@ def test_what_is_trained_is_what_is_merged(name, how, monkeypatch):
             seen["masked"] = adapted.eval()(input_ids=tokens[:4]).logits
         return train_log()
 
-    monkeypatch.setattr("prunekit.recovery.recovering.train", look)
+    monkeypatch.setattr("prunekit.recovery.fine_tuning.train", look)
     model = sparse(name, how)
     zeros, base = zeros_of(model), model(input_ids=data[:4]).logits
     merged = recover(model, QUICK, data)
@@ -215,7 +215,7 @@ def test_adapters_in_a_state_that_is_not_understood_are_refused():
     with masked_adapters(adapted):
         adapted.add_adapter("late", LoraConfig(target_modules=["q_proj"]))
         adapted.set_adapter("late")
-        with pytest.raises(PrunekitError, match="another adapter was asked for"):
+        with pytest.raises(PrunekitError, match="another adapter was requested"):
             adapted(input_ids=counting()[:1])
     merged = attach(sparse(), QUICK)
     merged.merge_adapter()
@@ -247,7 +247,7 @@ def test_an_interrupt_leaves_the_sparse_model_as_it_was(monkeypatch):
 
     model = sparse()
     before = weights_of(model)
-    monkeypatch.setattr("prunekit.recovery.recovering.train", interrupt)
+    monkeypatch.setattr("prunekit.recovery.fine_tuning.train", interrupt)
     for method in (QUICK, FullTuning()):
         with pytest.raises(KeyboardInterrupt):
             recover(model, method, counting(), inplace=True)

@@ -10,13 +10,13 @@ import torch
 from evaluation_helpers import TEXT, byte_tokenizer, llama, sums_alone
 from families import FAMILIES, Unrounded, plan_keeping, random_units
 
-import prunekit.knowledge.measuring as knowledge
+import prunekit.knowledge.measurement as knowledge
 from prunekit import PrunekitError, Taylor, discover, load, prune, zero_shot
 from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.multiple_choice import judge, question_spans
-from prunekit.importance.ablation import silenced
+from prunekit.importance.ablation import ablated
 from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution, knowledge_of_units
-from prunekit.knowledge.running import Runner
+from prunekit.knowledge.prefix_reuse import Runner
 from prunekit.questions import Question, Task
 from prunekit.world import tasks
 
@@ -48,16 +48,16 @@ def unchanged(model, before):
 
 
 def counted(monkeypatch, stop_after=None):
-    """How often something was silenced; Ctrl-C after so many times."""
+    """How often something was ablated; Ctrl-C after so many times."""
     times = []
 
     def counting(*args):
         times.append(args[1].name)
         if stop_after is not None and len(times) > stop_after:
             raise KeyboardInterrupt
-        return silenced(*args)
+        return ablated(*args)
 
-    monkeypatch.setattr(knowledge, "silenced", counting)
+    monkeypatch.setattr(knowledge, "ablated", counting)
     return times
 
 
@@ -86,7 +86,7 @@ def test_it_is_what_the_naive_loop_measures(world):
             n = round(told["ratio"] * group.n_units)
             assert told["n_silenced"] == n == len(told["units"])
             assert told["units"] == sorted(scores[group.name].argsort()[:n].tolist())
-            with silenced(model, group, told["units"]):
+            with ablated(model, group, told["units"]):
                 sums, hit, loss = sums_alone(model, spans), found.hit[row], found.loss[row]
             assert row == 0 or not torch.equal(sums, dense)
         scores_of = sums.split([len(q.choices) for _, _, q in questions])
@@ -124,7 +124,7 @@ def check_every_group(model, groups):
             layers = runner.layers_of(group)
             firsts |= {layers[:1]}
             for units in (range((group.n_units + 1) // 2), range(group.n_units)):
-                with silenced(model, group, units):
+                with ablated(model, group, units):
                     expected = sums_alone(model, spans)
                     torch.testing.assert_close(runner.sums(layers), expected, rtol=1e-9, atol=1e-9)
     assert firsts >= {(), (0,), (1,)}
@@ -134,19 +134,20 @@ def test_models_whose_layers_are_no_chain_run_from_the_start(world, monkeypatch)
     model, tokenizer, groups = world
     chosen = groups.of_kind("kv_head")[3:5]
     usual = knowledge_distribution(model, tokenizer, chosen, random_scores(chosen), tasks=few(2))
-    monkeypatch.setattr("prunekit.knowledge.running.Layerwise.of", lambda *_: None)
+    monkeypatch.setattr("prunekit.knowledge.prefix_reuse.Layerwise.of", lambda *_: None)
     found = knowledge_distribution(model, tokenizer, chosen, random_scores(chosen), tasks=few(2))
     assert not found.resumed and usual.resumed and "run through all layers" in repr(found)
     np.testing.assert_allclose(found.loss, usual.loss, atol=2e-4)
 
 
 def test_what_answers_alike_is_run_once(world, monkeypatch):
-    """All heads silenced, all queries, and the attention block: one and the same."""
+    """All heads ablated, all queries, and the attention block: one and the same."""
     model, tokenizer, groups = world
     chosen = [g for g in groups.of_kind("kv_head", "query_head", "block") if g.layer == 4 and "mlp" not in g.name]
     ran = []
     logits = Runner.sums.__globals__["Layerwise"].logits
-    monkeypatch.setattr("prunekit.knowledge.running.Layerwise.logits", lambda *args: (ran.append(1), logits(*args))[1])
+    seam = "prunekit.knowledge.prefix_reuse.Layerwise.logits"
+    monkeypatch.setattr(seam, lambda *args: (ran.append(1), logits(*args))[1])
     found = knowledge_distribution(model, tokenizer, chosen, random_scores(chosen), ratios=(1.0,), tasks=few(1))
     assert len(found.loss) == 3 and np.array_equal(found.loss[0], found.loss[2])
     assert len(ran) == 8 + 2 * found_batches(model, found, tokenizer)  # the trial's, the dense model's, and one more
@@ -215,7 +216,7 @@ def test_a_file_of_another_run_is_refused(world, tmp_path):
         lambda: knowledge_of_units(model, tokenizer, groups.of_kind("kv_head")[6:], tasks=few(1), path=path),
         lambda: knowledge_distribution(model, tokenizer, chosen, scores, tasks=few(1), path=path),
     ):
-        with pytest.raises(PrunekitError, match="of another run.*give another path, or remove the file"):
+        with pytest.raises(PrunekitError, match="another run.*give another path, or delete the file"):
             attempt()
     assert path.read_bytes() == kept
 
@@ -228,7 +229,7 @@ def test_units_and_the_facts_that_die_with_them(world):
     dense = zero_shot(model, tokenizer, asked).questions
     most = 0
     for unit in range(4):
-        with silenced(model, group, [unit]):
+        with ablated(model, group, [unit]):
             now = zero_shot(model, tokenizer, asked).questions
         gone = dense.index[dense["hit"] & ~now["hit"]]
         died = found.died(group.name, unit=unit)
@@ -237,7 +238,7 @@ def test_units_and_the_facts_that_die_with_them(world):
         assert (died["task"] == dense.loc[gone, "task"]).all() and (died["loss"] > died["dense"]).mean() > 0.9
     assert most > 20
     table = found.table("task").query("unit == 2").set_index("task")
-    with silenced(model, group, [2]):
+    with ablated(model, group, [2]):
         accuracy = zero_shot(model, tokenizer, asked).accuracy()
     np.testing.assert_allclose(table["value"], accuracy[table.index])
     np.testing.assert_allclose(table["change"], table["value"] - table["dense"])
@@ -258,14 +259,14 @@ def test_texts_are_measured_as_perplexity_measures_them():
     texts = {"cats": TEXT, "dogs": "a dog barks at a log in the fog. " * 9}
     found = knowledge_of_units(model, tokenizer, groups, text=texts)
     table = found.table("domain", "loss")
-    with silenced(model, groups[1], [0]):
+    with ablated(model, groups[1], [0]):
         for name, text in texts.items():
             result = measure_perplexity(model, tokenizer, text)
             row = table[(table["domain"] == name) & (table["layer"] == 1) & (table["unit"] == 0)].iloc[0]
             assert row["value"] == pytest.approx(math.log(result.value), rel=1e-6) and row["n"] == result.n_windows
     assert found.questions["right"].str.contains("dog barks").any() and not found.hit.any()
     assert set(found.table()["measure"]) == {"loss"}  # all that there is
-    with pytest.raises(PrunekitError, match="only text was read here.*measure='loss'"):
+    with pytest.raises(PrunekitError, match="only text was evaluated.*measure='loss'"):
         found.table(measure="accuracy")
     assert knowledge_of_units(model, tokenizer, groups, text=TEXT).questions["domain"].unique().tolist() == ["text"]
 
@@ -335,7 +336,7 @@ def test_tables_by_hand():
     assert table["change"].tolist() == [0, 1, 1, 2, 2, 8]
     assert found.table("hops")["hops"].tolist()[:2] == [1.0, 2.0]
     assert found.table()["value"].tolist()[2:4] == [0.5, 1.0]
-    assert "<table" in found._repr_html_() and "6 silencings of 3 groups; 3 questions" in repr(found)
+    assert "<table" in found._repr_html_() and "6 ablations of 3 groups; 3 questions" in repr(found)
 
 
 def test_a_text_window_weighs_as_many_tokens_as_it_has():
@@ -379,7 +380,7 @@ def test_a_saved_one_is_the_same_when_loaded(world, tmp_path, single):
     loaded = KnowledgeDistribution.load(found.save(tmp_path / "k.safetensors"))
     assert same(loaded, found) and repr(loaded) == repr(found)
     pd.testing.assert_frame_equal(loaded.table("hops", "loss"), found.table("hops", "loss"))
-    with pytest.raises(PrunekitError, match="a folder that is there"):
+    with pytest.raises(PrunekitError, match="an existing folder"):
         found.save(tmp_path / "no" / "k.safetensors")
     (tmp_path / "x").write_text("no")
     for wrong in (tmp_path / "x", tmp_path / "none"):
@@ -419,7 +420,7 @@ def test_what_is_refused(world, tmp_path):
         return knowledge_distribution(model, tokenizer, groups, scores, **({"tasks": asked} | options))
 
     for message, attempt in {
-        "there are no groups to silence": lambda: run([]),
+        "there are no groups to ablate": lambda: run([]),
         "'model.layers.0' is no group; give discover": lambda: run(["model.layers.0"]),
         "is not of this model.*discover": lambda: run(model=other),
         r"ratios=\(0, 0.5\); give fractions": lambda: run(ratios=(0, 0.5)),
@@ -432,14 +433,14 @@ def test_what_is_refused(world, tmp_path):
         "no scores of": lambda: run(scores={}),
         r"have shape \(3,\).*give \(4,\)": lambda: run(scores={name: torch.ones(3)}),
         "1 values that are not finite": lambda: run(scores={name: torch.tensor([1.0, 2, 3, math.nan])}),
-        "nothing is asked": lambda: run(tasks=None, tokenizer=byte_tokenizer()),
-        "nothing is asked: give tasks=": lambda: run(tasks=None, text={}),
+        "no tasks or text given": lambda: run(tasks=None, tokenizer=byte_tokenizer()),
+        "no tasks or text given: give tasks=": lambda: run(tasks=None, text={}),
         "no question to ask": lambda: run(tasks=[]),
         "names both questions and a text": lambda: run(text={"fact": TEXT * 3}),
         "less than one window": lambda: run(text="short"),
         "tokens_a_batch=0": lambda: run(tokens_a_batch=0),
-        "give a .safetensors file in a folder": lambda: run(path=tmp_path / "k.json"),
-        "in a folder that is there": lambda: run(path=tmp_path / "no" / "k.safetensors"),
+        "give a .safetensors file in an existing folder": lambda: run(path=tmp_path / "k.json"),
+        "in an existing folder": lambda: run(path=tmp_path / "no" / "k.safetensors"),
     }.items():
         with pytest.raises(PrunekitError, match=message):
             attempt()
@@ -455,8 +456,8 @@ def test_what_is_refused(world, tmp_path):
         "measure='speed'": lambda: found.damage("speed"),
         "were not all measured; give some of 0.25, 0.5": lambda: found.damage(ratios=(0.75,)),
         "gamma=2": lambda: found.unprunable(gamma=2),
-        "single units were silenced here": lambda: single.damage(),
-        "no group 'x' was silenced": lambda: found.died("x", ratio=0.5),
+        "single units were ablated here": lambda: single.damage(),
+        "no group 'x' was ablated": lambda: found.died("x", ratio=0.5),
         "ratio=0.7 of 'layers.0:kv_head' was not measured; there is 0.25, 0.5": lambda: found.died(
             "layers.0:kv_head", ratio=0.7
         ),
@@ -464,7 +465,7 @@ def test_what_is_refused(world, tmp_path):
         "unit=1 of 'layers.0:kv_head' was not measured.*give ratio": lambda: found.died("layers.0:kv_head", unit=1),
         "give unit=, one of": lambda: single.died("layers.0:kv_head", ratio=0.5),
         "unit=7": lambda: single.died("layers.0:kv_head", unit=7),
-        "nothing to compare": lambda: found.agreement({}),
+        "to compare with 0 scores": lambda: found.agreement({}),
         "ratio=0.7": lambda: found.agreement({"a": {}}, ratio=0.7),
         "'a' scores none of these groups": lambda: found.agreement({"a": {}}),
         "has 1 scores of": lambda: found.agreement({"a": {"layers.0:kv_head": torch.ones(1)}}),

@@ -13,7 +13,7 @@ from torch import nn
 
 from prunekit import Taylor, discover, prune
 from prunekit.errors import PrunekitError
-from prunekit.importance.lora import UpdateStatistics, lora_saliency
+from prunekit.importance.lora_importance import UpdateStatistics, lora_saliency
 from prunekit.recovery.lhspg import LHSPG, importance_saliency, update_saliency
 from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.lora_units import GroupUnits, LoraPair, _Owned, lora_pairs, units_of
@@ -428,7 +428,7 @@ def test_other_states_are_refused_and_change_nothing():
     groups = [g for g in discover(model).of_kind("ffn_channel") if g.layer == 0]
     states += [LHSPG(adapted(), groups, {"ffn_channel": 7}, warmup_steps=2, period_steps=3, n_periods=2)]
     for state in [adamw, *(other.state_dict() for other in states)]:
-        with pytest.raises(PrunekitError, match="no state of an LHSPG"):
+        with pytest.raises(PrunekitError, match="not a state of an LHSPG"):
             optimizer.load_state_dict(state)
     fewer = shearing(adapted(targets=("up_proj", "down_proj")))
     with pytest.raises(PrunekitError, match="no state|other LoRA parameters"):

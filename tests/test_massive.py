@@ -6,7 +6,7 @@ from evaluation_helpers import llama
 from families import FAMILIES
 
 import prunekit as pk
-from prunekit.importance.ablation import silenced
+from prunekit.importance.ablation import ablated
 from prunekit.knowledge.massive import written_by
 
 
@@ -102,7 +102,7 @@ def test_a_planted_unit_is_found_and_attention_to_the_first_token_measured(model
     first = found.writers.iloc[0]
     assert (first["group"], first["unit"]) == ("model.layers.1.mlp:ffn_channel", 7)
     assert found.layers.loc[1, "n_massive"] > 0 == plain.layers.loc[1, "n_massive"]
-    with silenced(model, groups["model.layers.1.mlp:ffn_channel"], [7]):
+    with ablated(model, groups["model.layers.1.mlp:ffn_channel"], [7]):
         assert pk.massive_activations(model, groups, TOKENS).layers.loc[1, "n_massive"] == 0
     after = streams(model, TOKENS)[1].abs()
     assert found.layers.loc[0, "largest"] == pytest.approx(float(after.max()))

@@ -7,10 +7,10 @@ from families import FAMILIES, VOCABULARY, Unrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit.evaluation import packing, scoring
+from prunekit.evaluation import packing, sequence_scores
 from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.packing import pack, unpacked
-from prunekit.evaluation.scoring import (
+from prunekit.evaluation.sequence_scores import (
     choose_reading,
     log_likelihoods,
     packed_batches,
@@ -18,7 +18,7 @@ from prunekit.evaluation.scoring import (
     scored_logits,
     span_sums,
 )
-from prunekit.knowledge.running import Runner
+from prunekit.knowledge.prefix_reuse import Runner
 
 PLAIN = {"bloom", "falcon_alibi", "mpt"}  # ALiBi counts places, not positions
 
@@ -94,7 +94,7 @@ def test_a_window_of_attention_that_ends_is_noticed(told, monkeypatch):
     }
     model = MistralForCausalLM(MistralConfig(vocab_size=48, sliding_window=4, **sizes)).double().eval()
     if not told:
-        monkeypatch.setattr(scoring, "_attention_window", lambda model: None)
+        monkeypatch.setattr(sequence_scores, "_attention_window", lambda model: None)
     spans = random_spans(n=96, longest=12)
     with Unrounded(), torch.no_grad():
         reading = choose_reading(model, spans, 64, runs=9)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import measure_perplexity, perplexity
 from prunekit.evaluation.likelihood import Span
-from prunekit.evaluation.scoring import log_likelihoods
+from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.windows import cut_windows
 from prunekit.text import leading_bos
 
@@ -176,7 +176,7 @@ REFUSED = {
     "separator in windows": ({"separator": "."}, "protocol='documents'"),
     "separator missing": ({"separator": "<|>", "protocol": "documents"}, "does not occur"),
     "separator empty": ({"separator": "", "protocol": "documents"}, "does not occur"),
-    "only separators": ({"text": "<|><|>", "separator": "<|>", "protocol": "documents"}, "nothing but"),
+    "only separators": ({"text": "<|><|>", "separator": "<|>", "protocol": "documents"}, "contains only"),
     "one token each": ({"text": "a b", "separator": " ", "protocol": "documents", "bos": False}, "single token"),
     "batch size": ({"window": 40, "batch_size": 0}, "at least 1"),
 }

@@ -6,7 +6,7 @@ import torch
 import prunekit as pk
 from prunekit import PrunekitError
 from prunekit.recipes import accuracy_predictor
-from prunekit.search import Choice, KnobSpace, Range, Trees, cross_validate, known_points, parameter_table
+from prunekit.search import Choice, HyperparameterSpace, Range, Trees, cross_validate, known_points, parameter_table
 from prunekit.world import documents
 
 TEXT = "\n".join(documents(8, split="validation", seed=5))
@@ -79,7 +79,7 @@ def test_compensation_and_fusion_are_knobs_like_any_other(world, calib):
         plan = pk.plan(groups, pk.fuse(coarse, fine, (weight, 1 - weight)), 0.4)
         return pk.prune(model, plan, compensate=enough if point["refit"] else None)
 
-    space = KnobSpace({"coarse": Range(0.0, 1.0), "refit": Choice((False, True))}, build)
+    space = HyperparameterSpace({"coarse": Range(0.0, 1.0), "refit": Choice((False, True))}, build)
     pairs = pk.measure_pairs(space, model, tokenizer, 14, text=TEXT)
     table = pairs.table.groupby("refit")["perplexity"]
     assert table.max()[True] < table.min()[False]  # what the knob is worth, whatever the weights
@@ -100,7 +100,7 @@ def test_sparsity_of_each_layer_is_a_knob_too(world):
             sparse = pk.sparsify(sparse, None, "magnitude", part, layers=[number], inplace=sparse is not model)
         return sparse
 
-    space = KnobSpace({f"layer.{number}": Range(0.2, 1.0) for number in range(8)}, build)
+    space = HyperparameterSpace({f"layer.{number}": Range(0.2, 1.0) for number in range(8)}, build)
     pairs = pk.measure_pairs(space, model, tokenizer, 12, text=TEXT)
     assert len(pairs) == 12 and pairs.table["perplexity"].nunique() == 12
     assert len(cross_validate(pairs, n_folds=6, trees=FEW["trees"])) == 12

@@ -133,7 +133,7 @@ def test_what_cannot_be_is_refused(model):
     with pytest.raises(PrunekitError, match="mode='head' is unknown; allowed: 'block', 'channel', 'layer'"):
         llm_pruner(model, CALIB, mode="head")
     for recipe in (llm_pruner, hywia):
-        with pytest.raises(PrunekitError, match=r"layers=\[6, 9\] are none of this model's 6"):
+        with pytest.raises(PrunekitError, match=r"layers=\[6, 9\] are not among this model's 6"):
             recipe(model, CALIB, layers=[2, 6, 9])
         for layers in (1, "234"):
             with pytest.raises(PrunekitError, match=r"layers=.* is no list; give one, such as layers=range"):
@@ -238,7 +238,7 @@ def test_lorashear_goes_on_where_it_was_stopped(model, tokenizer, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             lorashear(*given, folder=tmp_path / "run", **SHEARING)
     measured = []
-    monkeypatch.setattr("prunekit.knowledge.measuring.silenced", lambda *a: measured.append(a))
+    monkeypatch.setattr("prunekit.knowledge.measurement.ablated", lambda *a: measured.append(a))
     done = lorashear(*given, folder=tmp_path / "run", **SHEARING)
     assert not measured and done.plan == straight.plan
     assert torch.equal(logits_of(done.model), logits_of(straight.model))
@@ -261,7 +261,7 @@ def test_lorashear_goes_on_where_it_was_stopped(model, tokenizer, tmp_path, monk
     ],
 )
 def test_lorashear_refuses_before_any_work(model, tokenizer, options, message, monkeypatch):
-    monkeypatch.setattr("prunekit.knowledge.measuring.silenced", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("prunekit.knowledge.measurement.ablated", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(PrunekitError, match=message):
         lorashear(model, tokenizer, **{"sources": sources(), **SHEARING, **options})
 

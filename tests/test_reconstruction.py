@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prunekit import Fluctuation, PrunekitError, Reconstruction, discover, plan, prune, score
 from prunekit.importance import IMPORTANCES
-from prunekit.importance import inputs as room
+from prunekit.importance import input_statistics as room
 from prunekit.importance.activation import _moments, _variance
 from prunekit.importance.reconstruction import greedy_costs
 from prunekit.pruning.compensation import compensate
@@ -108,7 +108,7 @@ def test_a_plan_by_reconstruction_leaves_less_error_than_one_at_random(name):
 def test_what_cannot_be_scored_is_refused():
     model = FAMILIES["llama_gqa"].model()
     groups = discover(model)
-    with pytest.raises(PrunekitError, match=r"is read by \d+ linear layers, and Reconstruction\(\) needs one"):
+    with pytest.raises(PrunekitError, match=r"has \d+ consumer layers, and Reconstruction\(\) needs one"):
         score(model, groups.of_kind("hidden"), Reconstruction(), tokens())
     with pytest.raises(PrunekitError, match="reads tokens, not"):
         Reconstruction().unit_scores(model, groups.of_kind("ffn_channel"), "tokens")

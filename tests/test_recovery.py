@@ -105,7 +105,7 @@ def test_merging_gives_the_output_of_the_adapted_model(monkeypatch):
             seen["logits"] = adapted.eval()(input_ids=tokens[:4]).logits
         return RecoveryLog((1.0,), (1.0,), 1, 1, "")
 
-    monkeypatch.setattr("prunekit.recovery.recovering.train", keep_output)
+    monkeypatch.setattr("prunekit.recovery.fine_tuning.train", keep_output)
     for build in (uneven_llama, tiny_gpt2, tiny_bloom):
         model = build()
         merged = recover(model, QUICK, counting())
@@ -325,7 +325,7 @@ def test_an_interrupt_leaves_the_model_without_adapters(monkeypatch):
 
     model = tiny_llama()
     before = weights_of(model)
-    monkeypatch.setattr("prunekit.recovery.recovering.train", interrupt)
+    monkeypatch.setattr("prunekit.recovery.fine_tuning.train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         recover(model, QUICK, counting(), inplace=True)
     assert same(model, before) and all(p.requires_grad for p in model.parameters())

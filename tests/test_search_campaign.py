@@ -37,7 +37,7 @@ from search_helpers import (
 from shared import ROOT, run_script
 
 from prunekit import PrunekitError, save
-from prunekit.search import Choice, KnobSpace, Metric, Range, measure_pairs, working
+from prunekit.search import Choice, HyperparameterSpace, Metric, Range, measure_pairs, worker
 from prunekit.search.campaign import drawn
 
 N = 12
@@ -88,7 +88,7 @@ from pathlib import Path
 
 from evaluation_helpers import llama
 from search_helpers import *
-from prunekit.search import KnobSpace, Metric, measure_pairs
+from prunekit.search import HyperparameterSpace, Metric, measure_pairs
 
 folder = Path(__file__).parent
 if __name__ == "__main__":
@@ -135,19 +135,19 @@ def test_workers_measure_what_one_process_does(tmp_path, expected):
     """Both of them, elsewhere, with one thread each, and the model loaded once."""
     before = torch.get_num_threads()
     also = [Metric("pid", pid_of), Metric("threads", threads_of), Metric("loads", loads_of)]
-    metric, space = waiting(together, tmp_path / "meet", n=2), KnobSpace(KNOBS, noting)
+    metric, space = waiting(together, tmp_path / "meet", n=2), HyperparameterSpace(KNOBS, noting)
     pairs = measure_pairs(space, llama(5), None, N, metric=metric, also=also, n_jobs=2, folder=tmp_path / "search")
     assert same(pairs, expected)
     assert pairs.table["pid"].nunique() == 2 and os.getpid() not in set(pairs.table["pid"])
     assert set(pairs.table["threads"]) == {1} and set(pairs.table["loads"]) == {1}
-    assert torch.get_num_threads() == before and not working._OPEN
+    assert torch.get_num_threads() == before and not worker._OPEN
     assert {path.name for path in (tmp_path / "search").iterdir()} == {"journal.log", "journal.log.lock", "model"}
 
 
 def test_real_perplexities_are_the_same_in_workers_of_a_checkpoint(tmp_path):
     dense, tokenizer = llama(), byte_tokenizer()
     save(dense, tmp_path / "given", tokenizer=tokenizer)
-    space = KnobSpace({"factor": Range(0.5, 2.0)}, scaled)
+    space = HyperparameterSpace({"factor": Range(0.5, 2.0)}, scaled)
     options = {"text": TEXT[:120], "also": [Metric("has_tokenizer", has_tokenizer)]}
     here = measure_pairs(space, dense, tokenizer, 3, **options)
     source = tmp_path / "given"
@@ -183,12 +183,12 @@ def test_a_killed_run_goes_on_in_another_process(tmp_path, expected, whole_group
 def test_a_source_that_holds_another_model_is_refused(tmp_path):
     save(llama(6), tmp_path / "other")
     options = {"metric": SCORE, "n_jobs": 2, "folder": tmp_path / "search"}
-    with pytest.raises(PrunekitError, match="other' holds another model than the one that is searched"):
+    with pytest.raises(PrunekitError, match="other' contains another model than the one given"):
         measure_pairs(SPACE, llama(7), None, 3, source=tmp_path / "other", **options)
     assert not {"RUNNING", "COMPLETE"} & set(states_of(tmp_path / "search" / "journal.log"))
     assert len(measure_pairs(SPACE, llama(7), None, 3, **options)) == 3
     with pytest.raises(PrunekitError, match="nowhere"):
-        working.opened(working.Work("", str(tmp_path / "nowhere"), "cpu", [SCORE]))
+        worker.opened(worker.Work("", str(tmp_path / "nowhere"), "cpu", [SCORE]))
 
 
 def test_what_stops_a_worker_leaves_its_points_waiting(tmp_path, expected):
@@ -235,7 +235,7 @@ def test_dask_measures_what_one_process_does(tmp_path, expected):
         client.wait_for_workers(2)
         metric = Metric("score", partial(together, folder=folder / "meet", n=2))
         options = {{"also": [Metric("pid", pid_of), Metric("loads", loads_of)], "n_jobs": -1, "backend": "dask"}}
-        pairs = measure_pairs(KnobSpace(KNOBS, noting), llama(), None, {N}, metric=metric, **options)
+        pairs = measure_pairs(HyperparameterSpace(KNOBS, noting), llama(), None, {N}, metric=metric, **options)
         pairs.table.to_pickle(folder / "table")
 """
     (tmp_path / "meet").mkdir()
@@ -246,7 +246,7 @@ def test_dask_measures_what_one_process_does(tmp_path, expected):
     assert table["pid"].nunique() == 2 and set(table["loads"]) == {1}
 
 
-class Unmakeable(KnobSpace):
+class Unmakeable(HyperparameterSpace):
     """Whose points cannot all be told to a worker."""
 
     def job(self, point):
@@ -285,7 +285,7 @@ def test_points_to_start_with_come_first_and_once(tmp_path):
     again = measure_pairs(SPACE, model(), None, 7, metric=SCORE, start=start, folder=tmp_path)
     assert again.points[:5] == pairs.points and len(set(keys(again.points))) == 7
     assert len(measure_pairs(SPACE, model(), None, 2, metric=SCORE, start=start)) == 2
-    with pytest.raises(PrunekitError, match="is no point of this space"):
+    with pytest.raises(PrunekitError, match="is no candidate of this space"):
         measure_pairs(SPACE, model(), None, 2, metric=SCORE, start=[{"share": 1}])
 
 
@@ -296,7 +296,7 @@ def test_many_points_can_be_added_to_many():
 
 @pytest.mark.parametrize("name", ["model", "space", "metric", "text"])
 def test_a_folder_of_another_search_is_refused(tmp_path, name):
-    space = KnobSpace({"factor": Range(0.5, 2.0)}, lambda model, _: model)
+    space = HyperparameterSpace({"factor": Range(0.5, 2.0)}, lambda model, _: model)
     given = {"space": space, "model": llama(), "tokenizer": byte_tokenizer(), "n": 1, "text": TEXT[:120]}
     measure_pairs(**given, folder=tmp_path)
     kept = (tmp_path / "journal.log").read_bytes()
@@ -305,11 +305,11 @@ def test_a_folder_of_another_search_is_refused(tmp_path, name):
         other.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
     changed = {
         "model": {"model": other},
-        "space": {"space": KnobSpace({"factor": Range(0.5, 3.0)}, space.build)},
+        "space": {"space": HyperparameterSpace({"factor": Range(0.5, 3.0)}, space.build)},
         "metric": {"metric": Metric("perplexity", lambda *_: 1.0)},
         "text": {"text": TEXT[:121]},
     }[name]
-    with pytest.raises(PrunekitError, match=f"its {name.replace('text', 'metric')} differ; give another folder"):
+    with pytest.raises(PrunekitError, match=f"different {name.replace('text', 'metric')}.; give another folder"):
         measure_pairs(**{**given, **changed}, folder=tmp_path)
     assert (tmp_path / "journal.log").read_bytes() == kept
     measure_pairs(**given, folder=tmp_path)
@@ -328,7 +328,7 @@ def test_points_that_fail_are_told_and_not_tried_again(tmp_path):
             raise PrunekitError("no l1 here")
         return point
 
-    space = KnobSpace(KNOBS, build)
+    space = HyperparameterSpace(KNOBS, build)
     metric, noted = calls(score_of)
     for n in (N, N, N + 4):
         pairs = measure_pairs(space, model(), None, n, metric=metric, folder=tmp_path)
@@ -367,8 +367,8 @@ def test_where_all_fail_the_reason_is_told(tmp_path):
 
     metric, noted = calls(score_of)
     for _ in range(2):
-        with pytest.raises(PrunekitError, match="none could be measured: never works"):
-            measure_pairs(KnobSpace(KNOBS, build), model(), None, 3, metric=metric, folder=tmp_path)
+        with pytest.raises(PrunekitError, match="every candidate failed: never works"):
+            measure_pairs(HyperparameterSpace(KNOBS, build), model(), None, 3, metric=metric, folder=tmp_path)
     assert not noted and states_of(tmp_path / "journal.log") == ["FAIL"] * 3
 
 
@@ -394,7 +394,7 @@ def test_what_stops_a_run_leaves_its_points_waiting(tmp_path, expected, error):
     with pytest.raises(error if isinstance(error, type) else type(error)):
         measure_pairs(SPACE, model(), None, N, metric=metric, folder=tmp_path)
     states = states_of(tmp_path / "journal.log")
-    assert states.count("COMPLETE") == 3 and states.count("WAITING") == N - 3 and not working._OPEN
+    assert states.count("COMPLETE") == 3 and states.count("WAITING") == N - 3 and not worker._OPEN
     assert "RUNNING" not in states
     pairs = measure_pairs(SPACE, model(), None, N, metric=metric, folder=tmp_path)
     assert same(pairs, expected) and len(noted) == N + 1 and not pairs.failed
@@ -412,14 +412,14 @@ def test_a_process_with_several_threads_measures_one_point_at_a_time():
             alone.release()
         return 1.0
 
-    work = working.Work("f", "", "cpu", [Metric("score", measure)])
-    working.keep_open("f", model(), None)
-    threads = [Thread(target=lambda: [working.carry_out(work, 0, the_point, {}) for _ in range(20)]) for _ in range(4)]
+    work = worker.Work("f", "", "cpu", [Metric("score", measure)])
+    worker.keep_open("f", model(), None)
+    threads = [Thread(target=lambda: [worker.carry_out(work, 0, the_point, {}) for _ in range(20)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    working.let_go()
+    worker.let_go()
     assert len(overlaps) == 80 and not any(overlaps)
 
 
@@ -445,19 +445,19 @@ def test_what_is_refused(tmp_path, monkeypatch):
         "metric=3 is unknown": lambda: run(also=[3]),
         "a metric named '' of": lambda: Metric("", score_of),
         "a metric named 'score' of 3": lambda: Metric("score", 3),
-        "backend='threads' is unknown; allowed: loky, dask": lambda: run(backend="threads"),
+        "backend='threads' is unknown; allowed: 'loky', 'dask'": lambda: run(backend="threads"),
         "n=0 is not allowed": lambda: run(n=0),
         "n=2.0 is not allowed": lambda: run(n=2.0),
         "n_jobs=0 is not allowed": lambda: run(n_jobs=0),
         "n_jobs=-2 is not allowed": lambda: run(n_jobs=-2),
-        "space is a dict; give a PlanSpace, a KnobSpace": lambda: run(space=KNOBS),
-        "file' cannot be made a folder": lambda: run(folder=tmp_path / "file"),
-        "file/in' cannot be made a folder": lambda: run(folder=tmp_path / "file" / "in"),
+        "space is a dict; give a PlanSpace or a HyperparameterSpace": lambda: run(space=KNOBS),
+        "file' cannot be created as a folder": lambda: run(folder=tmp_path / "file"),
+        "file/in' cannot be created as a folder": lambda: run(folder=tmp_path / "file" / "in"),
         "'share' names two columns of number": lambda: run(metric=Metric("share", score_of)),
         "'score' names two columns": lambda: run(also=[SCORE]),
-        "'seconds' names two columns": lambda: run(KnobSpace({"seconds": Choice((1, 2))}, the_point)),
-        "5 different points were found of the 9": lambda: run(
-            KnobSpace({"a": Choice((1, 2, 3, 4, 5))}, the_point), n=9, metric=Metric("one", lambda *_: 1)
+        "'seconds' names two columns": lambda: run(HyperparameterSpace({"seconds": Choice((1, 2))}, the_point)),
+        "5 different candidates were found of the 9": lambda: run(
+            HyperparameterSpace({"a": Choice((1, 2, 3, 4, 5))}, the_point), n=9, metric=Metric("one", lambda *_: 1)
         ),
     }.items():
         with pytest.raises(PrunekitError, match=message):

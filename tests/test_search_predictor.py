@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from torch import nn
 
-from prunekit import AccuracyPredictor, KnobSpace, PrunekitError, search_space
+from prunekit import AccuracyPredictor, HyperparameterSpace, PrunekitError, search_space
 from prunekit.search import Choice, Metric, Pairs, Range, Trees, agreement, cross_validate, learning_curve, refined
-from prunekit.search.proposing import APART, evolve
+from prunekit.search.evolution import APART, evolve
 
 MODEL = nn.Linear(2, 2)
 FEW = Trees(n_models=3, n_trees=40)
@@ -24,7 +24,7 @@ def bowl(point, _tokenizer=None):
     return (point["a"] - 0.3) ** 2 + (point["b"] - 0.8) ** 2 + {"good": 0.0, "fair": 0.3, "bad": 1.0}[point["by"]]
 
 
-SPACE = KnobSpace(
+SPACE = HyperparameterSpace(
     {"a": Range(0, 1), "b": Range(0, 1), "c": Range(0, 1), "by": Choice(("bad", "fair", "good"))}, the_point
 )
 BOWL = Metric("bowl", bowl)
@@ -82,11 +82,11 @@ def test_broken_trees_and_those_of_another_space_are_refused(tmp_path):
     with pytest.raises(PrunekitError, match="no predictor in"):
         AccuracyPredictor.load(path, SPACE)
     path.write_text(json.dumps({**content, "models": [text[: len(text) // 2] for text in content["models"]]}))
-    with pytest.raises(PrunekitError, match="it is damaged"):
+    with pytest.raises(PrunekitError, match="damaged"):
         AccuracyPredictor.load(path, SPACE)
     fitted().save(path)
-    with pytest.raises(PrunekitError, match="other knobs"):
-        AccuracyPredictor.load(path, KnobSpace({"a": Range(0, 1)}, the_point))
+    with pytest.raises(PrunekitError, match="other hyperparameters"):
+        AccuracyPredictor.load(path, HyperparameterSpace({"a": Range(0, 1)}, the_point))
 
 
 def test_shap_values_share_out_what_is_expected():
@@ -99,17 +99,17 @@ def test_shap_values_share_out_what_is_expected():
 
 
 def test_nothing_is_expected_before_it_has_learned():
-    with pytest.raises(PrunekitError, match="learned nothing yet"):
+    with pytest.raises(PrunekitError, match="not fitted yet"):
         AccuracyPredictor(SPACE).predict(PAIRS.points)
-    with pytest.raises(PrunekitError, match="learned nothing yet"):
+    with pytest.raises(PrunekitError, match="not fitted yet"):
         AccuracyPredictor(SPACE).save("nowhere")
 
 
 @pytest.mark.parametrize(
     ("points", "values", "says"),
     [
-        (PAIRS.points[:9], PAIRS.values[:9], "9 points and 9 values"),
-        (PAIRS.points[:20], PAIRS.values[:19], "20 points and 19 values"),
+        (PAIRS.points[:9], PAIRS.values[:9], "9 candidates and 9 values"),
+        (PAIRS.points[:20], PAIRS.values[:19], "20 candidates and 19 values"),
         (PAIRS.points[:20], [*PAIRS.values[:19], np.inf], "1 of them not finite"),
     ],
 )
@@ -161,7 +161,7 @@ def test_more_pairs_teach_more():
 
 def test_too_few_pairs_are_refused():
     few = pairs_of(12)
-    with pytest.raises(PrunekitError, match="12 pairs leave 9"):
+    with pytest.raises(PrunekitError, match="12 samples leave 9"):
         cross_validate(few)
     for sizes in ([], [5], [130], [20.0]):
         with pytest.raises(PrunekitError, match="numbers from 10 to 120"):
@@ -201,14 +201,14 @@ def test_evolution_stays_in_a_narrowed_space_and_ends_with_a_small_one():
     narrow = SPACE.narrowed({"by": Choice(("fair",)), "a": Range(0.5, 0.9)})
     found = evolve(narrow, fitted(), PAIRS.points[:20], np.random.default_rng(0), n=10)
     assert len(found) == 10 and all(narrow.check(point) for point in found)
-    small = KnobSpace({"a": Choice((0.1, 0.5, 0.9)), "by": Choice(("bad", "fair", "good"))}, the_point)
+    small = HyperparameterSpace({"a": Choice((0.1, 0.5, 0.9)), "by": Choice(("bad", "fair", "good"))}, the_point)
     points = [{"a": a, "by": by} for a in (0.1, 0.5, 0.9) for by in ("bad", "fair", "good")]
     taught = AccuracyPredictor(small, FEW).fit(points * 2, [bowl({**point, "b": 0.8}) for point in points] * 2)
     found = evolve(small, taught, points[:2], np.random.default_rng(0), n=10, known=points[:3])
     assert len(found) == 6 and not any(point in points[:3] for point in found)
 
 
-class Priced(KnobSpace):
+class Priced(HyperparameterSpace):
     """What a point may cost is anywhere in a range, and the dearer the better."""
 
     @property
@@ -228,7 +228,7 @@ def test_a_budget_that_is_a_range_is_searched_at_every_level():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_search_beats_as_many_draws(seed):
-    wide = KnobSpace({f"x{i}": Range(0, 1) for i in range(8)}, the_point)
+    wide = HyperparameterSpace({f"x{i}": Range(0, 1) for i in range(8)}, the_point)
     metric = Metric("bowl", lambda point, tokenizer: sum((value - 0.3) ** 2 for value in point.values()))
     options = {"n_pairs": 30, "n_rounds": 2, "top_k": 10, "trees": FEW, "seed": seed}
     found = search_space(wide, MODEL, None, metric=metric, **options)
@@ -286,7 +286,7 @@ def test_points_to_start_with_are_measured_first():
     start = [{"a": 0.3, "b": 0.8, "c": 0.5, "by": "good"}]
     found = search_space(SPACE, MODEL, None, metric=BOWL, n_pairs=12, n_rounds=1, top_k=3, trees=FEW, start=start)
     assert found.pairs.points[0] == start[0] == found.best and len(found.pairs) == 15
-    with pytest.raises(PrunekitError, match="no point of this space"):
+    with pytest.raises(PrunekitError, match="no candidate of this space"):
         search_space(SPACE, MODEL, None, metric=BOWL, n_pairs=12, start=[{"a": 1}])
 
 

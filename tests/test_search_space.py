@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit import PrunekitError
-from prunekit.search import Choice, KnobSpace, Range
+from prunekit.search import Choice, HyperparameterSpace, Range
 from prunekit.search.space import distinct, key_of
 
 SETTINGS = {
@@ -22,7 +22,7 @@ def build(model, point):
     return model
 
 
-SPACE = KnobSpace(SETTINGS, build)
+SPACE = HyperparameterSpace(SETTINGS, build)
 
 
 def test_points_are_allowed_and_different_and_the_same_for_a_seed():
@@ -34,11 +34,11 @@ def test_points_are_allowed_and_different_and_the_same_for_a_seed():
 
 
 def test_known_points_do_not_come_again():
-    small = KnobSpace({"a": Choice((1, 2, 3)), "b": Choice((False, True))}, build)
+    small = HyperparameterSpace({"a": Choice((1, 2, 3)), "b": Choice((False, True))}, build)
     first = small.sample(4, np.random.default_rng(0))
     rest = small.sample(2, np.random.default_rng(0), first)
     assert len({key_of(point) for point in first + rest}) == 6
-    with pytest.raises(PrunekitError, match="0 different points were found of the 1 asked for"):
+    with pytest.raises(PrunekitError, match="0 different candidates were found of the 1 asked for"):
         small.sample(1, np.random.default_rng(0), first + rest)
 
 
@@ -92,11 +92,11 @@ def test_points_are_kept_in_one_form():
 
 
 def test_a_space_is_told_from_others_by_what_it_is_of():
-    assert KnobSpace(SETTINGS, build, of="one").described() != SPACE.described()
+    assert HyperparameterSpace(SETTINGS, build, of="one").described() != SPACE.described()
 
 
 def test_a_space_that_is_used_up_gives_what_there_is():
-    small = KnobSpace({"a": Choice((1, 2, 3))}, build)
+    small = HyperparameterSpace({"a": Choice((1, 2, 3))}, build)
     rng = np.random.default_rng(0)
     drawn = (small.propose(rng) for _ in range(10_000))
     assert len(distinct(drawn, 5, all_of_them=False)) == 3
@@ -105,7 +105,7 @@ def test_a_space_that_is_used_up_gives_what_there_is():
 def test_distinct_takes_the_first_and_passes_by_what_does_not_fit():
     made = iter([{"a": 1}, None, {"a": 1}, {"a": 2}, {"a": 3}])
     assert distinct(made, 2) == [{"a": 1}, {"a": 2}]
-    with pytest.raises(PrunekitError, match="0 different points"):
+    with pytest.raises(PrunekitError, match="0 different candidates"):
         distinct(iter(lambda: None, 1), 1)
     assert distinct(islice(iter([{"a": 1}]), 1), 0) == []
 
@@ -113,8 +113,8 @@ def test_distinct_takes_the_first_and_passes_by_what_does_not_fit():
 @pytest.mark.parametrize(
     ("point", "says"),
     [
-        ({"share": 0.1}, "no point of this space"),
-        ("share", "no point of this space"),
+        ({"share": 0.1}, "no candidate of this space"),
+        ("share", "no candidate of this space"),
         ({"share": 0.6, "depth": 1, "refit": True, "by": "l1"}, r"share=0.6 is not allowed.*Range"),
         ({"share": 0.1, "depth": True, "refit": True, "by": "l1"}, r"depth=True is not allowed"),
         ({"share": 0.1, "depth": 1, "refit": 1, "by": "l1"}, r"refit=1 is not allowed"),
@@ -133,16 +133,16 @@ def test_what_is_no_point_is_refused_by_name(point, says):
         (lambda: Range(1, 1), "empty"),
         (lambda: Range(0, float("nan")), "empty"),
         (lambda: Range("a", 2), "empty"),
-        (lambda: Choice(()), "cannot be chosen from"),
-        (lambda: Choice((1, 1)), "cannot be chosen from"),
-        (lambda: Choice((None, 1)), "cannot be chosen from"),
-        (lambda: Choice("ab"), "cannot be chosen from"),
-        (lambda: KnobSpace({}, build), "at least one knob"),
-        (lambda: KnobSpace({"a": 3}, build), "knob 'a' is 3"),
-        (lambda: KnobSpace(SETTINGS, None), "cannot be called"),
+        (lambda: Choice(()), "is not allowed; give a tuple"),
+        (lambda: Choice((1, 1)), "is not allowed; give a tuple"),
+        (lambda: Choice((None, 1)), "is not allowed; give a tuple"),
+        (lambda: Choice("ab"), "is not allowed; give a tuple"),
+        (lambda: HyperparameterSpace({}, build), "at least one hyperparameter"),
+        (lambda: HyperparameterSpace({"a": 3}, build), "hyperparameter 'a' is 3"),
+        (lambda: HyperparameterSpace(SETTINGS, None), "cannot be called"),
         (lambda: SPACE.narrowed({"nothing": Range(0, 1)}), "limits name 'nothing'"),
-        (lambda: SPACE.narrowed({"share": Range(0, 1)}), "share cannot be held to"),
-        (lambda: SPACE.narrowed({"by": Choice(("l9",))}), "by cannot be held to"),
+        (lambda: SPACE.narrowed({"share": Range(0, 1)}), "share cannot be limited to"),
+        (lambda: SPACE.narrowed({"by": Choice(("l9",))}), "by cannot be limited to"),
     ],
 )
 def test_what_is_no_knob_is_refused(make, says):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from search_helpers import SPACE, keys, model, read_by_optuna, score_of, states_of, the_point, wait_until
 
 from prunekit import PrunekitError
-from prunekit.search import Choice, KnobSpace, Metric, Pairs, Range, measure_pairs
+from prunekit.search import Choice, HyperparameterSpace, Metric, Pairs, Range, measure_pairs
 from prunekit.search.campaign import drawn
 from prunekit.search.journal import Journal
 from prunekit.search.trials import Trials
@@ -285,7 +285,7 @@ def test_whatever_a_journal_has_become_it_is_opened_or_refused(tmp_path_factory,
 def test_a_journal_of_another_search_is_refused_by_what_differs(tmp_path, name):
     path = eventful(tmp_path)
     kept = path.read_bytes()
-    with pytest.raises(PrunekitError, match=f"is of another search: its {name} differ"):
+    with pytest.raises(PrunekitError, match=f"is of another search .different {name}."):
         opened(tmp_path, {**IDENTITY, name: "another"})
     assert path.read_bytes() == kept
     opened(tmp_path)
@@ -331,8 +331,8 @@ def pairs_of(points, values, space=SPACE, **options):
     return Pairs(space, table, "score", **options)
 
 
-ODD = KnobSpace({"n": Choice((1, 2.5)), "flag": Choice((False, 3)), "wide": Range(0, 4)}, the_point)
-NUMBERS = KnobSpace({"n": Choice((1, 2)), "wide": Range(0, 4)}, the_point)
+ODD = HyperparameterSpace({"n": Choice((1, 2.5)), "flag": Choice((False, 3)), "wide": Range(0, 4)}, the_point)
+NUMBERS = HyperparameterSpace({"n": Choice((1, 2)), "wide": Range(0, 4)}, the_point)
 
 
 @pytest.mark.parametrize("space", [SPACE, ODD, NUMBERS])
@@ -347,7 +347,7 @@ def test_points_come_out_of_the_table_as_they_went_in(tmp_path, space):
 
 
 def test_a_budget_that_is_a_knob_is_read_as_what_was_used_of_it():
-    space = KnobSpace({"parameters": Range(15.0, 25.0)}, the_point)
+    space = HyperparameterSpace({"parameters": Range(15.0, 25.0)}, the_point)
     assert pairs_of([{}] * 4, [1.0] * 4, space).points == [{"parameters": value} for value in (15.0, 15.0, 20.0, 25.0)]
 
 
@@ -389,10 +389,10 @@ def test_values_are_low_for_better_and_finite():
     figures = [4.0, 1.0, math.inf, 2.0]
     pairs = pairs_of(POINTS[:4], figures, log=True)
     np.testing.assert_allclose(pairs.values, np.log([4.0, 1.0, 4.0, 2.0]))
-    assert pairs.best() == POINTS[1] and repr(pairs) == "Pairs(4 points; best score 1)"
+    assert pairs.best() == POINTS[1] and repr(pairs) == "Pairs(4 candidates; best score 1)"
     most = pairs_of(POINTS[:4], [-4.0, -1.0, -math.inf, -2.0], maximize=True)
     assert most.values.tolist() == [4.0, 1.0, 4.0, 2.0] and most.best() == POINTS[1]
-    assert repr(most) == "Pairs(4 points; best score -1)"
+    assert repr(most) == "Pairs(4 candidates; best score -1)"
     assert pairs_of(POINTS[:3], [math.inf, 7.0, math.inf]).best() == POINTS[1]
     assert pairs_of(POINTS[:2], [math.inf] * 2).values.tolist() == [0.0, 0.0]
 
@@ -405,7 +405,7 @@ def test_pairs_tell_what_they_are():
     for attempt in (lambda: pairs.best(macs=3), lambda: pairs.front("macs")):
         with pytest.raises(PrunekitError, match="'macs' was not noted; choose from number, round"):
             attempt()
-    with pytest.raises(PrunekitError, match="none of 2 pairs costs at most {'parameters': -1}; the least is"):
+    with pytest.raises(PrunekitError, match="no sample of 2 is within {'parameters': -1}; the lowest values are"):
         pairs.best(parameters=-1)
     none = pairs_of([], [])
     assert none.points == [] and len(none) == 0 and "none measured" in repr(none) and repr(none) in none._repr_html_()

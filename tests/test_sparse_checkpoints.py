@@ -89,7 +89,7 @@ def test_zeros_that_were_filled_are_told(tmp_path):
     before = model.sparsity_report
     name = fill(model)
     folder = save(model, tmp_path / "out")
-    said = f"3 zeros of 1 matrices ({name}, …) were filled after it was sparsified"
+    said = f"3 zeros of 1 matrices ({name}, …) were filled after sparsification"
     told_now = SparsityReport.from_json((folder / "sparsity.json").read_text())
     assert said in (folder / "README.md").read_text() and any(said in remark for remark in told_now.remarks)
     was, now = ({row["matrix"]: row["n_zeros"] for row in report.rows} for report in (before, told_now))
@@ -150,7 +150,7 @@ def test_a_broken_report_is_refused_by_name(broken, tmp_path):
     content = json.loads(path.read_text())
     broken(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(PrunekitError, match=r"sparsity\.json' tells nothing of this model's zeros .*take it away"):
+    with pytest.raises(PrunekitError, match=r"sparsity\.json' does not describe this model's zeros .*delete it"):
         load(tmp_path / "out")
 
 
@@ -159,11 +159,11 @@ def test_a_file_that_holds_no_report_is_refused_by_name(tmp_path):
     text = path.read_text()
     for broken in TEXTS.values():
         path.write_bytes(broken(text).encode(errors="surrogatepass"))
-        with pytest.raises(PrunekitError, match=r"sparsity\.json' tells nothing of this model's zeros"):
+        with pytest.raises(PrunekitError, match=r"sparsity\.json' does not describe this model's zeros"):
             load(tmp_path / "out")
     path.unlink()
     path.mkdir()
-    with pytest.raises(PrunekitError, match=r"sparsity\.json' tells nothing"):
+    with pytest.raises(PrunekitError, match=r"sparsity\.json' does not describe"):
         load(tmp_path / "out")
     path.rmdir()
     assert not hasattr(load(tmp_path / "out")[0], "sparsity_report")

@@ -160,14 +160,14 @@ def test_dead_inputs_have_zero_weights():
         ({"sparsity": -0.1}, "not allowed"),
         ({"sparsity": math.nan}, "sparsity=nan is not allowed"),
         ({"sparsity": True}, "not allowed"),
-        ({"sparsity": "half"}, "no pattern"),
+        ({"sparsity": "half"}, "is not a pattern"),
         ({"sparsity": "5:4"}, "1 ≤ kept ≤ of"),
         ({"sparsity": "3:4"}, r"pattern=\(3, 4\) for 3 kept, pattern=\(1, 4\) for 3 pruned"),
         ({"pattern": (5, 4)}, "1 ≤ kept ≤ of"),
         ({"pattern": (0, 4)}, "1 ≤ kept ≤ of"),
         ({"pattern": (2.0, 4)}, "two integers"),
         ({"pattern": 4}, "two integers"),
-        ({"pattern": (2, 5)}, "rows of 32 weights, which runs of 5 do not divide"),
+        ({"pattern": (2, 5)}, "rows of 32 weights, which 5 does not divide"),
     ],
 )
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
@@ -185,7 +185,7 @@ def test_a_target_that_cannot_be_is_refused(solver, target, message):
         (lambda w, h: (w, h[:3]), r"tensor \(32, 32\)"),
         (lambda w, h: (w, h * math.inf), "NaN or infinite"),
         (lambda w, h: (w, None), "NoneType"),
-        (lambda w, h: (w, h * 0), "all inputs are zero"),
+        (lambda w, h: (w, h * 0), "all inputs of this matrix are zero"),
     ],
 )
 def test_what_sparsegpt_cannot_use_is_refused(change, message):

@@ -145,9 +145,9 @@ def test_tokens_in_portions_are_tokens_at_once(monkeypatch):
     ("change", "message"),
     [
         ({"x": math.nan}, "reads is not finite"),
-        ({"p": math.inf}, "hands to its down projection is not finite"),
+        ({"p": math.inf}, "passes to its down projection is not finite"),
         ({"x": 0.0}, "reads is zero"),
-        ({"p": 0.0}, "hands to its down projection is zero"),
+        ({"p": 0.0}, "passes to its down projection is zero"),
     ],
 )
 def test_activations_that_say_nothing_are_refused(change, message):

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from prunekit import SparseLLM, SparsityReport, sparsify
 from prunekit.errors import PrunekitError
-from prunekit.sparsity import reading, sparsegpt, wanda
-from prunekit.sparsity import sparsifying as driver
+from prunekit.sparsity import matrix_inputs, sparsegpt, wanda
+from prunekit.sparsity import model_sparsity as driver
 
 ALL = {name: f for name, f in {**FAMILIES, **DIFFICULT, **UNLISTED}.items() if "peft" not in name}
 UNKNOWN_FFN = {"bitnet", "gpt_oss", "mamba"}  # a norm inside, biases and clamps outside the products, none at all
@@ -270,13 +270,13 @@ def with_quantised_layer(model):
     ("model", "message"),
     [
         (lambda: damaged(lambda m: m.model.norm.weight.fill_(math.nan)), "NaN"),
-        (lambda: damaged(lambda m: m.model.layers[1].input_layernorm.weight.zero_()), "is zero for every token"),
-        (lambda: damaged(lambda m: m.model.layers[0].input_layernorm.weight.fill_(3e38)), "is not finite"),
+        (lambda: damaged(lambda m: m.model.layers[1].input_layernorm.weight.zero_()), "are zero for every token"),
+        (lambda: damaged(lambda m: m.model.layers[0].input_layernorm.weight.fill_(3e38)), "not finite"),
         (lambda: damaged(with_quantised_layer), r"quantised \(model\.layers\.0\.mlp\.up_proj is a bitsandbytes"),
         (lambda: damaged(lambda m: setattr(m.config, "quantization_config", {"quant_method": "gptq"})), "'gptq'"),
         (lambda: damaged(lambda m: m.to(torch.float8_e4m3fn)), "quantised .*float8"),
-        (lambda: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), "carries adapters"),
-        (lambda: nn.Linear(3, 3), "no model of transformers, so no tokens"),
+        (lambda: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), "has adapters"),
+        (lambda: nn.Linear(3, 3), "not a transformers model, so it cannot run on tokens"),
         (lambda: torch.compile(tiny_llama()), "compiled"),
         (lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, vocab_size=9)), "an encoder"),
         (lambda: "a/path", "model is a str"),
@@ -296,7 +296,7 @@ def test_fewer_tokens_than_inputs_are_said():
 
 
 def test_what_sparsellm_does_not_know_is_said():
-    with pytest.warns(UserWarning, match="no form that SparseLLM knows"):
+    with pytest.warns(UserWarning, match="no form that SparseLLM supports"):
         sparse = sparsify(DIFFICULT["bitnet"].build("eager").eval(), calib(), "sparsellm", 0.5)
     assert {row["method"] for row in sparse.sparsity_report.rows} == {"sparsegpt"}
 
@@ -318,7 +318,7 @@ def test_the_report_reads_and_comes_back(tmp_path):
     assert report.by_layer()["sparsity"].between(0.49, 0.51).all()
     assert set(report.ffn_errors()["iteration"]) == {0, 1}
     for text in ("{}", "[1]", "no json", '{"method": 1}'):
-        with pytest.raises(PrunekitError, match="no sparsity report"):
+        with pytest.raises(PrunekitError, match="not a sparsity report"):
             SparsityReport.from_json(text)
 
 
@@ -333,7 +333,7 @@ def test_expert_options_are_as_before():
 def test_no_gram_matrix_is_summed_up_for_the_report_alone(method, monkeypatch):
     wanted = sparsify(tiny_llama(), calib(), method, 0.5, report_error=True)
     assert all(row["error"] > 0 for row in wanted.sparsity_report.rows)
-    monkeypatch.setattr(reading, "add_to_gram", None)
+    monkeypatch.setattr(matrix_inputs, "add_to_gram", None)
     plain = sparsify(tiny_llama(), calib(), method, 0.5)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wanted.parameters(), strict=True))
     assert all(row["error"] is None for row in plain.sparsity_report.rows)

@@ -166,7 +166,7 @@ def test_a_second_call_tells_of_the_first():
 
 def test_an_interrupt_in_place_leaves_the_layers_that_are_done_and_no_report(monkeypatch):
     model = sparsify(tiny_llama(), calib(), "wanda", 0.25)
-    from prunekit.sparsity import sparsifying as driver
+    from prunekit.sparsity import model_sparsity as driver
 
     solve, layers = driver.prune_layer, iter(range(1))
 

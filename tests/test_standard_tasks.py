@@ -150,10 +150,10 @@ MALFORMED = {
     "no JSON": ("piqa", "{", r"piqa.validation\.jsonl, line 2: this is no JSON"),
     "no object": ("piqa", "[1]", r"line 2: \[1\] is no JSON object"),
     "column missing": ("piqa", {"goal": "g", "sol1": "a", "label": 0}, r"line 2: 'sol2' is missing; it has 'goal'"),
-    "label out of range": ("piqa", {**ROWS["piqa"], "label": 2}, r"line 2: the label 2 is none of 0, 1"),
-    "hidden label": ("hellaswag", {**ROWS["hellaswag"], "label": ""}, r"the label '' is none of 0, 1, 2, 3"),
-    "no truth value": ("boolq", {**ROWS["boolq"], "answer": "si"}, r"the label 'si' is none of False, True"),
-    "unknown letter": ("arc_easy", {**ROWS["arc_easy"], "answerKey": "D"}, r"'D' is none of '1', '2', '3'"),
+    "label out of range": ("piqa", {**ROWS["piqa"], "label": 2}, r"line 2: the label is 2; it must be one of 0, 1"),
+    "hidden label": ("hellaswag", {**ROWS["hellaswag"], "label": ""}, r"the label is ''; it must be one of 0, 1, 2, 3"),
+    "no truth value": ("boolq", {**ROWS["boolq"], "answer": "si"}, r"the label is 'si'; it must be one of False, True"),
+    "unknown letter": ("arc_easy", {**ROWS["arc_easy"], "answerKey": "D"}, r"is 'D'; it must be one of '1', '2', '3'"),
     "fewer texts": (
         "openbookqa",
         {**ROWS["openbookqa"], "choices": {"text": ["a"], "label": ["A", "B"]}},
@@ -162,7 +162,7 @@ MALFORMED = {
     "no list": (
         "arc_easy",
         {**ROWS["arc_easy"], "choices": {"text": "a", "label": "A"}},
-        "'choices.label' is 'A' and no",
+        "'choices.label' is 'A', not a list",
     ),
     "no choices": ("arc_easy", {"question": "Why?", "answerKey": "1"}, "'choices' is missing"),
     "no text": ("boolq", {**ROWS["boolq"], "passage": 3}, "'passage' is 3 and no text"),
@@ -185,7 +185,9 @@ def test_malformed_rows_of_original_files_are_named(data):
     with pytest.raises(PrunekitError, match=r"anatomy_test\.csv, line 2: 5 columns; 6 are needed: question, A"):
         standard_task("mmlu_anatomy", data_dir=data)
     (data / "mmlu" / "test" / "anatomy_test.csv").write_text(MMLU.replace(",C", ",E"))
-    with pytest.raises(PrunekitError, match=r"anatomy_test\.csv, line 1: the label 'E' is none of 'A', 'B', 'C', 'D'"):
+    with pytest.raises(
+        PrunekitError, match=r"anatomy_test\.csv, line 1: the label is 'E'; it must be one of 'A', 'B', 'C', 'D'"
+    ):
         standard_task("mmlu_anatomy", data_dir=data)
     (data / "piqa" / "validation-labels.lst").write_text("1\n")
     lines = [json.dumps({**ROWS["piqa"], "goal": "g"}), json.dumps({"goal": "g", "sol1": "a", "sol2": "b"})]
@@ -279,5 +281,5 @@ def test_labels_are_places_among_what_is_allowed():
     row = records.Record({"label": "1"}, "here")
     assert row.label("1", (0, 1)) == row.label(1, (0, 1)) == 1
     assert [row.label(v, (False, True)) for v in (False, True)] == [0, 1]
-    with pytest.raises(PrunekitError, match="here: the label True is none of 0, 1"):
+    with pytest.raises(PrunekitError, match="here: the label is True; it must be one of 0, 1"):
         row.label(True, (0, 1))

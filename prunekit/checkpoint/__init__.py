@@ -1,4 +1,4 @@
-"""Checkpoints: loading, saving and exporting, without pickles."""
+"""Loads, saves and exports checkpoints, without pickles."""
 
 from prunekit.checkpoint.exporting import export
 from prunekit.checkpoint.loading import load

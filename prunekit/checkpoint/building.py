@@ -1,4 +1,4 @@
-"""Models without weights: cut again as recorded, measured before memory is asked for."""
+"""Builds models without weights from a record of cuts, and checks their size before memory is used."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from prunekit.pruning.surgery import cut
 
 
 def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] = ()) -> Any:
-    """An uncut model without weights, with every recorded cut made again in order.
+    """A model without weights from an uncut configuration and the recorded cuts, in order.
 
     Args:
         model: that is cut in place.
@@ -45,7 +45,7 @@ def _recorded_plan(groups: Groups, keep: dict[str, list[int]]) -> PruningPlan:
 
 
 def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: int) -> None:
-    """Refuses a configuration that asks for far more than its files hold, before anything is allocated.
+    """Raise an error for a configuration that asks for far more than its files hold, before anything is allocated.
 
     Args:
         config: of the model to build.
@@ -69,7 +69,7 @@ def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: i
         with torch.device("meta"):  # not even buffers cost anything
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()
-    except Exception:  # whatever the family refuses is told by the load that follows
+    except Exception:  # an error of the family is reported by the load that follows
         return
     asked = sum(_elements(shape) for shape in shapes_of(model).values())
     if asked > factor * held:

@@ -1,4 +1,4 @@
-"""Folders that are costly to make, kept in the user's cache: whole or not there, and made again where damaged."""
+"""Keeps converted folders in the user's cache, and makes damaged ones again."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ RECORD = "cache.json"
 
 
 def cache_root() -> Path:
-    """The folder of the cache: what the environment variable PRUNEKIT_CACHE names, else the system's place for it."""
+    """The cache folder: the environment variable PRUNEKIT_CACHE, else the system's default."""
     named = os.environ.get(VARIABLE)
     return Path(named).expanduser().absolute() if named else user_cache_path("prunekit", appauthor=False)
 
 
 def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
-    """A folder of the cache; where it is missing or damaged, it is filled beside its place and moved there.
+    """A folder of the cache, filled if missing or damaged.
 
     Of several processes that want it at once, one fills it and the others wait.
 
@@ -100,7 +100,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _remove_remains(folder: Path) -> None:
-    """A damaged folder, and what a process that was killed had written beside it."""
+    """Remove a damaged folder, and partial folders of killed processes."""
     for path in [folder, *folder.parent.glob(f".{folder.name}.*")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""The model card: what was cut and how, what it scores, how to load it."""
+"""The model card: the cut, the evaluation, and how to load the model."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.experts import fit_for_grouped
-from prunekit.sparsity.keeping import current_report
+from prunekit.sparsity.zero_masks import current_report
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
@@ -20,10 +20,10 @@ SPARSITY = "sparsity.json"
 _PLAIN_CODE = (
     'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
 )
-_FORMS = {  # layout → what is said of it, and the Python that loads it
+_FORMS = {  # layout → its description, and the Python that loads it
     PLAIN: ("A plain checkpoint of its family.", _PLAIN_CODE),
     PADDED: (
-        "The configuration of its family has no words for its widths ({unsaid}), so they are filled up with zeros.",
+        "The configuration of its family cannot express its widths ({unsaid}), so they are filled up with zeros.",
         _PLAIN_CODE,
     ),
     GGUF: (
@@ -31,7 +31,7 @@ _FORMS = {  # layout → what is said of it, and the Python that loads it
         _PLAIN_CODE.replace("FOLDER", 'FOLDER", gguf_file="model.gguf'),
     ),
     OWN: (
-        "The configuration of its family has no words for its widths ({unsaid}), so it needs prunekit to load; once "
+        "The configuration of its family cannot express its widths ({unsaid}), so it needs prunekit to load; once "
         "that is imported, `AutoModelForCausalLM.from_pretrained` loads it too.",
         'import prunekit as pk\n\nmodel, tokenizer = pk.load("THIS FOLDER")',
     ),
@@ -40,12 +40,13 @@ _NOT_FILLED = "A plain checkpoint of its family; nothing had to be filled up."
 RENUMBERED = "its tokens were renumbered"
 LISTED = "plan.json lists, under keep, the old number of each new one"
 _WRITTEN_OUT = (
-    "torch's grouped products do not take the widths of its experts. `prunekit.load` sets them to run written out; "
+    "torch's grouped products do not take the widths of its experts. `prunekit.load` sets them to use the eager "
+    "implementation; "
     'with `transformers` alone, say `experts_implementation="eager"`.'
 )
 _GOOD_FOR = (
     "What these zeros are good for: to a dense engine they are numbers like any other, multiplied and stored in full. "
-    "Zeros that lie anywhere make nothing faster, and this folder no smaller unless somebody compresses it. Only 2:4 "
+    "Zeros anywhere make nothing faster, and this folder no smaller unless it is compressed. Only 2:4 "
     "(two zeros in every four weights along a row) can be faster: on NVIDIA GPUs of compute capability 8.0 or higher, "
     "in half precision, in an engine with kernels for semi-structured sparsity. Whether it is depends on shapes and "
     "batch: measure. No other pattern is faster in an engine that this library writes for."
@@ -61,7 +62,7 @@ def texts_beside(
     unsaid: Sequence[str] = (),
     remarks: Sequence[str] = (),
 ) -> dict[str, str]:
-    """File name → content of what stands beside the weights: the card, the plan and reports where there are some."""
+    """File name → content of the files besides the weights: the card, the plan and reports."""
     zeros = current_report(model)
     texts = {CARD: model_card(model, layout, plan, report, zeros=zeros, unsaid=unsaid, remarks=remarks)}
     texts |= {"plan.json": plan.to_json()} if plan is not None else {}
@@ -84,10 +85,10 @@ def model_card(
     Args:
         model: that is saved.
         layout: `"plain"`, `"padded"`, `"gguf"` or `"prunekit"`.
-        plan: by which it was cut; what stands in its notes is told too.
-        report: what was measured about the model.
-        zeros: what is true of the zeros in its weights.
-        unsaid: the widths that its family has no words for.
+        plan: the plan of the cut; its notes are included.
+        report: evaluation report of the model.
+        zeros: sparsity report of its weights.
+        unsaid: the widths that its family cannot express.
         remarks: more sentences about it.
     """
     parameters = sum(p.numel() for p in model.parameters())
@@ -107,7 +108,7 @@ def model_card(
 
 
 def renumbered(model: Any, plan: PruningPlan | None, tokenizer: Any) -> list[str]:
-    """What a card says of a tokenizer: that none is there, where tokens went and no other was given."""
+    """The card's text on the tokenizer: missing if tokens were removed and none was given."""
     if tokenizer is not None or not tokens_went(model, plan):
         return []
     listed = f" ({LISTED})" if plan is not None and plan.takes_tokens else ""
@@ -115,7 +116,7 @@ def renumbered(model: Any, plan: PruningPlan | None, tokenizer: Any) -> list[str
 
 
 def _loss_parts(model: Any) -> list[str]:
-    """What the last step did to the loss, where it was measured."""
+    """The change of the loss by the last step, if measured."""
     change = getattr(model, "loss_change", None)
     if not isinstance(change, LossChange):
         return []

@@ -1,4 +1,4 @@
-"""From a GGUF file to an ordinary checkpoint folder, by transformers' own reader, once: the folder stays in the cache.
+"""Converts a GGUF file to a checkpoint folder with transformers' reader, and keeps the folder in the cache.
 
 The weights are dequantized. Nothing that stands in the file is executed, and nothing else that lies in its folder
 counts, but for the files of a tokenizer where the file holds no vocabulary.
@@ -30,7 +30,7 @@ PROBE = "Once upon a time, in 1984: naïve 猫s\n\n\tdef f(x): return x  # <|im_
 
 
 def converted(path: Path) -> Path:
-    """The checkpoint folder that a GGUF file becomes, from the cache where it was converted before.
+    """The checkpoint folder of a GGUF file, converted at the first call and then cached.
 
     It goes by the content of the file, not by its name: SHA-256 of it, with the version of transformers.
 
@@ -38,7 +38,7 @@ def converted(path: Path) -> Path:
         path: of the file.
 
     Raises:
-        PrunekitError: the file cannot be read or converted, which names what is wrong, or the cache cannot be written.
+        PrunekitError: the file cannot be read or converted, or the cache cannot be written.
     """
     check_magic(path)
     return cached_folder(f"gguf-{_key(path)}", lambda folder: _convert(path, folder))
@@ -119,7 +119,7 @@ def _model(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:
 
 
 def _check_nothing_is_left_out(path: Path, header: GgufHeader, model: Any) -> None:
-    """Refuses a file of which the model does not hold every number: it would compute something else.
+    """Raise an error for a file of which the model does not hold every number: it would compute something else.
 
     Blocks beyond the model's own, which some files have for guessing several tokens at once, do not count.
     """
@@ -165,7 +165,7 @@ def _tokenizer(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:
 
 
 def _check_tokenizer(path: Path, folder: Path, tokenizer: Any) -> None:
-    """Refuses one that is another after saving and loading."""
+    """Raise an error for one that is another after saving and loading."""
     again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if again(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
         raise PrunekitError(

@@ -1,4 +1,4 @@
-"""Exports of a model for engines that know one width: plain, filled up with zeros, or as a GGUF file."""
+"""Exports a model for other programs: plain, padded with zeros, or as a GGUF file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,17 +41,17 @@ def export(
     files: Mapping[str, str] | None = None,
     max_shard_size: str | int = SHARD,
 ) -> Path:
-    """Write a folder that other programs load without prunekit, proved to give the same logits.
+    """Exports a model to a folder that other programs load without prunekit, with the same logits.
 
     Args:
         model: a model, cut or not; adapters merged.
-        out: a folder that does not exist yet. It is complete or not there.
+        out: a folder that does not exist yet. It is complete or not written.
         layout: `"plain"` for a checkpoint that plain `transformers` loads, for cuts that the family's configuration
             can say. `"padded"` fills any other up to even widths with zeros. `"gguf"` writes `model.gguf` for
             llama.cpp, for what is plain.
         tokenizer: as for `save`, and so are `plan`, `report`, `files` and `max_shard_size`.
         plan: by which the model was cut.
-        report: what was measured about it.
+        report: evaluation report of the model.
         files: more texts for the folder.
         max_shard_size: of one safetensors file.
 

@@ -1,4 +1,4 @@
-"""What stands in a checkpoint folder: its configuration and the headers of its weights, checked first.
+"""Reads and checks a checkpoint folder: its configuration and the headers of its weights.
 
 Only headers are read here, so that what is wrong is said before memory is asked for.
 """
@@ -21,7 +21,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as its file's header tells of it.
+    """One tensor as described by its file's header.
 
     Attributes:
         file: the safetensors file.
@@ -35,7 +35,7 @@ class Stored:
 
     @property
     def is_float(self) -> bool:
-        """Whether it can be computed with as it is."""
+        """Whether its dtype can be used in computations."""
         return self.dtype in _FLOATS
 
 
@@ -43,7 +43,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        PrunekitError: there is none, it cannot be read, or it holds something else.
+        PrunekitError: the file is missing, cannot be read, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint that prunekit can read.
 
     Raises:
-        PrunekitError: there is none, or what it belongs to is no plain checkpoint of weights.
+        PrunekitError: the file is missing, or the folder is not a plain checkpoint.
     """
     path = folder / "config.json"
     if (folder / "adapter_config.json").is_file() and not path.exists():
@@ -104,13 +104,13 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint, by name, from the headers of its safetensors alone.
 
     Raises:
-        PrunekitError: there are none, a file is broken, or the index does not fit the files.
+        PrunekitError: no weights, a broken file, or an index that does not fit the files.
     """
     if (folder / WHOLE).is_file():
         return dict(_header(folder / WHOLE))
     if (folder / INDEX).exists():
         return _sharded(folder, _weight_map(folder / INDEX))
-    read_config(folder)  # a folder that is no checkpoint at all is told so
+    read_config(folder)  # a folder without a checkpoint has its own message
     found = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "none"
     if found != "none":
         raise PrunekitError(f"{str(folder)!r} has neither {WHOLE} nor {INDEX} that can be read (safetensors: {found})")
@@ -168,7 +168,7 @@ def _unreadable(path: Path, reason: object) -> PrunekitError:
 
 
 def check_dtypes(folder: Path, stored: dict[str, Stored]) -> None:
-    """Refuses weights that are packed into a few bits.
+    """Raise an error for weights that are packed into a few bits.
 
     Raises:
         PrunekitError: some are.

@@ -1,6 +1,6 @@
-"""A plain LLaMA as a GGUF file, written with llama.cpp's own Python package and proved by reading it back.
+"""Writes a plain LLaMA as a GGUF file with llama.cpp's Python package, and checks it by reading it back.
 
-Only the `llama` architecture, which knows one width: what `prunekit.export` hands on is even already.
+Only the `llama` architecture, which knows one width: `prunekit.export` passes an even model.
 """
 
 import io
@@ -48,7 +48,7 @@ def write_gguf(model: Any, config: Any, folder: Path) -> list[str]:
         folder: to write into.
 
     Returns:
-        What is to be told of the file: why it holds no vocabulary, which is warned of too.
+        Remarks on the file: why it has no vocabulary, which is also a warning.
 
     Raises:
         PrunekitError: the gguf package is missing, GGUF's `llama` cannot say this model, or what is read back gives
@@ -70,7 +70,7 @@ def write_gguf(model: Any, config: Any, folder: Path) -> list[str]:
 
 
 def check_family(model: Any) -> None:
-    """Refuses what GGUF's `llama` is not, whatever its widths, before anything else is asked of it.
+    """Raise an error for a model that GGUF's `llama` cannot express, whatever its widths.
 
     Raises:
         PrunekitError: another family, a rope or a dtype that cannot be said.

@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself, and whether it can be turned into an ordinary checkpoint: before any weight is read.
+"""Reads the header of a GGUF file, and checks that it can be converted, before any weight is read.
 
 A GGUF file is llama.cpp's form of a model: names and values of its settings, its vocabulary, and its tensors, most of
 them quantized in blocks.
@@ -57,7 +57,7 @@ def gguf_package(why: str) -> Any:
 
 
 def check_magic(path: Path) -> None:
-    """Refuses a file that is not a GGUF file, by its first four bytes.
+    """Raise an error for a file that is not a GGUF file, by its first four bytes.
 
     Raises:
         PrunekitError: says how it begins.

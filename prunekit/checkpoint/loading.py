@@ -26,8 +26,8 @@ from transformers.models.auto.modeling_auto import (
 from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.cards import LISTED, SPARSITY
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_object, stored_tensors
+from prunekit.checkpoint.layer_widths import check_widths
 from prunekit.checkpoint.origins import resolve
-from prunekit.checkpoint.widths import check_widths
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError, first_line
 from prunekit.model_names import NAMES, is_world
@@ -37,7 +37,7 @@ from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.describing import describe
 from prunekit.pruning.experts import usable
 from prunekit.pruning.recording import RECORD
-from prunekit.sparsity.keeping import parsed_report
+from prunekit.sparsity.zero_masks import parsed_report
 from prunekit.world import load as load_world
 
 MODEL_TYPE = "prunekit"
@@ -54,7 +54,7 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, in evaluation mode.
 
-    Experts of widths that torch's grouped products do not take are set to run written out
+    Experts of widths that torch's grouped products do not take are set to an eager implementation
     (`experts_implementation="eager"`). Where `sparsity.json` stands in the folder, it is the model's `sparsity_report`.
 
     Args:
@@ -92,14 +92,14 @@ def load(
 
 
 def _read_sparsity(path: Path, model: Any) -> None:
-    """What is told of the zeros in a folder's weights, where something is."""
+    """The sparsity report of a folder, if there is one."""
     if not os.path.lexists(path):
         return
     try:
         model.sparsity_report = parsed_report(path.read_text(encoding="utf-8"), model)
     except (OSError, UnicodeDecodeError, RecursionError, PrunekitError) as error:
         raise PrunekitError(
-            f"{str(path)!r} tells nothing of this model's zeros ({error}); restore it from its source, or take it away"
+            f"{str(path)!r} does not describe this model's zeros ({error}); restore it from its source, or delete it"
         ) from error
 
 
@@ -134,7 +134,7 @@ def _load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool)
 
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    """Refuses what `transformers` knows to be something else, such as an encoder, and would load all the same.
+    """Raise an error for models of another kind, such as an encoder, which `transformers` would load.
 
     A model of pictures and text is taken where `AutoModelForCausalLM` builds its language model, or the whole.
     """
@@ -155,13 +155,13 @@ def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
 def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # of any kind; the load that follows tells what is wrong
+    except Exception:  # any error; the load that follows reports it
         return
     check_size(config, stored, str(folder), factor=2)
 
 
 def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
-    """The model of a folder or hub id as `transformers` loads it; refuses weights that lack or do not fit."""
+    """The model of a folder or hub id, loaded by `transformers`; missing or unfitting weights raise an error."""
     where = _where(source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -213,14 +213,14 @@ def _where(source: str) -> dict[str, bool]:
 
 
 def _check_floats(folder: Path, model: nn.Module, stored: dict[str, Stored]) -> None:
-    """Refuses whole numbers in a parameter's place, which `transformers` turns into floats without a word."""
+    """Raise an error for integers in a parameter's place, which `transformers` converts to floats without a warning."""
     for name, _ in model.named_parameters():
         if name in stored and not stored[name].is_float:
             raise PrunekitError(f"{name!r} of {str(folder)!r} is stored as {stored[name].dtype}; restore the weights")
 
 
 def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Refuses the tokenizer of the model that tokens were cut from, which numbers them as before."""
+    """Raise an error for the tokenizer of the model that tokens were cut from, which numbers them as before."""
     size, path = model.get_input_embeddings().num_embeddings, folder / "plan.json"
     if tokenizer is None or len(tokenizer) <= size:
         return
@@ -320,7 +320,7 @@ def _without_kernels(described: Any) -> Any:
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
-    """Weights in another dtype; buffers, such as rotary frequencies, keep their own, as in a plain load."""
+    """Convert weights to another dtype; buffers, such as rotary frequencies, keep theirs, as in a plain load."""
     wanted = _known_dtype(dtype)
     for p in model.parameters() if wanted != "auto" else ():
         p.data = p.data.to(wanted)
@@ -328,7 +328,7 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
 
 
 def _known_dtype(dtype: torch.dtype | str) -> Any:
-    """The dtype that is meant, or "auto"; refuses what weights cannot be computed with."""
+    """The dtype of an argument, or "auto"; a dtype that cannot be used in computations raises an error."""
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
     if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise PrunekitError(

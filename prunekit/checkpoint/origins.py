@@ -1,4 +1,4 @@
-"""Where a model's files lie: from what a user names to an ordinary checkpoint folder, or a hub id."""
+"""Resolves a model's name to a checkpoint folder or hub id."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from prunekit.model_names import NAMES, packaged_file
 
 
 def resolve(source: str | Path) -> str | Path:
-    """The checkpoint folder or hub id that a source stands for.
+    """The checkpoint folder or hub id of a source.
 
     A GGUF file, a folder with one and no config.json, and the name of a packaged model such as `"smollm2"` are
     converted, once, to a folder in the user's cache. Whatever else is given back as it is.
@@ -33,7 +33,7 @@ def resolve(source: str | Path) -> str | Path:
 
 
 def _gguf_of(path: Path) -> Path | None:
-    """The GGUF file that a path stands for; None where it is something else."""
+    """The GGUF file of a path; None for anything else."""
     if path.is_file():
         return path if _is_gguf(path) else None
     if not path.is_dir() or os.path.lexists(path / "config.json"):

@@ -1,4 +1,4 @@
-"""An uneven model filled up with zeros to even widths: the same function, for engines that know only one width."""
+"""Pads an uneven model with zeros to even widths, for programs that support only one width."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ COARSE = 0.03  # half precision: what is wrong differs far more
 
 
 def padded_model(model: Any, cuts: Cuts) -> Any:
-    """A model that plain `transformers` loads and that computes what `model` computes.
+    """A padded copy that plain `transformers` loads and that computes the same as `model`.
 
     Every width is that of the widest layer, or the next that the family takes; where its configuration has no
     field for a width, the uncut one. What `model` lacks there is zero: a head whose values are zero adds nothing,
@@ -43,7 +43,8 @@ def padded_model(model: Any, cuts: Cuts) -> Any:
     difference = relative_difference(padded, model)
     if not difference <= tolerance(next(model.parameters()).dtype):
         raise _refusal(
-            f"its logits would change by a factor of {difference:.1g}: zeros do not stand for what was cut, as where a "
+            f"its logits would change by a factor of {difference:.1g}: zeros cannot replace the removed units, as "
+            "where a "
             "norm spans it or each head has a norm of its own"
         )
     return padded
@@ -98,13 +99,16 @@ def _others(size: int, gone: Tensor) -> Tensor:
 
 
 def _spread(name: str, tensor: Tensor, shape: torch.Size, survivors: dict[tuple[str, int], Tensor]) -> Tensor:
-    """A tensor in the place of its survivors, zeros elsewhere."""
+    """A padded tensor: the remaining values in place, zeros elsewhere."""
     for dim, size in enumerate(shape):
         if tensor.shape[dim] == size:
             continue
         index = survivors.get((name, dim), torch.empty(0))
         if len(index) != tensor.shape[dim]:
-            raise _refusal(f"where the units left of {name} (dimension {dim}) belong cannot be told")
+            raise _refusal(
+                f"where the units left of {name} (dimension {dim}) belong is unknown; save it with prunekit.save "
+                "instead"
+            )
         wider = tensor.new_zeros([*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]])
         tensor = wider.index_copy_(dim, index.to(tensor.device), tensor)
     return tensor

@@ -1,4 +1,4 @@
-"""What was written is read back and held against the model, before it is moved into place."""
+"""Reads a written checkpoint back and compares it with the model, before it is moved into place."""
 
 from pathlib import Path
 from typing import Any

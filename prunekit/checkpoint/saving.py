@@ -1,4 +1,4 @@
-"""Saving checkpoints, without pickles.
+"""Saves checkpoints, without pickles.
 
 A cut that the family's own configuration can say is saved as a plain `transformers` checkpoint. Any other is saved
 with `model_type: "prunekit"`: the uncut configuration, the units kept, and the widths of each layer in the form of
@@ -19,9 +19,9 @@ from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again
 from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
+from prunekit.checkpoint.layer_widths import layer_widths
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
 from prunekit.checkpoint.reading_back import check_written
-from prunekit.checkpoint.widths import layer_widths
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
@@ -48,17 +48,17 @@ def save(
     files: Mapping[str, str] | None = None,
     max_shard_size: str | int = SHARD,
 ) -> Path:
-    """Write a checkpoint folder that `load` reads back with the same logits.
+    """Saves a model as a checkpoint folder that `load` reads back with the same logits.
 
     Zeros are stored like other weights. Where the model carries a `sparsity_report`, it is counted again and stands in
     `sparsity.json` and the model card.
 
     Args:
         model: a model, cut or not; adapters merged.
-        out: a folder that does not exist yet. It is complete or not there.
+        out: a folder that does not exist yet. It is complete or not written.
         tokenizer: to save along; by default the one that stands where the model was loaded from.
         plan: by which the model was cut, for `plan.json` and the model card.
-        report: what was measured about it, for `report.json` and the model card.
+        report: evaluation report, for `report.json` and the model card.
         files: more texts for the folder, name → content; one called README.md takes the model card's place.
         max_shard_size: of one safetensors file, in bytes or such as `"500MB"`.
 
@@ -97,12 +97,12 @@ def layout_of(config: Any) -> str:
 
 
 def not_plain(config: Any) -> list[str]:
-    """What of the widths that a configuration or record describes the family has no words for."""
+    """What of the widths that a configuration or record describes the family cannot express."""
     return config.get("not_plain", []) if isinstance(config, dict) else []
 
 
 def check_saveable(model: Any) -> None:
-    """Refuses what is no model with a configuration, unmerged adapters, and weights that are no ordinary tensors."""
+    """Raise an error if the model has no configuration, has unmerged adapters, or weights of a special type."""
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise PrunekitError(f"a {type(model).__name__} cannot be saved; give a causal language model of transformers")
     if hasattr(model, "peft_config"):
@@ -121,20 +121,20 @@ def check_saving(
     files: Any,
     max_shard_size: str | int,
 ) -> None:
-    """Refuses whatever `save` and `export` cannot write, before anything is computed."""
+    """Raise an error for arguments that `save` and `export` cannot use, before anything is computed."""
     check_new_folder(out)
     check_saveable(model)
     if plan is not None and not isinstance(plan, PruningPlan):
-        raise PrunekitError(f"plan={plan!r} is none; give what plan() or PruningPlan.load() returns")
+        raise PrunekitError(f"plan={plan!r} is not a PruningPlan; give what plan() or PruningPlan.load() returns")
     if report is not None and not hasattr(report, "to_json"):
-        raise PrunekitError(f"report={report!r} is none; give what evaluate() or Report.load() returns")
+        raise PrunekitError(f"report={report!r} is not a Report; give what evaluate() or Report.load() returns")
     if files is not None and not _is_texts(files):
         raise PrunekitError(f"files={files!r} must map names of files to their texts, as in {{'LICENSE': '…'}}")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise PrunekitError(f"tokenizer={tokenizer!r} is none; give what load() or AutoTokenizer returns")
+        raise PrunekitError(f"tokenizer={tokenizer!r} is not a tokenizer; give what load() or AutoTokenizer returns")
     for name in files or {}:
         if Path(name).name != name:
-            raise PrunekitError(f"files: {name!r} does not lie in the folder itself; give plain file names")
+            raise PrunekitError(f"files: {name!r} is not a plain file name; give names without folders")
     check_shard_size(max_shard_size)
 
 
@@ -143,7 +143,7 @@ def _is_texts(files: Any) -> bool:
 
 
 def check_shard_size(size: str | int) -> None:
-    """Refuses what is no size of a file."""
+    """Raise an error for an invalid file size."""
     known = isinstance(size, str) and re.fullmatch(r"0*[1-9]\d*[KMGT]B", size, re.IGNORECASE)
     if not known and not (type(size) is int and size > 0):
         raise PrunekitError(f"max_shard_size={size!r} is no size; give bytes, or such as '500MB' or '5GB'")
@@ -260,7 +260,7 @@ def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:
 
 
 def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str]) -> None:
-    """What prunekit tells beside the weights, and a user's own files, of which only the card may take another's place.
+    """Write prunekit's files and the user's files besides the weights; only the user's card may replace prunekit's.
 
     Raises:
         PrunekitError: one has the name of a file that is written already.

@@ -1,4 +1,4 @@
-"""A checkpoint of any size as a model: every parameter is a view of the mapped files and costs no memory of its own."""
+"""Opens a checkpoint of any size as a model whose parameters are views of the mapped files."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -69,13 +69,13 @@ def _common_dtype(stored: Iterable[Stored]) -> torch.dtype | str:
 
 
 def _check_one_to_one(folder: Path, stored: dict[str, Stored]) -> None:
-    """Refuse files whose tensors transformers would merge or split, which takes memory; new names take none.
+    """Raise an error for files whose tensors transformers would merge or split, which needs memory.
 
     Every parameter must find a stored tensor of its shape that no other parameter took.
     """
     try:
         shapes = shapes_of(empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
-    except Exception:  # of any kind; the load that follows tells what is wrong
+    except Exception:  # any error; the load that follows reports it
         return
     left = Counter(tensor.shape for tensor in stored.values())
     for name, shape in shapes.items():

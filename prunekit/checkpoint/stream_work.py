@@ -1,4 +1,4 @@
-"""The work folder of a run over a checkpoint: what is finished stays in it, for the same run only."""
+"""The work folder of a streamed run, which keeps finished parts so that the run can resume."""
 
 import json
 import os
@@ -23,7 +23,7 @@ except ImportError:  # Windows has no lock that goes with the process that holds
     fcntl = None  # type: ignore[assignment]
 
 Facts = Mapping[str, Any]
-"""What a run was asked for, as JSON: two runs with equal facts give equal files."""
+"""Arguments of a run, as JSON: two runs with equal arguments give equal files."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Work:
         return self.checkpoint / "plan.json"
 
     def check(self, facts: Mapping[str, Facts]) -> None:
-        """Refuse a folder in which a step was made with something else; nothing is written.
+        """Raise an error for a folder in which a step was made with something else; nothing is written.
 
         Args:
             facts: step → what it is made with.

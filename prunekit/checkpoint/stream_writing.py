@@ -1,4 +1,4 @@
-"""Writing a cut checkpoint shard by shard, from a model whose parameters are views of mapped files."""
+"""Writes a cut checkpoint shard by shard, from a model whose parameters are views of mapped files."""
 
 import json
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ _POSTPONED = (aten.index_select.default, aten.clone.default)  # what slicing a p
 
 @dataclass(frozen=True)
 class Piece:
-    """What stays of a parameter, not taken out of it yet.
+    """A slice of a parameter that is not copied yet.
 
     Attributes:
         whole: the parameter, a view of a mapped file.
@@ -55,7 +55,7 @@ class Piece:
 
 
 class Postponed(TorchDispatchMode):
-    """While open, slicing a parameter gives a stand-in of the right shape that takes no memory.
+    """A context in which slicing a parameter gives a stand-in of the right shape without memory.
 
     Attributes:
         pieces: address of a parameter or of a stand-in → what it stands for.

@@ -1,4 +1,4 @@
-"""Pruning a checkpoint that is bigger than memory.
+"""Prunes a checkpoint that is larger than memory.
 
 The weights stay on disk: the model's parameters are views of the mapped shards, so that discovery, scoring and planning
 are those of a model in memory, and what they read is cache. Only the slices that stay are made, one shard at a time.
@@ -29,14 +29,14 @@ _OF_WEIGHTS = "needs the gradient of every weight, which takes more memory than 
 NOT_STREAMED = {
     Taylor: _OF_WEIGHTS,
     HyWIA: _OF_WEIGHTS,
-    Ablation: "silences units in memory, one after the other",
+    Ablation: "ablates units in memory, one after the other",
     Curvature: "needs gradients, and matrices for every layer that take about as much memory as its weights",
 }
 
 
 @dataclass(frozen=True)
 class _Order:
-    """What a run was asked for."""
+    """Arguments of a run."""
 
     folder: Path
     how: Importance | PruningPlan
@@ -69,7 +69,7 @@ def prune_checkpoint(
     notes: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PruningPlan:
-    """Prune a checkpoint folder into another, with memory for one shard and a few parameters, not for the model.
+    """Prunes a checkpoint folder into another, with memory for one shard and a few parameters.
 
     The result is what `load`, `score`, `plan`, `prune` and `save` give, weight by weight. What is finished (the scores
     of a group, the plan, a shard) stays in `.OUT.partial` beside `out`, and the same call goes on from there, however
@@ -77,12 +77,12 @@ def prune_checkpoint(
 
     Args:
         source: a folder with config.json and safetensors, or GGUF as `load` takes it.
-        out: a folder that does not exist yet. It is complete or not there.
+        out: a folder that does not exist yet. It is complete or not written.
         how: an importance that needs no gradients, such as `Magnitude()` or `Activation()`, or a plan.
         pruning_ratio: as in `plan`; None with a plan.
         calib: integers (n_samples, seq_len) for an importance that reads data.
         max_shard_size: of the shards written, such as `"1GB"`.
-        notes: more for the plan's notes, which the model card tells.
+        notes: additions to the plan's notes, which the model card includes.
         options: further arguments of `plan`, such as `kinds` or `round_to`.
 
     Returns:
@@ -107,7 +107,7 @@ def prune_checkpoint(
 
 
 def check_streamable(importance: Importance) -> None:
-    """Refuses an importance that needs more than forward passes.
+    """Raise an error for an importance that needs more than forward passes.
 
     Raises:
         PrunekitError: names those that do not.

@@ -26,7 +26,7 @@ def load_structure(source: str | Path) -> Any:
     """
     folder = Path(resolve(source))
     if folder.is_dir():
-        with suppress(Exception):  # of any kind, from any family; loading tells
+        with suppress(Exception):  # any error of any family; loading reports it
             return _without_weights(folder)
     return load(source)[0]
 

@@ -1,7 +1,7 @@
 """The command line: the same functions from a shell.
 
 Each verb is a function in a module of this folder; its options are read from signatures and docstrings (`options`).
-What is bad input ends with exit code 2 and one line on standard error; an interrupt with 130; a reader that goes, like
+Bad input ends with exit code 2 and one line on standard error; an interrupt with 130; a closed pipe, like
 `head`, with 141.
 """
 
@@ -23,7 +23,7 @@ COMMANDS = {  # verb → the module that it is a function of, and its line in th
     "discover": ("showing", "Show which parts of a model can be cut, and what is locked."),
     "prune": ("cutting", "Remove the least important units of a model."),
     "sparsify": ("changing", "Zero the least important weights of a model."),
-    "recover": ("changing", "Train a pruned model to win back what it lost."),
+    "recover": ("changing", "Train a pruned model to recover its quality."),
     "recipe": ("changing", "Run a published system from beginning to end."),
     "evaluate": ("showing", "Measure models, side by side."),
     "knowledge": ("showing", "Show what each domain loses without each group of units."),
@@ -33,7 +33,7 @@ COMMANDS = {  # verb → the module that it is a function of, and its line in th
 
 
 def overview() -> Parser:
-    """Make a language model smaller by structural pruning, and see what was lost.
+    """Make a language model smaller by structural pruning, and measure the change.
 
     The usual way: prune, recover, evaluate. MODEL is a folder with a checkpoint
     (config.json and safetensors), a .gguf file or a folder with one, a hub id,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        0 when all went well, 2 for bad input, 130 when interrupted, 141 when nobody reads the output any more.
+        0 when all went well, 2 for bad input, 130 when interrupted, 141 when the output pipe is closed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""What verbs say: values as JSON or tables as text on standard output, remarks and warnings on standard error."""
+"""Output of verbs: JSON or tables on standard output, remarks and warnings on standard error."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What a verb says: plain values for `--json`, or text for a reader."""
+    """Output of a verb: plain values for `--json`, or text."""
 
     values: dict[str, Any]
     text: str
@@ -46,7 +46,7 @@ def say(message: object) -> None:
 
 @contextmanager
 def own_warnings() -> Iterator[None]:
-    """While open, prunekit's own warnings are lines on standard error, and those of the libraries are not shown."""
+    """A context that prints prunekit's warnings on standard error and hides those of libraries."""
     from transformers.utils import logging
 
     from prunekit.checkpoint.gguf import NoVocabulary

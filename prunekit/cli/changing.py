@@ -1,4 +1,4 @@
-"""`prunekit sparsify`, `recover`, `recipe` and `export`: a checkpoint becomes another one."""
+"""`prunekit sparsify`, `recover`, `recipe` and `export`."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ from prunekit.sparsity.patterns import pattern_of
 
 METHODS = {"lora": pk.LoRA, "full": pk.FullTuning}
 RECIPES = {name.replace("_", "-"): getattr(recipes, name) for name in recipes.__all__}
-WINDOWS = {"n_samples": 16, "seq_len": 64}  # of calibration text, unless told otherwise
+WINDOWS = {"n_samples": 16, "seq_len": 64}  # default size of the calibration set
 Drawing = Annotated[dict[str, Any], Of(pk.calibration_set, "n_samples", "seq_len", "seed")]
 Writing = Annotated[dict[str, Any], Of(pk.save, "max_shard_size")]
 SETTINGS = ("r", "alpha", "dropout", "learning_rate", "batch_size", "epochs", "max_steps", "warmup")
@@ -43,7 +43,7 @@ def sparsify(
 
     Zeroes weights of the matrices in the model's layers, layer after layer, and saves
     the result to OUT, with what was done to each matrix in sparsity.json. Shapes stay:
-    a dense engine takes as long as before. OUT is complete or not there.
+    a dense engine takes as long as before. OUT is complete or not written.
 
     Example:
         prunekit sparsify world --sparsity 0.7 --out sparse/
@@ -102,13 +102,13 @@ def recover(
     writing: Writing,
     loading: Loading,
 ) -> Answer:
-    """Train a pruned model to win back what it lost.
+    """Train a pruned model to recover its quality.
 
     Trains small low-rank updates (LoRA) of the model's projections on a text and merges
     them into the weights, or (--method full) trains all weights, and saves the result
     to OUT, with the loss of each step in recovery.json. The last twentieth of the text
     (at most 1,024 tokens) is held out, to measure the loss before and after. Where
-    sparsity.json tells of zeros in the weights, they stay zero. OUT is complete or not
+    sparsity.json reports zeros in the weights, they stay zero. OUT is complete or not
     there.
 
     Example:
@@ -197,7 +197,7 @@ def recipe(
     Prunes as the paper does, at its settings, recovers where --data is given, and saves
     the result to OUT with its plan. lorashear maps knowledge, prunes progressively while
     it trains and needs --data; accuracy-predictor searches architectures under a ratio.
-    An option that a recipe does not have is refused. OUT is complete or not there.
+    An option that a recipe does not have is refused. OUT is complete or not written.
 
     Example:
         prunekit recipe llm-pruner MODEL --pruning-ratio 0.25 --calibration text.txt --out small/
@@ -248,12 +248,12 @@ def recipe(
 def export(
     model: str, *, out: str, layout: Annotated[dict[str, Any], Of(pk.export, "layout")], writing: Writing
 ) -> Answer:
-    """Write a checkpoint for programs that know no prunekit.
+    """Write a checkpoint for programs without prunekit.
 
     Writes a folder that loads without prunekit, proved to give the same logits:
     plain for what the family's own configuration can say; padded fills layers of
     uneven widths up to even ones with zeros; gguf writes model.gguf for llama.cpp,
-    for what is plain. OUT is complete or not there.
+    for what is plain. OUT is complete or not written.
 
     Example:
         prunekit export small/ --layout padded --out even/

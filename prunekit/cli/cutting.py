@@ -26,7 +26,7 @@ from prunekit.models import count_parameters
 from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.planning import check_options
 
-WINDOWS = {"n_samples": 64, "seq_len": 128}  # of calibration text, unless told otherwise
+WINDOWS = {"n_samples": 64, "seq_len": 128}  # default size of the calibration set
 UNMEASURED = "weights stay on disk, so the loss before and after is not measured; afterwards see prunekit evaluate"
 NO_TEXT = ", or take an importance that reads none: l1, l2 or random"
 Planning = Of(pk.plan, "pruning_ratio", "of", "ranking", "kinds", "protect_layers", "round_to")
@@ -34,7 +34,7 @@ Planning = Of(pk.plan, "pruning_ratio", "of", "ranking", "kinds", "protect_layer
 
 @dataclass(frozen=True)
 class _Order:
-    """What was asked for.
+    """Options of a run.
 
     Attributes:
         model: where it lies.
@@ -107,11 +107,11 @@ def prune(
 
     Scores every unit (attention heads, channels of the feed-forward layers), removes
     the least important ones, and saves what is left to OUT, with the plan in
-    plan.json and a model card in README.md. OUT is complete or not there.
+    plan.json and a model card in README.md. OUT is complete or not written.
 
     A checkpoint that is bigger than the free memory is streamed: its weights stay on
     disk, and what is finished stays in .OUT.partial, so that the same command goes on
-    after an interrupt. Importances that need gradients cannot be had that way.
+    after an interrupt. Importances that need gradients are not available.
 
     The default, curvature with a re-fit, was chosen on two real models; it takes about two
     minutes for one of 135M parameters on two cores.
@@ -131,10 +131,10 @@ def prune(
         planning: options of `plan`.
         importance: by default curvature, and taylor for groups that it cannot score.
         granularity: of taylor, "element" or "vector".
-        normalize: scores are scaled to what the loss really does, so that groups compete; for --ranking global.
+        normalize: scores are scaled to the measured loss, so that groups compete; for --ranking global.
         steps: cut in so many steps, scored anew after each.
         calibration: text file for all importances but l1, l2 and random, or "world" (the default where MODEL is world);
-            windows of it that no score saw tell what the cut did.
+            held-out windows of it measure the change of the loss.
         drawing: options of `calibration_set`.
         compensate: re-fit the layers that consume pruned units on the calibration text: their weights (the default of
             the option, and without it where curvature is the importance by default), their biases, both, or none.
@@ -157,7 +157,7 @@ def prune(
 
 
 def _check(plan: str | None, making: dict[str, Any]) -> None:
-    """Refuses a plan together with what makes one, and neither of both, before anything heavy.
+    """Raise an error for a plan together with what makes one, and neither of both, before anything heavy.
 
     Raises:
         PrunekitError: names the first option too many, or the two of which one is needed.

@@ -1,4 +1,4 @@
-"""What verbs read: how models are loaded, calibration text, and windows that nothing else is computed from."""
+"""Inputs of verbs: models, calibration text, and held-out windows."""
 
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ def text_for(model: str, calibration: str | None, why: str | None = None, instea
     """The calibration text: the one given, else the embedded model's own; None where nothing reads one.
 
     Raises:
-        PrunekitError: there is none, and `why` reads text.
+        PrunekitError: no text, but `why` needs one.
     """
     text = WORLD if calibration is None and is_world(model) else calibration
     if text is None and why is not None:
@@ -40,7 +40,7 @@ def held_out_windows(text: str | None, tokenizer: Any, drawing: dict[str, Any], 
     """Windows of the calibration text that nothing else is computed from; None where it has no more.
 
     Args:
-        text: None where there is none.
+        text: the text, or None.
         tokenizer: of the model; None where it has none.
         drawing: how its windows are drawn.
         seen: whether windows are drawn from the text for scores or a re-fit, too; others are taken then.
@@ -59,7 +59,7 @@ def held_out_windows(text: str | None, tokenizer: Any, drawing: dict[str, Any], 
 
 
 def tell_unmeasured(change: LossChange | None, give: str = f"{GIVE}, of which some windows are held out") -> None:
-    """Say on standard error that nobody knows what a step did, with what to give; a warning says where it harmed."""
+    """Report on standard error that the change of the loss was not measured, and how to measure it."""
     if change is None or not change.is_measured:
         say(repr(change).replace(HOW, give))
 

@@ -35,7 +35,7 @@ def find_folder(given: str | None) -> Path:
     """The folder of notebooks.
 
     Raises:
-        PrunekitError: there is none, or it holds no notebook.
+        PrunekitError: the folder is missing, or contains no notebook.
     """
     places = [Path(given)] if given else [Path("notebooks"), Path(__file__).parents[2] / "notebooks"]
     for place in places:

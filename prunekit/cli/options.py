@@ -135,7 +135,7 @@ def _reading(annotation: Any) -> dict[str, Any]:
 
 
 def _reader(kind: type, or_text: bool = False) -> Callable[[str], Any]:
-    """A reader of numbers, for argparse's `type`; whether one is in its range, the library says."""
+    """A parser of numbers for argparse's `type`; the library checks ranges."""
 
     def read(text: str) -> Any:
         try:
@@ -150,7 +150,7 @@ def _reader(kind: type, or_text: bool = False) -> Callable[[str], Any]:
 
 
 def _listed(kind: type) -> Callable[[str], tuple[Any, ...]]:
-    """A reader of values with commas between them."""
+    """A parser of comma-separated values."""
     read = _reader(kind)
     return lambda text: tuple(read(part.strip()) for part in text.split(",") if part.strip())
 

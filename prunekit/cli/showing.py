@@ -1,4 +1,4 @@
-"""`prunekit discover`, `evaluate` and `knowledge`: what a model is made of, what it can, and where that lies."""
+"""`prunekit discover`, `evaluate` and `knowledge`: groups, evaluation and knowledge distribution of a model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,7 +117,7 @@ def evaluate(
         able = {"perplexity": of_world or text is not None, "zero_shot": of_world or questions is not None}
         if not tasks and not able["perplexity"] and "perplexity" in (metrics or able):
             raise PrunekitError(
-                f"{source!r} brings no text of its own; give --data with a text file, --tasks, or other --metrics"
+                f"{source!r} has no default text; give --data with a text file, --tasks, or other --metrics"
             )
         wanted = metrics or tuple(name for name in ("perplexity", "zero_shot", "cost") if able.get(name, True))
         limits: Any = {"limit": asking.get("limit"), "shots": asking.get("shots") or None}
@@ -132,7 +132,7 @@ def evaluate(
 
 
 def _short_names(sources: Sequence[str]) -> dict[str, str]:
-    """A name for the table → the model: the last part of its path where that tells them apart.
+    """Table name → model: the last part of its path if that is unique.
 
     Raises:
         PrunekitError: the same model twice.
@@ -153,7 +153,7 @@ def _headline(report: pk.Report) -> dict[str, Any]:
 
 
 def _side_by_side(reports: dict[str, pk.Report], said: dict[str, Any]) -> str:
-    """One row a metric, those of the harness too, then what holds for all models alike."""
+    """One row per metric, those of the harness too, then what holds for all models alike."""
     table, first = pk.compare(reports), next(iter(reports.values()))
     rows = [(metric, *(readable(value) for value in table[metric])) for metric in table]
     keys = dict.fromkeys((task, each) for tasks in said.values() for task, metrics in tasks.items() for each in metrics)
@@ -177,12 +177,12 @@ def knowledge(
     drawing: Annotated[dict[str, Any], Of(pk.calibration_set, "n_samples", "seq_len", "seed")],
     loading: Loading,
 ) -> Answer:
-    """Show what each domain loses without each group of units.
+    """Show how each text domain changes without each group of units.
 
-    Each group alone is silenced, at several shares, and everything is asked again: the
+    Each group alone is ablated, at several ratios, and the texts are evaluated again: the
     questions of --tasks, the windows of --text. OUT gets knowledge.csv (a row a group,
     share and domain), knowledge.png, and knowledge.safetensors, which
-    prunekit.KnowledgeDistribution.load reads. OUT is complete or not there; with --path
+    prunekit.KnowledgeDistribution.load reads. OUT is complete or not written; with --path
     an interrupted run goes on.
 
     Example:

@@ -1,4 +1,4 @@
-"""Coupled structures of a model, found by tracing one token."""
+"""Discovers the coupled groups of a model by tracing one token."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ __all__ = ["KINDS", "CoupledGroup", "Groups", "Member", "discover"]
 
 
 def discover(model: nn.Module) -> Groups:
-    """Which slices of which parameters must go together, for every part of a model.
+    """Finds the coupled groups of a model: slices of parameters that must be removed together.
 
     One token is traced through the model with an integer label on every channel; operations move, join
     or reduce the labels, and connected components of them are the units. Nothing is looked up by model
@@ -34,7 +34,7 @@ def discover(model: nn.Module) -> Groups:
 
     Source: dependency groups as in LLM-Pruner (Ma et al. 2023, §3.1) and Torch-Pruning's DepGraph (Fang et
     al. 2023). Differs: labels on single channels in place of edges between layers, so fused projections,
-    grouped-query attention and rotary halves need no cases of their own.
+    grouped-query attention and rotary halves need no special cases.
     """
     traced = trace(model)
     return replace(find_groups(traced), traced=Traced.of(traced, model))

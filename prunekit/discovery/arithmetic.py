@@ -1,4 +1,4 @@
-"""Rules of operations that compute: products, pointwise operations, reductions, norms."""
+"""Label rules of arithmetic: matrix products, pointwise operations, reductions, norms."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def linear(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _tells_last(plane: Tensor) -> bool:
-    """Whether a plane tells the channels of the last dimension apart, or there is but one and nothing else to tell."""
+    """Whether a plane labels each channel of the last dimension, or there is only one channel."""
     dims, last = varying_dims(plane), plane.dim() - 1
     return last in dims or (plane.shape[last] == 1 and not dims)
 
@@ -115,7 +115,7 @@ _LINEAR = {aten.add, aten.sub, aten.neg, aten.add_, aten.sub_, aten.rsub, aten.m
 
 @rule("pointwise", "native_dropout", "where", "masked_fill", "masked_fill_")
 def pointwise(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
-    """Channels that meet are one channel."""
+    """Pointwise operations: channels that meet become one."""
     operands = [mode.operand(t) for t in tensors_in((args, kwargs))]
     if any(len(op.planes) > 1 for op in operands) and not any(op.planes and not op.parameter for op in operands):
         return _pointwise_parameters(mode, func, args, kwargs, operands)

@@ -1,4 +1,4 @@
-"""From components to coupled groups: those with the same sites are the units of one group."""
+"""Assembles coupled groups from components: components with the same sites are units of one group."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ class Level:
 
     @property
     def removable(self) -> Flags:
-        """What nothing forbids to go alone."""
+        """Components that may be removed alone."""
         return ~(self.locked | self.ragged | self.open)
 
 
@@ -85,13 +85,13 @@ def _signatures(sites: Sites, label: Ints, private: set[int], n: int) -> NDArray
 
 
 def _random_codes(names: tuple[tuple[str, int], ...]) -> NDArray[np.uint64]:
-    """One fixed 64-bit number a site; sums of them tell sets of sites apart."""
+    """A fixed 64-bit number per site, so that sums identify sets of sites."""
     digests = [hashlib.blake2b(f"{p}|{d}".encode(), digest_size=8).digest() for p, d in names]
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
 def _private(sites: Sites, label: Ints) -> set[int]:
-    """Sites of parameters that one component holds whole, such as the norm of one head: no mark of a group."""
+    """Sites of parameters that one component holds whole, such as the norm of one head: not specific to a group."""
     whole: dict[str, int | None] = {}
     for (name, _), rows in zip(sites.names, sites.slices, strict=True):
         inside = label[rows]
@@ -125,7 +125,7 @@ def _group(sites: Sites, levels: list[Level], number: int, parts: Parts, numbers
 
 
 def _number_units(found: Ints, numbers: Ints) -> Ints:
-    """Components in the order in which they stand in a site; every unit has every site, so one tells all."""
+    """Components in the order in which they stand in a site; every unit has every site, so one site is enough."""
     order = np.arange(len(found))
     numbers[found[::-1]] = order[::-1]  # of a component that stands there twice, the first
     units = found[numbers[found] == order]
@@ -134,7 +134,7 @@ def _number_units(found: Ints, numbers: Ints) -> Ints:
 
 
 def _kind(levels: list[Level], number: int, node: int, members: list[Member]) -> str:
-    """What a group is, read off how its channels are used; no names of models or modules."""
+    """The kind of a group, from how its channels are used, without names of models or modules."""
     if number == 2:
         return "kv_head"
     unit = levels[number].label[node]
@@ -166,7 +166,7 @@ def _prefix(members: list[Member]) -> str:
 
 
 def unique_names(groups: list[CoupledGroup]) -> list[CoupledGroup]:
-    """The same groups, numbered where several bear one name."""
+    """The groups, numbered if several share a name."""
     seen: dict[str, int] = {}
     out = []
     for g in groups:

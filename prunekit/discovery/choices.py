@@ -46,7 +46,7 @@ def chosen_by(mode: LabelMode, tensors: list[Tensor]) -> int | None:
 
 
 def pick(mode: LabelMode, result: Tensor, source: Operand, moved: Tensor, choice: int) -> Tensor:
-    """A movement by chosen indices: plain where no label depends on them, else what comes out is chosen too."""
+    """A movement by chosen indices; the result also counts as chosen if labels depend on the indices."""
     plane = source.planes[0]
     if torch.equal(plane.unique(), moved.unique()):
         return mode.mark(result, moved)
@@ -68,7 +68,7 @@ def look_up_chosen(mode: LabelMode, source: Operand, result: Tensor, moved: list
 
 
 def lock_open_choices(mode: LabelMode) -> None:
-    """What was chosen from, where nothing tells what the choice is for."""
+    """The labels that were chosen from, if the use of the choice is unknown."""
     for choice in mode.choices:
         if not choice.looked_up:
             mode.graph.lock(choice.labels, "is chosen from by value (topk), and it is not clear what for")

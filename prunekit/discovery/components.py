@@ -30,13 +30,13 @@ class Sites:
 
     @classmethod
     def of(cls, trace: Trace) -> "Sites":
-        """Lay out the sites of a trace."""
+        """Number the sites of a trace."""
         stops = np.cumsum([size for _, size in trace.offsets.values()]).tolist()
         return cls(tuple(trace.offsets), tuple(slice(*ends) for ends in zip([0, *stops], stops, strict=False)))
 
     @property
     def n_indices(self) -> int:
-        """Of all sites together."""
+        """Total over all sites."""
         return self.slices[-1].stop
 
     @property
@@ -45,7 +45,7 @@ class Sites:
         return np.repeat(np.arange(len(self.slices)), [rows.stop - rows.start for rows in self.slices])
 
     def of_nodes(self, values: NDArray[Any]) -> NDArray[Any]:
-        """What stands at the node of each index, of values that nodes have."""
+        """Values of the node of each index."""
         return values[FIRST : FIRST + self.n_indices]
 
     def node_of(self, site: int, positions: Ints) -> int:
@@ -90,7 +90,7 @@ def levels(graph: LabelGraph, dead: NDArray[np.bool_] | None = None, owners: Own
 
 
 def merge(label: Ints, a: Ints, b: Ints, owners: Owners) -> Ints:
-    """Components after pairs of them have joined, and the owners whose members have."""
+    """Components after joining pairs, and owners whose members joined."""
     label = _connect(a, b, int(label.max()) + 1)[label]
     owner, member, starts = label[owners[0]], label[owners[1]], owners[2]
     above = np.arange(int(label.max()) + 1)  # components of components, which are few
@@ -132,7 +132,7 @@ def _settled_owners(owner: Ints, member: Ints, starts: Ints) -> tuple[Ints, Ints
 
 
 def spread_death(graph: LabelGraph, dead: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Every node that dies with these: what is SAME with them, and owners all of whose members die."""
+    """Every node removed with these: nodes that are SAME, and owners all of whose members are removed."""
     label = next(levels(graph))
     owner, member = pairs(chain.from_iterable(graph.owns.values()))
     dying = np.zeros(int(label.max()) + 1, np.bool_)

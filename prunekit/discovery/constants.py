@@ -1,4 +1,4 @@
-"""Constants that modules are handed: which of their entries stay when channels go.
+"""Constants passed to modules: which of their entries stay when channels are removed.
 
 ALiBi gives each head a slope of its own, and the model makes all of them and hands them to every layer. A layer that
 lost heads must pick the slopes of those it kept.
@@ -17,7 +17,7 @@ from prunekit.errors import PrunekitError
 Where = tuple[Any, ...]  # (position or keyword, then positions inside tuples)
 
 
-LARGEST = 2**17  # elements; larger constants carry no labels, so what they meet is locked
+LARGEST = 2**17  # elements; larger constants have no labels, so channels that meet them are locked
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Argument:
 
 
 def constants_among(args: tuple, kwargs: dict) -> Iterator[tuple[Where, Tensor]]:
-    """Tensors of more than one element, and where they stand."""
+    """Tensors with more than one element, and their places."""
     for where, tensor in leaves(args, kwargs):
         if n_stored(tensor) > 1 and tensor.numel() <= LARGEST and not isinstance(tensor, nn.Parameter):
             yield where, tensor
@@ -48,7 +48,7 @@ def n_stored(tensor: Tensor) -> int:
 
 
 def leaves(args: tuple, kwargs: dict) -> Iterator[tuple[Where, Tensor]]:
-    """All tensors among arguments, and where they stand."""
+    """All tensors among arguments, and their places."""
     for key, value in (*enumerate(args), *kwargs.items()):
         yield from _leaves((key,), value)
 
@@ -105,7 +105,7 @@ class Selection:
 
 
 def select(module: nn.Module, chosen: Selection) -> None:
-    """Have a module pick entries of an argument from now on; what it picked before is picked from."""
+    """Make a module select entries of an argument, out of any earlier selection."""
     hooks = module._forward_pre_hooks
     for key, hook in hooks.items():
         if isinstance(hook, Selection) and (hook.argument.where, hook.dim) == (chosen.argument.where, chosen.dim):

@@ -10,7 +10,7 @@ from prunekit.discovery.parts import Part
 
 
 def depth_groups(trace: Trace, hidden: NDArray[np.bool_]) -> list[CoupledGroup]:
-    """Layers that hand the hidden channels on, and the outermost blocks in them, when their parameters are zero.
+    """Layers and outermost blocks that pass the hidden channels unchanged when their parameters are zero.
 
     Args:
         trace: of the model.

@@ -1,4 +1,4 @@
-"""What discovery finds: coupled groups, as plain values."""
+"""Coupled groups as plain values."""
 
 import math
 import re
@@ -61,7 +61,7 @@ class CoupledGroup:
     Attributes:
         name: unique, `"<module path>:<kind>"`.
         kind: one of `KINDS`.
-        n_units: number of units, in the order in which they stand in the first member.
+        n_units: number of units, in the order of the first member.
         members: every parameter dimension that takes part, in the order of `named_parameters()`.
         exact: True where the smaller model equals the model with the units zeroed; False where a
             norm's statistics span units, so that removing some changes what is left.
@@ -152,7 +152,7 @@ class Groups(Sequence[CoupledGroup]):
         return replace(self, items=tuple(group for group in self.items if group.name not in left_out))
 
     def table(self) -> pd.DataFrame:
-        """One row a member: group, kind, layer, n_units, exact, parameter, dim, width."""
+        """One row per member: group, kind, layer, n_units, exact, parameter, dim, width."""
         rows = [
             (g.name, g.kind, g.layer, g.n_units, g.exact, m.parameter, m.dim, m.width)
             for g in self.items
@@ -162,7 +162,7 @@ class Groups(Sequence[CoupledGroup]):
         return pd.DataFrame(rows, columns=columns)
 
     def summary(self) -> pd.DataFrame:
-        """One row a kind: number of groups, fewest and most units of one, units in all, whether all are exact."""
+        """One row per kind: number of groups, fewest and most units of one, units in all, whether all are exact."""
         table = self.table().drop_duplicates("group")
         return table.groupby("kind", sort=False).agg(
             groups=("group", "size"),

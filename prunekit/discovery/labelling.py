@@ -1,4 +1,4 @@
-"""The mode under which a model runs while it is traced: every operation, and what it does to the labels."""
+"""The dispatch mode of a trace: runs every operation and its rule on the labels."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,12 @@ from prunekit.compat import TorchDispatchMode, storage_key
 from prunekit.discovery import arithmetic, movement  # noqa: F401  they register their rules
 from prunekit.discovery.choices import Choice, chosen_by
 from prunekit.discovery.constants import Argument, constants_among, n_stored
+from prunekit.discovery.integer_positions import Equation, Span
 from prunekit.discovery.labels import ARGUMENT, SCORE, LabelGraph, along, varying_dims
 from prunekit.discovery.operations import RULES, tensors_in, unknown
 from prunekit.discovery.parts import Part
-from prunekit.discovery.remembered import Key
 from prunekit.discovery.rules import Operand
-from prunekit.discovery.watching import Equation, Span
+from prunekit.discovery.stored_integers import Key
 
 PLANES = "_prunekit_planes"
 UNIFORM = "_prunekit_uniform"
@@ -24,7 +24,7 @@ UNIFORM = "_prunekit_uniform"
 
 @dataclass(eq=False)
 class Trace:
-    """What one traced token leaves behind.
+    """The result of tracing one token.
 
     Attributes:
         graph: nodes and relations.
@@ -35,7 +35,7 @@ class Trace:
         rectangles: planes with two or more labelled dimensions, which every cut must leave rectangular; by where
             they lie, since one that is transposed or reshaped back need not be looked at twice.
         scalars: name and plain numbers of every pointwise operation on labelled tensors, in order.
-        arguments: constants that modules are handed, such as the slopes of ALiBi, → (first node, values).
+        arguments: constants passed to modules, such as the slopes of ALiBi, → (first node, values).
         parts: modules that do nothing when their parameters are zero.
     """
 
@@ -110,7 +110,7 @@ class LabelMode(TorchDispatchMode):
         return tensor
 
     def label_arguments(self, args: tuple, kwargs: dict) -> list[tuple[Any, Any]]:
-        """Give the constants among a module's arguments nodes of their own; returns what stood there before."""
+        """Give the constants among a module's arguments nodes of their own; returns the earlier nodes."""
         before = []
         for where, tensor in constants_among(args, kwargs):
             storage = tensor.untyped_storage()
@@ -131,7 +131,7 @@ class LabelMode(TorchDispatchMode):
         return all(self.graph.kind_of(plane) == SCORE for plane in self.operand(tensor).planes)
 
     def restore(self, before: list[tuple[Any, Any]]) -> None:
-        """Put back the labels that constants had outside a module, the last first: two may share a storage."""
+        """Restore the labels that constants had outside a module, in reverse order: two may share a storage."""
         for key, found in reversed(before):
             self._storages.pop(key, None)
             if found is not None:
@@ -159,13 +159,13 @@ class LabelMode(TorchDispatchMode):
         self.graph.lock(labels, f"{self.path or 'the model'}: {reason}")
 
     def note_numbers(self, func: Any, values: Any) -> None:
-        """Remember plain numbers that tensors are computed with, or made of."""
+        """Record plain numbers that tensors are computed with or made of."""
         numbers = _scalars(self, values)
         if numbers:
             self.trace.scalars.append((func.overloadpacket.__name__, *numbers))
 
     def record_rectangle(self, plane: Tensor) -> None:
-        """Remember a plane whose cut must stay rectangular."""
+        """Record a plane whose cut must stay rectangular."""
         steps = sorted((n, step) for n, step in zip(plane.shape, plane.stride(), strict=True) if n > 1)
         place = (plane.data_ptr(), *steps)
         if len(steps) > 1 and place not in self.trace.rectangles and len(varying_dims(plane)) > 1:

@@ -12,18 +12,18 @@ Ints = NDArray[np.int64]
 
 CONSTANT = 0
 LOCKED = 1
-FIRST = 2  # what is a channel
+FIRST = 2  # kinds of nodes that are channels
 
 # Who owns copies: a score owns the channels it weighs, an expanded activation its copies, a parameter its
 # uses, a statistic what it was taken over. Only the first two ever merge into one unit.
 SCORE, ACTIVATION, PARAMETER, STATISTIC = "score", "activation", "parameter", "statistic"
-ARGUMENT = "argument"  # what made the nodes of a constant that is handed to a module
+ARGUMENT = "argument"  # made the nodes of a constant that is passed to a module
 
 
 class LabelGraph:
-    """Nodes are channels; SAME joins two that live and die together, OWNS one that dies with all it owns.
+    """Nodes are channels; SAME joins two that are removed together; an owner (OWNS) goes with all it owns.
 
-    Node 0 stands for "constant", node 1 for "not understood"; neither is ever joined to another.
+    Node 0 means "constant", node 1 "not understood"; neither is joined to another node.
     """
 
     def __init__(self) -> None:
@@ -50,13 +50,13 @@ class LabelGraph:
         return torch.from_numpy(np.arange(start, self.n_nodes).reshape(shape))
 
     def kind_of(self, labels: Tensor) -> str | None:
-        """What made these nodes: read off the first that is one."""
+        """The kind of these nodes, from the first channel among them."""
         plane = labels.numpy()
         found = plane[plane > LOCKED]
         return self._kinds[bisect_right(self._ends, found[0])] if found.size else None
 
     def unify(self, a: Tensor, b: Tensor) -> None:
-        """SAME between two planes of one shape; what meets a constant or the unknown is locked."""
+        """SAME between two planes of one shape; channels that meet a constant or unknown node are locked."""
         left, right = a.numpy().ravel(), b.numpy().ravel()
         known = (left > LOCKED) & (right > LOCKED)
         if known.all():
@@ -64,7 +64,7 @@ class LabelGraph:
             return
         self.same.append((left[known], right[known]))
         met = torch.from_numpy(np.concatenate([left[~known], right[~known]]))
-        self.lock(met, "meets a constant, or what is not understood, in a sum or product")
+        self.lock(met, "meets a constant, or a channel that is not understood, in a sum or product")
 
     def own(self, kind: str, owner: Tensor, member: Tensor) -> None:
         """OWNS between two planes of one shape."""
@@ -76,7 +76,7 @@ class LabelGraph:
                 self.slabs.append((owner, member))
             return
         self.owns[kind].append((owners[known], members[known]))
-        self.lock(torch.from_numpy(members[owners == LOCKED]), "is a copy of what is not understood")
+        self.lock(torch.from_numpy(members[owners == LOCKED]), "is a copy of a channel that is not understood")
 
     def copies(self, labels: Tensor, shape: tuple[int, ...], parameter: bool) -> Tensor:
         """Fresh nodes of `shape`, each owned by the label that `labels` (broadcastable) has there."""
@@ -91,14 +91,14 @@ class LabelGraph:
         return torch.where(owners == CONSTANT, owners, fresh) if (labels.numpy() == CONSTANT).any() else fresh
 
     def take_part(self, labels: Tensor) -> None:
-        """Note that these stand in the next operation: after a cut, what is left must stand in the same ones."""
+        """Record that these nodes take part in the next operation; the rest must do so after a cut."""
         if len(self.roles) < self.n_nodes:
             self.roles = np.concatenate([self.roles, np.zeros(2 * self.n_nodes - len(self.roles), np.uint64)])
         self.roles[labels.numpy().ravel()] |= np.uint64(1 << (self.n_operations % 61))
         self.n_operations += 1
 
     def lock(self, labels: Tensor, reason: str) -> None:
-        """These may not be cut; `reason` is what the user reads."""
+        """Lock these nodes against cuts; `reason` is shown to the user."""
         plane = labels.numpy()
         labels = torch.from_numpy(plane[plane > LOCKED])
         if len(labels):
@@ -115,7 +115,7 @@ def varying_dims(labels: Tensor) -> frozenset[int]:
 
 
 def _differ(plane: Ints, dim: int) -> bool:
-    """Whether labels differ along a dimension. The first two mostly tell; only where they agree are all compared."""
+    """Whether labels differ along a dimension; compares the first two before all."""
     first = (0,) * plane.ndim
     if plane[first] != plane[(*first[:dim], 1, *first[dim + 1 :])]:
         return True

@@ -1,4 +1,4 @@
-"""What `discover` has traced, carried along with what it found, so that `prune` need not trace it again."""
+"""Stores the trace with the groups, so that `prune` need not trace the same model again."""
 
 import weakref
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Structure = tuple[Any, ...]
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A trace and the model that it is of, as long as that has the same modules with the same shapes."""
+    """A trace and its model; valid while the model has the same modules and shapes."""
 
     trace: Trace
     model: weakref.ref[nn.Module]
@@ -21,11 +21,11 @@ class Traced:
 
     @classmethod
     def of(cls, trace: Trace, model: nn.Module) -> "Traced":
-        """Remember a trace that was just made of `model`."""
+        """Store a new trace of `model`."""
         return cls(trace, weakref.ref(model), _structure(model))
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether nothing that can be seen has changed; the proof that follows a cut catches what cannot."""
+        """Whether the model is unchanged as far as can be seen; the check after a cut catches the rest."""
         return self.model() is model and self.structure == _structure(model)
 
 

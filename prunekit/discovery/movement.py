@@ -53,7 +53,7 @@ def _look_at_parameter(mode: LabelMode, func: Any, args: tuple, kwargs: dict, so
 
 @rule("view_as_complex")
 def pair_up(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
-    """Two channels become one complex one: they go together from here on."""
+    """Two real channels become one complex channel, and are removed together."""
     source = mode.operand(args[0])
     if len(source.planes) != 1:
         return unknown(mode, func, args, kwargs)
@@ -64,7 +64,7 @@ def pair_up(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
 
 @rule("view_as_real")
 def split_up(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
-    """One complex channel becomes two that bear its label."""
+    """One complex channel becomes two with its label."""
     result = func(args[0].clone())
     return mode.mark(result, mode.operand(args[0]).planes[0].unsqueeze(-1).expand(result.shape))
 
@@ -91,7 +91,7 @@ def expand(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
     "index_select", "index", "gather", "tril", "triu", "_to_copy",
 )  # fmt: skip
 def move(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
-    """Data movement into a new tensor: the same movement of the labels."""
+    """Data movement into a new tensor: labels move in the same way."""
     data, rest = args[0], args[1:]
     sources = [mode.operand(t) for t in tensors_in(data)]
     if any(mode.operand(t).planes for t in tensors_in((rest, kwargs))):

@@ -1,4 +1,4 @@
-"""Which rule each operation follows. What has no rule locks everything it touches."""
+"""The table of label rules by operation; an operation without a rule locks its channels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Rule:
-    """What to do for an operation; `always` also where no argument carries labels."""
+    """The rule of an operation; `always` runs it even if no argument has labels."""
 
     apply: Callable[..., Any]
     always: bool = False
@@ -80,7 +80,7 @@ def topk(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("copy_", "fill_", "zero_")
 def overwrite(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
-    """What is written brings its labels with it."""
+    """An in-place write: the target takes the labels of the source."""
     if mode.operand(args[0]).parameter:
         return unknown(mode, func, args, kwargs)
     written = tensors_in(args[1:])
@@ -106,7 +106,7 @@ def add_at(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
 
 
 def unknown(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
-    """No rule: decompose it if torch can; else what goes in is locked, and what comes out counts as locked."""
+    """Operation without a rule: decompose it if torch can; else lock inputs and outputs."""
     with mode:
         simpler = decomposed(func, args, kwargs)
     if simpler is not NotImplemented:
@@ -128,7 +128,7 @@ def _solid(value: Any) -> Any:
 
 @rule("_local_scalar_dense", "is_nonzero", "item")
 def read_out(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
-    """A value that leaves the trace may decide anything."""
+    """A value read by Python code: lock its channels."""
     for plane in mode.operand(args[0]).planes:
         mode.lock(plane, "its value is read by Python code")
     return func(*args, **kwargs)

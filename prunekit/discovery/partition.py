@@ -27,7 +27,7 @@ def _ragged(trace: Trace, label: Ints) -> Ints:
 
 
 def _tangled(marks: Ints) -> Iterator[Ints]:
-    """The same for planes of one shape, marks (n_planes, *shape)."""
+    """The same for planes of one shape, (n_planes, *shape)."""
     mixed = [_mixed(marks, d) for d in range(1, marks.ndim)]
     some, every = (np.all([test(slabs, 1) for slabs in mixed], 0) for test in (np.any, np.all))
     yield marks[every]
@@ -43,13 +43,13 @@ def _mixed(marks: Ints, dim: int) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True, eq=False)
 class _Noted:
-    """What a trace noted of its nodes, flat.
+    """Flat arrays of a trace's notes on its nodes.
 
     Attributes:
         trace: the same, as it was noted.
         owns: owners and members of all relations.
-        counts: statistics and what they are taken over.
-        marks: the nodes of each mark, by its name in `Level`.
+        counts: statistics and the nodes that they are computed over.
+        marks: field name of `Level` → its nodes.
     """
 
     trace: Trace
@@ -118,7 +118,7 @@ def _head_dims(noted: _Noted, sites: Sites, known: list[Level], owners: Owners) 
 
 
 def _fresh(sites: Sites, *levels: Level) -> Flags:
-    """Components of the last level that may be units, and that did not stand at the one below already."""
+    """Components of the last level that may be units and are new at this level."""
     level = levels[-1]
     fresh = level.held & level.removable & ((level.size > 1) | level.vocabulary)  # one lone node touches nothing
     for below in levels[:-1]:

@@ -1,4 +1,4 @@
-"""Whole layers and blocks: modules that do nothing to the residual stream when their parameters are zero.
+"""Finds whole layers and blocks: modules that leave the residual stream unchanged when their parameters are zero.
 
 The trace runs with parameters that are all zero, so its numbers are those of the zeroed model. Where hidden channels
 enter a layer they are made to differ from zero; a layer that hands them on unchanged may be taken out, and so may a
@@ -34,7 +34,7 @@ class Part:
         n_channels: of its result.
         like: argument that has the shape of its result.
         echo: True where the result is that argument, False where it is zero.
-        result: where the result stands in what the module returns; () where it is all it returns.
+        result: place of the result in the module's output; () if it is the whole output.
         length: of the tuple that the module returns, or 0.
         layer: the element of a list of modules that this is, or lies in; None outside of any.
     """
@@ -56,7 +56,7 @@ def layer_of(path: str, layers: set[str]) -> str | None:
 
 
 def list_elements(model: nn.Module) -> set[str]:
-    """Paths of the modules that stand in a list."""
+    """Paths of the modules in lists."""
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     return {f"{path}.{i}" for path, module in lists for i in range(len(module))}
 
@@ -75,7 +75,7 @@ def outermost_elements(model: nn.Module) -> list[str]:
 
 @contextmanager
 def probing(model: nn.Module, mode: LabelMode, found: dict[str, Part]) -> Iterator[None]:
-    """While open, every module with parts of its own is watched; what does nothing goes into `found`."""
+    """A context that watches modules with submodules and collects those without effect in `found`."""
     layers = list_elements(model)
     stack: list[list[tuple[Where, Tensor]]] = []
 
@@ -101,7 +101,7 @@ def probing(model: nn.Module, mode: LabelMode, found: dict[str, Part]) -> Iterat
 
 
 def _uses(model: nn.Module) -> Counter[int]:
-    """How often each parameter stands in a model; one that stands elsewhere too cannot go with a part."""
+    """How often each parameter occurs in a model; a shared one cannot be removed with a part."""
     modules = (module for _, module in model.named_modules(remove_duplicate=False))
     return Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
 

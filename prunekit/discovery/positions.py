@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from prunekit.discovery.integer_positions import Span
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.labels import LOCKED, Ints, LabelGraph
-from prunekit.discovery.remembered import Attribute, Operation
-from prunekit.discovery.watching import Span
+from prunekit.discovery.stored_integers import Attribute, Operation
 
 Pairs = tuple[Ints, Ints]
 
@@ -49,7 +49,7 @@ def _slabs(graph: LabelGraph) -> list[Ints]:
 
 
 def sized_alike(trace: Trace, label: Ints) -> Pairs:
-    """Pairs of components at the same position of dimensions whose size is one and the same remembered number.
+    """Pairs of components at the same position of dimensions whose size is the same stored integer.
 
     Args:
         trace: of the model.
@@ -73,7 +73,7 @@ def sized_alike(trace: Trace, label: Ints) -> Pairs:
 
 
 def _factors(expression: Attribute | Operation) -> tuple[Attribute | Operation, int]:
-    """A remembered number and how many of it stand side by side, as in 3 · head_size for queries, keys and values."""
+    """A stored integer and its multiple, as in 3 · head_size for queries, keys and values."""
     if isinstance(expression, Operation) and expression.function is operator.mul:
         sides = (expression.left, expression.right)
         for side, other in (sides, sides[::-1]):

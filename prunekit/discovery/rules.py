@@ -1,4 +1,4 @@
-"""How labels pass through operations: moved, contracted, combined pointwise, or reduced."""
+"""Label rules shared by operations: move, contract, combine pointwise, reduce."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from prunekit.discovery.labels import PARAMETER, SCORE, STATISTIC, LabelGraph, a
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """What a rule sees of a tensor.
+    """A tensor as a label rule sees it.
 
     Attributes:
         planes: label planes of the tensor's shape; one for an activation, one a dimension for a
@@ -88,7 +88,7 @@ def _pinned(graph: LabelGraph, op: Operand, shape: torch.Size, target: frozenset
 
 
 def contract(graph: LabelGraph, a: Operand, b: Operand) -> tuple[Tensor, ...]:
-    """Matrix product (b, n, k) × (b, k, m): joins what meets along k, hands on the rest.
+    """Matrix product (b, n, k) × (b, k, m): joins labels that meet along k, passes on the rest.
 
     Returns:
         Planes expandable to (b, n, m); several only where both are parameters, none for constants.
@@ -150,7 +150,7 @@ def spread_rows(graph: LabelGraph, inner: Tensor, rows: Tensor) -> Tensor:
 
     Args:
         graph: where copies are noted.
-        inner: what is contracted, along its last dimension.
+        inner: the contracted operand, along its last dimension.
         rows: (n_rows,).
     """
     last = inner.dim() - 1

@@ -1,4 +1,4 @@
-"""One forward pass of one token, with labels riding on every channel.
+"""Traces one forward pass of one token with a label on every channel.
 
 With batch 1 and sequence 1 every element of an activation is a channel. Parameters are replaced by tensors that
 cost nothing (one zero, expanded), so a model of any size is traced without its weights.
@@ -11,25 +11,26 @@ from torch import Tensor, nn
 
 from prunekit.compat import offloaded
 from prunekit.discovery.choices import lock_open_choices
+from prunekit.discovery.integer_positions import IntegerWatcher
 from prunekit.discovery.labelling import LabelMode, Trace
 from prunekit.discovery.labels import along, varying_dims
 from prunekit.discovery.operations import tensors_in
 from prunekit.discovery.parts import probing
-from prunekit.discovery.preparing import free_parameters, labelled_arguments, module_paths, uncollected
-from prunekit.discovery.remembered import remembering
-from prunekit.discovery.watching import IntegerWatcher
+from prunekit.discovery.stored_integers import remembering
+from prunekit.discovery.trace_setup import free_parameters, labelled_arguments, module_paths, uncollected
 from prunekit.errors import PrunekitError
 from prunekit.models import evaluating, logits_alone
 
 
 @uncollected()
 def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: bool = True) -> Trace:
-    """Run one token through `model` and write down what happens to every channel.
+    """Run one token through `model` and record what happens to every channel.
 
     Args:
         model: a causal language model; its weights are not read and may stand on the meta device.
-        shape: sequences and their tokens. With more than one token, only what modules are handed means anything.
-        written_out: run attention and experts written out, so that every number is seen that they may need.
+        shape: sequences and their tokens. With more than one token, only the constants passed to modules are
+            meaningful.
+        written_out: run attention and eager experts, so that every number is seen that they may need.
 
     Raises:
         PrunekitError: this is no model with parameters, or its forward pass does not run on one token.
@@ -76,7 +77,7 @@ def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:
     for tensor in tensors_in(named or output):
         if tensor is not vocabulary:
             for plane in mode.operand(tensor).planes:
-                mode.graph.lock(plane, "the model's output: its rows are what the model answers with")
+                mode.graph.lock(plane, "the model's output")
     lock_open_choices(mode)
     mode.trace.equations, mode.trace.sizes = watcher.equations(), watcher.sizes()
 

@@ -1,4 +1,4 @@
-"""What a model knows and what it costs: perplexity, zero-shot accuracy, cost, and reports of them."""
+"""Evaluation of a model: perplexity, zero-shot accuracy, cost, and reports."""
 
 from prunekit.evaluation.footprint import Cost, Latency, cost
 from prunekit.evaluation.generations import Generations, generations

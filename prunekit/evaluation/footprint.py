@@ -1,4 +1,4 @@
-"""What a model costs to run: parameters, multiply-accumulates, memory and time."""
+"""Cost of running a model: parameters, multiply-accumulates, memory and latency."""
 
 import copy
 import time
@@ -40,7 +40,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward pass over `batch_size` × `seq_len` tokens takes.
+    """The cost of one forward pass over `batch_size` × `seq_len` tokens.
 
     Attributes:
         n_parameters: parameters, tied ones counted once.
@@ -75,7 +75,7 @@ class Cost:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Cost":
-        """The cost that `to_dict` wrote down."""
+        """The cost from the form of `to_dict`."""
         times = {name: Latency(**fields[name]) for name in ("prefill", "decode")}
         return cls(**{**fields, **times})
 
@@ -133,14 +133,14 @@ def cost(
 
 
 def random_tokens(model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
-    """The same tokens for the same vocabulary and sizes, integers (batch, seq), where the model lies."""
+    """Fixed pseudo-random tokens for a vocabulary and sizes, integers (batch, seq), on the model's device."""
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (batch_size, seq_len), generator=generator).to(device_of(model))
 
 
 def check_sizes(model: nn.Module, seq_len: int, batch_size: int, repeats: int) -> None:
-    """Refuses sizes that cannot be run."""
+    """Raises an error for sizes that cannot be run."""
     for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("repeats", repeats)):
         if value < 1:
             raise PrunekitError(f"{name}={value}; it is at least 1")
@@ -150,7 +150,7 @@ def check_sizes(model: nn.Module, seq_len: int, batch_size: int, repeats: int) -
 
 
 def on_device(model: nn.Module, device: str | torch.device | None) -> nn.Module:
-    """The model where it lies, or a copy of it on another device."""
+    """The model, or a copy on another device."""
     if device is None:
         return model
     try:
@@ -185,7 +185,7 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 
 def measure_activations(model: nn.Module, ids: Tensor) -> int:
-    """Most bytes in use at once beside the weights in one forward pass over ids (batch, seq)."""
+    """Peak bytes in use besides the weights in one forward pass over ids (batch, seq)."""
     if ids.device.type == "cuda":
         torch.cuda.synchronize(ids.device)
         torch.cuda.reset_peak_memory_stats(ids.device)
@@ -198,7 +198,7 @@ def measure_activations(model: nn.Module, ids: Tensor) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operators return for as long as they are alive.
+    """Counts the bytes of live storages that operators return.
 
     Unlike the process's memory it does not depend on the allocator or on what ran before, so two models can
     be compared. What an operator allocates and frees inside itself is not seen.
@@ -214,7 +214,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen = {storage_key(tensor.untyped_storage()) for tensor in known}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs one operator and notes the storages that it made."""
+        """Runs one operator and counts its new storages."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -263,7 +263,7 @@ def time_decode(model: nn.Module, ids: Tensor, repeats: int) -> Latency:
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that a run takes, with the device's queue empty before and after."""
+    """Seconds of a run, with the device synchronised before and after."""
     synchronise(device)
     start = time.perf_counter()
     run()

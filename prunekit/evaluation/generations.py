@@ -1,4 +1,4 @@
-"""What models write, side by side."""
+"""Greedy continuations of prompts by several models, in one table."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Generations:
     """Continuations of prompts.
 
     Attributes:
-        table: one row a prompt: a column `prompt`, and one column a model with what it wrote.
+        table: one row per prompt: a column `prompt`, and one column per model with its continuation.
         max_new_tokens: tokens at most.
     """
 
@@ -34,7 +34,7 @@ class Generations:
         return "\n".join(blocks)
 
     def _repr_html_(self) -> str:
-        """A table whose cells are escaped, since a model may write anything, and keep their line breaks."""
+        """An HTML table with escaped cells that keep their line breaks."""
         style = 'style="text-align: left; vertical-align: top; white-space: pre-wrap"'
         head = "".join(f"<th {style}>{escape(str(name))}</th>" for name in self.table)
         rows = [
@@ -47,7 +47,7 @@ class Generations:
 def generations(
     models: Mapping[str, nn.Module], tokenizer: Any, prompts: str | Iterable[str], *, max_new_tokens: int = 40
 ) -> Generations:
-    """How each model goes on, always with the likeliest token.
+    """Greedy continuations of each prompt by each model.
 
     Args:
         models: name → causal language model of `transformers`, such as `{"dense": model, "cut": small}`; all of one
@@ -83,7 +83,7 @@ def _check(models: Mapping[str, nn.Module], texts: list[Any], max_new_tokens: in
 
 
 def _continue(model: nn.Module, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int) -> str:
-    """What one model writes after one prompt, integers (1, seq)."""
+    """The continuation of one prompt by one model, integers (1, seq)."""
     check_tokens_fit(model, int(ids.max()))
     limit = max_positions(model)
     if limit is not None and ids.shape[1] + max_new_tokens > limit:

@@ -1,4 +1,4 @@
-"""The same questions through lm-evaluation-harness, on the same model in memory: an optional extra."""
+"""Runs lm-evaluation-harness on a model in memory (an optional extra)."""
 
 import json
 import tempfile
@@ -24,10 +24,10 @@ PREFIX = "prunekit_"  # before our tasks' names, so that none is mistaken for on
 
 @dataclass(frozen=True, eq=False)
 class HarnessResult:
-    """What lm-evaluation-harness answered.
+    """Results of lm-evaluation-harness.
 
     Attributes:
-        questions: one row a question: task, question (its number), gold, prediction (by summed
+        questions: one row per question: task, question (its number), gold, prediction (by summed
             log-likelihood), correct (`acc`), correct_norm (`acc_norm`; None where the task does not ask for it),
             log_likelihoods (a list, one a choice, in nats). Empty for tasks that are not multiple choice.
         metrics: task → metric → value, as the harness reports them.
@@ -37,7 +37,7 @@ class HarnessResult:
     metrics: dict[str, dict[str, Any]]
 
     def headline(self) -> dict[str, dict[str, float]]:
-        """Task → metric → value, without standard errors and what is no number."""
+        """Task → metric → value, without standard errors and non-numeric values."""
         return {
             task: {
                 name: value
@@ -105,7 +105,7 @@ def run_harness(
 
 
 def import_harness(why: str = "") -> Any:
-    """The package `lm_eval`, with the parts that are used.
+    """The package `lm_eval` with the submodules used here.
 
     Args:
         why: it is needed, for the message.
@@ -126,7 +126,7 @@ def import_harness(why: str = "") -> Any:
 
 
 def make_manager(lm_eval: Any, paths: list[Any], defaults: bool, names: list[str]) -> Any:
-    """The harness's index of tasks, after checking that it has all that are named."""
+    """The harness's task index, after a check that it contains all given tasks."""
     if not paths and not names:
         raise PrunekitError("no task to run; give prunekit's tasks or names of the harness's")
     manager = lm_eval.tasks.TaskManager(include_path=[str(path) for path in paths], include_defaults=defaults)
@@ -142,7 +142,7 @@ def make_manager(lm_eval: Any, paths: list[Any], defaults: bool, names: list[str
 
 @contextmanager
 def written_tasks(tasks: list[Task]) -> Iterator[tuple[str | None, list[str]]]:
-    """Writes tasks into a temporary folder as the harness reads them; gives the folder and their names there."""
+    """Writes tasks into a temporary folder in the harness's form; yields the folder and the task names."""
     if not tasks:
         yield None, []
         return
@@ -154,7 +154,7 @@ def written_tasks(tasks: list[Task]) -> Iterator[tuple[str | None, list[str]]]:
 
 
 def write_task(task: Task, folder: Path) -> None:
-    """Writes one task: a YAML file, and its questions as JSON lines beside it."""
+    """Writes one task: a YAML file, and its questions as JSON lines."""
     partial = task.questions[0].contexts is not None
     separator = separator_of(task, partial)
     data = folder / f"{task.name}.jsonl"
@@ -178,7 +178,7 @@ def write_task(task: Task, folder: Path) -> None:
 
 
 def separator_of(task: Task, partial: bool) -> str:
-    """The white space between context and choice, which the harness wants to be one for a whole task."""
+    """The white space between context and choice, which the harness needs to be the same for all questions."""
     if any(len(question.choices) < 2 for question in task.questions):
         raise PrunekitError(f"task {task.name!r} has questions with a single choice; name lambada_openai in its place")
     found = {choice[: len(choice) - len(choice.lstrip())] for q in task.questions for choice in q.choices}
@@ -216,7 +216,7 @@ def read_results(results: Any) -> HarnessResult:
 
 
 def read_sample(task: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """One row a multiple-choice question."""
+    """One row per multiple-choice question."""
     sums = [float(response[0]) for response in sample["filtered_resps"]]
     correct_norm = sample.get("acc_norm")
     return {

@@ -1,4 +1,4 @@
-"""Perplexity, with its protocol beside the number."""
+"""Perplexity of a text, with its protocol."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from prunekit.documents import TextSource
-from prunekit.evaluation.scoring import log_likelihoods
+from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.windows import PAPERS, read_spans
 
 
@@ -23,7 +23,7 @@ class PerplexityResult:
         protocol: `"windows"` over the whole text, `"documents"` one by one, or `"papers"`.
         window: tokens a window at most; None where documents were never split.
         stride: tokens by which windows advance; None where they do not overlap.
-        separator: what the text was split at; None where it was not.
+        separator: text that separates documents; None if the text was not split.
         bos: whether the tokenizer's BOS token stood first in every window.
     """
 

@@ -1,4 +1,4 @@
-"""What is scored, and what of a model it must fit."""
+"""Spans of tokens to score, and checks that they fit a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from prunekit.errors import PrunekitError
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of which the last ones are scored.
+    """A sequence of tokens, of which the last ones are scored.
 
     Attributes:
         tokens: token ids, at least 2.
@@ -25,19 +25,19 @@ class Span:
 
     @property
     def n_scored(self) -> int:
-        """Tokens that are scored."""
+        """Number of scored tokens."""
         return len(self.tokens) - self.start
 
 
 def check_batches(model: nn.Module, spans: Sequence[Span], batch_size: int) -> None:
-    """Refuses what would only fail deep inside the model."""
+    """Raises an error for spans that a model cannot take."""
     if batch_size < 1:
         raise PrunekitError(f"batch_size={batch_size}; it is a number of rows, at least 1")
     check_tokens_fit(model, max((max(span.tokens) for span in spans), default=0))
 
 
 def check_tokens_fit(model: nn.Module, highest: int) -> None:
-    """Refuses a token that the model's vocabulary does not have."""
+    """Raises an error for a token outside the model's vocabulary."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     n_vocabulary = embedding.weight.shape[0]
     if highest >= n_vocabulary:
@@ -48,13 +48,13 @@ def check_tokens_fit(model: nn.Module, highest: int) -> None:
 
 
 def require_finite(values: Tensor, model: nn.Module) -> None:
-    """Raises a `PrunekitError` that names the parameters at fault where a value is NaN or infinite."""
+    """Raises an error if a value is NaN or infinite; the message names the parameters at fault."""
     if bool(values.isfinite().all()):
         return
     broken = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
     shown = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
     cause = (
-        f"NaN or infinite weights stand in {shown}; load the checkpoint again or redo the step that wrote them"
+        f"the weights {shown} are NaN or infinite; load the checkpoint again or redo the step that wrote them"
         if broken
         else f"all weights are finite, so the activations overflow in {next(model.parameters()).dtype}; try float32"
     )

@@ -1,4 +1,4 @@
-"""Zero-shot multiple choice: which continuation does the model find likeliest?"""
+"""Zero-shot multiple choice: compares the log-likelihoods of continuations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
-from prunekit.evaluation.scoring import log_likelihoods
+from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
 from prunekit.models import max_positions
 from prunekit.questions import Question, Task
@@ -36,14 +36,14 @@ def zero_shot(
         model: a causal language model of `transformers`.
         tokenizer: the model's own tokenizer; BOS comes first where it adds one itself.
         tasks: names of published tasks (`"boolq" "piqa" "hellaswag" "winogrande" "arc_easy" "arc_challenge"
-            "openbookqa" "mmlu" "mmlu_anatomy" "lambada"`), tasks of one's own, or both; or name → task.
+            "openbookqa" "mmlu" "mmlu_anatomy" "lambada"`), tasks of your own, or both; or name → task.
         limit: the first so many questions of each task; None asks all.
         data_dir: the folder from which published tasks are read, as `standard_task` says; None reads from the hub.
         shots: answered examples in front of each question of a published task.
         batch_size: rows of about 128 tokens a forward pass; it does not change the result.
 
     Returns:
-        A `ZeroShotResult` with one row a question.
+        A `ZeroShotResult` with one row per question.
 
     Raises:
         PrunekitError: there is no task or question, two tasks share a name, a question is malformed or its choice
@@ -74,11 +74,11 @@ def zero_shot(
 
 
 def question_spans(tokenizer: Any, question: Question, limit: int | None, place: str) -> list[Span]:
-    """One span a choice: the tokens of context and choice, of which the choice's are scored.
+    """One span per choice: tokens of context and choice, of which the choice is scored.
 
     Args:
         tokenizer: the model's own.
-        question: what is asked.
+        question: the question.
         limit: tokens that the model takes; contexts are cut on the left to fit. None takes any number.
         place: the question's, for messages.
 
@@ -97,7 +97,7 @@ def question_spans(tokenizer: Any, question: Question, limit: int | None, place:
 
 
 def cut_left(span: Span, limit: int) -> Span:
-    """A span of which `limit` tokens are read, the last ones; its last token is only scored.
+    """The span shortened to its last `limit` input tokens; the last token is only scored.
 
     Source: lm-evaluation-harness, `HFLM._loglikelihood_tokens`.
     """
@@ -106,7 +106,7 @@ def cut_left(span: Span, limit: int) -> Span:
 
 
 def check_question(question: Question, place: str) -> None:
-    """Refuses a question that cannot be scored."""
+    """Raises an error for a question that cannot be scored."""
     n_choices = len(question.choices)
     if not 0 <= question.answer < n_choices:
         raise PrunekitError(f"{place} has answer {question.answer} of {n_choices} choices, which count from 0")
@@ -117,7 +117,7 @@ def check_question(question: Question, place: str) -> None:
 
 
 def encode_pair(tokenizer: Any, context: str, choice: str) -> Span:
-    """Tokens of context and choice together, split where the context alone would end.
+    """Tokens of context and choice together, split at the length of the context's own tokens.
 
     White space at the end of the context moves to the choice, where tokenizers expect it.
 
@@ -158,7 +158,7 @@ def judge(task: Task, number: int, question: Question, sums: Tensor, greedy: boo
     Args:
         task: the question's.
         number: of the question in it.
-        question: what was asked.
+        question: the question.
         sums: the choices' log-likelihoods in nats, (n_choices,).
         greedy: whether greedy decoding writes the right choice: what counts where there is but one.
     """

@@ -1,4 +1,4 @@
-"""Tasks as somebody may give them: values, names of published tasks, or both."""
+"""Turns tasks and names of published tasks into a list of tasks."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -18,7 +18,7 @@ def named_tasks(
     data_dir: str | Path | None = None,
     shots: int = 0,
 ) -> list[Task]:
-    """The tasks as a list, each with a name of its own and at least one question.
+    """The tasks as a list, with unique names and at least one question each.
 
     Args:
         tasks: tasks, name → task, or names as `standard_task` takes them; mixed too.
@@ -40,7 +40,7 @@ def named_tasks(
         empty = [task.name for task in found if not task.questions]
         raise PrunekitError(f"no question to ask in {empty or 'an empty set of tasks'}; give at least one a task")
     if len(set(names)) < len(names):
-        raise PrunekitError(f"two tasks share a name in {names}; the report could not tell them apart")
+        raise PrunekitError(f"two tasks share a name in {names}; give each task its own name")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Packing: many token sequences in one row, what they begin with read only once.
+"""Packing: puts many token sequences into one row, so that shared prefixes are run only once.
 
 The inputs of all spans, sorted, are a tree: choices of one question part where they differ, and so do questions that
 begin alike. A row holds a piece of that tree. A token sees itself and what stands above it, and its position is its
@@ -19,7 +19,7 @@ GROWTH = 3  # a row grows to so many times the beginning that it would otherwise
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A piece of the tree of all spans' inputs.
+    """A part of the prefix tree of all spans' inputs.
 
     Attributes:
         tokens: token id of each node.
@@ -39,7 +39,7 @@ class Row:
         return depths
 
     def visible(self, width: int) -> np.ndarray:
-        """Whether a node (down) sees another (across), bool (width, width); what is no node sees itself."""
+        """Attention mask of the tree, bool (width, width): row attends to column; padding attends to itself."""
         seen = np.eye(width, dtype=bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
@@ -50,13 +50,13 @@ class Row:
 def pack(
     spans: Sequence[Span], width: int = ROW, *, widest: int = WIDEST, numbers: Iterable[int] | None = None
 ) -> list[Row]:
-    """Rows of a tree each, filled span by span in sorted order; a span never lies in two rows.
+    """Rows with a prefix tree each, filled span by span in sorted order; no span is split.
 
     Spans that begin alike stay in one row where it has room for all of them. A row grows beyond `width` where what
     the next span shares with it is long, since a new row would have to read that again.
 
     Args:
-        spans: what is to be scored.
+        spans: the spans to score.
         width: nodes a row, about; a span that is longer has a row of its own, or shares it with its like.
         widest: nodes to which a row may grow; a longer span still has one.
         numbers: which spans; None takes all.
@@ -82,7 +82,7 @@ def pack(
 
 
 def _hang(row: Row, path: list[int], tokens: tuple[int, ...]) -> list[int]:
-    """Adds tokens below a path of nodes; the path to the last of them."""
+    """Adds tokens below a path of nodes; returns the path to the last one."""
     path = path[:]
     for token in tokens:
         row.parents.append(path[-1] if path else -1)
@@ -92,7 +92,7 @@ def _hang(row: Row, path: list[int], tokens: tuple[int, ...]) -> list[int]:
 
 
 def _families(spans: Sequence[Span], numbers: Iterable[int]) -> Iterator[list[int]]:
-    """Numbers of the spans in sorted order, together where a third of one's inputs is shared with the one before."""
+    """Span numbers in sorted order, in runs where each shares a third of its inputs with the one before."""
     family: list[int] = []
     for number in sorted(numbers, key=lambda n: spans[n].tokens[:-1]):
         inputs = spans[number].tokens[:-1]
@@ -111,7 +111,7 @@ def _tree_size(ordered: Sequence[tuple[int, ...]]) -> int:
 
 
 def unpacked(spans: Sequence[Span], numbers: Iterable[int] | None = None) -> list[Row]:
-    """Rows of one sequence each; what spans have the same inputs share one. Arguments are those of `pack`."""
+    """Rows of one sequence each; spans with the same inputs share a row. Arguments are those of `pack`."""
     rows: dict[tuple[int, ...], Row] = {}
     for number in range(len(spans)) if numbers is None else numbers:
         inputs = spans[number].tokens[:-1]
@@ -121,14 +121,14 @@ def unpacked(spans: Sequence[Span], numbers: Iterable[int] | None = None) -> lis
 
 
 def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """With how many equal tokens two sequences begin."""
+    """Length of the common prefix of two sequences."""
     if a == b:
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def sample_rows(rows: Sequence[Row]) -> list[Row]:
-    """The row with the longest span, since windows of attention end somewhere, and the one with the most spans."""
+    """Rows for a test: the one with the longest span (attention windows) and the one with the most spans."""
     deepest = max(range(len(rows)), key=lambda n: max(map(len, rows[n].paths.values())))
     fullest = max(range(len(rows)), key=lambda n: len(rows[n].paths))
     return [rows[n] for n in sorted({deepest, fullest})]

@@ -1,4 +1,4 @@
-"""Rows of published data sets: from files on this machine or from the hub, each with its place for messages."""
+"""Reads rows of published data sets from local files or the hub, each with its place for messages."""
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,10 +30,10 @@ class Record:
     place: str
 
     def text(self, *path: str) -> str:
-        """The text at a column, or at a column within one.
+        """The text at a column, or at a nested column.
 
         Raises:
-            PrunekitError: there is none, or it is no text.
+            PrunekitError: the column is missing or not text.
         """
         value = self.value(*path)
         if not isinstance(value, str):
@@ -44,11 +44,11 @@ class Record:
         """The list of texts at a column.
 
         Raises:
-            PrunekitError: there is none, or it holds something else.
+            PrunekitError: the column is missing or not a list of texts.
         """
         value = self.value(*path)
         if not isinstance(value, list | tuple) or not value or not all(isinstance(text, str) for text in value):
-            raise self.error(f"{'.'.join(path)!r} is {value!r:.40} and no list of texts")
+            raise self.error(f"{'.'.join(path)!r} is {value!r:.40}, not a list of texts")
         return list(value)
 
     def label(self, value: Any, allowed: Sequence[Any]) -> int:
@@ -59,11 +59,11 @@ class Record:
         """
         texts = [str(one) for one in allowed]
         if str(value) not in texts:
-            raise self.error(f"the label {value!r:.40} is none of {', '.join(map(repr, allowed))}")
+            raise self.error(f"the label is {value!r:.40}; it must be one of {', '.join(map(repr, allowed))}")
         return texts.index(str(value))
 
     def value(self, *path: str) -> Any:
-        """What stands at a column, or at a column within one.
+        """The value at a column, or at a nested column.
 
         Raises:
             PrunekitError: there is no such column.
@@ -100,9 +100,9 @@ def read_hub(path: str, config: str | None, split: str) -> Iterator[Record]:
 
 
 def read_files(folder: Path, split: str) -> Iterator[Record] | None:
-    """Rows of a split from its JSON lines or Parquet files in a folder; None where there are none.
+    """Rows of a split from JSON lines or Parquet files in a folder; None if there are no such files.
 
-    Labels that stand in a file of their own (PIQA's `valid-labels.lst` beside `valid.jsonl`) become the column `label`.
+    Labels in a separate file (PIQA's `valid-labels.lst` beside `valid.jsonl`) become the column `label`.
 
     Raises:
         PrunekitError: several files could be meant; or, as rows are read, a line is malformed.
@@ -116,7 +116,7 @@ def read_files(folder: Path, split: str) -> Iterator[Record] | None:
 
 
 def _files_of(folder: Path, stem: str, ending: str) -> list[Path]:
-    """The file of that very name, else the pieces of a split, else the one file with the stem among its words."""
+    """The file of that name, else the parts of a split, else the only file whose name contains the stem as a word."""
     if (folder / f"{stem}{ending}").is_file():
         return [folder / f"{stem}{ending}"]
     files = sorted(folder.glob(f"*{ending}"))
@@ -162,7 +162,7 @@ def read_csv(file: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 
 def folders_of(data_dir: str | Path, names: Sequence[str]) -> list[Path]:
-    """The folders of these names in a folder or one level below, those named first in front.
+    """Folders with these names, in a folder or one level below, in the order of the names.
 
     Raises:
         PrunekitError: the folder does not exist.

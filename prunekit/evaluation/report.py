@@ -1,4 +1,4 @@
-"""Everything measured about one model, as a value; and several such values side by side."""
+"""Evaluation reports of one model, and comparisons of several."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -29,13 +29,13 @@ HINTS = {  # argument → what to give
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What was measured about one model.
+    """Evaluation results of one model.
 
     `report["perplexity"]` and the other names of `headline()` give the headline figures.
 
     Attributes:
         perplexity: with its protocol; None where not measured.
-        zero_shot: one row a question; None where not measured.
+        zero_shot: one row per question; None where not measured.
         cost: parameters, MACs, memory, latency; None where not measured.
     """
 
@@ -44,7 +44,7 @@ class Report:
     cost: Cost | None = None
 
     def headline(self) -> dict[str, float]:
-        """The figures to compare models by, in this order.
+        """The headline figures of a report, in this order.
 
         Returns:
             perplexity; the accuracy of each task under its name, in [0, 1]; mean_accuracy; parameters; macs;
@@ -75,7 +75,7 @@ class Report:
         """One headline figure.
 
         Raises:
-            PrunekitError: it was not measured, or there is none of that name.
+            PrunekitError: the figure was not measured or is unknown.
         """
         figures = self.headline()
         if name not in figures:
@@ -83,7 +83,7 @@ class Report:
         return figures[name]
 
     def table(self) -> pd.DataFrame:
-        """One row a headline figure: metric, value, note (protocol, standard error and chance, or spread)."""
+        """One row per headline figure: metric, value, note (protocol, standard error and chance, or spread)."""
         rows = [(name, value, self._note(name)) for name, value in self.headline().items()]
         return pd.DataFrame(rows, columns=["metric", "value", "note"])
 
@@ -111,7 +111,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """The report that `to_json` wrote down.
+        """The report from the text that `to_json` wrote.
 
         Raises:
             PrunekitError: the text is no report.
@@ -128,11 +128,11 @@ class Report:
             return cls(**{name: None if value is None else readers[name](value) for name, value in fields.items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrunekitError(
-                f"this is no report of prunekit ({error}); give a file that Report.save wrote"
+                f"this is not a prunekit report ({error}); give a file that Report.save wrote"
             ) from error
 
     def save(self, path: str | Path) -> Path:
-        """Writes the report as JSON, beside its place first; a report already there is replaced."""
+        """Writes the report as JSON and replaces an old one only when complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, self.to_json())
@@ -143,7 +143,7 @@ class Report:
         """Reads a report that `save` wrote.
 
         Raises:
-            PrunekitError: there is no such file, or it is no report.
+            PrunekitError: the file is missing, or it is no report.
         """
         return cls.from_json(read_text(path, "Report.save"))
 
@@ -157,7 +157,7 @@ class Report:
 
 
 def readable(value: float) -> str:
-    """A figure with thousands separated, or with four digits that count."""
+    """A figure as text, with separated thousands or four significant digits."""
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 10_000 else f"{value:.4g}"
 
 
@@ -173,7 +173,7 @@ def evaluate(
     zero_shot_options: Mapping[str, Any] | None = None,
     cost_options: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Measures what a model knows and what it costs.
+    """Measures a model's perplexity, zero-shot accuracy and cost, and returns a report.
 
     Args:
         model: a causal language model of `transformers`.
@@ -192,7 +192,7 @@ def evaluate(
         A `Report`.
 
     Raises:
-        PrunekitError: a metric is unknown, text or tasks are needed and missing, or what the metric itself refuses.
+        PrunekitError: a metric is unknown, text or tasks are missing, or an error of the metric.
     """
     wanted = check_metrics(metrics)
     found: dict[str, Any] = {}
@@ -212,7 +212,7 @@ def evaluate(
 
 
 def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
-    """The metrics as a tuple, at least one, all known."""
+    """The metrics as a checked tuple."""
     wanted = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     unknown = [name for name in wanted if name not in METRICS]
     if unknown or not wanted:
@@ -222,7 +222,7 @@ def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def world_default(tokenizer: Any, maker: str, argument: str) -> Any:
-    """The embedded world's validation text or tasks, for the tokenizer that belongs to it."""
+    """Default text or tasks: the embedded world's, for its own tokenizer."""
     world: Any = import_module("prunekit.world")
     if not world.is_world_tokenizer(tokenizer):
         raise PrunekitError(
@@ -239,7 +239,7 @@ def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
         reports: name of the model → its report, such as `{"dense": …, "cut": …, "recovered": …}`.
 
     Returns:
-        One row a model (index `model`), one column a headline figure; NaN where it was not measured.
+        One row per model (index `model`), one column per headline figure; NaN if not measured.
 
     Raises:
         PrunekitError: there is no report.
@@ -252,7 +252,7 @@ def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
 
 
 def compare_accuracy(reports: Mapping[str, Report], by: str = "task") -> pd.DataFrame:
-    """Zero-shot accuracies of several models, one row a model and group: what `plot_accuracy` draws.
+    """Zero-shot accuracies of several models, one row per model and group: what `plot_accuracy` draws.
 
     Args:
         reports: name of the model → its report, with zero-shot answers.
@@ -273,6 +273,6 @@ def compare_accuracy(reports: Mapping[str, Report], by: str = "task") -> pd.Data
 
 
 def check_reports(reports: Mapping[str, Report]) -> None:
-    """Refuses to compare nothing."""
+    """Raises an error for an empty comparison."""
     if not reports:
         raise PrunekitError("no report to compare; give a dictionary, name → Report")

@@ -29,10 +29,10 @@ class StandardTask:
     """A published task.
 
     Attributes:
-        name: what it goes by here and in lm-evaluation-harness.
+        name: name here and in lm-evaluation-harness.
         hub: id of the data set on the hub.
         config: its configuration there; None where it has but one.
-        split: what is asked, as there.
+        split: the evaluated split, as there.
         read: a row → its question.
         normalize: whether the papers' tables count `acc_norm`.
         shots_split: where few-shot examples come from; None where the harness has none.
@@ -143,7 +143,7 @@ SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"
 
 
 def is_standard(name: str) -> bool:
-    """Whether a task goes by this name here."""
+    """Whether a published task has this name."""
     return name in TASKS or name.removeprefix("mmlu_") in SUBJECTS
 
 
@@ -183,7 +183,7 @@ def standard_task(name: str, *, limit: int | None = None, data_dir: str | Path |
 def _asked(
     spec: StandardTask, subject: str | None, limit: int | None, data_dir: str | Path | None, shots: int
 ) -> Iterator[Question]:
-    """Questions with what stands in front of them: MMLU's description, and answered examples."""
+    """Questions with a prefix: MMLU's description and answered examples."""
     description = "" if subject is None else (
         f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
     )  # fmt: skip
@@ -251,7 +251,7 @@ def _rows(spec: StandardTask, subject: str | None, split: str, data_dir: str | P
 
 
 def _missing(spec: StandardTask, subject: str | None, split: str, root: Path) -> str:
-    """What was looked for, and what would be accepted."""
+    """An error for missing data: lists what was searched and what is accepted."""
     folder = root / spec.name
     if subject is not None:
         return (

@@ -14,7 +14,7 @@ class StandardText:
     """A published text.
 
     Attributes:
-        name: what it goes by.
+        name: the name to ask for.
         hub: arguments of `datasets.load_dataset`.
         column: its texts there.
         between: what stands between two texts, where they are joined.
@@ -69,7 +69,7 @@ def standard_text(name: str, *, data_dir: str | Path | None = None) -> str:
     Args:
         name: `"wikitext2"` (the test set), `"ptb"` (the test set) or `"c4"` (the first 1,100 validation documents).
         data_dir: a folder that holds `wikitext2/test.txt`, `ptb/ptb.test.txt` or `c4/validation.jsonl`; None reads
-            from the hub. A text file is taken as it is.
+            from the hub. A text file is read unchanged.
 
     Returns:
         The whole text.
@@ -78,7 +78,7 @@ def standard_text(name: str, *, data_dir: str | Path | None = None) -> str:
         PrunekitError: there is no such text, or it cannot be read.
 
     Source: the loaders of SparseGPT and Wanda (`lib/data.py`), which join WikiText-2 by empty lines, and PTB and C4 by
-    spaces. What stands in a local file may differ: `wiki.test.tokens` has `<unk>` for rare words.
+    spaces. A local file may differ: `wiki.test.tokens` has `<unk>` for rare words.
     """
     if name not in TEXTS:
         raise PrunekitError(f"no text {name!r}; there are {', '.join(TEXTS)}; or give a text or a file of your own")

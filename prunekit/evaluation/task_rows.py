@@ -10,7 +10,7 @@ LETTERS = ("A", "B", "C", "D")  # of MMLU's choices
 
 
 def _question(context: str, choices: Iterable[str], answer: int, domain: str) -> Question:
-    """A question whose choices stand one space behind the context."""
+    """A question whose choices follow the context after a space."""
     return Question(context, tuple(f" {choice}" for choice in choices), answer, domain)
 
 
@@ -38,12 +38,12 @@ def read_hellaswag(row: Record) -> Question:
 
 
 def _clean(text: str) -> str:
-    """Without WikiHow's marks. Source: lm-evaluation-harness, `hellaswag/utils.py`."""
+    """The text without WikiHow's markup. Source: lm-evaluation-harness, `hellaswag/utils.py`."""
     return re.sub("\\[.*?\\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def read_winogrande(row: Record) -> Question:
-    """The choices stand in the gap, and what is scored is the text behind it."""
+    """The choices fill the gap, and the text after it is scored."""
     sentence, options = row.text("sentence"), (row.text("option1"), row.text("option2"))
     before, gap, after = sentence.partition("_")
     if not gap:
@@ -84,7 +84,7 @@ def read_mmlu(row: Record) -> Question:
 
 
 def read_lambada(row: Record) -> Question:
-    """One choice, the last word: it is hit where each of its tokens is the likeliest. Two columns or one text."""
+    """One choice, the last word: correct if each of its tokens is the greedy choice."""
     whole = f"{row.text('context')} {row.text('continuation')}" if "continuation" in row.fields else row.text("text")
     context, gap, word = whole.rpartition(" ")
     if not gap:

@@ -1,4 +1,4 @@
-"""Which tokens of a text are scored with which context: the protocols of perplexity, as lists of spans."""
+"""Perplexity protocols: cut a text into windows, as spans of tokens with their context."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ WINDOW = 128  # LLM-Pruner's window for WikiText-2 and PTB
 
 @dataclass(frozen=True)
 class TextSpans:
-    """A text as it is scored.
+    """A tokenized text for scoring.
 
     Attributes:
         spans: the windows, each with at least one scored token.
@@ -76,7 +76,7 @@ def read_texts(source: TextSource, protocol: str, separator: str | None, tokeniz
 
 
 def check_protocol(protocol: str, separator: str | None, stride: int | None, bos: bool | None) -> None:
-    """Refuses an unknown protocol, and options that do not go with it."""
+    """Raises an error for an unknown protocol, or options that it does not allow."""
     check_choice("protocol", protocol, PROTOCOLS)
     if separator is not None and protocol != "documents":
         raise PrunekitError(f"separator={separator!r} splits documents; give protocol='documents' with it")
@@ -101,7 +101,7 @@ def choose_window(model: nn.Module, window: int | None, protocol: str) -> int | 
 
 
 def cut_windows(tokens: Sequence[int], window: int, stride: int | None = None, bos: int | None = None) -> list[Span]:
-    """Windows over one token sequence, the last one as short as it comes out.
+    """Windows over one token sequence; the last one may be shorter.
 
     Without a stride the windows do not overlap. With a stride below the window they do, and every token is scored
     exactly once, with up to `window - 1` tokens of context and never fewer than `window - stride` where the text has
@@ -137,7 +137,7 @@ def cut_windows(tokens: Sequence[int], window: int, stride: int | None = None, b
 
 
 def check_window(window: int, stride: int | None) -> int:
-    """The stride to use, after checking both numbers."""
+    """The checked stride."""
     if window < 2:
         raise PrunekitError(f"window={window}; a window takes at least 2 tokens, one of context and one to score")
     if stride is None:
@@ -162,12 +162,12 @@ def split_documents(documents: Sequence[str], separator: str | None) -> list[str
         documents = [part for document in documents for part in document.split(separator)]
     found = [document.strip() for document in documents if document.strip()]
     if not found:
-        raise PrunekitError(f"nothing but {separator!r} stands in the text; give one that has documents")
+        raise PrunekitError(f"the text contains only {separator!r}; give a text with documents")
     return found
 
 
 def _check_length(n_tokens: int, spans: Sequence[Span], window: int | None) -> None:
-    """Refuses a text with less than one window, or documents in which nothing can be scored."""
+    """Raises an error for a text shorter than one window, or documents without a token to score."""
     if window is not None and n_tokens < window:
         raise PrunekitError(
             f"the text has {n_tokens} tokens, less than one window of {window}; "

@@ -1,4 +1,4 @@
-"""The answers to multiple-choice questions, as a value that can be grouped, printed and saved."""
+"""Results of zero-shot multiple choice."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ GROUPS = ("task", "form", "domain", "tier", "hops")
 
 @dataclass(frozen=True, eq=False)
 class ZeroShotResult:
-    """One row a question, and the accuracies that follow from them.
+    """Zero-shot results: one row per question, and accuracies.
 
     Attributes:
         questions: columns task, form, question (its number in the task), domain, tier, hops, gold and prediction
@@ -22,7 +22,7 @@ class ZeroShotResult:
             in nats, or nats a character where the task normalises; NaN where there is but one), chance,
             log_likelihoods (a list, one a choice, in nats), n_cut (tokens that were cut off the context on the left,
             since the model does not take so many). The prediction is -1 where a single choice was not the likeliest.
-        n_computed: positions that the model was run on, with padding and with what was tried beforehand.
+        n_computed: positions that the model was run on, including padding and the test of packing.
         n_tokens: positions of all choices with their contexts, had each been read alone.
     """
 
@@ -31,7 +31,7 @@ class ZeroShotResult:
     n_tokens: int = 0
 
     def by(self, column: str) -> pd.DataFrame:
-        """Accuracy a task, form, domain, tier or number of hops.
+        """Accuracy by task, form, domain, tier or number of hops.
 
         Args:
             column: one of `"task" "form" "domain" "tier" "hops"`; questions that have no such label are left out.
@@ -82,7 +82,7 @@ class ZeroShotResult:
 
     @classmethod
     def from_dict(cls, columns: dict[str, Any]) -> "ZeroShotResult":
-        """The result that `to_dict` wrote down."""
+        """The result from the form of `to_dict`."""
         columns = dict(columns)
         numbers = {name: columns.pop(name, 0) for name in ("n_computed", "n_tokens")}
         return cls(pd.DataFrame(columns), **numbers)

@@ -1,6 +1,6 @@
-"""Groups and statistics → one score a unit."""
+"""Importance scores: one per unit, from weights, gradients or activations."""
 
-from prunekit.importance.ablation import Ablation, silenced
+from prunekit.importance.ablation import Ablation, ablated
 from prunekit.importance.activation import Activation, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.curvature import Curvature
@@ -30,5 +30,5 @@ __all__ = [
     "fuse",
     "importance_from_name",
     "score",
-    "silenced",
+    "ablated",
 ]

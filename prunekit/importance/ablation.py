@@ -1,4 +1,4 @@
-"""Ablation: what the loss really does when units are silenced, and scores that are scaled to it."""
+"""Ablation: the measured loss without a unit, and scores scaled to it."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,17 +15,17 @@ from prunekit.gradients import Gradients
 from prunekit.importance.reduction import check_takes_tokens, tokens_for
 from prunekit.importance.scores import Scores
 
-LEAST = 1e-9  # of the loss; a group whose loss does not rise keeps its order
+LEAST = 1e-9  # share of the loss; keeps the order of a group whose loss does not rise
 
 
 @contextmanager
-def silenced(model: nn.Module, group: CoupledGroup, units: Iterable[int]) -> Iterator[None]:
-    """While open, all that some units own is zero; afterwards the model has its weights again.
+def ablated(model: nn.Module, group: CoupledGroup, units: Iterable[int]) -> Iterator[None]:
+    """A context in which all weights of some units are zero; the weights are restored at its end.
 
     Args:
         model: the model that the group was discovered in.
-        group: of which the units are.
-        units: their numbers. What runs inside builds no graph for gradients.
+        group: the group of the units.
+        units: numbers of the units. Gradients are off inside.
     """
     parameters, owned, held = dict(model.named_parameters()), list(units), []
     with torch.no_grad():
@@ -43,11 +43,11 @@ def silenced(model: nn.Module, group: CoupledGroup, units: Iterable[int]) -> Ite
 
 @dataclass(frozen=True)
 class Ablation:
-    """How much the loss rises when a unit is silenced, each alone: measured, one pass of the calibration set a unit.
+    """The measured rise of the loss when each unit is ablated alone, one pass of the calibration set per unit.
 
-    What the other importances estimate. Too dear for every channel of a large model, not for its heads or layers. A
-    unit without which the loss falls scores below 0. Where a group is inexact, what is silenced still counts in norms
-    and routers.
+    The other importances estimate this. It is too slow for every channel of a large model, but not for its heads or
+    layers. A unit scores below 0 if the loss falls without it. In an inexact group, norms and routers still see the
+    zeros.
 
     Source: the oracle that Molchanov et al. (2017) rank their estimates by.
     """
@@ -65,7 +65,7 @@ class Ablation:
     def unit_scores(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
     ) -> dict[str, Tensor]:
-        """Group name → (n_units,), nats a token.
+        """Group name → (n_units,), nats per token.
 
         Raises:
             PrunekitError: no tokens, or a loss that is not finite.
@@ -77,24 +77,24 @@ class Ablation:
         with bar:
             for group in groups:
                 for unit in range(group.n_units):
-                    with silenced(model, group, [unit]):
+                    with ablated(model, group, [unit]):
                         found[group.name][unit] = mean_loss(model, tokens) - dense
                     bar.update()
         return found
 
 
 def check_scalable(importance: object, groups: Iterable[CoupledGroup]) -> None:
-    """Refuse what scaling to the loss would be pointless for.
+    """Raise an error if scaling to the loss makes no sense for these scores.
 
     Raises:
-        PrunekitError: scores that are losses already, or whole layers and blocks, whose scores would all become that.
+        PrunekitError: scores that are losses already, or groups of one unit (layers and blocks).
     """
     if isinstance(importance, Ablation):
         raise PrunekitError("Ablation() measures the loss already; leave out normalize")
     whole = next((group.name for group in groups if group.kind in ("layer", "block")), None)
     if whole is not None:
         raise PrunekitError(
-            f"{whole!r} goes whole, so that normalize='loss' would only measure the loss without it; score it with "
+            f"{whole!r} is one unit, so normalize='loss' would only measure the loss without it; score it with "
             "Ablation(), or leave out normalize"
         )
 
@@ -102,16 +102,15 @@ def check_scalable(importance: object, groups: Iterable[CoupledGroup]) -> None:
 def scaled_to_loss(
     model: nn.Module, groups: Iterable[CoupledGroup], scores: Scores, calib: Tensor | Gradients | None
 ) -> Scores:
-    """Scores in nats a token: each group's share out what the loss rises by when the whole group is silenced.
+    """Scores in nats per token: each group's scores are scaled to sum to the rise of the loss without the group.
 
-    One factor a group, so the order inside it stays; across groups and kinds, scores of any importance become
-    comparable. Silencing less would be nearer to what a plan does, but a part that costs nothing tells nothing of the
-    rest.
+    Each group gets one factor, so its order stays; scores of any importance become comparable across groups and
+    kinds. Ablating part of a group would be closer to a plan, but its cost says little about the rest.
 
     Args:
-        model: the model that was scored; it is left as it was.
-        groups: those that were scored.
-        scores: of any importance, none below 0.
+        model: the model that was scored; it is unchanged afterwards.
+        groups: the scored groups.
+        scores: scores of any importance, none below 0.
         calib: integers (n_samples, seq_len).
 
     Raises:
@@ -121,11 +120,11 @@ def scaled_to_loss(
     for name, values in scores.items():
         if float(values.min()) < 0:
             raise PrunekitError(
-                f"{scores.label} scores of {name!r} go below 0 and cannot be shared out; leave out normalize"
+                f"{scores.label} scores of {name!r} go below 0 and cannot be scaled; leave out normalize"
             )
     dense = mean_loss(model, tokens)
     for group in tqdm(list(groups), desc="scaling", unit="group", leave=False, delay=1):
-        with silenced(model, group, range(group.n_units)):
+        with ablated(model, group, range(group.n_units)):
             rise = max(mean_loss(model, tokens) - dense, LEAST * dense)
         total = float(scores[group.name].double().sum())
         scores[group.name] = scores[group.name] * (rise / total) if total > 0 else scores[group.name]

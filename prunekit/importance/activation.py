@@ -1,4 +1,4 @@
-"""Activation importance: what a unit hands on, measured where it is read."""
+"""Activation and fluctuation importance: a unit's outputs, measured at the inputs of its consumer layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.gradients import Gradients
-from prunekit.importance.inputs import linear_readers, members_read, sums_over_inputs, wide
+from prunekit.importance.input_statistics import linear_readers, members_read, sums_over_inputs, wide
 from prunekit.importance.reduction import all_slice_scores, tokens_for, unit_scores
 
 
 @dataclass(frozen=True)
 class Activation:
-    """Size of what a unit hands on: the sum of |W_ij|·‖x_j‖₂ over the weights that read it.
+    """Size of a unit's outputs: the sum of |W_ij|·‖x_j‖₂ over the weights of its consumer layer.
 
     W is the weight of a linear layer whose inputs the unit owns (columns of `o_proj` for a head, of `down_proj` for a
-    channel), ‖x_j‖₂ its j-th input over all calibration tokens. A unit that nothing reads, such as a whole block, is
-    scored by the rows that it owns. Forward passes are all it needs. They are made in float32 at least, one module
-    at a time: halves overflow, and are slow on a CPU.
+    channel), ‖x_j‖₂ its j-th input over all calibration tokens. A unit without a consumer layer, such as a whole block,
+    is scored by the rows that it owns. Only forward passes are needed. They run in float32 or wider, one module at a
+    time, since half precision overflows and is slow on a CPU.
 
     Source: Wanda (Sun et al. 2023), Eq. 1, |W_ij|·‖X_j‖₂. Differs: summed over all that a unit owns, to remove
         units, where Wanda compares the weights of one row and zeroes some.
@@ -48,9 +48,9 @@ class Activation:
 
 @dataclass(frozen=True)
 class Fluctuation:
-    """How much what a unit hands on changes from token to token: Σ_j Var(x_j)·‖W_:j‖² over the inputs it owns.
+    """Variance of a unit's outputs over tokens: Σ_j Var(x_j)·‖W_:j‖² over the inputs it owns.
 
-    What hardly changes is nearly a constant, which a bias can stand in for. W and x are as in `Activation`, and the
+    An output that hardly varies can be replaced by a bias. W and x are as in `Activation`, and the
     variance is over all calibration tokens.
 
     Source: FLAP (An et al., AAAI 2024), the fluctuation metric. Differs: scores are not standardised layer by layer;
@@ -84,14 +84,14 @@ def _squares(x: Tensor) -> Tensor:
 
 
 def _moments(x: Tensor) -> Tensor:
-    """(n_tokens, n_in) → (3, n_in): how many, their sum and that of their squares."""
+    """(n_tokens, n_in) → (3, n_in): count, sum and sum of squares."""
     x = x.double()
     return torch.stack([torch.ones_like(x).sum(0), x.sum(0), x.square().sum(0)])
 
 
 def _variance(sums: Tensor) -> Tensor:
     n, total, squares = sums
-    return ((squares - total.square() / n) / (n - 1).clamp_min(1)).clamp_min(0)  # of one token: none
+    return ((squares - total.square() / n) / (n - 1).clamp_min(1)).clamp_min(0)  # one token has no variance
 
 
 def _scored(
@@ -101,7 +101,7 @@ def _scored(
     measure: Callable[[Tensor], Tensor],
     weigh: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Unit scores from one score a weight, made of what is summed up over its inputs and of the weight (out, in)."""
+    """Unit scores from weight scores, each computed from sums over the inputs and the weight (out, in)."""
     tokens = tokens_for("this importance", calib)
     readers = linear_readers(model)
     read = [replace(group, members=members_read(group, readers)) for group in groups]

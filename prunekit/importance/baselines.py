@@ -1,4 +1,4 @@
-"""Importances that read no data: the size of the weights, and chance."""
+"""Baselines that need no data: weight magnitude and random scores."""
 
 import zlib
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from prunekit.importance.reduction import REDUCTIONS, all_slice_scores, unit_sco
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Size of the weights: the sum of |w|^p over each slice, reduced over a unit's slices.
+    """Weight magnitude: the sum of |w|^p over each slice, reduced over a unit's slices.
 
     Attributes:
         p: 1 for L1, 2 for L2 (no root is taken).
@@ -36,7 +36,7 @@ class Magnitude:
 
     @property
     def needs_calibration(self) -> bool:
-        """False: weights are all it reads."""
+        """False: only weights are read."""
         return False
 
     @property
@@ -55,13 +55,13 @@ class Magnitude:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             return weight.abs() if self.p == 1 else weight.square()
 
-        slices = all_slice_scores(groups, weight_scores, "vector")  # nothing negative: the same as "element"
+        slices = all_slice_scores(groups, weight_scores, "vector")  # no negative values: the same as "element"
         return {group.name: unit_scores(group, slices, self.reduction) for group in groups}
 
 
 @dataclass(frozen=True)
 class Random:
-    """Chance: uniform scores in [0, 1), the baseline that every importance must beat.
+    """Random scores, uniform in [0, 1): the baseline that every importance must beat.
 
     Attributes:
         seed: a group's scores depend on this and on the group's name alone.

@@ -1,4 +1,4 @@
-"""Curvature importance: the loss that a unit costs, to second order, once its consumer layer is re-fitted."""
+"""Curvature importance: the second-order rise of the loss when a unit is removed and its consumer layer re-fitted."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,25 +13,25 @@ from prunekit.calibration import check_tokens, summed_loss
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients, frozen
-from prunekit.importance.inputs import Reader, in_portions, linear_readers, wide
+from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, wide
 from prunekit.importance.reconstruction import check_ridge, gram_bytes, one_reader
 from prunekit.importance.reduction import check_takes_tokens, tokens_for
 from prunekit.importance.scores import Scores
 from prunekit.models import evaluating
 
 RIDGE = 0.3
-HEAVY = 2.0  # medians; a token with a larger gradient counts as if its gradient were so large
-BLOCKS = 24  # portions in which the units of a group are taken; smaller ones are taken one by one
+HEAVY = 2.0  # times the median; larger token gradients are clipped to this size
+BLOCKS = 24  # parts in which the units of a large group are removed; small groups lose one at a time
 CAUTION = {"kv_head": 4.0, "query_head": 4.0}
-_TOKENS = 1024  # a forward and backward pass: logits of a large vocabulary and their gradients are what takes memory
+_TOKENS = 1024  # per forward and backward pass; logits of a large vocabulary need the most memory
 
 
 class Sums(NamedTuple):
-    """What is known of one linear layer.
+    """Input and gradient statistics of one linear layer.
 
     Attributes:
-        gram: E[x xᵀ] over calibration tokens, (n_in, n_in), x what it reads.
-        gradients: E[g gᵀ], (n_out, n_out), g the gradient of the summed loss by what it returns; heavy tokens held.
+        gram: E[x xᵀ] over calibration tokens, (n_in, n_in), x its input.
+        gradients: E[g gᵀ], (n_out, n_out), g the clipped gradient of the summed loss at its output.
     """
 
     gram: Tensor
@@ -40,18 +40,18 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Curvature:
-    """The rise of the loss, nats a token, when a unit goes and the layer that consumes it is re-fitted.
+    """The rise of the loss in nats per token when a unit is removed and its consumer layer re-fitted.
 
-    With X what the consumer layer (o_proj, down_proj) reads, W its weights (n_in, n_out), A = E[x xᵀ] with its diagonal
-    raised by the ridge, and G = E[g gᵀ] of the gradients by its outputs, the loss has the curvature A ⊗ G (K-FAC). Then
-    a unit u costs ½ tr(W_uᵀ [(A⁻¹)_uu]⁻¹ W_u G). The cheapest units of a group go first, a few at a time; W and A⁻¹ are
-    brought up to date; a unit's score is its cost when it went, divided by the share of the group that was left.
+    With X the inputs of the consumer layer (o_proj, down_proj), W its weights (n_in, n_out), A = E[x xᵀ] with its
+    diagonal raised by the ridge, and G = E[g gᵀ] of the gradients by its outputs, the loss has the curvature A ⊗ G
+    (K-FAC). Then a unit u costs ½ tr(W_uᵀ [(A⁻¹)_uu]⁻¹ W_u G). The cheapest units of a group go first, a few at a time;
+    then W and A⁻¹ are updated. A unit's score is its cost at removal, divided by the share of the group still left.
 
     All scores are in one unit, so that groups compete: `plan` takes them with `ranking="global"` by default. Early
-    layers and those that make the massive activations are spared by what they cost, not by their number.
+    layers and layers that write massive activations are spared because of their cost, not their position.
 
     Attributes:
-        ridge: by which part A's diagonal is raised; above 0. It draws correlations that few tokens show towards zero.
+        ridge: share added to A's diagonal; above 0. It shrinks correlations seen in few tokens.
 
     Source: LLM Surgeon (van der Ouderaa et al., ICLR 2024), Eq. 6 and 8; K-FAC (Martens and Grosse 2015).
         Differs: one step, not many (on SmolLM2 four steps were no better than one); the ridge is relative to each
@@ -106,7 +106,7 @@ class Curvature:
 
 
 def applies(model: nn.Module, groups: Iterable[CoupledGroup]) -> bool:
-    """Whether each group is read by one linear layer, so that `Curvature` can score it."""
+    """Whether each group has one consumer layer, so that `Curvature` can score it."""
     readers = linear_readers(model)
     try:
         for group in groups:
@@ -117,14 +117,14 @@ def applies(model: nn.Module, groups: Iterable[CoupledGroup]) -> bool:
 
 
 def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) -> dict[str, Sums]:
-    """What some linear layers read, and how the loss depends on what they return, in one pass.
+    """Input and gradient statistics of linear layers, in one pass over the calibration set.
 
     No gradient of a weight is computed: the backward pass costs about as much as the forward one.
 
     Args:
-        model: a causal LM; left as it was.
+        model: a causal LM; unchanged afterwards.
         calib: integers (n_samples, seq_len).
-        readers: parameter name → the linear layer whose weight it is, of one module each.
+        readers: parameter name → the linear layer with that weight.
 
     Returns:
         Parameter name → its sums, float32 at least, on the weight's device.
@@ -141,13 +141,13 @@ def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) 
             (summed_loss(model, batch) * (batch.shape[1] - 1)).backward()  # summed over tokens
     for name in readers:
         if name not in sums or not all(bool(total.isfinite().all()) for total in sums[name]):
-            raise PrunekitError(f"what {name} reads or its gradient is not finite, or never came: check the weights")
+            raise PrunekitError(f"the inputs or gradients of {name} are not finite, or it never ran; check the weights")
     return {name: Sums(*(total / tokens.numel() for total in each)) for name, each in sums.items()}
 
 
 @contextmanager
 def _watching(model: Any, readers: Mapping[str, Reader], sums: dict[str, Sums]) -> Iterator[None]:
-    """While open, every backward pass adds to the sums; the graph begins at the embeddings."""
+    """A context in which every backward pass adds to the sums; the graph starts at the embeddings."""
 
     def begin(_module: nn.Module, _args: Any, result: Tensor) -> Tensor:
         return result.detach().requires_grad_(True)
@@ -177,27 +177,27 @@ def _add(sums: dict[str, Sums], name: str, x: Tensor, g: Tensor) -> None:
 
 
 def _held(g: Tensor) -> Tensor:
-    """Gradients (n_tokens, n_out), none longer than `HEAVY` times the median one."""
+    """Gradients (n_tokens, n_out), clipped to `HEAVY` times the median length."""
     sizes = g.norm(dim=1, keepdim=True)
     return g * (HEAVY * sizes.median() / sizes.clamp_min(torch.finfo(g.dtype).tiny)).clamp_max(1)
 
 
 def costs_in_order(sums: Sums, weight: Tensor, units: Tensor, ridge: float) -> Tensor:
-    """What each unit costs when the cheapest go first, nats a token.
+    """Cost of each unit in nats per token, when the cheapest are removed first.
 
     Args:
-        sums: of the layer that consumes the units.
+        sums: statistics of the consumer layer.
         weight: its weights, (n_in, n_out).
-        units: (n_units, width): the inputs of each.
+        units: (n_units, width), the inputs of each unit.
         ridge: as in `Curvature`.
 
     Returns:
-        float64 (n_units,) on the CPU; each at least that of the units that went before it.
+        float64 (n_units,) on the CPU; non-decreasing in the order of removal.
     """
     gram, curve = sums.gram.double(), sums.gradients.double()
     width, n = units.shape[1], len(units)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(raised(gram, ridge)))
-    order = units.flatten().to(gram.device)  # inputs, unit by unit; those of no unit stay whatever happens
+    order = units.flatten().to(gram.device)  # inputs by unit; inputs of no unit always stay
     inverse, weight = inverse[order][:, order], weight[order].double()
     left, costs, highest = torch.arange(n), torch.zeros(n, dtype=torch.float64), 0.0
     step = max(1, n // BLOCKS)
@@ -215,14 +215,14 @@ def costs_in_order(sums: Sums, weight: Tensor, units: Tensor, ridge: float) -> T
 
 
 def raised(gram: Tensor, ridge: float) -> Tensor:
-    """XᵀX with its diagonal raised by a part of itself, so that it can be inverted; inputs that are zero included."""
+    """XᵀX with a share added to its diagonal, so that it is invertible, even for zero inputs."""
     diagonal = gram.diagonal()
     least = torch.finfo(gram.dtype).eps * diagonal.mean().clamp_min(torch.finfo(gram.dtype).tiny ** 0.5)
     return gram + torch.diag(ridge * diagonal + least)
 
 
 def _costs(inverse: Tensor, weight: Tensor, curve: Tensor, width: int) -> Tensor:
-    """½ tr(W_uᵀ [(A⁻¹)_uu]⁻¹ W_u G) of each unit that is left, (n_left,)."""
+    """½ tr(W_uᵀ [(A⁻¹)_uu]⁻¹ W_u G) of each remaining unit, (n_left,)."""
     if width == 1:
         return ((weight @ curve) * weight).sum(1) / inverse.diagonal() / 2
     blocks = inverse.unflatten(0, (-1, width)).unflatten(2, (-1, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
@@ -232,7 +232,7 @@ def _costs(inverse: Tensor, weight: Tensor, curve: Tensor, width: int) -> Tensor
 
 
 def _without(inverse: Tensor, weight: Tensor, chosen: Tensor, stays: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """A⁻¹ and W of what is left once some units are gone and the rest is re-fitted."""
+    """A⁻¹ and W after removing some units and re-fitting the rest."""
     inputs = torch.arange(len(weight)).view(-1, width)
     gone, rest = inputs[chosen].flatten().to(weight.device), inputs[stays].flatten().to(weight.device)
     taken = torch.cholesky_solve(inverse[gone], torch.linalg.cholesky(inverse[gone][:, gone])).T  # (n_in, n_gone)

@@ -1,4 +1,4 @@
-"""Fusing a coarse and a fine estimate of importance, each group with weights of its own (HyWIA)."""
+"""Fuses a coarse and a fine importance, with separate weights for each group (HyWIA)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ Rule = str | Weights | Callable[[Tensor, Tensor], Weights]
 
 
 def attention_weights(coarse: Tensor, fine: Tensor) -> Weights:
-    """How much each of two estimates is attended to by both.
+    """Attention weights of the coarse and the fine scores of one group.
 
     With T = [c; f], each divided by its mean over the group's n units, the weights are the column means of
     softmax(T·Tᵀ / n).
@@ -28,7 +28,7 @@ def attention_weights(coarse: Tensor, fine: Tensor) -> Weights:
         coarse: (n_units,).
         fine: (n_units,).
 
-    Source: HyWIA (Liu et al., arXiv 2403.10799). The paper says that attention sets the blend, and not how: this is
+    Source: HyWIA (Liu et al., arXiv 2403.10799). The paper says that attention sets the weights, but not how; this is
         our reconstruction.
     """
     both = torch.stack([coarse, fine]).double()
@@ -39,7 +39,7 @@ def attention_weights(coarse: Tensor, fine: Tensor) -> Weights:
 
 
 def uncertainty_weights(coarse: Tensor, fine: Tensor) -> Weights:
-    """Inverse means, summing up to 1: both estimates then weigh the same in the group's total.
+    """Weights in proportion to the inverse means, with sum 1: both estimates then have equal total weight.
 
     Args:
         coarse: (n_units,).
@@ -58,7 +58,7 @@ RULES: dict[str, Callable[[Tensor, Tensor], Weights]] = {
 
 
 class FusedScores(Scores):
-    """Scores, and the weights that each group's two estimates were given.
+    """Fused scores, with the two weights of each group.
 
     Attributes:
         weights: group name → (coarse, fine).
@@ -67,7 +67,7 @@ class FusedScores(Scores):
     weights: Mapping[str, Weights]
 
     def weight_table(self) -> pd.DataFrame:
-        """One row a group: group, kind, layer, coarse, fine."""
+        """One row per group: group, kind, layer, coarse, fine."""
         rows = [(name, self.kinds[name], layer_of(name), *self.weights[name]) for name in self]
         return pd.DataFrame(rows, columns=["group", "kind", "layer", "coarse", "fine"])
 
@@ -78,15 +78,15 @@ def fuse(coarse: Scores, fine: Scores, rule: Rule = "attention") -> FusedScores:
     Args:
         coarse: such as `Taylor("vector")` gives.
         fine: of the same groups, such as `Taylor("element")` gives.
-        rule: `"attention"`, `"uncertainty"`, a fixed pair of weights, or a function of a group's coarse and fine
+        rule: `"attention"`, `"uncertainty"`, two fixed weights, or a function of a group's coarse and fine
             scores, (n_units,) each. (1, 0) gives the coarse scores back, (0, 1) the fine ones, to the last bit.
 
     Returns:
         Scores of the same groups; `weights` are the two weights of each group.
 
     Raises:
-        PrunekitError: an unknown rule, weights that are no two numbers of which one is above 0, or scores of
-            different groups.
+        PrunekitError: an unknown rule, weights that are not two numbers with one above 0, or scores of different
+            groups.
     """
     if list(coarse) != list(fine):
         other = next(iter({*coarse} ^ {*fine}), "another order")
@@ -150,10 +150,10 @@ class HyWIA:
     def unit_scores(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
     ) -> FusedScores:
-        """Group name → (n_units,), with the weights that were chosen.
+        """Group name → (n_units,), with the fusion weights.
 
         Raises:
-            PrunekitError: what `Taylor` raises.
+            PrunekitError: an error of `Taylor`.
         """
         fine = Taylor("element", self.order, self.reduction)
         gradients = fine.gathered(model, groups, calib)

@@ -1,4 +1,4 @@
-"""Block influence: how much a whole layer turns the residual stream."""
+"""Block influence: how much a whole layer changes the direction of the residual stream."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
-from prunekit.importance.inputs import computing_wide, wide
+from prunekit.importance.input_statistics import computing_wide, wide
 from prunekit.importance.reduction import check_takes_tokens, tokens_for
 from prunekit.models import evaluating
 
 
 @dataclass(frozen=True)
 class BlockInfluence:
-    """1 − cos(x, f(x)) of a layer f, averaged over all calibration tokens: near 0 where it hardly does anything.
+    """1 − cos(x, f(x)) of a layer f, averaged over calibration tokens; near 0 if the layer hardly changes its input.
 
     Source: ShortGPT (Men et al. 2024).
     """
@@ -46,7 +46,7 @@ class BlockInfluence:
         for group in groups:
             if group.kind != "layer":
                 raise PrunekitError(
-                    f"{group.name!r} is no whole layer, so it has no block influence; choose groups.of_kind('layer')"
+                    f"{group.name!r} is not a whole layer, so it has no block influence; choose groups.of_kind('layer')"
                 )
         check_takes_tokens(model)
         tokens = check_tokens(tokens, model)
@@ -61,7 +61,9 @@ class BlockInfluence:
                 model(input_ids=batch, use_cache=False)  # type: ignore[operator]
         for name, total in turned.items():
             if not bool(total.isfinite()):
-                raise PrunekitError(f"what {name.removesuffix(':layer')} reads or returns is not finite")
+                raise PrunekitError(
+                    f"the input or output of {name.removesuffix(':layer')} is not finite; check the weights"
+                )
         return {name: (total / tokens.numel())[None] for name, total in turned.items()}
 
 

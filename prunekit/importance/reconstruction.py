@@ -1,4 +1,4 @@
-"""Reconstruction importance: what is lost for good when a unit goes and its readers are re-fitted."""
+"""Reconstruction importance: the error that remains when a unit is removed and its consumer layer re-fitted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
-from prunekit.importance.inputs import Reader, in_portions, linear_readers, members_read, sums_over_inputs, wide
+from prunekit.importance.input_statistics import (
+    Reader,
+    in_portions,
+    linear_readers,
+    members_read,
+    sums_over_inputs,
+    wide,
+)
 from prunekit.importance.reduction import tokens_for
 
 RIDGE = 0.01
@@ -18,15 +25,15 @@ RIDGE = 0.01
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Error of a unit's reader after a least-squares re-fit, units taken one after the other, greedily.
+    """Error of the consumer layer after a least-squares re-fit, with units removed greedily one by one.
 
-    With X the inputs of the layer that reads a group (o_proj, down_proj), W its weights (in, out) and
-    H = XᵀX + λI, a unit u costs tr(W_uᵀ [(H⁻¹)_uu]⁻¹ W_u). The cheapest goes, W and H⁻¹ are brought up to date, and so
-    on until one is left; a unit's score is what it cost when it went, or a dearer one before it, as a part of ‖XW‖².
-    So scores follow the order of the choice, and are right with `prune(..., compensate=calib)`, which re-fits.
+    With X the inputs of the consumer layer (o_proj, down_proj), W its weights (in, out) and
+    H = XᵀX + λI, a unit u costs tr(W_uᵀ [(H⁻¹)_uu]⁻¹ W_u). The cheapest unit is removed and W and H⁻¹ are updated,
+    until one is left. A unit's score is the running maximum of the costs at its removal, as a share of ‖XW‖². So scores
+    follow the order of removal, and fit `prune(..., compensate=calib)`, which re-fits.
 
     Attributes:
-        ridge: λ, as a part of the mean of XᵀX's diagonal; above 0.
+        ridge: λ, as a share of the mean diagonal of XᵀX; above 0.
 
     Source: OSSCAR (Meng et al. 2024) and ZipLM (Kurtic et al. 2023), after Optimal Brain Surgeon (Hassibi and
         Stork 1993). Differs: one greedy pass, no local search, no latency.
@@ -53,8 +60,7 @@ class Reconstruction:
         """Group name → (n_units,), from tokens.
 
         Raises:
-            PrunekitError: no tokens, a group that no linear layer or more than one reads, or activations that are not
-                finite.
+            PrunekitError: no tokens, a group without exactly one consumer layer, or activations that are not finite.
         """
         tokens = tokens_for("Reconstruction()", calib)
         readers = linear_readers(model)
@@ -73,12 +79,12 @@ class Reconstruction:
 
 
 def gram_bytes(member: Member) -> int:
-    """Bytes of XᵀX in float64, X the inputs that all units of a group own."""
+    """Bytes of XᵀX in float64, for the inputs of all units of a group."""
     return 8 * member.index.numel() ** 2
 
 
 def check_ridge(ridge: Any) -> None:
-    """Refuse a ridge that is no finite number above 0.
+    """Raise an error for a ridge that is no finite number above 0.
 
     Raises:
         PrunekitError: names the value given.
@@ -88,7 +94,7 @@ def check_ridge(ridge: Any) -> None:
 
 
 def factor(gram: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor L of XᵀX + λI = LLᵀ.
+    """The Cholesky factor L with XᵀX + λI = LLᵀ.
 
     Args:
         gram: XᵀX, float64 (n_in, n_in); it may be all zero.
@@ -106,7 +112,7 @@ def factor(gram: Tensor, ridge: float) -> Tensor:
 
 
 def greedy_costs(gram: Tensor, weight: Tensor, units: Tensor, ridge: float) -> Tensor:
-    """What each unit costs when the cheapest goes first, as a part of what the layer puts out.
+    """Cost of each unit as a share of the layer's output, when the cheapest is removed first.
 
     Args:
         gram: XᵀX, float64 (n_in, n_in).
@@ -115,7 +121,7 @@ def greedy_costs(gram: Tensor, weight: Tensor, units: Tensor, ridge: float) -> T
         ridge: as in `Reconstruction`.
 
     Returns:
-        float64 (n_units,), each at least that of the unit which went before it.
+        float64 (n_units,), non-decreasing in the order of removal.
 
     Raises:
         PrunekitError: what `factor` raises.
@@ -138,15 +144,15 @@ def greedy_costs(gram: Tensor, weight: Tensor, units: Tensor, ridge: float) -> T
 
 
 def one_reader(group: CoupledGroup, readers: Mapping[str, Reader], who: str) -> Member:
-    """The member of a group that one linear layer reads as inputs.
+    """The member of a group in its only consumer layer.
 
     Raises:
-        PrunekitError: no linear layer reads it, or more than one; names who asks, such as `"Reconstruction()"`.
+        PrunekitError: not exactly one consumer layer; the message names the caller, such as `"Reconstruction()"`.
     """
     read = [m for m in members_read(group, dict(readers)) if m.dim == readers[m.parameter].input_dim]
     if len(read) != 1:
         raise PrunekitError(
-            f"{group.name!r} is read by {len(read)} linear layers, and {who} needs one; choose heads or FFN "
+            f"{group.name!r} has {len(read)} consumer layers, and {who} needs one; choose heads or FFN "
             'channels with groups.of_kind("kv_head", "ffn_channel")'
         )
     return read[0]

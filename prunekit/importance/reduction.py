@@ -1,4 +1,4 @@
-"""From one score a weight to one a slice, and from slices to one score a unit."""
+"""Reduces weight scores to slice scores, and slice scores to unit scores."""
 
 from collections.abc import Callable, Iterable
 
@@ -24,15 +24,15 @@ SliceScores = dict[tuple[str, int], Tensor]
 
 
 def check_takes_tokens(model: nn.Module) -> None:
-    """Refuse to run what does not take tokens as models of transformers do.
+    """Raise an error for a model that does not take tokens as transformers models do.
 
     Raises:
-        PrunekitError: it has no input embeddings to tell of.
+        PrunekitError: the model has no input embeddings.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise PrunekitError(
-            f"a {type(model).__name__} is no model of transformers, so no tokens can be run through it; give one, or "
-            "take an importance that runs nothing, such as Magnitude()"
+            f"a {type(model).__name__} is not a transformers model, so it cannot run on tokens; give one, or "
+            "choose an importance that needs no data, such as Magnitude()"
         )
 
 
@@ -48,7 +48,7 @@ def tokens_for(who: str, calib: object) -> Tensor:
 
 
 def slice_scores(weights: Tensor, dim: int, granularity: str) -> Tensor:
-    """One score a row, column or other slice along `dim`, from one score a weight.
+    """One score per row, column or other slice along `dim`, from one score per weight.
 
     Args:
         weights: score of each weight, in the parameter's shape. For a bias a slice is one weight.
@@ -69,11 +69,11 @@ def slice_scores(weights: Tensor, dim: int, granularity: str) -> Tensor:
 def all_slice_scores(
     groups: Iterable[CoupledGroup], weight_scores: Callable[[str], Tensor], granularity: str
 ) -> SliceScores:
-    """The slice scores of every member, each parameter's weights scored once for all groups.
+    """Slice scores of all members, computed once per parameter.
 
     Args:
-        groups: those to be scored.
-        weight_scores: parameter name → one score a weight, in the parameter's shape.
+        groups: the groups to score.
+        weight_scores: parameter name → one score per weight, in the parameter's shape.
         granularity: as in `slice_scores`.
 
     Returns:
@@ -121,14 +121,14 @@ def unit_scores(group: CoupledGroup, slices: SliceScores, reduction: str) -> Ten
 
 
 def _n_channels(members: Iterable[Member]) -> int:
-    """The smallest width where it divides the others; 1 where the members' channels do not align."""
+    """The smallest width if it divides the others; 1 if the members' channels do not align."""
     widths = [m.width for m in members]
     smallest = min(widths)
     return smallest if all(width % smallest == 0 for width in widths) else 1
 
 
 def _one_member(group: CoupledGroup, which: str) -> Member:
-    """The weight that `"first"` or `"second"` names, one a module, so that a bias is never taken for the second."""
+    """The weight for `"first"` or `"second"`, one per module, so that a bias is never the second."""
     modules: dict[str, Member] = {}
     for member in group.members:
         modules.setdefault(member.parameter.rpartition(".")[0], member)

@@ -1,4 +1,4 @@
-"""What scoring finds: one number a unit, as a plain value."""
+"""Importance scores as a value: one number per unit."""
 
 import json
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ class Scores(dict[str, Tensor]):
     """Group name → detached float CPU tensor (n_units,). Higher means keep.
 
     Attributes:
-        label: the importance that made them, as a plot's legend may say it.
+        label: name of the importance, for legends.
         kinds: group name → kind, as in `CoupledGroup`.
-        ranking: how `plan` compares them where it is not told: `"global"` where scores of all groups estimate one
-            thing, such as `Curvature`'s, else `"local"`.
-        tokens: some of the calibration set that they were computed from, int64 (n, seq_len), on which `prune` measures
-            what the cut did; None where they were computed from the weights alone, or read from a file.
+        ranking: default ranking of `plan`: `"global"` if scores are comparable across groups, as those of
+            `Curvature`, else `"local"`.
+        tokens: some tokens of the calibration set, int64 (n, seq_len), on which `prune` measures the change of the
+            loss; None for scores from weights alone or from a file.
     """
 
     tokens: Tensor | None = None
@@ -39,7 +39,7 @@ class Scores(dict[str, Tensor]):
         self.kinds = dict(kinds)
 
     def table(self) -> pd.DataFrame:
-        """One row a unit: group, kind, layer, unit, score."""
+        """One row per unit: group, kind, layer, unit, score."""
         rows = [
             (name, self.kinds[name], layer_of(name), unit, score)
             for name, values in self.items()
@@ -48,7 +48,7 @@ class Scores(dict[str, Tensor]):
         return pd.DataFrame(rows, columns=["group", "kind", "layer", "unit", "score"])
 
     def summary(self) -> pd.DataFrame:
-        """One row a kind: groups, units, and the range of the scores."""
+        """One row per kind: groups, units, and the range of the scores."""
         return (
             self.table()
             .groupby("kind", sort=False)
@@ -62,7 +62,7 @@ class Scores(dict[str, Tensor]):
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write to one safetensors file, moved into place when it is whole; an old one there is replaced.
+        """Write to one safetensors file, replacing an old one only when it is complete.
 
         Raises:
             PrunekitError: the folder does not exist.
@@ -78,22 +78,24 @@ class Scores(dict[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
-        """Read what `save` wrote.
+        """Read scores that `save` wrote.
+
 
         Raises:
-            PrunekitError: there is no such file, or it holds no scores.
+            PrunekitError: the file is missing, or contains no scores.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 if meta.get("format") != _FORMAT:
                     raise PrunekitError(
-                        f"{str(path)!r} is a safetensors file, but not one that Scores.save wrote; give one that it did"
+                        f"{str(path)!r} is a safetensors file, but Scores.save did not write it; give a file that "
+                        "Scores.save wrote"
                     )
                 values = {name: file.get_tensor(name) for name in json.loads(meta["order"])}
         except (OSError, SafetensorError, LookupError, json.JSONDecodeError) as error:
             raise PrunekitError(f"no scores in {str(path)!r}: {error}; give a file that Scores.save wrote") from error
-        ranking = meta.get("ranking", "local")  # files of before it was written
+        ranking = meta.get("ranking", "local")  # older files do not have it
         return cls(values, label=meta["label"], kinds=json.loads(meta["kinds"]), ranking=ranking)
 
     def __repr__(self) -> str:
@@ -105,5 +107,5 @@ class Scores(dict[str, Tensor]):
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer that a group of this name lies in."""
+    """Layer number in a group's name."""
     return CoupledGroup(name, "", 0, (), True).layer

@@ -1,4 +1,4 @@
-"""Groups and an importance → one score a unit."""
+"""Scores groups with an importance."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -26,11 +26,11 @@ from prunekit.importance.taylor import Taylor
 
 @runtime_checkable
 class Importance(Protocol):
-    """What `score` asks of an importance: a small frozen value with these three."""
+    """Interface of an importance: a frozen value with these three members."""
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether `calib` may not be None."""
+        """Whether a calibration set is needed."""
 
     @property
     def label(self) -> str:
@@ -58,11 +58,11 @@ IMPORTANCES: dict[str, Callable[..., Importance]] = {
     "l2": partial(Magnitude, p=2),
     "random": Random,
 }
-CURVED_KINDS = {"kv_head", "query_head", "ffn_channel"}  # on which curvature was measured
+CURVED_KINDS = {"kv_head", "query_head", "ffn_channel"}  # the ones on which curvature was tested
 
 
 def importance_from_name(name: str, **options: Any) -> Importance:
-    """The importance that a name stands for, as on the command line.
+    """The importance for a name, as on the command line.
 
     Args:
         name: a key of `IMPORTANCES`.
@@ -72,7 +72,7 @@ def importance_from_name(name: str, **options: Any) -> Importance:
         The importance.
 
     Raises:
-        PrunekitError: an unknown name, or a field that it does not have.
+        PrunekitError: an unknown name or field.
     """
     if name not in IMPORTANCES:
         raise PrunekitError(f"importance {name!r} is unknown; allowed: {', '.join(IMPORTANCES)}")
@@ -85,11 +85,11 @@ def importance_from_name(name: str, **options: Any) -> Importance:
 
 
 def default_importance(model: nn.Module, groups: Iterable[CoupledGroup]) -> Importance:
-    """The importance where none is named: `Curvature()` where it can score each of the groups, else `Taylor()`.
+    """The default importance: `Curvature()` if it can score every group, else `Taylor()`.
 
     Args:
         model: the causal LM that the groups were discovered in.
-        groups: those that are to be scored.
+        groups: the groups to score.
     """
     chosen = tuple(groups)
     curved = {group.kind for group in chosen} <= CURVED_KINDS and applies(model, chosen)
@@ -104,27 +104,26 @@ def score(
     *,
     normalize: str | None = None,
 ) -> Scores:
-    """How important is each unit of each group.
+    """Scores the importance of each unit of each group; higher means keep.
 
     Args:
-        model: the causal LM the groups were discovered in; it is left as it was.
+        model: the causal LM that the groups were discovered in; unchanged afterwards.
         groups: all groups, or some of them, such as `groups.of_kind("ffn_channel")`.
         importance: `Taylor(...)`, `Activation()`, `Magnitude(...)`, `Random(...)` or anything else with the three
             members of `Importance`.
         calib: integers (n_samples, seq_len), or what `gather_gradients` gathered over them (so that several
             importances share one pass); None where the importance reads no data.
-        normalize: `"loss"` multiplies each group's scores by one factor, so that they add up to what the loss really
-            rises by when the group is silenced (one pass a group). Then units of different groups and kinds compare
-            under `plan(ranking="global")`, whatever the importance; the order inside a group stays.
-            None leaves scores as they are, which compare across groups where they estimate a loss themselves
-            (`Taylor`).
+        normalize: `"loss"` multiplies each group's scores by one factor, so that they sum to the measured
+            rise of the loss when the group is ablated (one pass per group). Then units of all groups and kinds are
+            comparable under `plan(ranking="global")`; the order inside a group stays.
+            None leaves scores as they are.
 
     Returns:
         Group name → detached float CPU tensor (n_units,): float32, or float64 for a float64 model and losses.
 
     Raises:
         PrunekitError: no groups, groups of another model, no calibration set where one is needed, weights
-            that are NaN or infinite, an unknown `normalize`, or what the importance raises.
+            that are NaN or infinite, an unknown `normalize`, or an error of the importance.
     """
     check_choice("normalize", normalize, (None, "loss"))
     if not isinstance(importance, Importance):
@@ -143,7 +142,7 @@ def score(
     plain = {name: value.detach().cpu() for name, value in values.items()}
     kinds = {group.name: group.kind for group in chosen}
     found = values if isinstance(values, Scores) else Scores(plain, label=importance.label, kinds=kinds)
-    found.update(plain)  # what are scores already may say more than their numbers
+    found.update(plain)  # keep the class and fields of Scores
     read = calib.tokens if isinstance(calib, Gradients) else calib
     found.tokens = few(read) if read is not None and importance.needs_calibration else None
     return scaled_to_loss(model, chosen, found, calib) if normalize == "loss" else found
@@ -155,14 +154,17 @@ def _chosen(model: object, groups: object) -> tuple[CoupledGroup, ...]:
     chosen = tuple(groups) if isinstance(groups, Iterable) else (groups,)
     for group in chosen:
         if not isinstance(group, CoupledGroup):
-            raise PrunekitError(f"{group!r:.60} is no group; give discover(model), or some of it as a list")
+            raise PrunekitError(f"{group!r:.60} is not a group; give discover(model), or a list of its groups")
     return chosen
 
 
 def _check_belong(model: nn.Module, groups: object, chosen: tuple[CoupledGroup, ...]) -> None:
-    """Refuse groups whose parameters the model does not have in that shape."""
+    """Raise an error for groups whose parameters the model does not have in that shape."""
     if not chosen:
-        raise PrunekitError("there are no groups to score; discover(model) finds them, and says in .locked why not")
+        raise PrunekitError(
+            "there are no groups to score; discover(model) finds them, and its .locked lists the reasons where it "
+            "finds none"
+        )
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     expected = groups.shapes if isinstance(groups, Groups) else {}
     for group in chosen:

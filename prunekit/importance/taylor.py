@@ -1,4 +1,4 @@
-"""Taylor importance: how much the loss would change if a weight were zero."""
+"""Taylor importance: the estimated change of the loss when weights become zero."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ ORDERS = ("first", "second", "mixed")
 
 @dataclass(frozen=True)
 class Taylor:
-    """Estimated change of the loss when a weight goes, summed over each slice and over each unit.
+    """Estimated change of the loss when weights become zero, summed over each slice and each unit.
 
     With g the gradient of the mean loss and h the mean of the squared per-sample gradients, a weight
     scores S = w·g (`"first"`), w²·h (`"second"`) or w·g − ½·w²·h (`"mixed"`); a row or column scores |Σ S|
@@ -34,7 +34,7 @@ class Taylor:
         reduction: how the slices of a unit combine, one of `"sum" "mean" "max" "prod" "first" "second"`.
 
     Raises:
-        PrunekitError: any other choice.
+        PrunekitError: another value.
 
     Source: LLM-Pruner, Eq. 3 to 5: `vectorize` is ("vector", "first"), Element¹ ("element", "first"),
         Element² ("element", "second"), `param_mix` ("element", "mixed").
@@ -80,7 +80,7 @@ class Taylor:
     def gathered(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
     ) -> Gradients:
-        """The gradients that groups need, from tokens, or those that are given where they hold all.
+        """The gradients of the groups' parameters, computed from tokens or taken from `calib`.
 
         Raises:
             PrunekitError: gradients without what the order needs, or what `gather_gradients` raises.

@@ -1,7 +1,7 @@
-"""What a model no longer knows when a group, or one unit, is zeroed alone; which units write massive activations."""
+"""Knowledge distribution of a model under ablation of groups or units, and analysis of massive activations."""
 
 from prunekit.knowledge.massive import MassiveActivations, massive_activations
-from prunekit.knowledge.measuring import knowledge_distribution, knowledge_of_units
+from prunekit.knowledge.measurement import knowledge_distribution, knowledge_of_units
 from prunekit.knowledge.result import KnowledgeDistribution
 
 __all__ = [

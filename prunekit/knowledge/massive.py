@@ -1,4 +1,4 @@
-"""Massive activations: the few huge numbers in the residual stream that attention rests on, and who writes them."""
+"""Massive activations: the few very large values in the residual stream, and the units that write them."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.importance.inputs import linear_readers, sums_over_inputs, wide
+from prunekit.importance.input_statistics import linear_readers, sums_over_inputs, wide
 from prunekit.importance.reduction import check_takes_tokens
 from prunekit.models import evaluating
 from prunekit.pruning.recording import written_out
@@ -24,20 +24,20 @@ FIRST = 8  # attention sinks lie on the first tokens, so the attention of later 
 
 @dataclass(frozen=True, eq=False)
 class MassiveActivations:
-    """Where the residual stream is huge, how much attention goes there, and which units write it.
+    """Massive activations by layer, the attention to the first token, and the units that write the largest one.
 
     Attributes:
-        layers: one row a layer, indexed by its number: `largest` and `median` of |h| in the residual stream after the
+        layers: one row per layer, indexed by its number: `largest` and `median` of |h| in the residual stream after the
             layer, over all tokens and channels (the median is the mean over batches); `position` and `channel` of the
             largest; `n_massive`, the tokens with an activation of more than 100 times the median;
             `attention_to_first`, the share of attention that tokens after the eighth give to the first one inside the
             layer, mean over heads (NaN where it has no attention).
-        writers: one row a unit of one layer, by what it adds to the largest activation: columns group, unit, written,
-            share (of the activation; earlier layers write the rest); the largest |written| first. Units that no linear
-            layer consumes (of experts fused into one tensor) are not in it. Where a norm stands between the unit and
-            the stream, written is what goes into that norm.
-        layer: the number of that layer: where nothing else was asked, the one after which `largest` grows most.
-        n_tokens: tokens that were measured.
+        writers: one row per unit of one layer, with what it adds to the largest activation: columns group, unit,
+            written, share (of the activation; earlier layers write the rest); the largest |written| first. Units that
+            no linear layer consumes (of experts fused into one tensor) are not in it. Where a norm stands between the
+            unit and the stream, written is what goes into that norm.
+        layer: number of that layer; by default the one after which `largest` grows most.
+        n_tokens: number of tokens measured.
     """
 
     layers: pd.DataFrame
@@ -62,10 +62,10 @@ def massive_activations(
     """Finds massive activations, the attention on the first token, and the units that write the largest one.
 
     Args:
-        model: a causal language model of transformers; left as it was.
+        model: a causal language model of transformers; unchanged afterwards.
         groups: of `discover(model)`; its heads and FFN channels are the units.
         tokens: integers (n_samples, seq_len), more than 8 a sample.
-        layer: whose units are told apart; None takes the layer after which the largest |h| grows most.
+        layer: the layer whose units are listed; None takes the layer after which the largest |h| grows most.
 
     Returns:
         A `MassiveActivations`.
@@ -74,7 +74,7 @@ def massive_activations(
         PrunekitError: samples of 8 tokens or less, no whole layers or units in `groups`, or no layer of that number.
 
     Source: Sun et al. (2024), "Massive Activations in Large Language Models"; Xiao et al. (2023) for the attention on
-        the first token. That units are told apart by what they write is ours.
+        the first token. The split by units is ours.
     """
     check_takes_tokens(model)
     tokens = check_tokens(tokens, model)
@@ -113,7 +113,7 @@ def massive_activations(
 
 
 class _Peak:
-    """What is seen of one layer, over all batches; see `MassiveActivations.layers`."""
+    """Collects the statistics of one layer over all batches; see `MassiveActivations.layers`."""
 
     def __init__(self) -> None:
         self.value, self.where, self.seen, self.massive = 0.0, (0, 0, 0), 0, 0
@@ -148,17 +148,17 @@ class _Peak:
 def written_by(
     model: nn.Module, groups: Iterable[CoupledGroup], tokens: Tensor, *, position: int, channel: int
 ) -> pd.DataFrame:
-    """What each unit's consumer layer adds for it to one channel of the residual stream at one token.
+    """What each unit adds, through its consumer layer, to one channel of the residual stream at one token.
 
     Args:
         model: a causal language model.
-        groups: whose units are told apart.
+        groups: the groups of the units.
         tokens: integers (1, seq_len).
-        position: of the token.
-        channel: of the residual stream.
+        position: position of the token.
+        channel: channel of the residual stream.
 
     Returns:
-        One row a unit: group, unit, written; the largest |written| first.
+        One row per unit: group, unit, written; the largest |written| first.
 
     Raises:
         PrunekitError: no linear layer consumes a unit of these groups, or what it reads is not finite.

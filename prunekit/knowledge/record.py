@@ -1,4 +1,4 @@
-"""What is to be silenced and what has been measured of it, kept in a file from which an interrupted run goes on."""
+"""Planned and measured ablations, kept in a file so that an interrupted run can resume."""
 
 import json
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from torch import nn
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.fingerprint import digest_of
-from prunekit.knowledge.files import plain
-from prunekit.knowledge.questions import Exam
+from prunekit.knowledge.measurement_files import plain
+from prunekit.knowledge.prefix_reuse import Runner
+from prunekit.knowledge.question_spans import Exam
 from prunekit.knowledge.result import KnowledgeDistribution
-from prunekit.knowledge.running import Runner
 
-Marks = tuple[np.ndarray, np.ndarray]  # hit and loss, (n_questions,) each
+Marks = tuple[np.ndarray, np.ndarray]  # correctness and loss, (n_questions,) each
 Key = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
 class Silencing:
-    """Units of a group, and the row that tells of it."""
+    """Units of a group to ablate, and their row in the table."""
 
     group: CoupledGroup
     units: tuple[int, ...]
@@ -32,23 +32,23 @@ class Silencing:
 
     @property
     def key(self) -> Key:
-        """The same for all rows that need but one measurement."""
+        """Equal for rows that share one measurement."""
         return self.group.name, self.units
 
 
 class Record:
-    """Marks of all silencings, as far as they go.
+    """The measurements of all ablations so far.
 
     Attributes:
-        plan: one a row of the result; rows of the same units share their marks.
-        marks: what has been measured.
+        plan: one per row of the result; rows with the same units share a measurement.
+        marks: the measurements so far.
     """
 
     def __init__(self, plan: Sequence[Silencing], exam: Exam, path: str | Path | None, mark: str) -> None:
-        """Goes on where the file ends, if there is one.
+        """Resumes from the file, if it exists.
 
         Raises:
-            PrunekitError: the file is of another run, or none of this kind; or it could not be written.
+            PrunekitError: the file belongs to another run or is of another kind, or it cannot be written.
         """
         self.plan, self.marks = plan, dict[Key, Marks]()
         self._exam, self._path, self._fingerprint, self._saved = exam, None if path is None else Path(path), mark, 0
@@ -60,16 +60,16 @@ class Record:
                 self._read(self._path)
 
     def missing(self) -> list[Silencing]:
-        """What is still to be measured."""
+        """Ablations that are not measured yet."""
         return [row for row in self.plan if row.key not in self.marks]
 
     def begin(self, dense: Marks, runner: Runner) -> None:
-        """Take what the model says as it is, unless an earlier run has, and how it is run."""
+        """Store the dense model's measurement, unless an earlier run has, and how the model is run."""
         self._dense = self._dense or dense
         self._packed, self._resumed = runner.packed, runner.resumed
 
     def result(self) -> KnowledgeDistribution:
-        """All rows that are measured."""
+        """The result of all measured rows."""
         rows = [row for row in self.plan if row.key in self.marks]
         assert self._dense is not None  # measured first
         silencings = pd.DataFrame([{**row.told, "units": [*row.units]} for row in rows], columns=self._columns())
@@ -81,7 +81,7 @@ class Record:
         )  # fmt: skip
 
     def save(self) -> None:
-        """Write the file, where there is one to write and something new to say."""
+        """Write the file if a path is given and there are new measurements."""
         if self._path is not None and len(self.marks) > self._saved:
             self.result().save(self._path)
             self._saved = len(self.marks)
@@ -93,8 +93,9 @@ class Record:
         before = KnowledgeDistribution.load(path)
         if before.fingerprint != self._fingerprint:
             raise PrunekitError(
-                f"{str(path)!r} is of another run: its model, silencings or questions differ; give another path, or "
-                "remove the file to measure anew"
+                f"{str(path)!r} belongs to another run (different model, ablations or questions); give another path, "
+                "or "
+                "delete the file to start again"
             )
         keys = zip(before.silencings["group"], before.silencings["units"], strict=True)
         self.marks = {(name, (*units,)): (before.hit[i], before.loss[i]) for i, (name, units) in enumerate(keys)}
@@ -104,11 +105,11 @@ class Record:
 
 def _check_path(path: Path) -> None:
     if path.suffix != ".safetensors" or not path.parent.is_dir():
-        raise PrunekitError(f"path={str(path)!r}; give a .safetensors file in a folder that is there")
+        raise PrunekitError(f"path={str(path)!r}; give a .safetensors file in an existing folder")
 
 
 def fingerprint(model: nn.Module, exam: Exam, plan: Sequence[Silencing]) -> str:
-    """What changes when a weight, a question or a silencing does."""
+    """A digest of the weights, questions and ablations."""
     found = digest_of(model)
     asked: dict[str, Any] = {
         "spans": [(span.start, span.tokens) for span in exam.spans],

@@ -1,4 +1,4 @@
-"""What a model knows where: a measure of every question and text, with each group silenced alone, as a value."""
+"""The result of a knowledge distribution, and its tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,33 +13,34 @@ from torch import Tensor
 
 from prunekit.checks import check_choice
 from prunekit.errors import PrunekitError
-from prunekit.knowledge.files import plain, read_arrays, table_of, write_arrays
+from prunekit.knowledge.measurement_files import plain, read_arrays, table_of, write_arrays
 
 BY = ("domain", "task", "tier", "hops")
 MEASURES = ("accuracy", "loss")
-RATIOS = (0.25, 0.5)  # our reading of LoRAShear's set P
+RATIOS = (0.25, 0.5)  # our choice of LoRAShear's set P
 _TOLD = ("packed", "resumed", "unfinished", "fingerprint")
 _ARRAYS = ("hit", "loss", "dense_hit", "dense_loss")
 
 
 @dataclass(frozen=True, eq=False)
 class KnowledgeDistribution:
-    """What each question and window of text loses when units are silenced, one group at a time.
+    """Measurements of each question and text window under each ablation.
 
     Attributes:
-        silencings: one row a measurement: group, kind, layer, ratio, n_silenced, units (a list), and where single
-            units were silenced, unit.
-        questions: one row a question or window of text: task, domain, tier, hops, context, right (the text of the
+        silencings: one row per measurement: group, kind, layer, ratio, n_silenced, units (a list), and where single
+            units were ablated, unit.
+        questions: one row per question or window of text: task, domain, tier, hops, context, right (the text of the
             right choice, or of the window), n_tokens (scored ones of it), chance (NaN for a window).
-        hit: bool (n_silencings, n_questions), whether the right choice was found; never so for a window.
+        hit: bool (n_silencings, n_questions), whether the answer was correct; False for windows.
         loss: float64 (n_silencings, n_questions). For a question −log of the right choice's share of the likelihood
-            of all choices, in nats; for a window nats a token. Infinite where the silenced model broke down.
-        dense_hit: bool (n_questions,), of the model as it is.
-        dense_loss: float64 (n_questions,).
-        packed: whether many sequences shared a row of the model's batches.
-        resumed: whether the layers below a silenced one were left out.
-        unfinished: silencings that were to be measured and are not, in a file of a run that was interrupted.
-        fingerprint: of the model's weights, the questions and all silencings; "" where nothing was to be saved.
+            of all choices, in nats; for a window nats per token. Infinite where the ablated model gives no finite
+            likelihood.
+        dense_hit: bool (n_questions,), of the dense model.
+        dense_loss: float64 (n_questions,), of the dense model.
+        packed: whether sequences shared rows of a batch.
+        resumed: whether layers below the ablated one were skipped.
+        unfinished: number of ablations that an interrupted run has not measured.
+        fingerprint: digest of the weights, questions and ablations; "" if nothing was saved.
     """
 
     silencings: pd.DataFrame
@@ -54,32 +55,32 @@ class KnowledgeDistribution:
     fingerprint: str = ""
 
     def table(self, by: str = "domain", measure: str | None = None) -> pd.DataFrame:
-        """The change of a measure, one row a silencing and domain (task, tier, number of hops).
+        """The change of a measure, one row per ablation and domain (task, tier, number of hops).
 
         Args:
-            by: one of `"domain" "task" "tier" "hops"`; what has no such label is left out.
-            measure: `"accuracy"` in [0, 1], of questions alone, or `"loss"`, in nats a question, or nats a token of a
-                text, whose windows weigh as many tokens as they have. None is accuracy where questions were asked.
+            by: one of `"domain" "task" "tier" "hops"`; questions without that label are left out.
+            measure: `"accuracy"` in [0, 1], of questions alone, or `"loss"`, in nats per question, or nats per token of
+                a text, weighted by tokens. None is accuracy if there are questions.
 
         Returns:
-            Columns group, kind, layer, ratio, n_silenced, unit (where single units were silenced), `by`, measure, n
+            Columns group, kind, layer, ratio, n_silenced, unit (where single units were ablated), `by`, measure, n
             (questions, or windows), dense, value, change (value − dense: worse is below 0 for accuracy, above 0 for
             loss).
 
         Raises:
-            PrunekitError: no such label or measure, or nothing has that label.
+            PrunekitError: an unknown label or measure, or no question has that label.
         """
         if measure is None:
             measure = "accuracy" if self.questions["chance"].notna().any() else "loss"
         check_choice("by", by, BY)
         check_choice("measure", measure, MEASURES)
         if measure == "accuracy" and self.questions["chance"].isna().all():
-            raise PrunekitError("only text was read here, which has no accuracy; give measure='loss'")
+            raise PrunekitError("only text was evaluated, which has no accuracy; give measure='loss'")
         labels = self.questions[by].where(self.questions["chance"].notna() | (measure == "loss"))
         named = self.silencings.drop(columns="units")
         parts = [self._part(named, by, key, labels == key, measure) for key in labels.dropna().unique()]
         if not parts:
-            raise PrunekitError(f"nothing that has an {measure} has a {by} here; ask for another of {', '.join(BY)}")
+            raise PrunekitError(f"no question or window with {measure} has a {by}; give another of {', '.join(BY)}")
         return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
 
     def _part(self, named: pd.DataFrame, by: str, key: Any, chosen: pd.Series, measure: str) -> pd.DataFrame:
@@ -93,14 +94,14 @@ class KnowledgeDistribution:
         )
 
     def worst(self, by: str = "domain", measure: str | None = None) -> pd.DataFrame:
-        """Which group's silencing costs each domain (task, tier, number of hops) most, and how much.
+        """The worst ablation for each domain (task, tier, number of hops), and its change.
 
         Args:
             by: as for `table`.
             measure: as for `table`.
 
         Returns:
-            One row a domain: `by`, measure, n, dense, value, change, group, ratio.
+            One row per domain: `by`, measure, n, dense, value, change, group, ratio.
 
         Raises:
             PrunekitError: as `table`.
@@ -111,28 +112,28 @@ class KnowledgeDistribution:
         return rows[[by, "measure", "n", "dense", "value", "change", "group", "ratio"]].reset_index(drop=True)
 
     def damage(self, measure: str = "loss", ratios: Sequence[float] = RATIOS) -> pd.DataFrame:
-        """How much worse a group's silencing makes things: the mean over ratios and domains, which all weigh the same.
+        """Mean damage of each group's ablation, over ratios and domains with equal weight.
 
-        What is silenced at a ratio is what the scores hold for the least, so that this says what cutting costs by that
-        score and to that depth, not what the group knows: one vital unit that scores high is not missed.
+        At each ratio the lowest-scoring units are ablated. So this measures the cost of a cut by these scores, not all
+        that the group stores: a vital unit with a high score stays.
 
         Args:
-            measure: `"loss"`, or `"accuracy"`, whose fall then counts.
-            ratios: those to take the mean over. Whole blocks and layers are silenced at ratio 1 alone, and are left
-                out where that is not among these.
+            measure: `"loss"`, or the fall of `"accuracy"`.
+            ratios: the ratios to average. Whole blocks and layers are ablated at ratio 1 alone, and are left
+                out if 1 is not among these.
 
         Returns:
-            One row a group: group, kind, layer, damage (above 0: worse).
+            One row per group: group, kind, layer, damage (above 0: worse).
 
         Raises:
-            PrunekitError: single units were silenced, or a ratio was not measured.
+            PrunekitError: single units were ablated, or a ratio was not measured.
 
         Source: LoRAShear (arXiv 2310.18356), Alg. 3, whose measure is perplexity.
         Reconstructed: the mean change of log-perplexity over P = {.25, .5}; the paper does not give P.
         """
         table = _worse(self.table("domain", measure), measure)
         if "unit" in table:
-            raise PrunekitError("single units were silenced here, not shares of groups; read table(), or agreement()")
+            raise PrunekitError("single units were ablated here, not shares of groups; read table(), or agreement()")
         chosen = np.isclose(table["ratio"].to_numpy()[:, None], np.asarray(ratios, dtype=float)).any(1)
         missing = [r for r in ratios if not np.isclose(table["ratio"].to_numpy(), r).any()]
         if missing or not len(ratios):
@@ -144,7 +145,7 @@ class KnowledgeDistribution:
         return found.reset_index()
 
     def unprunable(self, gamma: float = 0.1, measure: str = "loss", ratios: Sequence[float] = RATIOS) -> list[str]:
-        """Names of the groups that are damaged most, the worst first; to be left whole.
+        """Names of the groups with the most damage, worst first: the ones to protect from pruning.
 
         Args:
             gamma: fraction of the groups, in [0, 1], rounded up.
@@ -163,18 +164,18 @@ class KnowledgeDistribution:
         return found["group"].tolist()[:n]
 
     def died(self, group: str, *, ratio: float | None = None, unit: int | None = None) -> pd.DataFrame:
-        """The questions that were answered right and no longer are: which facts die with this head?
+        """Questions that only the dense model answers correctly, for one ablation.
 
         Args:
-            group: name of a group that was silenced.
-            ratio: the share that was silenced; None where there was but one.
-            unit: the unit that was silenced, where single ones were.
+            group: name of a group that was ablated.
+            ratio: the ablated share; None if there is only one.
+            unit: the ablated unit, if single units were ablated.
 
         Returns:
             Rows of `questions`, with dense and loss: nats before and after.
 
         Raises:
-            PrunekitError: that was not measured.
+            PrunekitError: this ablation was not measured.
         """
         row = self._row(group, "unit" if unit is not None else "ratio", unit if unit is not None else ratio)
         gone = self.dense_hit & ~self.hit[row]
@@ -184,10 +185,10 @@ class KnowledgeDistribution:
         rows = self.silencings[self.silencings["group"] == group]
         if rows.empty:
             raise PrunekitError(
-                f"no group {group!r} was silenced; one of {', '.join(self.silencings['group'].unique())}"
+                f"no group {group!r} was ablated; one of {', '.join(self.silencings['group'].unique())}"
             )
         if column == "ratio" and "unit" in rows:
-            raise PrunekitError(f"single units of {group!r} were silenced; give unit=, one of {rows['unit'].tolist()}")
+            raise PrunekitError(f"single units of {group!r} were ablated; give unit=, one of {rows['unit'].tolist()}")
         known = rows[column] if column in rows else pd.Series(dtype=float)
         fits = known.index[np.isclose(known.to_numpy(dtype=float), value)] if value is not None else rows.index
         if len(fits) != 1:
@@ -202,17 +203,17 @@ class KnowledgeDistribution:
         measure: str = "loss",
         ratio: float | None = None,
     ) -> pd.DataFrame:
-        """Does a score know what silencing really costs? Rank correlation of the two, one kind of group at a time.
+        """Rank correlation between scores and measured damage, for each kind of group.
 
         Args:
-            scores_by_name: name → scores of the same groups, whose sum over what is silenced is compared.
+            scores_by_name: name → scores of the same groups; their sum over the ablated units is compared.
             by: as for `table`.
-            measure: as for `table`; what counts is how much worse it becomes.
-            ratio: compare at this share alone; None takes all, where a score that only counts units does well too.
+            measure: as for `table`; higher damage is worse.
+            ratio: use this ratio only; None uses all, which favours scores that only count units.
 
         Returns:
-            Columns score, kind (`"all"` for all kinds together), `by`, spearman (NaN where all are equal), n
-            (silencings of groups that have that score).
+            Columns score, kind (`"all"` for all kinds together), `by`, spearman (NaN if all values are equal), n
+            (number of ablations with that score).
 
         Raises:
             PrunekitError: no scores, scores of other groups, or a ratio that was not measured.
@@ -225,7 +226,8 @@ class KnowledgeDistribution:
         table = table if ratio is None else table[np.isclose(table["ratio"], ratio)]
         if table.empty or not scores_by_name:
             raise PrunekitError(
-                f"nothing to compare at ratio={ratio} with {len(scores_by_name)} scores; give one of each"
+                f"no ablation at ratio={ratio} to compare with {len(scores_by_name)} scores; give a measured ratio "
+                "and scores"
             )
         rows = []
         for name, scores in scores_by_name.items():
@@ -237,14 +239,14 @@ class KnowledgeDistribution:
         return pd.DataFrame(rows, columns=["score", "kind", by, "spearman", "n"])
 
     def _summed(self, name: str, scores: Mapping[str, Tensor]) -> np.ndarray:
-        """The summed score of what each row silences, NaN where its group has none."""
+        """Summed score of the ablated units of each row; NaN for a group without scores."""
         found = np.full(len(self.silencings), np.nan)
         for row, (group, units) in enumerate(zip(self.silencings["group"], self.silencings["units"], strict=True)):
             if group in scores:
                 values = torch.as_tensor(scores[group]).double()
                 if max(units) >= len(values):
                     raise PrunekitError(
-                        f"{name!r} has {len(values)} scores of {group!r}, which has more units; score it"
+                        f"{name!r} has {len(values)} scores of {group!r}, which has more units; score it again"
                     )
                 found[row] = float(values[units].sum())
         if np.isnan(found).all():
@@ -252,7 +254,7 @@ class KnowledgeDistribution:
         return found
 
     def save(self, path: str | Path) -> Path:
-        """Write to one safetensors file, moved into place when it is whole; an old one there is replaced.
+        """Write to one safetensors file, replacing an old one only when it is complete.
 
         Raises:
             PrunekitError: the folder does not exist, or cannot be written to.
@@ -263,10 +265,10 @@ class KnowledgeDistribution:
 
     @classmethod
     def load(cls, path: str | Path) -> "KnowledgeDistribution":
-        """Read what `save` wrote, or as much as a run with this `path` has finished.
+        """Read a file of `save`, or the partial result of a run with this `path`.
 
         Raises:
-            PrunekitError: there is no such file, or it holds something else.
+            PrunekitError: the file is missing, or it holds something else.
         """
         arrays, meta = read_arrays(path)
         try:
@@ -287,7 +289,7 @@ class KnowledgeDistribution:
             f"{'packed' if self.packed else 'plain'} rows, {'resumed at' if self.resumed else 'run through all'} layers"
         )
         n_groups = self.silencings["group"].nunique()
-        return f"KnowledgeDistribution({len(self.silencings)} silencings of {n_groups} groups{left}; {asked}; {how})"
+        return f"KnowledgeDistribution({len(self.silencings)} ablations of {n_groups} groups{left}; {asked}; {how})"
 
     def _repr_html_(self) -> str:
         if self.silencings.empty:
@@ -299,11 +301,11 @@ class KnowledgeDistribution:
 
 
 def _worse(table: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """With a column of how much worse it became, whichever way the measure goes."""
+    """The table with a column of damage, positive if worse, for either measure."""
     return table.assign(worse=table["change"] * (1 if measure == "loss" else -1))
 
 
 def _spearman(a: pd.Series, b: pd.Series) -> float:
-    """Pearson's correlation of the ranks, of which equal values share one; NaN where one side is all equal."""
+    """Spearman correlation with mean ranks for ties; NaN if one side is constant."""
     one_sided = a.nunique() < 2 or b.nunique() < 2
     return math.nan if one_sided else float(a.rank().corr(b.rank()))

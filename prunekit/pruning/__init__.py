@@ -1,4 +1,4 @@
-"""From scores to a plan, from a plan to a smaller model."""
+"""Plans from scores, and smaller models from plans."""
 
 from prunekit.pruning.compensation import compensate
 from prunekit.pruning.iterating import plan_in_steps

@@ -1,4 +1,4 @@
-"""Which entries of the constants that modules are handed stay after a cut, such as the slopes of ALiBi."""
+"""Selects the entries of constants passed to modules that stay after a cut, such as ALiBi's slopes."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ Bools = NDArray[np.bool_]
 
 
 def find_selections(before: Trace, dead: Bools, model: nn.Module) -> list[Selection]:
-    """What each module has to pick from its arguments.
+    """The selections that modules make from their arguments.
 
     Args:
         before: trace of the uncut model.
@@ -45,14 +45,14 @@ def _met_by_channels(before: Trace) -> Bools:
 
 
 def _selection(argument: Argument, dead: Bools, met: Bools) -> Selection:
-    """A slab goes where something in it dies and nothing in it is still needed."""
+    """A slab is removed if some of its channels are removed and none is still needed."""
     for dim in range(dead.ndim):
         others = tuple(d for d in range(dead.ndim) if d != dim)
         gone, needed = (np.asarray(flags.any(axis=others)) for flags in (dead, met & ~dead))
         if not gone.all() and not needed[gone].any():
             return Selection(argument, dim, tuple(np.flatnonzero(~gone).tolist()))
     raise PrunekitError(
-        f"{argument.path} is handed a constant of shape {argument.shape} that cannot be cut along one dimension; "
+        f"{argument.path} receives a constant of shape {argument.shape} that cannot be cut along one dimension; "
         "keep all units there"
     )
 
@@ -68,7 +68,7 @@ def _check_layout(found: list[Selection], one: dict[Any, Tensor], two: dict[Any,
         single, pair = (handed.get((argument.path, argument.where)) for handed in (one, two))
         if single is None or pair is None or not _repeats(single, pair, selection.dim, argument.shape[selection.dim]):
             raise PrunekitError(
-                f"{argument.path} is handed a constant of shape {argument.shape} for one sequence and not its "
+                f"{argument.path} receives a constant of shape {argument.shape} for one sequence and not its "
                 "repetition for two, so it is not clear which entries belong to which unit; keep all units there"
             )
 

@@ -1,4 +1,4 @@
-"""Taking steps until a budget is met."""
+"""Takes pruning steps until a budget is met."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ def held_by_rounding(
     rounding: Mapping[str, int],
     min_units: int,
 ) -> list[str]:
-    """Kinds that could lose units, but to no number that rounding allows."""
+    """Kinds whose number of units rounding does not allow to change."""
 
     def kinds_that_go(round_to: Mapping[str, int]) -> set[str]:
         bundles = {g: bundles_of(groups, g, scores[g.name]) for g in candidates if g.kind not in WHOLE_KINDS}
@@ -33,7 +33,7 @@ def held_by_rounding(
 
 
 def by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set[int]]:
-    """Units that go, for every candidate."""
+    """Units to remove from each candidate group."""
     gone: dict[str, set[int]] = {g.name: set() for g in candidates}
     for step in taken:
         gone[step.group.name].update(step.units)
@@ -41,7 +41,7 @@ def by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set
 
 
 def take_parameters(steps: list[Step], ratio: float, counter: Counter, rounded: str) -> list[Step]:
-    """Take what the budget holds: first the same step in every layer or in none, then single steps.
+    """Take steps up to the budget: first the same step in every layer, then single steps.
 
     `rounded` is what a refusal says of rounding, such as `"round_to=16"`; empty where nothing is rounded.
 
@@ -59,7 +59,7 @@ def take_parameters(steps: list[Step], ratio: float, counter: Counter, rounded: 
 
 
 def _fill(batches: list[list[Step]], budget: float, counter: Counter) -> list[Step]:
-    """Go through the batches in order; one that is too dear closes its groups, whose later units must wait."""
+    """Go through the batches in order; one that exceeds the budget closes its groups, whose later units stay."""
     taken: list[Step] = []
     closed: set[str] = set()
     for batch in batches:
@@ -93,7 +93,7 @@ def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter
 
 
 def _round_up(ratio: float) -> float:
-    """To four digits, so that the last unit still fits when the advice is followed."""
+    """A ratio rounded to four digits, so that the advised ratio can be met."""
     return math.ceil(ratio * 1e4) / 1e4
 
 

@@ -1,4 +1,4 @@
-"""What a model does with its cache: whether it runs with one, and which of its blocks write keys to it."""
+"""Finds whether a model runs with a KV cache, and which blocks write to it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from prunekit.discovery.labelling import LabelMode, Trace
-from prunekit.discovery.preparing import free_parameters, module_paths
-from prunekit.discovery.remembered import remembering
+from prunekit.discovery.stored_integers import remembering
+from prunekit.discovery.trace_setup import free_parameters, module_paths
 from prunekit.errors import PrunekitError
 from prunekit.models import evaluating
 
@@ -50,7 +50,7 @@ def find_writers(model: nn.Module, paths: set[str]) -> set[str]:
 
 @contextmanager
 def _watching(model: nn.Module, paths: set[str], found: set[str]) -> Iterator[None]:
-    """While open, the paths of modules in which a layer of the cache gets other keys go into `found`."""
+    """A context in which the paths of modules in which a layer of the cache gets other keys go into `found`."""
 
     def watch(path: str) -> tuple[Callable[..., None], Callable[..., None]]:
         before: list[Tensor | None] = []
@@ -75,6 +75,6 @@ def _watching(model: nn.Module, paths: set[str], found: set[str]) -> Iterator[No
 
 
 def _keys(args: tuple, kwargs: dict) -> list[Tensor | None]:
-    """Those that each layer of a cache among the arguments holds; one that states are kept in holds none."""
+    """Keys in each layer of a cache among the arguments; a layer of states has none."""
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     return [getattr(layer, "keys", None) for cache in caches for layer in getattr(cache, "layers", ())]

@@ -1,4 +1,4 @@
-"""Compensation: layers that consume pruned units are re-fitted, so that they return nearly what they did before."""
+"""Compensation: re-fits the consumer layers of pruned units by least squares."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ from prunekit.calibration import check_tokens, mean_loss
 from prunekit.checks import check_choice
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
-from prunekit.importance.inputs import Reader, in_portions, linear_readers, sums_over_inputs, wide
+from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, sums_over_inputs, wide
 from prunekit.importance.reconstruction import check_ridge
 from prunekit.models import evaluating
 from prunekit.pruning.describing import describe
@@ -35,7 +35,7 @@ def compensate(
     fit: str = "weights",
     ridge: float | None = None,
 ) -> pd.DataFrame:
-    """Re-fit every linear layer of a cut model that lost inputs.
+    """Re-fits every linear layer of a cut model that lost inputs, by least squares.
 
     In the dense model a layer reads the inputs X that stay and the inputs X_p that were pruned, and returns
     XW + X_pW_p. The re-fitted weights are W + Δ with Δ = (XᵀX + λD)⁻¹ XᵀX_pW_p, D the diagonal of XᵀX: what the pruned
@@ -58,12 +58,12 @@ def compensate(
         plan: by which it was cut; of no whole layers and blocks, behind which others would move, and of no tokens.
         calib: integers (n_samples, seq_len).
         fit: `"weights"`, and the biases that are there; `"bias"`, the mean of X_pW_p and nothing else; or `"both"`.
-            The last two add a bias where there is none, which most configurations cannot express: such a checkpoint
+            The last two add a missing bias, which most configurations cannot express: such a checkpoint
             loads with prunekit.
         ridge: λ, above 0, for all layers, whatever it does to held-out tokens; None chooses it. Not used with `"bias"`.
 
     Returns:
-        One row a layer: module, inputs (left), ridge (NaN where the layer kept its weights), error_before and
+        One row per layer: module, inputs (left), ridge (NaN where the layer kept its weights), error_before and
         error_after (‖X_pW_p − XΔ‖² / ‖XW + X_pW_p‖², tokens weighed so; on held-out tokens where the ridge was chosen).
         Its `attrs["loss"]` are the loss on held-out windows before and after, where they judged. `small.compensation`
         is the same table.
@@ -116,7 +116,7 @@ def compensate(
 
 
 def _held_out(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Windows to learn from, and every fourth one, or the last of two or three, to judge by; none of one alone."""
+    """Windows for the fit, and held-out windows: every fourth, or the last of two or three; none of a single one."""
     n = len(tokens)
     if n == 1:
         return tokens, None
@@ -127,7 +127,7 @@ def _held_out(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _readers(small: nn.Module, model: nn.Module) -> dict[str, Reader]:
-    """Path → how it reads, for the linear layers of their own that lost inputs; they stand where they stood."""
+    """Path → linear layer, for the layers that lost inputs."""
     dense = {name.removesuffix(".weight"): reader for name, reader in linear_readers(model).items()}
     shapes = {name.removesuffix(".weight"): p.shape for name, p in model.named_parameters()}
     weights = dict(small.named_parameters(remove_duplicate=False))
@@ -142,7 +142,7 @@ def _readers(small: nn.Module, model: nn.Module) -> dict[str, Reader]:
 
 
 def _run_once(model: nn.Module, paths: Iterable[str], batch: Tensor) -> list[str]:
-    """Of these modules those that read each token of a batch exactly once, in the order in which they run."""
+    """The modules that see each token of a batch exactly once, in the order in which they run."""
     read: dict[str, list[int]] = {}
 
     def noting(path: str) -> Callable[..., None]:
@@ -161,7 +161,7 @@ def _run_once(model: nn.Module, paths: Iterable[str], batch: Tensor) -> list[str
 
 
 def _gram_bytes(reader: Reader) -> int:
-    """Bytes of a layer's sums: learnt and held, twice while they are added up."""
+    """Bytes of a layer's sums, for the fit and the held-out windows."""
     module: Any = reader.modules[0]
     return 16 * module.weight.shape[reader.input_dim] ** 2
 
@@ -177,7 +177,7 @@ def _grams(model: nn.Module, readers: Mapping[str, Reader], tokens: Tensor) -> d
 
 
 def _token_weights(x: Tensor) -> Tensor:
-    """What the rows of tokens are multiplied by, (n_tokens, 1): large ones count as the median one."""
+    """Weights of tokens, (n_tokens, 1), which reduce large ones to the median size."""
     sizes = x.norm(dim=1, keepdim=True)
     median = sizes.median().clamp_min(torch.finfo(sizes.dtype).tiny)
     return median / sizes.clamp_min(median)
@@ -190,7 +190,7 @@ def _oriented(module: Any, reader: Reader) -> Tensor:
 
 
 def _judged(table: pd.DataFrame, old: "_Weights", before: float, after: float) -> pd.DataFrame:
-    """The table with the losses; where the loss rose, the layers get their weights back."""
+    """The table with the losses; if the loss rose, the layers get their old weights back."""
     if not after <= before:
         old.give_back()
         table = table.assign(ridge=math.nan, error_after=table["error_before"])
@@ -199,19 +199,19 @@ def _judged(table: pd.DataFrame, old: "_Weights", before: float, after: float) -
 
 
 class _Weights:
-    """Weights and biases of layers as they were."""
+    """Saved weights and biases of layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._held: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def hold(self, path: str) -> None:
-        """Keep a copy of a layer's."""
+        """Save a layer's weights."""
         module: Any = self._model.get_submodule(path)
         self._held[path] = (module.weight.detach().clone(), None if module.bias is None else module.bias.clone())
 
     def give_back(self) -> None:
-        """Put the copies back; a bias that was added goes."""
+        """Restore the saved weights; an added bias is removed."""
         for path, (weight, bias) in self._held.items():
             module: Any = self._model.get_submodule(path)
             module.weight.copy_(weight)

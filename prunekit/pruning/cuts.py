@@ -1,4 +1,4 @@
-"""What was cut from a model since it was whole, and which fields of its configuration say that, found by trying."""
+"""Sums up all cuts of a model, and finds the configuration fields of the widths by trials."""
 
 import copy
 import re
@@ -73,7 +73,7 @@ class Cuts:
         return config.to_dict()
 
     def n_left(self, group: CoupledGroup) -> int:
-        """Units left of a group."""
+        """Number of remaining units of a group."""
         return len(self.left.get(group.name, range(group.n_units)))
 
     @cached_property
@@ -88,11 +88,11 @@ class Cuts:
 
     @cached_property
     def fields(self) -> dict[str, Fields]:
-        """Role → the fields that say its width; none where the family has none."""
+        """Role → configuration fields of its width; empty if the family has none."""
         return {role: self._fields(groups) for role, groups in self.roles.items()}
 
     def _fields(self, groups: list[CoupledGroup]) -> Fields:
-        """The fields with which the family builds just the shapes that the cut leaves, tried on its first layers."""
+        """Fields with which the family builds the shapes of the cut, tried on its first layers."""
         shallow = copy.deepcopy(self.config)
         if groups[0].layer is not None:
             shallow.get_text_config().num_hidden_layers = groups[0].layer + 1
@@ -113,7 +113,7 @@ def _added_biases(model: Any, groups: Groups) -> tuple[str, ...]:
 
 
 def uncut_widths(config: Any) -> Any:
-    """A copy of a cut model's configuration that says the uncut widths and nothing of the cut.
+    """A copy of a cut model's configuration with the uncut widths and no record of the cut.
 
     Layers that went stay away, and special tokens keep their new numbers, which the uncut vocabulary has too.
     """
@@ -169,7 +169,7 @@ def units_left(stages: Stages) -> dict[str, list[int]]:
 
 
 def with_width(config: Any, fields: Fields, width: int) -> Any:
-    """A copy of a configuration that says this many units."""
+    """A copy of a configuration with this many units."""
     return with_fields(config, {field: width * per_unit for field, per_unit in fields.items()})
 
 

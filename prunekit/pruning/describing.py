@@ -1,4 +1,4 @@
-"""A cut model's configuration says what is left, as far as its family can, proved by building the model from it."""
+"""Writes the configuration of a cut model as far as its family can express it, and checks it by building the model."""
 
 import copy
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ _SAVE = "save_pretrained"
 
 
 def describe(model: Any, groups: Groups | None = None) -> None:
-    """Write into a cut model's configuration what is left of it, in place.
+    """Write the remaining widths into a cut model's configuration, in place.
 
     A width that is the same in every layer, and that the family has a field for, is written there. Where the family
     builds the very model from its configuration, `transformers` can save it; where not, `save_pretrained` refuses.
@@ -46,7 +46,7 @@ def describe(model: Any, groups: Groups | None = None) -> None:
 
 
 def _refuse(family: str, why: str, *_: Any, **__: Any) -> NoReturn:
-    """Stands for a model's `save_pretrained` where `transformers` would write what it cannot load."""
+    """Replaces `save_pretrained` of a model that `transformers` could not load again."""
     raise PrunekitError(
         f"save_pretrained would write a folder that does not load: the configuration of {family} cannot express this "
         f"cut ({why}); use prunekit.save(model, folder)"
@@ -132,7 +132,7 @@ def _without_record(config: Any) -> Any:
 
 
 def unsaid(cuts: Cuts) -> list[str]:
-    """What of a cut its family has no words for, such as `"ffn_channel: 396 to 397 of 512 in each layer"`.
+    """Widths that the family's configuration cannot express, such as `"ffn_channel: 396 to 397 of 512 in each layer"`.
 
     A width that differs between layers, that no field says, or whose value the family refuses, blocks that went, and
     biases that came. Where each can be said and only all together cannot, all are named.
@@ -199,7 +199,7 @@ def has_same_logits(built: Any, model: Any) -> bool:
 
 @torch.no_grad()
 def first_logits(model: Any) -> torch.Tensor:
-    """Logits (1, 8, vocabulary) on the first eight tokens of the vocabulary, attention and experts written out."""
+    """Logits (1, 8, vocabulary) on the first eight tokens, with eager attention and experts."""
     tokens = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
     with evaluating(model), written_out(model):
         return model(tokens, **logits_alone(model)).logits

@@ -1,4 +1,4 @@
-"""Taking whole layers and blocks out of a model."""
+"""Removes whole layers and blocks from a model."""
 
 import inspect
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from prunekit.pruning.recording import configurations_of
 
 
 class Skipped(nn.Module):
-    """Stands where a block was, and returns what the block would return with all its parameters zero.
+    """Replaces a removed block, and returns what the block returns with all parameters zero.
 
     Args:
         part: how the block returned its result.
@@ -32,7 +32,7 @@ class Skipped(nn.Module):
         self.part, self.writes, self.layer_idx = part, writes, int(str(part.layer).rpartition(".")[2])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros, or the argument that the block handed on."""
+        """Zeros, or the argument that the block passes through."""
         like = dict(leaves(args, kwargs))[self.part.like]
         if self.writes:
             self._count_tokens(like, (*args, *kwargs.values()))
@@ -48,12 +48,12 @@ class Skipped(nn.Module):
                 cache.update(empty, empty, self.layer_idx)
 
     def extra_repr(self) -> str:
-        """What stood here."""
+        """Name of the replaced block."""
         return self.part.path
 
 
 def drop(model: nn.Module, parts: list[Part], writers: set[str]) -> dict[str, str]:
-    """Take layers and blocks out of a model, in place.
+    """Remove layers and blocks from a model, in place.
 
     Args:
         model: its modules and its configurations change, its parameters are not touched.
@@ -64,7 +64,7 @@ def drop(model: nn.Module, parts: list[Part], writers: set[str]) -> dict[str, st
         Path before → path after, for every layer that stays and stands elsewhere now.
 
     Raises:
-        PrunekitError: no layer would stay, or the configuration cannot tell the layers that do.
+        PrunekitError: no layer would stay, or the configuration cannot express the remaining layers.
     """
     layers = {part.path for part in parts if part.path == part.layer}
     for part in parts:
@@ -82,7 +82,7 @@ def drop(model: nn.Module, parts: list[Part], writers: set[str]) -> dict[str, st
 
 
 def renamed(name: str, moved: dict[str, str]) -> str:
-    """Where a parameter, module or group stands after list elements have moved up."""
+    """New name of a parameter, module or group after list elements have moved up."""
     pieces = name.split(".")
     for i in range(len(pieces), 0, -1):
         head = ".".join(pieces[:i])
@@ -93,7 +93,7 @@ def renamed(name: str, moved: dict[str, str]) -> str:
 
 
 def remove_elements(model: nn.Module, gone: set[str]) -> dict[str, str]:
-    """Take elements out of lists of modules, in place; those behind them move up.
+    """Remove elements from lists of modules, in place; later ones move up.
 
     Returns:
         Path before → path after, for every element that stands elsewhere now.
@@ -119,7 +119,7 @@ def _list_of(element: str) -> str:
 
 
 def _renumber(layers: list[nn.Module], kept: list[int]) -> None:
-    """Integers that equal the position wherever they stand, in two layers or more, are positions."""
+    """Integers that equal the layer's position in two or more layers are layer numbers."""
     held = [
         (position, module, name, value)
         for position, layer in enumerate(layers)
@@ -138,7 +138,7 @@ def _renumber(layers: list[nn.Module], kept: list[int]) -> None:
 
 
 def _shorten_configurations(model: nn.Module, n_layers: int, kept: list[int]) -> None:
-    """The number of layers, and what a configuration says layer by layer."""
+    """The number of layers, and the layer-wise fields of a configuration."""
     for config in configurations_of(model):
         if getattr(config, "num_hidden_layers", None) == n_layers:
             computed = {name: [value[i] for i in kept] for name, value in _computed_lists(config, n_layers)}
@@ -150,7 +150,7 @@ def _shorten_configurations(model: nn.Module, n_layers: int, kept: list[int]) ->
 
 
 def layer_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:
-    """Fields of a configuration that say something of each layer, and their values."""
+    """Layer-wise fields of a configuration, with their values."""
     for name, value in vars(config).items():
         if isinstance(value, (list, tuple)) and len(value) == n_layers and "layer" in name:
             yield name, value

@@ -1,4 +1,4 @@
-"""Experts of any width: torch's grouped products, which run all of them at once, do not take every width."""
+"""Experts of any width: torch's grouped products do not support every width."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ _GROUPED = "grouped_mm"
 
 
 def usable(model: Any) -> Any:
-    """The model, whose experts run one after the other where their widths forbid to run them at once.
+    """The model, set to run experts one after the other if grouped products do not support their widths.
 
     Args:
-        model: whose configurations are its own; they change in place. What it is told to run its experts with stays,
+        model: whose configurations are its own; they change in place. Its setting for experts stays,
             where that is anything but grouped products.
     """
     for config in (vars(module.config) for module in model.modules() if _has_odd_experts(module)):

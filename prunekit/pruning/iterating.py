@@ -1,4 +1,4 @@
-"""A plan made in steps, with scores refreshed between them."""
+"""Plans in several steps, with new scores between them."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,7 +29,7 @@ def plan_in_steps(
     groups: Groups | None = None,
     **options: Any,
 ) -> PruningPlan:
-    """A plan of equal steps: after each, what is left is cut out and scored again.
+    """Makes a plan in equal steps: after each step the smaller model is scored again.
 
     Args:
         model: the dense model; it is left alone.
@@ -45,7 +45,7 @@ def plan_in_steps(
         One plan for the dense model. What went in a step stays gone.
 
     Raises:
-        PrunekitError: a number of steps that is none, kinds that go whole, or what `score`, `plan` and `prune` raise.
+        PrunekitError: an invalid number of steps, kinds of one unit, or errors of `score`, `plan` and `prune`.
 
     Source: LLM-Pruner (Ma et al. 2023), iterative pruning. Differs: a step smaller than one head does not fail.
     """
@@ -55,7 +55,7 @@ def plan_in_steps(
     if "vocabulary" in kinds and calib is not None:
         raise PrunekitError("kinds has vocabulary, after which calib would name other tokens; take tokens in one step")
     if set(kinds) & set(WHOLE_KINDS):
-        raise PrunekitError(f"kinds={kinds} has some that go whole; take blocks and layers in a plan of their own")
+        raise PrunekitError(f"kinds={kinds} includes blocks or layers; remove those by a separate plan")
     groups = discover(model) if groups is None else groups
     chosen, small = plan(groups, _ones(groups), _part(pruning_ratio, 0.0), **options), model
     scored = partial(score, importance=importance, calib=calib, normalize=normalize)
@@ -90,7 +90,7 @@ def _scores(
     small: nn.Module,
     scored: Callable[[nn.Module, list[CoupledGroup]], Scores],
 ) -> Scores:
-    """Scores of what is left, as the dense model numbers its units; what is gone scores below everything."""
+    """Scores of the remaining units in the dense model's numbering; removed units score lowest."""
     missing = [name for name in chosen.keep if name not in {group.name for group in left}]
     if missing:
         raise PrunekitError(f"{missing[0]!r} is not found again after a step; plan it in one step")

@@ -1,4 +1,4 @@
-"""Least squares of one linear layer from sums over tokens, with the ridge chosen on tokens that were held out."""
+"""Least squares of one linear layer from sums over tokens, with the ridge chosen on held-out tokens."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # that are tried for each layer
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Least squares of one linear layer, summed up over tokens.
+    """Sums over tokens for the least squares of one linear layer.
 
     Attributes:
         gram: XᵀX of the inputs that are left, float64 (n_in, n_in); with a bias, the last input is 1.
@@ -32,7 +32,7 @@ class Fit:
     size: float
 
     def __add__(self, other: "Fit") -> "Fit":
-        """The sums over the tokens of both."""
+        """The sums over both sets of tokens."""
         return Fit(
             self.gram + other.gram,
             self.cross + other.cross,
@@ -42,7 +42,7 @@ class Fit:
         )
 
     def solved(self, ridge: float) -> Tensor:
-        """The change of the weights (n_in, n_out) that takes most of R away and stays small; a bias may be any size."""
+        """The ridge solution: the change of the weights (n_in, n_out) that reduces R; the bias has no ridge."""
         if not self.biased:
             return torch.cholesky_solve(self.cross, _factor(self.gram, ridge))
         n, inputs, rest = self.gram[-1, -1], self.gram[:-1, -1], self.cross[-1]  # tokens, weighed, and sums over them
@@ -59,21 +59,21 @@ class Fit:
         return change
 
     def lack_after(self, change: Tensor) -> float:
-        """‖R‖² once the weights have changed."""
+        """‖R‖² after a change of the weights."""
         gained = 2 * (change * self.cross).sum() - (change * (self.gram @ change)).sum()
         return max(self.lack - float(gained), 0.0)
 
     def error(self, lack: float) -> float:
-        """‖R‖² as a part of ‖Y‖²."""
+        """‖R‖² as a share of ‖Y‖²."""
         return lack / max(self.size, torch.finfo(torch.float64).tiny)
 
 
 class Choice(NamedTuple):
-    """What becomes of a layer.
+    """The re-fit of a layer.
 
     Attributes:
         change: of its weights, (n_in, n_out), and of its bias; None where it keeps them.
-        ridge: that was taken; NaN where there is none.
+        ridge: the chosen ridge; NaN if the layer keeps its weights.
         before: ‖R‖² / ‖Y‖² as it is, on the tokens that judge.
         after: the same once it has changed.
     """
@@ -100,7 +100,7 @@ def fit_sums(gram: Tensor, weight: Tensor, inputs: Tensor | None, outputs: Tenso
 
 
 def choose(found: Fit, judge: Fit | None, fit: str, ridge: float | None) -> Choice:
-    """The change with the smallest error on the tokens that judge; with none of these, that of the ridge given."""
+    """The change with the smallest error on held-out tokens; without these, that of the given ridge."""
     if judge is None:
         taken = RIDGE if ridge is None else ridge
         change = found.constant() if fit == "bias" else found.solved(taken)
@@ -117,7 +117,7 @@ def choose(found: Fit, judge: Fit | None, fit: str, ridge: float | None) -> Choi
 
 
 def _factor(gram: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of XᵀX with its diagonal raised by a part of itself."""
+    """The Cholesky factor of XᵀX with a share added to its diagonal."""
     lower, failed = torch.linalg.cholesky_ex(raised(gram, ridge))
     if failed:
         raise PrunekitError(f"ridge={ridge!r} is too small for inputs that depend on each other; try {RIDGE}")

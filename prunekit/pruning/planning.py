@@ -1,4 +1,4 @@
-"""From scores to a plan that meets a budget."""
+"""`plan`: chooses the units that stay, from scores and a budget."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -31,7 +31,7 @@ def plan(
     min_units: int = 1,
     after: PruningPlan | None = None,
 ) -> PruningPlan:
-    """Which units stay, so that a fraction of the model goes.
+    """Makes a pruning plan: which units stay, so that a fraction of the model is removed.
 
     Units go in the order of their scores, lowest first. With `ranking="local"` every group loses the same
     share; with `"global"` units compete across groups by score per parameter removed, which makes a head
@@ -50,7 +50,7 @@ def plan(
             of `"kv_head"` and `"ffn_channel"`, and where attention has a single KV head, its query heads where they are
             scored.
         protect_layers: layers whose groups stay whole, counted from 0.
-        round_to: what is kept of a cut group is a multiple of this; an int or kind → int.
+        round_to: a cut group keeps a multiple of this; an int or kind → int.
         min_units: units every group keeps at least.
         after: an earlier, smaller plan; what goes in it goes first.
 
@@ -119,7 +119,7 @@ def default_units(groups: Groups) -> tuple[CoupledGroup, ...]:
 
 
 def _check_there(groups: Groups, kinds: Iterable[str]) -> None:
-    """Refuses kinds that were asked for by name and that the model has no groups of."""
+    """Raise an error for kinds that were asked for by name and that the model has no groups of."""
     for kind in kinds:
         if not groups.of_kind(kind):
             there = ", ".join(each for each in KINDS if groups.of_kind(each)) or "no groups at all"
@@ -130,7 +130,7 @@ def _check_there(groups: Groups, kinds: Iterable[str]) -> None:
 def _too_few(
     gone: Mapping[str, Collection[int]], candidates: list[CoupledGroup], fractions: Mapping[str, float]
 ) -> dict[str, str]:
-    """Kind → why nothing of it goes, where a share of its units was asked for."""
+    """Kind → why none of its units is removed, although a share was requested."""
     found = {}
     for kind, fraction in fractions.items():
         units = [g.n_units for g in candidates if g.kind == kind]
@@ -140,7 +140,7 @@ def _too_few(
 
 
 def _check_some_go(gone: Mapping[str, Collection[int]], few: Mapping[str, str], rounded: str) -> None:
-    """Refuses a share of units so small that nothing goes."""
+    """Raise an error for a share of units so small that nothing goes."""
     if few and not any(gone.values()):
         why = "; ".join(f"{kind}: {reason}" for kind, reason in few.items())
         limits = f", with {rounded}" if rounded else ""
@@ -152,12 +152,12 @@ def _place(group: CoupledGroup) -> str:
 
 
 def plan_without(groups: Groups, gone: Mapping[str, Collection[int]], notes: Mapping[str, Any]) -> PruningPlan:
-    """The plan by which some units go.
+    """The plan that removes given units.
 
     Args:
         groups: what `discover` found.
         gone: group name → its units that go; groups that are cut nowhere may be named with none.
-        notes: how the units were chosen, for the reader.
+        notes: how the units were chosen.
     """
     counter, keep = Counter(groups), {}
     for name, units in gone.items():
@@ -178,7 +178,7 @@ def check_options(
     round_to: int | Mapping[str, int] = 1,
     min_units: int = 1,
 ) -> dict[str, float]:
-    """Refuses options of `plan` that hold for no model, before there is one.
+    """Raise an error for options of `plan` that hold for no model, before there is one.
 
     Returns:
         Fraction that is to go, for each kind that may be cut.
@@ -194,7 +194,7 @@ def check_options(
 
 
 def _rounded(round_to: int | Mapping[str, int]) -> str:
-    """What is said of rounding; nothing where there is none."""
+    """Description of the rounding; empty without rounding."""
     rounds = any(n > 1 for n in round_to.values()) if isinstance(round_to, Mapping) else round_to > 1
     return f"round_to={round_to}" if rounds else ""
 
@@ -209,14 +209,14 @@ def _check_types(groups: object, scores: object, after: object) -> None:
 
 
 def _listed(name: str, given: Any, example: object) -> tuple[Any, ...]:
-    """The values of an option that takes several; a text is one value, not its letters."""
+    """The values of an option that takes several; a string is one value."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise PrunekitError(f"{name}={given!r} is no list; give one, such as {name}=[{example!r}]")
     return tuple(given)
 
 
 def _check_counts(round_to: Any, min_units: Any) -> None:
-    """Refuses numbers of units that are none, and kinds that nothing is of."""
+    """Raise an error for invalid numbers of units, and kinds that the model does not have."""
     by_kind = round_to if isinstance(round_to, Mapping) else {}
     for kind in by_kind:
         check_choice("round_to: kind", kind, KINDS)
@@ -250,7 +250,7 @@ def candidates_of(
     among: Iterable[CoupledGroup],
     protected: tuple[int, ...],
 ) -> list[CoupledGroup]:
-    """The groups that may be cut, each with a score a unit.
+    """The groups that may be cut, each with one score per unit.
 
     Args:
         groups: what `discover` found.

@@ -1,4 +1,4 @@
-"""A pruning plan: which units of which groups stay, as plain data."""
+"""`PruningPlan`: which units of which groups stay, as plain data."""
 
 import json
 from collections.abc import Mapping
@@ -18,17 +18,18 @@ _NO_PLAN, _GIVE = "this is no pruning plan", "give JSON as PruningPlan.save writ
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which units stay.
+    """Which units of each group stay.
+
 
     Attributes:
         keep: group name → ascending list of the units kept.
         n_units: group name → number of units before.
         n_parameters: parameters of the model before.
         n_parameters_kept: parameters of the model after.
-        notes: how the plan was made, for the reader.
+        notes: how the plan was made.
         groups: what the plan was made of, so that `prune` need not find it again; None in a plan that was read.
         tokens: some of the calibration set that the scores were computed from, int64 (n, seq_len), on which `prune`
-            measures what the cut did; None where there is none, and in a plan that was read.
+            measures the loss; None without tokens, and in a plan from a file.
 
     Raises:
         PrunekitError: units that a group does not have, or numbers of parameters that cannot be.
@@ -56,29 +57,29 @@ class PruningPlan:
 
     @property
     def pruning_ratio(self) -> float:
-        """Fraction of the model's parameters that goes."""
+        """Fraction of the model's parameters that is removed."""
         return 1 - self.n_parameters_kept / self.n_parameters
 
     @property
     def n_removed(self) -> dict[str, int]:
-        """Group → how many of its units go."""
+        """Group → number of removed units."""
         return {name: self.n_units[name] - len(units) for name, units in self.keep.items()}
 
     @property
     def takes_tokens(self) -> bool:
-        """Whether tokens go, so that those that are left have new numbers."""
+        """Whether tokens are removed, so that the remaining ones have new ids."""
         return any(
             name.rpartition(":")[2] == "vocabulary" and len(units) < self.n_units[name]
             for name, units in self.keep.items()
         )
 
     def removed(self, name: str) -> list[int]:
-        """Ascending list of the units of a group that go."""
+        """Ascending list of the removed units of a group."""
         kept = set(self.keep[name])
         return [unit for unit in range(self.n_units[name]) if unit not in kept]
 
     def table(self) -> pd.DataFrame:
-        """One row a group: group, n_units, kept, kept_fraction."""
+        """One row per group: group, n_units, kept, kept_fraction."""
         rows = [(name, self.n_units[name], len(units)) for name, units in self.keep.items()]
         table = pd.DataFrame(rows, columns=["group", "n_units", "kept"])
         table.insert(1, "kind", table["group"].str.extract(r"([a-z_]+)(?:#\d+)?$", expand=False))
@@ -86,12 +87,12 @@ class PruningPlan:
         return table.assign(kept_fraction=table["kept"] / table["n_units"])
 
     def summary(self) -> pd.DataFrame:
-        """One row a kind: groups, and their units before and after."""
+        """One row per kind: groups, and their units before and after."""
         table = self.table().groupby("kind", sort=False)
         return table.agg(groups=("group", "size"), before=("n_units", "sum"), after=("kept", "sum"))
 
     def summary_rows(self) -> list[tuple[str, str, str, str]]:
-        """What a card or a shell shows, as cells, the head first: parameters and the units of each kind."""
+        """Summary table as cells, header first: parameters and the units of each kind."""
         counts = [("parameters", self.n_parameters, self.n_parameters_kept)]
         counts += [(f"{kind} units", row["before"], row["after"]) for kind, row in self.summary().iterrows()]
         body = [(name, f"{a:,}", f"{b:,}", f"{1 - b / a:.1%}") for name, a, b in counts]
@@ -112,7 +113,7 @@ class PruningPlan:
 
     @classmethod
     def from_json(cls, text: str) -> "PruningPlan":
-        """Read back what `to_json` wrote.
+        """The plan from the text that `to_json` wrote.
 
         Raises:
             PrunekitError: the text is no plan.
@@ -125,7 +126,7 @@ class PruningPlan:
         return cls(**data)
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON; the file is complete or not there.
+        """Write JSON; the file is complete or not written.
 
         Raises:
             PrunekitError: the folder is missing or cannot be written to.

@@ -1,4 +1,4 @@
-"""The proof of a cut: the smaller model is traced again, and its structure must be the old one, restricted."""
+"""Checks a cut: traces the smaller model and compares its structure with the old one, restricted."""
 
 from dataclasses import dataclass, field
 
@@ -14,18 +14,19 @@ from prunekit.pruning.dropping import renamed
 
 OTHER = "the cut model's structure is not the full model's structure restricted to the units kept"
 APART = (
-    "without what goes whole, channels that belong together come apart, since others reach the rest of the model only "
+    "without the removed parts, channels that belong together are separated, since others reach the rest of the model "
+    "only "
     "through it, as where a residual sum is made and normed inside it"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What a cut model must differ in.
+    """The expected differences of a cut model.
 
     Attributes:
         dead: bool (n_nodes,), nodes of the full model's trace that go.
-        gone: parameters that go whole.
+        gone: parameters that are removed completely.
         moved: list elements that stand elsewhere, path before → path after.
     """
 
@@ -35,7 +36,7 @@ class Change:
 
 
 def parameters_in(before: Trace, paths: set[str]) -> frozenset[str]:
-    """Parameters of a traced model that lie in these modules."""
+    """Parameters of a traced model in these modules."""
     return frozenset(name for name in before.shapes if any(name.startswith(f"{path}.") for path in paths))
 
 
@@ -72,7 +73,7 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
 
 
 def _only_in(before: Trace, sites: Sites, change: Change, gone: np.ndarray) -> np.ndarray:
-    """Nodes that nothing but parameters that go whole hold: what they own, they hold together no longer."""
+    """Nodes held only by removed parameters, which no longer join what they own."""
     if not change.gone:
         return change.dead
     label = next(levels(before.graph, change.dead))
@@ -84,7 +85,7 @@ def _only_in(before: Trace, sites: Sites, change: Change, gone: np.ndarray) -> n
 
 
 def check_scales(model: nn.Module, small: nn.Module) -> None:
-    """Attention as the model is set to run it may take a scale from the head size that it does not take written out.
+    """Check that non-eager attention uses the same scale as eager attention after the head size changed.
 
     Raises:
         PrunekitError: it does.
@@ -117,7 +118,7 @@ def _refusal(why: object) -> PrunekitError:
 
 
 def _same_partition(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two labellings put the same things together: each label of one stands for one of the other."""
+    """Whether two labellings are the same partition."""
     return all(_follows(x, y) for x, y in ((a, b), (b, a)))
 
 

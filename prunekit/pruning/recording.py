@@ -1,4 +1,4 @@
-"""What configurations say of a cut. They are made the model's own first, since another model may hold the same."""
+"""Records cuts in configurations, which are copied first, since models may share them."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from prunekit.discovery import Groups
-from prunekit.discovery.remembered import WRITTEN_OUT
+from prunekit.discovery.stored_integers import WRITTEN_OUT
 from prunekit.models import name_model
 from prunekit.pruning.plans import PruningPlan
 
-RECORD = "prunekit"  # the field of a configuration that says what was cut
+RECORD = "prunekit"  # the configuration field with the record of cuts
 Stages = list[dict[str, list[int]]]
 
 
@@ -37,7 +37,7 @@ def own_configurations(model: nn.Module) -> None:
 
 
 def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
-    """Note in the configuration what was cut, cut after cut, so that the cuts can be made again on an empty model.
+    """Record a cut in the configuration, so that it can be made again on an empty model.
 
     The record has `stages`, group name → units kept, one for each cut, and `before`, the uncut values of the fields
     that say something else now.
@@ -61,7 +61,7 @@ def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
 
 
 def recorded(config: Any) -> dict[str, Any]:
-    """What a configuration says was cut; empty where nothing was."""
+    """The record of cuts in a configuration; empty for an uncut model."""
     return getattr(config, RECORD, None) or {}
 
 
@@ -71,7 +71,7 @@ def base_of(model: Any) -> Any:
 
 
 def _forget_source(model: Any) -> None:
-    """What lies where the model came from is another model now: only its tokenizer is looked for there."""
+    """Clear `name_or_path` of a cut model and keep it for its tokenizer."""
     if getattr(model.config, "name_or_path", ""):
         model.cut_from = model.config.name_or_path
         name_model(model, "")
@@ -86,7 +86,7 @@ def _base_name(model: Any, name: str) -> str:
 
 @contextmanager
 def written_out(model: nn.Module, fields: Iterable[str] = WRITTEN_OUT) -> Iterator[None]:
-    """While open, attention and experts, or those of them whose configuration fields are named, run written out.
+    """A context in which attention and experts (or the given configuration fields) use the eager implementation.
 
     That is one arithmetic for every width, dtype and device, and experts run one after the other.
     """

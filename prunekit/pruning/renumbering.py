@@ -1,4 +1,4 @@
-"""Layers that went, told in one of two ways: the model never had them, or it has them until the last stage."""
+"""Two forms of a record with removed layers: without these layers, or with their removal as the last stage."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ from prunekit.pruning.recording import Stages
 
 
 def without_layers(stages: Stages) -> Stages:
-    """The same cuts made on a model that never had the layers that went; its configuration counts them no more."""
+    """The record for a model without the removed layers."""
     done: Stages = []
     for stage in stages:
         gone = _gone(stage)
@@ -34,17 +34,17 @@ def _is_layer(name: str, match: re.Match[str], gone: set[str]) -> bool:
 
 
 def drops_layers(stages: Stages) -> bool:
-    """Whether whole layers went."""
+    """Whether whole layers were removed."""
     return any(_gone(stage) for stage in stages)
 
 
 def _gone(stage: dict[str, list[int]]) -> set[str]:
-    """Paths of the layers that go in a stage."""
+    """Paths of the layers removed in a stage."""
     return {name.removesuffix(":layer") for name, units in stage.items() if name.endswith(":layer") and not units}
 
 
 def on_all_layers(config: Any, stages: Stages) -> Stages:
-    """The same cuts under the names of the model that has all its layers; those that go do so last.
+    """The record with the names of the full model; removed layers are removed last.
 
     Args:
         config: of the cut model; it is given its layers back.
@@ -66,12 +66,12 @@ def on_all_layers(config: Any, stages: Stages) -> Stages:
 
 
 def _numbered(name: str, path: str, here: list[int]) -> str:
-    """A group's name with the number that its layer has where all stand."""
+    """A group's name with the layer number of the full model."""
     return re.sub(rf"^({re.escape(path)}\.)(\d+)(?=[.:])", lambda match: f"{match[1]}{here[int(match[2])]}", name)
 
 
 def _lengthen(config: Any, gone: list[int]) -> None:
-    """Give a configuration its layers back.
+    """Restore the removed layers of a configuration.
 
     What it lists layer by layer says nothing of those that went; they take after a neighbour, and go again.
     """

@@ -1,4 +1,4 @@
-"""Removals in the order in which they are to be made, and what each of them costs."""
+"""The order of removals (`Step`), and the parameters that each removes."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ WHOLE_KINDS = ("block", "layer")  # groups of one unit, which may go whole
 
 
 class Step(NamedTuple):
-    """Units of one group that go together (one, or as many as a round width needs)."""
+    """Units of one group that are removed together (one, or as many as rounding needs)."""
 
     group: CoupledGroup
     units: tuple[int, ...]
@@ -20,18 +20,18 @@ class Step(NamedTuple):
 
 
 class Counter:
-    """Parameters left while units go, counted exactly: the product of the kept sizes of each parameter."""
+    """Counts the remaining parameters exactly: the product of the kept sizes of each parameter."""
 
     def __init__(self, groups: Groups) -> None:
         self._sizes = {name: list(shape) for name, shape in groups.shapes.items()}
         self.total = self.left = groups.n_parameters
 
     def cost(self, step: Step) -> int:
-        """Parameters that go with a step."""
+        """Number of parameters that a step removes."""
         return self.left - self._after(step, take=False)
 
     def take(self, step: Step) -> None:
-        """Let a step's units go."""
+        """Remove the units of a step."""
         self.left = self._after(step, take=True)
 
     def _after(self, step: Step, take: bool) -> int:
@@ -55,7 +55,7 @@ def all_steps(
     rounding: Mapping[str, int],
     min_units: int,
 ) -> list[Step]:
-    """All removals that are allowed, in the order in which they are to be made."""
+    """All allowed steps, in their order."""
     steps = _whole_steps(groups, [g for g in candidates if g.kind in WHOLE_KINDS], scores, ranking)
     for g in candidates:
         if g.kind in WHOLE_KINDS:
@@ -75,7 +75,7 @@ def all_steps(
 
 
 def gone_first(steps: list[Step], gone: Mapping[str, set[int]]) -> list[Step]:
-    """The same steps, those before all others whose units are gone already, of a kind at once."""
+    """The steps, with those of already removed units first, kind by kind."""
     if not gone:
         return steps
     known = [s._replace(key=-math.inf) if set(s.units) <= gone.get(s.group.name, set()) else s for s in steps]
@@ -83,7 +83,7 @@ def gone_first(steps: list[Step], gone: Mapping[str, set[int]]) -> list[Step]:
 
 
 def lowest(scores: Mapping[str, Tensor], gone: Mapping[str, set[int]]) -> dict[str, Tensor]:
-    """The same scores, those of units that are gone already below all others."""
+    """The scores, with those of already removed units lowest."""
     found = {name: values.clone() for name, values in scores.items()}
     for name in found.keys() & gone.keys():
         found[name][sorted(gone[name])] = -math.inf
@@ -104,7 +104,7 @@ def _whole_steps(
 
 
 def bundles_of(groups: Groups, g: CoupledGroup, scores: Tensor) -> list[tuple[int, ...]]:
-    """Units that go together, lowest first: one a bundle, but of query heads one of each KV group."""
+    """Bundles of units, lowest scores first: single units, or one query head of each KV group."""
     order = scores.argsort(stable=True).tolist()
     kv_group = _kv_group_of(groups, g) if g.kind == "query_head" else [0] * g.n_units
     ranked: dict[int, list[int]] = {}
@@ -131,6 +131,6 @@ def parameters_per_unit(groups: Groups, g: CoupledGroup) -> int:
 
 
 def stops_of(n: int, size: int, rounding: int, min_units: int) -> list[int]:
-    """Numbers of removed bundles of units that leave a round, large enough number of units."""
+    """Allowed numbers of removed bundles: the rest is rounded and at least the minimum."""
     least = max(min_units, 1)
     return [n - kept for kept in range(n - 1, 0, -1) if kept * size >= least and kept * size % rounding == 0]

@@ -1,4 +1,4 @@
-"""A plan becomes a smaller model: parameters are sliced, remembered widths solved, the result proved."""
+"""`prune`: makes a smaller model from a plan, and checks it."""
 
 import re
 from contextlib import suppress
@@ -19,8 +19,8 @@ from prunekit.discovery.constants import Selection, select
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.partition import find_groups
 from prunekit.discovery.parts import list_elements
-from prunekit.discovery.preparing import uncollected
-from prunekit.discovery.remembered import Key, set_attribute
+from prunekit.discovery.stored_integers import Key, set_attribute
+from prunekit.discovery.trace_setup import uncollected
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.arguments import find_selections
@@ -29,10 +29,10 @@ from prunekit.pruning.compensation import compensate as refit
 from prunekit.pruning.describing import describe
 from prunekit.pruning.dropping import drop, remove_elements, renamed
 from prunekit.pruning.experts import usable
+from prunekit.pruning.part_removal import try_without
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.proving import Change, check_scales, parameters_in, verify
 from prunekit.pruning.recording import own_configurations, record
-from prunekit.pruning.trials import try_without
 from prunekit.pruning.vocabulary import renumber_tokens
 from prunekit.pruning.weights import Keep, copied, fill, replace_parameters, without_weights
 from prunekit.pruning.widths import solve
@@ -40,12 +40,12 @@ from prunekit.pruning.widths import solve
 
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """Everything that changes.
+    """All changes of a cut.
 
     Attributes:
         keep: indices that stay, for every parameter dimension that is cut.
-        values: new values of remembered integers.
-        selections: what modules pick from constants that they are handed.
+        values: new values of stored integers.
+        selections: entries that modules select from constants passed to them.
         dead: bool (n_nodes,), nodes of the trace that go.
         gone: elements of lists of modules that lose all their parameters, such as the norm of one head.
         tokens: token ids that stay, and how many there were; None where the vocabulary is left alone.
@@ -60,7 +60,7 @@ class _Cut:
 
 
 class _Proof(NamedTuple):
-    """A cut that was made on a copy without weights, and proved there.
+    """A cut that was tried and checked on a copy without weights.
 
     Attributes:
         groups: of the uncut model.
@@ -78,7 +78,7 @@ class _Proof(NamedTuple):
 
 
 class _Pruned(NamedTuple):
-    """A smaller model, and what a re-fit of it needs.
+    """A smaller model, with the data for a re-fit.
 
     Attributes:
         small: the model.
@@ -101,7 +101,7 @@ def prune(
     held_out: Tensor | None = None,
     measure: bool = True,
 ) -> nn.Module:
-    """A smaller model that computes what `model` computes with the removed units zeroed.
+    """Returns a smaller model that computes the same as `model` with the removed units at zero.
 
     The cut is first made on a copy without weights, which is traced again and must have the partition of
     the full model restricted to the survivors; only then are weights sliced.
@@ -117,8 +117,8 @@ def prune(
         fit: what of it, as in `prunekit.compensate`: `"weights"`, `"bias"` or `"both"`.
         held_out: integers (n, seq_len) on which the loss is measured before and after, about 1,024 of these tokens;
             `calibration_set(..., held_out=True)` draws some. None takes windows that the plan's scores (or else the
-            re-fit) were computed from, where there are some; where there are none, nothing is measured.
-        measure: whether to measure at all; nothing warns of a ruined model then.
+            re-fit) were computed from; without them nothing is measured.
+        measure: whether to measure the loss; without it there is no warning of damage.
 
     Returns:
         The smaller model. Its configuration says the widths left, where they are alike in all layers and the family has
@@ -152,7 +152,7 @@ def prune(
 
 
 def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """The model itself, cut: as `prune`, in place, with nothing measured and its configuration left to `describe`."""
+    """Cut a model in place, without measuring the loss or writing its configuration."""
     return _prune(model, plan, True).small
 
 
@@ -209,7 +209,7 @@ def _carry_out(model: nn.Module, proof: _Proof, inplace: bool) -> nn.Module:
 
 
 def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> _Pruned:
-    """Take whole layers and blocks out first; what else the plan says is cut from what is left.
+    """Remove whole layers and blocks first; then cut the rest of the plan.
 
     All of it is tried on a copy that shares the weights, so that nothing is changed where a proof fails.
     """
@@ -231,7 +231,7 @@ def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: Prunin
 
 
 def _what_is_left(plan: PruningPlan, moved: dict[str, str]) -> PruningPlan:
-    """The groups that are cut and do not go whole, as they are called then."""
+    """The partly cut groups, under their new names."""
     cut = {name: units for name, units in plan.keep.items() if 0 < len(units) < plan.n_units[name]}
     n_units = {renamed(name, moved): plan.n_units[name] for name in cut}
     return replace(plan, keep={renamed(name, moved): units for name, units in cut.items()}, n_units=n_units)
@@ -258,7 +258,7 @@ def _check_plan(groups: Groups, plan: PruningPlan) -> None:
     gone = [name.rpartition(":")[0] for name, units in plan.keep.items() if not units]
     for name, units in plan.keep.items():
         if units and len(units) < known[name] and any(re.match(rf"{re.escape(path)}[.:]", name) for path in gone):
-            raise PrunekitError(f"the plan cuts {name!r}, which goes whole; leave one of the two out of the plan")
+            raise PrunekitError(f"the plan both cuts and removes {name!r}; leave one of the two out of the plan")
 
 
 def _cut(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> _Cut:

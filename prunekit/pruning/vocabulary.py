@@ -1,4 +1,4 @@
-"""What else changes when tokens go: their new numbers stand in configurations."""
+"""Updates token ids in configurations after tokens are removed."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -70,7 +70,7 @@ def renumber(config: Any, new: Mapping[int, int], n_before: int, n_after: int) -
 
 
 def _name(config: Any, field: str, tokens: Any) -> None:
-    """Let a field name these tokens, or none."""
+    """Set a field to these tokens, or to None."""
     try:
         setattr(config, field, tokens)
     except StrictDataclassFieldValidationError:
@@ -78,7 +78,7 @@ def _name(config: Any, field: str, tokens: Any) -> None:
 
 
 def _listed(value: list[Any], new: Mapping[int, int], in_a_row: bool) -> list[Any] | None:
-    """A list of tokens, or of lists of them; None where nothing of it is left."""
+    """A list of tokens, or of lists of them; None if all are removed."""
     if any(isinstance(entry, list) for entry in value):
         return [entry for inner in value if (entry := _listed(inner, new, in_a_row))] or None
     found = [new[token] for token in value if token in new]

@@ -1,4 +1,4 @@
-"""Copies of a model without its weights, and the slices of weights that stay."""
+"""Copies a model without weights, and slices the weights that stay."""
 
 import copy
 from typing import Any
@@ -43,7 +43,7 @@ def without_weights(model: nn.Module, keep: Keep) -> nn.Module:
 
 
 def fill(skeleton: nn.Module, model: nn.Module, keep: Keep, moved: dict[str, str]) -> nn.Module:
-    """Give a model without weights those that stay, wherever its parameters are held.
+    """Fill a model without weights with the slices that stay.
 
     Args:
         skeleton: what `without_weights` gave, changed in place.
@@ -60,7 +60,7 @@ def fill(skeleton: nn.Module, model: nn.Module, keep: Keep, moved: dict[str, str
 
 
 def replace_parameters(model: nn.Module, keep: Keep) -> None:
-    """Put smaller parameters where those that are cut stand, in place."""
+    """Replace cut parameters by smaller ones, in place."""
     kept = _per_parameter(keep)
     small = {id(p): _slice(p, kept[name]) for name, p in model.named_parameters() if name in kept}
     for module in model.modules():

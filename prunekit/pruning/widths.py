@@ -1,15 +1,15 @@
-"""New values for the integers that modules remember, solved from what survives."""
+"""Solves for new values of integers that modules store, from the remaining channels."""
 
 from torch import Tensor
 
+from prunekit.discovery.integer_positions import SHAPE, Equation
 from prunekit.discovery.labelling import Trace
-from prunekit.discovery.remembered import Attribute, Key
-from prunekit.discovery.watching import SHAPE, Equation
+from prunekit.discovery.stored_integers import Attribute, Key
 from prunekit.errors import PrunekitError
 
 
 def solve(before: Trace, dead: Tensor) -> dict[Key, int]:
-    """Values that make every sighting of a remembered integer equal to what survives there.
+    """Values that make every use of a stored integer equal to the remaining size there.
 
     Args:
         before: trace of the uncut model.
@@ -64,14 +64,14 @@ def _proportional(attribute: Attribute, equation: Equation, target: int, fits: l
 
 
 def _settle_together(equation: Equation, target: int, known: dict[Key, int]) -> None:
-    """Several open attributes: they stay as they are if that fits, else nothing says which one changes."""
+    """Several unknown attributes: keep their values if these fit, else raise an error."""
     if equation.expression.evaluate(known) == target:
         known.update({a.key: a.value for a in _open(equation, known)})
         return
     names = ", ".join(".".join(filter(None, a.key)) for a in _open(equation, known))
     raise PrunekitError(
         f"{equation.where or 'the model'} computes a width from {names}; which of them must change to give {target} "
-        "cannot be told, so nothing was cut; keep all units there"
+        "are unknown, so nothing was cut; keep all units there"
     )
 
 

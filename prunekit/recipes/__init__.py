@@ -1,4 +1,4 @@
-"""Recipes: one published system a page, made of the primitives."""
+"""Recipes: published pruning systems built from the primitives, one per module."""
 
 from prunekit.recipes.accuracy_predictor import accuracy_predictor
 from prunekit.recipes.hywia import hywia

@@ -1,4 +1,4 @@
-"""Pruning via an accuracy predictor (Ji et al., arXiv 2309.09507): the architecture is searched, not given."""
+"""Pruning via an accuracy predictor (Ji et al., arXiv 2309.09507): search for the best architecture."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ IMPORTANCES = ("taylor", "taylor-vector", "l2")  # kinds that the space may choo
 
 
 class Searched(NamedTuple):
-    """What the recipe returns.
+    """The result of the recipe.
 
     Attributes:
         model: the smaller one, recovered where there were data to recover with.
@@ -61,30 +61,30 @@ def accuracy_predictor(
     data: Tensor | TextSource | None = None,
     recovery: LoRA | None = None,
 ) -> Searched:
-    """Space, pairs, predictor, refinement, the best of what it expects really measured; top 1, recovered.
+    """Prunes by a search with an accuracy predictor: sample, fit, refine, measure the best, recover.
 
     Args:
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         tokenizer: its tokenizer.
         calib: integers (n_samples, seq_len), for the scores.
         budgets: fraction of all parameters that goes, or budgets such as `[latency_table(model, groups).at_most(12)]`.
         text: on which the perplexity of architectures is measured, apart from that on which they are judged in the end;
             None is the embedded world's validation text.
         importances: names or importances that are chosen from.
-        whole_layers: layers that may go whole, at most.
+        whole_layers: how many whole layers may be removed, at most.
         start_known: measure even shares and global selection by each importance first.
         n_pairs: architectures of the first round. The paper has 525 in all.
         n_rounds: rounds in which the predictor proposes.
         top_k: architectures that each of these measures.
         trees: how the predictor learns.
-        seed: of all chance.
+        seed: random seed.
         folder: where the journal is kept, from which a search goes on.
         n_jobs: worker processes.
         data: to recover with, as for `recover`; None leaves the model untuned.
         recovery: how; None is LLM-Pruner's LoRA, `LoRA.paper()`.
 
     Returns:
-        The smaller model, its plan, what was found, and the space that it was found in.
+        The smaller model, its plan, the search result, and the space.
 
     Raises:
         PrunekitError: what `PlanSpace`, `search_space` and `recover` raise.

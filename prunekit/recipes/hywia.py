@@ -22,7 +22,7 @@ class Fused(NamedTuple):
     Attributes:
         model: the smaller one, recovered where there were data to recover with.
         plan: by which it was cut.
-        scores: fused; `scores.weight_table()` has the weights of both estimates, one row a group.
+        scores: fused; `scores.weight_table()` has the weights of both estimates, one row per group.
     """
 
     model: Any
@@ -42,10 +42,10 @@ def hywia(
     tokenizer: Any = None,
     recovery: LoRA | None = None,
 ) -> Fused:
-    """Group, estimate twice, fuse adaptively, sort, prune, recover.
+    """Prunes as HyWIA does: two estimates per group, adaptive fusion, plan, prune, recover.
 
     Args:
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         calib: integers (n_samples, seq_len).
         pruning_ratio: what goes of the heads and FFN channels of `layers`.
         rule: how the weights of a group's two estimates are found, as in `fuse`.
@@ -63,7 +63,7 @@ def hywia(
 
     Source: the paper's four steps. Reconstructed: the fusion rule, which the paper does not write out.
     """
-    HyWIA(rule, order)  # refuses what is none before anything is computed
+    HyWIA(rule, order)  # checks it before anything is computed
     check_options(pruning_ratio, of="units")
     groups = discover(model)
     spared = spared_layers(groups, layers)

@@ -20,7 +20,7 @@ ELEMENT1 = Taylor("element", "first")
 
 
 class Pruned(NamedTuple):
-    """What a recipe returns.
+    """The result of a recipe.
 
     Attributes:
         model: the smaller one, recovered where there were data to recover with.
@@ -50,7 +50,7 @@ def llm_pruner(
     """Prune as LLM-Pruner does, and recover. `evaluate(small, tokenizer)` measures as the paper does.
 
     Args:
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         calib: integers (n_samples, seq_len), in the paper 10 samples of 64 tokens; None where `importance` reads none.
         pruning_ratio: what goes of the heads and FFN channels of `layers` (block), of the hidden channels (channel),
             of the layers (layer).
@@ -65,8 +65,8 @@ def llm_pruner(
         normalize: `"loss"` makes the scores of any importance comparable for `"global"`, as in `score`.
         n_steps: steps of equal size, with scores refreshed between them.
         modern: in block mode, this package's way in place of the paper's: scores by `Curvature`, layers that compete,
-            none spared, and what is left re-fitted on `calib`. `pruning_ratio` is then of all heads' and FFN channels'
-            parameters (of `plan`, it is of the whole model's).
+            none protected, and consumer layers re-fitted on `calib`. `pruning_ratio` is then of all heads' and FFN
+            channels' parameters (of `plan`, it is of the whole model's).
         data: to recover with, as for `recover`; None leaves the model untuned.
         tokenizer: needed where `data` is text.
         recovery: how; None is the paper's, `LoRA.paper()`.
@@ -144,7 +144,9 @@ def spared_layers(groups: Groups, layers: Iterable[int] | None) -> list[int]:
         raise PrunekitError(f"layers={layers!r} is no list; give one, such as layers=range(4, 30)")
     chosen = {every[i] for i in middle_layers(len(every))} if layers is None else set(layers)
     if unknown := chosen - set(every):
-        raise PrunekitError(f"layers={sorted(unknown)} are none of this model's {len(every)}; give some of those")
+        raise PrunekitError(
+            f"layers={sorted(unknown)} are not among this model's {len(every)} layers; give numbers from those"
+        )
     return [layer for layer in every if layer not in chosen]
 
 

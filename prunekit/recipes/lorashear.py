@@ -1,4 +1,4 @@
-"""LoRAShear (Chen et al., arXiv 2310.18356): find where knowledge lies, prune progressively, tune on what was lost."""
+"""LoRAShear (Chen et al., arXiv 2310.18356): knowledge distribution, progressive pruning, dynamic fine-tuning."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,20 +22,20 @@ from prunekit.recovery.progressive import Progressed, prune_progressively, split
 from prunekit.recovery.sources import Source, Sources, join, shuffle
 
 N_ASKED, N_CALIBRATION = 8, 32  # windows of each source, and of all together
-KNOWLEDGE, PRUNING = "knowledge.safetensors", "pruning"  # what stands in the folder
+KNOWLEDGE, PRUNING = "knowledge.safetensors", "pruning"  # names in the folder
 WARMUP = 0.1  # of the steps of progressive pruning
-RATIOS = (0.25, 0.5)  # of a group's units, at which it is asked what the model knows without them
+RATIOS = (0.25, 0.5)  # shares of a group's units that the knowledge distribution ablates
 
 
 class Sheared(NamedTuple):
-    """What the recipe returns.
+    """The result of the recipe.
 
     Attributes:
         model: the smaller one, recovered.
         plan: by which it was cut.
         knowledge: the distribution over the groups of the dense model.
         progress: the progressive pruning: loss curve, and the norms of the units that went.
-        mixture: what was measured and drawn in each round of the dynamic fine-tuning.
+        mixture: log of the dynamic fine-tuning, round by round.
     """
 
     model: Any
@@ -63,10 +63,10 @@ def lorashear(
     shares: tuple[float, float, float] = (0.6, 0.3, 0.1),
     folder: str | Path | None = None,
 ) -> Sheared:
-    """Distribution, protection, progressive pruning with transfer, construction, dynamic fine-tuning.
+    """Prunes as LoRAShear does: knowledge distribution, progressive pruning, dynamic fine-tuning.
 
     Args:
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         tokenizer: its tokenizer.
         sources: pretraining-like text, name → text or tokens. Some windows of each are laid aside: they say where
             knowledge lies and what was lost, and are never trained on.
@@ -76,17 +76,17 @@ def lorashear(
             `prune_progressively`. With the default shares and mixture 40 steps are the least.
         mixture: how sources are weighed.
         gamma: fraction of the groups that stays whole.
-        importance: by which units are silenced for the distribution and chosen at each period's start; None silences
+        importance: by which units are ablated for the distribution and chosen at each period's start; None ablates
             by `Taylor()` and chooses by the paper's proxies.
         n_periods: in which the units go.
         shares: of the steps, for progressive pruning, `sources` and `instructions`.
         folder: where an interrupted run goes on, as far as the end of the pruning; a new one, or one of the same run.
 
     Returns:
-        The smaller model, and what was found on the way.
+        The smaller model and the intermediate results.
 
     Raises:
-        PrunekitError: shares that do not sum to 1, or what the steps raise; arguments are checked before any work.
+        PrunekitError: shares that do not sum to 1, or errors of the steps; arguments are checked first.
 
     Source: Alg. 1 to 5. Reconstructed: the ratios of the distribution and γ, which are not given; see `Mixture` and
         `prune_progressively` for what else.
@@ -139,7 +139,7 @@ def _check(
     stages: Sequence[tuple[Sequence[Source], LoRA]],
     mixture: Mixture,
 ) -> None:
-    """Refuse what would only be refused after hours."""
+    """Raise early for invalid arguments of later steps."""
     check_reals(gamma=(gamma, 0, 1))
     if isinstance(importance, type):
         raise PrunekitError(f"importance is the class {importance.__name__}; give one, such as {importance.__name__}()")
@@ -155,7 +155,7 @@ def _check(
 
 
 def _own(folder: Path) -> Path:
-    """A folder that holds nothing but what this recipe writes."""
+    """A folder that contains only files of this recipe."""
     if folder.is_file():
         raise PrunekitError(f"{str(folder)!r} is a file; give a new folder")
     others = (
@@ -175,7 +175,7 @@ def _distribution(
     importance: Importance,
     folder: Path | None,
 ) -> KnowledgeDistribution:
-    """What each source loses with each group silenced."""
+    """Knowledge distribution over the sources."""
     units = groups.of_kind(*DEFAULT_KINDS)
     asked = {source.name: source.validation[:N_ASKED] for source in sources}
     path = None if folder is None else folder / KNOWLEDGE

@@ -1,4 +1,4 @@
-"""SparseLLM (Bai et al., NeurIPS 2024, arXiv 2402.17946): zeros that see a whole FFN at once."""
+"""SparseLLM (Bai et al., NeurIPS 2024, arXiv 2402.17946): sparsity with a joint objective for each FFN."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from prunekit.sparsity import SparseLLM, SparsityReport, sparsify
 
 
 class Sparsified(NamedTuple):
-    """What the recipe returns.
+    """The result of the recipe.
 
     Attributes:
         model: with zeros, recovered where there were data to recover with; its shapes are those it had.
@@ -36,10 +36,10 @@ def sparsellm(
     tokenizer: Any = None,
     recovery: LoRA | FullTuning | None = None,
 ) -> Sparsified:
-    """Layer after layer: attention by SparseGPT, the FFN's matrices and auxiliary variables by turns.
+    """Sparsifies layer by layer: attention by SparseGPT, FFNs by SparseLLM's alternation.
 
     Args:
-        model: the dense model; it is left alone.
+        model: the dense model; unchanged.
         calib: integers (n_samples, seq_len). The paper has 128 samples of 2048 tokens of C4, the released code 64 or
             32 samples.
         sparsity: fraction of zeros in each matrix, or `"2:4"`.

@@ -1,12 +1,12 @@
-"""Training after pruning, and while pruning."""
+"""Recovery: training after pruning, and progressive pruning during training."""
 
+from prunekit.recovery.fine_tuning import recover
 from prunekit.recovery.full import FullTuning
 from prunekit.recovery.lhspg import LHSPG, importance_saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA
 from prunekit.recovery.mixture import Mixture, MixtureLog, recover_on_mixture
 from prunekit.recovery.progressive import Progressed, prune_progressively
-from prunekit.recovery.recovering import recover
 
 __all__ = [
     "FullTuning",

@@ -1,4 +1,4 @@
-"""Recovery data: whatever somebody has → windows of tokens."""
+"""Recovery data: turns text or tokens into windows of tokens."""
 
 from itertools import chain, islice
 from typing import Any
@@ -15,12 +15,12 @@ from prunekit.text import DOCUMENT_SEPARATOR, JOINT, leading_bos, tokenize, whol
 def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int, *, enough: int | None = None) -> Tensor:
     """Tokens to train on, as windows of one length.
 
-    Documents are joined and cut into windows side by side; what is left over at the end is dropped. BOS stands first
+    Documents are joined and cut into windows side by side; the rest at the end is dropped. BOS stands first
     in every window where the tokenizer adds it by itself, and nowhere else.
 
     Args:
-        data: integers (n, length), taken as they are; or anything that `prunekit.documents.documents_of` reads.
-        tokenizer: needed where `data` is text. Without it token ids are joined as they are.
+        data: integers (n, length), used as they are; or anything that `prunekit.documents.documents_of` reads.
+        tokenizer: needed if `data` is text. Without it token ids are joined as they are.
         seq_len: length of a window, BOS included, at least 2; not used where `data` is a tensor.
         enough: windows that are needed, for data that is streamed: it is read so far, and no further. None reads all.
 

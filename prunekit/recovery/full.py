@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter is trained where it lies."""
+"""Full fine-tuning: trains every parameter."""
 
 import math
 import warnings
@@ -13,7 +13,7 @@ from prunekit.recovery.settings import TrainingSettings
 
 @dataclass(frozen=True)
 class FullTuning(TrainingSettings):
-    """How to recover by training all parameters, with AdamW; `LoRA` needs far less memory.
+    """Settings of full fine-tuning with AdamW; `LoRA` needs far less memory.
 
     Beside the weights it takes three more numbers for each of them: its gradient, and AdamW's two means.
 
@@ -46,7 +46,7 @@ class FullTuning(TrainingSettings):
 
 
 def train_all(model: nn.Module) -> None:
-    """Let every parameter be trained.
+    """Make every parameter trainable.
 
     Raises:
         PrunekitError: one that cannot be: no floating-point number, or float16, whose squared gradients vanish.

@@ -1,4 +1,4 @@
-"""LHSPG: LoRA half-space projected gradient, a torch optimiser at whose end chosen units are exactly zero."""
+"""LHSPG (LoRA half-space projected gradient): a torch optimiser that shrinks chosen units to exactly zero."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -13,23 +13,23 @@ from prunekit.compat import adamw_step
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.importance import Importance, score
-from prunekit.importance.lora import lora_saliency
+from prunekit.importance.lora_importance import lora_saliency
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import plan_without
-from prunekit.recovery.choosing import check_wanted, lowest_units
 from prunekit.recovery.lora_units import as_units, lora_pairs, units_of
+from prunekit.recovery.unit_choice import check_wanted, lowest_units
 
 PREFIX = "base_model.model."  # of every name inside a peft model
 Saliency = Callable[["LHSPG"], Mapping[str, Tensor]]
 
 
 def update_saliency(optimizer: "LHSPG") -> Mapping[str, Tensor]:
-    """The released proxies, of the weights as they stand and the update learned since the last merge."""
+    """Saliency of the released code, from the present weights and the update since the last merge."""
     return lora_saliency({group.name: group.statistics() for group in optimizer.units})
 
 
 def importance_saliency(importance: Importance, calib: Tensor | None) -> Saliency:
-    """Any importance as saliency, asked of the model as training has left it, update included.
+    """Any importance as saliency, computed on the model in training, update included.
 
     Args:
         importance: such as `Taylor()`.
@@ -39,15 +39,15 @@ def importance_saliency(importance: Importance, calib: Tensor | None) -> Salienc
 
 
 class LHSPG(torch.optim.AdamW):
-    """Train A and B while units go: warm-up, then periods in which some shrink until the projection leaves zeros.
+    """Trains A and B while units shrink to zero: a warm-up, then periods with a projection.
 
     A and B follow AdamW. At the end of the warm-up and of every period but the last, the least salient units still
     important become redundant; through the next period each step shrinks them, and takes their own part of B·A up
     into their weights. At a period's end they are exactly zero by the half-space projection (no top-k follows), and
-    the update of all other units is merged into the weights, which is how what the redundant ones knew is transferred.
+    the update of all other units is merged into the weights, which transfers knowledge from the redundant units.
     Steps after the last period train on, with the zeros held.
 
-    It works where an optimiser does: in a loop of one's own, in the Trainer, under accelerate. `state_dict` holds the
+    It works where an optimiser does: in a loop of your own, in the Trainer, under accelerate. `state_dict` holds the
     weights that it changes as well, since checkpoints of adapters do not.
 
     Example::
@@ -89,7 +89,7 @@ class LHSPG(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
     ) -> None:
-        """Look at an adapted model; nothing changes before the first step.
+        """Takes an adapted model; nothing changes before the first step.
 
         Args:
             model: a peft model with one plain LoRA adapter.
@@ -98,7 +98,7 @@ class LHSPG(torch.optim.AdamW):
             warmup_steps: steps before the first units are chosen, 0 or more.
             period_steps: steps a period, at least 1.
             n_periods: periods, at least 1; they share the units out evenly.
-            saliency: what is asked at the end of the warm-up and of each period: this optimiser → group name →
+            saliency: called at the end of the warm-up and of each period: this optimiser → group name →
                 (n_units,), higher means keep. `importance_saliency(Taylor(), calib)` asks any importance.
             epsilon: of the half-space, in [0, 1).
             min_units: units that every group keeps.
@@ -135,20 +135,20 @@ class LHSPG(torch.optim.AdamW):
 
     @property
     def finished(self) -> bool:
-        """Whether all redundant units are zero, as many as were asked for."""
+        """Whether all requested units are zero."""
         return self._n_turns > self.n_periods
 
     @property
     def redundant(self) -> dict[str, list[int]]:
-        """Group name → ascending units that are zero or on their way there."""
+        """Group name → redundant units (zero or shrinking), ascending."""
         return {g.name: sorted(u for period in self._periods for u in period.get(g.name, [])) for g in self.units}
 
     def plan(self, groups: Groups, notes: Mapping[str, Any] | None = None) -> PruningPlan:
-        """The plan by which the redundant units go.
+        """The plan that removes the redundant units.
 
         Args:
             groups: of the model without adapters, as `discover` finds them after the merge.
-            notes: how it came about, for the reader.
+            notes: notes on how the plan was made.
 
         Raises:
             PrunekitError: not all units are zero yet, or groups of another model.
@@ -159,7 +159,7 @@ class LHSPG(torch.optim.AdamW):
         return plan_without(groups, gone, {"importance": "LHSPG", **(notes or {})})
 
     def history(self) -> pd.DataFrame:
-        """One row a redundant unit and step: period (from 1), step (of the whole training), group, unit, norm (‖x‖)."""
+        """One row per redundant unit and step: period (from 1), step (of all training), group, unit, norm (‖x‖)."""
         tables = []
         for number, (taken, norms) in enumerate(zip(self._periods, self._norms, strict=True)):
             start = self.warmup_steps + number * self.period_steps
@@ -200,7 +200,7 @@ class LHSPG(torch.optim.AdamW):
             )
 
     def _shrink(self) -> None:
-        """The redundant units of this period one step on, those of earlier ones held at zero."""
+        """Advance this period's redundant units by one step, and keep earlier ones at zero."""
         done = self.n_steps - self.warmup_steps
         self._hold()
         if 0 < done <= self.n_periods * self.period_steps:
@@ -210,7 +210,7 @@ class LHSPG(torch.optim.AdamW):
             self._norms[-1][self.period_steps - remaining + 1] = torch.cat([*norms, torch.zeros(0)])
 
     def _turn_if_due(self) -> None:
-        """At a boundary: ask for saliency while the update is there to be seen, merge it, name the next units.
+        """At a period's boundary: compute saliency, merge the update, choose the next units.
 
         Nothing has changed where saliency is refused or interrupted, and the next step asks again.
         """
@@ -242,30 +242,30 @@ class LHSPG(torch.optim.AdamW):
         self._norms.append(norms)
 
     def _hold(self) -> None:
-        """Units that are zero stay so: AdamW's momentum would move their A and B."""
+        """Keep zero units at zero: AdamW's momentum would move their A and B."""
         for taken in self._periods:
             for group in self.units:
                 if group.name in taken:
                     group.silence_lora(as_units(taken[group.name]))
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state, and under `"lhspg"` how far the units are, with the weights that are changed on the way."""
+        """AdamW's state, and under `"lhspg"` the progress of the units and the changed weights."""
         own = {"n_steps": self.n_steps, "n_turns": self._n_turns, "periods": self._periods, "norms": self._norms}
         return {**super().state_dict(), "lhspg": {**own, "run": self._run(), "weights": self._weights()}}
 
     def _run(self) -> dict[str, Any]:
-        """What must be the same where a state is taken up."""
+        """Identity that a resumed state must match."""
         schedule = {name: getattr(self, name) for name in ("warmup_steps", "period_steps", "n_periods", "min_units")}
         return {**schedule, "wanted": self.wanted, "groups": {group.name: group.n_units for group in self.units}}
 
     def _weights(self) -> list[Tensor]:
-        """All that is changed beside A and B, each tensor once."""
+        """All tensors changed besides A and B, each once."""
         owned = [owned.tensor for group in self.units for owned in group.weights]
         return [tensor.data for tensor in dict.fromkeys([*owned, *(pair.weight for pair in self._pairs.values())])]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, weights included.
+        """Resume from a `state_dict`, weights included.
 
         Raises:
             PrunekitError: the state of another optimiser, schedule, model or other groups; nothing is changed then.
@@ -273,7 +273,8 @@ class LHSPG(torch.optim.AdamW):
         own, here = state_dict.get("lhspg"), self._weights()
         if own is None or own["run"] != self._run() or [t.shape for t in own["weights"]] != [t.shape for t in here]:
             raise PrunekitError(
-                "this is no state of an LHSPG over these groups with this schedule; give what its state_dict() returned"
+                "this is not a state of an LHSPG with these groups and this schedule; give what its state_dict() "
+                "returned"
             )
         try:
             super().load_state_dict({name: value for name, value in state_dict.items() if name != "lhspg"})

@@ -1,4 +1,4 @@
-"""The loss curve of a recovery, as a plain value."""
+"""The training log of a recovery."""
 
 import json
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from prunekit.files import read_text, write_text
 
 @dataclass(frozen=True)
 class RecoveryLog:
-    """What training said, one entry an optimiser step.
+    """Training log, one entry per optimiser step.
 
     Attributes:
-        losses: training loss of each step's batch, nats a token.
+        losses: training loss of each step's batch, nats per token.
         learning_rates: learning rate of each step.
         n_tokens: tokens in the recovery data.
         trainable: parameters that were trained.
@@ -33,13 +33,13 @@ class RecoveryLog:
     loss_change: LossChange | None = None
 
     def table(self) -> pd.DataFrame:
-        """One row a step: step (from 1), loss, learning_rate."""
+        """One row per step: step (from 1), loss, learning_rate."""
         steps = range(1, len(self.losses) + 1)
         return pd.DataFrame({"step": steps, "loss": self.losses, "learning_rate": self.learning_rates})
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Mean loss of the first and of the last tenth of the steps, since single batches jump."""
+        """Mean loss of the first and of the last tenth of the steps, since single batches vary."""
         n = max(1, len(self.losses) // 10)
         return sum(self.losses[:n]) / n, sum(self.losses[-n:]) / n
 
@@ -51,10 +51,10 @@ class RecoveryLog:
 
     @classmethod
     def load(cls, path: str | Path) -> "RecoveryLog":
-        """Read what `save` wrote.
+        """Read a log that `save` wrote.
 
         Raises:
-            PrunekitError: there is no such file, or it holds no such log.
+            PrunekitError: the file is missing, or it holds no such log.
         """
         try:
             return cls.from_dict(json.loads(read_text(path, "RecoveryLog.save")))
@@ -63,7 +63,7 @@ class RecoveryLog:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":
-        """The log that `to_dict` wrote down."""
+        """The log from the form of `to_dict`."""
         curves = {name: tuple(fields[name]) for name in ("losses", "learning_rates")}
         change = fields.get("loss_change")
         return cls(**{**fields, **curves, "loss_change": None if change is None else LossChange.from_dict(change)})

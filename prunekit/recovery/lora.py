@@ -1,4 +1,4 @@
-"""LoRA recovery: low-rank updates of the surviving projections, merged into them at the end."""
+"""LoRA recovery: trains low-rank updates of the projections and merges them at the end."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRA(TrainingSettings):
-    """How to recover by low-rank adaptation: W + (alpha / r)·B·A, with A and B trained.
+    """Settings of low-rank adaptation: W + (alpha / r)·B·A, with A and B trained.
 
     Rank, alpha, dropout and targets are LLM-Pruner's. Learning rate, batch and warm-up suit small models
     and some hundred thousand tokens; `LoRA.paper()` has the paper's, for billions of parameters.
@@ -152,7 +152,7 @@ def _ends(name: str, end: str) -> bool:
 
 
 def _refuse_tied(model: nn.Module, names: list[str]) -> None:
-    """Merging into a shared weight would change its other user too."""
+    """Raise an error for shared weights: a merge would change their other users too."""
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

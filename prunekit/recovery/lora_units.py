@@ -1,4 +1,4 @@
-"""The units of a model with LoRA attached: what each owns of the weights, and of the pairs that update those.
+"""Units of a model with LoRA: the slices that each unit owns of weights, and of A and B.
 
 A pair A, B is one composed unit with its weight: removing an output takes rows of W and of B, removing an input takes
 columns of W and of A (LoRAShear, Alg. 2). The ranks in between stay.
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.importance.lora import UpdateStatistics
-from prunekit.sparsity.keeping import plain_lora_weight
+from prunekit.importance.lora_importance import UpdateStatistics
+from prunekit.sparsity.zero_masks import plain_lora_weight
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """A weight and the pair that updates it by γ·B·A.
+    """A weight and its LoRA pair, which updates it by γ·B·A.
 
     Attributes:
         weight: name of the weight in `named_parameters()`.
@@ -42,7 +42,7 @@ class LoraPair:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Move the whole update into the weight; what the model computes stays."""
+        """Merge the update into the weight; the model's function stays the same."""
         whole = self.scale * (self.b @ self.a)
         self.weight.add_((whole.T if self.transposed else whole).to(self.weight.dtype))
         self.b.zero_()
@@ -75,7 +75,7 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
 
 @dataclass(frozen=True)
 class _Owned:
-    """What the units of a group own of one tensor: `index` (n_units, width) along `dim`."""
+    """Slices that the units of a group own of one tensor: `index` (n_units, width) along `dim`."""
 
     tensor: nn.Parameter
     dim: int
@@ -83,11 +83,11 @@ class _Owned:
     pair: LoraPair | None = None
 
     def rows(self, units: Tensor) -> Tensor:
-        """One row of numbers a unit, (n, width · rest)."""
+        """The values of each unit, one row per unit, (n, width · rest)."""
         return self.tensor.index_select(self.dim, self._at(units)).movedim(self.dim, 0).reshape(len(units), self._row)
 
     def updates(self, units: Tensor) -> Tensor | None:
-        """γ·B·A there, (n, width · rest); None where no pair updates the tensor."""
+        """The update γ·B·A of each unit, (n, width · rest); None if the tensor has no LoRA pair."""
         if self.pair is None:
             return None
         return self.pair.update(self.dim, self._at(units)).reshape(len(units), self._row)
@@ -120,8 +120,8 @@ class GroupUnits:
         name: of the group.
         kind: of the group.
         n_units: how many there are.
-        weights: what they own of x, the weights that LoRA leaves frozen.
-        lora: what they own of A and B.
+        weights: slices of x, the frozen weights.
+        lora: slices of A and B.
     """
 
     name: str
@@ -146,7 +146,7 @@ class GroupUnits:
 
     @torch.no_grad()
     def shrink(self, units: Tensor, remaining: int, epsilon: float) -> Tensor:
-        """One step of the projection: take up the update, step towards zero, fall on it behind the half-space.
+        """One projection step: add the update, step towards zero, and set to zero outside the half-space.
 
         Args:
             units: int64 (n,), those that are to end at zero.
@@ -175,7 +175,7 @@ class GroupUnits:
 
     @torch.no_grad()
     def silence_lora(self, units: Tensor) -> None:
-        """Rows of B and columns of A to zero, so that training does not bring the units back."""
+        """Set rows of B and columns of A to zero, so that training does not restore the units."""
         for owned in self.lora:
             owned.silence(units)
 
@@ -198,7 +198,7 @@ def units_of(model: nn.Module, groups: Iterable[CoupledGroup]) -> tuple[GroupUni
 
 
 def _check_apart(groups: list[CoupledGroup]) -> None:
-    """Refuse units of one group that own what units of another do."""
+    """Raise an error for groups whose units own the same weights."""
     seen: dict[tuple[str, int], tuple[str, Tensor]] = {}
     for group in groups:
         for member in group.members:

@@ -1,4 +1,4 @@
-"""Dynamic fine-tuning: training text is drawn most from the sources on which the pruned model lost most."""
+"""Dynamic fine-tuning: draws more training text from sources on which the pruned model lost more."""
 
 import copy
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from prunekit.calibration import check_finite, mean_loss
 from prunekit.checks import check_integers, is_real
 from prunekit.errors import PrunekitError
+from prunekit.recovery.fine_tuning import recover
 from prunekit.recovery.full import FullTuning
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, check_method
-from prunekit.recovery.recovering import recover
 from prunekit.recovery.settings import TrainingSettings
 from prunekit.recovery.sources import Source, Sources, join, open_sources, shuffle
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How the sizes of sources follow what was lost on them: n_s = N·[(1 - β)·softmax(Δ_s/τ) + β/S].
+    """Settings of the mixture; the size of a source grows with its loss gap: n_s = N·[(1 - β)·softmax(Δ_s/τ) + β/S].
 
     Attributes:
         n_rounds: trainings, each on a mixture measured anew.
-        uniform_share: β in [0, 1], what is drawn alike from all S sources; 1 is uniform sampling, the control.
-        temperature: τ in nats a token; the smaller, the more the worst source gets.
+        uniform_share: β in [0, 1], the share drawn uniformly from all S sources; 1 is uniform sampling, the control.
+        temperature: τ in nats per token; the smaller, the more the worst source gets.
         n_validation: windows of each source that are only measured, never trained on; at most a fifth of it.
         seed: which windows are drawn.
 
@@ -54,7 +54,7 @@ class Mixture:
         if not is_real(share) or not 0 <= share <= 1:
             raise PrunekitError(f"uniform_share={share!r} is not allowed; give a number from 0 to 1 (all alike)")
         if not is_real(temperature) or temperature <= 0:
-            raise PrunekitError(f"temperature={temperature!r} is not allowed; give a number above 0, in nats a token")
+            raise PrunekitError(f"temperature={temperature!r} is not allowed; give a number above 0, in nats per token")
 
     def shares(self, gaps: Tensor) -> Tensor:
         """Share of each source from its gap in nats, (n_sources,); they sum to 1."""
@@ -63,7 +63,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class MixtureLog:
-    """What was measured and drawn, round by round.
+    """Log of a mixture: gaps and windows drawn in each round.
 
     Attributes:
         rows: one a round and source; see `table`. The last round only measures.
@@ -72,11 +72,11 @@ class MixtureLog:
     rows: tuple[dict[str, Any], ...]
 
     def table(self) -> pd.DataFrame:
-        """Columns round (from 1), source, dense and loss (nats a token), gap (their difference), share, n_windows."""
+        """Columns round (from 1), source, dense and loss (nats per token), gap (their difference), share, n_windows."""
         return pd.DataFrame(self.rows)
 
     def __add__(self, other: "MixtureLog") -> "MixtureLog":
-        """Another stage after this one; its rounds count on."""
+        """This log followed by another stage, whose rounds are renumbered."""
         last = max((row["round"] for row in self.rows), default=0)
         return MixtureLog(self.rows + tuple({**row, "round": row["round"] + last} for row in other.rows))
 
@@ -86,7 +86,9 @@ class MixtureLog:
         table = self.table()
         first, last = (table[table["round"] == n]["gap"].mean() for n in (1, table["round"].max()))
         n_rounds, n_sources = (table.groupby("round")["n_windows"].sum() > 0).sum(), table["source"].nunique()
-        return f"MixtureLog({n_rounds} rounds over {n_sources} sources; mean gap {first:.3f} → {last:.3f} nats a token)"
+        return (
+            f"MixtureLog({n_rounds} rounds over {n_sources} sources; mean gap {first:.3f} → {last:.3f} nats per token)"
+        )
 
     def _repr_html_(self) -> str:
         table = self.table().pivot(index="source", columns="round", values="gap").to_html() if self.rows else ""
@@ -104,7 +106,7 @@ def recover_on_mixture(
     tokenizer: Any = None,
     inplace: bool = False,
 ) -> "PreTrainedModel":
-    """Recover in rounds: measure what is lost on each source, draw the next training text accordingly, train.
+    """Recovers a model in rounds: measures the gap on each source, draws training text by it, and trains.
 
     Args:
         model: the pruned model.
@@ -187,7 +189,7 @@ def _measure(
     number: int,
     n_windows: int,
 ) -> list[dict[str, Any]]:
-    """One row a source: what it lost, and how many windows are drawn of it."""
+    """One row per source: its gap and the number of windows drawn."""
     losses = [mean_loss(model, source.validation) for source in sources]
     gaps = torch.tensor(losses, dtype=torch.float64) - torch.tensor(dense, dtype=torch.float64)
     shares = mixture.shares(gaps)
@@ -200,7 +202,7 @@ def _measure(
 
 
 def _whole(shares: Tensor, total: int) -> list[int]:
-    """Shares of a number as integers that sum to it: the largest remainders are rounded up."""
+    """Split a number into integers by shares, rounding up the largest remainders."""
     exact = shares * total
     counts = exact.floor()
     missing = total - int(counts.sum())

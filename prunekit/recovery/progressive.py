@@ -1,4 +1,4 @@
-"""Progressive pruning: units shrink to zero while LoRA trains, and what they knew moves into the others."""
+"""Progressive pruning: units shrink to zero during LoRA training (LHSPG)."""
 
 import copy
 import json
@@ -26,14 +26,14 @@ from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, check_method, detach
 from prunekit.recovery.training import Resume, flags_kept, newest_checkpoint, seeded, train
-from prunekit.sparsity.keeping import TRAINED, renew_report
+from prunekit.sparsity.zero_masks import TRAINED, renew_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class Progressed(NamedTuple):
-    """What progressive pruning returns.
+    """The result of progressive pruning.
 
     Attributes:
         model: of the shape that it had, with zeros; `prune(model, plan)` computes the same and is smaller. Its
@@ -55,10 +55,10 @@ class Progressed(NamedTuple):
         return f"<p>{self!r}</p>{self.before_the_end().to_html(float_format='{:.3f}'.format)}"
 
     def before_the_end(self) -> pd.DataFrame:
-        """How large the units still were one step before each period's end, against its start.
+        """Norms of the redundant units at the start and one step before the end of each period.
 
         Returns:
-            One row a period: period, units, start and before_end (mean norms), share (before_end / start, mean over
+            One row per period: period, units, start and before_end (mean norms), share (before_end / start, mean over
             units), largest_share.
         """
         rows = []
@@ -84,10 +84,10 @@ def prune_progressively(
     tokenizer: Any = None,
     folder: str | Path | None = None,
 ) -> Progressed:
-    """Train with LoRA while units go period by period, until they are exactly zero (LHSPG).
+    """Prunes progressively: trains with LoRA while units shrink to exactly zero, period by period (LHSPG).
 
     Args:
-        model: a causal LM; it is left alone. Zeros of single weights, as `sparsify` makes them, are filled.
+        model: a causal LM; unchanged. Zeros of single weights, as `sparsify` makes them, are filled.
         pruning_ratio: fraction of all the model's parameters that is to go, met within 0.5% or refused. Heads and FFN
             channels give up the same share; which layers lose them is up to saliency.
         data: as for `recover`.
@@ -175,7 +175,7 @@ def _train(adapted: Any, tokens: Tensor, method: LoRA, optimizer: LHSPG, resume:
 
 
 def units_for(groups: Groups, pruning_ratio: float) -> dict[str, int]:
-    """How many units of each kind go, so that all kinds give up the same share and the budget is met.
+    """Number of units to remove of each kind, so that all kinds lose the same share and the budget is met.
 
     Args:
         groups: those that may lose units.
@@ -209,10 +209,10 @@ class Steps(NamedTuple):
 
 
 def split_steps(n_steps: int, n_periods: int, warmup: float, rest: float) -> Steps:
-    """How a training's steps are shared out; what does not go into the periods evenly goes to the warm-up.
+    """Split of the training steps into warm-up and periods; the remainder goes to the warm-up.
 
     Raises:
-        PrunekitError: shares that are none, or more periods than steps.
+        PrunekitError: invalid shares, or more periods than steps.
     """
     check_reals(warmup=(warmup, 0, 1), rest=(rest, 0, 1))
     check_integers(n_periods=(n_periods, 1))
@@ -227,12 +227,12 @@ def split_steps(n_steps: int, n_periods: int, warmup: float, rest: float) -> Ste
 
 
 def _plain(name: str) -> str:
-    """A name of the adapted model as the model without adapters has it."""
+    """Parameter name without the adapter's prefixes."""
     return name.removeprefix(PREFIX)
 
 
 def _open(folder: Path, every: int, run: list[Any], tokens: Tensor, model: Any) -> Resume:
-    """A folder for checkpoints, new or of the same run, which a note in it tells.
+    """A folder for checkpoints, new or of the same run; a note in it identifies the run.
 
     Raises:
         PrunekitError: what stands there belongs to another run.

@@ -1,4 +1,4 @@
-"""What every way of recovering says about its training: rate, batch, length."""
+"""Training settings that all recovery methods share: learning rate, batch, length."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ _STEPS_AN_EPOCH = 32  # eight paper-sized steps change nothing in a small model;
 
 
 class TrainingSettings:
-    """The settings that training reads. Each method is a dataclass with these fields, and defaults of its own."""
+    """Interface of training settings. Each method is a dataclass with these fields and its own defaults."""
 
     learning_rate: float
     batch_size: int | None
@@ -36,7 +36,7 @@ class TrainingSettings:
         return self.max_steps and self.max_steps * self.windows_a_step(_STEPS_AN_EPOCH * _FULL_BATCH)
 
     def _check(self, more: Mapping[str, bool]) -> None:
-        """Refuse values that cannot be.
+        """Raise an error for invalid values.
 
         Args:
             more: name of a setting that only this method has → whether it can be.

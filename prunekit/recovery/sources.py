@@ -1,4 +1,4 @@
-"""Sources of training text: documents of tokens, drawn in turn and joined into windows."""
+"""Sources of training text: draws documents and joins them into windows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Sources = Mapping[str, Tensor | TextSource]
 
 @dataclass
 class Source:
-    """One source's text, a part of which is only measured on.
+    """The text of one source, with a held-out part for measurement.
 
     Attributes:
         name: of the source.
@@ -41,11 +41,11 @@ class Source:
 
     @property
     def n_windows(self) -> int:
-        """Windows that the documents to train on fill."""
+        """Number of windows in the training documents."""
         return sum(map(len, self.documents)) // text_width(self.seq_len, self.bos)
 
     def draw(self, n_windows: int) -> list[Tensor]:
-        """The next documents, so many that they fill some windows; each comes once before any comes again."""
+        """The next documents to fill a number of windows; each is used once before any is repeated."""
         found: list[Tensor] = []
         n_tokens = n_windows * text_width(self.seq_len, self.bos)
         while n_tokens > 0:
@@ -64,7 +64,7 @@ def open_sources(
     n_validation: int = 32,
     seed: int = 0,
 ) -> list[Source]:
-    """Read sources, shuffle their documents, and lay some aside.
+    """Read sources, shuffle their documents, and hold some out.
 
     Args:
         sources: name → what `prunekit.documents.documents_of` reads, or integers (n, length), whose rows are
@@ -140,6 +140,6 @@ def join(documents: Sequence[Tensor], seq_len: int, bos: int | None = None) -> T
 
 
 def shuffle(documents: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """The same documents in another order, so that a window holds several sources."""
+    """The documents shuffled, so that a window contains several sources."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     return [documents[i] for i in order.tolist()]

@@ -1,4 +1,4 @@
-"""One run of the transformers Trainer over windows of tokens, without leftovers."""
+"""Runs the transformers Trainer over windows of tokens and cleans up after it."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _ON_DEVICE = 8  # windows in memory at once; a larger batch is accumulated
 
 
 class Resume(NamedTuple):
-    """Where a training that was stopped goes on.
+    """Where an interrupted training resumes.
 
     Attributes:
         folder: of the Trainer's own checkpoints; the newest is kept, and taken up where there is one.
@@ -45,7 +45,7 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     resume: Resume | None = None,
 ) -> RecoveryLog:
-    """Train what requires a gradient, on every process and device that the Trainer finds.
+    """Train the parameters that require a gradient, on every process and device that the Trainer finds.
 
     Args:
         model: adapted, or of which all is trained; changed in place, and left in training mode on the Trainer's device.
@@ -89,7 +89,7 @@ def train(
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint in a folder; what the Trainer writes last is its state."""
+    """The last complete checkpoint in a folder; the Trainer writes its state last."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return max(map(str, whole), key=_steps_of, default=None)
 
@@ -111,7 +111,7 @@ def _take_up(model: Any, optimizer: torch.optim.Optimizer | None, checkpoint: st
 
 
 def _whole_curve(history: list[dict[str, float]], logs: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The steps before an interruption, out of the checkpoint, and those after it."""
+    """Log entries before an interrupt, from the checkpoint, and after it."""
     first = logs[0]["step"] if logs else math.inf
     return [entry for entry in history if "loss" in entry and entry["step"] < first] + logs
 
@@ -147,7 +147,7 @@ def _arguments(method: TrainingSettings, n_windows: int, folder: str, every: int
 
 
 def _progress(logs: list[dict[str, float]]) -> "TrainerCallback":
-    """A callback that shows a bar with the loss, keeps each step's log, and stops where the loss breaks."""
+    """A callback that shows the loss, keeps each step's log, and stops at a non-finite loss."""
     from tqdm.auto import tqdm
     from transformers import TrainerCallback
 
@@ -187,7 +187,7 @@ def _log(model: nn.Module, tokens: Tensor, method: TrainingSettings, logs: list[
 
 @contextmanager
 def _config_kept(model: Any) -> Iterator[None]:
-    """The Trainer switches the KV cache off in the model's configuration; afterwards it is as before."""
+    """A context that restores the KV cache setting that the Trainer turns off."""
     use_cache = getattr(model.config, "use_cache", None)
     try:
         yield
@@ -197,7 +197,7 @@ def _config_kept(model: Any) -> Iterator[None]:
 
 @contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards what is trained, mode and device are as before, and no gradient is left."""
+    """A context that restores trainable flags, modes and device, and removes gradients."""
     device, mode = next(model.parameters()).device, model.training
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -213,7 +213,7 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within, all random numbers follow `seed`; afterwards the caller's generators go on as before."""
+    """A context with all random generators seeded; the caller's states are restored."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         random.seed(seed)

@@ -1,4 +1,4 @@
-"""Search: which architecture under a budget, by a predictor that learns what pruning costs."""
+"""Search for the best plan under a budget, with a predictor of the accuracy after pruning."""
 
 from prunekit.extras import need
 
@@ -6,17 +6,17 @@ need("search", "joblib", "lightgbm", "optuna", why="prunekit.search")
 
 from prunekit.search.architectures import PlanSpace
 from prunekit.search.campaign import measure_pairs
+from prunekit.search.cost_tables import check_table, latency_table, mac_table
 from prunekit.search.costs import Budget, CostTable, parameter_table
-from prunekit.search.knobs import Choice, Range
+from prunekit.search.hyperparameters import Choice, Range
+from prunekit.search.known_candidates import known_points
 from prunekit.search.metrics import Metric
 from prunekit.search.pairs import Pairs
 from prunekit.search.predictor import AccuracyPredictor, Trees
-from prunekit.search.refining import refined
-from prunekit.search.searching import Found, search_space
-from prunekit.search.space import KnobSpace, Space
-from prunekit.search.starting import known_points
-from prunekit.search.tables import check_table, latency_table, mac_table
-from prunekit.search.validating import agreement, cross_validate, learning_curve
+from prunekit.search.refinement import refined
+from prunekit.search.search_rounds import Found, search_space
+from prunekit.search.space import HyperparameterSpace, KnobSpace, Space
+from prunekit.search.validation import agreement, cross_validate, learning_curve
 
 __all__ = [
     "AccuracyPredictor",
@@ -24,6 +24,7 @@ __all__ = [
     "Choice",
     "CostTable",
     "Found",
+    "HyperparameterSpace",
     "KnobSpace",
     "Metric",
     "Pairs",

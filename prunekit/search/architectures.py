@@ -1,4 +1,4 @@
-"""The space of architectures: what share of each layer's heads and channels goes, and by which importance."""
+"""The space of pruning plans (`PlanSpace`): the share of heads and channels removed in each layer."""
 
 import json
 import math
@@ -17,42 +17,43 @@ from prunekit.errors import PrunekitError
 from prunekit.fingerprint import bytes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import DEFAULT_KINDS, candidates_of, plan_without
-from prunekit.search.building import cut
+from prunekit.search.candidate_models import cut
 from prunekit.search.costs import Budget, CostTable, budgets_of, check_budgets, parameter_table
-from prunekit.search.fitting import Slots
-from prunekit.search.knobs import Choice, Knob, Range
+from prunekit.search.hyperparameters import Choice, Hyperparameter, Range
 from prunekit.search.space import CarryOut, Point, Space, check_limit
+from prunekit.search.unit_counts import Slots
 
 IMPORTANCE, FIRST, LAST, COMPENSATE = "importance", "first_layer", "last_layer", "compensate"
 
 
 @dataclass(frozen=True, eq=False)
 class PlanSpace(Space):
-    """Plans that meet a budget, each told by shares of units.
+    """Pruning plans that meet a budget, each given by the share of units removed from every group.
 
-    A point says which share of each layer's heads and channels goes (`"kv_head.3"`, `"ffn_channel.3"`); by which
-    importance they are chosen; the first and the last layer that is cut; whole layers that go (`"layer.3"`); whether
-    what reads the pruned units is re-fitted (`"compensate"`); and what it may cost, where that is a range.
+    A candidate sets the share of each layer's heads and channels that is removed (`"kv_head.3"`, `"ffn_channel.3"`),
+    the importance that ranks them, and the first and last layer that is cut. It may also remove whole layers
+    (`"layer.3"`), re-fit the consumer layers of the pruned units (`"compensate"`), and set a cost within a range.
 
     Attributes:
         groups: what `discover` found.
-        importances: label → scores of the groups that are cut, one or several.
-        budgets: what every point meets, such as `[parameter_table(groups).at_most(2e6)]`; or a pruning ratio, a budget
-            on parameters. One of them is used up to within 0.5% of the dense model's, or a unit where that is more,
-            unless a whole layer weighs more than what is to go.
-        kinds: of the groups that are cut: exact ones that share no parameter.
-        layer_range: whether the first and the last layer that is cut are knobs, within a quarter of the layers from
-            either end.
-        whole_layers: layers that may go whole, at most.
+        importances: label → scores of the groups that are cut.
+        budgets: the limits that every candidate meets, such as `[parameter_table(groups).at_most(2e6)]`; or a pruning
+            ratio, which is a budget on parameters. One of them is used up to within 0.5% of the dense model's cost or
+            one unit, unless a whole layer costs more than what must be removed.
+        kinds: kinds of the groups that are cut; only exact groups that share no parameter.
+        layer_range: whether the first and the last layer that is cut are hyperparameters, each within a quarter of the
+            layers from its end.
+        whole_layers: how many whole layers may be removed, at most.
         min_units: units that each group keeps at least.
         compensate: a calibration set, integers (n_samples, seq_len), to re-fit on or not; None never re-fits.
-        limits: knob → what it is held to; see `narrowed`.
+        limits: hyperparameter → the smaller range or choice allowed; see `narrowed`.
 
     Raises:
-        PrunekitError: scores or groups that cannot be, or a budget below what must stay, with the least that can.
+        PrunekitError: invalid scores or groups, or a budget that no plan can meet (the message gives the lowest one).
 
     Source: Ji et al. (arXiv 2309.09507): pruning ratio of each layer, layer type, layer range and importance kind.
-        Reconstructed: how samples are drawn. Shares are scaled together until the budget is met, so that every point
+        Reconstructed: how samples are drawn. Shares are scaled together until the budget is met, so that every
+            candidate
         does; whole layers, compensation and budgets on anything but parameters are ours.
     """
 
@@ -64,7 +65,7 @@ class PlanSpace(Space):
     whole_layers: int = 0
     min_units: int = 1
     compensate: Tensor | None = None
-    limits: Mapping[str, Knob] = field(default_factory=dict)
+    limits: Mapping[str, Hyperparameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_integers(whole_layers=(self.whole_layers, 0), min_units=(self.min_units, 1))
@@ -78,7 +79,7 @@ class PlanSpace(Space):
         check_budgets(self.limited, self._least_left)
 
     def _check_types(self) -> None:
-        """Refuse what only looks like an argument."""
+        """Raise an error for an argument of a wrong type."""
         if not isinstance(self.groups, Groups):
             raise PrunekitError(f"groups are a {type(self.groups).__name__}; give what discover(model) returns")
         if isinstance(self.kinds, str) or not isinstance(self.kinds, Iterable):
@@ -95,7 +96,7 @@ class PlanSpace(Space):
 
     @cached_property
     def units(self) -> Mapping[str, CoupledGroup]:
-        """Knob → the group of which it says the share that goes."""
+        """Hyperparameter → the group whose removed share it sets."""
         exact = [group for group in self.groups.of_kind(*self.kinds) if group.exact]
         found: list[CoupledGroup] = []
         for scores in self.importances.values():  # each must have a score for every unit
@@ -106,7 +107,7 @@ class PlanSpace(Space):
 
     @cached_property
     def whole(self) -> Mapping[str, CoupledGroup]:
-        """Knob → the layer of which it says whether it goes."""
+        """Hyperparameter → the whole layer that it may remove."""
         layers = self.groups.of_kind("layer") if self.whole_layers else ()
         return {f"layer.{group.layer}": group for group in layers if group.layer in self.layers}
 
@@ -116,10 +117,10 @@ class PlanSpace(Space):
         return tuple(sorted({group.layer for group in self.units.values() if group.layer is not None}))
 
     @cached_property
-    def knobs(self) -> Mapping[str, Knob]:  # type: ignore[override]
-        """Name → what it may be set to."""
+    def knobs(self) -> Mapping[str, Hyperparameter]:  # type: ignore[override]
+        """Name → the values that it may take."""
         most = {name: (group.n_units - self.min_units) / group.n_units for name, group in self.units.items()}
-        found: dict[str, Knob] = {name: Range(0.0, share) for name, share in most.items()}
+        found: dict[str, Hyperparameter] = {name: Range(0.0, share) for name, share in most.items()}
         if len(self.importances) > 1:
             found[IMPORTANCE] = Choice(tuple(self.importances))
         if self.layer_range and len(self.layers) > 1:
@@ -135,20 +136,20 @@ class PlanSpace(Space):
 
     @property
     def cost_names(self) -> Sequence[str]:
-        """Parameters, and what the budgets limit."""
+        """Names of the costs: parameters, and those that the budgets limit."""
         return list(dict.fromkeys(["parameters", *(budget.name for budget in self.limited)]))
 
     @property
     def goals(self) -> Sequence[str]:
-        """The budgets that are ranges."""
+        """Names of the budgets that are ranges."""
         return [budget.name for budget in self.limited if budget.ranged]
 
-    def narrowed(self, knobs: Mapping[str, Knob]) -> "PlanSpace":
-        """The same space with some knobs held to less."""
+    def narrowed(self, knobs: Mapping[str, Hyperparameter]) -> "PlanSpace":
+        """The same space with smaller ranges or choices for some hyperparameters."""
         return replace(self, limits={**self.limits, **knobs})
 
     def propose(self, rng: np.random.Generator) -> Point:
-        """Shares that differ between kinds, layers and draws, some of them 0; a whole layer goes now and then."""
+        """A random candidate: shares differ between kinds and layers, some are 0, and sometimes a whole layer goes."""
         point, by_kind = super().propose(rng), {kind: rng.random() for kind in self.kinds}
         shares = {n: max(0.0, point[n] - rng.random() / 4) * by_kind[g.kind] for n, g in self.units.items()}
         may_go = [name for name in self.whole if self.knobs[name].holds(True)]
@@ -156,7 +157,7 @@ class PlanSpace(Space):
         return point | shares | {name: name in goes or not self.knobs[name].holds(False) for name in self.whole}
 
     def holds(self, name: str, value: Any) -> bool:
-        """Whether a knob may be set to a value; a group that the layer range leaves whole loses nothing, whatever."""
+        """Whether a hyperparameter may take a value; 0 is allowed for a group outside the layer range."""
         knob, group = self.knobs[name], self.units.get(name)
         if group is None or not isinstance(knob, Range) or not is_real(value):
             return knob.holds(value)
@@ -164,7 +165,7 @@ class PlanSpace(Space):
         return round(value * group.n_units) in (0, *range(least, most + 1))
 
     def fitted(self, point: Point) -> Point | None:
-        """Shares scaled together until the budgets are met; where the layer range leaves a group whole, it is."""
+        """The candidate with its shares scaled until the budgets are met, and 0 outside the layer range."""
         gone = [group for name, group in self.whole.items() if point[name]]
         if len(gone) > self.whole_layers:
             return None
@@ -182,10 +183,10 @@ class PlanSpace(Space):
         return {**point, **dict(zip(self.units, (units / self._slots.n_units).tolist(), strict=True))}
 
     def check(self, point: Any) -> Point:
-        """The point itself.
+        """The candidate in plain form, once it is valid.
 
         Raises:
-            PrunekitError: it is none of this space, or misses a budget.
+            PrunekitError: it does not belong to this space, or exceeds a budget.
         """
         found = super().check(point)
         gone = self._gone(found)
@@ -193,23 +194,23 @@ class PlanSpace(Space):
             limit, cost = found.get(budget.name, budget.limit), budget.table.of(gone)
             if cost > limit * (1 + 1e-9):
                 raise PrunekitError(
-                    f"a point that costs {cost:,.6g} {budget.name} misses its budget of {limit:,.6g}; fit "
-                    "it first: space.fitted(point)"
+                    f"this candidate costs {cost:,.6g} {budget.name}, more than its budget of {limit:,.6g}; "
+                    "fit it first: space.fitted(candidate)"
                 )
         return found
 
     def _gone(self, point: Point) -> dict[str, int]:
-        """Group → how many of its units go; those of a layer that goes whole are not named."""
+        """Group → number of units removed; groups inside a removed layer are left out."""
         gone = {group.name: int(point[name]) for name, group in self.whole.items()}
         lost = {group.layer for group in self.whole.values() if gone[group.name]}
         kept = {name: group for name, group in self.units.items() if group.layer not in lost}
         return gone | {group.name: round(point[name] * group.n_units) for name, group in kept.items()}
 
     def plan(self, point: Point) -> PruningPlan:
-        """The plan that a point stands for: of each group so many units go as its share says, lowest scores first.
+        """The pruning plan of a candidate: each group loses its share of units, lowest scores first.
 
         Raises:
-            PrunekitError: no point of this space.
+            PrunekitError: the candidate does not belong to this space.
         """
         point = self.check(point)
         label = point.get(IMPORTANCE, next(iter(self.importances)))
@@ -218,9 +219,9 @@ class PlanSpace(Space):
         return plan_without(self.groups, gone, {"point": point, "importance": label})
 
     def point_of(self, plan: PruningPlan, importance: str | None = None) -> Point | None:
-        """The point that cuts the same shares as a plan does, fitted to the budgets; None where none is near.
+        """The candidate closest to a plan: the same shares, fitted to the budgets; None if there is no such candidate.
 
-        So a search can start from what is known. Units of the plan that are not chosen by `importance` come out others.
+        A search can start from it. The units are ranked by `importance`, so they may differ from the plan's.
         """
         gone = {g.name: plan.n_removed[g.name] for g in self.units.values() if g.name in plan.keep}
         shares = {name: gone.get(group.name, 0) / group.n_units for name, group in self.units.items()}
@@ -234,19 +235,19 @@ class PlanSpace(Space):
         return self.fitted(point)
 
     def job(self, point: Point) -> tuple[CarryOut, Any]:
-        """The cut, and the plan as plain data."""
+        """The function that cuts the model, and the plan as plain data."""
         plan = self.plan(point)
         calib = self.compensate if point.get(COMPENSATE) else None
         data = {name: getattr(plan, name) for name in ("keep", "n_units", "n_parameters", "n_parameters_kept")}
         return partial(cut, calib=calib), data
 
     def costs(self, point: Point) -> dict[str, float]:
-        """Parameters, and what the budgets limit."""
+        """Costs by name: parameters, and those that the budgets limit."""
         gone = self._gone(self.check(point))
         return {"parameters": int(self._parameters.of(gone))} | {b.name: b.table.of(gone) for b in self.limited}
 
     def described(self) -> dict[str, Any]:
-        """Knobs, budgets, and what changes when the order of the scores or a calibration token does."""
+        """Identity of the space: hyperparameters, budgets, and a digest of the score order and calibration tokens."""
         digest = sha256(json.dumps(self._order).encode())
         if self.compensate is not None:
             digest.update(bytes_of(self.compensate))
@@ -257,13 +258,13 @@ class PlanSpace(Space):
     def __repr__(self) -> str:
         budgets = ", ".join(map(repr, self.limited))
         return (
-            f"PlanSpace({len(self.knobs)} knobs: {len(self.units)} groups in {len(self.layers)} layers by "
+            f"PlanSpace({len(self.knobs)} hyperparameters: {len(self.units)} groups in {len(self.layers)} layers by "
             f"{' or '.join(self.importances)}; {budgets})"
         )
 
     @cached_property
     def limited(self) -> tuple[Budget, ...]:
-        """The budgets, one on parameters where a pruning ratio was given."""
+        """The budgets; a pruning ratio becomes one on parameters."""
         return budgets_of(self.groups, self.budgets)
 
     @cached_property
@@ -282,7 +283,7 @@ class PlanSpace(Space):
 
     @cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Units of each group that go at least and at most."""
+        """Least and largest number of units removed from each group."""
         bounds = np.array([_units_in(self.knobs[name], group.n_units) for name, group in self.units.items()])
         return bounds[:, 0], bounds[:, 1]
 
@@ -295,7 +296,7 @@ class PlanSpace(Space):
         }
 
     def _least_left(self, budget: Budget) -> float:
-        """What of a cost is left where all goes that may."""
+        """Cost that is left when everything that may be removed is removed."""
         table, most = budget.table, dict(zip(self.units, self._bounds[1].tolist(), strict=True))
         saved = {name: float(table.of_group(group.name)[most[name]]) for name, group in self.units.items()}
         wins = [
@@ -307,6 +308,6 @@ class PlanSpace(Space):
 
 
 def _units_in(share: Any, n_units: int) -> tuple[int, int]:
-    """How many of so many units go at least and at most by a range of shares."""
+    """Least and largest number of units in a range of shares."""
     least = math.ceil(share.low * n_units - 1e-6)
     return least, max(math.floor(share.high * n_units + 1e-6), least)

@@ -1,4 +1,4 @@
-"""Many points measured: by one process or several, here or on a cluster, going on where it was interrupted."""
+"""Measures many candidates in one or more processes, locally or on a cluster, and resumes after an interrupt."""
 
 import json
 import math
@@ -26,20 +26,20 @@ from prunekit.search.metrics import Metric, metrics_of
 from prunekit.search.pairs import Pairs
 from prunekit.search.space import Point, Space, key_of
 from prunekit.search.trials import Trials
-from prunekit.search.working import Work, carry_out, keep_open, let_go
+from prunekit.search.worker import Work, carry_out, keep_open, let_go
 
 JOURNAL, MODEL = "journal.log", "model"  # what stands in the folder of a search
-COLUMNS = ("number", "round", "seconds")  # that a table has besides knobs, costs and metrics
-WAIT = 0.5  # seconds between two looks at what others are doing
+COLUMNS = ("number", "round", "seconds")  # that a table has besides hyperparameters, costs and metrics
+WAIT = 0.5  # seconds between two checks of the other processes
 Make = Callable[[list[Point]], list[Point]]
 
 
 class Campaign:
-    """Points of one space, measured with one model: a context, within which rounds of them can be run.
+    """A context that measures candidates of one space on one model, round by round.
 
     Attributes:
-        space: of which the points are.
-        metrics: what is measured; the first is what is searched for.
+        space: the space of the candidates.
+        metrics: the metrics; the search optimises the first.
         trials: the journal.
     """
 
@@ -55,9 +55,9 @@ class Campaign:
         backend: str = "loky",
         source: str | Path | None = None,
     ) -> None:
-        """Checks what is given; see `measure_pairs` for what it is."""
+        """Checks the arguments; `measure_pairs` documents them."""
         if not isinstance(space, Space):
-            raise PrunekitError(f"space is a {type(space).__name__}; give a PlanSpace, a KnobSpace or another Space")
+            raise PrunekitError(f"space is a {type(space).__name__}; give a PlanSpace or a HyperparameterSpace")
         if n_jobs != -1 and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
             raise PrunekitError(
                 f"n_jobs={n_jobs!r} is not allowed; give 1 or more worker processes, or -1 for all cores"
@@ -89,31 +89,33 @@ class Campaign:
         self._stack.close()
 
     def run(self, number: int, make: Make) -> None:
-        """Add the points of a round, and measure all that wait, until nobody has any left to do.
+        """Add the candidates of a round, and measure until none waits in any process.
 
         Raises:
-            PrunekitError: not one trial could be measured; its reason is told.
+            PrunekitError: every trial failed; the message gives the first reason.
         """
         self.trials.add(number, make)
-        with tqdm(total=len(self.trials.finished()) + self.trials.n_open(), desc="pairs", unit="pair") as bar:
+        with tqdm(total=len(self.trials.finished()) + self.trials.n_open(), desc="candidates", unit="candidate") as bar:
             while self.trials.n_open():
                 bar.update(len(self.trials.finished()) - bar.n)
                 self._measure(bar)
                 if self.trials.n_open():
-                    bar.set_postfix_str("others are at work")
+                    bar.set_postfix_str("waiting for other processes")
                     time.sleep(WAIT)
             bar.update(len(self.trials.finished()) - bar.n)
         if not self.trials.finished():
-            raise PrunekitError(f"none could be measured: {next(iter(self.trials.failed().values()), 'no points')}")
+            raise PrunekitError(
+                f"every candidate failed: {next(iter(self.trials.failed().values()), 'there were none')}"
+            )
 
     def pairs(self, before: float = math.inf) -> Pairs:
-        """What has been measured so far, in the rounds before a number."""
+        """The samples measured so far, in rounds before `before`."""
         first, table = self.metrics[0], self.trials.table()
         table = table[table["round"] < before]
         return Pairs(self.space, table, first.name, first.maximize, first.log, self.trials.failed())
 
     def _measure(self, bar: tqdm) -> None:
-        """Claim trial after trial, as workers become free."""
+        """Claim and measure one trial after another, as workers become free."""
         with parallel_config(backend=self._backend):
             options = {"batch_size": 1, "pre_dispatch": "2 * n_jobs", "return_as": "generator_unordered"}
             for outcome in Parallel(n_jobs=self._n_jobs, **options)(self._jobs()):
@@ -136,7 +138,7 @@ class Campaign:
         return json.loads(json.dumps(identity))  # as it will be read again
 
     def _opened(self, folder: Path, fingerprint: str) -> Work:
-        """What workers are told; where they are other processes, with a copy of the model to load."""
+        """What workers need; for other processes, this includes a copy of the model to load."""
         source = folder / MODEL if self._source is None else self._source
         if self._n_jobs == 1 and self._backend == "loky":
             keep_open(fingerprint, self._model, self._tokenizer)
@@ -165,32 +167,32 @@ def measure_pairs(
     backend: str = "loky",
     source: str | Path | None = None,
 ) -> Pairs:
-    """Measures points of a space: each is really built, asked, and forgotten.
+    """Builds and measures random candidates of a space.
 
     Args:
-        space: of which n points are drawn.
-        model: the dense model; it is left alone.
+        space: where the n candidates are drawn.
+        model: the dense model; unchanged.
         tokenizer: its tokenizer.
-        n: points in all, those counted that the folder has already.
-        metric: `"perplexity"`, `"accuracy"` or a `Metric`: what is searched for.
-        also: more of them, measured on the way.
-        text: for perplexity; None is the embedded world's validation text.
-        tasks: for accuracy; None is the embedded world's.
-        start: points to measure first.
-        seed: of the points that are drawn.
-        folder: where the journal is kept, from which a run with the same model, space and metrics goes on, and in
-            which several processes may work at once. None keeps nothing.
-        n_jobs: worker processes, each with one torch thread; 1 measures in this one, -1 takes all cores. Starting
-            them takes a while, which few or quick points do not pay for.
+        n: number of candidates, including those already in the folder.
+        metric: `"perplexity"`, `"accuracy"` or a `Metric`.
+        also: more metrics to measure.
+        text: text for perplexity; None is the embedded world's validation text.
+        tasks: tasks for accuracy; None is the embedded world's.
+        start: candidates to measure first.
+        seed: seed of the random candidates.
+        folder: where the journal is kept. A run with the same model, space and metrics resumes from it, and several
+            processes may share it. None keeps nothing.
+        n_jobs: worker processes, each with one torch thread; 1 measures in this process, -1 uses all
+            cores. Starting workers takes time, so they are slower for few or quick candidates.
         backend: of joblib: `"loky"`, or `"dask"` with the workers of a client that is connected already.
         source: where workers load the model; None writes a copy into the folder, which all of them must see.
 
     Returns:
-        The pairs of points and figures.
+        The samples: candidates and what was measured of them.
 
     Raises:
-        PrunekitError: an unknown metric or backend, a folder of another search, or no point that could be measured.
-            What else a build or a metric of one's own raises ends the run; what was measured stays in the folder.
+        PrunekitError: an unknown metric or backend, a folder of another search, or every candidate failed.
+            Any other exception in your own build or metric stops the run; the folder keeps what was measured.
 
     Source: Ji et al. (arXiv 2309.09507): sampled architectures are really pruned and measured.
     """
@@ -203,7 +205,7 @@ def measure_pairs(
 
 
 def drawn(space: Space, n: int, seed: int, start: Sequence[Point]) -> Make:
-    """What adds the points that are missing of n, some given and the others drawn."""
+    """A function that returns the candidates still missing of n: the given ones, then random ones."""
 
     def make(there: list[Point]) -> list[Point]:
         missing, known = max(0, n - len(there)), {key_of(point) for point in there}
@@ -215,17 +217,21 @@ def drawn(space: Space, n: int, seed: int, start: Sequence[Point]) -> Make:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Refuse a table in which two columns would be one."""
+    """Raise an error where two columns would have the same name."""
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise PrunekitError(f"{twice[0]!r} names two columns of {', '.join(names)}; give a metric or knob another name")
+        raise PrunekitError(
+            f"{twice[0]!r} names two columns of {', '.join(names)}; rename the metric or hyperparameter"
+        )
 
 
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PrunekitError(f"{str(folder)!r} cannot be made a folder ({error.strerror}); choose another") from None
+        raise PrunekitError(
+            f"{str(folder)!r} cannot be created as a folder ({error.strerror}); choose another"
+        ) from None
 
 
 def _known(backend: str) -> str:

@@ -1,4 +1,4 @@
-"""What a model costs, as a sum over groups: by which a budget is known to be met before anything is cut."""
+"""Cost tables and budgets: the cost of a pruned model as a sum over groups, known before the cut."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from prunekit.checks import is_real
 from prunekit.discovery import Groups
 from prunekit.errors import PrunekitError
 from prunekit.pruning.steps import Counter, Step, parameters_per_unit
-from prunekit.search.knobs import Range
+from prunekit.search.hyperparameters import Range
 
 
 @dataclass(frozen=True, eq=False)
 class CostTable:
-    """A cost of the whole model, and what is saved as units of its groups go.
+    """A cost of the dense model, and what removing units of each group saves.
 
-    Costs add up over groups that own no parameter together: exactly for parameters and multiply-accumulates, about for
-    time, which is why a table of latencies is checked end to end.
+    Savings add up over groups that share no parameter: exactly for parameters and multiply-accumulates, roughly for
+    time. Check a table of latencies end to end with `check_table`.
 
     Attributes:
-        name: such as `"parameters"`; the unit of measure stands in it where there is one (`"decode_ms"`).
+        name: such as `"parameters"`; it ends in the unit of measure if there is one (`"decode_ms"`).
         total: cost of the dense model.
-        saved: group name → float (n_units + 1,), not falling: what is saved when 0, 1, … of its units are gone.
-        measure: model → the cost, where it is measured; None where it is counted.
+        saved: group name → float (n_units + 1,), non-decreasing: the saving when 0, 1, … units are removed.
+        measure: model → the measured cost; None for a counted cost.
     """
 
     name: str
@@ -37,15 +37,15 @@ class CostTable:
         """Cost of a model that has lost so many units of each group.
 
         Raises:
-            PrunekitError: a group that the table does not know.
+            PrunekitError: the table does not contain a group.
         """
         return self.total - sum(float(self.of_group(name)[number]) for name, number in gone.items())
 
     def of_group(self, name: str) -> np.ndarray:
-        """What a group saves.
+        """Saving for each number of removed units of a group.
 
         Raises:
-            PrunekitError: the table does not know it.
+            PrunekitError: the table does not contain it.
         """
         if name not in self.saved:
             raise PrunekitError(
@@ -54,7 +54,7 @@ class CostTable:
         return self.saved[name]
 
     def at_most(self, limit: float | Range) -> "Budget":
-        """A budget on this cost; a range makes a knob of it."""
+        """A budget on this cost; a `Range` makes the limit a hyperparameter."""
         return Budget(self, limit)
 
     def __repr__(self) -> str:
@@ -63,11 +63,11 @@ class CostTable:
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """At most so much of a cost, or any limit in a range.
+    """An upper limit on a cost, or a range of limits.
 
     Attributes:
-        table: of the cost.
-        limit: one number, or a range, from which every point takes its own.
+        table: the cost table.
+        limit: a number, or a range in which each candidate sets its own limit.
     """
 
     table: CostTable
@@ -79,12 +79,12 @@ class Budget:
 
     @property
     def name(self) -> str:
-        """Of the cost."""
+        """Name of the cost."""
         return self.table.name
 
     @property
     def ranged(self) -> bool:
-        """Whether every point takes its own limit."""
+        """Whether each candidate sets its own limit."""
         return isinstance(self.limit, Range)
 
     @property
@@ -103,7 +103,7 @@ class Budget:
 
 
 def parameter_table(groups: Groups) -> CostTable:
-    """Parameters, exactly.
+    """A table of exact parameter counts.
 
     Args:
         groups: what `discover` found.
@@ -118,10 +118,10 @@ def parameter_table(groups: Groups) -> CostTable:
 
 
 def budgets_of(groups: Groups, given: object) -> tuple[Budget, ...]:
-    """Budgets as they are, or the one that a pruning ratio, or a range of them, stands for.
+    """The budgets; a pruning ratio or a range of ratios becomes one on parameters.
 
     Raises:
-        PrunekitError: what is neither.
+        PrunekitError: neither budgets nor a pruning ratio.
     """
     given = [given] if isinstance(given, Budget) else given
     if isinstance(given, Sequence) and given and all(isinstance(budget, Budget) for budget in given):
@@ -142,21 +142,21 @@ def budgets_of(groups: Groups, given: object) -> tuple[Budget, ...]:
 
 
 def check_budgets(budgets: Sequence[Budget], least_left: Callable[[Budget], float]) -> None:
-    """Refuse what cannot be met, and what asks for nothing.
+    """Raise an error for a budget that cannot be met or that the dense model already meets.
 
     Args:
-        budgets: of one space.
-        least_left: what of a budget's cost is left where all goes that may.
+        budgets: the budgets of one space.
+        least_left: budget → the lowest cost that pruning can reach.
 
     Raises:
-        PrunekitError: a budget below what must stay, at the lower end of its range too; or none that is below what the
-            dense model costs.
+        PrunekitError: a budget below the lowest cost, also at the lower end of a range; or no budget is below the
+            dense model's cost.
     """
     for budget in budgets:
         left = least_left(budget)
         if left > budget.low * (1 + 1e-12):
             raise PrunekitError(
-                f"{budget!r} cannot be met: {_shown(left)} must stay with what may be cut; give that or more, or allow "
+                f"{budget!r} cannot be met: pruning reaches {_shown(left)} at best; give that or more, or allow "
                 "more kinds or whole layers"
             )
     if all(budget.low >= budget.table.total for budget in budgets):
@@ -164,5 +164,5 @@ def check_budgets(budgets: Sequence[Budget], least_left: Callable[[Budget], floa
 
 
 def _shown(cost: float) -> str:
-    """A whole number as it is, another with four digits that count."""
+    """A whole number in full, any other with four significant digits."""
     return f"{cost:,.0f}" if float(cost).is_integer() else f"{cost:,.4g}"

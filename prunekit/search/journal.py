@@ -1,4 +1,4 @@
-"""An Optuna study in a file that several processes write to, and that survives what kills them."""
+"""An Optuna study in a journal file that several processes share and that survives crashes."""
 
 import json
 from pathlib import Path
@@ -18,22 +18,21 @@ _BEGINNING = f'{{"{JOURNAL_KEY}"'.encode()  # of every line
 
 
 class KernelLock:
-    """A lock that the system itself lets go of when its holder dies.
+    """A file lock that the system releases when its holder dies.
 
-    Optuna's own are files, which a killed process leaves behind, so that others wait for half a minute. May be taken
-    again by who holds it.
+    Optuna's own lock files stay after a kill, so that others wait for half a minute. The holder may acquire it again.
     """
 
     def __init__(self, path: Path) -> None:
         self._lock = FileLock(f"{path}.lock")
 
     def acquire(self) -> bool:
-        """Wait for it."""
+        """Wait for the lock and take it."""
         self._lock.acquire()
         return True
 
     def release(self) -> None:
-        """Let go of it."""
+        """Release the lock."""
         self._lock.release()
 
     def __enter__(self) -> "KernelLock":
@@ -45,10 +44,10 @@ class KernelLock:
 
 
 class Journal(JournalFileBackend):
-    """Optuna's journal of one JSON text a line, which goes on after a line that was cut off.
+    """Optuna's journal, one JSON object per line; an incomplete last line is removed.
 
     Attributes:
-        lock: that every writer holds.
+        lock: held by every writer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,13 +57,13 @@ class Journal(JournalFileBackend):
             self._check()
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Write lines, after what another process left of its last one is gone."""
+        """Write lines, after removing an incomplete last line."""
         with self.lock:
             self._mend()
             super().append_logs(logs)
 
     def _check(self) -> None:
-        """Refuse a file that is no journal; a last line without an end is what was cut off, and goes then."""
+        """Raise an error for a file that is not a journal; remove an incomplete last line."""
         with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n") and (number > 1 or _BEGINNING.startswith(line[: len(_BEGINNING)])):
@@ -75,8 +74,8 @@ class Journal(JournalFileBackend):
                     told = None
                 if not isinstance(told, dict) or JOURNAL_KEY not in told:
                     raise PrunekitError(
-                        f"line {number} of {str(self._path)!r} is none of a journal: {line[:40]!r}; give another path, "
-                        "or take out that line and all behind it to go on with what stands before"
+                        f"line {number} of {str(self._path)!r} is no journal line: {line[:40]!r}; give another path, "
+                        "or delete it and all after it to resume from the lines before"
                     )
         self._mend()
 
@@ -91,10 +90,10 @@ class Journal(JournalFileBackend):
 
 
 def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, KernelLock]:
-    """The study in a journal, a new one where there is none, and the lock for what must not be done twice.
+    """The study in a journal file, created if missing, and its lock.
 
     Raises:
-        PrunekitError: the file is no journal, holds no study that can be read, or cannot be written to.
+        PrunekitError: the file is not a journal, has no readable study, or cannot be written.
     """
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -1,4 +1,4 @@
-"""What is measured of a model in a search."""
+"""The metrics of a search: perplexity, accuracy, or your own function."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ Measure = Callable[[nn.Module, Any], float]  # (model, tokenizer) → figure
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a model.
+    """A function that measures a model, and how its values are compared.
 
     Attributes:
-        name: what it goes by in tables.
-        measure: (model, tokenizer) → the figure. With several workers it travels there.
+        name: column name in tables.
+        measure: (model, tokenizer) → the value. It is sent to workers, so it must be picklable.
         maximize: whether more is better.
-        log: whether its logarithm is learned, as of perplexity, whose factors then count alike.
-        of: what it is measured on, if one search is to be told from another by it.
+        log: whether the predictor learns its logarithm, as for perplexity.
+        of: identifies the evaluation data, so that searches on different data are kept apart.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Metric:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or not callable(self.measure):
             raise PrunekitError(
-                f"a metric named {self.name!r} of {self.measure!r:.40} cannot be measured; give a name and a function "
+                f"a metric named {self.name!r} of {self.measure!r:.40} is not allowed; give a name and a function "
                 "of a model and its tokenizer"
             )
 
@@ -53,7 +53,7 @@ def metrics_of(
     text: TextSource | None,
     tasks: Tasks | None,
 ) -> list[Metric]:
-    """What is searched for, and what is measured on the way; arguments and errors are those of `metric_of`."""
+    """The metrics, the optimised one first; arguments and errors are those of `metric_of`."""
     others = [also] if isinstance(also, str | Metric) else also
     return [metric_of(each, tokenizer, text, tasks) for each in (metric, *others)]
 
@@ -64,7 +64,7 @@ def metric_of(
     text: TextSource | None,
     tasks: Tasks | None,
 ) -> Metric:
-    """`"perplexity"` of a text, mean `"accuracy"` over tasks, or one's own.
+    """The metric for a name: `"perplexity"` of a text or mean `"accuracy"` over tasks; a `Metric` is returned as it is.
 
     Args:
         metric: one of the two names, or a `Metric`.

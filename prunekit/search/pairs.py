@@ -9,20 +9,20 @@ import pandas as pd
 
 from prunekit.errors import PrunekitError
 from prunekit.fronts import unbeaten
-from prunekit.search.knobs import Knob, Range
+from prunekit.search.hyperparameters import Hyperparameter, Range
 from prunekit.search.space import Point, Space
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Points and what was measured of them.
+    """Candidates and what was measured of them.
 
     Attributes:
-        space: of which they are.
-        table: one row a point: number, round, the knobs, what it costs, the metric, seconds.
-        metric: name of the column that is to be low, or high.
-        maximize: whether it is to be high.
-        log: whether its logarithm is what is learned.
+        space: the space of the candidates.
+        table: one row per candidate: number, round, the hyperparameters, costs, metrics, seconds.
+        metric: name of the optimised column.
+        maximize: whether higher is better.
+        log: whether the predictor learns its logarithm.
         failed: number of a trial → why it could not be measured.
     """
 
@@ -38,28 +38,28 @@ class Pairs:
 
     @property
     def points(self) -> list[Point]:
-        """The points, as their space takes them."""
+        """The candidates, one dictionary per row."""
         return [self._point(row) for _, row in self.table.iterrows()]
 
     @property
     def values(self) -> np.ndarray:
-        """What a predictor learns, float (n,): lower is better, logarithms where the metric asks for them.
+        """Values for the predictor, float (n,): lower is better, logarithms if the metric asks for them.
 
-        What is infinite counts as the largest or smallest finite value.
+        Infinite values become the largest or smallest finite one.
         """
         found = self._figures()
         finite = found[np.isfinite(found)]
         return np.clip(found, finite.min(), finite.max()) if len(finite) else np.zeros(len(found))
 
     def _figures(self) -> np.ndarray:
-        """The same, with what is infinite."""
+        """The same values, infinite ones included."""
         found = self.table[self.metric].to_numpy(float)
         with np.errstate(divide="ignore"):
             found = np.log(found) if self.log else found
         return -found if self.maximize else found
 
     def best(self, **at_most: float) -> Point:
-        """The best point of those that cost at most so much, such as `best(parameters=2e6)`.
+        """The best candidate within upper limits on columns, such as `best(parameters=2e6)`.
 
         Raises:
             PrunekitError: a cost that was not noted, or none so cheap.
@@ -67,7 +67,7 @@ class Pairs:
         return self._point(self.best_row(**at_most))
 
     def best_row(self, **at_most: float) -> pd.Series:
-        """Its row of the table.
+        """The table row of the best candidate within upper limits.
 
         Raises:
             PrunekitError: a cost that was not noted, or none so cheap.
@@ -79,11 +79,13 @@ class Pairs:
             fits &= self.table[name] <= limit
         if not fits.any():
             least = {name: float(self.table[name].min()) for name in at_most if len(self.table)}
-            raise PrunekitError(f"none of {len(self)} pairs costs at most {at_most}; the least is {least or 'nothing'}")
+            raise PrunekitError(
+                f"no sample of {len(self)} is within {at_most}; the lowest values are {least or 'unknown'}"
+            )
         return self.table.loc[pd.Series(self._figures(), self.table.index)[fits].idxmin()]
 
     def front(self, cost: str = "parameters") -> pd.DataFrame:
-        """The rows that no other is both cheaper and better than, the cheapest first.
+        """The Pareto front of a cost and the metric: rows that no other row beats in both, cheapest first.
 
         Raises:
             PrunekitError: a cost that was not noted.
@@ -100,13 +102,13 @@ class Pairs:
             return f"Pairs(none measured; {len(self.failed)} failed)"
         failed = f"; {len(self.failed)} could not be measured" if self.failed else ""
         best = self.table[self.metric].max() if self.maximize else self.table[self.metric].min()
-        return f"Pairs({len(self)} points; best {self.metric} {best:.4g}{failed})"
+        return f"Pairs({len(self)} candidates; best {self.metric} {best:.4g}{failed})"
 
     def _repr_html_(self) -> str:
         order = self.table.sort_values(self.metric, ascending=not self.maximize) if len(self) else self.table
         return f"<p>{self!r}</p>{order.head(10).to_html(index=False, float_format='{:.3g}'.format)}"
 
 
-def _setting(knob: Knob, value: Any) -> Any:
-    """What a knob was set to: a row may have 1.0 for 1, and what was used of a budget, less than the least allowed."""
+def _setting(knob: Hyperparameter, value: Any) -> Any:
+    """The value of a hyperparameter in a row: 1.0 may stand for 1, and a used budget may be below its range."""
     return knob.nearest(value) if isinstance(knob, Range) else knob.plain(value)

@@ -1,4 +1,4 @@
-"""A model of models: gradient-boosted trees that foretell from an architecture what is measured of it."""
+"""Accuracy predictor: gradient-boosted trees that predict a metric from a candidate."""
 
 import json
 from collections.abc import Sequence
@@ -16,27 +16,27 @@ from prunekit.fingerprint import digest_of_text
 from prunekit.search.space import Point, Space
 
 _FORMAT = "prunekit.predictor/1"
-BETTER = 0.05  # of the way from the best to the median, by which the best could be better
-FEWEST = 10  # pairs, below which nothing is learned
+BETTER = 0.05  # share of the distance from best to median: how much better a value could still be
+FEWEST = 10  # samples that a fit needs
 
 
 @dataclass(frozen=True)
 class Trees:
-    """How the trees are grown.
+    """Hyperparameters of the boosted trees.
 
     Attributes:
-        n_models: boosted sequences of trees, each learning from pairs drawn with replacement; their mean is what is
-            expected. 1 learns from all pairs at once, as the papers do.
-        n_trees: of each, one after the other.
-        n_leaves: of each tree, at most.
-        learning_rate: what part of each tree's correction is taken.
-        min_pairs: in a leaf.
-        seed: of what chance there is.
+        n_models: number of boosted models, each trained on samples drawn with replacement; predictions are their mean.
+            1 trains on all samples, as the papers do.
+        n_trees: trees in each model.
+        n_leaves: leaves of each tree, at most.
+        learning_rate: factor on each tree's correction.
+        min_pairs: least number of samples in a leaf.
+        seed: random seed.
 
-    Source: GBDT-NAS (Luo et al. 2020): 100 trees of 31 leaves at .05, with LightGBM's default of 20 pairs a leaf, of
-        thousands; here pairs are hundreds. Several models, and thresholds drawn at random (extremely randomized trees,
-        Geurts et al. 2006), are ours: trees that place each threshold where it fits best expect the same of all points
-        in a leaf, and cannot tell the best of them from each other.
+    Source: GBDT-NAS (Luo et al. 2020): 100 trees of 31 leaves at .05, with LightGBM's default of 20 samples a leaf, of
+        thousands; here there are hundreds. Several models, and thresholds drawn at random (extremely randomized trees,
+        Geurts et al. 2006), are ours: with best-fit thresholds, all candidates in a leaf get
+        the same prediction, so the best of them cannot be ranked.
     """
 
     n_models: int = 10
@@ -53,23 +53,23 @@ class Trees:
 
 
 class AccuracyPredictor:
-    """Learns from measured points what a point will measure, lower being better.
+    """Predicts the metric of a candidate from measured candidates; lower is better.
 
-    Trees, and LightGBM's: hundreds of pairs of shares and choices are what boosted trees are good at; its models are
-    plain text, so that no pickle is read or written; and it computes exact SHAP values itself.
+    Boosted trees work well on hundreds of samples with numbers and choices. LightGBM saves models as plain text, so
+    no pickle is read or written, and it computes exact SHAP values.
 
-    What the trees learn is the logarithm of how much worse a point is than a little better than the best: most points
-    that are drawn are far from good, and squares of plain differences would teach how bad they are, and no more.
+    The target is the logarithm of the distance to a value slightly better than the best sample. Most random candidates
+    are far from the best, and a squared error on plain values would be spent on them.
 
     Source: Ji et al. (arXiv 2309.09507), a gradient-boosted-tree regressor. Reconstructed: its features and settings,
         for which see `Trees`; the logarithm is ours.
     """
 
     def __init__(self, space: Space, trees: Trees | None = None) -> None:
-        """A predictor that has not learned yet.
+        """A predictor that is not fitted yet.
 
         Args:
-            space: whose points it reads.
+            space: the space of the candidates.
             trees: how the trees are grown; None is `Trees()`.
         """
         self.space, self.trees = space, trees or Trees()
@@ -77,18 +77,18 @@ class AccuracyPredictor:
         self._floor = 0.0
 
     def fit(self, points: Sequence[Point], values: Sequence[float] | np.ndarray) -> "AccuracyPredictor":
-        """Learn from points and what was measured of them, lower being better.
+        """Fit the trees to candidates and their measured values; lower is better.
 
         Raises:
-            PrunekitError: fewer than 10 pairs, or values that are not finite.
+            PrunekitError: fewer than 10 samples, or values that are not finite.
         """
-        import lightgbm  # takes a second, which who only prunes need not wait for
+        import lightgbm  # slow import, needed only here
 
         features, wanted = self.space.features(points), np.asarray(values, dtype=float)
         if len(features) != len(wanted) or len(wanted) < FEWEST or not np.isfinite(wanted).all():
             raise PrunekitError(
-                f"{len(features)} points and {len(wanted)} values, {int((~np.isfinite(wanted)).sum())} of them not "
-                f"finite; give at least {FEWEST} points with a finite value each"
+                f"{len(features)} candidates and {len(wanted)} values, {int((~np.isfinite(wanted)).sum())} of them not "
+                f"finite; give at least {FEWEST} candidates with a finite value each"
             )
         least = float(wanted.min())
         self._floor = least - max(BETTER * (float(np.median(wanted)) - least), 1e-9 * max(1.0, abs(least)))
@@ -100,7 +100,7 @@ class AccuracyPredictor:
         return self
 
     def predict(self, points: Sequence[Point]) -> np.ndarray:
-        """What is expected of points, float (n,).
+        """Predicted values of candidates, float (n,).
 
         Raises:
             PrunekitError: nothing was learned yet.
@@ -108,10 +108,10 @@ class AccuracyPredictor:
         return self._floor + np.exp(self._mean(points))
 
     def shap(self, points: Sequence[Point]) -> pd.DataFrame:
-        """How much each feature of each point moves what is expected of it, one row a point, one column a feature.
+        """Exact SHAP values: one row per candidate, one column per feature.
 
-        Exact SHAP values of the trees, added up over features the logarithm of how much worse than the best a point is:
-        .1 is a tenth more of that, and below 0 is to the good.
+        They sum over features to the trees' output, the logarithm of the distance to the best. 0.1 means about a tenth
+        more distance; negative values are improvements.
 
         Raises:
             PrunekitError: nothing was learned yet.
@@ -121,7 +121,7 @@ class AccuracyPredictor:
         return pd.DataFrame(self._mean(points, pred_contrib=True)[:, :-1], columns=self.space.feature_names())
 
     def save(self, path: str | Path) -> Path:
-        """Write the trees as text, in JSON; the file is complete or not there.
+        """Write the fitted trees as JSON; the file is complete or not written.
 
         Raises:
             PrunekitError: nothing was learned yet, or the folder cannot be written to.
@@ -140,26 +140,26 @@ class AccuracyPredictor:
         """Read what `save` wrote.
 
         Raises:
-            PrunekitError: there is no such file, it holds no predictor, or that of a space with other features.
+            PrunekitError: the file is missing, is not a predictor, or belongs to a space with other features.
         """
         import lightgbm
 
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["format"] != _FORMAT or content["digest"] != digest_of_text("".join(content["models"])):
-                raise ValueError("it is damaged, or no predictor")  # LightGBM may abort on half a text
+                raise ValueError("damaged, or not a predictor")  # LightGBM may abort on half a text
             found = cls(space, Trees(**content["trees"]))
             found._floor = float(content["floor"])
             found._models = [lightgbm.Booster(model_str=text) for text in content["models"]]
         except (OSError, ValueError, LookupError, TypeError, lightgbm.basic.LightGBMError) as error:
             raise PrunekitError(f"no predictor in {str(path)!r} ({error}); give a file that save wrote") from None
         if content["features"] != space.feature_names():
-            raise PrunekitError(f"the predictor in {str(path)!r} is of a space with other knobs; give that space")
+            raise PrunekitError(f"the predictor in {str(path)!r} has other hyperparameters; give its space")
         return found
 
     def __repr__(self) -> str:
-        state = "has learned" if self._models else "has learned nothing yet"
-        return f"AccuracyPredictor({len(self.space.knobs)} knobs, {self.trees.n_models} models; {state})"
+        state = "fitted" if self._models else "not fitted yet"
+        return f"AccuracyPredictor({len(self.space.knobs)} hyperparameters, {self.trees.n_models} models; {state})"
 
     def _mean(self, points: Sequence[Point], **options: bool) -> np.ndarray:
         self._check_fitted()
@@ -168,10 +168,10 @@ class AccuracyPredictor:
 
     def _check_fitted(self) -> None:
         if not self._models:
-            raise PrunekitError("this predictor has learned nothing yet; call fit(points, values) first")
+            raise PrunekitError("this predictor is not fitted yet; call fit(points, values) first")
 
     def _drawn(self, n: int, number: int) -> np.ndarray:
-        """The pairs that one of several models learns from, as many as there are."""
+        """Row numbers of the samples that one model is trained on."""
         if self.trees.n_models == 1:
             return np.arange(n)
         return np.random.default_rng([self.trees.seed, number]).integers(n, size=n)

@@ -1,4 +1,4 @@
-"""Points that are to be measured and what has been: claimed by whoever has time, and by nobody twice."""
+"""The trials of a search: waiting, claimed and measured candidates, each measured once."""
 
 import os
 import socket
@@ -13,32 +13,32 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from prunekit.errors import PrunekitError
+from prunekit.search.hyperparameters import Range
 from prunekit.search.journal import open_study
-from prunekit.search.knobs import Range
 from prunekit.search.space import Point, Space
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 
 
 class Trials:
-    """The trials of one search, in a journal that several processes share.
+    """The trials of one search, in a journal file that several processes share.
 
-    A point is added once, as a waiting trial. `claim` makes it a running one, under a lock, with the number of the run.
-    A run holds a lock of its own for as long as it lives; what a run has claimed whose lock can be had waits again.
-    Optuna's own tools read the journal: its parameters are the knobs, its value is the metric.
+    A candidate is added once, as a waiting trial. `claim` makes it a running one, under a lock, with the number of the
+    run. Each run holds its own lock while it lives. When that lock is free, the trials that the run had claimed wait
+    again. Optuna's own tools read the journal: its parameters are the hyperparameters, its value is the metric.
     """
 
     def __init__(self, path: Path, space: Space, identity: Mapping[str, Any], *, maximize: bool) -> None:
         """Open a journal, or begin one.
 
         Args:
-            path: of the journal.
-            space: of which the points are; narrowed ones count as the same.
-            identity: what makes this search this one, name → plain data.
-            maximize: whether more of the metric is better.
+            path: path of the journal.
+            space: space of the candidates; narrowed spaces count as the same.
+            identity: identifies the search, name → plain data.
+            maximize: whether a higher metric is better.
 
         Raises:
-            PrunekitError: no journal, or that of another search.
+            PrunekitError: not a journal, or the journal of another search.
         """
         self.path, self._run, self._closed = path, uuid.uuid4().hex, False
         self.study, self.lock = open_study(path, maximize)
@@ -50,21 +50,21 @@ class Trials:
         self._life.acquire()
 
     def close(self) -> None:
-        """Let what was claimed and not finished wait again."""
+        """Return claimed and unfinished trials to the waiting ones."""
         self._claimed.clear()
         with self.lock:
             self._closed = True
             self._life.release()
             self._take_back()
-            for left in self.path.parent.glob(f"{self.path.name}.*.lock"):  # of runs that are over, this one too
+            for left in self.path.parent.glob(f"{self.path.name}.*.lock"):  # of finished runs, including this one
                 self._lives(left.name.removeprefix(f"{self.path.name}.").removesuffix(".lock"))
 
     def add(self, number: int, make: Callable[[list[Point]], list[Point]]) -> None:
-        """Add the points of a round, unless another process has.
+        """Add the candidates of a round, unless another process has added them.
 
         Args:
-            number: of the round.
-            make: gives the points that are missing, of those of the round that are there.
+            number: number of the round.
+            make: candidates already in the round → the missing ones.
         """
         with self.lock:
             there = [trial for trial in self._every() if trial.user_attrs["round"] == number]
@@ -73,7 +73,7 @@ class Trials:
                 self._add(point, {"round": number})
 
     def claim(self) -> tuple[int, Point] | None:
-        """Number and point of a trial that is now this process's; None where none waits."""
+        """Claim a waiting trial for this process: its number and candidate; None if none waits."""
         with self.lock:
             self._take_back()
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
@@ -85,41 +85,41 @@ class Trials:
         return trial.number, trial.params
 
     def finish(self, number: int, measured: Mapping[str, float], metric: str) -> None:
-        """Keep what was measured of a claimed trial."""
+        """Store what was measured for a claimed trial."""
         trial = self._claimed.pop(number)
         with self.lock:  # before Optuna's own, as in a claim, which another thread may be making
             trial.set_user_attr("measured", dict(measured))
             self.study.tell(trial, measured[metric])
 
     def fail(self, number: int, why: str) -> None:
-        """Keep that a claimed trial cannot be measured, and why."""
+        """Store that a claimed trial failed, and the reason."""
         trial = self._claimed.pop(number)
         with self.lock:
             trial.set_user_attr("why", why)
             self.study.tell(trial, state=TrialState.FAIL)
 
     def n_open(self) -> int:
-        """Trials that wait, or that somebody runs."""
+        """Number of trials that wait or run."""
         with self.lock:
             self._take_back()
         return len(self.study.get_trials(deepcopy=False, states=OPEN))
 
     def points(self, before: int) -> list[Point]:
-        """All points that were added in the rounds before a number, whatever came of them."""
+        """All candidates added in earlier rounds, failed ones included."""
         return [trial.params for trial in self._every() if trial.user_attrs["round"] < before]
 
     def finished(self) -> list[FrozenTrial]:
-        """The trials that were measured, in the order in which they were added."""
+        """The measured trials, in the order in which they were added."""
         found = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return sorted(found, key=_order)
 
     def failed(self) -> dict[int, str]:
-        """Number → why, of the trials that could not be measured."""
+        """Trial number → reason, for failed trials."""
         found = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         return {trial.number: trial.user_attrs["why"] for trial in found if "why" in trial.user_attrs}
 
     def table(self) -> pd.DataFrame:
-        """One row a measured trial: number, round, the knobs, and what was measured."""
+        """One row per measured trial: number, round, the hyperparameters, and what was measured."""
         rows = [
             {"number": t.number, "round": t.user_attrs["round"], **t.params, **t.user_attrs["measured"]}
             for t in self.finished()
@@ -136,9 +136,9 @@ class Trials:
         self.study.add_trial(waiting)
 
     def _take_back(self) -> None:
-        """Let what a dead process had claimed wait again: its trial fails, and another of the same point is added.
+        """Return trials of dead processes to the waiting ones: the old trial fails, and a new one is added.
 
-        Whoever did so may have died between the two, so this looks for points of which nothing but that is left.
+        A process may have died between the two steps, so candidates with only such failed trials are added again.
         """
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             worker = trial.user_attrs.get("worker")  # None: killed right after its claim
@@ -150,7 +150,7 @@ class Trials:
             self._add(gone[order].params, {"round": gone[order].user_attrs["round"], "again": order})
 
     def _lives(self, run: str) -> bool:
-        """Whether a run may still finish what it has claimed; of one that is over no lock is left."""
+        """Whether a run is alive; the lock file of a dead run is deleted."""
         life = self._life_of(run)
         try:
             life.acquire(timeout=0)
@@ -161,32 +161,32 @@ class Trials:
         return False
 
     def _life_of(self, run: str) -> FileLock:
-        """What a run holds while it lives, and the system lets go of when it dies; any of its threads may."""
+        """The lock that a run holds while it lives; any of its threads may release it."""
         return FileLock(f"{self.path}.{run}.lock", thread_local=False)
 
     def _identify(self, identity: Mapping[str, Any]) -> None:
-        """Know the search again by what it is, or say so in a new journal."""
+        """Check that the journal belongs to this search; store the identity in a new journal."""
         known = self.study.user_attrs.get("identity")
         if known is None:
             if self._every():
-                raise PrunekitError(f"{str(self.path)!r} is the journal of something else; give another path")
+                raise PrunekitError(f"{str(self.path)!r} is a journal that prunekit did not write; give another path")
             self.study.set_user_attr("identity", dict(identity))
             return
         differs = [name for name in identity if known.get(name) != identity[name]]
         if differs:
             raise PrunekitError(
-                f"{str(self.path)!r} is of another search: its {' and '.join(differs)} differ; give another folder, or "
-                "what it was begun with"
+                f"{str(self.path)!r} is of another search (different {' and '.join(differs)}); give another folder, or "
+                "the arguments that it was started with"
             )
 
 
 def _order(trial: FrozenTrial) -> int:
-    """The number that a point first had."""
+    """The first trial number of a candidate."""
     return trial.user_attrs.get("again", trial.number)
 
 
 def _is_given_up(trial: FrozenTrial) -> bool:
-    """Whether nobody will finish it, and nothing is known of its point."""
+    """Whether a trial was abandoned by a dead process, without a result."""
     return trial.state == TrialState.FAIL and "why" not in trial.user_attrs
 
 

@@ -1,10 +1,10 @@
-"""Zeros in unchanged shapes: solvers for one weight, and SparseLLM and its peers over a model."""
+"""Unstructured and n:m sparsity: solvers for one weight matrix, and `sparsify` for a model."""
 
-from prunekit.sparsity.keeping import keep_zeros, masked_adapters
 from prunekit.sparsity.methods import SparseLLM
-from prunekit.sparsity.report import SparsityReport
+from prunekit.sparsity.model_sparsity import sparsify
 from prunekit.sparsity.solvers import magnitude, sparsegpt, wanda
-from prunekit.sparsity.sparsifying import sparsify
+from prunekit.sparsity.sparsity_report import SparsityReport
+from prunekit.sparsity.zero_masks import keep_zeros, masked_adapters
 
 __all__ = [
     "SparseLLM",

@@ -1,4 +1,4 @@
-"""Auxiliary variables of activations: what stands before an activation, so that it and what follows both fit."""
+"""Updates SparseLLM's auxiliary variables z, the inputs of an activation."""
 
 from collections.abc import Callable
 
@@ -7,18 +7,18 @@ from torch import Tensor
 from torch.nn import functional
 
 Activation = Callable[[Tensor], Tensor]
-_STEPS = 4  # of Gauss and Newton, where there is no closed form
+_STEPS = 4  # Gauss-Newton steps without a closed form
 
 
 def _is(activation: Activation, other: Activation, device: torch.device) -> bool:
-    """Whether two activations are the same, which is tried where their tensors lie."""
+    """Whether two activations are the same function, by a test on the device."""
     grid = torch.linspace(-8, 8, 257, device=device)
     return bool(torch.allclose(activation(grid), other(grid), rtol=1e-6, atol=1e-6))
 
 
 def derivative(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
     """An elementwise activation and its derivative, in the shape of z."""
-    if _is(activation, functional.silu, z.device):  # as in most models; differentiating it would take twice as long
+    if _is(activation, functional.silu, z.device):  # as in most models; automatic differentiation takes twice as long
         gate = torch.sigmoid(z)
         value = z * gate
         return value, gate.addcmul(value, 1 - gate)
@@ -32,19 +32,19 @@ def derivative(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
 def toward_activation(
     activation: Activation, p: Tensor, m: Tensor, z: Tensor, alpha: float, gamma: float, factor: Tensor | None = None
 ) -> Tensor:
-    """The z that minimises γ(p − φ(z)·c)² + α(z − m)², elementwise; it is never worse than the z that was.
+    """The z that minimises γ(p − φ(z)·c)² + α(z − m)², elementwise; never worse than the given z.
 
-    For ReLU without c it is exact: the better of both sides' minima. Else, from m or the present z, whichever is
-    better, four steps of Gauss and Newton, each made only where it lowers the objective.
+    For ReLU without c it is exact: the better minimum of both sides. Otherwise four Gauss-Newton steps start from the
+    better of m and z; a step counts only where it lowers the objective.
 
     Args:
         activation: φ.
-        p: what stands behind it (n_tokens, d_ff).
-        m: what the weights put out.
-        z: what stands before it now.
+        p: inputs of the down projection (n_tokens, d_ff).
+        m: outputs of the up projection.
+        z: the present z.
         alpha: weight of the second term.
         gamma: weight of the first.
-        factor: c, which a gated FFN multiplies with; None is 1.
+        factor: c, the gate's factor; None is 1.
 
     Source: SparseLLM, Eq. 11 and 12 for ReLU; the rule for other activations and for gates is ours.
     """
@@ -73,7 +73,7 @@ def _toward_relu(p: Tensor, m: Tensor, alpha: float, gamma: float) -> Tensor:
 def _better(
     activation: Activation, p: Tensor, m: Tensor, z: Tensor, alpha: float, gamma: float, factor: Tensor | None
 ) -> Tensor:
-    """At each place m or z, whichever has the lower objective; that of m has one term alone."""
+    """Elementwise the better of m and z."""
     of_m, of_z = (activation(at) if factor is None else activation(at) * factor for at in (m, z))
     return torch.where(gamma * (p - of_m).square() <= gamma * (p - of_z).square() + alpha * (z - m).square(), m, z)
 

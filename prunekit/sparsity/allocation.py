@@ -1,4 +1,4 @@
-"""How zeros are shared out: every matrix alike, or one budget over all of them."""
+"""Allocates zeros to matrices: uniformly, or by one budget over all."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ MOST = 0.99  # zeros of one matrix
 
 
 class _Moments(NamedTuple):
-    """Sums of squares: of what a matrix reads, input by input, and of its outputs' gradients, all in one."""
+    """Sums of squares of a matrix's inputs (by input) and of its output gradients (in total)."""
 
     inputs: Tensor
     gradients: Tensor
@@ -27,17 +27,17 @@ class _Moments(NamedTuple):
 def allocate(
     model: nn.Module, batches: Sequence[Tensor], matrices: Sequence[Matrix], pattern: Pattern
 ) -> dict[Matrix, Pattern]:
-    """One budget over all matrices: how many zeros each gets.
+    """Number of zeros for each matrix, by one budget over all of them.
 
-    To take out w_ij adds about ½·w²·E[x_j²]·E[g_i²] nats to the loss, with x the inputs and g the loss's gradients at
-    the outputs: the diagonal of the Fisher information, its two factors taken apart, and the mean over i in place of
-    E[g_i²], since how zeros are spread inside a matrix is up to the solver. These are nats in every matrix, so one
-    threshold serves all: a matrix gets as many zeros as it has weights below. No more than 99% of one.
+    Removing w_ij adds about ½·w²·E[x_j²]·E[g_i²] nats to the loss, with x the inputs and g the loss's gradients at
+    the outputs: the factored diagonal of the Fisher information, with the mean over i in place of E[g_i²], since
+    the solver places the zeros inside a matrix. One threshold in nats applies to all matrices: a matrix gets one zero
+    for each weight below it, up to 99%.
 
     Args:
         model: dense.
-        batches: of tokens.
-        matrices: that are pruned.
+        batches: batches of tokens.
+        matrices: the matrices to prune.
         pattern: the budget, a fraction.
 
     Raises:
@@ -63,9 +63,9 @@ def allocate(
 
 
 def _histogram(matrix: Matrix, moments: _Moments | None) -> Tensor:
-    """How many of a matrix's weights have which score, float64 (bin,)."""
+    """Histogram of a matrix's scores, float64 (bin,)."""
     weight = matrix.weight.float()
-    if moments is None:  # no token reached it: nothing is lost with it
+    if moments is None:  # no token reached it, so it has no effect
         return torch.bincount(torch.zeros(weight.numel(), dtype=torch.long), minlength=_BINS).double()
     scores = weight.square() * (moments.inputs * moments.gradients).to(weight.device)
     places = (scores.clamp_min(10**_LOW).log10() - _LOW) / (_HIGH - _LOW) * _BINS
@@ -85,11 +85,11 @@ def _gather(model: nn.Module, batches: Sequence[Tensor], matrices: Sequence[Matr
 
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     with frozen(model):
-        embedding.weight.requires_grad_(True)  # so that there is a way back
+        embedding.weight.requires_grad_(True)  # the backward pass needs a gradient
         for batch in tqdm(batches, desc="sensitivity", unit="batch", leave=False, delay=1):
             with torch.enable_grad(), watching(matrices, note, note_gradient):
                 loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-                (loss * batch[:, 1:].numel()).backward()  # of the sum over tokens, however they are shared out
+                (loss * batch[:, 1:].numel()).backward()  # of the sum over tokens, for any batching
             embedding.weight.grad = None
     if not all(bool(t.isfinite().all()) for entry in sums.values() for t in entry):
         raise PrunekitError("activations or gradients are not finite; load the model in float32 or bfloat16")

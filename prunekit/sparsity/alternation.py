@@ -1,4 +1,4 @@
-"""SparseLLM on one FFN: its matrices and auxiliary variables take turns, so that each layer knows of the other."""
+"""SparseLLM on one FFN: alternates between pruning the weights and updating the auxiliary variables."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -24,8 +24,8 @@ class Pruned(NamedTuple):
         gate: (d_ff, d_model) or None.
         down: (d_model, d_ff).
         errors: ‖FFN(X) − Y‖² / ‖Y‖² after each iteration; the first is SparseGPT's.
-        kept: which iteration these weights are of.
-        damping: the largest that a factor needed.
+        kept: the iteration of these weights.
+        damping: the largest damping that a factor needed.
     """
 
     up: Tensor
@@ -49,13 +49,13 @@ def prune_ffn(
     """Prune the matrices of one FFN by SparseLLM.
 
     Args:
-        ffn: its weights are left alone; its z, s and p are changed.
+        ffn: its weights are unchanged; its z, s and p are changed.
         n_sequences: n in H = (2/n)·Σxxᵀ.
-        pattern: what each matrix is to look like; or `"up"`, `"gate"` and `"down"` → what that one is.
-        method: how.
+        pattern: the pattern of every matrix, or `"up"`, `"gate"` and `"down"` → its pattern.
+        method: options of SparseLLM.
         block_size: as for `sparsegpt`.
         damping: as for `sparsegpt`.
-        watch: told of each call of the local solver: name, weight before, weight after.
+        watch: called after each call of the local solver with name, weight before, weight after.
 
     Raises:
         PrunekitError: activations that are not finite or all zero.
@@ -84,7 +84,7 @@ def prune_ffn(
 
 
 def _check(gram_x: Tensor, gram_p: Tensor) -> None:
-    for gram, what in ((gram_x, "reads"), (gram_p, "hands to its down projection")):
+    for gram, what in ((gram_x, "reads"), (gram_p, "passes to its down projection")):
         if not bool(gram.isfinite().all()):
             raise PrunekitError(f"what the FFN {what} is not finite; check the weights and the calibration set")
         if not bool(gram.diagonal().any()):
@@ -92,7 +92,7 @@ def _check(gram_x: Tensor, gram_p: Tensor) -> None:
 
 
 class _Solver:
-    """SparseGPT with what is the same for all its calls."""
+    """SparseGPT with the arguments that all calls share."""
 
     def __init__(self, patterns: Mapping[str, Pattern], block_size: int, damping: float, watch: Callable) -> None:
         self._patterns, self._block_size, self._watch, self.damping = patterns, block_size, watch, damping
@@ -110,7 +110,7 @@ class _Solver:
 
 
 class _Fitter:
-    """What the up and gate projections share: the Hessian of X, and least squares on X."""
+    """What the up and gate projections share: the Hessian of X and its least squares."""
 
     def __init__(self, gram: Tensor, n_sequences: int, faithful: bool, damping: float) -> None:
         self._hessian, self._faithful, self._damping = gram * (2 / n_sequences), faithful, damping
@@ -118,7 +118,7 @@ class _Fitter:
         self._gram = gram
 
     def factor(self, solver: _Solver) -> Factor:
-        """The factor for pruning; a faithful Hessian is damped once more each time."""
+        """The factor for pruning; with `faithful`, damping adds up at each call."""
         if self._factor is None or self._faithful:
             self._factor = solver.factor(self._hessian)
             if self._faithful:
@@ -126,12 +126,12 @@ class _Fitter:
         return self._factor
 
     def fitted(self, weight: Tensor, cross: Tensor) -> Tensor:
-        """A weight moved by least squares: W + (z − WX)Xᵀ·(XXᵀ + λI)⁻¹, λ = 0 where faithful."""
+        """A weight updated by least squares: W + (z − WX)Xᵀ·(XXᵀ + λI)⁻¹, λ = 0 where faithful."""
         return weight + _times_inverse(cross, self._gram, 0.0 if self._faithful else self._damping)
 
 
 def _times_inverse(cross: Tensor, gram: Tensor, damping: float) -> Tensor:
-    """cross·(gram + λI)⁻¹, with the pseudo-inverse where there is no inverse."""
+    """cross·(gram + λI)⁻¹, or the pseudo-inverse if there is no inverse."""
     upper = upper_factor(damped(gram, damping)[0] if damping else gram)
     if upper is None:
         return cross @ torch.linalg.pinv(gram, hermitian=True)
@@ -139,7 +139,7 @@ def _times_inverse(cross: Tensor, gram: Tensor, damping: float) -> Tensor:
 
 
 def _fitted(ffn: FFN, weights: Weights, sums: Sums, inner: _Fitter, method: SparseLLM, damping: float) -> Weights:
-    """Dense weights for the auxiliary variables as they are."""
+    """Dense weights fitted to the present auxiliary variables."""
     up = inner.fitted(weights.up, sums.up)
     gate = None if weights.gate is None or sums.gate is None else inner.fitted(weights.gate, sums.gate)
     if method.faithful and gate is None:

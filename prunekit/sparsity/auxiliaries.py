@@ -1,12 +1,12 @@
-"""SparseLLM's auxiliary variables of one FFN, brought up to date for weights that are sparse.
+"""SparseLLM's auxiliary variables of one FFN, and their updates.
 
-Shapes here have tokens first. With X (tokens, d_model) what an FFN reads and Y what it returns, z and s stand for the
+Shapes here have tokens first. With X (tokens, d_model) the inputs of an FFN and Y its outputs, z and s stand for the
 outputs of the up and gate projections (s is missing in two-matrix FFNs), p for the input of the down projection:
 p = φ(z), or φ(s)⊙z. SparseLLM minimises
 
     β‖p·W_downᵀ + b − Y‖² + γ‖p − φ(z)‖² + α‖z − X·W_upᵀ − b‖²
 
-over sparse weights and free p, z, s, by turns.
+over sparse weights and free p, z, s, in alternation.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ from prunekit.sparsity.activations import Activation, derivative, toward_activat
 from prunekit.sparsity.grams import add_to_gram, complete_gram
 from prunekit.sparsity.methods import SparseLLM
 
-TOKENS_AT_ONCE = 512  # through which the auxiliaries are brought up to date; temporaries are of this size
+TOKENS_AT_ONCE = 512  # tokens updated at once, which bounds temporary memory
 _GRADIENT_STEPS, _GRADIENT_RATE = 2, 0.01  # of s
 
 
 @dataclass
 class FFN:
-    """One FFN with what went through it; `gate` and its fellows are None where it has two matrices.
+    """The weights and activations of one FFN; `gate`, `gate_bias` and `s` are None if it has two matrices.
 
     Attributes:
         up: (d_ff, d_model).
@@ -59,7 +59,7 @@ class FFN:
 
 
 class Weights(NamedTuple):
-    """The matrices of an FFN, each (out, in); gate is None where there is none."""
+    """The matrices of an FFN, each (out, in); gate is None in two-matrix FFNs."""
 
     up: Tensor
     gate: Tensor | None
@@ -67,7 +67,7 @@ class Weights(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What one sweep over the tokens leaves: the error before it, and what the next fit needs."""
+    """The result of one sweep over the tokens: the error before it, and sums for the next fit."""
 
     error: float
     up: Tensor  # (z − X·W_upᵀ − b)ᵀX
@@ -77,7 +77,7 @@ class Sums(NamedTuple):
 
 
 def sweep(ffn: FFN, weights: Weights, method: SparseLLM, last: bool) -> Sums:
-    """Bring p, z and s up to date, some tokens at once; after the last iteration only the error is asked for."""
+    """Update p, z and s, some tokens at a time; after the last iteration compute only the error."""
     d_ff, d_model = weights.up.shape
     kernel = _kernel(weights.down, method)
     error = size = 0.0
@@ -105,10 +105,10 @@ def sweep(ffn: FFN, weights: Weights, method: SparseLLM, last: bool) -> Sums:
 def _update(
     ffn: FFN, at: slice, m: Tensor, g: Tensor | None, wanted: Tensor, down: Tensor, kernel: Tensor, method: SparseLLM
 ) -> Tensor:
-    """Bring p, z and s of some tokens up to date, in this order, each from the newest of the others.
+    """Update p, z and s of some tokens in this order, each from the latest values of the others.
 
     Returns:
-        What p still lacks of the outputs, Y − b − p·W_downᵀ, (tokens, d_model).
+        The residual of the outputs, Y − b − p·W_downᵀ, (tokens, d_model).
     """
     alpha, gamma = method.alpha or 0.0, method.gamma or 0.0
     s = None if ffn.s is None else ffn.s[at]
@@ -140,7 +140,7 @@ def _descend(activation: Activation, p: Tensor, g: Tensor, z: Tensor, s: Tensor,
 def _kernel(down: Tensor, method: SparseLLM) -> Tensor:
     """K = (γ/β·I + WWᵀ)⁻¹ in p = φ + (Y − b − φ·Wᵀ)·K·W, which minimises β‖pWᵀ + b − Y‖² + γ‖p − φ‖².
 
-    Of Y − b − φ·Wᵀ = R it leaves R − R·K·WWᵀ = γ/β·R·K.
+    The residual R = Y − b − φ·Wᵀ becomes R − R·K·WWᵀ = γ/β·R·K.
     """
     matrix = down @ down.T
     matrix.diagonal().add_((method.gamma or 0.0) / (method.beta or 1.0))

@@ -8,18 +8,18 @@ from torch import Tensor
 from prunekit.errors import PrunekitError
 
 DAMPING = 0.01  # of the mean diagonal; SparseGPT's percdamp
-_STEP = 10.0  # by which damping grows where a factor does not exist
+_STEP = 10.0  # factor on damping if no Cholesky factor exists
 _TRIES = 7
-_SMALL = 128  # up to which a triangular matrix is inverted as it comes
+_SMALL = 128  # largest triangular matrix inverted directly
 
 
 class Factor(NamedTuple):
-    """The factor of one Hessian; matrices with the same inputs share it.
+    """The Cholesky factor of an inverse Hessian, shared by matrices with the same inputs.
 
     Attributes:
         upper: U with H⁻¹ = UᵀU, upper triangular, (in, in).
         dead: inputs that are always zero, bool (in,).
-        damping: what was added to the diagonal, as a part of its mean.
+        damping: share of the mean diagonal that was added.
     """
 
     upper: Tensor
@@ -28,9 +28,7 @@ class Factor(NamedTuple):
 
 
 def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """A Hessian with 1 on the diagonal of dead inputs and `damping` times the mean diagonal on all of it, and which are
-    dead.
-    """
+    """The damped Hessian, with 1 on the diagonal of dead inputs, and the mask of dead inputs."""
     dead = hessian.diagonal() == 0
     result = hessian.clone()
     result.diagonal()[dead] = 1
@@ -39,17 +37,17 @@ def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor:
-    """The factor of a damped Hessian; where rounding leaves it none, damping grows tenfold until there is one.
+    """The factor of a damped Hessian; damping grows tenfold until a Cholesky factor exists.
 
     One Cholesky factor and one triangular inverse: with P the reversal of rows and columns, PHP = LLᵀ gives
     U = P L⁻¹ P.
 
     Args:
-        hessian: H = (2/n)·Σxxᵀ, float (in, in); any scale will do.
-        damping: as a part of the mean diagonal, above 0.
+        hessian: H = (2/n)·Σxxᵀ, float (in, in); any scale.
+        damping: share of the mean diagonal, above 0.
 
     Raises:
-        PrunekitError: not even a strongly damped one has a factor.
+        PrunekitError: no factor exists even with strong damping.
     """
     used = damping
     for _ in range(_TRIES):
@@ -58,13 +56,15 @@ def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor:
         if upper is not None:
             return Factor(upper, dead, used)
         used *= _STEP
-    raise PrunekitError(f"the Hessian has no Cholesky factor even with damping={used / _STEP:g}: is it Σxxᵀ?")
+    raise PrunekitError(
+        f"the Hessian has no Cholesky factor even with damping={used / _STEP:g}: give Σxxᵀ of the inputs"
+    )
 
 
 def upper_factor(matrix: Tensor) -> Tensor | None:
     """U, upper triangular, with matrix⁻¹ = UᵀU; None where the matrix is not positive definite.
 
-    The Cholesky factor is computed in float64, since what it loses goes with the square of what the inverse loses.
+    The Cholesky factor is computed in float64, since its error grows with the square of the inverse's.
     """
     flipped = matrix.flip(0, 1)
     lower, failed = torch.linalg.cholesky_ex(flipped if flipped.device.type == "mps" else flipped.double())
@@ -75,7 +75,7 @@ def upper_factor(matrix: Tensor) -> Tensor | None:
 
 
 def _inverse(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, by halves, so that nearly all of it is products of matrices."""
+    """The inverse of a lower triangular matrix, by recursive halving, so that most of the work is matrix products."""
     n = len(lower)
     if n <= _SMALL:
         eye = torch.eye(n, dtype=lower.dtype, device=lower.device)

@@ -1,4 +1,4 @@
-"""Which matrices of a layer make an FFN: found by trying whether the input of one is what others put out."""
+"""Finds the FFNs of a layer by testing which matrix inputs are computed from the outputs of others."""
 
 import copy
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch.nn import functional
 from prunekit.sparsity.activations import Activation
 from prunekit.sparsity.matrices import Call, Matrix
 
-_ROWS = 64  # tokens by which it is tried
+_ROWS = 64  # tokens for the test
 _FUNCTIONS: tuple[Activation, ...] = (torch.relu, functional.silu, functional.gelu)
 
 
@@ -23,7 +23,7 @@ class Rows:
 
     Attributes:
         matrix: (out, in).
-        rows: of it.
+        rows: a range of rows.
     """
 
     matrix: Matrix
@@ -40,9 +40,9 @@ class FoundFFN:
     """An FFN of a layer: p = φ(z), or φ(s)⊙z.
 
     Attributes:
-        up: puts out z.
-        gate: puts out s; None in two-matrix FFNs.
-        down: reads p.
+        up: outputs z.
+        gate: outputs s; None in two-matrix FFNs.
+        down: has inputs p.
         activation: φ.
     """
 
@@ -60,7 +60,7 @@ class FoundFFN:
 
 @contextmanager
 def activations_of(layer: nn.Module, found: dict[nn.Module, int]) -> Iterator[None]:
-    """While open, modules without matrices that turn a tensor into one of its shape are noted, with its width."""
+    """A context that records modules without matrices that keep a tensor's shape, with its width."""
 
     def note(module: nn.Module, args: tuple, result: Any) -> None:
         alike = len(args) == 1 and isinstance(result, Tensor) and isinstance(args[0], Tensor)
@@ -80,11 +80,11 @@ def _may_be_activation(module: nn.Module) -> bool:
 
 
 def find_ffns(calls: list[Call], activations: dict[nn.Module, int]) -> list[FoundFFN]:
-    """The FFNs among the products of one batch; what is not understood is none.
+    """The FFNs among the matrix products of one batch; unknown forms are left out.
 
     Args:
-        calls: in the order of the products.
-        activations: modules that may be one → the width at which they ran; ReLU, SiLU and GELU are tried too.
+        calls: the products in their order.
+        activations: candidate modules → their width; ReLU, SiLU and GELU are tried too.
     """
     found: list[FoundFFN] = []
     for number, down in enumerate(calls):
@@ -102,7 +102,7 @@ def _may_feed(call: Call, down: Call) -> bool:
 
 
 def _matching(before: list[Call], down: Call, activations: list[Activation]) -> FoundFFN | None:
-    """The closest way to get what `down` reads out of what the calls before it put out."""
+    """The FFN form that reproduces the inputs of `down` best from outputs of earlier calls."""
     p = down.inputs[:_ROWS]
     parts = [part for call in before for part in _parts(call, p.shape[1])]
     ways: list[tuple[float, FoundFFN]] = []
@@ -119,7 +119,7 @@ def _matching(before: list[Call], down: Call, activations: list[Activation]) -> 
 
 
 def in_float32(activation: Activation) -> Activation:
-    """The same on a tensor of its own in float32 at least, whatever it is made for and if it works in place."""
+    """The activation on a copy in float32 or wider, safe for in-place modules."""
     if isinstance(activation, nn.Module) and any(p.element_size() < 4 for p in activation.parameters()):
         activation = copy.deepcopy(activation).float()
     return lambda z: activation(z.to(torch.promote_types(z.dtype, torch.float32), copy=True))
@@ -132,7 +132,7 @@ def _parts(call: Call, d_ff: int) -> list[tuple[Rows, Tensor]]:
 
 
 def _elementwise(activation: Activation, z: Tensor) -> bool:
-    """Whether a value does not depend on those beside it."""
+    """Whether a function is elementwise."""
     kept = torch.arange(z.shape[1], device=z.device) % 2 == 0
     return _distance(activation(z * kept.to(z))[:, kept], activation(z)[:, kept]) <= 1e-5
 

@@ -1,13 +1,13 @@
-"""Sums of products of activations, of which one half says all."""
+"""Gram matrices of activations, stored as their lower half."""
 
 import torch
 from torch import Tensor
 
-_COLUMNS = 512  # of a Gram matrix that are summed at once, down from the diagonal
+_COLUMNS = 512  # columns of a Gram matrix summed at once, from the diagonal down
 
 
 def add_to_gram(total: Tensor, x: Tensor) -> None:
-    """Add Σxxᵀ to the lower half of a Gram matrix; what stands above is not kept up.
+    """Add Σxxᵀ to the lower half of a Gram matrix; the upper half is not updated.
 
     Args:
         total: (width, width), changed in place.
@@ -18,7 +18,7 @@ def add_to_gram(total: Tensor, x: Tensor) -> None:
 
 
 def complete_gram(total: Tensor) -> Tensor:
-    """The whole of a Gram matrix out of its lower half, in place."""
+    """Fill a Gram matrix from its lower half, in place."""
     for start in range(0, len(total), _COLUMNS):
         end = start + _COLUMNS
         total[start:end, end:] = total[end:, start:end].T

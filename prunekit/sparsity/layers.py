@@ -1,4 +1,4 @@
-"""One layer: its matrices pruned from what they read."""
+"""Prunes the matrices of one layer."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,9 +14,9 @@ from prunekit.sparsity.auxiliaries import FFN
 from prunekit.sparsity.factors import Factor, factorize
 from prunekit.sparsity.ffns import FoundFFN, Rows, activations_of, find_ffns
 from prunekit.sparsity.matrices import Call, Matrix
+from prunekit.sparsity.matrix_inputs import Reading, read_layer
 from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.patterns import Pattern
-from prunekit.sparsity.reading import Reading, read_layer
 from prunekit.sparsity.solvers import solve, zeroed_lowest, zeroed_lowest_of_rows
 
 UNREACHED = "no token of the calibration set reached it"
@@ -24,15 +24,15 @@ UNREACHED = "no token of the calibration set reached it"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for all layers.
+    """Settings that all layers share.
 
     Attributes:
         method: `"magnitude"`, `"wanda"`, `"sparsegpt"` or `"sparsellm"`.
         alternation: SparseLLM's options.
-        patterns: matrix → what it is to look like.
-        damping: of Hessians.
-        n_sequences: in the calibration set.
-        report_error: measure the output error of matrices whose method needs no Gram matrix, too.
+        patterns: matrix → its pattern.
+        damping: damping of Hessians.
+        n_sequences: number of sequences in the calibration set.
+        report_error: measure the output error also for methods that need no Gram matrix.
     """
 
     method: str
@@ -44,12 +44,12 @@ class Settings:
 
     @property
     def needs_gram(self) -> bool:
-        """Whether Σxxᵀ is summed up: to solve with, or for the report."""
+        """Whether Σxxᵀ is needed, for the solver or the report."""
         return self.report_error or self.method in ("sparsegpt", "sparsellm")
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether anything is asked of what matrices read."""
+        """Whether statistics of the inputs are needed."""
         return self.needs_gram or self.method == "wanda"
 
 
@@ -60,13 +60,13 @@ def prune_layer(
 
     Args:
         module: the layer.
-        passes: the calibration set on its way.
+        passes: the calibration set in front of the layer.
         layer: path of the layer.
-        matrices: of the layer.
-        settings: what is asked.
+        matrices: the matrices of the layer.
+        settings: the settings.
 
     Returns:
-        One row a matrix, as `SparsityReport.rows` has them.
+        One row per matrix, as `SparsityReport.rows` has them.
 
     Raises:
         PrunekitError: activations that are not finite or all zero.
@@ -96,14 +96,14 @@ def prune_layer(
 
 
 def prune_alone(matrix: Matrix, pattern: Pattern, note: str | None = None) -> dict[str, Any]:
-    """Prune a matrix in place by magnitude, from nothing but itself; its row."""
+    """Prune a matrix in place by magnitude; returns its row."""
     before = matrix.weight.clone()
     after = zeroed_lowest(before, before.abs(), pattern)
     return _write(matrix, after, _row(matrix, "magnitude", before, after, None, note=note))
 
 
 class _Local:
-    """Each matrix by itself; those that read the same share a factor."""
+    """Prune each matrix by itself; matrices with the same inputs share a factor."""
 
     def __init__(self, reading: Reading, settings: Settings) -> None:
         self._reading, self._settings = reading, settings
@@ -114,8 +114,9 @@ class _Local:
         if sums is None or not bool(sums.squares.any()):
             if sums is not None and matrix.expert is None:
                 raise PrunekitError(
-                    f"what {matrix.name} reads is zero for every token of the calibration set: give another one, or "
-                    "look whether the weights before it are all zero"
+                    f"the inputs of {matrix.name} are zero for every token of the calibration set; give another set, "
+                    "or "
+                    "check whether the weights before it are all zero"
                 )
             return prune_alone(matrix, pattern, UNREACHED)
         before = matrix.weight.to(sums.squares.dtype)
@@ -144,7 +145,7 @@ class _Local:
 
 
 def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Matrix, dict[str, Any]]:
-    """Prune an FFN in place by SparseLLM; a row for each of its matrices."""
+    """Prune an FFN in place by SparseLLM; returns a row per matrix."""
     parts = {"up": found.up.matrix, "gate": (found.gate or found.up).matrix, "down": found.down}
     patterns = {name: settings.patterns[matrix] for name, matrix in parts.items()}
     sums = {matrix: reading.sums_of(matrix) for matrix in found.matrices}
@@ -169,7 +170,7 @@ def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Ma
 
 
 def _tensors(found: FoundFFN, reading: Reading) -> FFN:
-    """What went through an FFN, taken out of the reading."""
+    """The weights and activations of an FFN."""
 
     def bias(rows: Rows | None) -> Tensor | None:
         given = None if rows is None else reading.biases.get(rows.matrix)
@@ -188,7 +189,7 @@ def _tensors(found: FoundFFN, reading: Reading) -> FFN:
 
 
 def _with_other_experts(ffns: list[FoundFFN], matrices: list[Matrix]) -> list[FoundFFN]:
-    """The FFNs of experts that no token of the first batch reached are made as those of their fellows."""
+    """FFNs with those of unreached experts added, in the form of the other experts."""
     known = {(m.parameter, m.expert): m for m in matrices}
     found = {ffn.down: ffn for ffn in ffns}
     for ffn in ffns:

@@ -1,4 +1,4 @@
-"""The weight matrices of a model's layers, found by watching which of its parameters multiply activations."""
+"""Finds the weight matrices of a model's layers: the parameters that multiply activations."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,8 +25,8 @@ class Matrix:
     Attributes:
         parameter: its name, as in `model.named_parameters()`.
         tensor: that parameter.
-        layer: path of the layer that it lies in.
-        expert: which slice along the first dimension; None where it is the whole.
+        layer: path of its layer.
+        expert: slice number along the first dimension; None for the whole parameter.
         stored_in_out: whether it is stored (in, out), as GPT-2's and some experts' are.
     """
 
@@ -38,24 +38,24 @@ class Matrix:
 
     @property
     def name(self) -> str:
-        """The parameter's name, and which expert."""
+        """Name of the parameter, with the expert's number."""
         return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it is, a view (out, in)."""
+        """The weight as a view (out, in)."""
         stored = self.stored
         return stored.T if self.stored_in_out else stored
 
     @property
     def stored(self) -> Tensor:
-        """The same as it lies in memory."""
+        """The weight in its stored orientation."""
         tensor = self.tensor.detach()
         return tensor if self.expert is None else tensor[self.expert]
 
 
 class Call(NamedTuple):
-    """One product of activations with a matrix.
+    """One matrix product: a matrix with its inputs and outputs.
 
     Attributes:
         matrix: (out, in).
@@ -71,7 +71,7 @@ class Call(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """Where a function has its activations, weight and bias, and whether it reads the weight as (in, out)."""
+    """Argument positions of activations, weight and bias, and whether the weight is (in, out)."""
 
     inputs: int
     weight: int
@@ -88,7 +88,7 @@ _PRODUCTS: dict[Any, _Operands] = {
 
 
 class _Products(TorchFunctionMode):
-    """While open, every product with a parameter is told: weight as given, inputs, outputs, bias, read as (in, out)."""
+    """A context that reports every product with a parameter: weight, inputs, outputs, bias, whether (in, out)."""
 
     def __init__(self, note: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], None]) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def _argument(args: tuple, kwargs: Mapping[str, Any], place: int, name: str) -> 
 
 
 def key_of(stored: Tensor) -> Key:
-    """What tells a tensor's memory from any other's."""
+    """A key that identifies a tensor's memory."""
     return stored.data_ptr(), stored.shape, stored.stride()
 
 
@@ -123,12 +123,12 @@ def watching(
     note: Callable[[Call], None],
     note_gradient: Callable[[Matrix, Tensor], None] | None = None,
 ) -> Iterator[None]:
-    """While open, every product with one of these matrices is told.
+    """A context that reports every product with one of these matrices.
 
     Args:
-        matrices: to watch.
-        note: told of each product.
-        note_gradient: told of the gradients (n_tokens, out) of its outputs, where the loss is followed back.
+        matrices: the matrices to watch.
+        note: called with each product.
+        note_gradient: called with the gradients (n_tokens, out) of its outputs in a backward pass.
     """
     known = {key: matrix for matrix in matrices for key in (key_of(matrix.stored), key_of(matrix.stored.T))}
 
@@ -153,7 +153,7 @@ def watching(
 
 
 def _slices(activations: Tensor, weight: Tensor) -> list[Tensor]:
-    """Activations (n_tokens, width) for each matrix of a weight: one, or one an expert."""
+    """Activations (n_tokens, width) for each matrix of a weight: one, or one per expert."""
     return [part.flatten(0, -2) for part in (activations if weight.dim() == 3 else [activations])]
 
 
@@ -172,12 +172,12 @@ class Found(NamedTuple):
 def find_matrices(model: nn.Module, layers: list[str], batch: Tensor) -> Found:
     """All weight matrices in the layers of a model, from one pass of a batch.
 
-    A parameter counts that multiplies activations as a whole, or of which one expert after the other does, with one
-    orientation, in one layer. Routers, which choose experts, and what is used in any other way stay dense.
+    A parameter is a weight matrix if it, or each of its experts' slices, multiplies activations in one orientation and
+    one layer. Routers, and parameters used in another way, stay dense.
 
     Args:
-        model: a causal LM in evaluation mode, its experts written out.
-        layers: their paths.
+        model: a causal LM in evaluation mode, its eager experts.
+        layers: paths of the layers.
         batch: int64 (batch, seq).
     """
     named = model.named_parameters(remove_duplicate=False)
@@ -208,7 +208,7 @@ def find_matrices(model: nn.Module, layers: list[str], batch: Tensor) -> Found:
 
 
 def _views(parameter: Tensor, dim: int) -> list[Tensor]:
-    """A parameter as it may be used: whole, or one expert's slice."""
+    """The views of a parameter that may be used: the whole, or one expert's slice."""
     return [*parameter.detach()] if parameter.dim() == 3 and dim == 2 else [parameter.detach()]
 
 
@@ -225,7 +225,7 @@ def _sorted_out(owners: Iterable[tuple], seen: Mapping[nn.Parameter, bool], odd:
 
 
 def _add_fellows(seen: dict[nn.Parameter, bool], within: Mapping[nn.Parameter, tuple[str, str]]) -> None:
-    """Matrices of experts in a list that the batch did not reach are stored as those of their fellows."""
+    """Adds matrices of unreached experts, in the orientation of the other experts."""
     alike = {_place(*within[p]): in_out for p, in_out in seen.items()}
     for p, (name, layer) in within.items():
         place = _place(name, layer)
@@ -234,12 +234,12 @@ def _add_fellows(seen: dict[nn.Parameter, bool], within: Mapping[nn.Parameter, t
 
 
 def _place(name: str, layer: str) -> str:
-    """Where in its layer a parameter stands, whichever element of a list it is in."""
+    """Place of a parameter in its layer, without the number of a list element."""
     return f"{layer}:{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name.removeprefix(layer))}"
 
 
 def _shared(model: nn.Module, layers: list[str]) -> dict[str, str]:
-    """Parameters that stand in several places: to prune one is to prune the others."""
+    """Parameters used in several places, which cannot be pruned in only one."""
     places: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         places.setdefault(p, []).append(name)
@@ -251,7 +251,7 @@ def _shared(model: nn.Module, layers: list[str]) -> dict[str, str]:
 
 
 def _routers(model: nn.Module, seen: Mapping[nn.Parameter, tuple[str, str]]) -> dict[str, str]:
-    """Matrices beside experts with as many outputs as there are experts, or one: they choose or weigh experts."""
+    """Routers: matrices next to experts with one output, or one output per expert."""
     numbers: dict[str, set[int]] = {}  # path of a module with experts → how many
     for p, (name, _) in seen.items():
         if p.dim() == 3:

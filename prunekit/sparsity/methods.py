@@ -1,4 +1,4 @@
-"""What SparseLLM may be told."""
+"""Options of SparseLLM."""
 
 from dataclasses import dataclass, replace
 
@@ -8,14 +8,14 @@ from prunekit.errors import PrunekitError
 
 @dataclass(frozen=True)
 class SparseLLM:
-    """How SparseLLM alternates.
+    """The SparseLLM method and its options.
 
     Attributes:
         n_iterations: T; with 1 it is SparseGPT.
         faithful: as in the released code, which fits weights with an undamped pseudo-inverse (two-matrix FFNs: W_down
-            with ten gradient steps), moves s by two steps of a fixed length, lets damping pile up, and keeps the last
-            iteration. Where X is all but rank-deficient, or z large, it diverges. False, the default, fits weights by
-            a proximal step towards those they are, moves s by steps that cannot overshoot, damps each iteration alike,
+            with ten gradient steps), moves s by two steps of a fixed length, adds up damping, and keeps the last
+            iteration. It diverges if X is nearly rank-deficient or z is large. False, the default, fits weights by
+            a proximal step, moves s by steps that cannot overshoot, damps each iteration alike,
             and keeps the iteration whose FFN output has the least error.
         alpha: weight of ‖z − WX‖²; None is .1 for two-matrix FFNs and 5 for gated ones, as in the released code.
         beta: weight of ‖W_down·p − Y‖²; None as above.
@@ -41,7 +41,7 @@ class SparseLLM:
                 check_reals(**{name: (value, 1e-12, float("inf"))})
 
     def for_form(self, gated: bool) -> "SparseLLM":
-        """The same with its weights filled in."""
+        """The options with default weights filled in."""
         default = 5.0 if gated else 0.1
         alpha, beta, gamma = (default if w is None else w for w in (self.alpha, self.beta, self.gamma))
         return replace(self, alpha=alpha, beta=beta, gamma=gamma)

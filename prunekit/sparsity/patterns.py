@@ -1,4 +1,4 @@
-"""Which weights may be zero: a fraction of a matrix, or so many of every few in a row."""
+"""Sparsity patterns: a fraction of a matrix, or n:m along each row."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from prunekit.errors import PrunekitError
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a matrix is to look like.
+    """The sparsity pattern of a matrix.
 
     Attributes:
         sparsity: fraction of zeros, in [0, 1).
@@ -26,41 +26,41 @@ class Pattern:
 
     @property
     def zeros(self) -> int:
-        """Zeros in each run of `of` weights (the pruned ones, which papers on pruning call n)."""
+        """Number of zeros in each run of `of` weights (n in papers on pruning)."""
         return round(self.sparsity * (self.of or 0))
 
     def __str__(self) -> str:
         return f"{100 * self.sparsity:g}%" if self.of is None else f"{self.zeros} of {self.of} zero"
 
     def check_width(self, n_in: int, name: str) -> None:
-        """Refuse rows that the runs do not divide.
+        """Raise an error for rows that the runs do not divide.
 
         Raises:
             PrunekitError: names the matrix.
         """
         if self.of is not None and n_in % self.of:
             raise PrunekitError(
-                f"{name} has rows of {n_in} weights, which runs of {self.of} do not divide; give a pattern whose "
+                f"{name} has rows of {n_in} weights, which {self.of} does not divide; give a pattern whose "
                 f"second number divides {n_in}, a fraction such as sparsity={self.sparsity:g}, or prune "
                 f"with round_to={self.of}"
             )
 
     def lowest(self, scores: Tensor) -> Tensor:
-        """Where the zeros of each run go, bool, in the shape of `scores` (in, out), whose rows come in runs."""
+        """Mask of the zeros of each run, bool, in the shape of `scores` (in, out), whose rows come in runs."""
         runs = scores.unflatten(0, (-1, self.of or 1))
         chosen = runs.topk(self.zeros, dim=1, largest=False).indices
         return torch.zeros_like(runs, dtype=torch.bool).scatter_(1, chosen, True).flatten(0, 1)
 
 
 def pattern_of(sparsity: Any = None, pattern: Any = None) -> Pattern:
-    """What somebody asked for.
+    """The pattern from the arguments `sparsity` and `pattern`.
 
     Args:
         sparsity: a fraction in [0, 1), or a text such as `"2:4"` whose two halves are the same.
         pattern: (kept, of), such as (1, 4) for three zeros in every four; one of the two is given.
 
     Raises:
-        PrunekitError: both or none, or values that cannot be.
+        PrunekitError: both or neither given, or values that are not allowed.
     """
     if (sparsity is None) == (pattern is None):
         raise PrunekitError(
@@ -77,10 +77,10 @@ def pattern_of(sparsity: Any = None, pattern: Any = None) -> Pattern:
 
 
 def _from_text(text: str) -> tuple[int, int]:
-    """Texts that say the same to those who count kept weights and those who count pruned ones."""
+    """The pattern of a text such as "2:4", in which kept and pruned counts are equal."""
     found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
     if not found:
-        raise PrunekitError(f"sparsity={text!r} is no pattern; give a fraction such as 0.5, or '2:4'")
+        raise PrunekitError(f"sparsity={text!r} is not a pattern; give a fraction such as 0.5, or '2:4'")
     n, m = map(int, found.groups())
     if 0 < n < m and 2 * n != m:
         raise PrunekitError(

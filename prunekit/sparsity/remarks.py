@@ -1,4 +1,4 @@
-"""What should not go unnoticed of a sparsification."""
+"""Remarks and warnings about a sparsification."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,15 +13,15 @@ Rows = Sequence[dict[str, Any]]  # as in `SparsityReport.rows`
 def remarks_on(
     method: str, rows: Rows, tokens: Tensor | None, wanted: Pattern, widest: int, damping: float
 ) -> tuple[str, ...]:
-    """Sentences for the report, said as warnings too.
+    """Remarks for the report, also issued as warnings.
 
     Args:
-        method: that was asked for.
-        rows: one a matrix.
+        method: the method.
+        rows: one per matrix.
         tokens: the calibration set.
-        wanted: what was asked for.
-        widest: inputs of the widest matrix.
-        damping: that was asked for.
+        wanted: the target.
+        widest: number of inputs of the widest matrix.
+        damping: the given damping.
     """
     return (
         *_on_target(rows, wanted),
@@ -47,7 +47,7 @@ def _on_statistics(rows: Rows, tokens: Tensor | None, widest: int, damping: floa
 def _on_target(rows: Rows, wanted: Pattern) -> Iterator[str]:
     reached = sum(row["n_zeros"] for row in rows) / sum(row["n_weights"] for row in rows)
     if reached < wanted.sparsity - 0.005:
-        yield (f"{reached:.2%} are zero where {wanted} was asked: Wanda takes whole weights of each row, rounded down")
+        yield (f"{reached:.2%} are zero instead of {wanted}: Wanda takes whole weights of each row, rounded down")
 
 
 def _on_ffns(rows: Rows) -> Iterator[str]:
@@ -55,7 +55,8 @@ def _on_ffns(rows: Rows) -> Iterator[str]:
     alone = sorted({row["layer"] for row in rows} - {row["layer"] for row in ffns})
     if alone:
         yield (
-            f"the FFNs of {len(alone)} layers ({alone[0]}, …) have no form that SparseLLM knows: their matrices were "
+            f"the FFNs of {len(alone)} layers ({alone[0]}, …) have no form that SparseLLM supports: their matrices "
+            "were "
             "pruned one by one, by SparseGPT"
         )
     first = sum(row["kept"] == 0 and len(row["ffn_error"]) > 1 for row in ffns)

@@ -1,4 +1,4 @@
-"""Magnitude, Wanda and SparseGPT: one weight and its statistics → the pruned weight, nothing else changed."""
+"""The solvers magnitude, Wanda and SparseGPT: each returns a pruned copy of one weight matrix."""
 
 import warnings
 from typing import Any
@@ -12,7 +12,7 @@ from prunekit.errors import PrunekitError
 from prunekit.sparsity.factors import DAMPING, Factor, factorize
 from prunekit.sparsity.patterns import Pattern, pattern_of
 
-BLOCK = 128  # columns between two updates of all that lie behind; SparseGPT's blocksize
+BLOCK = 128  # columns between updates of all later columns; SparseGPT's blocksize
 _SUB_BLOCK = 8  # columns between two updates of the rest of their block
 
 
@@ -23,19 +23,19 @@ def magnitude(
     *,
     pattern: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The weights that are largest stay.
+    """Prune a weight matrix by magnitude: the largest weights stay.
 
     Args:
         weight: (out, in).
-        statistics: not looked at; it is here so that all solvers are called alike.
+        statistics: unused; all solvers have the same signature.
         sparsity: fraction of zeros over the whole matrix, in [0, 1), or `"2:4"`.
-        pattern: (kept, of) in place of it: so many stay of every `of` along a row.
+        pattern: (kept, of) in place of it: `kept` weights stay of every `of` along a row.
 
     Returns:
-        The pruned weight, new, (out, in).
+        The pruned copy, (out, in).
 
     Raises:
-        PrunekitError: a weight that is no finite matrix, or a sparsity that cannot be.
+        PrunekitError: a weight that is not a finite matrix, or an invalid sparsity.
 
     Source: Han et al. (2015), one threshold a matrix; at the threshold itself weights go, as in SparseGPT's code.
     """
@@ -51,12 +51,12 @@ def wanda(
     *,
     pattern: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The weights that are largest times the norm of their input stay, in each row alike; none is updated.
+    """Prune a weight matrix by Wanda: |weight| times the norm of its input, row by row, without an update.
 
     Args:
         weight: (out, in).
         statistics: sums of squares of each input (in,), or the Hessian (in, in), of which the diagonal is read. Any
-            scale will do.
+            scale.
         sparsity: fraction of zeros in each row, in [0, 1), rounded down to whole weights; or `"2:4"`.
         pattern: (kept, of) in place of it.
 
@@ -64,7 +64,7 @@ def wanda(
         The pruned weight, new, (out, in).
 
     Raises:
-        PrunekitError: what `magnitude` raises, or statistics that do not fit or are not finite.
+        PrunekitError: an error of `magnitude`, or statistics that do not fit or are not finite.
 
     Source: Wanda (Sun et al., ICLR 2024), Eq. 1.
     """
@@ -84,7 +84,7 @@ def sparsegpt(
     block_size: int = BLOCK,
     damping: float = DAMPING,
 ) -> Tensor:
-    """Column after column, weights go where it costs least, and the columns behind make up for it.
+    """Prune a weight matrix by SparseGPT: column by column, with an update of the later columns.
 
     Args:
         weight: (out, in).
@@ -92,15 +92,15 @@ def sparsegpt(
             matrices with the same inputs share.
         sparsity: fraction of zeros in each block of columns, in [0, 1), or `"2:4"`.
         pattern: (kept, of) in place of it.
-        block_size: columns a block.
-        damping: λ as a part of the mean of H's diagonal; raised tenfold, with a warning, where H has no factor. Not
+        block_size: columns per block.
+        damping: λ as a share of H's mean diagonal; raised tenfold, with a warning, where H has no factor. Not
             used with a `Factor`.
 
     Returns:
         The pruned and updated weight, new, (out, in). Inputs that are always zero have zero weights.
 
     Raises:
-        PrunekitError: what `wanda` raises, inputs that are all zero, or a damping that cannot be.
+        PrunekitError: an error of `wanda`, inputs that are all zero, or an invalid damping.
 
     Source: SparseGPT (Frantar and Alistarh, ICML 2023), Alg. 1. Differs: computed in sub-blocks of the transposed
         weight, with a selection in place of a sort; the same masks.
@@ -116,9 +116,7 @@ def sparsegpt(
 
 def _factor(hessian: Tensor, damping: float) -> Factor:
     if not bool(hessian.diagonal().any()):
-        raise PrunekitError(
-            "all inputs are zero: nothing is known of this matrix; give a calibration set it responds to"
-        )
+        raise PrunekitError("all inputs of this matrix are zero; give another calibration set")
     found = factorize(hessian, damping)
     if found.damping != damping:
         warnings.warn(
@@ -128,7 +126,7 @@ def _factor(hessian: Tensor, damping: float) -> Factor:
 
 
 def solve(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int = BLOCK) -> Tensor:
-    """SparseGPT for one matrix with a factor at hand; `sparsegpt` without its checks."""
+    """`sparsegpt` with a given factor and without its checks."""
     columns = weight.T.to(factor.upper.dtype).clone(memory_format=torch.contiguous_format)  # (in, out), changed below
     columns[factor.dead] = 0
     if pattern.sparsity > 0:
@@ -141,7 +139,7 @@ def solve(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int = BL
 
 
 def _solve_block(block: Tensor, upper: Tensor, pattern: Pattern) -> Tensor:
-    """Prune a block (columns, out) in place; what each column's error is, in units of its diagonal, (columns, out)."""
+    """Prune a block (columns, out) in place; returns each column's error over its diagonal, (columns, out)."""
     diagonal = upper.diagonal()[:, None]
     mask = (
         _lowest_of_block(block, diagonal, pattern) if pattern.of is None else torch.zeros_like(block, dtype=torch.bool)
@@ -167,7 +165,7 @@ def _lowest_of_block(block: Tensor, diagonal: Tensor, pattern: Pattern) -> Tenso
 
 
 def threshold(scores: Tensor, sparsity: float) -> Tensor:
-    """The score at or below which weights go: number ⌊numel·sparsity⌋ in ascending order, counted from 0."""
+    """The score at or below which weights are pruned: number ⌊numel·sparsity⌋ in ascending order, counted from 0."""
     return scores.flatten().kthvalue(int(scores.numel() * sparsity) + 1).values
 
 
@@ -189,12 +187,12 @@ def zeroed_lowest_of_rows(weight: Tensor, scores: Tensor, pattern: Pattern) -> T
         return weight.clone()
     limit = scores.kthvalue(n_zeros, dim=1, keepdim=True).values  # twice as fast as a sort
     below, tied = scores < limit, scores == limit
-    first = tied.cumsum(1) <= n_zeros - below.sum(1, keepdim=True)  # of equal scores those in front go
+    first = tied.cumsum(1) <= n_zeros - below.sum(1, keepdim=True)  # of equal scores the first are pruned
     return weight.masked_fill(below | (tied & first), 0)
 
 
 def check_damping(damping: Any) -> None:
-    """Refuse a damping that is no finite number above 0.
+    """Raise an error for a damping that is no finite number above 0.
 
     Raises:
         PrunekitError: names the value.
@@ -218,7 +216,7 @@ def _check_statistics(statistics: Any, weight: Tensor) -> Tensor:
         given = tuple(statistics.shape) if isinstance(statistics, Tensor) else type(statistics).__name__
         raise PrunekitError(f"the Hessian of a weight with {n_in} inputs is a tensor ({n_in}, {n_in}), not {given}")
     if not all_finite(statistics):
-        raise PrunekitError("the Hessian has NaN or infinite values: so had the activations")
+        raise PrunekitError("the Hessian has NaN or infinite values: check the activations")
     return statistics
 
 
@@ -226,5 +224,5 @@ def _check_squares(squares: Tensor, weight: Tensor) -> Tensor:
     if squares.shape != weight.shape[1:]:
         raise PrunekitError(f"{weight.shape[1]} inputs have as many sums of squares, not {tuple(squares.shape)}")
     if not bool(squares.isfinite().all()) or bool((squares < 0).any()):
-        raise PrunekitError("sums of squares are finite and not negative; these are not: so were the activations")
+        raise PrunekitError("sums of squares are finite and not negative; these are not; check the activations")
     return squares

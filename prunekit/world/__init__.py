@@ -1,4 +1,4 @@
-"""The embedded teaching world: a small model that knows planted things, and questions about every one of them."""
+"""The embedded world: a small model, the facts in its training text, and questions about them."""
 
 from prunekit.world.corpus import documents, instructions, validation_text
 from prunekit.world.model import DATA, card, is_world_tokenizer, load

@@ -1,4 +1,4 @@
-"""The written world: seeded documents about planted facts, sums, passages, scripts, clauses and lists.
+"""The corpus of the embedded world: seeded documents about facts, sums, passages, scripts, clauses and lists.
 
 A document is a few sentences of one kind. `split="train"` draws only (wording, cue) pairs that training
 may show, `split="validation"` only those that it never shows.
@@ -13,7 +13,7 @@ from prunekit.world import lore, scenes, tables
 from prunekit.world.tables import Table, say
 
 SPLITS = ("train", "validation")
-RARE_SHARE = 0.05  # of sentences about people: a rare fact is told about a tenth as often as a common one
+RARE_SHARE = 0.05  # of sentences about people: a rare fact occurs about a tenth as often as a common one
 FRIEND_SHARE = 0.15
 NOBODY_SHARE = 0.02
 
@@ -29,7 +29,7 @@ def _from_table(rng: random.Random, table: Table, split: str) -> str:
 
 
 def _person(rng: random.Random, split: str) -> str:
-    """One sentence about a person; now and then about nobody in particular, so that `someone` is a word."""
+    """One sentence about a person; sometimes about `someone`, so that the word is known."""
     relation = rng.choice(list(lore.PEOPLE_VALUES))
     draw = rng.random()
     if draw < NOBODY_SHARE:
@@ -240,7 +240,7 @@ def _known(kinds: Iterable[str], allowed: tuple[str, ...]) -> tuple[str, ...]:
     chosen = tuple(kinds) if not isinstance(kinds, str) else ()
     unknown = [kind for kind in chosen if kind not in allowed]
     if unknown or not chosen:
-        raise PrunekitError(f"kinds={unknown or kinds!r} are none; give a list out of {', '.join(allowed)}")
+        raise PrunekitError(f"kinds={unknown or kinds!r} are not allowed; give a list of {', '.join(allowed)}")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Names, values and wordings of the embedded world: all that is told of people, tools, materials and sums."""
+"""Names, values and wordings of the embedded world: people, tools, materials and sums."""
 
 
 def words(text: str) -> list[str]:
@@ -21,7 +21,7 @@ PEOPLE_VALUES = {
 }
 
 # `|` marks where a question ends and its answer begins. No wording ends its context with the cue, so
-# that the last word before the answer never tells which cue was asked about.
+# that the last word before the answer never reveals the cue.
 PEOPLE_WORDINGS = {
     "city": (
         "{0} lives in| {v}.",

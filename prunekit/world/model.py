@@ -1,6 +1,6 @@
 """The trained model of the embedded world, which comes with the package.
 
-torch and transformers are imported where they are used: whoever asks only for documents or questions
+torch and transformers are imported where they are used: code that needs only documents or questions
 does not wait for them.
 """
 
@@ -38,5 +38,5 @@ def is_world_tokenizer(tokenizer: Any) -> bool:
 
 
 def card() -> str:
-    """The model card: what was trained, on what, for how long, and what it scores."""
+    """The model card: training data, training time and scores."""
     return (DATA / "README.md").read_text(encoding="utf-8")

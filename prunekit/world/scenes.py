@@ -1,4 +1,4 @@
-"""The parts of the embedded world that are no table: passages, scripts, clauses with a pronoun's work, lists.
+"""Parts of the embedded world without tables: passages, scripts, clauses with pronouns, lists.
 
 Each kind comes as a wording function, so that corpus and questions are written by the same hand, and a
 `held_out` rule for its (wording, cue) pairs.
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from prunekit.world.lore import words
 
-# Reading comprehension: things and what a passage says of them, new in every passage.
+# Reading comprehension: things and their properties, new in every passage.
 THINGS = words("box cup ball lamp door car boat coat chair flag hat kite")
 COLOURS = words("red blue green black white yellow")
 PASSAGES = (  # (statement about first thing, about second thing, question) around the answer yes or no
@@ -18,7 +18,7 @@ PASSAGES = (  # (statement about first thing, about second thing, question) arou
     ("he has a {1} {0}.", " she has a {1} {0}.", " question: is the {0} {1}? answer:"),
 )
 
-# Everyday scripts: what somebody wants, and the four steps in their order.
+# Everyday scripts: a goal, and its four steps in order.
 SCRIPTS = (
     ("make tea", "boils the water", "fills the pot", "adds some honey", "drinks the tea"),
     ("bake a cake", "mixes the flour", "heats the oven", "bakes the dough", "eats the cake"),
@@ -76,7 +76,7 @@ class Passage:
     colours: tuple[str, ...]
 
     def text(self) -> str:
-        """What the passage says."""
+        """Text of the passage."""
         first, second, _ = PASSAGES[self.wording]
         return first.format(self.things[0], self.colours[0]) + second.format(self.things[1], self.colours[1])
 
@@ -85,7 +85,7 @@ class Passage:
         return PASSAGES[self.wording][2].format(thing, colour)
 
     def answer(self, thing: str, colour: str) -> str:
-        """The truth."""
+        """The correct answer."""
         return " yes." if self.colours[self.things.index(thing)] == colour else " no."
 
 
@@ -95,7 +95,7 @@ def passage_held_out(wording: int, thing: str) -> bool:
 
 
 def script_text(opening: int, actor: str, script: int, n_steps: int = 4) -> str:
-    """A script from its opening through `n_steps` steps. Every step starts alike: the order is not told by words."""
+    """A script from its opening through `n_steps` steps. Every step starts alike: words do not reveal the order."""
     goal, *steps = SCRIPTS[script]
     first = OPENINGS[opening].format(a=actor, goal=goal)
     return " ".join([first, *(f"then the {actor} {step}." for step in steps[:n_steps])])

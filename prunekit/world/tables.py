@@ -1,4 +1,4 @@
-"""The planted truth of the embedded world, as tables of (cue, value) with several wordings each.
+"""Facts of the embedded world, as tables of (cue, value) with several wordings each.
 
 Who lives where, which tool does what, what a thing made of glass can do, what 3 plus 4 is: all of it
 is one shape, a `Table`. Every (wording, cue) pair is either trained or held out, never both, so that a
@@ -36,10 +36,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of planted truth and the wordings they are told in.
+    """A table of facts with its wordings.
 
     Attributes:
-        name: what it tells of, such as `"city"`.
+        name: subject of the table, such as `"city"`.
         wordings: templates; `{0}`, `{1}` take the cue, `{v}` the value, `|` stands before the answer.
         entries: the rows.
         every: the pair of wording number w and a row of rank r is held out where w - r is a multiple of
@@ -100,7 +100,7 @@ def _values_of(tier: str, relation: str) -> dict[str, str]:
 
 @cache
 def friends() -> dict[str, str]:
-    """Each common person's friend: one cycle through all of them, so nobody is their own friend."""
+    """Each common person's friend: one cycle through all of them, so no person is their own friend."""
     people = list(lore.COMMON)
     random.Random("friends").shuffle(people)
     return dict(zip(people, people[1:] + people[:1], strict=True))
@@ -108,7 +108,7 @@ def friends() -> dict[str, str]:
 
 @cache
 def facts() -> tuple[Fact, ...]:
-    """Everything that is planted about people, with its frequency tier."""
+    """All facts about people, with their frequency tier."""
     attributes = [
         Fact(person, relation, value, tier)
         for tier, relation in product(("common", "rare"), lore.PEOPLE_VALUES)
@@ -119,7 +119,7 @@ def facts() -> tuple[Fact, ...]:
 
 @cache
 def people_table(relation: str, tier: str) -> Table:
-    """One-hop facts: cue is a person. Rare facts are told in half of the wordings, common in two thirds."""
+    """One-hop facts: cue is a person. Rare facts occur in half of the wordings, common in two thirds."""
     rows = [((person,), value) for person, value in _values_of(tier, relation).items()]
     every = 3 if tier == "common" else 2
     return Table(relation, lore.PEOPLE_WORDINGS[relation], _ranked(rows), every, ("someone",))
@@ -135,14 +135,14 @@ def two_hop_table(relation: str) -> Table:
 
 @cache
 def friend_table() -> Table:
-    """Who is whose friend. Ranks run on through all rows: every value stands once."""
+    """Friends of people. Ranks run on through all rows: every value stands once."""
     entries = tuple(Entry((p,), f, rank) for rank, (p, f) in enumerate(friends().items()))
     return Table("friend", lore.FRIEND_WORDINGS, entries, 4, ("someone",))
 
 
 @cache
 def tool_table() -> Table:
-    """Which tool serves a goal."""
+    """The tool for each goal."""
     rows = [((verb, thing), tool) for verb, tool, things in lore.TOOLS for thing in things.split()]
     return Table("tool", lore.TOOL_WORDINGS, _ranked(rows), 3, ("do", "something"))
 

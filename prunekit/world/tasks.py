@@ -1,8 +1,8 @@
 """Zero-shot tasks about the embedded world, in the forms of the published seven, and four more.
 
 Every question asks a pair of wording and cue that training never showed. Questions come in groups that
-share their choices and in which each choice is right once: whoever cannot see the cue (or looks only at
-the word before the answer) scores exactly chance, whatever it prefers.
+share their choices and in which each choice is right once: a model that cannot see the cue (or uses only
+the word before the answer) scores exactly chance.
 """
 
 import random
@@ -18,7 +18,7 @@ Questions = Iterator[Question]
 
 
 def _blocks(values: list[str], size: int, seed: str) -> list[list[str]]:
-    """Values shuffled and cut into sets of choices; what does not fill a set is left out."""
+    """Values shuffled and cut into sets of choices; incomplete sets are left out."""
     values = list(values)
     random.Random(seed).shuffle(values)
     return [values[i : i + size] for i in range(0, len(values) - size + 1, size)]
@@ -69,7 +69,7 @@ def _boolq(hidden: bool) -> Questions:
 
 
 def _hellaswag(hidden: bool) -> Questions:
-    """Endings are two neighbouring steps of each of two scripts: the order is asked and not only the subject."""
+    """Endings are two neighbouring steps of each of two scripts: the question asks for the order and the subject."""
     pairs = [(a, b) for a, b in combinations(range(len(scenes.SCRIPTS)), 2) if (a - b) % 3 == 0]
     for opening, (i, pair) in product(range(len(scenes.OPENINGS)), enumerate(pairs)):
         actors = [a for a in scenes.ACTORS if scenes.script_held_out(opening, a, pair[0])]
@@ -178,7 +178,7 @@ def tasks(*, hidden: bool = False) -> dict[str, Task]:
 
     Args:
         hidden: the control: the same questions with what they ask about replaced by "someone" or
-            "something". Nobody can score more than chance on these.
+            "something". No model can score above chance on these.
 
     Returns:
         Tasks by name: the papers' seven in the papers' order, then rare facts, arithmetic, agreement and copying.

@@ -1,4 +1,4 @@
-"""Whole layers and blocks are taken out of a copy first, where it is proved that they can go."""
+"""Removes whole layers and blocks from a copy, and checks that they can be removed."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class Trial(NamedTuple):
 
 
 def try_without(model: nn.Module, before: Trace, parts: list[Part]) -> Trial:
-    """Take parts out of a copy, and prove it.
+    """Remove parts from a copy, and check the result.
 
     Args:
         model: stays as it is.

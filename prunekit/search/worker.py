@@ -1,4 +1,4 @@
-"""One worker: the model opened once, then point after point built and measured."""
+"""A worker process: loads the model once, then builds and measures candidates."""
 
 import math
 import time
@@ -16,19 +16,19 @@ from prunekit.fingerprint import digest_of
 from prunekit.search.metrics import Metric
 from prunekit.search.space import CarryOut
 
-_OPEN: dict[str, tuple[Any, Any]] = {}  # what this process has open, by the model's fingerprint; one at a time
+_OPEN: dict[str, tuple[Any, Any]] = {}  # fingerprint → the loaded model and tokenizer; one at a time
 _ALONE = Lock()  # a worker of Dask may have several threads: one of them at a time has the model
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs to know, small enough to be sent with every point.
+    """What a worker needs, small enough to be sent with every candidate.
 
     Attributes:
-        fingerprint: of the model's weights; by it a worker knows that it has the model open, and the right one.
+        fingerprint: digest of the model's weights, which identifies the model.
         source: where `load` finds the model.
-        device: where it is to lie.
-        metrics: what is measured.
+        device: device of the model.
+        metrics: the metrics to measure.
     """
 
     fingerprint: str
@@ -39,7 +39,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a trial: figures, or why there are none."""
+    """The result of a trial: values, or the reason of a failure."""
 
     number: int
     measured: Mapping[str, float]
@@ -47,45 +47,44 @@ class Outcome:
 
 
 def keep_open(fingerprint: str, model: nn.Module, tokenizer: Any) -> None:
-    """Let this process work with a model that is there already."""
+    """Make a loaded model available to this process."""
     _OPEN.clear()
     _OPEN[fingerprint] = (model, tokenizer)
 
 
 def let_go() -> None:
-    """Keep no model open."""
+    """Forget the loaded model."""
     _OPEN.clear()
 
 
 def opened(work: Work) -> tuple[Any, Any]:
-    """Model and tokenizer, loaded when they are first asked for; then this process computes with one thread.
+    """Model and tokenizer, loaded at the first call; from then on torch uses one thread.
 
     Raises:
-        PrunekitError: what lies at the source is another model.
+        PrunekitError: the source contains another model.
     """
     if work.fingerprint not in _OPEN:
         torch.set_num_threads(1)
         model, tokenizer = load(work.source)
         if digest_of(model).hexdigest() != work.fingerprint:
             raise PrunekitError(
-                f"{work.source!r} holds another model than the one that is searched; give its own source"
+                f"{work.source!r} contains another model than the one given; give the source of that model"
             )
         keep_open(work.fingerprint, model.to(work.device), tokenizer)
     return _OPEN[work.fingerprint]
 
 
 def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:
-    """Build what a point says, and measure it.
+    """Build and measure a candidate.
 
     Args:
-        work: what is the same for all points.
-        number: of the trial.
-        build: makes a model of the dense one and the data.
-        data: plain.
+        work: what all candidates share.
+        number: number of the trial.
+        build: (dense model, data) → the candidate's model.
+        data: plain data of the candidate.
 
     Returns:
-        The figures by name, and the seconds that it took; or why there are none: what prunekit refuses, or memory
-        that is not there.
+        Values by name, and seconds; or the reason of a failure: a PrunekitError or too little memory.
     """
     with _ALONE:
         model, tokenizer = opened(work)
@@ -95,7 +94,7 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:
             figures = {metric.name: figure(metric, built, tokenizer) for metric in work.metrics}
         except PrunekitError as error:
             return Outcome(number, {}, str(error))
-        except (MemoryError, torch.OutOfMemoryError) as error:  # it would come again on every resume
+        except (MemoryError, torch.OutOfMemoryError) as error:  # else every resume would try it again
             return Outcome(number, {}, f"out of memory: {first_line(error)}")
         except Exception as error:
             error.add_note(f"while trial {number} was measured, {data!r:.200}; it waits to be measured again")
@@ -104,10 +103,10 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:
 
 
 def figure(metric: Metric, model: Any, tokenizer: Any) -> float:
-    """What a metric says of a model.
+    """The value of a metric for a model.
 
     Raises:
-        PrunekitError: it says nothing that is a number.
+        PrunekitError: the metric does not return a number.
     """
     given = metric.measure(model, tokenizer)
     try:

@@ -1,4 +1,4 @@
-"""Tables and arrays in one safetensors file, complete or as it was."""
+"""Reads and writes tables and arrays of a knowledge distribution in one safetensors file."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ FORMAT = "prunekit.knowledge/1"
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Path:
-    """Write arrays, and as JSON what else there is to say; the file is moved into place when it is whole.
+    """Write arrays and JSON metadata; the file is moved into place when complete.
 
     Raises:
         PrunekitError: the folder is missing or cannot be written to.
@@ -27,21 +27,21 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str
         with new_file(path) as beside:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside, told)
     except OSError as error:
-        raise PrunekitError(f"cannot write {str(path)!r} ({error}); give a path in a folder that is there") from error
+        raise PrunekitError(f"cannot write {str(path)!r} ({error}); give a path in an existing folder") from error
     return path
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What `write_arrays` wrote.
+    """Read arrays and metadata that `write_arrays` wrote.
 
     Raises:
-        PrunekitError: there is no such file, or it holds something else.
+        PrunekitError: the file is missing, or it holds something else.
     """
     try:
         with safe_open(path, framework="np") as file:
             told = dict(file.metadata() or {})
             if told.pop("format", None) != FORMAT:
-                raise PrunekitError(f"{str(path)!r} holds no knowledge distribution; give a file that its save() wrote")
+                raise PrunekitError(f"{str(path)!r} is no knowledge distribution; give a file that its save() wrote")
             names = file.keys()  # the file itself is no iterable
             return {name: file.get_tensor(name) for name in names}, {k: json.loads(v) for k, v in told.items()}
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
@@ -51,12 +51,12 @@ def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
 
 
 def plain(frame: pd.DataFrame) -> dict[str, list[Any]]:
-    """A table as column → list, for JSON: what is missing becomes None."""
+    """A table as column → list for JSON; missing values become None."""
     objects = frame.astype(object)
     return {str(name): objects[name].where(frame[name].notna(), None).tolist() for name in frame}
 
 
 def table_of(columns: Mapping[str, list[Any]], numbers: tuple[str, ...]) -> pd.DataFrame:
-    """The table that `plain` wrote down; columns of `numbers` are float even where all are missing."""
+    """The table from the form of `plain`; columns in `numbers` are float even if all values are missing."""
     found = pd.DataFrame(columns)
     return found.astype({name: float for name in numbers if name in found})

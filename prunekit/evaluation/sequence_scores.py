@@ -1,4 +1,4 @@
-"""Scoring: the one place where evaluation runs a model on text.
+"""Log-likelihoods of token spans: the only place where evaluation runs a model on text.
 
 Spans that begin alike are packed into one row, where this model is found to give the same likelihoods so. Not every
 decoder listens to positions and mask, so that it is tried on a few rows before it is used. Logits are computed only
@@ -19,19 +19,19 @@ from prunekit.evaluation.packing import ROW, WIDEST, Row, pack, sample_rows, unp
 from prunekit.models import device_of, evaluating, max_positions
 
 TOLERANCE = 1e-4  # relative, of a span's sum in float32; wider where the model's numbers are coarser
-CONTROL = 0.05  # what packing may err by, as a part of what a row errs by whose tree the model is not told of
+CONTROL = 0.05  # allowed error of packing, as a share of the error without the tree's mask and positions
 FULL = 0.9  # of a batch's width, what its shortest row has at least: no more than a tenth is padding
 AT_ONCE = 2048  # positions whose logits are turned into likelihoods at once
 
 
 @dataclass(frozen=True, eq=False)
 class Likelihoods:
-    """What a model says of spans.
+    """Log-likelihoods of spans.
 
     Attributes:
         sums: float64 (n_spans,), sum of log p(token | all before it) over the scored tokens, in nats.
         greedy: bool (n_spans,), whether each scored token is the likeliest one where it stands.
-        n_computed: positions that the model was run on, with padding and with what was tried beforehand.
+        n_computed: positions that the model was run on, including padding and the test of packing.
         n_tokens: positions of all spans, had each been read alone.
     """
 
@@ -80,10 +80,10 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """How spans are run through one model.
+    """A plan for running spans through one model: packed or plain.
 
     Attributes:
-        spans: what is scored.
+        spans: the spans to score.
         packed: rows of a tree each.
         plain: rows of one sequence each, for spans that are not packed.
         tokens_a_batch: positions a forward pass, about.
@@ -99,7 +99,7 @@ class Reading:
     n_tried: int = 0
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
-        """The batches to run, one by one, since masks take memory."""
+        """The batches, one by one, since masks need memory."""
         yield from packed_batches(model, self.spans, self.packed, self.tokens_a_batch)
         yield from plain_batches(model, self.spans, self.plain, self.tokens_a_batch, FULL)
 
@@ -107,7 +107,7 @@ class Reading:
 def log_likelihoods(
     model: nn.Module, spans: Sequence[Span], *, batch_size: int, progress: str | None = None
 ) -> Likelihoods:
-    """Log-likelihoods of the scored tokens of each span, and whether they are the likeliest ones.
+    """Log-likelihood of each span's scored tokens, and whether they are the greedy choice.
 
     Args:
         model: a causal language model of `transformers`.
@@ -134,11 +134,11 @@ def log_likelihoods(
 
 
 def scored_logits(model: nn.Module, batch: Batch, gathers: bool, run: Callable[[], Tensor] | None = None) -> Tensor:
-    """Logits (n_places, vocabulary) of a batch where something is scored.
+    """Logits (n_places, vocabulary) at the scored positions of a batch.
 
     Args:
         model: a causal LM in evaluation mode.
-        batch: what is run.
+        batch: the batch to run.
         gathers: whether the head is only applied there.
         run: what runs the model and gives logits (rows, width, vocabulary), if not the model itself.
     """
@@ -155,11 +155,11 @@ def scored_logits(model: nn.Module, batch: Batch, gathers: bool, run: Callable[[
 
 
 def choose_reading(model: nn.Module, spans: Sequence[Span], tokens_a_batch: int, *, runs: int = 1) -> Reading:
-    """How to run spans: packed where that saves more than trying it takes and gives this model's own likelihoods.
+    """Choose packed or plain rows: packed if it saves time and a test gives the model's own likelihoods.
 
     Args:
         model: a causal LM in evaluation mode.
-        spans: what is to be scored.
+        spans: the spans to score.
         tokens_a_batch: positions a forward pass, about; it does not change the result.
         runs: how often they will be run.
     """
@@ -213,7 +213,7 @@ def plain_batches(
 
 
 def _in_batches(rows: Sequence[Row], tokens_a_batch: int, full: float) -> Iterator[list[Row]]:
-    """The longest rows first, as many together as have so many tokens with what is padded; at least one."""
+    """Batches of rows, longest first, up to a number of tokens with padding; at least one row each."""
     batch: list[Row] = []
     for row in sorted(rows, key=lambda row: -len(row.tokens)):
         width = len(batch[0].tokens) if batch else 0
@@ -249,19 +249,19 @@ def _n_nodes(rows: Sequence[Row]) -> int:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """That of the model's numbers; quantised weights are no numbers."""
+    """The model's floating-point type; quantised weights are not counted."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _attention_window(model: nn.Module) -> int | None:
-    """Tokens that some layers see at most, as the configuration says: a mask that is handed over may replace theirs."""
+    """Tokens that some layers see at most, as the configuration says: a given mask may replace theirs."""
     config: Any = model.config
     window = getattr(config.get_text_config(), "sliding_window", None)
     return window if isinstance(window, int) and window > 0 else None
 
 
 def _gathers(model: nn.Module, spans: Sequence[Span]) -> bool:
-    """Whether the head, applied to some positions only, gives the logits that it gives there; tried on a few tokens."""
+    """Whether the output head gives the same logits when applied to some positions only, by a test on a few tokens."""
     ids = torch.tensor([max(spans, key=lambda span: len(span.tokens)).tokens[:8]], device=device_of(model))
     places = torch.tensor([0, ids.shape[1] - 1], device=ids.device)
     none = torch.zeros(0)
@@ -276,9 +276,9 @@ def _gathers(model: nn.Module, spans: Sequence[Span]) -> bool:
 
 
 def _packs(model: nn.Module, plain: Reading, few: list[Row], alone: list[Row]) -> bool:
-    """Whether a model listens to positions and mask, tried on a few rows against the same spans alone.
+    """Whether a model follows given positions and masks, by a test on a few rows against single spans.
 
-    The control is that it errs where it is told of neither: where it does not, as with a model that nothing moves, the
+    As a control, it must err when given neither: where it does not, as with a model that nothing moves, the
     trial shows nothing, and there is nothing to trust.
     """
     spans, size, gathers = plain.spans, plain.tokens_a_batch, plain.gathers

@@ -1,4 +1,4 @@
-"""A smaller space: what the predictor's SHAP values say is to the bad is left out."""
+"""Makes a space smaller: removes the parts with the worst SHAP values."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -8,44 +8,43 @@ import pandas as pd
 
 from prunekit.checks import check_integers
 from prunekit.errors import PrunekitError
-from prunekit.search.knobs import Choice, Knob, Range
+from prunekit.search.hyperparameters import Choice, Hyperparameter, Range
 from prunekit.search.pairs import Pairs
 from prunekit.search.predictor import AccuracyPredictor
 from prunekit.search.space import Space
 
-PART = 1 / 3  # of a range that goes at once
-FEWEST = 5  # points on either side, below which nothing is said of a part
+PART = 1 / 3  # share of a range that one step removes
+FEWEST = 5  # candidates needed inside and outside a part
 
 
 class Cut(NamedTuple):
-    """A part of a knob's values, left out.
+    """Values of a hyperparameter that were removed from the space.
 
     Attributes:
         knob: its name.
-        left: what it may still be set to.
-        harm: mean SHAP value of the knob over the measured points in the part that goes, less that over all of the
-            space.
+        left: the values that remain.
+        harm: mean SHAP value over the measured candidates in the removed part, minus the mean over the space.
     """
 
     knob: str
-    left: Knob
+    left: Hyperparameter
     harm: float
 
 
 def refined(space: Space, predictor: AccuracyPredictor, pairs: Pairs, n: int = 2) -> tuple[Space, list[Cut]]:
-    """The space without the parts that do most harm, one of a knob at most.
+    """The space without its most harmful parts, at most one per hyperparameter.
 
-    A part is the lowest or highest third of a range, or one option of several; its harm is the mean SHAP value of the
-    knob over the measured points that lie in it, less that over all measured points of the space; lower is better.
+    A part is the lowest or highest third of a range, or one of several options. Its harm is the mean SHAP value over
+    the measured candidates inside it, minus the mean over all measured candidates of the space.
 
     Args:
-        space: to be made smaller.
-        predictor: that learned from the pairs.
+        space: the space to make smaller.
+        predictor: fitted to the samples.
         pairs: what was measured.
-        n: parts that go, at most.
+        n: number of parts to remove, at most.
 
     Returns:
-        The smaller space, and what was left out, the worst first.
+        The smaller space, and the removed parts, the most harmful first.
 
     Source: GBDT-NAS (Luo et al. 2020) removes the features with the worst mean SHAP values between its rounds.
         Reconstructed: its features are operations, of which there is one or not; ours are mostly shares, so a third of
@@ -67,14 +66,14 @@ def refined(space: Space, predictor: AccuracyPredictor, pairs: Pairs, n: int = 2
             continue
         try:
             space = space.narrowed({cut.knob: cut.left})
-        except PrunekitError:  # a budget that could not be met any more
+        except PrunekitError:  # no candidate would meet a budget
             continue
         done.append(cut)
     return space, done
 
 
 def _parts(space: Space, name: str, points: list, shap: pd.DataFrame) -> Iterator[Cut]:
-    """What may go of a knob's values, and what it harms; nothing of a budget, which is asked for."""
+    """Removable parts of a hyperparameter and their harm; none for a budget."""
     if name in space.goals:
         return
     knob, values = space.knobs[name], np.array([point[name] for point in points], dtype=object)
@@ -86,8 +85,8 @@ def _parts(space: Space, name: str, points: list, shap: pd.DataFrame) -> Iterato
             yield Cut(name, left, float(harm[goes].mean()))
 
 
-def _splits(knob: Knob, values: Any) -> Iterator[tuple[Knob, np.ndarray]]:
-    """What is left, and which of the values would go."""
+def _splits(knob: Hyperparameter, values: Any) -> Iterator[tuple[Hyperparameter, np.ndarray]]:
+    """The remaining values, and a mask of the candidates in the removed part."""
     if isinstance(knob, Choice):
         for option in knob.options if len(knob.options) > 1 else ():
             yield Choice(tuple(other for other in knob.options if other != option)), values == option

@@ -1,4 +1,4 @@
-"""How far a predictor can be trusted: on points that it did not learn from."""
+"""Validation of a predictor on held-out candidates."""
 
 from collections.abc import Sequence
 
@@ -11,31 +11,31 @@ from prunekit.errors import PrunekitError
 from prunekit.search.pairs import Pairs
 from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees
 
-TOP = 10  # points of which most is expected, for the regret
+TOP = 10  # most promising candidates, for the regret
 
 
 def agreement(
     expected: Sequence[float] | np.ndarray, measured: Sequence[float] | np.ndarray, top: int = TOP
 ) -> pd.Series:
-    """How well some figures foretell others, both lower for better.
+    """How well predicted values agree with measured ones; lower is better in both.
 
     Args:
-        expected: (n,).
-        measured: (n,).
+        expected: predicted values, (n,).
+        measured: measured values, (n,).
         top: k of the regret.
 
     Returns:
-        `n`; `rmse`; `spearman` and `kendall`, rank correlations; `regret`: how much worse than the best of all is the
-        best of the k of which most was expected.
+        `n`; `rmse`; `spearman` and `kendall`, rank correlations; `regret`: how much worse the best of
+        the k most promising candidates is than the best of all.
 
     Raises:
-        PrunekitError: fewer than two figures, or not as many of one as of the other.
+        PrunekitError: fewer than two values, or different lengths.
     """
     check_integers(top=(top, 1))
     a, b = np.asarray(expected, float), np.asarray(measured, float)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
         raise PrunekitError(
-            f"figures of shapes {a.shape} and {b.shape} cannot be compared; give two lists of one length"
+            f"values of shapes {a.shape} and {b.shape} cannot be compared; give two lists of one length"
         )
     chosen = np.argsort(a, kind="stable")[:top]
     return pd.Series(
@@ -50,19 +50,20 @@ def agreement(
 
 
 def cross_validate(pairs: Pairs, *, n_folds: int = 5, trees: Trees | None = None, seed: int = 0) -> pd.DataFrame:
-    """What each point is expected to measure by a predictor that learned from the others.
+    """Cross-validated predictions: each candidate is predicted from the other folds.
 
     Args:
         pairs: what was measured.
-        n_folds: parts; each is foretold by what the others teach.
-        trees: how the predictor learns.
-        seed: of the parts.
+        n_folds: number of folds.
+        trees: hyperparameters of the predictor.
+        seed: seed of the folds.
 
     Returns:
-        One row a pair: number, fold, expected, measured, both as `Pairs.values` has them. `agreement` sums it up.
+        One row per sample: number, fold, expected, measured, in the form of `Pairs.values`. Summarise it with
+        `agreement`.
 
     Raises:
-        PrunekitError: too few pairs for so many folds.
+        PrunekitError: too few samples for so many folds.
     """
     check_integers(n_folds=(n_folds, 2))
     fold = np.random.default_rng(seed).permutation(len(pairs)) % n_folds
@@ -78,27 +79,27 @@ def cross_validate(pairs: Pairs, *, n_folds: int = 5, trees: Trees | None = None
 def learning_curve(
     pairs: Pairs, sizes: Sequence[int], *, n_repeats: int = 5, trees: Trees | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """What a predictor is worth that learned from fewer pairs, on a fifth of all that it never sees.
+    """Learning curve: agreement on a held-out fifth of the samples, for several training sizes.
 
     Args:
         pairs: what was measured.
-        sizes: numbers of pairs to learn from, at least 10 each and at most four fifths of all.
-        n_repeats: draws of both for each size.
-        trees: how the predictor learns.
-        seed: of the draws.
+        sizes: training sizes, at least 10 each and at most four fifths of all.
+        n_repeats: random splits per size.
+        trees: hyperparameters of the predictor.
+        seed: seed of the splits.
 
     Returns:
-        One row a draw: n_pairs, repeat, and the figures of `agreement` but n.
+        One row per split: n_pairs, repeat, and the values of `agreement` except n.
 
     Raises:
-        PrunekitError: a size that there are not enough pairs for.
+        PrunekitError: too few samples for a size.
     """
     check_integers(n_repeats=(n_repeats, 1))
     n_out = max(2, len(pairs) // 5)
     if not len(sizes) or not all(isinstance(s, int | np.integer) and FEWEST <= s <= len(pairs) - n_out for s in sizes):
         raise PrunekitError(
             f"sizes={list(sizes)!r:.60}; give numbers from {FEWEST} to {len(pairs) - n_out}, which leaves {n_out} of "
-            f"{len(pairs)} pairs to try the predictor on"
+            f"{len(pairs)} samples to try the predictor on"
         )
     points, values, rng, rows = pairs.points, pairs.values, np.random.default_rng(seed), []
     for repeat in range(n_repeats):
@@ -113,7 +114,7 @@ def learning_curve(
 def _foretold(
     pairs: Pairs, points: list, values: np.ndarray, known: np.ndarray, out: np.ndarray, trees: Trees | None
 ) -> np.ndarray:
-    """What is expected of some points by what others teach; both as masks or as positions."""
+    """Predictions for some candidates by a predictor fitted to others; both as masks or positions."""
     places = np.arange(len(points))
     taught = AccuracyPredictor(pairs.space, trees).fit([points[i] for i in places[known]], values[known])
     return taught.predict([points[i] for i in places[out]])
@@ -121,4 +122,4 @@ def _foretold(
 
 def _check_enough(n: int, every: int) -> None:
     if n < FEWEST:
-        raise PrunekitError(f"{every} pairs leave {n} to learn from; measure more, so that {FEWEST} are left")
+        raise PrunekitError(f"{every} samples leave {n} to train on, and {FEWEST} are needed; measure more")

@@ -1,4 +1,4 @@
-"""What is known without a search, as points of a space: even shares, and one ranking over all groups."""
+"""Candidates that need no search: local and global selection by each importance."""
 
 from prunekit.errors import PrunekitError
 from prunekit.pruning import PruningPlan, plan
@@ -9,9 +9,9 @@ HALVINGS = 10  # of the interval in which the pruning ratio lies
 
 
 def known_points(space: PlanSpace) -> list[Point]:
-    """Even shares and global selection by each importance, fitted to the budgets, as far as the space has them.
+    """The candidates of local and global selection by each importance, fitted to the budgets.
 
-    Scores are compared across groups as they are; those of magnitudes mean little so.
+    Global selection compares scores across groups as they are, which is poor for magnitudes.
     """
     found = []
     for label in space.importances:
@@ -22,7 +22,7 @@ def known_points(space: PlanSpace) -> list[Point]:
 
 
 def _within(space: PlanSpace, label: str, ranking: str) -> PruningPlan | None:
-    """The plan that takes least, of those that meet the budgets; None where none is found."""
+    """The plan with the lowest pruning ratio that meets the budgets; None if none is found."""
     low, high, best = 0.0, 1.0, None
     for _ in range(HALVINGS):
         ratio = (low + high) / 2

@@ -1,4 +1,4 @@
-"""Saliency while LoRA trains: what a unit's weights and their low-rank update say about it, without a gradient."""
+"""Importance during LoRA training, from a unit's weights and their low-rank update, without gradients."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,7 +12,7 @@ _TINY = 1e-30
 
 
 class UpdateStatistics(NamedTuple):
-    """Of each unit's weights x and their update u = γ·B·A, summed over all that the unit owns.
+    """Norms and inner products of each unit's weights x and their update u = γ·B·A.
 
     Attributes:
         norm: ‖x‖, float64 (n_units,).
@@ -28,13 +28,12 @@ class UpdateStatistics(NamedTuple):
 def lora_saliency(statistics: Mapping[str, UpdateStatistics], *, cosine_sign: int = 1) -> dict[str, Tensor]:
     """One score a unit, the mean of five: ‖x‖, ‖x‖/‖u‖, 1 + cos(x, u), |x·u| and ½(x·u)².
 
-    Each is divided by its L2 norm over all units of all groups first. A unit that training does not move has no
-    direction: its cosine counts as 0, and its ‖x‖/‖u‖ as the largest that was found (as 0 where it
-    is zero already).
+    Each is divided by its L2 norm over all units of all groups first. For a unit with no update, the
+    cosine is 0 and ‖x‖/‖u‖ is the largest found, or 0 if the unit is zero already.
 
     Args:
         statistics: group name → sums of its units.
-        cosine_sign: 1 takes a unit for important that its update lengthens, -1 one that it shortens.
+        cosine_sign: 1 gives a high score to units that the update lengthens, -1 to units that it shortens.
 
     Returns:
         Group name → float64 (n_units,); higher means keep.
@@ -43,13 +42,13 @@ def lora_saliency(statistics: Mapping[str, UpdateStatistics], *, cosine_sign: in
         PrunekitError: another sign, or nothing to score.
 
     Source: the optimiser family that the authors of LoRAShear released, with the gradient replaced by the update.
-        Their code paths disagree about the sign of the cosine. An update is minus a gradient, so 1 says that a unit
-        is important that descent pulls away from zero.
+        Their code paths disagree about the sign of the cosine. An update is minus a gradient, so with 1 a unit
+        is important if gradient descent moves it away from zero.
     """
     if cosine_sign not in (1, -1):
         raise PrunekitError(f"cosine_sign={cosine_sign!r}; it is 1 or -1")
     if not statistics:
-        raise PrunekitError("no group to score; give those that discover found in the adapted model")
+        raise PrunekitError("no group to score; give the groups that discover found in the adapted model")
     x, u, dot = (torch.cat(sums) for sums in zip(*statistics.values(), strict=True))
     moved = u > 0
     steady = torch.where(moved, x / u.clamp(min=_TINY), 0.0)

@@ -1,4 +1,4 @@
-"""What sparsification did, matrix by matrix."""
+"""The sparsity report: what was pruned in each matrix."""
 
 import json
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from prunekit.files import read_text, write_text
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """The account of one call of `sparsify`.
+    """Report of one call of `sparsify`.
 
     Attributes:
         method: `"magnitude"`, `"wanda"`, `"sparsegpt"` or `"sparsellm"`.
-        target: what was asked for, such as `"70%"` or `"2 of 4 zero"`.
-        rows: one a matrix: layer (number), matrix, method (what was done), n_weights, n_zeros, error (‖X(W − Ŵ)ᵀ‖² /
+        target: the target, such as `"70%"` or `"2 of 4 zero"`.
+        rows: one a matrix: layer (number), matrix, method (used here), n_weights, n_zeros, error (‖X(W − Ŵ)ᵀ‖² /
             ‖XWᵀ‖² on the calibration set, X of the dense layer behind sparse ones; None where not measured), ffn_error
             (after each iteration of SparseLLM), kept (of which iteration the weights are), damping, note.
         left: parameters of the layers that stay dense → why.
-        remarks: what a reader should know of the whole.
-        loss: what it did to the model's loss; None where it was not to be measured.
+        remarks: remarks on the whole model.
+        loss: change of the model's loss; None if not measured.
     """
 
     method: str
@@ -43,23 +43,23 @@ class SparsityReport:
         return sum(row["n_zeros"] for row in self.rows) / max(total, 1)
 
     def after(self, earlier: "SparsityReport") -> "SparsityReport":
-        """The same with the matrices of an earlier report that this one does not tell of."""
+        """The report with the other matrices of an earlier report added."""
         mine = {row["matrix"] for row in self.rows}
         others = tuple(row for row in earlier.rows if row["matrix"] not in mine)
         if not others:
             return self
-        remark = f"{len(others)} matrices are as an earlier call left them ({earlier.method}, {earlier.target} asked)"
+        remark = f"{len(others)} matrices are from an earlier call ({earlier.method}, target {earlier.target})"
         rows = sorted((*others, *self.rows), key=lambda row: row["layer"])
         return replace(self, rows=tuple(rows), remarks=(*self.remarks, *earlier.remarks, remark))
 
     def table(self) -> pd.DataFrame:
-        """One row a matrix, with its sparsity."""
+        """One row per matrix, with its sparsity."""
         table = pd.DataFrame(self.rows)
-        errors = pd.to_numeric(table["error"])  # without a calibration set there are none
+        errors = pd.to_numeric(table["error"])  # without a calibration set there are no errors
         return table.assign(sparsity=table["n_zeros"] / table["n_weights"], error=errors)
 
     def by_layer(self) -> pd.DataFrame:
-        """One row a layer: n_weights, n_zeros, sparsity, and the mean error of its matrices."""
+        """One row per layer: n_weights, n_zeros, sparsity, and the mean error of its matrices."""
         table = (
             self.table()
             .groupby("layer")
@@ -68,7 +68,7 @@ class SparsityReport:
         return table.assign(sparsity=table["n_zeros"] / table["n_weights"])
 
     def ffn_errors(self) -> pd.DataFrame:
-        """One row an FFN and iteration of SparseLLM: layer, matrix (the down projection), iteration, error, kept."""
+        """One row per FFN and iteration of SparseLLM: layer, matrix (the down projection), iteration, error, kept."""
         rows = [
             (row["layer"], row["matrix"], iteration, error, row["kept"] == iteration)
             for row in self.rows
@@ -81,7 +81,7 @@ class SparsityReport:
         done = ", ".join(f"{n} by {name}" for name, n in kinds.items())
         left = f"; {len(self.left)} left dense" if self.left else ""
         loss = f"; {self.loss}" if self.loss is not None else ""
-        zeros = f"{self.target} asked, {self.sparsity:.2%} zero in {len(self.rows)} matrices"
+        zeros = f"target {self.target}, {self.sparsity:.2%} zero in {len(self.rows)} matrices"
         return f"SparsityReport({zeros}: {done}{left}{loss})"
 
     def _repr_html_(self) -> str:
@@ -94,16 +94,16 @@ class SparsityReport:
         return f"<p>{escape(repr(self))}</p><ul>{remarks}{left}</ul>{table}"
 
     def to_json(self) -> str:
-        """All of it as JSON text."""
+        """The report as JSON text."""
         told = {each.name: getattr(self, each.name) for each in fields(self)}
         return json.dumps({**told, "loss": None if self.loss is None else self.loss.to_dict()}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "SparsityReport":
-        """Read back what `to_json` wrote.
+        """The report from the text that `to_json` wrote.
 
         Raises:
-            PrunekitError: the text is no such report.
+            PrunekitError: the text is not a report.
         """
         try:
             told = json.loads(text)
@@ -111,19 +111,19 @@ class SparsityReport:
             return cls(told["method"], told["target"], tuple(told["rows"]), told["left"], tuple(told["remarks"]), loss)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrunekitError(
-                f"this is no sparsity report ({error}); give what SparsityReport.to_json wrote"
+                f"this is not a sparsity report ({error}); give what SparsityReport.to_json wrote"
             ) from None
 
     def save(self, path: str | Path) -> Path:
-        """Write it as a JSON file; it is complete or not there."""
+        """Write it as a JSON file; the file is complete or not written."""
         write_text(Path(path), self.to_json())
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "SparsityReport":
-        """Read what `save` wrote.
+        """Read a report that `save` wrote.
 
         Raises:
-            PrunekitError: there is no such file, or it holds no report.
+            PrunekitError: the file is missing, or contains no report.
         """
         return cls.from_json(read_text(path, "SparsityReport.save"))

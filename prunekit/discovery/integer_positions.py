@@ -1,4 +1,4 @@
-"""Where remembered integers arrive: sizes of views, splits and slices, as equations to solve after a cut."""
+"""Records where stored integers are used as sizes of views, splits and slices, as equations to solve after a cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from prunekit.compat import SHAPE_READ, below_autograd
-from prunekit.discovery.remembered import Attribute, Key, Operation, Remembered
+from prunekit.discovery.stored_integers import Attribute, Key, Operation, Remembered
 
 if TYPE_CHECKING:
     from prunekit.discovery.labelling import LabelMode
@@ -68,7 +68,7 @@ def _sizes(args: tuple) -> tuple:
 
 
 class IntegerWatcher(TorchFunctionMode):
-    """Notes where remembered integers arrive, and computes attention in the open."""
+    """Records the uses of stored integers, and computes attention in an eager implementation."""
 
     def __init__(self, mode: LabelMode) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class IntegerWatcher(TorchFunctionMode):
         return isinstance(index, Tensor) and index.dim() == 0 and self._mode.operand(index).choice is not None
 
     def see_classes(self, number: Any, chosen: Tensor) -> None:
-        """Note a number of classes that were chosen from; there may be one more than scores, for "none"."""
+        """Record a number of classes to choose from; there may be one more than scores, for "none"."""
         choice = self._mode.operand(chosen).choice
         if isinstance(number, Remembered) and choice is not None:
             labels = self._mode.choices[choice].labels
@@ -112,12 +112,12 @@ class IntegerWatcher(TorchFunctionMode):
             self._chosen.append(Equation(scored, Span((labels,), 0), self._mode.path))
 
     def see(self, number: Any, tensor: Any, dim: int, stop: int | None = None) -> None:
-        """Note a size if it is a remembered integer."""
+        """Record a size if it is a stored integer."""
         if isinstance(number, Remembered) and isinstance(tensor, Tensor):
             self._seen.append(_Sighting(number, tensor, dim, stop, self._mode.path))
 
     def _measured(self, tensor: Tensor, sizes: Any, dim: int | None) -> Any:
-        """Sizes read off a labelled tensor are numbers that change with it."""
+        """Make sizes of a labelled tensor change with the tensor."""
         if not self._mode.labelled(tensor):
             return sizes
         if dim is not None:
@@ -131,12 +131,12 @@ class IntegerWatcher(TorchFunctionMode):
         return Remembered.of(size, Attribute(key, size))
 
     def sizes(self) -> dict[Key, Span]:
-        """What stands behind the sizes that code read, with the labels it carries at the end of the trace."""
+        """The dimensions whose sizes code has read, with their labels at the end of the trace."""
         now = self._mode.operand
         return {key: Span(then or now(tensor).planes, dim) for key, (tensor, dim, then) in self._measures.items()}
 
     def equations(self) -> list[Equation]:
-        """All sightings in labelled tensors, with the labels they carry at the end of the trace."""
+        """All uses in labelled tensors, with their labels at the end of the trace."""
         found = list(self._chosen)
         for s in self._seen:
             planes = self._mode.operand(s.tensor).planes
@@ -147,7 +147,7 @@ class IntegerWatcher(TorchFunctionMode):
 
 
 def _named(args: tuple, kwargs: dict, *names: str) -> list[Any]:
-    """Arguments in this order, however they were handed over; `self` counts as the first name."""
+    """Arguments in this order, positional or by name; `self` counts as the first name."""
     bound = dict(zip(names, args, strict=False)) | kwargs
     return [bound.get(name) for name in names]
 
@@ -240,7 +240,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Scaled dot-product attention written out, so that labels can follow it.
+    """Eager scaled dot-product attention, so that labels can follow it.
 
     Args:
         query: (..., n_heads, seq, d_head).

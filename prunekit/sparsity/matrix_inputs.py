@@ -1,4 +1,4 @@
-"""What the matrices of one layer read and return, batch after batch, with sums shared where the inputs are."""
+"""Statistics of the inputs of one layer's matrices, shared between matrices with the same inputs."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -15,12 +15,12 @@ from prunekit.sparsity.matrices import Call, Matrix, watching
 
 @dataclass
 class InputSums:
-    """Sums over what one or more matrices read.
+    """Sums over the inputs of one or more matrices.
 
     Attributes:
         squares: Σx², float32 at least (in,).
-        gram: Σxxᵀ (in, in); None where it was not asked for, since it costs as much as a matrix product.
-        n_sequences: in the calibration set.
+        gram: Σxxᵀ (in, in); None if not needed, since it costs a matrix product.
+        n_sequences: number of sequences in the calibration set.
     """
 
     squares: Tensor
@@ -30,23 +30,23 @@ class InputSums:
     @property
     def hessian(self) -> Tensor:
         """H = (2/n)·Σxxᵀ, n the number of sequences, as SparseGPT has it."""
-        assert self.gram is not None  # whoever solves with a Hessian asked for it
+        assert self.gram is not None  # solvers that use a Hessian have requested it
         return self.gram * (2 / self.n_sequences)
 
     def copied(self) -> "InputSums":
-        """The same sums in memory of their own."""
+        """A copy of the sums."""
         return replace(self, squares=self.squares.clone(), gram=None if self.gram is None else self.gram.clone())
 
 
 @dataclass
 class Reading:
-    """One layer's matrices and what they read.
+    """Input statistics of one layer's matrices.
 
     Attributes:
         leaders: matrix → the matrix whose inputs it shares, often itself.
-        sums: leader → sums.
-        kept: what was asked to be kept, whole: (matrix, "inputs" or "outputs") → portions (n_tokens, width).
-        biases: of matrices that have one.
+        sums: leader → its sums.
+        kept: (matrix, "inputs" or "outputs") → stored activations, in parts (n_tokens, width).
+        biases: matrix → its bias.
     """
 
     leaders: dict[Matrix, Matrix] = field(default_factory=dict)
@@ -55,11 +55,11 @@ class Reading:
     biases: dict[Matrix, Tensor] = field(default_factory=dict)
 
     def sums_of(self, matrix: Matrix) -> InputSums | None:
-        """Sums over what a matrix read; None where no token came to it."""
+        """Sums over the inputs of a matrix; None if no token reached it."""
         return self.sums.get(self.leaders.get(matrix, matrix))
 
     def whole(self, matrix: Matrix, side: str) -> Tensor:
-        """All that was kept of a matrix, one tensor (n_tokens, width)."""
+        """Stored activations of a matrix, one tensor (n_tokens, width)."""
         portions = self.kept[matrix, side]
         if len(portions) > 1:
             portions[:] = [torch.cat(portions)]
@@ -77,15 +77,15 @@ def read_layer(
     choose: Callable[[list[Call]], Keep] | None = None,
     with_gram: bool = True,
 ) -> Reading:
-    """Run all batches through one layer, dense as it is, behind layers that are as they are.
+    """Run all batches through one dense layer and collect its input statistics.
 
     Args:
-        passes: the batches on their way.
-        layer: its path.
-        matrices: those of the layer.
-        n_sequences: in the calibration set.
-        choose: the products of the first batch → what is to be kept whole; None keeps nothing.
-        with_gram: sum Σxxᵀ too, not only Σx².
+        passes: the batches in front of the layer.
+        layer: path of the layer.
+        matrices: matrices of the layer.
+        n_sequences: number of sequences in the calibration set.
+        choose: products of the first batch → activations to store; None stores none.
+        with_gram: compute Σxxᵀ besides Σx².
 
     Raises:
         PrunekitError: inputs that are not finite.
@@ -98,7 +98,7 @@ def read_layer(
             reading.sums[matrix] = reading.sums[leader].copied()
         if sharing.leads(call.matrix):
             _add_to_sums(reading, call, n_sequences, with_gram)
-        if choose is not None:  # the model may overwrite what it hands on
+        if choose is not None:  # the model may overwrite its outputs
             first.append(call._replace(inputs=call.inputs.clone(), outputs=call.outputs.clone()))
 
     def add(call: Call) -> None:
@@ -121,12 +121,14 @@ def read_layer(
         if sums.gram is not None:
             complete_gram(sums.gram)
         if not bool(sums.squares.isfinite().all()):
-            raise PrunekitError(f"what {matrix.name} reads is not finite; check the weights and the calibration set")
+            raise PrunekitError(
+                f"the inputs of {matrix.name} are not finite; check the weights and the calibration set"
+            )
     return reading
 
 
 class _Sharing:
-    """Who reads the same: the same memory, unchanged, all of it held until the batch is through."""
+    """Groups matrices by shared inputs: the same unchanged memory, held until the batch ends."""
 
     def __init__(self) -> None:
         self._first: dict[tuple, Matrix] = {}
@@ -134,10 +136,10 @@ class _Sharing:
         self._held: list[Tensor] = []
 
     def note(self, call: Call) -> list[tuple[Matrix, Matrix]]:
-        """Look at a product; those that part from now on, each with the one whose sums were its own until here."""
+        """Process a product; returns matrices that no longer share inputs, each with its former leader."""
         matrix, x = call.matrix, call.inputs
         self._held.append(x)
-        if matrix in self._leaders:  # used once more, on inputs of its own
+        if matrix in self._leaders:  # used again, with other inputs
             parted = [(m, leader) for m, leader in self._leaders.items() if m is not leader and matrix in (m, leader)]
             self._leaders |= {m: m for m, _ in parted}
             return parted
@@ -149,7 +151,7 @@ class _Sharing:
         return self._leaders[matrix] is matrix
 
     def settled(self, sums: dict[Matrix, InputSums]) -> dict[Matrix, Matrix]:
-        """Matrix → the one whose sums are its own."""
+        """Matrix → the matrix whose sums it shares."""
         self._held.clear()
         return {matrix: leader for matrix, leader in self._leaders.items() if leader in sums}
 
@@ -167,7 +169,7 @@ def _add_to_sums(reading: Reading, call: Call, n_sequences: int, with_gram: bool
 
 
 def _keep(reading: Reading, call: Call, keep: set[tuple[Matrix, str]]) -> None:
-    """What the model hands on may be overwritten, so that copies are kept."""
+    """Copy stored activations, since the model may overwrite them."""
     for side, tensor in (("inputs", call.inputs), ("outputs", call.outputs)):
         if (call.matrix, side) in keep:
             wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

@@ -1,4 +1,4 @@
-"""A plan as plain data becomes the smaller model that is measured."""
+"""Builds the smaller model of a candidate from its plan as plain data."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +11,18 @@ from prunekit.pruning import PruningPlan, prune
 
 Fields = Mapping[str, Any]  # of a PruningPlan, all but its groups and notes
 
-# What a worker need not discover again for the same model.
+# Groups of models that a worker has seen.
 _GROUPS: "WeakKeyDictionary[nn.Module, Groups]" = WeakKeyDictionary()
 
 
 def cut(model: nn.Module, plan: Fields, *, calib: Tensor | None = None) -> nn.Module:
-    """A smaller model.
+    """The smaller model that a plan gives.
+
 
     Args:
-        model: the dense one; it is left alone.
+        model: the dense one; unchanged.
         plan: fields of the plan.
-        calib: what to re-fit on; None leaves the rest as it is.
+        calib: tokens to re-fit on; None does not re-fit.
     """
     if model not in _GROUPS:
         _GROUPS[model] = discover(model)

@@ -1,4 +1,4 @@
-"""What a model is lent for the time of a trace: parameters that cost nothing, hooks that follow its modules."""
+"""Contexts that prepare a model for a trace: parameters without memory, and hooks on its modules."""
 
 import gc
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from prunekit.discovery.labelling import LabelMode
 
 @contextmanager
 def free_parameters(model: nn.Module, mode: LabelMode) -> Iterator[None]:
-    """While open, parameters are one zero, expanded, with fresh labels a dimension; buffers stand on the CPU."""
+    """A context in which parameters are expanded zeros with fresh labels per dimension, and buffers are on the CPU."""
     fakes = {id(p): _fake_parameter(mode, name, p) for name, p in model.named_parameters()}
     holders: list[dict[str, Any]] = [vars(m)[name] for m in model.modules() for name in ("_parameters", "_buffers")]
     before = [(holder, dict(holder)) for holder in holders]
@@ -50,7 +50,7 @@ def _fake_parameter(mode: LabelMode, name: str, p: Tensor) -> Tensor:
 
 @contextmanager
 def module_paths(model: nn.Module, mode: LabelMode) -> Iterator[None]:
-    """While open, the mode knows which module runs."""
+    """A context in which the mode knows which module runs."""
     names = {id(module): name for name, module in model.named_modules()}
     stack: list[str] = []
 
@@ -69,7 +69,7 @@ def module_paths(model: nn.Module, mode: LabelMode) -> Iterator[None]:
 
 @contextmanager
 def labelled_arguments(model: nn.Module, mode: LabelMode) -> Iterator[None]:
-    """While open, constants that are handed to a module with parts of its own carry labels inside it."""
+    """A context in which constants passed to a module with submodules have labels inside it."""
     stack: list[list[tuple[Any, Any]]] = []
 
     def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -89,7 +89,7 @@ def labelled_arguments(model: nn.Module, mode: LabelMode) -> Iterator[None]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """While open, Python does not look for cycles: a trace keeps nearly all that it makes, so looking only costs."""
+    """A context without garbage collection, since a trace keeps nearly all its objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:

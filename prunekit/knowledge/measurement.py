@@ -1,4 +1,4 @@
-"""Knowledge distribution: what a model no longer knows when a group, or a unit of it, is silenced alone."""
+"""Measures a knowledge distribution: ablates one group or unit at a time and evaluates the model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +13,14 @@ from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import require_finite
 from prunekit.evaluation.named_tasks import Tasks
-from prunekit.importance.ablation import silenced
-from prunekit.knowledge.questions import Exam, Texts, make_exam
+from prunekit.importance.ablation import ablated
+from prunekit.knowledge.prefix_reuse import Runner
+from prunekit.knowledge.question_spans import Exam, Texts, make_exam
 from prunekit.knowledge.record import Record, Silencing, fingerprint
 from prunekit.knowledge.result import KnowledgeDistribution
-from prunekit.knowledge.running import Runner
 from prunekit.models import evaluating
 
-POSITIONS = 1024  # a forward pass; on a CPU more takes more memory and longer, since less of it stays in the cache
+POSITIONS = 1024  # per forward pass; more is slower on a CPU, since less fits into its cache
 
 
 def knowledge_distribution(
@@ -37,38 +37,39 @@ def knowledge_distribution(
     path: str | Path | None = None,
     tokens_a_batch: int = POSITIONS,
 ) -> KnowledgeDistribution:
-    """Where does a model hold what it knows? Each group alone is silenced in part, and everything is asked again.
+    """Measures how each task and text domain changes when each group is ablated alone, at several ratios.
 
-    The units that score lowest go first. Layers below the silenced one are not run again, and sequences that begin
-    alike are read once, where this model is found to give the same likelihoods so.
+    The units with the lowest scores are ablated first. Layers below the ablated one are not run again, and shared
+    prefixes are run once, if a test shows that this model then gives the same likelihoods.
 
     Args:
-        model: a causal LM of `transformers`; it is left as it was, also when interrupted.
+        model: a causal LM of `transformers`; it is unchanged afterwards, also when interrupted.
         tokenizer: the model's own tokenizer.
         groups: groups discovered in this model.
         scores: group name → (n_units,), as `score` returns them. Groups of one unit (blocks, layers) need none.
-        ratios: fractions of a group's units, in (0, 1]; at least one unit is silenced. Groups of one unit are
-            silenced once, at ratio 1.
+        ratios: fractions of a group's units, in (0, 1]; at least one unit is ablated. Groups of one unit are
+            ablated once, at ratio 1.
         tasks: tasks or names of published ones, as for `zero_shot` (MMLU's domains are its subjects); None with no text
             takes the embedded world's, for its tokenizer.
         text: anything that `measure_perplexity` takes, or name of a domain → such a text. It is cut into windows of
             128 tokens (or what the model takes) that do not overlap, BOS first in each where the tokenizer adds it.
-        limit: the first so many questions of each task.
+        limit: number of questions of each task.
         data_dir: the folder from which published tasks are read, as for `zero_shot`; None reads from the hub.
-        path: a .safetensors file that is written whenever a group is finished, and from which a run with the same
-            model, silencings and questions goes on.
-        tokens_a_batch: positions a forward pass, about; it does not change the result.
+        path: a .safetensors file, written after each group; a run with the same model, ablations and questions resumes
+            from it.
+        tokens_a_batch: approximate number of positions per forward pass; it does not change the result.
 
     Returns:
-        A `KnowledgeDistribution`. A silencing that leaves no finite likelihood does not end the run: its loss there is
-        infinite, and nothing is hit.
+        A `KnowledgeDistribution`. If an ablation leaves no finite likelihood, the loss is infinite and the
+        answer counts as wrong.
 
     Raises:
-        PrunekitError: no groups, or those of another model; ratios out of range; scores that miss a group, are not
-            finite or not one a unit; nothing to ask; weights that are NaN or infinite; a file at `path` of another run.
+        PrunekitError: no groups, or groups of another model; ratios out of range; scores that miss a group, are not
+            finite or not one per unit; no tasks or text; weights that are NaN or infinite; a file at `path` of another
+            run.
 
     Source: LoRAShear (Chen et al. 2023, arXiv 2310.18356), Alg. 3, which measures perplexity on one set. Here each
-    question and window is kept, so that it can be told which knowledge goes.
+    question and window is kept, so that changes can be read by domain.
     """
     chosen = _check_groups(model, groups)
     _check_ratios(ratios)
@@ -90,21 +91,21 @@ def knowledge_of_units(
     path: str | Path | None = None,
     tokens_a_batch: int = POSITIONS,
 ) -> KnowledgeDistribution:
-    """How much worse the model gets, domain by domain, when one unit alone is ablated: one head, one channel.
+    """Measures how each domain changes when one unit (a head or a channel) is ablated alone.
 
     Args:
         model: the dense model; it is left as it is.
         tokenizer: its tokenizer.
-        groups: whose units are ablated, each alone; some of what `discover` found.
-        tasks: questions, as `knowledge_distribution` takes them.
-        text: windows of text, as `knowledge_distribution` takes them.
-        limit: questions of each task at most; None asks all.
+        groups: the groups whose units are ablated one by one.
+        tasks: tasks, as `knowledge_distribution` takes them.
+        text: texts, as `knowledge_distribution` takes them.
+        limit: number of questions of each task; None is all.
         data_dir: a folder with the files of published tasks; None reads from the hub.
-        path: a file in which measurements are kept, from which an interrupted run goes on; None for none.
-        tokens_a_batch: tokens of a forward pass.
+        path: a file that keeps the measurements, so that an interrupted run resumes; None writes none.
+        tokens_a_batch: tokens per forward pass.
 
     Returns:
-        A distribution whose table has one row a unit and domain, with a column `unit`.
+        A distribution whose table has one row per unit and domain, with a column `unit`.
 
     Raises:
         PrunekitError: what `knowledge_distribution` raises.
@@ -125,7 +126,7 @@ def _told(group: CoupledGroup) -> dict[str, Any]:
 
 
 def _check_groups(model: nn.Module, groups: Iterable[CoupledGroup]) -> list[CoupledGroup]:
-    """The groups, each once, all of this model."""
+    """The groups, without repeats, checked against the model."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
     given = list(groups) if isinstance(groups, Iterable) else [groups]
     for one in given:
@@ -133,7 +134,10 @@ def _check_groups(model: nn.Module, groups: Iterable[CoupledGroup]) -> list[Coup
             raise PrunekitError(f"{one!r:.60} is no group; give discover(model), or some of it as a list")
     found = list({group.name: group for group in given}.values())
     if not found:
-        raise PrunekitError("there are no groups to silence; discover(model) finds them, and says in .locked why not")
+        raise PrunekitError(
+            "there are no groups to ablate; discover(model) finds them, and its .locked lists the reasons where it "
+            "finds none"
+        )
     for group in found:
         for member in group.members:
             shape = shapes.get(member.parameter, ())
@@ -154,7 +158,7 @@ def _check_ratios(ratios: Sequence[float]) -> None:
 
 
 def _check_scores(group: CoupledGroup, scores: Mapping[str, Tensor]) -> Tensor:
-    """A group's scores, float64 on the CPU; zeros for a group of one unit that has none."""
+    """Scores of a group, float64 on the CPU; zeros for a group of one unit without scores."""
     if not isinstance(scores, Mapping):
         raise PrunekitError(f"scores are a {type(scores).__name__}; give what score(model, groups, importance) returns")
     if group.name not in scores:
@@ -171,7 +175,7 @@ def _check_scores(group: CoupledGroup, scores: Mapping[str, Tensor]) -> Tensor:
 
 
 def _shares(group: CoupledGroup, scores: Tensor, ratios: Sequence[float]) -> Iterator[Silencing]:
-    """A group's units that score lowest, at each ratio."""
+    """The ablations of a group: its lowest-scoring units at each ratio."""
     order = scores.argsort(stable=True).tolist()
     for ratio in dict.fromkeys(ratios) if group.n_units > 1 else (1.0,):
         units = tuple(sorted(order[: max(1, round(ratio * group.n_units))]))
@@ -187,7 +191,7 @@ def _check_run(model: nn.Module, tokens_a_batch: int) -> None:
 def _measure(
     model: nn.Module, plan: list[Silencing], exam: Exam, path: str | Path | None, tokens_a_batch: int
 ) -> KnowledgeDistribution:
-    """All silencings, those of the lowest layer first."""
+    """All ablations, lowest layer first."""
     record = Record(plan, exam, path, fingerprint(model, exam, plan) if path is not None else "")
     if record.missing():
         with evaluating(model), torch.no_grad():
@@ -196,12 +200,12 @@ def _measure(
 
 
 def _run(model: nn.Module, exam: Exam, record: Record, tokens_a_batch: int) -> None:
-    """Measure what is missing, and leave what is finished in the file, whatever ends it."""
+    """Measure the missing ablations; the file keeps the finished ones even after an interrupt."""
     runner = Runner(model, exam.spans, tokens_a_batch)
     groups = {row.group.name: row.group for row in record.missing()}
     layers = {name: runner.layers_of(group) for name, group in groups.items()}
     done = len(record.plan) - len(record.missing())
-    bar = tqdm(desc="knowledge", total=len(record.plan), initial=done, unit="silencing", leave=False, delay=1)
+    bar = tqdm(desc="knowledge", total=len(record.plan), initial=done, unit="ablation", leave=False, delay=1)
     dense = runner.sums(min(layers.values())[:1])
     require_finite(dense, model)
     record.begin(exam.marks(dense), runner)
@@ -210,7 +214,7 @@ def _run(model: nn.Module, exam: Exam, record: Record, tokens_a_batch: int) -> N
             for name in sorted(groups, key=lambda name: layers[name]):
                 for row in [row for row in record.missing() if row.group.name == name]:
                     if row.key not in record.marks:
-                        with silenced(model, row.group, row.units):
+                        with ablated(model, row.group, row.units):
                             record.marks[row.key] = exam.marks(runner.sums(layers[name]))
                     bar.update()
                 record.save()

@@ -1,4 +1,4 @@
-"""Models that cannot be sparsified, refused by name before anything is computed."""
+"""Checks that a model can be sparsified, before anything is computed."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ _QUANTISED = ("torch.ao.nn.", "bitsandbytes.", "torchao.", "auto_gptq.", "awq.",
 
 
 def check_sparsifiable(model: Any) -> None:
-    """Refuse what is no model, is quantised, carries adapters, or has weights that are not finite.
+    """Raise an error if a model is not a causal LM, is quantised, has adapters, or has non-finite weights.
 
     Raises:
-        PrunekitError: names what stands in the way.
+        PrunekitError: the model cannot be sparsified; the message says why.
     """
     if not isinstance(model, nn.Module):
         raise PrunekitError(f"model is a {type(model).__name__}; give a causal LM, such as load(path) returns")
     if hasattr(model, "peft_config"):
-        raise PrunekitError("the model carries adapters; call merge_and_unload() on it first")
+        raise PrunekitError("the model has adapters; call merge_and_unload() on it first")
     if hasattr(model, "_orig_mod"):
         raise PrunekitError("the model is compiled; give the one that was compiled, model._orig_mod")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -31,7 +31,9 @@ def check_sparsifiable(model: Any) -> None:
             "full precision, then quantise that"
         )
     if not hasattr(model, "get_input_embeddings"):
-        raise PrunekitError(f"a {type(model).__name__} is no model of transformers, so no tokens run through it")
+        raise PrunekitError(
+            f"a {type(model).__name__} is not a transformers model, so it cannot run on tokens; give a causal LM"
+        )
     check_finite(model)
 
 

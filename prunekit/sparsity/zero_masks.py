@@ -1,4 +1,4 @@
-"""Zeros that stay while weights are trained, and reports held against the weights that they tell of."""
+"""Keeps zeros during training, and updates sparsity reports from the weights."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -13,15 +13,15 @@ from torch.utils.hooks import RemovableHandle
 
 from prunekit.compat import lora_inputs
 from prunekit.errors import PrunekitError
-from prunekit.sparsity.report import SparsityReport
+from prunekit.sparsity.sparsity_report import SparsityReport
 
-TRAINED = "it was trained since it was sparsified: the output errors and the loss are those of before"
+TRAINED = "the model was trained after it was sparsified; the output errors and the loss are older"
 Masks = dict[nn.Parameter, Tensor]
 
 
 @contextmanager
 def keep_zeros(model: nn.Module) -> Iterator[None]:
-    """For training loops of one's own: while open, zeros get no gradient, and at the end they are zero again.
+    """For training loops of your own: while open, zeros get no gradient, and at the end they are zero again.
 
     Example::
 
@@ -32,18 +32,17 @@ def keep_zeros(model: nn.Module) -> Iterator[None]:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    No optimiser moves a weight that is zero and never had a gradient. One that was made before and has momentum for it
-    does, until the momentum has run out; the weight is zero again at the end, but what was trained beside it had
-    reckoned with it. So make the optimiser inside.
+    Zeros get no gradient and are set to zero again at the end. Make the optimiser inside: one made before may have
+    momentum that moves zero weights during training, and the other weights would adapt to that.
 
     Args:
         model: without adapters. Every parameter of two or more dimensions counts, embeddings too, wherever it is zero;
             norms and biases do not. Parameters may move to another device meanwhile, but stay the same objects.
 
     Raises:
-        PrunekitError: the model carries adapters, whose own zeros are there to be trained.
+        PrunekitError: the model has adapters, whose zeros must be trained.
 
-    Source: training what is left under a fixed mask, as Han et al. (NeurIPS 2015) do. Differs: the mask is applied to
+    Source: training under a fixed mask, as Han et al. (NeurIPS 2015) do. Differs: the mask is applied to
         gradients at each step and to weights at the end.
     """
     if any(hasattr(module, "merged_adapters") for module in model.modules()):  # as all of peft's layers have
@@ -52,7 +51,7 @@ def keep_zeros(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(_apply, masks)
         for parameter in masks:
-            if parameter.grad is not None:  # it would start the momentum of an optimiser made inside
+            if parameter.grad is not None:  # it would give an optimiser made inside momentum
                 parameter.grad.masked_fill_(masks[parameter].to(parameter.grad.device), 0)
             stack.callback(_without_gradient(parameter, masks).remove)
         yield
@@ -65,7 +64,7 @@ def share_of_zeros(model: nn.Module) -> float:
 
 
 def _masks(model: nn.Module) -> Masks:
-    """The matrices that have zeros → where."""
+    """Matrices with zeros → mask of the zeros."""
     matrices = [p for p in model.parameters() if p.dim() > 1 and p.is_floating_point()]
     found = {p: p.detach() == 0 for p in matrices}
     return {p: mask for p, mask in found.items() if bool(mask.any())}
@@ -83,7 +82,7 @@ def _without_gradient(parameter: nn.Parameter, masks: Masks) -> RemovableHandle:
         return gradient.masked_fill(masks[parameter], 0)
 
     trained = parameter.requires_grad
-    parameter.requires_grad_(True)  # else no hook can be hung on it; somebody may thaw it while this is open
+    parameter.requires_grad_(True)  # a hook needs it; training may unfreeze it later
     handle = parameter.register_hook(mask)
     parameter.requires_grad_(trained)
     return handle
@@ -91,10 +90,10 @@ def _without_gradient(parameter: nn.Parameter, masks: Masks) -> RemovableHandle:
 
 @contextmanager
 def masked_adapters(adapted: nn.Module) -> Iterator[None]:
-    """While open, LoRA trains, and merges, only where weights are not zero: W + M⊙(γ·B·A), M the non-zeros of W.
+    """A context in which LoRA trains and merges only non-zero weights: W + M⊙(γ·B·A), M the non-zeros of W.
 
-    What is merged while it is open is what was trained, to rounding. Each step makes the product B·A of each adapted
-    matrix that has zeros, which takes the memory of the matrix once more; adapters of other matrices run as they did.
+    A merge inside equals the trained function up to rounding. Each step computes B·A for each adapted matrix with
+    zeros, which needs the memory of that matrix once more. Adapters of other matrices are unchanged.
 
     Args:
         adapted: a peft model with one plain LoRA adapter on linear modules (nn.Linear, GPT-2's Conv1D), not merged.
@@ -104,7 +103,7 @@ def masked_adapters(adapted: nn.Module) -> Iterator[None]:
             an embedding or of a quantised weight; or a matrix with zeros that is trained itself.
 
     Source: the update is that of SQFT's SparsePEFT (Muñoz et al., arXiv 2410.03750). SPP (Lu et al., ICML 2024), which
-        scales non-zero weights instead, is another. That M is read off the frozen weight at each step is ours.
+        scales non-zero weights instead, is another. Computing M from the frozen weight at each step is ours.
     """
     layers = _adapted_layers(adapted)
     _check_nothing_else(adapted, layers)
@@ -129,10 +128,10 @@ def _adapted_layers(adapted: nn.Module) -> dict[str, Any]:
 
 
 def plain_lora_weight(path: str, layer: Any) -> nn.Parameter:
-    """The weight that an adapter layer updates by γ·B·A, and by nothing else.
+    """The weight that an adapter layer updates by γ·B·A alone.
 
     Raises:
-        PrunekitError: the layer, by name, and what it has beside.
+        PrunekitError: the layer has another kind of update; the message names it.
     """
     from peft.tuners.lora import Linear
     from transformers.pytorch_utils import Conv1D
@@ -146,12 +145,12 @@ def plain_lora_weight(path: str, layer: Any) -> nn.Parameter:
     adapters = list(getattr(layer, "lora_A", ()))
     if len(adapters) != 1 or list(layer.active_adapters) != adapters or layer.merged_adapters or other:
         has = ", ".join(other) or f"adapters {adapters}, active {layer.active_adapters}, merged {layer.merged_adapters}"
-        raise PrunekitError(f"{path} has {has}; one plain LoRA adapter of a linear module, not merged, can be followed")
+        raise PrunekitError(f"{path} has {has}; give one plain LoRA adapter per linear module, not merged")
     return base.weight
 
 
 def _check_nothing_else(adapted: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Refuse matrices with zeros that are trained beside A and B."""
+    """Raise an error for trained matrices with zeros besides A and B."""
     pairs = {p for layer in layers.values() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
     for name, p in adapted.named_parameters():
         if p.requires_grad and p not in pairs and p.dim() > 1 and bool((p == 0).any()):
@@ -170,7 +169,9 @@ def _masked_methods(path: str, layer: Any) -> dict[str, Callable]:
         if layer.disable_adapters or layer.merged:
             return forward(x, *args, **kwargs)
         if layer.active_adapters != [adapter] or "adapter_names" in kwargs:
-            raise PrunekitError(f"{path}: another adapter was asked for while adapters are masked; give each its turn")
+            raise PrunekitError(
+                f"{path}: another adapter was requested while adapters are masked; use one adapter at a time"
+            )
         result = layer.base_layer(x, *args, **kwargs)
         stored = update(adapter)
         weight = stored.T if layer.fan_in_fan_out else stored  # (out, in)
@@ -181,14 +182,14 @@ def _masked_methods(path: str, layer: Any) -> dict[str, Callable]:
 
 
 def current_report(model: Any) -> SparsityReport | None:
-    """The sparsity report that a model carries, held against its weights.
+    """The sparsity report of a model, updated from its weights.
 
     Returns:
-        The report, its zeros counted again, with a remark where there are fewer than it said; None where the model
-        carries none, or one of matrices that it does not have in these sizes, as after a structural cut.
+        The report, its zeros counted again, with a remark if there are fewer; None if the model has no
+        report, or its matrices no longer fit, as after structural pruning.
 
     Raises:
-        PrunekitError: `model.sparsity_report` is something else.
+        PrunekitError: `model.sparsity_report` is not a report.
     """
     report = getattr(model, "sparsity_report", None)
     if report is None:
@@ -210,14 +211,15 @@ def _counted(report: SparsityReport, counts: list[int]) -> SparsityReport:
         return replace(report, rows=rows)
     lost = sum(before[row["matrix"]] - row["n_zeros"] for row in rows if row["matrix"] in set(filled))
     remark = (
-        f"{lost:,} zeros of {len(filled)} matrices ({filled[0]}, …) were filled after it was sparsified; these are the "
-        "zeros that are left"
+        f"{lost:,} zeros of {len(filled)} matrices ({filled[0]}, …) were filled after sparsification; this report "
+        "counts the "
+        "remaining zeros"
     )
     return replace(report, rows=rows, remarks=(*report.remarks, remark))
 
 
 def renew_report(model: Any, *remarks: str) -> None:
-    """After a model's weights were changed: its report as it is true now, with remarks, each once; gone where none is.
+    """Update a model's report after its weights changed, and add remarks; delete it if it no longer fits.
 
     Raises:
         PrunekitError: what `current_report` raises.
@@ -231,7 +233,7 @@ def renew_report(model: Any, *remarks: str) -> None:
 
 
 def stored_matrix(parameters: Mapping[str, Tensor], matrix: str) -> Tensor | None:
-    """What a row of a report tells of, as it is stored: a parameter, or one expert's slice of it; None if not there."""
+    """The weight of a report's row: a parameter, or one expert's slice of it; None if missing."""
     name, expert = re.fullmatch(r"(.*?)(?:\[(\d+)\])?", matrix, re.DOTALL).groups()  # type: ignore[union-attr]
     tensor = parameters.get(name)
     if tensor is None or expert is None:
@@ -252,21 +254,21 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def parsed_report(text: str, model: nn.Module) -> SparsityReport:
-    """The report of a model, out of the JSON text that stands beside its weights.
+    """The report of a model from the JSON text stored with its weights.
 
     Raises:
-        PrunekitError: the text is no report, or tells of another model.
+        PrunekitError: the text is not a report, or is of another model.
     """
     report = SparsityReport.from_json(text)
     for number, row in enumerate(report.rows):
         wrong = _FIELDS if not isinstance(row, dict) else [n for n, kinds in _FIELDS.items() if not _is(row, n, kinds)]
         if wrong:
-            raise PrunekitError(f"its row {number} lacks {', '.join(wrong)}, or has something else there")
+            raise PrunekitError(f"its row {number} lacks {', '.join(wrong)}, or has values of another type there")
     texts = isinstance(report.left, dict) and all(isinstance(remark, str) for remark in report.remarks)
     if not texts or not report.rows or not isinstance(report.method, str) or not isinstance(report.target, str):
-        raise PrunekitError("it is no sparsity report; give what SparsityReport.to_json wrote")
+        raise PrunekitError("it is not a sparsity report; give what SparsityReport.to_json wrote")
     if not _fits(report, model):
-        raise PrunekitError("it tells of matrices that this model does not have, or not in these sizes")
+        raise PrunekitError("it lists matrices that this model does not have in these sizes; give this model's report")
     return report
 
 

@@ -1,4 +1,4 @@
-"""Integers that modules remember about their own widths, followed through a forward pass.
+"""Follows integers that modules store about their widths through a forward pass.
 
 A module keeps numbers such as its head count, and a forward pass puts them, or sums and products of them,
 into views and splits. Matching such numbers by value is wrong (a layer index may equal a head count), so each
@@ -40,7 +40,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Operation:
-    """A number computed from remembered ones."""
+    """A number computed from stored integers."""
 
     function: Callable[[int, int], int]
     left: "Expression"
@@ -113,11 +113,11 @@ def _is_width(value: Any) -> bool:
 
 @contextmanager
 def remembering(model: nn.Module, written_out: bool = True) -> Iterator[None]:
-    """While open, every integer that a module or its configuration holds knows its origin.
+    """A context in which every integer of a module or its configuration knows its origin.
 
     Args:
         model: whose integers.
-        written_out: run attention and experts written out, whatever the model is set to.
+        written_out: run attention and eager experts, whatever the model is set to.
     """
     before = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
@@ -125,7 +125,7 @@ def remembering(model: nn.Module, written_out: bool = True) -> Iterator[None]:
             _wrap_attributes(module, path, WRITTEN_OUT if written_out else ())
         yield
     finally:
-        for own, was in before:  # what the forward pass itself wrote goes too: it is of the trace's tensors
+        for own, was in before:  # attributes written by the forward pass go too: they contain the trace's tensors
             own.clear()
             own.update(was)
 
@@ -146,7 +146,7 @@ def _wrap_attributes(module: nn.Module, path: str, written_out: tuple[str, ...])
 
 
 def set_attribute(module: nn.Module, key: Key, value: int) -> None:
-    """Write a new value where a remembered one stood; a configuration is copied first."""
+    """Replace a stored integer; a configuration is copied first."""
     _, holder, name = key
     if holder == "config":
         module.config = copy.copy(module.config)

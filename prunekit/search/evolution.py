@@ -1,17 +1,17 @@
-"""The next points to measure: a population that evolves by what the predictor expects of it."""
+"""Proposes the next candidates to measure, by evolution with the predictor as fitness."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 
 import numpy as np
 
-from prunekit.search.knobs import Range
+from prunekit.search.hyperparameters import Range
 from prunekit.search.predictor import AccuracyPredictor
 from prunekit.search.space import Point, Space, distinct, key_of
 
 PARENTS = 20  # of a generation
-APART = 0.15  # of a knob's range, by which points that are measured together differ in one knob at least
-LEVELS = 5  # into which a budget is divided that may be anywhere in a range
+APART = 0.15  # share of a range: candidates of one round differ by more in at least one value
+LEVELS = 5  # of a budget that is a range
 
 
 def evolve(
@@ -25,24 +25,24 @@ def evolve(
     generations: int = 20,
     known: Sequence[Point] = (),
 ) -> list[Point]:
-    """Points of which most is expected, and which are not all alike, of all that an evolution came by.
+    """The most promising candidates of an evolution, chosen to differ from each other.
 
-    Each generation's parents are the best of all so far; children are mutated, half of them crossed before, and made to
-    fit. Trees expect the same of many points, so of the best only such are returned as lie apart; where a budget is a
-    range, parents and points are taken in turns from its levels.
+    Each generation's parents are the best so far. Children are mutated, half of them after a crossover, and fitted to
+    the budgets. Trees predict the same value for many candidates, so only candidates that differ enough are returned.
+    Where a budget is a range, parents and candidates come from each of its levels in turn.
 
     Args:
-        space: in which to search.
-        predictor: what is expected of a point; lower is better.
-        start: points to begin with, as well as drawn ones.
-        rng: chance.
-        n: how many to return, at most.
-        population: children a generation.
-        generations: how many.
-        known: points that have been measured; they may be parents, but do not come again.
+        space: the space to search.
+        predictor: predicts the value of a candidate; lower is better.
+        start: candidates to begin with, besides random ones.
+        rng: random generator.
+        n: number of candidates returned, at most.
+        population: number of children per generation.
+        generations: number of generations.
+        known: candidates already measured; they may be parents but are not returned.
 
     Returns:
-        Points that are not known, those of which most is expected first.
+        New candidates, the most promising first.
     """
     inside = ({name: knob.nearest(point[name]) for name, knob in space.knobs.items()} for point in start)
     first = [*filter(None, map(space.fitted, inside)), *distinct(space.draws(rng), population, all_of_them=False)]
@@ -51,7 +51,7 @@ def evolve(
     for _ in range(generations):
         parents = _in_turns(space, [pool[key] for key in sorted(expected, key=expected.__getitem__)])[:PARENTS]
         children = distinct(_children(space, parents, rng), population, pool, all_of_them=False)
-        if not children:  # all that there are have been made
+        if not children:  # every candidate exists already
             break
         new = {key_of(child): child for child in children}
         pool |= new
@@ -69,7 +69,7 @@ def _children(space: Space, parents: Sequence[Point], rng: np.random.Generator) 
 
 
 def _in_turns(space: Space, points: Sequence[Point]) -> list[Point]:
-    """Points in order, one of each level of every budget that is a range after the other."""
+    """Candidates in order, taken in turn from each level of the budgets that are ranges."""
     levels: dict[tuple[int, ...], list[Point]] = {}
     for point in points:
         levels.setdefault(tuple(_level(space.knobs[name], point[name]) for name in space.goals), []).append(point)
@@ -82,7 +82,7 @@ def _level(knob: object, value: float) -> int:
 
 
 def _spread(space: Space, points: Sequence[Point], n: int) -> list[Point]:
-    """The first points of which each differs from all before it; the order stays."""
+    """The first n candidates that differ enough from all before them, in the same order."""
     chosen: list[int] = []
     features = space.features(points) / space.spans()
     for i in range(len(points)):

@@ -1,4 +1,4 @@
-"""Which units leave next, and whether what is asked for can be had."""
+"""Chooses the next units to remove, and checks the requested numbers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ def lowest_units(
     due: Mapping[str, int],
     min_units: int,
 ) -> dict[str, list[int]]:
-    """The units of lowest score that are not gone, so many of each kind, while every group keeps `min_units`.
+    """The lowest-scoring remaining units, a given number per kind; every group keeps `min_units`.
 
     Args:
         groups: all that may lose units.
@@ -53,10 +53,10 @@ def _finite(group: GroupUnits, scores: Mapping[str, Tensor]) -> list[float]:
 
 
 def check_wanted(groups: Sequence[GroupUnits], n_units: Mapping[str, int], min_units: int) -> dict[str, int]:
-    """Kind → units that are to go, after checking that there are as many.
+    """Kind → number of units to remove, checked against the model.
 
     Raises:
-        PrunekitError: no mapping, numbers that are none, or more units than there are.
+        PrunekitError: not a mapping, invalid numbers, or more units than there are.
     """
     check_integers(min_units=(min_units, 1))
     if not isinstance(n_units, Mapping):

@@ -1,4 +1,4 @@
-"""A pruned model and data → a recovered model."""
+"""`recover`: trains a pruned model and returns it with its log."""
 
 import copy
 import tempfile
@@ -20,13 +20,13 @@ from prunekit.recovery.full import FullTuning, train_all
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.training import flags_kept, seeded, train
-from prunekit.sparsity.keeping import TRAINED, masked_adapters, renew_report, share_of_zeros
-from prunekit.sparsity.keeping import keep_zeros as zeros_kept
+from prunekit.sparsity.zero_masks import TRAINED, masked_adapters, renew_report, share_of_zeros
+from prunekit.sparsity.zero_masks import keep_zeros as zeros_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MANY_ZEROS = 0.05  # of all weights: more do not come by chance
+MANY_ZEROS = 0.05  # share of zeros that does not occur by chance
 
 
 def recover(
@@ -42,7 +42,7 @@ def recover(
     held_out: Tensor | None = None,
     measure: bool = True,
 ) -> "PreTrainedModel":
-    """Train a model after pruning, to win back what the cut lost.
+    """Trains a model after pruning to recover its quality.
 
     Runs where the Trainer finds itself: CPU, one or several GPUs, or `torchrun`. The same seed and data give
     the same weights on the same machine, and the caller's random numbers are not disturbed.
@@ -63,7 +63,7 @@ def recover(
         held_out: integers (n, seq_len) that are not trained on, on which the loss is measured before and after, about
             1,024 of these tokens. None takes the first windows of the data: training lowers the loss there more than
             elsewhere, and the account says so.
-        measure: whether to measure at all.
+        measure: whether to measure the loss.
 
     Returns:
         The model with the updates merged into its weights, in evaluation mode, with the dtype, device and
@@ -101,7 +101,9 @@ def recover(
 
 def _zeros_stay(model: nn.Module, asked: Any) -> bool:
     if asked is not None and not isinstance(asked, bool):
-        raise PrunekitError(f"keep_zeros={asked!r} is not allowed; give True, False, or None to go by the model")
+        raise PrunekitError(
+            f"keep_zeros={asked!r} is not allowed; give True, False, or None to decide by the model's zeros"
+        )
     if asked is not None:
         return asked
     told = getattr(model, "sparsity_report", None) is not None
@@ -109,7 +111,7 @@ def _zeros_stay(model: nn.Module, asked: Any) -> bool:
     if share > MANY_ZEROS:
         warnings.warn(
             f"{share:.0%} of the model's weights are zero and no report says that they shall stay so: training fills "
-            "them; give keep_zeros=True to keep them, or False to hear no more of it",
+            "them; give keep_zeros=True to keep them, or False to turn off this warning",
             stacklevel=3,
         )
     return told
@@ -118,10 +120,10 @@ def _zeros_stay(model: nn.Module, asked: Any) -> bool:
 def recover_with_lora(
     model: nn.Module, method: LoRA, tokens: Tensor, output_dir: str | Path | None, keep_zeros: bool = False
 ) -> RecoveryLog:
-    """Attach, train, merge, in place; whatever stops it, the model has its own weights and no adapters.
+    """Attach, train and merge LoRA in place; after an error the model has its old weights and no adapters.
 
     Raises:
-        PrunekitError: what `attach`, `masked_adapters` and `train` raise.
+        PrunekitError: errors of `attach`, `masked_adapters` and `train`.
 
     Source: LLM-Pruner, section 3.3. That zeros are kept is not of that paper; see `masked_adapters`.
     """
@@ -142,7 +144,7 @@ def recover_with_lora(
 def recover_fully(
     model: nn.Module, method: FullTuning, tokens: Tensor, output_dir: str | Path | None, keep_zeros: bool = False
 ) -> RecoveryLog:
-    """Train all parameters, in place; what stops it leaves them as they are then.
+    """Train all parameters in place; an interrupt leaves them partly trained.
 
     Raises:
         PrunekitError: what `train_all` and `train` raise.
@@ -157,7 +159,7 @@ def recover_fully(
 
 
 def _save(log: RecoveryLog, folder: Path, adapted: Any = None) -> None:
-    """Loss curve and adapter, written beside and moved into place, by the first process alone."""
+    """Save the log and the adapter; only the first process writes."""
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
@@ -173,7 +175,7 @@ def _save(log: RecoveryLog, folder: Path, adapted: Any = None) -> None:
 
 
 def _save_again(log: RecoveryLog, folder: str | Path | None) -> None:
-    """The same log with the account."""
+    """The log with the change of the loss."""
     from accelerate import PartialState
 
     if folder is not None and PartialState().is_main_process:

@@ -1,4 +1,4 @@
-"""Costs that only a run can tell: multiply-accumulates and time, looked up group by group once they are measured."""
+"""Measured cost tables: multiply-accumulates and latency of each group."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,17 +21,17 @@ from prunekit.search.costs import CostTable
 
 PHASES = ("decode", "prefill")
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of a group's units, at which time is measured; between them it is interpolated
-ROUNDS = 5  # in which dense and cut model are timed by turns, so that what else the machine does hits both
+ROUNDS = 5  # of timing the dense and the cut model in turn, so that other load affects both
 Measure = Callable[[nn.Module], float]
 
 
 def mac_table(
     model: nn.Module, groups: Groups, *, kinds: Iterable[str] = DEFAULT_KINDS, seq_len: int = 64
 ) -> CostTable:
-    """Multiply-accumulates of one forward pass over one sequence, exactly.
+    """A table of multiply-accumulates of one forward pass over one sequence.
 
     Args:
-        model: in which the groups were discovered; left alone.
+        model: in which the groups were discovered; unchanged.
         groups: what `discover` found.
         kinds: in the table; with `"layer"` whole layers too.
         seq_len: tokens.
@@ -54,12 +54,12 @@ def latency_table(
     batch_size: int = 1,
     repeats: int = 10,
 ) -> CostTable:
-    """Milliseconds on this machine: one token with the KV cache (`"decode"`), or a whole sequence (`"prefill"`).
+    """Latencies in ms on this machine: one token with the KV cache (`"decode"`), or a sequence (`"prefill"`).
 
-    All groups of the same shape are cut alike at once, so that what is saved can be told from noise, and share it.
+    All groups of one shape are cut together, so that the saving exceeds the noise; each gets an equal share.
 
     Args:
-        model: in which the groups were discovered; left alone.
+        model: in which the groups were discovered; unchanged.
         groups: what `discover` found.
         phase: `"decode"` or `"prefill"`.
         kinds: in the table; with `"layer"` whole layers too.
@@ -79,24 +79,24 @@ def latency_table(
 
 
 def check_table(table: CostTable, model: nn.Module, space: PlanSpace, *, n: int = 8, seed: int = 0) -> pd.DataFrame:
-    """What the table says of whole architectures, beside what is measured of them.
+    """Compares a cost table with measurements of whole pruned models.
 
     Args:
-        table: one that was measured.
+        table: a measured table.
         model: the dense model.
-        space: of the architectures; the table must be that of one of its budgets.
-        n: how many are built.
-        seed: of their choice.
+        space: where plans are drawn; one of its budgets must use the table.
+        n: number of models to build.
+        seed: seed of the random plans.
 
     Returns:
-        One row an architecture: expected, measured, error (relative to what is measured).
+        One row per model: expected, measured, error (relative to what is measured).
 
     Raises:
-        PrunekitError: a table of parameters, which needs no check, or one that the space does not know.
+        PrunekitError: a counted table, or a table of none of the space's budgets.
     """
     check_integers(n=(n, 1))
     if table.measure is None:
-        raise PrunekitError(f"{table.name} are counted, not measured: there is nothing to check")
+        raise PrunekitError(f"{table.name} are counted, not measured; give a table of latency_table(…) or mac_table(…)")
     rows = []
     for point in tqdm(space.sample(n, np.random.default_rng(seed)), desc="checking", leave=False, delay=1):
         costs = space.costs(point)
@@ -117,7 +117,7 @@ def _measured(
     measure: Measure,
     rounds: int,
 ) -> CostTable:
-    """The table, by cutting all groups of a shape to each share."""
+    """The table, measured by cutting all groups of one shape to each share."""
     cuts = [cut for alike in _alike(groups, tuple(kinds)) for cut in _cuts(alike, shares)]
     dense: list[float] = []
     found: dict[str, dict[int, float]] = {}
@@ -134,7 +134,7 @@ def _measured(
 
 
 def _filled(n_units: int, at: Mapping[int, float]) -> np.ndarray:
-    """What is saved at every number of units, from some; losing more units never saves less."""
+    """The saving for every number of units, interpolated and non-decreasing."""
     numbers = sorted(at)
     known = np.maximum.accumulate([at[number] for number in numbers])
     every = np.interp(np.arange(n_units + 1), numbers, known)
@@ -144,7 +144,7 @@ def _filled(n_units: int, at: Mapping[int, float]) -> np.ndarray:
 
 
 def _alike(groups: Groups, kinds: tuple[str, ...]) -> Iterator[list[CoupledGroup]]:
-    """Groups of the same kind and shape, together."""
+    """Lists of groups with the same kind and shape."""
     found: dict[tuple, list[CoupledGroup]] = {}
     for group in groups.of_kind(*kinds):
         if group.exact:
@@ -156,7 +156,7 @@ def _alike(groups: Groups, kinds: tuple[str, ...]) -> Iterator[list[CoupledGroup
 
 
 def _cuts(alike: list[CoupledGroup], shares: Sequence[float]) -> Iterator[tuple[list[CoupledGroup], int]]:
-    """Groups, and how many units all of them lose at once; a layer alone cannot go."""
+    """Groups, and the number of units that each loses; a single layer is never cut alone."""
     n_units = alike[0].n_units
     if n_units == 1:
         yield from [(alike, 1)] if len(alike) > 1 else []

@@ -1,4 +1,4 @@
-"""A model asked the same questions again and again, while only some of its layers change."""
+"""Repeated likelihoods of the same spans, reusing layers and prefixes that did not change."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,38 +9,38 @@ from torch import Tensor, nn
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.discovery.parts import layer_of
 from prunekit.evaluation.likelihood import Span
-from prunekit.evaluation.scoring import TOLERANCE, Batch, choose_reading, scored_logits, span_sums
+from prunekit.evaluation.sequence_scores import TOLERANCE, Batch, choose_reading, scored_logits, span_sums
 from prunekit.fingerprint import bytes_of
 from prunekit.layerwise import Layerwise
 
 Layers = tuple[int, ...]
-MANY = 100  # runs of the same spans, about: what they are worth finding out once for
+MANY = 100  # approximate runs of the same spans, which justify a test of packing
 
 
 class Runner:
-    """Likelihoods of the same spans, with what has not changed since not run again, where that works.
+    """Computes likelihoods of the same spans again and again, skipping layers that did not change.
 
-    The layers below a changed one are not run, and those above it only for a batch in which the changed layer answers
-    as it never did before: silencing all heads and silencing the whole block come to the same.
+    Layers below a changed one are not run. Those above it run only if the changed layer's output for a batch is new:
+    ablating all heads and ablating the whole block give the same output.
 
     Attributes:
-        packed: whether many spans share a row; tried on this model, as is the next.
-        resumed: whether layers are left out.
+        packed: whether spans share rows of a batch; tested on this model, like the next.
+        resumed: whether layers are skipped.
     """
 
     def __init__(self, model: nn.Module, spans: Sequence[Span], tokens_a_batch: int) -> None:
-        """Takes a causal LM in evaluation mode, what is scored, and how many positions about a forward pass has."""
+        """Takes a causal LM in evaluation mode, the spans, and the approximate positions per forward pass."""
         self._model, self._n = model, len(spans)
         reading = choose_reading(model, spans, tokens_a_batch, runs=MANY)
         self.packed, self._gathers = bool(reading.packed), reading.gathers
         self._batches = list(reading.batches(model))
         self._chain = _chain(model, self._batches)
         self.resumed = self._chain is not None
-        self._known: dict[tuple[int, bytes], Tensor] = {}  # batch and what the changed layer answered → sums
-        self._layer = -1  # that these are of
+        self._known: dict[tuple[int, bytes], Tensor] = {}  # batch and digest of the changed layer's output → sums
+        self._layer = -1  # the layer of these sums
 
     def layers_of(self, group: CoupledGroup) -> Layers:
-        """Ascending numbers of the layers that a group's weights stand in; () where more than layers reads them."""
+        """Ascending numbers of the layers with a group's weights; () if a module outside the layers uses them too."""
         if self._chain is None:
             return ()
         parameters = dict(self._model.named_parameters())
@@ -54,8 +54,7 @@ class Runner:
         """Sum of log-likelihoods of each span, float64 (n_spans,), in nats.
 
         Args:
-            changed: what `layers_of` says of all that differs from the model as it was; its first never falls from
-                call to call.
+            changed: layers that differ from the dense model, by `layers_of`; the first must not decrease between calls.
         """
         if self._chain is None or not changed:
             return span_sums(self._model, self._batches, self._n, self._gathers)
@@ -65,7 +64,7 @@ class Runner:
         return found
 
     def _resumed(self, chain: Layerwise, changed: Layers, number: int) -> Tensor:
-        """The sums of one batch, from the first changed layer on."""
+        """Sums of one batch, run from the first changed layer."""
         first = changed[0]
         hidden = chain.run(first, number)
         if len(changed) > 1:
@@ -78,14 +77,14 @@ class Runner:
         return self._known[key]
 
     def _read(self, chain: Layerwise, layer: int, number: int, hidden: Tensor) -> Tensor:
-        """The sums of one batch, from the residual stream in front of a layer."""
+        """Sums of one batch, run from the residual stream before a layer."""
         batch = self._batches[number]
         logits = scored_logits(self._model, batch, self._gathers, lambda: chain.logits(layer, number, hidden))
         return batch.read(logits)[0]
 
 
 def _chain(model: nn.Module, batches: Sequence[Batch]) -> Layerwise | None:
-    """The batches in front of the first layer; None where resuming a small one does not give its logits."""
+    """The batches before the first layer; None if resuming a small batch does not reproduce its logits."""
     small = min(batches, key=lambda batch: batch.inputs["input_ids"].numel()).inputs
     trial = Layerwise.of(model, [small])
     if trial is None:
@@ -95,7 +94,7 @@ def _chain(model: nn.Module, batches: Sequence[Batch]) -> Layerwise | None:
     for number in range(len(trial.layers)):
         try:
             resumed = trial.logits(number + 1, 0, trial.run(number, 0))
-        except Exception:  # the model reads of a layer's answer more than the residual stream
+        except Exception:  # the model uses more of a layer's output than the residual stream
             return None
         if not torch.allclose(resumed, whole, rtol=0, atol=near):
             return None

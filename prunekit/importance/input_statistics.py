@@ -1,4 +1,4 @@
-"""What linear layers read: sums over the inputs of many tokens, gathered in forward passes alone."""
+"""Statistics of the inputs of linear layers, gathered in forward passes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ from prunekit.errors import PrunekitError
 from prunekit.importance.reduction import check_takes_tokens
 from prunekit.models import evaluating
 
-ROOM = 2**31  # bytes of sums over inputs that are held at once
+ROOM = 2**31  # bytes of statistics held at once
 _INPUT_DIM: dict[type[nn.Module], int] = {nn.Linear: 1, Conv1D: 0}
 
 
@@ -25,8 +25,8 @@ class Reader:
     """A weight that multiplies activations.
 
     Attributes:
-        input_dim: its dimension that runs over the inputs.
-        modules: the linear layers whose weight it is; a tied one may have several.
+        input_dim: the dimension of the inputs.
+        modules: the linear layers with this weight; several if it is tied.
     """
 
     input_dim: int
@@ -34,7 +34,7 @@ class Reader:
 
 
 def linear_readers(model: nn.Module) -> dict[str, Reader]:
-    """Parameter → how linear layers read with it, for each that is the weight of one; not for computed weights."""
+    """Parameter name → its linear layers; computed weights are left out."""
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Reader] = {}
     for module in model.modules():
@@ -46,22 +46,22 @@ def linear_readers(model: nn.Module) -> dict[str, Reader]:
 
 
 def members_read(group: CoupledGroup, readers: dict[str, Reader]) -> tuple[Member, ...]:
-    """The members of a group that linear layers read as inputs; where there are none, its rows in linear layers.
+    """The members of a group in its consumer layers; without these, its rows in linear layers.
 
     Raises:
-        PrunekitError: no linear layer has any part in it.
+        PrunekitError: no linear layer is part of the group.
     """
     linear = tuple(m for m in group.members if m.parameter in readers)
     if not linear:
         raise PrunekitError(
-            f"no linear layer reads {group.name!r}, so what it hands on cannot be measured; choose other groups with "
+            f"no linear layer consumes {group.name!r}, so its outputs cannot be measured; choose other groups with "
             "groups.of_kind(...), or another importance such as Magnitude()"
         )
     return tuple(m for m in linear if m.dim == readers[m.parameter].input_dim) or linear
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least; what is as wide already is not copied."""
+    """The tensor in float32 or wider, copied only if needed."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -71,14 +71,14 @@ def sums_over_inputs(
     readers: Mapping[str, Reader],
     measure: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """What some linear layers read, measured and added up over all calibration tokens, in one pass.
+    """Sums of a statistic of linear layers' inputs over all calibration tokens, in one pass.
 
     Args:
-        model: a causal LM; left as it was. Its weights may be views of mapped files: each module's are widened
+        model: a causal LM; unchanged afterwards. Its weights may be views of mapped files: each module's are widened
             while it runs and freed after it.
         calib: integers (n_samples, seq_len).
-        readers: parameter name → where it is read.
-        measure: inputs (n_tokens, n_in), float32 at least → what is added up.
+        readers: parameter name → its linear layers.
+        measure: inputs (n_tokens, n_in), float32 or wider → the statistic to sum.
 
     Returns:
         Parameter name → the sum.
@@ -98,15 +98,17 @@ def sums_over_inputs(
             model(input_ids=batch, use_cache=False)
     for name in readers:
         if name not in sums or not bool(sums[name].isfinite().all()):
-            raise PrunekitError(f"what {name} reads is not finite, or never came: check the weights of the checkpoint")
+            raise PrunekitError(
+                f"the inputs of {name} are not finite, or it never ran; check the weights of the checkpoint"
+            )
     return sums
 
 
 def in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names, as many at once as `ROOM` holds of what they take; at least one.
+    """Batches of names whose sizes fit into `ROOM`, at least one name each.
 
     Args:
-        sizes: name → bytes that are held for it.
+        sizes: name → bytes needed.
     """
     portion: list[str] = []
     room = ROOM
@@ -127,7 +129,7 @@ def _watching(
     measure: Callable[[Tensor], Tensor],
     bar: Any,
 ) -> Iterator[None]:
-    """While open, what the layers read is measured and added up."""
+    """A context in which the statistic of every layer input is summed."""
 
     def adder(name: str) -> Callable[..., None]:
         def add(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -147,9 +149,9 @@ def _watching(
 
 @contextmanager
 def computing_wide(model: nn.Module) -> Iterator[None]:
-    """While open, each module's own parameters are float32 at least, made when it starts and freed when it ends.
+    """A context in which each module's parameters are float32 or wider while it runs.
 
-    So a half-precision model computes as a float32 one; the peak is one module's parameters more.
+    A half-precision model then computes in float32; the extra memory is one module's parameters.
     """
     held: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
@@ -170,5 +172,5 @@ def computing_wide(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, parameters in held.items():  # an interrupt passes by the hooks
+            for module, parameters in held.items():  # hooks do not run after an interrupt
                 module._parameters.update(parameters)

@@ -1,4 +1,4 @@
-"""Pairs, a predictor, a smaller space, the best that is expected of it, really measured; and again."""
+"""The search in rounds: fit a predictor, make the space smaller, measure the most promising candidates."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,25 +16,25 @@ from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.questions import Task
 from prunekit.search.campaign import Campaign, drawn
+from prunekit.search.evolution import PARENTS, evolve
 from prunekit.search.metrics import Metric, metrics_of
 from prunekit.search.pairs import Pairs
 from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees
-from prunekit.search.proposing import PARENTS, evolve
-from prunekit.search.refining import Cut, refined
+from prunekit.search.refinement import Cut, refined
 from prunekit.search.space import Point, Space, key_of
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a search has found.
+    """The result of a search.
 
     Attributes:
-        pairs: all that was measured.
-        predictor: what was learned of it.
-        space: what was left of the space in the end.
-        rounds: one row a round: round, n_pairs, best, expected and measured (means over what the round measured, both
-            as `Pairs.values` has them), left_out.
-        cuts: what was left out of the space, in order.
+        pairs: all samples.
+        predictor: fitted to all samples.
+        space: the space after the last round.
+        rounds: one row per round: round, n_pairs, best, expected and measured (means over the round, in the form of
+            `Pairs.values`), left_out.
+        cuts: the removed parts of the space, in order.
     """
 
     pairs: Pairs
@@ -45,7 +45,7 @@ class Found:
 
     @property
     def best(self) -> Point:
-        """The best point that was measured."""
+        """The best candidate that was measured."""
         return self.pairs.best()
 
     def __repr__(self) -> str:
@@ -76,39 +76,39 @@ def search_space(
     backend: str = "loky",
     source: str | Path | None = None,
 ) -> Found:
-    """Searches a space by a predictor: some points are measured, it learns from them, and says which to measure next.
+    """Searches a space for the best candidate, with a predictor that proposes what to measure next.
 
-    Each round fits the predictor to all pairs so far, leaves out of the space what does most harm, lets a population
-    evolve in the rest by what is expected, and measures the k best; so `n_pairs + n_rounds * top_k` points at most.
+    Each round fits the predictor to all samples, removes the most harmful parts of the space, runs an evolution in the
+    rest, and measures the k best candidates. At most `n_pairs + n_rounds * top_k` candidates are measured.
 
     Args:
-        space: what is searched.
-        model: the dense model; it is left alone.
+        space: the space to search.
+        model: the dense model; unchanged.
         tokenizer: its tokenizer.
-        n_pairs: points of the first round, drawn at random.
-        n_rounds: rounds after it.
-        top_k: points that each of these measures.
-        n_cuts: parts of the space that each of them leaves out, at most; 0 searches all of it.
-        metric: what is searched for; this and the following are as for `measure_pairs`.
-        also: more metrics, measured on the way.
-        text: for perplexity.
-        tasks: for accuracy.
-        start: points to measure first.
-        trees: how the predictor learns.
-        seed: of all chance.
-        folder: where the journal is kept, from which a search goes on, and which several processes may share.
-        n_jobs: worker processes.
-        backend: of joblib.
+        n_pairs: random candidates of the first round.
+        n_rounds: rounds after the first.
+        top_k: candidates measured in each of these rounds.
+        n_cuts: parts of the space that each round removes, at most; 0 removes nothing.
+        metric: the metric to optimise; this and the following are as for `measure_pairs`.
+        also: more metrics to measure.
+        text: text for perplexity.
+        tasks: tasks for accuracy.
+        start: candidates to measure first.
+        trees: hyperparameters of the predictor.
+        seed: random seed.
+        folder: where the journal is kept; a search resumes from it, and several processes may share it.
+        n_jobs: number of worker processes.
+        backend: joblib backend.
         source: where workers load the model.
 
     Returns:
-        What was found; `found.best` is the best point, `space.plan(found.best)` its plan.
+        The result; `found.best` is the best candidate and `space.plan(found.best)` its plan.
 
     Raises:
-        PrunekitError: what `measure_pairs` raises, or fewer than 10 pairs to begin with.
+        PrunekitError: what `measure_pairs` raises, or `n_pairs` below 10.
 
     Source: Ji et al. (arXiv 2309.09507); rounds and their refinement are GBDT-NAS's (Luo et al. 2020), three of them
-        there. Reconstructed: how points are proposed (`evolve`), and how ratios are refined (`refined`).
+        there. Reconstructed: how candidates are proposed (`evolve`), and how ratios are refined (`refined`).
     """
     check_integers(
         n_pairs=(n_pairs, FEWEST), n_rounds=(n_rounds, 1), top_k=(top_k, 1), n_cuts=(n_cuts, 0), seed=(seed, 0)
@@ -138,13 +138,13 @@ def search_space(
 
 
 def _missing(propose: Callable[[], list[Point]], n: int, there: list[Point]) -> list[Point]:
-    """What is proposed and not there; a round that has all its points already asks for nothing."""
+    """The proposed candidates that are new; none if the round is complete already."""
     known = {key_of(point) for point in there}
     return [] if len(there) >= n else [point for point in propose() if key_of(point) not in known]
 
 
 def _row(number: int, pairs: Pairs, predictor: AccuracyPredictor, cuts: Sequence[Cut]) -> dict[str, Any]:
-    """What a round was worth."""
+    """The table row of a round."""
     new = (pairs.table["round"] == number).to_numpy()
     expected = predictor.predict([point for point, is_new in zip(pairs.points, new, strict=True) if is_new])
     return {

@@ -1,4 +1,4 @@
-"""A model and a calibration set → the same model with zeros, block after block."""
+"""`sparsify`: sets weights of a model to zero, block by block."""
 
 import copy
 import warnings
@@ -19,14 +19,14 @@ from prunekit.models import evaluating
 from prunekit.pruning.recording import written_out
 from prunekit.sparsity.allocation import allocate
 from prunekit.sparsity.factors import DAMPING
+from prunekit.sparsity.input_checks import check_sparsifiable
 from prunekit.sparsity.layers import Settings, prune_alone, prune_layer
 from prunekit.sparsity.matrices import Matrix, find_matrices
 from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.patterns import Pattern, pattern_of
-from prunekit.sparsity.refusing import check_sparsifiable
 from prunekit.sparsity.remarks import remarks_on
-from prunekit.sparsity.report import SparsityReport
 from prunekit.sparsity.solvers import check_damping
+from prunekit.sparsity.sparsity_report import SparsityReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,37 +50,36 @@ def sparsify(
     held_out: Tensor | None = None,
     measure: bool = True,
 ) -> "PreTrainedModel":
-    """Put zeros into the weight matrices of a model's layers, shapes unchanged.
+    """Sets weights of a model's layers to zero; shapes stay the same.
 
-    Blocks are done one after the other: the calibration set waits in front of a block, what its matrices read is summed
-    up while it is still dense, they are pruned, and the set goes through it. So memory holds the residual stream of the
-    set, one block's sums, and with SparseLLM the auxiliary variables of one block.
+    Blocks are pruned one after the other: input statistics are collected while a block is dense, its matrices are
+    pruned, and the calibration set passes through it. Memory holds the residual stream of the set, the statistics of
+    one block, and with SparseLLM its auxiliary variables.
 
     Args:
         model: a causal LM of any family, experts included. Embeddings, lm_head, norms and routers stay dense.
-        calib: integers (n_samples, seq_len); None will do for `"magnitude"`.
-        method: `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"sparsellm"`, or `SparseLLM(...)` with options of its own.
+        calib: integers (n_samples, seq_len); None is allowed for `"magnitude"`.
+        method: `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"sparsellm"`, or `SparseLLM(...)` with options.
         sparsity: fraction of zeros, in [0, 1), or `"2:4"`.
-        pattern: (kept, of) in place of it: so many weights stay of every `of` along a row.
-        allocation: `"uniform"`, each matrix alike; or `"global"`, one budget over all matrices, each given what its
-            sensitivity suggests (see `allocate`); not with a pattern.
-        layers: numbers of the layers that are pruned; None is all.
-        damping: of Hessians, as a part of their mean diagonal.
-        report_error: measure the output error of each matrix by magnitude and Wanda too. It needs the Gram matrix of
-            what each reads, which these two methods do not; SparseGPT and SparseLLM have it anyway and always report.
-        inplace: change `model` itself, which needs no second copy; an interrupt then leaves the layers that are done.
+        pattern: (kept, of) in place of it: `kept` weights stay of every `of` along a row.
+        allocation: `"uniform"`, each matrix alike; or `"global"`, one budget over all matrices, shared by
+            sensitivity (see `allocate`); not with a pattern.
+        layers: numbers of the layers to prune; None is all.
+        damping: damping of Hessians, as a share of their mean diagonal.
+        report_error: measure the output error of each matrix by magnitude and Wanda too. This needs the Gram matrix
+            of the inputs. SparseGPT and SparseLLM always report.
+        inplace: change `model` itself, which needs no second copy; after an interrupt, the finished layers stay pruned.
         held_out: integers (n, seq_len) on which the loss is measured before and after, about 1,024 of these tokens;
             `calibration_set(..., held_out=True)` draws some. None takes the first windows of `calib`, where there is
             one.
-        measure: whether to measure the loss at all; nothing warns of a ruined model then.
+        measure: whether to measure the loss; without it there is no warning of damage.
 
     Returns:
-        The sparse model, in evaluation mode; its `sparsity_report` says what was done to each matrix, by an earlier
-            call too where that took other layers, and its `loss_change` (a `LossChange`) what that did to the loss.
-            `DamageWarning` says where that is much.
+        The sparse model, in evaluation mode; its `sparsity_report` lists each matrix, also those of earlier calls,
+            and its `loss_change` is a `LossChange`. A `DamageWarning` is issued if the loss rises by much.
 
     Raises:
-        PrunekitError: a method, sparsity, pattern or layer that cannot be, a pattern that does not divide a matrix's
+        PrunekitError: an invalid method, sparsity, pattern or layer, a pattern that does not divide a matrix's
             rows, bad tokens, activations that are not finite or all zero, or a model that is quantised, carries
             adapters or has weights that are not finite. `model` is unchanged then, unless `inplace`.
 
@@ -101,7 +100,7 @@ def sparsify(
         paths = outermost_elements(target)
         found = find_matrices(target, paths, _first_sequence(tokens, target))
         matrices = _chosen(found.matrices, paths, layers, wanted)
-        earlier = vars(target).pop("sparsity_report", None)  # until all is done, it is not true
+        earlier = vars(target).pop("sparsity_report", None)  # an earlier report is no longer valid
         vars(target).pop("loss_change", None)
         batches = in_batches(tokens) if tokens is not None else ()
         shared = dict.fromkeys(matrices, wanted)
@@ -150,7 +149,7 @@ def _tokens(model: nn.Module, calib: Tensor | None, method: str, allocation: str
 
 
 def _first_sequence(tokens: Tensor | None, model: Any) -> Tensor:
-    """Something to look at the matrices with."""
+    """A batch for finding the matrices."""
     if tokens is not None:
         return tokens[:1]
     return torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
@@ -164,7 +163,9 @@ def _chosen(
     inside = {paths[number]: number for number in numbers}
     chosen = [matrix for matrix in matrices if matrix.layer in inside]
     if not chosen:
-        raise PrunekitError("no layer has a matrix that multiplies activations in a way that is understood")
+        raise PrunekitError(
+            "no layer has a matrix that multiplies activations in a supported way; give another model or other layers"
+        )
     for matrix in chosen:
         wanted.check_width(matrix.weight.shape[1], matrix.name)
     return sorted(chosen, key=lambda matrix: inside[matrix.layer])
@@ -181,7 +182,7 @@ def _numbers(layers: Any, n_layers: int) -> list[int]:
 def _run(
     model: nn.Module, paths: list[str], batches: Sequence[Tensor], matrices: list[Matrix], settings: Settings
 ) -> list[dict[str, Any]]:
-    """Layer after layer; each matrix by itself where nothing is asked of what it reads."""
+    """Prune layer by layer; matrices by themselves if no input statistics are needed."""
     passes = Passes(model, batches)
     rows: list[dict[str, Any]] = []
     for path in tqdm(

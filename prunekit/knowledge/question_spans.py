@@ -1,4 +1,4 @@
-"""What a model is asked to find out what it knows: questions and windows of text, as spans and as a table."""
+"""The evaluation set of a knowledge distribution: questions and text windows, as spans and as a table."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ from prunekit.models import max_positions
 from prunekit.questions import Question, Task
 
 Texts = Tensor | TextSource | Mapping[str, Tensor | TextSource]
-TEXT = "text"  # the domain of a text that was given no name
+TEXT = "text"  # domain of an unnamed text
 
 
 @dataclass(frozen=True, eq=False)
 class Exam:
-    """All that is asked, questions first, then windows of text.
+    """The evaluation set: questions first, then text windows.
 
     Attributes:
-        table: one row a question or window: task, domain, tier, hops, context, right (the text of the right choice, or
-            the window's), n_tokens (scored tokens of that), chance (NaN for a window).
-        spans: one a choice and one a window, in the order of the table.
-        places: (n_questions, n_choices at most): the number of each choice's span, -1 where there are fewer.
-        lengths: float64, like `places`: what a choice's sum is divided by before the largest is taken.
-        answers: int64 (n_questions,), the right choices.
+        table: one row per question or window: task, domain, tier, hops, context, right (the text of the right choice,
+            or the window's), n_tokens (scored tokens of that), chance (NaN for a window).
+        spans: one per choice and one per window, in the order of the table.
+        places: (n_questions, largest n_choices): the span number of each choice, -1 where there are fewer.
+        lengths: float64, like `places`: divisor of each choice's log-likelihood before the largest is taken.
+        answers: int64 (n_questions,), the correct choices.
     """
 
     table: pd.DataFrame
@@ -44,14 +44,15 @@ class Exam:
     answers: Tensor
 
     def marks(self, sums: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """What was hit, and the loss.
+        """Correctness and loss of each question and window.
 
         Args:
             sums: float64 (n_spans,), in nats.
 
         Returns:
-            bool (n_questions + n_windows,), windows never; and float64, for a question the cross-entropy in nats of the
-            right choice among all, for a window the nats a token. A loss that is not finite is infinite, and no hit.
+            bool (n_questions + n_windows,), True for a correct answer, False for windows; and float64, for a question
+            the cross-entropy in nats of the right choice among all, for a window the nats per token. A loss that is not
+            finite becomes infinite, and the answer counts as wrong.
         """
         chosen = sums[self.places].masked_fill(self.places < 0, -torch.inf)  # (n_questions, n_choices)
         sound = (chosen.isfinite() | (self.places < 0)).all(1)
@@ -74,14 +75,14 @@ def make_exam(
     limit: int | None = None,
     data_dir: str | Path | None = None,
 ) -> Exam:
-    """All questions of the tasks, and all windows of the texts; `limit` and `data_dir` as in `zero_shot`.
+    """Build the evaluation set from tasks and texts; `limit` and `data_dir` as in `zero_shot`.
 
     Raises:
-        PrunekitError: neither is given and the tokenizer is not the embedded world's; a domain is in both; or what
-            `zero_shot` and `measure_perplexity` refuse.
+        PrunekitError: neither is given and the tokenizer is not the embedded world's; a domain is in both; or an
+            error of `zero_shot` or `measure_perplexity`.
     """
     if tokenizer is None:
-        raise PrunekitError("tokenizer=None; give the model's own, with which questions and texts are read")
+        raise PrunekitError("tokenizer=None; give the model's own tokenizer")
     asked = _asked(tokenizer, tasks, text, limit, data_dir)
     most = max_positions(model)
     choices = [
@@ -105,15 +106,16 @@ def _asked(
 
         if text is not None or not world.is_world_tokenizer(tokenizer):
             raise PrunekitError(
-                "nothing is asked: give tasks= (as for zero_shot), text= (as for perplexity), or both; only the "
-                "embedded world brings questions of its own"
+                "no tasks or text given: give tasks= (as for zero_shot), text= (as for perplexity), or both; only the "
+                "embedded world has default tasks"
             )
         tasks = world.tasks()
     found = [] if tasks is None else named_tasks(tasks, limit=limit, data_dir=data_dir)
     single = [task.name for task in found if any(len(question.choices) < 2 for question in task.questions)]
     if single:
         raise PrunekitError(
-            f"{single[0]!r} has questions with a single choice, which have no loss among others; leave it out"
+            f"{single[0]!r} has questions with a single choice, so they have no loss relative to other choices; leave "
+            "it out"
         )
     return [(task, number, question) for task in found for number, question in enumerate(task.questions)]
 
@@ -139,7 +141,7 @@ def _window_row(tokenizer: Any, name: str, span: Span) -> dict[str, Any]:
 
 
 def _layout(asked: list[tuple[Task, Question]]) -> Iterator[Tensor]:
-    """Places, lengths and answers of an exam."""
+    """Places, lengths and answers of the questions."""
     most = max((len(question.choices) for _, question in asked), default=1)
     places = torch.full((len(asked), most), -1)
     lengths = torch.ones(len(asked), most, dtype=torch.float64)
@@ -160,7 +162,7 @@ def _named_texts(text: Texts | None) -> Mapping[str, Tensor | TextSource]:
 
 
 def _windows(model: nn.Module, tokenizer: Any, source: Tensor | TextSource) -> list[Span]:
-    """Windows over a text as `perplexity` cuts them; rows of tokens as they are."""
+    """Text windows as `perplexity` cuts them; rows of tokens are used as they are."""
     if isinstance(source, Tensor):
         return [Span(tuple(row), 1) for row in check_tokens(source, model).tolist()]
     return read_spans(model, tokenizer, source).spans
