@@ -21,6 +21,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import prunekit as pk
 from prunekit import PrunekitError
+from prunekit.checkpoint.structure import load_structure
 from prunekit.cli import main
 
 WEIGHTS = "model.safetensors"
@@ -482,4 +483,13 @@ def test_an_implementation_that_a_checkpoint_names_is_not_fetched(good, tmp_path
     described["base_config"] |= dict.fromkeys(("attn_implementation", "_attn_implementation"), "somebody/kernel")
     (folder / "config.json").write_text(json.dumps(described))
     loaded, _ = pk.load(folder)
-    assert loaded.config._attn_implementation == "sdpa"
+    assert loaded.config._attn_implementation == load_structure(folder).config._attn_implementation == "sdpa"
+
+
+def test_what_does_not_fit_its_configuration_is_not_discovered(good, tmp_path):
+    folder = shutil.copytree(good / "plain", tmp_path / "plain")
+    described = json.loads((folder / "config.json").read_text())
+    described["intermediate_size"] -= 8
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(PrunekitError, match="wrong shape"):
+        load_structure(folder)

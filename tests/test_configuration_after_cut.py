@@ -243,3 +243,11 @@ def test_a_model_without_weights_is_cut_and_says_that_it_cannot_be_saved(tmp_pat
     assert small.model.layers[0].mlp.up_proj.weight.shape[0] == 2
     with pytest.raises(pk.PrunekitError, match="would write a folder that does not load"):
         small.save_pretrained(tmp_path / "out")
+
+
+def test_a_module_that_the_family_does_not_have_does_not_disturb():
+    model = FAMILIES["llama_gqa"].model()
+    model.extra = torch.nn.Dropout(0.1)
+    groups = pk.discover(model)
+    small = pk.prune(model, plan_keeping(groups, {g.name: list(range(48)) for g in groups.of_kind("ffn_channel")}))
+    assert small.config.intermediate_size == 48 and isinstance(small.extra, torch.nn.Dropout)

@@ -367,7 +367,7 @@ def test_a_file_that_is_not_there_is_not_sought_on_the_hub(tmp_path):
 
 def test_a_missing_package_is_named(file, monkeypatch):
     _without_gguf(monkeypatch)
-    with pytest.raises(PrunekitError, match=r"needs the gguf package; pip install 'prunekit\[gguf\]'"):
+    with pytest.raises(PrunekitError, match=r"needs gguf; pip install 'prunekit\[gguf\]'"):
         pk.load(file)
 
 

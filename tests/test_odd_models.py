@@ -61,3 +61,12 @@ def test_another_kind_of_model_is_refused_by_its_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
     with pytest.raises(PrunekitError, match="LlamaForSequenceClassification, no causal language model; give one that"):
         pk.load(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_code_that_a_configuration_names_is_not_fetched(tmp_path, field):
+    FAMILIES["llama_gqa"].model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: "somebody/kernel"}))
+    with pytest.raises(PrunekitError, match=f"has {field}='somebody/kernel', code of a repository"):
+        pk.load(tmp_path)

@@ -80,9 +80,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists() and not path.is_symlink():
         raise PrunekitError(f"{str(folder)!r} is no checkpoint: it has no config.json; give the folder that holds it")
     config = read_object(path)
+    check_implementations(config, str(folder))
     if config.get("quantization_config") is not None:
         raise _quantized(folder, config["quantization_config"])
     return config
+
+
+def check_implementations(described: Any, source: str) -> None:
+    """Raise an error where a configuration names a repository with code for attention or experts.
+
+    `transformers` would fetch and run it. A cut checkpoint of ours is built without these fields instead.
+
+    Args:
+        described: config.json as it is, nested configurations included.
+        source: of the checkpoint, for the message.
+
+    Raises:
+        PrunekitError: names the field and the repository.
+    """
+    if not isinstance(described, dict) or described.get("model_type") == "prunekit":
+        return
+    for key, value in described.items():
+        if "_implementation" in key and "/" in str(value):
+            raise PrunekitError(
+                f"config.json of {source!r} has {key}={value!r}, code of a repository, which is not fetched or run; "
+                "remove that field from config.json"
+            )
+        check_implementations(value, source)
 
 
 def _quantized(folder: Path, quantization: Any) -> PrunekitError:

@@ -6,6 +6,7 @@ by building the uncut model without weights and cutting it the same way, so it c
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_MODELS,
 )
@@ -25,7 +26,14 @@ from transformers.models.auto.modeling_auto import (
 
 from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.cards import LISTED, SPARSITY
-from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_object, stored_tensors
+from prunekit.checkpoint.folders import (
+    Stored,
+    check_dtypes,
+    check_implementations,
+    read_config,
+    read_object,
+    stored_tensors,
+)
 from prunekit.checkpoint.layer_widths import check_widths
 from prunekit.checkpoint.origins import resolve
 from prunekit.discovery import Groups, discover
@@ -163,6 +171,8 @@ def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
 def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
     """The model of a folder or hub id, loaded by `transformers`; missing or unfitting weights raise an error."""
     where = _where(source)
+    if not trust_remote_code:
+        check_implementations(_described(source, where), source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -184,6 +194,14 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
             f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source"
         )
     return model
+
+
+def _described(source: str, where: dict[str, bool]) -> dict[str, Any]:
+    """config.json of a folder or hub id; empty where there is none, which the load that follows reports."""
+    with suppress(Exception):
+        found: dict[str, Any] = PretrainedConfig.get_config_dict(source, **where)[0]
+        return found
+    return {}
 
 
 def _unloadable(source: str, where: dict[str, bool], why: str) -> PrunekitError:
@@ -297,7 +315,7 @@ def _build(
     folder: Path, saved: dict[str, Any], stored: dict[str, Stored], options: dict[str, Any]
 ) -> tuple[Any, Groups]:
     try:
-        config = AutoConfig.for_model(**_without_kernels(saved["base_config"]))
+        config = AutoConfig.for_model(**without_kernels(saved["base_config"]))
         check_size(config, stored, str(folder), factor=LEAST_PART_LEFT)
         model = empty_model(config, **options)
         groups = discover(model)
@@ -312,11 +330,11 @@ def _build(
         ) from error
 
 
-def _without_kernels(described: Any) -> Any:
+def without_kernels(described: Any) -> Any:
     """A configuration that names no implementation of attention or experts: some would be fetched, and run."""
     if not isinstance(described, dict):
         return described
-    return {k: _without_kernels(v) for k, v in described.items() if not re.search(r"_implementation(_internal)?$", k)}
+    return {k: without_kernels(v) for k, v in described.items() if not re.search(r"_implementation(_internal)?$", k)}
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
