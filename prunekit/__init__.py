@@ -58,7 +58,14 @@ if TYPE_CHECKING:
     )
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
     from prunekit.recovery import LHSPG, FullTuning, LoRA, Mixture, prune_progressively, recover, recover_on_mixture
-    from prunekit.search import AccuracyPredictor, HyperparameterSpace, PlanSpace, measure_pairs, search_space
+    from prunekit.search import (
+        AccuracyPredictor,
+        HyperparameterSpace,
+        KnobSpace,
+        PlanSpace,
+        measure_pairs,
+        search_space,
+    )
     from prunekit.sparsity import SparseLLM, SparsityReport, sparsify
 
 __version__ = "0.1.0"
@@ -99,7 +106,7 @@ _ROOMS = {
     "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units", "massive_activations"),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
     "recovery": ("FullTuning", "LHSPG", "LoRA", "Mixture", "prune_progressively", "recover", "recover_on_mixture"),
-    "search": ("AccuracyPredictor", "HyperparameterSpace", "PlanSpace", "measure_pairs", "search_space"),
+    "search": ("AccuracyPredictor", "HyperparameterSpace", "KnobSpace", "PlanSpace", "measure_pairs", "search_space"),
     "sparsity": ("SparseLLM", "SparsityReport", "sparsify"),
 }
 
@@ -116,6 +123,7 @@ __all__ = [
     "Groups",
     "HyWIA",
     "HyperparameterSpace",
+    "KnobSpace",  # the old name of HyperparameterSpace
     "KnowledgeDistribution",
     "LHSPG",
     "LoRA",

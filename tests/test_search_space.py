@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import prunekit as pk
 from prunekit import PrunekitError
-from prunekit.search import Choice, HyperparameterSpace, Range
+from prunekit.search import Choice, HyperparameterSpace, KnobSpace, Range
 from prunekit.search.space import distinct, key_of
 
 SETTINGS = {
@@ -66,6 +67,11 @@ def test_features_are_numbers_and_one_column_for_each_text():
     assert SPACE.features([point]).tolist() == [[0.25, 4.0, 1.0, 0.0, 1.0, 0.0]]
     assert SPACE.features([]).shape == (0, 6)
     assert SPACE.spans().tolist() == [0.5, 3, 1, 1, 1, 1]
+
+
+def test_the_old_name_of_a_space_still_works():
+    assert pk.KnobSpace is KnobSpace is HyperparameterSpace
+    assert KnobSpace({"a": Range(0.0, 1.0)}, print).fitted({"a": 2.0}) == {"a": 1.0}
 
 
 def test_narrowed_leaves_the_space_as_it_was():

@@ -164,6 +164,8 @@ def key_of(point: Point) -> str:
 class HyperparameterSpace(Space):
     """A space of your own hyperparameters, with a function that builds the model of a candidate.
 
+    Its old name, `KnobSpace`, still works.
+
     Attributes:
         settings: name → `Range(low, high)` or `Choice((one, other))`.
         build: `(model, candidate) → model`; it leaves the given model alone. It is sent to workers, so it must be
