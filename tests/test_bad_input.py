@@ -261,6 +261,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_prune_leaves_nothing_at_its_place(place, tmp_path):
     """What SIGKILL cannot be kept from leaving is a hidden folder beside; a second run is not in its way."""
     out = tmp_path / "out"

@@ -299,6 +299,7 @@ LOAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LOAD)
 def test_load_refuses_by_name_and_touches_nothing(case, good, tmp_path, monkeypatch):
     kind, change, expected = LOAD[case]
@@ -377,6 +378,7 @@ EXPORT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*SAVE, *EXPORT])
 def test_save_and_export_refuse_and_leave_nothing(case, tmp_path):
     make, options, expected = {**SAVE, **EXPORT}[case]
@@ -422,12 +424,14 @@ def script(body, *arguments, before=()):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow_are_told_and_leave_nothing(good, tmp_path):
     said = script(WRITE.format(limit=SMALL_FILES), tmp_path, good / "plain", good / "cut")
     assert said[1::2] == ["[]", "[]"]
     assert all("cannot write" in line and "File too large" in line for line in said[::2])
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     mount = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
@@ -457,6 +461,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_to_is_told(good, open_folder):
     open_folder.chmod(0o555)
     said = script(WRITE.format(limit=NOBODY), open_folder, good / "plain", good / "cut")
@@ -465,6 +470,7 @@ def test_a_folder_that_may_not_be_written_to_is_told(good, open_folder):
     assert said[1::2] == ["[]", "[]"]
 
 
+@pytest.mark.slow
 def test_files_that_may_not_be_read_are_told(good, open_folder):
     names = ["config.json", WEIGHTS]
     for name in names:

@@ -68,6 +68,7 @@ def test_lorashear_prunes_while_it_trains_on_named_sources(dense, tmp_path, caps
     assert plan.pruning_ratio == pytest.approx(0.2, abs=0.005) and found["n_parameters_kept"] == plan.n_parameters_kept
 
 
+@pytest.mark.slow
 def test_the_predictor_searches_under_a_ratio(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 20)

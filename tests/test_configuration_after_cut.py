@@ -73,6 +73,7 @@ def test_save_pretrained_writes_the_model_or_refuses_by_name(name, form, tmp_pat
         assert torch.equal(answers(again), answers(small))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["channels", "heads", "uneven"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_of_the_trainer_loads_or_training_says_why_not(name, form, tmp_path):
@@ -90,6 +91,7 @@ def test_a_checkpoint_of_the_trainer_loads_or_training_says_why_not(name, form, 
     assert torch.equal(answers(loaded(tmp_path / "run" / "checkpoint-1")), answers(small))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["channels", "heads", "uneven"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_trained_on_a_cut_model_finds_its_base(name, form, tmp_path):
@@ -211,6 +213,7 @@ def pictured():
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ffn_channel", "kv_head", "layer"])
 def test_the_widths_of_a_language_model_inside_another_are_its_own(kind, tmp_path):
     model = pictured()

@@ -263,6 +263,7 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch, tmp_path):
     assert cache_root().name == "prunekit" or "prunekit" in cache_root().parts
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_convert_once(file, tmp_path, cache):
     script = tmp_path / "load_it.py"
     script.write_text("import sys, prunekit as pk\nprint(pk.load(sys.argv[1])[0].num_parameters())\n")

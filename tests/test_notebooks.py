@@ -198,6 +198,7 @@ def test_exercise_file_is_documented(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("check", "problems"),
     [
