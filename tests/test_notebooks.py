@@ -198,7 +198,6 @@ def test_exercise_file_is_documented(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("check", "problems"),
     [
@@ -217,6 +216,7 @@ def test_exercise_problems_are_seen(tmp_path, check, problems):
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_notebook
 def test_notebook_runs(path, tmp_path):
     outcome = tour.run_notebook(path, tmp_path)
