@@ -1,6 +1,6 @@
 """What SmolLM2 shows in the notebooks: why a cut breaks it, what it writes afterwards, and what it holds where.
 
-Losses are in nats a token, on windows of 128 tokens of C4 that no score has seen. Each table is made once:
+Losses are in nats per token, on windows of 128 tokens of C4 that no score has seen. Each table is made once:
 
 - results/heads_smollm2.csv: one row a KV head (with its query heads), the rise of the loss without it alone, and what
   importances say of it (16 windows of C4).

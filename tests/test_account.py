@@ -76,7 +76,7 @@ def losses(monkeypatch):
 
 def test_a_change_prints_in_one_line_and_knows_what_is_large():
     assert repr(MEASURED) == (
-        "loss 4.07 → 8.35 nats a token (perplexity 58.56 → 4230) on 8 held-out windows of 128 tokens"
+        "loss 4.07 → 8.35 nats per token (perplexity 58.56 → 4230) on 8 held-out windows of 128 tokens"
     )
     assert MEASURED.rise == pytest.approx(4.28) and MEASURED.is_large and "recover()" in MEASURED.warning
     assert INFINITE.is_large and INFINITE.perplexity_after == math.inf and "inf" in repr(INFINITE)

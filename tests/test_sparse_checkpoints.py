@@ -80,7 +80,7 @@ def test_the_card_says_what_was_done_and_what_it_is_good_for(tmp_path):
 def test_remarks_stand_in_the_card(tmp_path):
     recovered = recover(sparse(), QUICK, counting())
     card = (save(recovered, tmp_path / "out") / "README.md").read_text()
-    assert "- it was trained since it was sparsified: the output errors and the loss are those of before" in card
+    assert "- the model was trained after it was sparsified; the output errors and the loss are older" in card
     assert load(tmp_path / "out")[0].sparsity_report == recovered.sparsity_report
 
 

@@ -161,7 +161,7 @@ def test_a_second_call_tells_of_the_first():
     once = sparsify(tiny_llama(), calib(), "wanda", 0.5, layers=[0])
     both = sparsify(once, calib(), "sparsegpt", "2:4", layers=[1])
     assert {(row["layer"], row["method"]) for row in both.sparsity_report.rows} == {(0, "wanda"), (1, "sparsegpt")}
-    assert "wanda, 50% asked" in " ".join(both.sparsity_report.remarks)
+    assert "wanda, target 50%" in " ".join(both.sparsity_report.remarks)
 
 
 def test_an_interrupt_in_place_leaves_the_layers_that_are_done_and_no_report(monkeypatch):

@@ -104,7 +104,7 @@ def _optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
 
 
 def train_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, tokens: Tensor, rate: float) -> float:
-    """One step on a batch (batch, seq); returns its loss in nats a token."""
+    """One step on a batch (batch, seq); returns its loss in nats per token."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]  # (batch, seq - 1, vocabulary)

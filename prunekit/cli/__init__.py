@@ -26,8 +26,8 @@ COMMANDS = {  # verb → the module that it is a function of, and its line in th
     "recover": ("changing", "Train a pruned model to recover its quality."),
     "recipe": ("changing", "Run a published system from beginning to end."),
     "evaluate": ("showing", "Measure models, side by side."),
-    "knowledge": ("showing", "Show what each domain loses without each group of units."),
-    "export": ("changing", "Write a checkpoint for programs that know no prunekit."),
+    "knowledge": ("showing", "Show how each text domain changes without each group of units."),
+    "export": ("changing", "Write a checkpoint for programs without prunekit."),
     "lab": ("notebooks", "Open JupyterLab on the notebook series."),
 }
 

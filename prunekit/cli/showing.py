@@ -182,7 +182,7 @@ def knowledge(
 ) -> Answer:
     """Show how each text domain changes without each group of units.
 
-    Each group alone is ablated, at several ratios, and the texts are evaluated again: the
+    Each group alone is ablated, at several ratios, and these are evaluated again: the
     questions of --tasks, the windows of --text. OUT gets knowledge.csv (a row a group,
     share and domain), knowledge.png, and knowledge.safetensors, which
     prunekit.KnowledgeDistribution.load reads. OUT is complete or not written; with --path
