@@ -15,7 +15,7 @@ from prunekit.importance import Importance, Scores, score
 from prunekit.pruning.planning import Ratio, check_options, plan
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.steps import WHOLE_KINDS
-from prunekit.pruning.surgery import prune
+from prunekit.pruning.surgery import cut
 
 
 def plan_in_steps(
@@ -71,7 +71,7 @@ def plan_in_steps(
                 raise
             continue
         if step < n_steps:
-            small, scores = prune(model, chosen, measure=False), None
+            small, scores = cut(model, chosen, inplace=False), None
     return chosen
 
 

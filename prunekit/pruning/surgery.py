@@ -151,9 +151,9 @@ def prune(
     return pruned.small
 
 
-def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """Cut a model in place, without measuring the loss or writing its configuration."""
-    return _prune(model, plan, True).small
+def cut(model: nn.Module, plan: PruningPlan, *, inplace: bool = True) -> nn.Module:
+    """The model cut by a plan, without measuring the loss or writing its configuration: for models that are not kept."""
+    return _prune(model, plan, inplace).small
 
 
 def _opened(model: nn.Module, plan: PruningPlan, held_out: Tensor | None, compensate: Tensor | None) -> Opening:
