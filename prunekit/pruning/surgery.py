@@ -152,7 +152,7 @@ def prune(
 
 
 def cut(model: nn.Module, plan: PruningPlan, *, inplace: bool = True) -> nn.Module:
-    """The model cut by a plan, its loss not measured and its configuration not written: for models that are not kept."""
+    """The model cut by a plan, for models that are not kept: no loss is measured, no configuration written."""
     return _prune(model, plan, inplace).small
 
 

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from prunekit.discovery import Groups, discover
-from prunekit.pruning import PruningPlan, prune
+from prunekit.pruning import PruningPlan, prune, surgery
 
 Fields = Mapping[str, Any]  # of a PruningPlan, all but its groups and notes
 
@@ -18,7 +18,6 @@ _GROUPS: "WeakKeyDictionary[nn.Module, Groups]" = WeakKeyDictionary()
 def cut(model: nn.Module, plan: Fields, *, calib: Tensor | None = None) -> nn.Module:
     """The smaller model that a plan gives.
 
-
     Args:
         model: the dense one; unchanged.
         plan: fields of the plan.
@@ -26,4 +25,7 @@ def cut(model: nn.Module, plan: Fields, *, calib: Tensor | None = None) -> nn.Mo
     """
     if model not in _GROUPS:
         _GROUPS[model] = discover(model)
-    return prune(model, PruningPlan(**plan, groups=_GROUPS[model]), compensate=calib, measure=False)
+    chosen = PruningPlan(**plan, groups=_GROUPS[model])
+    if calib is None:
+        return surgery.cut(model, chosen, inplace=False)
+    return prune(model, chosen, compensate=calib, measure=False)
