@@ -34,5 +34,12 @@ def test_without_the_extras_all_but_search_is_there():
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
     said = [line for line in done.stdout.splitlines() if "prunekit[search]" in line]
     names = {line.split()[0] for line in said}
-    assert names == {"AccuracyPredictor", "HyperparameterSpace", "PlanSpace", "measure_pairs", "search_space"}
+    assert names == {
+        "AccuracyPredictor",
+        "HyperparameterSpace",
+        "KnobSpace",
+        "PlanSpace",
+        "measure_pairs",
+        "search_space",
+    }
     assert all("needs joblib and lightgbm and optuna; pip install 'prunekit[search]'" in line for line in said)
