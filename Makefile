@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup real lab tour test bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-llmcompressor lint clean
+.PHONY: help setup real lab tour test fast bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-llmcompressor lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,9 @@ tour: setup ## run the series headless: build/notebooks/*.html and build/summary
 
 test: setup ## run every test and every notebook
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
+
+fast: setup ## run all tests but the slow ones, in less than three minutes on two cores
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 bench: .venv/.bench ## time prunekit against Torch-Pruning, naive loops and textbook solvers, and a small part of bench-quality
 	$(BIN)/python benchmarks/run.py

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prunekit import registration
+from prunekit.extras import SEARCH, is_installed
 
 if TYPE_CHECKING:
     from prunekit.account import LossChange
@@ -171,6 +172,10 @@ __all__ = [
 ]
 
 registration.watch()
+
+
+if not all(map(is_installed, SEARCH)):  # a star import takes what is there
+    __all__ = [name for name in __all__ if name not in _ROOMS["search"]]
 
 
 def __getattr__(name: str) -> Any:

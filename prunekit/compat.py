@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,6 +65,15 @@ def decomposed(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 SHAPE_READ = Tensor.shape.__get__  # type: ignore[attr-defined]  # the function that a mode sees where a shape is read
+
+
+def offloaded(model: nn.Module) -> list[str]:
+    """Paths of the modules whose weights accelerate brings from the disk or another device when they run."""
+    hooks = ((path, vars(module).get("_hf_hook")) for path, module in model.named_modules())
+    return [
+        path for path, hook in hooks if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
+    ]
+
 
 adamw_step = inspect.unwrap(torch.optim.AdamW.step)  # without the wrapper that would call an optimiser's hooks twice
 

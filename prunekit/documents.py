@@ -67,6 +67,11 @@ def at_least_one(documents: list[Any], source: object) -> list[Any]:
     Raises:
         PrunekitError: the source has no documents.
     """
+    if not documents and isinstance(source, Iterator):
+        raise PrunekitError(
+            f"{_shown(source)} holds no text; where it was read before, give a list, a file or a data set: an iterator "
+            "can be read only once"
+        )
     if not documents:
         raise PrunekitError(f"{_shown(source)} holds no text; give {_ACCEPTED}")
     return documents
@@ -74,7 +79,12 @@ def at_least_one(documents: list[Any], source: object) -> list[Any]:
 
 def is_stream(source: object) -> bool:
     """Whether a source has no known length, such as a generator or a streamed data set."""
-    return isinstance(source, Iterable) and not hasattr(source, "__len__") and not isinstance(source, str | Path)
+    if isinstance(source, str | Path) or not isinstance(source, Iterable):
+        return False
+    try:
+        return len(source) < 0  # type: ignore[arg-type]
+    except TypeError:  # no length, as a DataLoader over a stream
+        return True
 
 
 def documents_of(source: TextSource, tokenizer: Any = None, *, separator: str | None = None) -> Iterator[Document]:
@@ -177,28 +187,27 @@ def _text_of(record: Mapping[str, Any], tokenizer: Any, place: str) -> str | Non
     """The text of a record with columns; None where no column is known."""
     if isinstance(record.get("text"), str):
         return str(record["text"])
-    if "instruction" in record and "output" in record:
+    if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
         given = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
         return _ALPACA.format(instruction=record["instruction"], input=given, output=record["output"])
-    if "prompt" in record and "completion" in record:
-        prompt, completion = record["prompt"], record["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return prompt + completion
-        return _written([*prompt, *completion], tokenizer, place)
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion
+    if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
+        return _text_of({"messages": [*prompt, *completion]}, tokenizer, place)
     for column, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if record.get(column) is not None:
-            turns = [_turn(turn, role, content, place) for turn in record[column]]
-            return _written(turns, tokenizer, place)
+        turns = record.get(column)
+        if isinstance(turns, list | tuple | np.ndarray):  # of a Parquet file that pandas has read
+            return _written([_turn(turn, role, content, place) for turn in turns], tokenizer, place)
     return None
 
 
 def _turn(turn: Any, role: str, content: str, place: str) -> Mapping[str, Any]:
-    """One turn of a chat in the form of templates."""
-    if not isinstance(turn, Mapping) or not ({role, content} <= set(turn) or {"role", "content"} <= set(turn)):
-        raise PrunekitError(f"{_at(place)}a turn of a chat is {_shown(turn)}; give one with {role!r} and {content!r}")
-    if role not in turn:
-        return turn
-    return {**turn, "role": _ROLES.get(turn[role], turn[role]), "content": turn[content]}
+    """One turn of a chat as templates read it."""
+    for by, text in ((role, content), ("role", "content")):
+        if isinstance(turn, Mapping) and isinstance(turn.get(by), str) and text in turn:
+            return {**turn, "role": _ROLES.get(turn[by], turn[by]), "content": turn[text]}
+    raise PrunekitError(f"{_at(place)}a turn of a chat is {_shown(turn)}; give one with {role!r} and {content!r}")
 
 
 def _written(turns: list[Any], tokenizer: Any, place: str) -> str:

@@ -13,6 +13,10 @@ class BudgetError(PrunekitError):
     """A budget that no plan meets: units are too large for it, or too few may be removed."""
 
 
+class MissingExtraError(PrunekitError, AttributeError):
+    """A package that an ability needs is not installed; to `hasattr`, a name that is not there."""
+
+
 class DamageWarning(UserWarning):
     """A step raised the model's loss by much; the message gives the losses and what to try."""
 

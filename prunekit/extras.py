@@ -2,7 +2,9 @@
 
 from importlib.util import find_spec
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import MissingExtraError
+
+SEARCH = ("joblib", "lightgbm", "optuna")  # what the extra `search` brings
 
 
 def need(extra: str, *modules: str, why: str) -> None:
@@ -14,14 +16,15 @@ def need(extra: str, *modules: str, why: str) -> None:
         why: what needs it, for the message.
 
     Raises:
-        PrunekitError: names the modules that are missing, and the line that installs them.
+        MissingExtraError: names the modules that are missing, and the line that installs them.
     """
-    missing = [module for module in modules if not _there(module)]
+    missing = [module for module in modules if not is_installed(module)]
     if missing:
-        raise PrunekitError(f"{why} needs {' and '.join(missing)}; pip install 'prunekit[{extra}]'")
+        raise MissingExtraError(f"{why} needs {' and '.join(missing)}; pip install 'prunekit[{extra}]'")
 
 
-def _there(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported; it is not."""
     try:
         return find_spec(module) is not None
     except ValueError:  # where the module was taken out of sys.modules by force

@@ -4,6 +4,8 @@ import codecs
 import gzip
 import io
 import json
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -48,9 +50,9 @@ def records_in(path: Path) -> Iterator[tuple[str, Any]]:
             encoding = next((name for mark, name in _ENCODINGS.items() if first.startswith(mark)), "utf-8")
             if encoding != "utf-16" and b"\0" in first:
                 raise PrunekitError(f"cannot read {str(path)!r}: it is no text; give {FORMATS}")
-            with io.TextIOWrapper(file, encoding, newline="\n") as text:
+            with io.TextIOWrapper(file, encoding) as text:
                 yield from _READERS.get(kind, _prose)(text, path)
-    except (OSError, EOFError, UnicodeError) as error:
+    except (OSError, EOFError, UnicodeError, zlib.error) as error:
         raise PrunekitError(f"cannot read {str(path)!r} as text: {error}; give {FORMATS}, in UTF-8") from error
 
 
@@ -71,7 +73,7 @@ def _lines(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
             place = f"{path}, line {number}"
             try:
                 yield place, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # no JSON, numbers too long, too deep
                 raise PrunekitError(f"{place}: this is no JSON ({error}); give one object a line") from error
 
 
@@ -80,7 +82,7 @@ def _json(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
     content = text.read()
     try:
         found = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") != "Extra data":
             raise PrunekitError(f"cannot read {str(path)!r} as JSON: {error}") from error
         yield from _lines(io.StringIO(content), path)
@@ -94,10 +96,12 @@ def _table(text: IO[str], path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Rows of a table with a header line; all values are text."""
     header = text.readline()
     text.seek(0)
-    separator = max("\t,;", key=header.count)
+    separator = max("\t,;" if ".tsv" in path.name.lower() else ",;\t", key=header.count)
     try:
-        table = pd.read_csv(text, sep=separator, dtype=str, keep_default_na=False)
-    except (ValueError, pd.errors.ParserError) as error:  # also an empty file, and text that is not UTF-8
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header, which lose their end
+            table = pd.read_csv(text, sep=separator, dtype=str, keep_default_na=False, index_col=False)
+    except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:  # also an empty file
         raise PrunekitError(f"cannot read {str(path)!r} as a table: {error}") from error
     for number, row in enumerate(table.to_dict("records"), start=1):
         yield f"{path}, row {number}", cast(dict[str, str], row)
@@ -109,7 +113,7 @@ def _parquet(file: IO[bytes], path: Path) -> Iterator[tuple[str, dict[str, Any]]
 
     try:
         rows = (row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist())
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, start=1):
             yield f"{path}, row {number}", row
     except ArrowException as error:
         raise PrunekitError(f"cannot read {str(path)!r} as Parquet: {str(error)[:200]}") from error

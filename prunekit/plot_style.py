@@ -119,6 +119,18 @@ def legend_outside(ax: Axes) -> None:
     )
 
 
+def check_picture(path: str | Path) -> Path:
+    """The path, if `save_picture` can write a picture there by its name.
+
+    Raises:
+        PrunekitError: another kind of file.
+    """
+    path = Path(path)
+    if path.suffix not in PICTURES:
+        raise PrunekitError(f"{str(path)!r} is no picture; give a name that ends with {', '.join(PICTURES)}")
+    return path
+
+
 def save_picture(ax: Axes, path: str | Path) -> Path:
     """Write the figure of some axes as png, pdf or svg; the file is complete or not there, its folder is made.
 
@@ -132,9 +144,7 @@ def save_picture(ax: Axes, path: str | Path) -> Path:
     Raises:
         PrunekitError: another kind of file, or it cannot be written.
     """
-    path = Path(path)
-    if path.suffix not in PICTURES:
-        raise PrunekitError(f"{str(path)!r} is no picture; give a name that ends with {', '.join(PICTURES)}")
+    path = check_picture(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as beside:

@@ -31,6 +31,7 @@ CALIB = torch.randint(0, 48, (8, 12), generator=torch.Generator().manual_seed(3)
 CUT = ("kv_head", "ffn_channel")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bloom", "mixtral", "phi3"])
 def test_a_silenced_unit_is_one_that_was_cut(name):
     family = FAMILIES[name]
@@ -84,6 +85,7 @@ def test_scaled_scores_add_up_to_what_the_loss_rises_by(name, importance):
     assert scaled.label == f"{importance.label}, scaled to the loss"
 
 
+@pytest.mark.slow
 def test_what_costs_nothing_in_part_is_not_taken_for_nothing_as_a_whole():
     """Half of the first layer's channels of the world can go for free, and the layer cannot."""
     model, tokenizer = load("world")
@@ -100,6 +102,7 @@ def test_what_costs_nothing_in_part_is_not_taken_for_nothing_as_a_whole():
     assert mean_loss(prune(model, made), calib) < 1.3 * mean_loss(model, calib)
 
 
+@pytest.mark.slow
 def test_a_layer_that_does_nothing_gives_its_channels_once_scores_are_scaled():
     """Random scores alone cannot know it; what the loss says can."""
     model, tokenizer = load("world")

@@ -21,6 +21,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import prunekit as pk
 from prunekit import PrunekitError
+from prunekit.checkpoint.structure import load_structure
 from prunekit.cli import main
 
 WEIGHTS = "model.safetensors"
@@ -298,6 +299,7 @@ LOAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LOAD)
 def test_load_refuses_by_name_and_touches_nothing(case, good, tmp_path, monkeypatch):
     kind, change, expected = LOAD[case]
@@ -376,6 +378,7 @@ EXPORT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*SAVE, *EXPORT])
 def test_save_and_export_refuse_and_leave_nothing(case, tmp_path):
     make, options, expected = {**SAVE, **EXPORT}[case]
@@ -421,12 +424,14 @@ def script(body, *arguments, before=()):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow_are_told_and_leave_nothing(good, tmp_path):
     said = script(WRITE.format(limit=SMALL_FILES), tmp_path, good / "plain", good / "cut")
     assert said[1::2] == ["[]", "[]"]
     assert all("cannot write" in line and "File too large" in line for line in said[::2])
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     mount = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
@@ -456,6 +461,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_to_is_told(good, open_folder):
     open_folder.chmod(0o555)
     said = script(WRITE.format(limit=NOBODY), open_folder, good / "plain", good / "cut")
@@ -464,6 +470,7 @@ def test_a_folder_that_may_not_be_written_to_is_told(good, open_folder):
     assert said[1::2] == ["[]", "[]"]
 
 
+@pytest.mark.slow
 def test_files_that_may_not_be_read_are_told(good, open_folder):
     names = ["config.json", WEIGHTS]
     for name in names:
@@ -482,4 +489,13 @@ def test_an_implementation_that_a_checkpoint_names_is_not_fetched(good, tmp_path
     described["base_config"] |= dict.fromkeys(("attn_implementation", "_attn_implementation"), "somebody/kernel")
     (folder / "config.json").write_text(json.dumps(described))
     loaded, _ = pk.load(folder)
-    assert loaded.config._attn_implementation == "sdpa"
+    assert loaded.config._attn_implementation == load_structure(folder).config._attn_implementation == "sdpa"
+
+
+def test_what_does_not_fit_its_configuration_is_not_discovered(good, tmp_path):
+    folder = shutil.copytree(good / "plain", tmp_path / "plain")
+    described = json.loads((folder / "config.json").read_text())
+    described["intermediate_size"] -= 8
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(PrunekitError, match="wrong shape"):
+        load_structure(folder)

@@ -26,6 +26,7 @@ NOT_PADDED = ("olmo2", "stablelm_qk")  # norms over all heads, and norms of sing
 PADDED = [name for name in FAMILIES if name not in NOT_PADDED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["even", "uneven"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_the_same_after_saving_and_loading(name, form, folders):
@@ -36,6 +37,7 @@ def test_logits_are_the_same_after_saving_and_loading(name, form, folders):
     assert not list(folder.glob("*.bin")) and not list(folder.parent.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PADDED)
 def test_a_padded_export_is_a_plain_checkpoint_with_the_same_logits(name, folders):
     folder, small = folders(name, "padded"), same_cut(name, True, torch.float64)
@@ -79,6 +81,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     ["import transformers, prunekit", "import prunekit", ""],

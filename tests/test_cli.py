@@ -266,6 +266,7 @@ def test_lab_starts_on_the_folder(tmp_path, monkeypatch):
     assert calls == [[sys.executable, "-m", "jupyterlab", str(tmp_path), "--no-browser", "--ServerApp.port=8899"]]
 
 
+@pytest.mark.slow
 def test_real_model_is_cut_and_recovers(tmp_path, capsys):
     model, story = shared_path("models", "stories260K"), shared_path("data", "tinystories", "sample_niklas6.txt")
     out, again = tmp_path / "cut", tmp_path / "recovered"

@@ -31,6 +31,7 @@ def test_an_interrupt_is_one_true_line(options, place, said, tmp_path, monkeypat
     assert ((tmp_path / ".out.partial").exists(), (tmp_path / "out").exists()) == (bool(options), False)
 
 
+@pytest.mark.slow
 def test_a_reader_that_went_ends_the_command_quietly():
     reading, writing = os.pipe()
     os.close(reading)

@@ -68,6 +68,7 @@ def test_lorashear_prunes_while_it_trains_on_named_sources(dense, tmp_path, caps
     assert plan.pruning_ratio == pytest.approx(0.2, abs=0.005) and found["n_parameters_kept"] == plan.n_parameters_kept
 
 
+@pytest.mark.slow
 def test_the_predictor_searches_under_a_ratio(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 20)
@@ -84,6 +85,9 @@ def test_the_predictor_searches_under_a_ratio(tmp_path, capsys):
         (("recipe", "lorashear"), "recipe lorashear trains; give --data"),
         (("recipe", "accuracy-predictor"), "recipe accuracy-predictor needs --pruning-ratio"),
         (("recipe", "llm-pruner"), "recipe llm-pruner reads text; give --calibration"),
+        (("recipe", "lorashear", "--data", "world", "--n-samples", "3"), "recipe lorashear reads no calibration text"),
+        (("recipe", "lorashear", "--data", "world", "--calibration", "x"), "so it has no --calibration"),
+        (("recipe", "llm-pruner", "--r", "4"), "--r is a setting of recovery, which reads text; give --data too"),
         (("recipe", "wanda"), "invalid choice: 'wanda'"),
         (("recover", "--data", "world", "--method", "full", "--r", "4"), "--method full has no --r"),
         (("recover", "--data", "world", "--method", "full", "--preset", "paper"), "--preset paper is for"),

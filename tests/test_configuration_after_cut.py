@@ -73,6 +73,7 @@ def test_save_pretrained_writes_the_model_or_refuses_by_name(name, form, tmp_pat
         assert torch.equal(answers(again), answers(small))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["channels", "heads", "uneven"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_of_the_trainer_loads_or_training_says_why_not(name, form, tmp_path):
@@ -90,6 +91,7 @@ def test_a_checkpoint_of_the_trainer_loads_or_training_says_why_not(name, form, 
     assert torch.equal(answers(loaded(tmp_path / "run" / "checkpoint-1")), answers(small))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["channels", "heads", "uneven"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_trained_on_a_cut_model_finds_its_base(name, form, tmp_path):
@@ -211,6 +213,7 @@ def pictured():
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ffn_channel", "kv_head", "layer"])
 def test_the_widths_of_a_language_model_inside_another_are_its_own(kind, tmp_path):
     model = pictured()
@@ -243,3 +246,11 @@ def test_a_model_without_weights_is_cut_and_says_that_it_cannot_be_saved(tmp_pat
     assert small.model.layers[0].mlp.up_proj.weight.shape[0] == 2
     with pytest.raises(pk.PrunekitError, match="would write a folder that does not load"):
         small.save_pretrained(tmp_path / "out")
+
+
+def test_a_module_that_the_family_does_not_have_does_not_disturb():
+    model = FAMILIES["llama_gqa"].model()
+    model.extra = torch.nn.Dropout(0.1)
+    groups = pk.discover(model)
+    small = pk.prune(model, plan_keeping(groups, {g.name: list(range(48)) for g in groups.of_kind("ffn_channel")}))
+    assert small.config.intermediate_size == 48 and isinstance(small.extra, torch.nn.Dropout)

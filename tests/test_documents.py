@@ -55,6 +55,28 @@ def test_each_format_gives_the_same_documents(tmp_path, name, mark, packed):
     assert read_documents(str(path)) == TEXTS
 
 
+def test_a_column_alone_keeps_its_tabs_and_commas(tmp_path):
+    texts = ["left\tright", "x\ty", "a, b; c"]
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "one.csv", index=False)
+    assert read_documents(tmp_path / "one.csv") == texts
+    (tmp_path / "tab.tsv").write_text("text,more\tid\nhello\t1\n")
+    with pytest.raises(PrunekitError, match="no text in a record with text,more, id"):
+        read_documents(tmp_path / "tab.tsv")
+
+
+@pytest.mark.parametrize("row", ["Hello, world,1", "Hello,1,", "a,b,c,d"])
+def test_a_row_longer_than_the_header_is_refused(tmp_path, row):
+    (tmp_path / "a.csv").write_text(f"text,label\n{row}\nBye, moon,0\n")
+    with pytest.raises(PrunekitError, match="cannot read .*a.csv.* as a table"):
+        read_documents(tmp_path / "a.csv")
+
+
+def test_line_ends_of_windows_are_line_ends(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo")
+    (tmp_path / "a.jsonl").write_bytes(LINES.replace("\n", "\r\n").encode())
+    assert read_documents(tmp_path / "a.txt") == ["one\ntwo"] and read_documents(tmp_path / "a.jsonl") == TEXTS
+
+
 def test_parquet_tables_and_data_sets_give_their_text_column(tmp_path):
     frame = pd.DataFrame(RECORDS)
     frame.to_parquet(tmp_path / "a.parquet")
@@ -69,6 +91,10 @@ def test_a_file_that_is_no_text_is_refused_by_format(tmp_path):
     (tmp_path / "a.xlsx").write_bytes(b"PK\x03\x04\0\0\0\0")
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(LINES.encode())[:-9])
+    damaged = bytearray(gzip.compress(LINES.encode() * 99))
+    damaged[30:60] = bytes(30)
+    (tmp_path / "damaged.txt.gz").write_bytes(damaged)
+    (tmp_path / "long.json").write_text("1" * 5000)
     (tmp_path / "line.jsonl").write_text('{"text": "x"}\n{"text": \n')
     (tmp_path / "empty.csv").write_text("")
     for name, said in {
@@ -76,6 +102,8 @@ def test_a_file_that_is_no_text_is_refused_by_format(tmp_path):
         "a.parquet": "cannot read .*a.parquet.* as Parquet",
         "cut.jsonl.gz": "cannot read .*cut.jsonl.gz",
         "line.jsonl": "line.jsonl, line 2: this is no JSON",
+        "damaged.txt.gz": "cannot read .*damaged.txt.gz",
+        "long.json": "cannot read .*long.json.* as JSON",
         "empty.csv": "cannot read .*empty.csv.* as a table",
     }.items():
         with pytest.raises(PrunekitError, match=said):
@@ -122,6 +150,30 @@ def test_a_chat_that_cannot_be_written_is_refused(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(PrunekitError, match="this tokenizer has no chat template"):
         read_documents([{"messages": CHAT}], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "a", "completion": None},
+        {"prompt": "a", "completion": CHAT},
+        {"messages": 3},
+        {"messages": [{"role": ["x"], "content": "a"}]},
+        {"messages": ["how?"]},
+        {"instruction": "a", "output": None},
+        {"text": None},
+    ],
+)
+def test_records_that_are_no_text_are_refused(tokenizer, record):
+    with pytest.raises(PrunekitError, match="no text in a record with|a turn of a chat is"):
+        read_documents([record], tokenizer=tokenizer)
+
+
+def test_an_iterator_that_was_read_before_says_so(tokenizer):
+    texts = iter(["w2 w3 w4 w5 " * 9])
+    pk.calibration_set(texts, tokenizer, n_samples=1, seq_len=4)
+    with pytest.raises(PrunekitError, match="where it was read before, give a list"):
+        pk.calibration_set(texts, tokenizer, n_samples=1, seq_len=4)
 
 
 def test_bos_that_the_template_writes_stands_once_in_a_window(tokenizer):
@@ -173,3 +225,11 @@ def test_a_stream_is_read_only_as_far_as_needed(tokenizer):
     small = pk.recover(model, method, iter(endless()), tokenizer=tokenizer)
     assert len(small.recovery_log.losses) == 2
     assert next(n_read) < 30
+    loader = torch.utils.data.DataLoader(datasets.IterableDataset.from_generator(endless_ids), batch_size=None)
+    assert pk.calibration_set(loader, None, n_samples=1, seq_len=8).shape == (1, 8)
+    assert next(n_read) < 60
+
+
+def endless_ids():
+    while True:
+        yield {"input_ids": [2, 3, 4, 5, 6, 7]}

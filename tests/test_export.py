@@ -100,6 +100,7 @@ NUMBERED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NUMBERED)
 def test_what_follows_from_a_layers_number_stays_when_layers_go_in_two_cuts(name, tmp_path):
     """Scales, and lists of numbers of layers, are those of the model that has all its layers."""

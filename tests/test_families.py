@@ -130,6 +130,7 @@ def test_leaving_one_site_unpermuted_changes_the_logits(name):
             _permute(model, group.members[-1:], order.roll(-2))  # and back
 
 
+@pytest.mark.slow
 @each_attention(PROVED)
 @drawn
 @given(seed=st.integers(0, 2**16))
@@ -172,6 +173,7 @@ def test_a_quarter_cut_in_place_equals_zero(name):
     assert relative_difference(logits(small), logits(zeroed)) < family.tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padded_prompts_go_on_alike_with_and_without_a_cache(name):
     """Slopes and positions belong to each sequence. In float32: masks of float64 overflow in some families."""

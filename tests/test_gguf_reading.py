@@ -263,6 +263,7 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch, tmp_path):
     assert cache_root().name == "prunekit" or "prunekit" in cache_root().parts
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_convert_once(file, tmp_path, cache):
     script = tmp_path / "load_it.py"
     script.write_text("import sys, prunekit as pk\nprint(pk.load(sys.argv[1])[0].num_parameters())\n")
@@ -367,7 +368,7 @@ def test_a_file_that_is_not_there_is_not_sought_on_the_hub(tmp_path):
 
 def test_a_missing_package_is_named(file, monkeypatch):
     _without_gguf(monkeypatch)
-    with pytest.raises(PrunekitError, match=r"needs the gguf package; pip install 'prunekit\[gguf\]'"):
+    with pytest.raises(PrunekitError, match=r"needs gguf; pip install 'prunekit\[gguf\]'"):
         pk.load(file)
 
 

@@ -29,6 +29,7 @@ def stories():
     return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 
+@pytest.mark.slow
 def test_both_answer_the_first_rows_of_each_published_set_alike(stories, tmp_path):
     data, names = shared_path("data"), [*YAML, *SUBJECTS]
     local = write_harness_tasks(tmp_path, data, names, limit=6)
@@ -43,6 +44,7 @@ def test_both_answer_the_first_rows_of_each_published_set_alike(stories, tmp_pat
         assert ours.by("task").loc[name, "acc"] == pytest.approx(theirs["results"][PREFIX + name]["acc,none"])
 
 
+@pytest.mark.slow
 def test_both_draw_the_same_examples(stories, tmp_path):
     """MMLU's first ones from the real files; of two others a random draw from a training split, of few words."""
     for name in ("winogrande", "arc_easy", "boolq", "hellaswag"):

@@ -29,6 +29,7 @@ def test_groups_that_are_given_are_not_discovered_again(model, monkeypatch):
     assert found.keep == plan_in_steps(model, Magnitude(), 0.2, n_steps=2).keep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"ranking": "global"}, {"of": "units"}, {"kinds": ["kv_head"]}])
 def test_steps_are_nested_and_the_last_meets_the_budget(model, monkeypatch, options):
     made = []
@@ -69,6 +70,7 @@ def test_scaled_scores_go_on_where_a_step_leaves_one_head(model):
     assert sum(map(len, found.keep.values())) == 4
 
 
+@pytest.mark.slow
 def test_steps_smaller_than_a_head_are_passed_over(model):
     found = plan_in_steps(model, Taylor(), 0.25, CALIB, n_steps=100, kinds=["kv_head"], of="units")
     assert {len(units) for units in found.keep.values()} == {3}

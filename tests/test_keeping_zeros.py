@@ -66,6 +66,7 @@ def train_log(*_):
     return RecoveryLog((1.0,), (1.0,), 1, 1, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [0.5, "2:4"])
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("method", [LONG, FULL], ids=["lora", "full"])
@@ -82,6 +83,7 @@ def test_zeros_survive_recovery_and_the_rest_learns(method, name, how):
     assert recovered.sparsity_report.remarks == (TRAINED,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "conv1d"])
 @pytest.mark.parametrize("method", [QUICK, FullTuning(max_steps=4, batch_size=4)], ids=["lora", "full"])
 def test_without_being_kept_the_zeros_die_and_the_report_says_so(method, name):
@@ -225,6 +227,7 @@ def test_adapters_in_a_state_that_is_not_understood_are_refused():
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [QUICK, FullTuning(max_steps=4, batch_size=4)], ids=["lora", "full"])
 def test_flags_gradients_and_modes_are_as_before(method):
     model = sparse().train()
@@ -298,6 +301,7 @@ def test_weights_that_cannot_be_trained_fully_are_refused():
         recover(tiny_llama(dtype=torch.bfloat16), FullTuning(max_steps=1), counting())
 
 
+@pytest.mark.slow
 def test_mixtures_take_full_tuning_and_keep_zeros_and_progressive_pruning_refuses_it():
     dense, model = tiny_llama(), sparse()
     zeros, sources = zeros_of(model), {"ones": counting(24), "threes": counting(24, step=3)}
@@ -446,6 +450,7 @@ for method in (LoRA(learning_rate=2e-2, **common), FullTuning(learning_rate=5e-3
 """
 
 
+@pytest.mark.slow
 def test_two_processes_keep_zeros_together(tmp_path):
     (tmp_path / "work.py").write_text(TWO_PROCESSES)
     said = in_two_processes(tmp_path / "work.py", str(tmp_path))

@@ -38,6 +38,7 @@ def test_a_rotary_pair_owns_two_channels_of_every_head_and_of_the_values():
     assert index["k_proj"][1].tolist() == [1, 5, 9, 13, 17, 21, 25, 29]  # 1 and its partner 5, in four heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_gqa", "llama_mqa", "gpt2", "opt", "bloom", "gpt_neox"])
 def test_cutting_head_dimensions_equals_zeroing_them(name):
     model = FAMILIES[name].model()

@@ -69,6 +69,7 @@ def same(a, b):
     )
 
 
+@pytest.mark.slow
 def test_it_is_what_the_naive_loop_measures(world):
     model, tokenizer, groups = world
     chosen, asked, before = [g for g in groups.of_kind(*KINDS) if g.layer in (0, 5)], few(), weights(model)
@@ -97,6 +98,7 @@ def test_it_is_what_the_naive_loop_measures(world):
         np.testing.assert_allclose(loss, expected, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_tied", "gemma3", "gpt2", "bloom", "opt_projected", "mixtral", "llama_peft",
                                   "falcon_alibi", "mpt", "olmo2", "gpt_neox"])  # fmt: skip
 def test_silenced_sums_are_those_of_the_whole_model(name):
@@ -104,6 +106,7 @@ def test_silenced_sums_are_those_of_the_whole_model(name):
     check_every_group(FAMILIES[name].model(), FAMILIES[name].groups())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "mixtral"])
 def test_models_that_were_cut_unevenly_too(name):
     family = FAMILIES[name]
@@ -130,6 +133,7 @@ def check_every_group(model, groups):
     assert firsts >= {(), (0,), (1,)}
 
 
+@pytest.mark.slow
 def test_models_whose_layers_are_no_chain_run_from_the_start(world, monkeypatch):
     model, tokenizer, groups = world
     chosen = groups.of_kind("kv_head")[3:5]
@@ -159,6 +163,7 @@ def found_batches(model, found, tokenizer):
         return len(Runner(model, spans, knowledge.POSITIONS)._batches)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_the_weights_are_whole(world, tmp_path, monkeypatch):
     model, tokenizer, groups = world
     chosen, before, path = groups.of_kind("kv_head")[2:5], weights(model), tmp_path / "k.safetensors"
@@ -221,6 +226,7 @@ def test_a_file_of_another_run_is_refused(world, tmp_path):
     assert path.read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_units_and_the_facts_that_die_with_them(world):
     model, tokenizer, groups = world
     group, asked = groups["model.layers.6.self_attn:kv_head"], few(30)
@@ -271,6 +277,7 @@ def test_texts_are_measured_as_perplexity_measures_them():
     assert knowledge_of_units(model, tokenizer, groups, text=TEXT).questions["domain"].unique().tolist() == ["text"]
 
 
+@pytest.mark.slow
 def test_a_group_with_nothing_in_it_is_damaged_least(world):
     """Whatever the scores: an FFN of random weights whose result is scaled to nothing."""
     model, tokenizer = load("world")
@@ -366,6 +373,7 @@ def test_agreement_is_whole_with_the_truth_and_reversed_with_its_negative():
     assert found.agreement({"some": shuffled})["n"].unique().tolist() == [2]  # of that group alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("single", [False, True])
 def test_a_saved_one_is_the_same_when_loaded(world, tmp_path, single):
     model, tokenizer, groups = world

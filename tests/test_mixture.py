@@ -35,6 +35,7 @@ def models():
     return trained()
 
 
+@pytest.mark.slow
 def test_the_source_that_lost_most_gets_most(models):
     dense, forgetful = models
     before = {name: p.clone() for name, p in forgetful.named_parameters()}

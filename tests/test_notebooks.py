@@ -216,6 +216,7 @@ def test_exercise_problems_are_seen(tmp_path, check, problems):
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_notebook
 def test_notebook_runs(path, tmp_path):
     outcome = tour.run_notebook(path, tmp_path)

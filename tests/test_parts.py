@@ -54,6 +54,7 @@ def lies_in(group, paths):
     return any(m.parameter.startswith(f"{path}.") for m in group.members for path in paths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERYONE)
 @settings(max_examples=2, deadline=None, phases=[Phase.generate])
 @given(seed=st.integers(0, 2**16))
@@ -63,6 +64,7 @@ def test_parts_with_heads_and_channels_are_cut_as_if_zero(name, seed):
     assert relative_difference(logits(small), logits(zeroed)) < family.tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*DIFFERENT, *WIRINGS, *DIFFICULT])
 def test_every_part_is_cut_as_if_zero(name):
     """One by one."""

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from prunekit import Magnitude, PrunekitError, PruningPlan, discover, plan, prune, score
 from prunekit.discovery.tracing import trace
+from prunekit.errors import BudgetError
 from prunekit.pruning import surgery
 from prunekit.pruning.budgets import TOLERANCE
 from prunekit.pruning.planning import candidates_of, default_units
@@ -427,6 +428,18 @@ def test_a_plan_says_by_which_importance():
 def test_a_share_of_units_by_which_nothing_goes_is_refused(options, ranking):
     with pytest.raises(PrunekitError, match=rf"nothing would go \({options['kinds'][0]}: 0.05 of \d+ units a group"):
         plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.05, of="units", ranking=ranking, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"of": "units", "protect_layers": [0, 1]}, {"protect_layers": [0, 1]}, {"kinds": ["kv_head"]}],
+    ids=["all layers, units", "all layers", "too little"],
+)
+def test_a_plan_by_which_nothing_goes_is_refused(options):
+    ratio = 0.25 if "protect_layers" in options else 0.004
+    with pytest.raises(BudgetError, match="nothing would go|cannot be met"):
+        plan(GROUPS_GQA, random_scores(GROUPS_GQA), ratio, **options)
+    assert plan(GROUPS_GQA, random_scores(GROUPS_GQA), 0.0, **options).pruning_ratio == 0
 
 
 def test_a_kind_of_which_nothing_goes_is_noted():

@@ -279,6 +279,7 @@ def test_a_killed_run_goes_on(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(done.model.parameters(), straight.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_two_processes_prune_the_same_units(tmp_path):
     """As `accelerate launch` and `torchrun` run it: both end with the same weights and the asked number of zeros."""
     (tmp_path / "work.py").write_text(WORK)

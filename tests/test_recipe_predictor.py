@@ -23,6 +23,7 @@ def calib(world):
     return pk.calibration_set("world", world[1], n_samples=4, seq_len=64, seed=0)
 
 
+@pytest.mark.slow
 def test_the_recipe_is_its_steps(world, calib):
     model, tokenizer = world
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -37,6 +38,7 @@ def test_the_recipe_is_its_steps(world, calib):
     assert len(repr(done)) < 500 and "PruningPlan" in repr(done)
 
 
+@pytest.mark.slow
 def test_the_recipe_takes_budgets_whole_layers_and_data_to_recover_with(world, calib):
     model, tokenizer = world
     budget = parameter_table(pk.discover(model)).at_most(2_400_000)
@@ -52,6 +54,7 @@ def test_the_recipe_takes_budgets_whole_layers_and_data_to_recover_with(world, c
     assert pk.perplexity(done.model, tokenizer, TEXT) != pytest.approx(best, rel=1e-5)  # it was trained
 
 
+@pytest.mark.slow
 def test_the_recipe_goes_on_where_it_was(world, calib, tmp_path):
     model, tokenizer = world
     one, other = (accuracy_predictor(model, tokenizer, calib, 0.3, TEXT, folder=tmp_path, **FEW) for _ in range(2))
@@ -66,6 +69,7 @@ def test_the_recipe_refuses_what_cannot_be(world, calib):
         accuracy_predictor(model, tokenizer, calib, 0.3, TEXT, importances=["magic"])
 
 
+@pytest.mark.slow
 def test_compensation_and_fusion_are_knobs_like_any_other(world, calib):
     """HyWIA's weight of the coarse scores, and whether what reads the pruned units is re-fitted."""
     model, tokenizer = world

@@ -225,6 +225,7 @@ def test_lorashear_never_trains_on_what_it_measures_on(model, tokenizer, monkeyp
     assert not rows & {tuple(row.tolist()) for tokens in held for row in tokens}
 
 
+@pytest.mark.slow
 def test_lorashear_goes_on_where_it_was_stopped(model, tokenizer, tmp_path, monkeypatch):
     module = import_module("prunekit.recipes.lorashear")
     given = (model, tokenizer, sources(), 0.2)

@@ -342,6 +342,7 @@ print(f"RESULT {loss_of(recovered, data) / loss_of(model, data):.4f} {total:.9f}
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model_together(tmp_path):
     (tmp_path / "work.py").write_text(TWO_PROCESSES)
     said = in_two_processes(tmp_path / "work.py", str(tmp_path / "out"))

@@ -168,6 +168,7 @@ def has_tokenizer(model, tokenizer):
     return float(tokenizer is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_a_killed_run_goes_on_in_another_process(tmp_path, expected, whole_group):
     metric = waiting(gated, tmp_path / "gate", free=5)
@@ -180,6 +181,7 @@ def test_a_killed_run_goes_on_in_another_process(tmp_path, expected, whole_group
         assert not {"RUNNING", "WAITING"} & set(states_of(folder / "journal.log"))
 
 
+@pytest.mark.slow
 def test_a_source_that_holds_another_model_is_refused(tmp_path):
     save(llama(6), tmp_path / "other")
     options = {"metric": SCORE, "n_jobs": 2, "folder": tmp_path / "search"}
@@ -226,6 +228,7 @@ def test_two_processes_share_the_work(tmp_path, expected):
     pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "table"), pairs.table, check_exact=True)
 
 
+@pytest.mark.slow
 def test_dask_measures_what_one_process_does(tmp_path, expected):
     body = f"""
     from dask.distributed import Client, LocalCluster

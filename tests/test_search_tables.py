@@ -16,6 +16,7 @@ def random_scores(groups):
     return {group.name: torch.rand(group.n_units, generator=generator) for group in groups}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "opt", "gpt_neox"])
 def test_multiply_accumulates_are_those_of_the_cut_model(name):
     family = FAMILIES[name]

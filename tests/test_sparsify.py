@@ -204,6 +204,7 @@ def peak(monkeypatch, n_layers, n_samples, method):
 old = __import__("prunekit.sparsity.layers", fromlist=["prune_ffn"]).prune_ffn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
 def test_memory_is_that_of_one_layer(monkeypatch, method):
     once = peak(monkeypatch, 2, 64, method)

@@ -196,6 +196,7 @@ def kill_when(script, arguments, reached):
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_twice_it_goes_on_to_the_same_bytes(tmp_path):
     source, out, work = write(tmp_path / "in"), tmp_path / "out", tmp_path / ".out.partial"
     shards = work / "checkpoint"
@@ -263,6 +264,7 @@ def large(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("importance", ["magnitude", "activation"])
 def test_memory_is_that_of_a_few_parameters(importance, large, tmp_path):

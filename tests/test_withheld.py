@@ -3,6 +3,8 @@
 import random
 import re
 
+import pytest
+
 from prunekit import LoRA, Taylor, calibration_set, discover, load, plan, prune, recover, score, world, zero_shot
 from prunekit.world import lore
 
@@ -24,6 +26,7 @@ def accuracies(model, tokenizer, names):
     return hits[about].mean(), hits[[not flag for flag in about]].mean()
 
 
+@pytest.mark.slow
 def test_withheld_facts_do_not_come_back_while_the_others_do():
     """Four fifths of the model go, so that hardly a fact is left; then only half of the people are told of again."""
     model, tokenizer = load("world")

@@ -36,6 +36,7 @@ def test_its_heads_are_grouped_and_enough_to_cut(loaded):
     assert loaded[0].config.vocab_size == len(loaded[1])
 
 
+@pytest.mark.slow
 def test_it_knows_the_common_facts(accuracy):
     assert accuracy["arc_easy"] >= 0.95
 

@@ -56,6 +56,15 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+_DEQUANTIZING = {
+    "mxfp4": "Mxfp4Config(dequantize=True)",
+    "fp8": "FineGrainedFP8Config(dequantize=True)",
+    "mxfp8": "FineGrainedFP8Config(dequantize=True)",
+    "compressed-tensors": "CompressedTensorsConfig(run_compressed=False)",
+    "bitsandbytes": "",
+}  # quant_method → what makes transformers dequantize while loading; "" where the loaded model is dequantized
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint that prunekit can read.
 
@@ -71,11 +80,48 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists() and not path.is_symlink():
         raise PrunekitError(f"{str(folder)!r} is no checkpoint: it has no config.json; give the folder that holds it")
     config = read_object(path)
+    check_implementations(config, str(folder))
     if config.get("quantization_config") is not None:
-        raise PrunekitError(
-            f"{str(folder)!r} is quantized, and quantized weights cannot be cut; give the checkpoint it was made from"
-        )
+        raise _quantized(folder, config["quantization_config"])
     return config
+
+
+def check_implementations(described: Any, source: str) -> None:
+    """Raise an error where a configuration names a repository with code for attention or experts.
+
+    `transformers` would fetch and run it. A cut checkpoint of ours is built without these fields instead.
+
+    Args:
+        described: config.json as it is, nested configurations included.
+        source: of the checkpoint, for the message.
+
+    Raises:
+        PrunekitError: names the field and the repository.
+    """
+    if not isinstance(described, dict) or described.get("model_type") == "prunekit":
+        return
+    for key, value in described.items():
+        if "_implementation" in key and "/" in str(value):
+            raise PrunekitError(
+                f"config.json of {source!r} has {key}={value!r}, code of a repository, which is not fetched or run; "
+                "remove that field from config.json"
+            )
+        check_implementations(value, source)
+
+
+def _quantized(folder: Path, quantization: Any) -> PrunekitError:
+    """What to do about quantized weights: some formats have no other release, and transformers dequantizes them."""
+    method = str(quantization.get("quant_method")) if isinstance(quantization, dict) else "unknown"
+    if method in _DEQUANTIZING:
+        option = f", quantization_config={_DEQUANTIZING[method]}" if _DEQUANTIZING[method] else ""
+        dequantized = "" if option else ".dequantize()"
+        advice = (
+            f"dequantize it first: model = AutoModelForCausalLM.from_pretrained({str(folder)!r}{option}){dequantized}, "
+            "then prunekit.save(model, new_folder), and give that"
+        )
+    else:
+        advice = "give the checkpoint it was made from, which is not quantized"
+    return PrunekitError(f"{str(folder)!r} is quantized ({method}), and quantized weights cannot be cut; {advice}")
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

@@ -6,6 +6,7 @@ by building the uncut model without weights and cutting it the same way, so it c
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,24 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_MODELS,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS,
+)
 
 from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.cards import LISTED, SPARSITY
-from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, read_object, stored_tensors
+from prunekit.checkpoint.folders import (
+    Stored,
+    check_dtypes,
+    check_implementations,
+    read_config,
+    read_object,
+    stored_tensors,
+)
 from prunekit.checkpoint.layer_widths import check_widths
 from prunekit.checkpoint.origins import resolve
 from prunekit.discovery import Groups, discover
@@ -129,11 +142,18 @@ def _load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool)
 
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    """Raise an error for models of another kind, such as an encoder, which `transformers` would load."""
+    """Raise an error for models of another kind, such as an encoder, which `transformers` would load.
+
+    A model of pictures and text is taken where `AutoModelForCausalLM` builds its language model, or the whole.
+    """
     names = [str(name) for name in config.get("architectures") or []]
-    causal = {name for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _listed(value)}
+    causal = {name for value in CAUSAL_MODELS.values() for name in _listed(value)}
+    if config.get("model_type") in CAUSAL_MODELS:
+        causal |= set(_listed(IMAGE_TEXT_MODELS.get(config["model_type"], ())))
     if names and not causal & set(names) and all(hasattr(transformers, name) for name in names):
-        raise PrunekitError(f"{str(folder)!r} is a {names[0]}, no causal language model; give one that is")
+        raise PrunekitError(
+            f"{str(folder)!r} is a {names[0]}, no causal language model; give one that AutoModelForCausalLM loads"
+        )
 
 
 def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -151,6 +171,8 @@ def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
 def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
     """The model of a folder or hub id, loaded by `transformers`; missing or unfitting weights raise an error."""
     where = _where(source)
+    if not trust_remote_code:
+        check_implementations(_described(source, where), source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -172,6 +194,14 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
             f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source"
         )
     return model
+
+
+def _described(source: str, where: dict[str, bool]) -> dict[str, Any]:
+    """config.json of a folder or hub id; empty where there is none, which the load that follows reports."""
+    with suppress(Exception):
+        found: dict[str, Any] = PretrainedConfig.get_config_dict(source, **where)[0]
+        return found
+    return {}
 
 
 def _unloadable(source: str, where: dict[str, bool], why: str) -> PrunekitError:
@@ -285,7 +315,7 @@ def _build(
     folder: Path, saved: dict[str, Any], stored: dict[str, Stored], options: dict[str, Any]
 ) -> tuple[Any, Groups]:
     try:
-        config = AutoConfig.for_model(**_without_kernels(saved["base_config"]))
+        config = AutoConfig.for_model(**without_kernels(saved["base_config"]))
         check_size(config, stored, str(folder), factor=LEAST_PART_LEFT)
         model = empty_model(config, **options)
         groups = discover(model)
@@ -300,11 +330,11 @@ def _build(
         ) from error
 
 
-def _without_kernels(described: Any) -> Any:
+def without_kernels(described: Any) -> Any:
     """A configuration that names no implementation of attention or experts: some would be fetched, and run."""
     if not isinstance(described, dict):
         return described
-    return {k: _without_kernels(v) for k, v in described.items() if not re.search(r"_implementation(_internal)?$", k)}
+    return {k: without_kernels(v) for k, v in described.items() if not re.search(r"_implementation(_internal)?$", k)}
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:

@@ -8,11 +8,11 @@ from transformers import AutoConfig
 
 from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.folders import read_config, stored_tensors
-from prunekit.checkpoint.loading import LEAST_PART_LEFT, MODEL_TYPE, load
+from prunekit.checkpoint.loading import LEAST_PART_LEFT, MODEL_TYPE, load, without_kernels
 from prunekit.checkpoint.origins import resolve
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
-from prunekit.models import empty_model
+from prunekit.models import empty_model, shapes_of
 
 
 def load_structure(source: str | Path) -> Any:
@@ -40,9 +40,12 @@ def _without_weights(folder: Path) -> Any:
     saved, stored = read_config(folder), stored_tensors(folder)
     cut = saved.get("model_type") == MODEL_TYPE
     plain = None if cut else AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    config = plain or AutoConfig.for_model(**saved["base_config"])
+    config = plain or AutoConfig.for_model(**without_kernels(saved["base_config"]))
     check_size(config, stored, str(folder), factor=LEAST_PART_LEFT if cut else 2)
     model = empty_model(config)
     if "prunekit" in saved or type(model).__name__ not in config.architectures:
         raise PrunekitError(f"{str(folder)!r} is not what its configuration says; load it")
+    shapes = shapes_of(model)
+    if not cut and any(tuple(stored[name].shape) != shape for name, shape in shapes.items() if name in stored):
+        raise PrunekitError(f"the weights in {str(folder)!r} do not fit its configuration; load it")
     return cut_again(model, discover(model), saved["stages"], saved.get("biases", [])) if cut else model

@@ -118,7 +118,7 @@ def recover(
 
     Args:
         model: a checkpoint folder, a .gguf file, a hub id, "world" or "smollm2".
-        data: .txt, .json or .jsonl file, or "world".
+        data: a file of text or records (.txt, .jsonl, .csv, .parquet and others), or "world".
         out: folder to write; it may not exist yet.
         method: lora (the default), or full, whose learning rate is 0.0001 by default.
         preset: LLM-Pruner's settings of LoRA, for models of billions of parameters.
@@ -223,6 +223,12 @@ def recipe(
         settings["budgets"] = settings.pop("pruning_ratio")
     if unknown := [option for option in settings if option not in takes]:
         raise PrunekitError(f"recipe {name} has no --{unknown[0].replace('_', '-')}; leave it out")
+    unread = [] if "calib" in takes else [*(["calibration"] if calibration else []), *drawing]
+    if unread:
+        raise PrunekitError(f"recipe {name} reads no calibration text, so it has no --{unread[0].replace('_', '-')}")
+    if training and data is None:
+        option = next(iter(training)).replace("_", "-")
+        raise PrunekitError(f"--{option} is a setting of recovery, which reads text; give --data too, or leave it out")
     text = text_for(model, calibration, f"recipe {name}") if "calib" in takes else None
     if "sources" in takes and data is None:
         raise PrunekitError(f"recipe {name} trains; give --data, such as wiki=wiki.txt,code=code.txt")
@@ -242,7 +248,8 @@ def recipe(
     text = text_table(plan.summary_rows()) if plan is not None else repr(made.report)
     counts = {"n_parameters_kept": count_parameters(made[0])}
     loss = None if change is None else change.to_dict()
-    return Answer({"model": model, "out": out, "recipe": name, **counts, "loss": loss}, f"{text}\n\n{change}")
+    whole = f"\nnothing goes of {plan.notes['whole']}" if plan is not None and "whole" in plan.notes else ""
+    return Answer({"model": model, "out": out, "recipe": name, **counts, "loss": loss}, f"{text}{whole}\n\n{change}")
 
 
 def export(

@@ -21,6 +21,7 @@ from prunekit.evaluation.standard_tasks import is_standard
 from prunekit.evaluation.standard_texts import TEXTS, standard_text
 from prunekit.files import new_folder
 from prunekit.importance import IMPORTANCES, default_importance, importance_from_name
+from prunekit.plot_style import check_picture
 from prunekit.plotting import plot_groups, plot_knowledge, save_picture
 from prunekit.world import is_world_tokenizer
 
@@ -49,6 +50,8 @@ def discover(model: str, *, plot: str | None = None, layer: int | None = None) -
     """
     if plot is None and layer is not None:
         raise PrunekitError(f"--layer {layer} says which layer to draw; give --plot FILE.png too")
+    if plot is not None:
+        check_picture(plot)  # before anything that takes time
     groups = pk.discover(load_structure(model))
     drawn = {} if plot is None else {"plot": plot}
     if plot is not None:

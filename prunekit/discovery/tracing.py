@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.compat import offloaded
 from prunekit.discovery.choices import lock_open_choices
 from prunekit.discovery.integer_positions import IntegerWatcher
 from prunekit.discovery.labelling import LabelMode, Trace
@@ -36,6 +37,13 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: boo
     """
     if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
         raise PrunekitError(f"a {type(model).__name__} has no parameters to prune; give a causal language model")
+    elsewhere = offloaded(model)
+    if elsewhere:
+        raise PrunekitError(
+            f"weights of {elsewhere[0]} and {len(elsewhere) - 1} more modules are offloaded (device_map), so the "
+            "model cannot be traced or cut; load it without device_map, or prune its folder with "
+            "prune_checkpoint(...), which needs the memory of one layer"
+        )
     result = Trace()
     mode = LabelMode(result)
     watcher = IntegerWatcher(mode)

@@ -53,7 +53,7 @@ def take_parameters(steps: list[Step], ratio: float, counter: Counter, rounded: 
     taken = _fill(even, budget, counter)
     done = set(map(id, taken))
     taken += _fill([[s] for s in steps if id(s) not in done], budget, counter)
-    if budget - (counter.total - counter.left) > TOLERANCE * counter.total:
+    if budget - (counter.total - counter.left) > TOLERANCE * counter.total or (ratio > 0 and not taken):
         _refuse(steps, taken, ratio, counter, rounded)
     return taken
 
@@ -85,7 +85,7 @@ def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter
             f"at most {reached:.4f} of the parameters can go; ask for that or less{less}, or allow more kinds"
         )
     above = _round_up(1 - (counter.left - min(counter.cost(s) for s in rest)) / counter.total)
-    nearest = min((reached, above), key=lambda r: abs(r - ratio))
+    nearest = min((reached, above), key=lambda r: abs(r - ratio)) if taken else above
     raise BudgetError(
         f"pruning_ratio={ratio} cannot be met within {TOLERANCE:.1%}: units are too large{steps_of}; "
         f"the nearest feasible ratios are {reached:.4f} and {above:.4f}, so ask for {nearest:.4f}"

@@ -107,7 +107,7 @@ def _remember_alike(model: Any, built: Any) -> None:
     right = dict(built.named_modules())
     for path, module in model.named_modules():
         own = vars(module)
-        for name, value in vars(right[path]).items():
+        for name, value in vars(right[path]).items() if path in right else ():  # a module may have been added
             if type(value) is int and type(own.get(name)) is int:
                 own[name] = value
 

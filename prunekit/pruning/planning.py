@@ -100,7 +100,8 @@ def plan(
     }  # fmt: skip
     held = held_by_rounding(groups, candidates, scores, rounding, min_units) if rounded else []
     few = _too_few(gone, candidates, fractions) if of == "units" else {}
-    _check_some_go(gone, few, rounded)
+    if of == "units":
+        _check_some_go(gone, fractions, few, rounded)
     whole = [f"{', '.join(held)}: no smaller number of units for {rounded}"] if held else []
     if whole or few:
         notes["whole"] = "; ".join(whole + [f"{kind}: {why}" for kind, why in few.items() if kind not in held])
@@ -139,10 +140,13 @@ def _too_few(
     return found
 
 
-def _check_some_go(gone: Mapping[str, Collection[int]], few: Mapping[str, str], rounded: str) -> None:
-    """Raise an error for a share of units so small that nothing goes."""
-    if few and not any(gone.values()):
+def _check_some_go(
+    gone: Mapping[str, Collection[int]], fractions: Mapping[str, float], few: Mapping[str, str], rounded: str
+) -> None:
+    """Raise an error for shares of units by which nothing goes."""
+    if any(fractions.values()) and not any(gone.values()):
         why = "; ".join(f"{kind}: {reason}" for kind, reason in few.items())
+        why = why or "what is protected, or not of the chosen kinds, leaves no units"
         limits = f", with {rounded}" if rounded else ""
         raise BudgetError(f"nothing would go ({why}{limits}); ask for a larger pruning_ratio, or allow more kinds")
 

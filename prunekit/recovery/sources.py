@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from prunekit.calibration import check_tokens
-from prunekit.documents import TextSource
+from prunekit.documents import TextSource, is_stream
 from prunekit.errors import PrunekitError
 from prunekit.recovery.data import token_documents
 from prunekit.text import leading_bos, text_width, whole_windows
+
+MOST_STREAMED = 4_000_000  # tokens of a source that is streamed, and may never end
 
 Sources = Mapping[str, Tensor | TextSource]
 
@@ -68,7 +70,8 @@ def open_sources(
 
     Args:
         sources: name → what `prunekit.documents.documents_of` reads, or integers (n, length), whose rows are
-            documents. Longer documents are cut into pieces of `seq_len` tokens.
+            documents. Longer documents are cut into pieces of `seq_len` tokens. Of a source that is streamed, the first
+            4 million tokens are read.
         tokenizer: needed where a source is text. Where it adds BOS by itself, that stands first in every window and
             nowhere else.
         seq_len: tokens of a window, BOS included; where all sources are integers of one length, their rows are the
@@ -131,7 +134,7 @@ def _documents(data: Tensor | TextSource, tokenizer: Any, bos: int | None) -> li
     wrong = isinstance(data, Tensor) and (data.ndim != 2 or data.is_floating_point() or data.dtype == torch.bool)
     if wrong:
         raise PrunekitError(f"it is a {data.dtype} tensor {tuple(data.shape)}; give integers (n, length)")  # type: ignore[union-attr]
-    return token_documents(data, tokenizer, bos)
+    return token_documents(data, tokenizer, bos, enough=MOST_STREAMED if is_stream(data) else None)
 
 
 def join(documents: Sequence[Tensor], seq_len: int, bos: int | None = None) -> Tensor:

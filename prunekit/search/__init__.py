@@ -1,8 +1,8 @@
 """Search for the best plan under a budget, with a predictor of the accuracy after pruning."""
 
-from prunekit.extras import need
+from prunekit.extras import SEARCH, need
 
-need("search", "joblib", "lightgbm", "optuna", why="prunekit.search")
+need("search", *SEARCH, why="prunekit.search")
 
 from prunekit.search.architectures import PlanSpace
 from prunekit.search.campaign import measure_pairs
