@@ -499,5 +499,5 @@ def test_a_lock_that_is_of_no_file_any_more_is_none(tmp_path, monkeypatch):
 
 def test_a_plan_leaves_nothing_else_to_say(tmp_path):
     plan = PruningPlan({}, {}, 10, 10)
-    with pytest.raises(PrunekitError, match=r"the plan says already what goes; leave out round_to=8"):
+    with pytest.raises(PrunekitError, match=r"the plan gives the removed units already; leave out round_to=8"):
         prune_checkpoint("anywhere", tmp_path / "out", plan, round_to=8)

@@ -51,7 +51,7 @@ def _key(path: Path) -> str:
 
 
 def _tokenizer_files(path: Path) -> list[Path]:
-    """Those in the file's folder, which count where the file itself holds no vocabulary."""
+    """Tokenizer files in the GGUF file's folder, used if the file itself has no vocabulary."""
     return sorted(file for file in path.absolute().parent.glob("tokenizer*") if file.is_file())
 
 

@@ -8,7 +8,7 @@ from prunekit.pruning.cuts import HEADS, Cuts, head_fields, units_left
 
 
 def layer_widths(cuts: Cuts) -> dict[str, Any]:
-    """What config.json says of the widths: the uncut values, and `per_layer_config` for the layers that differ.
+    """Width fields of config.json: the uncut values, and `per_layer_config` for the layers that differ.
 
     The form is that of `transformers`' own `PreTrainedConfig(per_layer_config=…)`.
     """

@@ -57,7 +57,7 @@ def relative_difference(a: Any, b: Any) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far two ways of computing the same logits may lie apart, relatively."""
+    """Allowed relative difference of two computations of the same logits."""
     return min(ROUNDING * torch.finfo(dtype).eps, COARSE)
 
 

@@ -86,7 +86,7 @@ def save(
 
 
 def description(model: Any) -> Any:
-    """What config.json is to say: the family's own configuration where that is proved, else prunekit's record."""
+    """The content of config.json: the family's own configuration if it is proved, else prunekit's record."""
     config = plain_config(model)
     return cut_config(model, Cuts.of(model)) if config is None else config
 
@@ -97,7 +97,7 @@ def layout_of(config: Any) -> str:
 
 
 def not_plain(config: Any) -> list[str]:
-    """What of the widths that a configuration or record describes the family cannot express."""
+    """The widths of a configuration or record that the family cannot express."""
     return config.get("not_plain", []) if isinstance(config, dict) else []
 
 
@@ -196,7 +196,7 @@ def _write_as_on_the_hub(model: Any, folder: Path, max_shard_size: str | int) ->
 
 
 def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:
-    """What config.json says of a cut model, proved by building it again.
+    """The config.json of a cut model, checked by building it again.
 
     Where a family computes something from a layer's number, the record is that of the model with all its layers.
 

@@ -56,7 +56,7 @@ def local_folder(source: str | Path) -> Path:
 
 
 def n_bytes(folder: Path) -> int:
-    """What the files of a checkpoint's weights take."""
+    """Size of a checkpoint's weight files in bytes."""
     return sum(file.stat().st_size for file in {tensor.file for tensor in stored_tensors(folder).values()})
 
 

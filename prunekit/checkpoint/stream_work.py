@@ -48,7 +48,7 @@ class Work:
 
     @property
     def checkpoint(self) -> Path:
-        """The output as far as it is; it becomes OUT by one rename."""
+        """The unfinished output folder; a rename makes it OUT."""
         return self.root / "checkpoint"
 
     @property

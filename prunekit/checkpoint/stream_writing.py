@@ -131,7 +131,7 @@ def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def write_the_rest(small: Any, folder: Path, plan: PruningPlan) -> None:
-    """What stands beside the shards: configuration, tokenizer, plan and card, as `save` writes them.
+    """Write the files besides the shards: configuration, tokenizer, plan and card, as `save` does.
 
     The configuration is the family's own where that is proved. The proof is that of `save`: a model built from it
     gives the same logits, here with the shards just written, mapped.

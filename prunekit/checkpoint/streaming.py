@@ -46,7 +46,7 @@ class _Order:
     max_shard_size: str | int
 
     def facts(self) -> dict[str, Facts]:
-        """What the scores depend on, and what else the files depend on."""
+        """Arguments that the scores depend on, and further ones that the files depend on."""
         scoring = {
             "source": str(self.folder.resolve()),
             "files": facts_of_files(self.folder),
@@ -132,7 +132,7 @@ def _check_types(**arguments: tuple[object, Any]) -> None:
 def _check_arguments(how: Importance | PruningPlan, given: Mapping[str, Any]) -> None:
     if isinstance(how, PruningPlan):
         for name in (name for name, value in given.items() if value is not None):
-            raise PrunekitError(f"the plan says already what goes; leave out {name}={str(given[name])[:40]}")
+            raise PrunekitError(f"the plan gives the removed units already; leave out {name}={str(given[name])[:40]}")
         return
     check_streamable(how)
     if given["pruning_ratio"] is None:
@@ -149,7 +149,7 @@ def _plain(value: Any) -> Any:
 
 
 def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
-    """Everything from the mapped model to a complete folder, as far as it is not there already."""
+    """Run all steps from the mapped model to a complete folder that are not finished yet."""
     model, _ = map_checkpoint(order.folder)
     plan = order.how if isinstance(order.how, PruningPlan) else _plan(model, order, work)
     small, postponed = cut_without_weights(model, plan)

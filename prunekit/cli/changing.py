@@ -82,7 +82,7 @@ def sparsify(
 
 
 def _reader(zeros: dict[str, Any]) -> str | None:
-    """What reads calibration text, as a shell names it; None where nothing does."""
+    """The option that needs calibration text; None if no option does."""
     if zeros.get("method", "sparsellm") != "magnitude":
         return f"--method {zeros.get('method', 'sparsellm')}"
     return "--allocation global" if zeros.get("allocation") == "global" else None
@@ -145,7 +145,7 @@ def recover(
 
 
 def _settings_of(method: str, preset: str | None, settings: dict[str, Any]) -> pk.LoRA | pk.FullTuning:
-    """How to train, as the options say.
+    """Training settings from the options.
 
     Raises:
         PrunekitError: a setting that the method does not have, or a value that cannot be.

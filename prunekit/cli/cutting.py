@@ -75,7 +75,7 @@ class _Order:
 
     @property
     def reader(self) -> str | None:
-        """What reads calibration text, as a shell names it; None where nothing does."""
+        """The option that needs calibration text; None if no option does."""
         named = next((f"--{name}" for name in self.in_memory if name != "steps"), None)
         scored = self.plan is None and (self.method is None or self.method.needs_calibration)
         return named or (f"importance {self.method.label if self.method else 'curvature'!r}" if scored else None)
@@ -165,7 +165,7 @@ def _check(plan: str | None, making: dict[str, Any]) -> None:
     given = [name for name, value in making.items() if value is not None]
     if plan is not None and given:
         option = f"--{given[0].replace('_', '-')}"
-        raise PrunekitError(f"--plan says already what goes; leave out {option}, or leave out --plan")
+        raise PrunekitError(f"--plan gives the removed units already; leave out {option}, or leave out --plan")
     if plan is None and "pruning_ratio" not in given:
         raise PrunekitError("how much is to go? give --pruning-ratio, such as 0.2, or --plan PLAN.json")
 
@@ -229,7 +229,7 @@ def _is_too_large(model: str) -> bool:
 
 
 def _cut_streamed(order: _Order) -> pk.PruningPlan:
-    """The same with the weights on disk.
+    """Prune with the weights on disk.
 
     Raises:
         PrunekitError: as `prune_checkpoint`, or an option that needs the model in memory.
@@ -253,7 +253,7 @@ def _cut_streamed(order: _Order) -> pk.PruningPlan:
 def _notes(
     order: _Order, fit: str | None, drawing: dict[str, Any] | None, change: LossChange | None = None
 ) -> dict[str, Any]:
-    """Where the model and its scores come from, for the plan and the model card."""
+    """Sources of the model and its scores, for the plan and the model card."""
     noted: dict[str, Any] = {"made from": order.model}
     if fit is not None:
         noted["compensate"] = f"{fit}, where a linear layer lost inputs"
@@ -265,7 +265,7 @@ def _notes(
 
 
 def _answer(order: _Order, plan: pk.PruningPlan) -> Answer:
-    """What was done."""
+    """The answer after a cut."""
     names = ("n_parameters", "n_parameters_kept", "pruning_ratio", "notes")
     values = {name: getattr(plan, name) for name in names} | {"kinds": plan.summary().to_dict("index")}
     went = f"{plan.pruning_ratio:.2%} of the parameters went"
@@ -275,7 +275,7 @@ def _answer(order: _Order, plan: pk.PruningPlan) -> Answer:
 
 
 def _remarks(order: _Order, plan: pk.PruningPlan) -> list[str]:
-    """What is to be known of the folder written: that tokens have new numbers, that it is not plain."""
+    """Remarks on the folder: tokens with new ids, or a format that is not plain."""
     told = [f"nothing goes of {plan.notes['whole']}"] if "whole" in plan.notes else []
     told += [f"{RENUMBERED} ({LISTED}): no tokenizer is saved"] if plan.takes_tokens else []
     widths = not_plain(read_config(Path(order.out)))

@@ -30,7 +30,7 @@ def text_for(model: str, calibration: str | None, why: str | None = None, instea
 
 
 def drawn(given: dict[str, int], config: Any, **defaults: int) -> dict[str, Any]:
-    """How calibration windows are drawn: as given, else by defaults, which are shorter where a model takes less."""
+    """Options for drawing calibration windows: given values, else defaults within the model's limit."""
     if "seq_len" in defaults:
         defaults["seq_len"] = fitting_length(defaults["seq_len"], config)
     return {"seed": 0, **defaults, **given}

@@ -70,7 +70,7 @@ def parser_of(verb: Callable[..., Any], prog: str) -> Parser:
 
 
 def explained(verb: Callable[..., Any]) -> dict[str, str]:
-    """What a docstring says before its sections, as the description of a parser, and its example, as the end."""
+    """Description of a parser from a docstring's text before its sections, and the example as its end."""
     text, _, rest = (getdoc(verb) or "").partition("\n\nExample:\n")
     example = re.split(SECTIONS, rest, flags=re.MULTILINE)[0].strip()
     return {"description": text, "epilog": f"example:\n  {example}".replace("\n    ", "\n  ")}
@@ -117,7 +117,7 @@ def _add(place: Any, parameter: Parameter, told: str, extras: Mapping[str, Any])
 
 
 def _reading(annotation: Any) -> dict[str, Any]:
-    """How argparse reads a value of this type; of several, the first kind that a shell can say."""
+    """The argparse type for an annotation; of several, the first that a shell can express."""
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     for kind in kinds:
         origin, inside = get_origin(kind), get_args(kind)

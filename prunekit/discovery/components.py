@@ -54,7 +54,7 @@ class Sites:
 
 
 def joined(parts: Iterable[Ints]) -> Ints:
-    """All of them, flat, one after the other."""
+    """Concatenate arrays as one flat array."""
     return np.concatenate([np.zeros(0, np.int64), *(part.ravel() for part in parts)])
 
 

@@ -86,7 +86,7 @@ class CoupledGroup:
 
 @dataclass(frozen=True, eq=False)
 class Groups(Sequence[CoupledGroup]):
-    """All coupled groups of a model.
+    """The coupled groups of a model.
 
     Attributes:
         items: the groups, in the order of the model's layers.

@@ -94,7 +94,7 @@ def knowledge_of_units(
     """Measures how each domain changes when one unit (a head or a channel) is ablated alone.
 
     Args:
-        model: the dense model; it is left as it is.
+        model: the dense model; it is unchanged afterwards.
         tokenizer: its tokenizer.
         groups: the groups whose units are ablated one by one.
         tasks: tasks, as `knowledge_distribution` takes them.

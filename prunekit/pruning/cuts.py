@@ -22,7 +22,7 @@ Fields = dict[str, int]  # field of a configuration → its value a unit
 
 @dataclass(frozen=True, eq=False)
 class Cuts:
-    """What was cut from a model since it was whole.
+    """All cuts of a model since it was whole.
 
     Attributes:
         config: of the uncut model.

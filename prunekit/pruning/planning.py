@@ -52,7 +52,7 @@ def plan(
         protect_layers: layers whose groups stay whole, counted from 0.
         round_to: a cut group keeps a multiple of this; an int or kind → int.
         min_units: units every group keeps at least.
-        after: an earlier, smaller plan; what goes in it goes first.
+        after: an earlier, smaller plan; its removed units are removed first.
 
     Returns:
         A plan whose parameter count is within 0.5% of the model's parameters of what was asked. `notes["whole"]` says

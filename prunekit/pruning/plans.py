@@ -18,7 +18,7 @@ _NO_PLAN, _GIVE = "this is no pruning plan", "give JSON as PruningPlan.save writ
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which units of each group stay.
+    """A pruning plan: the units of each group that stay.
 
 
     Attributes:

@@ -324,7 +324,7 @@ def _apply(model: nn.Module, cut: _Cut) -> dict[str, str]:
 
 
 def _sync_layer(module: nn.Module) -> None:
-    """What torch's own layers print of their widths."""
+    """Update the widths that torch's own layers store."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, Conv1D):

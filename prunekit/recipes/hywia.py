@@ -17,7 +17,7 @@ from prunekit.recovery import LoRA, recover
 
 
 class Fused(NamedTuple):
-    """What the recipe returns.
+    """The result of the recipe.
 
     Attributes:
         model: the smaller one, recovered where there were data to recover with.
@@ -47,7 +47,7 @@ def hywia(
     Args:
         model: the dense model; unchanged.
         calib: integers (n_samples, seq_len).
-        pruning_ratio: what goes of the heads and FFN channels of `layers`.
+        pruning_ratio: share of the heads and FFN channels of `layers` that is removed.
         rule: how the weights of a group's two estimates are found, as in `fuse`.
         order: of both estimates, as in `Taylor`.
         layers: those that are cut; None as in `llm_pruner`.

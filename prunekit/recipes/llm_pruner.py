@@ -52,8 +52,8 @@ def llm_pruner(
     Args:
         model: the dense model; unchanged.
         calib: integers (n_samples, seq_len), in the paper 10 samples of 64 tokens; None where `importance` reads none.
-        pruning_ratio: what goes of the heads and FFN channels of `layers` (block), of the hidden channels (channel),
-            of the layers (layer).
+        pruning_ratio: removed share of the heads and FFN channels of `layers` (block), of the hidden channels
+            (channel), of the layers (layer).
         mode: `"block"` cuts heads and FFN channels, `"channel"` the residual stream through the whole model, and
             `"layer"` keeps the first layers and drops the others, whatever the importance.
         importance: `Taylor("vector")` is the paper's `vectorize`, `Taylor()` Element¹, `Taylor(order="second")`

@@ -70,7 +70,7 @@ class LoRA(TrainingSettings):
 
 
 def check_method(method: LoRA | None) -> LoRA:
-    """How LoRA trains; None is `LoRA()`.
+    """The LoRA settings; None is `LoRA()`.
 
     Raises:
         PrunekitError: it is something else.

@@ -98,7 +98,7 @@ def prune_progressively(
             gives where such groups were measured.
         n_periods: in which the units go in equal parts.
         warmup: share of the steps before the first units are chosen, in [0, 1).
-        rest: share of the steps after the last period, in [0, 1); without any, what goes last is never made good
+        rest: share of the steps after the last period, in [0, 1); without any, the last removals are never recovered
             unless `recover` follows.
         saliency: which units go; see `LHSPG`.
         tokenizer: needed where `data` is text.

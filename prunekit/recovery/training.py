@@ -26,7 +26,7 @@ _ON_DEVICE = 8  # windows in memory at once; a larger batch is accumulated
 
 
 class Resume(NamedTuple):
-    """Where an interrupted training resumes.
+    """The place from which an interrupted training resumes.
 
     Attributes:
         folder: of the Trainer's own checkpoints; the newest is kept, and taken up where there is one.

@@ -1,4 +1,4 @@
-"""What a search has measured, as a value."""
+"""Samples of a search: candidates and what was measured of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

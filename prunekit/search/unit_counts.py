@@ -1,4 +1,4 @@
-"""How many units of each group to remove: shares are scaled together until all budgets are met."""
+"""Number of units to remove from each group: scales shares together until all budgets are met."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ TOP = 10  # most promising candidates, for the regret
 def agreement(
     expected: Sequence[float] | np.ndarray, measured: Sequence[float] | np.ndarray, top: int = TOP
 ) -> pd.Series:
-    """How well predicted values agree with measured ones; lower is better in both.
+    """Agreement of predicted with measured values: error, rank correlations, regret; lower values are better.
 
     Args:
         expected: predicted values, (n,).
