@@ -223,7 +223,6 @@ def recipe(
         settings["budgets"] = settings.pop("pruning_ratio")
     if unknown := [option for option in settings if option not in takes]:
         raise PrunekitError(f"recipe {name} has no --{unknown[0].replace('_', '-')}; leave it out")
-    text = text_for(model, calibration, f"recipe {name}") if "calib" in takes else None
     if "sources" in takes and data is None:
         raise PrunekitError(f"recipe {name} trains; give --data, such as wiki=wiki.txt,code=code.txt")
     unread = [] if "calib" in takes else [*(["calibration"] if calibration else []), *drawing]
@@ -234,6 +233,7 @@ def recipe(
         raise PrunekitError(f"--{option} is a setting of recovery, which reads text; give --data too, or leave it out")
     if "budgets" in takes and "budgets" not in settings:
         raise PrunekitError(f"how much is to go? recipe {name} needs --pruning-ratio, such as 0.35")
+    text = text_for(model, calibration, f"recipe {name}") if "calib" in takes else None
     dense, tokenizer = pk.load(model, **loading)
     given: dict[str, Any] = {"tokenizer": tokenizer, "data": data, "sources": inputs.named_texts(data)}
     if training:
