@@ -43,7 +43,7 @@ def test_magnitude_reads_nothing_and_the_table_says_so(tmp_path, capsys):
         (["--sparsity", "1"], "sparsity=1.0 is not allowed; give a fraction in [0, 1)"),
         (["--pattern", "2-4"], "'2-4' is not KEPT:OF"),
         (["--pattern", "5:4"], "1 ≤ kept ≤ of"),
-        (["--pattern", "2:5"], "do not divide"),
+        (["--pattern", "2:5"], "does not divide"),
         (["--sparsity", "0.5", "--method", "best"], "method='best' is unknown"),
         (["--sparsity", "0.5", "--layers", "9"], "numbers from 0 to 7"),
         (["--sparsity", "0.5", "--allocation", "fair"], "allocation='fair' is unknown"),

@@ -109,7 +109,7 @@ def test_bad_reports_are_refused(report, tmp_path):
     with pytest.raises(PrunekitError, match="no file"):
         Report.load(tmp_path / "missing.json")
     for text in ("[]", "{}", "nonsense", '{"format": "prunekit report 0"}', '{"format": "prunekit report 1", "x": 1}'):
-        with pytest.raises(PrunekitError, match="no report"):
+        with pytest.raises(PrunekitError, match="not a prunekit report"):
             Report.from_json(text)
     with pytest.raises(PrunekitError, match="no report to compare"):
         compare({})

@@ -63,7 +63,7 @@ def test_the_recipe_goes_on_where_it_was(world, calib, tmp_path):
 
 def test_the_recipe_refuses_what_cannot_be(world, calib):
     model, tokenizer = world
-    with pytest.raises(PrunekitError, match="cannot be met: 456,000 must stay"):
+    with pytest.raises(PrunekitError, match="cannot be met: pruning reaches 456,000 at best"):
         accuracy_predictor(model, tokenizer, calib, 0.9, TEXT)
     with pytest.raises(PrunekitError, match="importance 'magic' is unknown"):
         accuracy_predictor(model, tokenizer, calib, 0.3, TEXT, importances=["magic"])

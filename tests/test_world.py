@@ -246,7 +246,7 @@ def test_instructions_ask_and_are_answered():
 @pytest.mark.parametrize("make", [world.documents, world.instructions])
 @pytest.mark.parametrize("kinds", [["magic"], "fact", []])
 def test_kinds_that_are_none_are_refused(make, kinds):
-    with pytest.raises(PrunekitError, match="give a list out of fact, two_hop"):
+    with pytest.raises(PrunekitError, match="give a list of fact, two_hop"):
         make(1, kinds=kinds)
 
 
