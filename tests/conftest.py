@@ -30,6 +30,18 @@ def smollm2():
     return real_model("smollm2")
 
 
+QUICK = {"llama_gqa", "gpt2", "gemma3", "mixtral"}  # families that `make fast` asks; `make test` asks all
+OF_FAMILIES = ("test_families", "test_parts", "test_configuration_after_cut", "test_checkpoint", "test_sparsify")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        if isinstance(family, str) and item.module.__name__ in OF_FAMILIES and family not in QUICK:
+            item.add_marker(pytest.mark.slow)
+
+
 def _note(report):
     reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else ""
     if report.skipped and WORD in reason and SHARED.is_dir():

@@ -58,6 +58,7 @@ def test_sparsellm_puts_zeros_in_and_trains_where_there_is_data(dense, tmp_path,
     assert "by sparsellm" in capsys.readouterr().out and (tmp_path / "out" / "sparsity.json").is_file()
 
 
+@pytest.mark.slow
 def test_lorashear_prunes_while_it_trains_on_named_sources(dense, tmp_path, capsys):
     text = tmp_path / "long.txt"
     text.write_text("\n".join(f"{number} {TEXT}" for number in range(40)))

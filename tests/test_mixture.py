@@ -51,6 +51,7 @@ def test_the_source_that_lost_most_gets_most(models):
     assert all(torch.equal(p, before[name]) for name, p in forgetful.named_parameters())
 
 
+@pytest.mark.slow
 def test_what_is_logged_is_what_was_measured(models):
     dense, forgetful = models
     recovered = recover_on_mixture(forgetful, dense, SOURCES, QUICK, Mixture(n_rounds=2))
@@ -83,6 +84,7 @@ def test_what_is_measured_on_is_never_trained_on(models, monkeypatch):
     assert not rows & {tuple(row.tolist()) for tokens in held for row in tokens}
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same(models):
     dense, forgetful = models
     a, b = (recover_on_mixture(forgetful, dense, SOURCES, QUICK, Mixture(n_rounds=2, seed=4)) for _ in range(2))

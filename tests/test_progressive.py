@@ -204,6 +204,7 @@ def test_no_pickle_is_read_that_could_run_code(tmp_path):
     assert json.loads((newest / "trainer_state.json").read_text())["global_step"] == 10
 
 
+@pytest.mark.slow
 def test_a_loss_that_breaks_stops_and_keeps_the_last_good_state(tmp_path):
     model = tiny_llama()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -269,6 +270,7 @@ print(f"RESULT {total:.6f} {sum(len(done.plan.removed(name)) for name in done.pl
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     folder = tmp_path / "run"
     (tmp_path / "work.py").write_text(WORK)

@@ -92,6 +92,7 @@ def test_compensation_and_fusion_are_knobs_like_any_other(world, calib):
     assert shap["refit"].abs().mean() > shap["coarse"].abs().mean()
 
 
+@pytest.mark.slow
 def test_sparsity_of_each_layer_is_a_knob_too(world):
     """Zeros instead of smaller shapes, half of all weights on average."""
     model, tokenizer = world

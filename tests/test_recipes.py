@@ -174,6 +174,7 @@ def tokenizer():
     return pk.load("world")[1]
 
 
+@pytest.mark.slow
 def test_lorashear_is_its_steps(model, tokenizer):
     """Distribution, protection, LHSPG, construction, two stages on mixtures: each as the primitive has it."""
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -210,6 +211,7 @@ def test_lorashear_leaves_out_a_stage_of_no_share(model, tokenizer):
     torch.testing.assert_close(logits_of(done.model), logits_of(done.progress.model), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_lorashear_never_trains_on_what_it_measures_on(model, tokenizer, monkeypatch):
     """Not in the pruning either, which reads all the rest."""
     from prunekit.recovery import mixture, progressive

@@ -131,6 +131,7 @@ def killed(tmp_path, whole_group):
         yield tmp_path / "search"
 
 
+@pytest.mark.slow
 def test_workers_measure_what_one_process_does(tmp_path, expected):
     """Both of them, elsewhere, with one thread each, and the model loaded once."""
     before = torch.get_num_threads()
@@ -212,6 +213,7 @@ def score_unless(point, tokenizer, *, file):
     return score_of(point)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path, expected):
     """Neither finishes its first point before both have one."""
     body = f"""

@@ -185,6 +185,7 @@ SKIPS = "import pytest\ndef test_real(): pytest.skip('needs the shared folder')\
 SKIPS_FILE = "import pytest\npytest.skip('no shared folder', allow_module_level=True)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("body", "workers"), [(SKIPS, ["-n", "2"]), (SKIPS_FILE, [])], ids=["test", "file"])
 def test_skip_for_want_of_shared_fails_where_shared_is(tmp_path, body, workers):
     (tmp_path / "shared").mkdir()

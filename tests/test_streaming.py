@@ -354,6 +354,7 @@ def test_a_lock_that_a_killed_run_left_blocks_nobody(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
 
 
+@pytest.mark.slow
 def test_a_system_without_such_locks_streams_too(tmp_path):
     script = "import sys; sys.modules['fcntl'] = None; import prunekit as pk; "
     script += "pk.prune_checkpoint(sys.argv[1], sys.argv[2], pk.Magnitude(), 0.2)"

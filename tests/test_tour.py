@@ -168,6 +168,7 @@ def test_empty_folder_exits_2(tmp_path, capsys):
     assert run(tmp_path) == 2 and "no notebooks" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_what_is_finished_and_leaves_no_kernel(tmp_path, write):
     write("00_quick.ipynb", "1")
     write("01_slow.ipynb", f"open({str(tmp_path / 'began')!r}, 'w').close()", "import time; time.sleep(300)")
