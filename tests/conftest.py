@@ -33,12 +33,15 @@ def smollm2():
 QUICK = {"llama_gqa", "gpt2", "gemma3", "mixtral"}  # families that `make fast` asks; `make test` asks all
 OF_FAMILIES = ("test_families", "test_parts", "test_configuration_after_cut", "test_checkpoint", "test_sparsify")
 
+WHOLE = ("test_keeping_zeros", "test_mixture", "test_progressive", "test_search_campaign", "test_streaming", "test_tour")
+
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        if isinstance(family, str) and item.module.__name__ in OF_FAMILIES and family not in QUICK:
+        others = isinstance(family, str) and item.module.__name__ in OF_FAMILIES and family not in QUICK
+        if others or item.module.__name__ in WHOLE:  # of these, all are slow
             item.add_marker(pytest.mark.slow)
 
 
