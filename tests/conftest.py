@@ -33,7 +33,14 @@ def smollm2():
 QUICK = {"llama_gqa", "gpt2", "gemma3", "mixtral"}  # families that `make fast` asks; `make test` asks all
 OF_FAMILIES = ("test_families", "test_parts", "test_configuration_after_cut", "test_checkpoint", "test_sparsify")
 
-WHOLE = ("test_keeping_zeros", "test_mixture", "test_progressive", "test_search_campaign", "test_streaming", "test_tour")
+WHOLE = (
+    "test_keeping_zeros",
+    "test_mixture",
+    "test_progressive",
+    "test_search_campaign",
+    "test_streaming",
+    "test_tour",
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
