@@ -56,10 +56,8 @@ def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: i
     Raises:
         PrunekitError: it asks for more.
     """
-    layers, held = (
-        getattr(config.get_text_config(), "num_hidden_layers", None) or 0,
-        sum(_elements(t.shape) for t in stored.values()),
-    )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    held = sum(_elements(t.shape) for t in stored.values())
     if layers > len(stored):
         raise PrunekitError(
             f"config.json of {source!r} has {layers:,} layers, but {len(stored)} tensors are stored; "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.account import LossChange
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
+from prunekit.models import count_parameters
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.experts import fit_for_grouped
@@ -91,7 +92,7 @@ def model_card(
         unsaid: the widths that its family cannot express.
         remarks: more sentences about it.
     """
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model)
     sentence, loader = _FORMS[layout]
     sentence = _NOT_FILLED if layout == PADDED and not unsaid else sentence.format(unsaid="; ".join(unsaid))
     family = f"`{type(model).__name__}`, {parameters:,} parameters. {sentence}"

@@ -171,7 +171,7 @@ def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
 def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
     """The model of a folder or hub id, loaded by `transformers`; missing or unfitting weights raise an error."""
     where = _where(source)
-    if not trust_remote_code:
+    if not trust_remote_code and not Path(source).is_dir():  # a folder's was checked as it was read
         check_implementations(_described(source, where), source)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -197,7 +197,7 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
 
 
 def _described(source: str, where: dict[str, bool]) -> dict[str, Any]:
-    """config.json of a folder or hub id; empty where there is none, which the load that follows reports."""
+    """config.json of a hub id; empty where there is none, which the load that follows reports."""
     with suppress(Exception):
         found: dict[str, Any] = PretrainedConfig.get_config_dict(source, **where)[0]
         return found

@@ -20,6 +20,7 @@ from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
 from prunekit.importance import Ablation, Curvature, HyWIA, Importance, Random, Scores, Taylor
+from prunekit.models import count_parameters
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
 from prunekit.pruning.planning import default_units
@@ -153,7 +154,7 @@ def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     model, _ = map_checkpoint(order.folder)
     plan = order.how if isinstance(order.how, PruningPlan) else _plan(model, order, work)
     small, postponed = cut_without_weights(model, plan)
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    before, after = map(count_parameters, (model, small))
     # Counted anew, since a plan may be written by hand.
     plan = replace(plan, n_parameters=before, n_parameters_kept=after, notes={**plan.notes, **notes})
     work.claim(order.facts())

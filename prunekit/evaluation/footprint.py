@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunekit.compat import TorchDispatchMode, storage_key, tree_leaves
 from prunekit.errors import PrunekitError
-from prunekit.models import device_of, evaluating, max_positions
+from prunekit.models import count_parameters, device_of, evaluating, max_positions
 
 MIB = 1024**2
 WARM_UP = 2  # runs before the clock counts: allocation, kernel selection, caches
@@ -118,7 +118,7 @@ def cost(
     ids = random_tokens(model, batch_size, seq_len)
     with evaluating(model), torch.no_grad():
         return Cost(
-            n_parameters=sum(weight.numel() for weight in model.parameters()),
+            n_parameters=count_parameters(model),
             macs=count_macs(model, ids),
             weight_bytes=bytes_of_weights(model),
             peak_bytes=bytes_of_weights(model) + measure_activations(model, ids),

@@ -99,8 +99,9 @@ def plan(
         "of": of, "ranking": ranking, "importance": getattr(scores, "label", None),
     }  # fmt: skip
     held = held_by_rounding(groups, candidates, scores, rounding, min_units) if rounded else []
-    few = _too_few(gone, candidates, fractions) if of == "units" else {}
+    few: dict[str, str] = {}
     if of == "units":
+        few = _too_few(gone, candidates, fractions)
         _check_some_go(gone, fractions, few, rounded)
     whole = [f"{', '.join(held)}: no smaller number of units for {rounded}"] if held else []
     if whole or few:
