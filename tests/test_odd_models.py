@@ -70,3 +70,7 @@ def test_code_that_a_configuration_names_is_not_fetched(tmp_path, field):
     (tmp_path / "config.json").write_text(json.dumps({**config, field: "somebody/kernel"}))
     with pytest.raises(PrunekitError, match=f"has {field}='somebody/kernel', code of a repository"):
         pk.load(tmp_path)
+    within = {"text_config": {"model_type": "prunekit", field: "somebody/kernel"}}  # only a whole checkpoint is ours
+    (tmp_path / "config.json").write_text(json.dumps({**config, **within}))
+    with pytest.raises(PrunekitError, match=f"has {field}='somebody/kernel', code of a repository"):
+        pk.load(tmp_path)

@@ -86,7 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_implementations(described: Any, source: str) -> None:
+def check_implementations(described: dict[str, Any], source: str) -> None:
     """Raise an error where a configuration names a repository with code for attention or experts.
 
     `transformers` would fetch and run it. A cut checkpoint of ours is built without these fields instead.
@@ -98,15 +98,18 @@ def check_implementations(described: Any, source: str) -> None:
     Raises:
         PrunekitError: names the field and the repository.
     """
-    if not isinstance(described, dict) or described.get("model_type") == "prunekit":
-        return
-    for key, value in described.items():
+    if described.get("model_type") != "prunekit":
+        _check_fields(described, source)
+
+
+def _check_fields(described: Any, source: str) -> None:
+    for key, value in described.items() if isinstance(described, dict) else ():
         if "_implementation" in key and "/" in str(value):
             raise PrunekitError(
                 f"config.json of {source!r} has {key}={value!r}, code of a repository, which is not fetched or run; "
                 "remove that field from config.json"
             )
-        check_implementations(value, source)
+        _check_fields(value, source)
 
 
 def _quantized(folder: Path, quantization: Any) -> PrunekitError:
