@@ -23,7 +23,7 @@ from prunekit.importance import (
     importance_from_name,
     score,
 )
-from prunekit.importance.reduction import REDUCTIONS, all_slice_scores, slice_scores, unit_scores
+from prunekit.importance.scores import REDUCTIONS, all_slice_scores, slice_scores, unit_scores
 
 CALIB = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(1))
 D_HEAD = 4

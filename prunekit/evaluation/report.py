@@ -14,9 +14,8 @@ from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.footprint import Cost, cost
 from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity
-from prunekit.evaluation.multiple_choice import zero_shot
+from prunekit.evaluation.multiple_choice import ZeroShotResult, zero_shot
 from prunekit.evaluation.named_tasks import Tasks
-from prunekit.evaluation.zero_shot_result import ZeroShotResult
 from prunekit.files import read_text, write_text
 
 METRICS = ("perplexity", "zero_shot", "cost")

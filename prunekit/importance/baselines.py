@@ -10,7 +10,7 @@ from prunekit.checks import check_choice
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
-from prunekit.importance.reduction import REDUCTIONS, all_slice_scores, unit_scores
+from prunekit.importance.scores import REDUCTIONS, all_slice_scores, unit_scores
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
-from prunekit.importance.reduction import check_takes_tokens
+from prunekit.importance.scores import check_takes_tokens
 from prunekit.models import evaluating
 
 ROOM = 2**31  # bytes of statistics held at once

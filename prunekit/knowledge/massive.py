@@ -14,7 +14,7 @@ from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.importance.input_statistics import linear_readers, sums_over_inputs, wide
-from prunekit.importance.reduction import check_takes_tokens
+from prunekit.importance.scores import check_takes_tokens
 from prunekit.models import evaluating
 from prunekit.pruning.recording import written_out
 

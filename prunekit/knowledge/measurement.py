@@ -14,8 +14,7 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import require_finite
 from prunekit.evaluation.named_tasks import Tasks
 from prunekit.importance.ablation import ablated
-from prunekit.knowledge.prefix_reuse import Runner
-from prunekit.knowledge.question_spans import Exam, Texts, make_exam
+from prunekit.knowledge.question_spans import Exam, Runner, Texts, make_exam
 from prunekit.knowledge.record import Record, Silencing, fingerprint
 from prunekit.knowledge.result import KnowledgeDistribution
 from prunekit.models import evaluating

@@ -22,8 +22,7 @@ from prunekit.extras import need
 from prunekit.fingerprint import digest_of
 from prunekit.models import device_of
 from prunekit.questions import Task
-from prunekit.search.metrics import Metric, metrics_of
-from prunekit.search.pairs import Pairs
+from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.space import Point, Space, key_of
 from prunekit.search.trials import Trials
 from prunekit.search.worker import Work, carry_out, keep_open, let_go

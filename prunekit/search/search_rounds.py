@@ -16,11 +16,9 @@ from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.questions import Task
 from prunekit.search.campaign import Campaign, drawn
-from prunekit.search.evolution import PARENTS, evolve
-from prunekit.search.metrics import Metric, metrics_of
-from prunekit.search.pairs import Pairs
+from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees
-from prunekit.search.refinement import Cut, refined
+from prunekit.search.proposals import PARENTS, Cut, evolve, refined
 from prunekit.search.space import Point, Space, key_of
 
 

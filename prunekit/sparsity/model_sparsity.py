@@ -17,16 +17,12 @@ from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
 from prunekit.models import evaluating
 from prunekit.pruning.recording import written_out
-from prunekit.sparsity.allocation import allocate
-from prunekit.sparsity.factors import DAMPING
-from prunekit.sparsity.input_checks import check_sparsifiable
 from prunekit.sparsity.layers import Settings, prune_alone, prune_layer
 from prunekit.sparsity.matrices import Matrix, find_matrices
-from prunekit.sparsity.methods import SparseLLM
-from prunekit.sparsity.patterns import Pattern, pattern_of
-from prunekit.sparsity.remarks import remarks_on
-from prunekit.sparsity.solvers import check_damping
-from prunekit.sparsity.sparsity_report import SparsityReport
+from prunekit.sparsity.matrix_inputs import DAMPING
+from prunekit.sparsity.patterns import Pattern, allocate, check_sparsifiable, pattern_of
+from prunekit.sparsity.solvers import SparseLLM, check_damping
+from prunekit.sparsity.sparsity_report import SparsityReport, remarks_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
