@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup real lab tour test fast bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-llmcompressor lint clean
+.PHONY: help setup real lab tour book test fast bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-llmcompressor lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,9 @@ lab: setup ## open JupyterLab on the notebook series
 
 tour: setup ## run the series headless: build/notebooks/*.html and build/summary.md
 	$(BIN)/python tools/tour.py
+
+book: tour ## run the series, then build README, docs and notebooks as one HTML site with search: build/book/html
+	$(BIN)/python tools/book.py
 
 test: setup ## run every test and every notebook
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
