@@ -288,7 +288,7 @@ def test_memory_is_that_of_a_few_parameters(importance, large, tmp_path):
         ({"max_shard_size": "large"}, "max_shard_size='large' is no size"),
         ({"ratio": 0.99}, "pruning_ratio=0.99 cannot be met"),
         ({"ranking": "sideways"}, "ranking='sideways' is unknown"),
-        ({"kinds": ["expert"]}, "kind 'expert' is not one of this model's: "),
+        ({"kinds": ["expert"]}, "no groups of the kind 'expert'; it has kv_head, "),
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(changes, message, tmp_path, monkeypatch):

@@ -170,10 +170,7 @@ def candidates(groups: Groups, kinds: Iterable[str] | None) -> tuple[CoupledGrou
     Raises:
         PrunekitError: a kind that the model does not have.
     """
-    there = dict.fromkeys(group.kind for group in groups)
-    for kind in kinds or ():
-        if kind not in there:
-            raise PrunekitError(f"kind {kind!r} is not one of this model's: {', '.join(there)}")
+    groups.check_kinds(kinds or ())
     return default_units(groups) if kinds is None else groups.of_kind(*kinds)
 
 
