@@ -1,7 +1,7 @@
 """Helpers for any model: evaluation mode, device, size, tensors, and maximum tokens."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION
+
 Shapes = dict[str, tuple[int, ...]]
+
+# The eager implementations of attention and experts run on any device, one after the other.
+WRITTEN_OUT = (ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION)
 
 
 @contextmanager
@@ -86,3 +91,26 @@ def fitting_length(wanted: int, config: Any) -> int:
     """Tokens per window: the wanted number, limited by the configuration."""
     limit = positions_of(config)
     return wanted if limit is None or limit < 2 else min(wanted, limit)
+
+
+def configurations_of(model: nn.Module) -> list[Any]:
+    """The configurations that a model's modules hold, each once; a cut layer has one of its own."""
+    found = [vars(module).get("config") for module in model.modules()]
+    return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())
+
+
+@contextmanager
+def written_out(model: nn.Module, fields: Iterable[str] = WRITTEN_OUT) -> Iterator[None]:
+    """A context in which attention and experts (or the given configuration fields) use the eager implementation.
+
+    That is one arithmetic for every width, dtype and device, and experts run one after the other.
+    """
+    configs = [vars(config) for config in configurations_of(model)]
+    before = [{name: config[name] for name in fields if name in config} for config in configs]
+    try:
+        for config, names in zip(configs, before, strict=True):
+            config.update(dict.fromkeys(names, "eager"))
+        yield
+    finally:
+        for config, names in zip(configs, before, strict=True):
+            config.update(names)

@@ -168,7 +168,7 @@ def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
     check_size(config, stored, str(folder), factor=2)
 
 
-def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
+def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **options: Any) -> Any:
     """The model of a folder or hub id, loaded by `transformers`; missing or unfitting weights raise an error."""
     where = _where(source)
     if not trust_remote_code and not Path(source).is_dir():  # a folder's was checked as it was read
@@ -183,6 +183,7 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
             ignore_mismatched_sizes=True,  # they are refused below, by name
             adapter_kwargs=where,  # asked for on a way of its own
             **where,
+            **options,
         )
     except PrunekitError:
         raise

@@ -47,6 +47,11 @@ class Work:
         return self.root / "scores.safetensors"
 
     @property
+    def source(self) -> Path:
+        """A copy of the source with the model's own tensors, where it has others."""
+        return self.root / "source"
+
+    @property
     def checkpoint(self) -> Path:
         """The unfinished output folder; a rename makes it OUT."""
         return self.root / "checkpoint"

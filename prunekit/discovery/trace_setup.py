@@ -17,14 +17,14 @@ from prunekit.discovery.labelling import LabelMode
 def free_parameters(model: nn.Module, mode: LabelMode) -> Iterator[None]:
     """A context in which parameters are expanded zeros with fresh labels per dimension, and buffers are on the CPU."""
     fakes = {id(p): _fake_parameter(mode, name, p) for name, p in model.named_parameters()}
+    fakes |= {id(b): mode.buffers.follow(name, _own_copy(b)) for name, b in model.named_buffers()}
     holders: list[dict[str, Any]] = [vars(m)[name] for m in model.modules() for name in ("_parameters", "_buffers")]
     before = [(holder, dict(holder)) for holder in holders]
     try:
         for holder, was in before:
             for name, value in was.items():
                 if value is not None:
-                    stand_in = fakes.get(id(value))
-                    holder[name] = _own_copy(value) if stand_in is None else stand_in
+                    holder[name] = fakes[id(value)]
         yield
     finally:
         for holder, was in before:

@@ -13,7 +13,13 @@ from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
-from prunekit.importance.input_statistics import computing_wide, linear_readers, members_read, sums_over_inputs, wide
+from prunekit.importance.input_statistics import (
+    computing_wide,
+    members_read,
+    readers_of,
+    sums_over_inputs,
+    wide,
+)
 from prunekit.importance.scores import all_slice_scores, check_takes_tokens, tokens_for, unit_scores
 from prunekit.models import evaluating
 
@@ -24,8 +30,9 @@ class Activation:
 
     W is the weight of a linear layer whose inputs the unit owns (columns of `o_proj` for a head, of `down_proj` for a
     channel), ‖x_j‖₂ its j-th input over all calibration tokens. A unit without a consumer layer, such as a whole block,
-    is scored by the rows that it owns. Only forward passes are needed. They run in float32 or wider, one module at a
-    time, since half precision overflows and is slow on a CPU.
+    is scored by the rows that it owns. Experts are scored by all their matrices, each over the tokens that reach it.
+    Only forward passes are needed. They run in float32 or wider, one module at a time, since half precision overflows
+    and is slow on a CPU.
 
     Source: Wanda (Sun et al. 2023), Eq. 1, |W_ij|·‖X_j‖₂. Differs: summed over all that a unit owns, to remove
         units, where Wanda compares the weights of one row and zeroes some.
@@ -97,6 +104,7 @@ def _moments(x: Tensor) -> Tensor:
 
 def _variance(sums: Tensor) -> Tensor:
     n, total, squares = sums
+    n = n.clamp_min(1)  # an expert may have had no token
     return ((squares - total.square() / n) / (n - 1).clamp_min(1)).clamp_min(0)  # one token has no variance
 
 
@@ -109,7 +117,7 @@ def _scored(
 ) -> dict[str, Tensor]:
     """Unit scores from weight scores, each computed from sums over the inputs and the weight (out, in)."""
     tokens = tokens_for("this importance", calib)
-    readers = linear_readers(model)
+    readers = readers_of(model)
     read = [replace(group, members=members_read(group, readers)) for group in groups]
     names = dict.fromkeys(member.parameter for group in read for member in group.members)
     sums = sums_over_inputs(model, tokens, {name: readers[name] for name in names}, measure)
@@ -117,8 +125,13 @@ def _scored(
 
     def weight_scores(name: str) -> Tensor:
         weight = wide(parameters[name].detach())
-        as_stored = (lambda t: t) if readers[name].input_dim == 1 else (lambda t: t.T)
-        return as_stored(weigh(sums[name], as_stored(weight)).to(weight.dtype))
+        turned = readers[name].input_dim != weight.dim() - 1
+        matrices = weight.mT if turned else weight  # ([expert,] out, in)
+        if readers[name].n_experts:
+            scores = torch.stack([weigh(*pair) for pair in zip(sums[name], matrices, strict=True)])
+        else:
+            scores = weigh(sums[name], matrices)
+        return (scores.mT if turned else scores).to(weight.dtype)
 
     slices = all_slice_scores(read, weight_scores, "element")
     return {group.name: unit_scores(group, slices, "sum") for group in read}

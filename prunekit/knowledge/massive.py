@@ -15,8 +15,7 @@ from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.importance.input_statistics import linear_readers, sums_over_inputs, wide
 from prunekit.importance.scores import check_takes_tokens
-from prunekit.models import evaluating
-from prunekit.pruning.recording import written_out
+from prunekit.models import evaluating, written_out
 
 TIMES = 100  # a token is massive where one of its activations is so many times the layer's median |h|
 FIRST = 8  # attention sinks lie on the first tokens, so the attention of later ones is measured

@@ -10,9 +10,9 @@ import torch
 
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.models import empty_model, evaluating, logits_alone, shapes_of
+from prunekit.models import configurations_of, empty_model, evaluating, logits_alone, shapes_of, written_out
 from prunekit.pruning.cuts import HEAD_SIZE, Cuts, Fields, with_fields, with_width
-from prunekit.pruning.recording import RECORD, base_of, configurations_of, recorded, written_out
+from prunekit.pruning.recording import RECORD, base_of, recorded
 from prunekit.pruning.vocabulary import configurations
 
 _SAVE = "save_pretrained"

@@ -77,7 +77,7 @@ def plan(
         found = tuple(g for g in default_units(groups) if g.kind != "query_head" or g.name in scores)
         fractions.update((g.kind, pruning_ratio) for g in found)
     else:
-        _check_there(groups, fractions)
+        groups.check_kinds(fractions)
         found = groups.of_kind(*fractions)  # asked for by name: inexact ones too
     candidates = candidates_of(groups, scores, found, protected)
     rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
@@ -118,15 +118,6 @@ def default_units(groups: Groups) -> tuple[CoupledGroup, ...]:
     split = {_place(g) for g in groups.of_kind("query_head") if g.exact and g.n_units > 1} & single
     found = groups.of_kind(*DEFAULT_KINDS, "query_head")
     return tuple(g for g in found if g.exact and g.kind != ("kv_head" if _place(g) in split else "query_head"))
-
-
-def _check_there(groups: Groups, kinds: Iterable[str]) -> None:
-    """Raise an error for kinds that were asked for by name and that the model has no groups of."""
-    for kind in kinds:
-        if not groups.of_kind(kind):
-            there = ", ".join(each for each in KINDS if groups.of_kind(each)) or "no groups at all"
-            locked = f"; {len(groups.locked)} places are locked, groups.locked says why" if groups.locked else ""
-            raise PrunekitError(f"this model has no groups of the kind {kind!r}; it has {there}{locked}")
 
 
 def _too_few(

@@ -15,8 +15,7 @@ from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
 from prunekit.discovery.parts import outermost_elements
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
-from prunekit.models import evaluating
-from prunekit.pruning.recording import written_out
+from prunekit.models import evaluating, written_out
 from prunekit.sparsity.layers import Settings, prune_alone, prune_layer
 from prunekit.sparsity.matrices import Matrix, find_matrices
 from prunekit.sparsity.matrix_inputs import DAMPING
