@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from prunekit.checks import is_real
+from prunekit.annotations import is_real
 from prunekit.discovery import Groups
 from prunekit.errors import PrunekitError
 from prunekit.pruning.steps import Counter, Step, parameters_per_unit

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from prunekit.checks import check_integers, check_reals
-from prunekit.errors import PrunekitError
+from prunekit.checks import Count, Positive, check_fields
 
 
 @dataclass(frozen=True)
@@ -25,20 +24,14 @@ class SparseLLM:
         are Gram matrices and Cholesky factors, and gradients closed forms.
     """
 
-    n_iterations: int = 4
+    n_iterations: Count = 4
     faithful: bool = False
-    alpha: float | None = None
-    beta: float | None = None
-    gamma: float | None = None
+    alpha: Positive | None = None
+    beta: Positive | None = None
+    gamma: Positive | None = None
 
     def __post_init__(self) -> None:
-        check_integers(n_iterations=(self.n_iterations, 1))
-        if not isinstance(self.faithful, bool):
-            raise PrunekitError(f"faithful={self.faithful!r} is not allowed; give True or False")
-        for name in ("alpha", "beta", "gamma"):
-            value = getattr(self, name)
-            if value is not None:
-                check_reals(**{name: (value, 1e-12, float("inf"))})
+        check_fields(self)
 
     def for_form(self, gated: bool) -> "SparseLLM":
         """The options with default weights filled in."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.checks import is_real
+from prunekit.annotations import is_real
 from prunekit.errors import PrunekitError
 
 

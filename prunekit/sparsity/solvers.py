@@ -1,14 +1,14 @@
 """The solvers magnitude, Wanda and SparseGPT: each returns a pruned copy of one weight matrix."""
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prunekit.annotations import is_real
 from prunekit.calibration import all_finite
-from prunekit.checks import check_integers, is_real
-from prunekit.errors import PrunekitError
+from prunekit.checks import check_integers
+from prunekit.errors import PrunekitError, warn
 from prunekit.sparsity.factors import DAMPING, Factor, factorize
 from prunekit.sparsity.patterns import Pattern, pattern_of
 
@@ -119,9 +119,7 @@ def _factor(hessian: Tensor, damping: float) -> Factor:
         raise PrunekitError("all inputs of this matrix are zero; give another calibration set")
     found = factorize(hessian, damping)
     if found.damping != damping:
-        warnings.warn(
-            f"the Hessian has no Cholesky factor with damping={damping:g}; {found.damping:g} was used", stacklevel=3
-        )
+        warn(f"the Hessian has no Cholesky factor with damping={damping:g}; {found.damping:g} was used")
     return found
 
 
