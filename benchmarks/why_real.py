@@ -7,8 +7,8 @@ Losses are in nats per token, on windows of 128 tokens of C4 that no score has s
 - results/layers_smollm2.csv: one row a layer, the residual stream and the attention on the first token; and of a cut
   of 20% by first-order Taylor, all layers alike, the rise of the loss where only this layer is cut (`alone`) and where
   only this layer is left whole (`spared`).
-- results/ffns_smollm2.csv: one row a layer, the rise of the loss without a fifth of its FFN channels (the lowest by each
-  importance), and the rank correlation of their L2 scores with activation and curvature.
+- results/ffns_smollm2.csv: one row a layer, the rise of the loss without a fifth of its FFN channels (those with the
+  lowest scores), and the rank correlation of their L2 scores with activation and curvature.
 - results/sentences_smollm2.csv: how the dense model, that cut, and the shell's default cut of 20% go on.
 - results/map_smollm2.csv: the rise of the loss, text by text, with half of each group of heads or channels zeroed.
 """

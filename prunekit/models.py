@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION
+from prunekit.locks import PROCESS
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -69,10 +71,24 @@ def positions_of(config: Any) -> int | None:
 
 def empty_model(config: Any, **options: Any) -> Any:
     """The model of a configuration, its parameters on the meta device, its buffers real; no code from elsewhere."""
-    with init_empty_weights():
+    with _without_parameters():
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     model.tie_weights()
     return model
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """A context in which this thread's new parameters stand on the meta device; accelerate does that to all threads."""
+    plain, own = nn.Module.register_parameter, get_ident()
+    with PROCESS, init_empty_weights():
+        empty = nn.Module.register_parameter
+
+        def register(module: nn.Module, name: str, parameter: Any) -> None:
+            (empty if get_ident() == own else plain)(module, name, parameter)
+
+        nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+        yield
 
 
 def shapes_of(model: nn.Module) -> Shapes:

@@ -204,7 +204,7 @@ def test_what_a_forward_pass_keeps_on_its_modules_is_gone_after_a_trace():
 
 def test_what_is_no_model_is_refused():
     for thing in (None, "model", nn.Identity()):
-        with pytest.raises(PrunekitError, match="has no parameters to prune; give a causal language model"):
+        with pytest.raises(PrunekitError, match="is not allowed; give a causal language model with parameters"):
             discover(thing)
 
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
-
 from prunekit.checkpoint.cards import renumbered, texts_beside
 from prunekit.checkpoint.gguf import check_family, write_gguf
 from prunekit.checkpoint.padded import padded_model
@@ -17,7 +15,7 @@ from prunekit.checkpoint.saving import (
     write_texts,
     write_tokenizer,
 )
-from prunekit.checks import check_choice
+from prunekit.checks import Network, Tokenizer, check_choice, checked
 from prunekit.errors import PrunekitError
 from prunekit.layouts import GGUF, LAYOUTS, PADDED
 from prunekit.pruning import PruningPlan
@@ -30,12 +28,13 @@ if TYPE_CHECKING:
 KEEP = "keep the checkpoint that prunekit saves, or re-fit with fit='weights', which adds none"
 
 
+@checked
 def export(
-    model: nn.Module,
+    model: Network,
     out: str | Path,
     *,
     layout: Literal["plain", "padded", "gguf"] = "plain",
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
     files: Mapping[str, str] | None = None,

@@ -36,8 +36,10 @@ from prunekit.checkpoint.folders import (
 )
 from prunekit.checkpoint.layer_widths import check_widths
 from prunekit.checkpoint.origins import resolve
+from prunekit.checks import checked
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError, first_line
+from prunekit.locks import PROCESS
 from prunekit.model_names import NAMES, is_world
 from prunekit.models import empty_model, name_model, own_tensors
 from prunekit.pruning import PruningPlan
@@ -53,6 +55,7 @@ FORMAT = 1
 LEAST_PART_LEFT = 1000  # a record may say that the uncut model was this many times larger, not more
 
 
+@checked
 def load(
     source: str | Path,
     *,
@@ -174,17 +177,18 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
     if not trust_remote_code and not Path(source).is_dir():  # a folder's was checked as it was read
         check_implementations(_described(source, where), source)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            adapter_kwargs=where,  # asked for on a way of its own
-            **where,
-            **options,
-        )
+        with PROCESS:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                adapter_kwargs=where,  # asked for on a way of its own
+                **where,
+                **options,
+            )
     except PrunekitError:
         raise
     except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again
@@ -22,6 +21,7 @@ from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
 from prunekit.checkpoint.layer_widths import layer_widths
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
 from prunekit.checkpoint.reading_back import check_written
+from prunekit.checks import Network, Tokenizer, checked
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 SHARD = "5GB"
 
 
+@checked
 def save(
-    model: nn.Module,
+    model: Network,
     out: str | Path,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
     files: Mapping[str, str] | None = None,

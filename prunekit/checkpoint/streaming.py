@@ -16,14 +16,16 @@ from prunekit.checkpoint.saving import check_shard_size
 from prunekit.checkpoint.stream_source import convert, local_folder, map_checkpoint, to_convert
 from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerprint
 from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards, write_the_rest
+from prunekit.checks import checked
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
 from prunekit.importance import Ablation, Curvature, HyWIA, Importance, Random, Scores, Taylor
+from prunekit.importance.scoring import AnyImportance
 from prunekit.models import count_parameters, name_model
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
-from prunekit.pruning.planning import default_units
+from prunekit.pruning.planning import Ratio, default_units
 from prunekit.pruning.surgery import cut
 
 MAX_SHARD_SIZE = "1GB"
@@ -60,11 +62,12 @@ class _Order:
         return {"scoring": scoring, "cutting": cutting}
 
 
+@checked
 def prune_checkpoint(
     source: str | Path,
     out: str | Path,
-    how: Importance | PruningPlan,
-    pruning_ratio: float | Mapping[str, float] | None = None,
+    how: AnyImportance | PruningPlan,
+    pruning_ratio: Ratio | None = None,
     calib: Tensor | None = None,
     *,
     max_shard_size: str | int = MAX_SHARD_SIZE,
@@ -97,8 +100,6 @@ def prune_checkpoint(
             `.OUT.partial` of another run.
         KeyboardInterrupt: says where the finished part lies.
     """
-    _check_types(source=(source, str | Path), out=(out, str | Path), notes=(notes, Mapping | None))
-    _check_types(pruning_ratio=(pruning_ratio, float | int | Mapping | None), calib=(calib, Tensor | None))
     out, work = check_new_folder(out), Work.beside(Path(out))
     check_shard_size(max_shard_size)
     _check_arguments(how, {"pruning_ratio": pruning_ratio, "calib": calib, **options})
@@ -124,13 +125,6 @@ def check_streamable(importance: Importance) -> None:
         )
     if not isinstance(importance, Importance):
         raise PrunekitError(f"{importance!r} is no importance and no plan; give Activation(), Magnitude() or Random()")
-
-
-def _check_types(**arguments: tuple[object, Any]) -> None:
-    for name, (value, kind) in arguments.items():
-        if not isinstance(value, kind):
-            names = str(kind).replace("pathlib.", "").replace("torch.", "").replace("collections.abc.", "")
-            raise PrunekitError(f"{name}={value!r} is a {type(value).__name__}; prune_checkpoint takes {names} there")
 
 
 def _check_arguments(how: Importance | PruningPlan, given: Mapping[str, Any]) -> None:

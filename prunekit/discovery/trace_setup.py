@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from prunekit.compat import untraced
 from prunekit.discovery.labelling import LabelMode
@@ -62,8 +61,9 @@ def module_paths(model: nn.Module, mode: LabelMode) -> Iterator[None]:
         mode.path = stack.pop()
 
     with ExitStack() as hooks:
-        hooks.callback(torch_module.register_module_forward_pre_hook(enter).remove)
-        hooks.callback(torch_module.register_module_forward_hook(leave, always_call=True).remove)
+        for module in model.modules():  # torch's hooks for all modules would also meet those of other threads
+            hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            hooks.callback(module.register_forward_hook(leave, prepend=True, always_call=True).remove)
         yield
 
 

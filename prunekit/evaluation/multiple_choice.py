@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from prunekit.checks import Count, Model, Tokenizer, Whole, checked
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
@@ -107,15 +108,16 @@ class ZeroShotResult:
         return f"<p>{self!r}</p>{self.by('task').to_html(float_format='{:.3f}'.format)}"
 
 
+@checked
 def zero_shot(
-    model: nn.Module,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     tasks: Tasks,
     *,
-    limit: int | None = None,
+    limit: Count | None = None,
     data_dir: str | Path | None = None,
-    shots: int = 0,
-    batch_size: int = 16,
+    shots: Whole = 0,
+    batch_size: Count = 16,
 ) -> ZeroShotResult:
     """Answers multiple-choice questions by log-likelihood, as lm-evaluation-harness does.
 

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from prunekit.checks import check_choice
+from prunekit.checks import check_choice, checked
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
@@ -72,6 +72,7 @@ class FusedScores(Scores):
         return pd.DataFrame(rows, columns=["group", "kind", "layer", "coarse", "fine"])
 
 
+@checked
 def fuse(coarse: Scores, fine: Scores, rule: Rule = "attention") -> FusedScores:
     """A weighted sum of two estimates, with weights for each group.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens, in_batches
+from prunekit.checks import Model, checked
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
@@ -55,8 +56,9 @@ class MassiveActivations:
         return str(self.layers.to_html(float_format="{:,.3g}".format, escape=True))
 
 
+@checked
 def massive_activations(
-    model: nn.Module, groups: Groups, tokens: Tensor, *, layer: int | None = None
+    model: Model, groups: Groups, tokens: Tensor, *, layer: int | None = None
 ) -> MassiveActivations:
     """Finds massive activations, the attention on the first token, and the units that write the largest one.
 

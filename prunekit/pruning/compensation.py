@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, mean_loss
-from prunekit.checks import check_choice
+from prunekit.checks import Model, check_choice, checked
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
 from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, sums_over_inputs, wide
@@ -25,10 +25,11 @@ from prunekit.pruning.plans import PruningPlan
 FITS = ("weights", "bias", "both")
 
 
+@checked
 @torch.no_grad()
 def compensate(
-    small: nn.Module,
-    model: nn.Module,
+    small: Model,
+    model: Model,
     plan: PruningPlan,
     calib: Tensor,
     *,

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.account import Opening, Sample, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens
-from prunekit.checks import check_choice
+from prunekit.checks import Network, check_choice, checked
 from prunekit.discovery import Groups
 from prunekit.discovery.components import spread_death
 from prunekit.discovery.constants import Selection, select
@@ -93,8 +93,9 @@ class _Pruned(NamedTuple):
     plan: PruningPlan
 
 
+@checked
 def prune(
-    model: nn.Module,
+    model: Network,
     plan: PruningPlan,
     *,
     inplace: bool = False,
@@ -132,12 +133,6 @@ def prune(
         PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through, or what
             `compensate` raises; nothing was changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise PrunekitError(f"the model is a {type(model).__name__}; give the one that the plan was made for")
-    if not isinstance(plan, PruningPlan):
-        raise PrunekitError(
-            f"the plan is a {type(plan).__name__}; give what plan(...) or PruningPlan.load(...) returns"
-        )
     if compensate is not None:
         if inplace:
             raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prunekit.checks import check_integers, is_real
+from prunekit.annotations import is_real
+from prunekit.checks import check_integers
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.fingerprint import bytes_of

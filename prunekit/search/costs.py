@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import brentq
 from torch import nn
 
-from prunekit.checks import is_real
+from prunekit.annotations import is_real
 from prunekit.discovery import Groups
 from prunekit.errors import PrunekitError
 from prunekit.pruning.budgets import TOLERANCE

@@ -53,7 +53,7 @@ class Metric:
 
 def metrics_of(
     metric: str | Metric,
-    also: Iterable[str | Metric],
+    also: str | Metric | Iterable[str | Metric],
     tokenizer: Any,
     text: TextSource | None,
     tasks: Tasks | None,

@@ -1,7 +1,6 @@
 """`sparsify`: sets weights of a model to zero, block by block."""
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,10 @@ from tqdm.auto import tqdm
 
 from prunekit.account import closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens, in_batches
+from prunekit.checks import Network, Positive, checked
 from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
 from prunekit.discovery.parts import outermost_elements
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, warn
 from prunekit.layerwise import Passes
 from prunekit.models import evaluating, written_out
 from prunekit.sparsity.layers import Settings, prune_alone, prune_layer
@@ -30,8 +30,9 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "sparsellm")
 ALLOCATIONS = ("uniform", "global")
 
 
+@checked
 def sparsify(
-    model: "PreTrainedModel",
+    model: Network,
     calib: Tensor | None,
     method: str | SparseLLM = "sparsellm",
     sparsity: float | str | None = None,
@@ -39,7 +40,7 @@ def sparsify(
     pattern: tuple[int, int] | None = None,
     allocation: str = "uniform",
     layers: Iterable[int] | None = None,
-    damping: float = DAMPING,
+    damping: Positive = DAMPING,
     report_error: bool = False,
     inplace: bool = False,
     held_out: Tensor | None = None,
@@ -85,7 +86,6 @@ def sparsify(
     name, alternation = _method(method)
     check_damping(damping)
     _check_allocation(allocation, wanted)
-    _check_switches(report_error=report_error, inplace=inplace, measure=measure)
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
     sample = held_out_sample(held_out, model) if held_out is not None else seen_sample(tokens, "sparsify")
@@ -105,7 +105,7 @@ def sparsify(
         rows = _run(target, paths, batches, matrices, settings)
     remarks = remarks_on(name, rows, tokens, wanted, max(matrix.weight.shape[1] for matrix in matrices), damping)
     for remark in remarks:
-        warnings.warn(remark, stacklevel=2)
+        warn(remark)
     change = None if opening is None else closed(opening, target)
     report = SparsityReport(name, str(wanted), tuple(rows), found.left, remarks, change)
     target.sparsity_report = report if earlier is None else report.after(earlier)
@@ -119,12 +119,6 @@ def _method(method: Any) -> tuple[str, SparseLLM]:
         known = ", ".join(map(repr, METHODS))
         raise PrunekitError(f"method={method!r:.60} is unknown; give one of {known}, or SparseLLM(...)")
     return str(method), SparseLLM()
-
-
-def _check_switches(**given: object) -> None:
-    for name, value in given.items():
-        if not isinstance(value, bool):
-            raise PrunekitError(f"{name}={value!r} is not allowed; give True or False")
 
 
 def _check_allocation(allocation: Any, wanted: Pattern) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prunekit.annotations import is_real
 from prunekit.calibration import check_finite
-from prunekit.checks import is_real
 from prunekit.errors import PrunekitError
 from prunekit.gradients import frozen
 from prunekit.sparsity.matrices import Call, Matrix, watching

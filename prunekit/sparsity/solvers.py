@@ -1,15 +1,15 @@
 """The solvers magnitude, Wanda and SparseGPT: each returns a pruned copy of one weight matrix. Their options."""
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prunekit.annotations import is_real
 from prunekit.calibration import all_finite
-from prunekit.checks import check_integers, check_reals, is_real
-from prunekit.errors import PrunekitError
+from prunekit.checks import Count, Positive, check_fields, check_integers
+from prunekit.errors import PrunekitError, warn
 from prunekit.sparsity.matrix_inputs import DAMPING, Factor, factorize
 from prunekit.sparsity.patterns import Pattern, pattern_of
 
@@ -120,9 +120,7 @@ def _factor(hessian: Tensor, damping: float) -> Factor:
         raise PrunekitError("all inputs of this matrix are zero; give another calibration set")
     found = factorize(hessian, damping)
     if found.damping != damping:
-        warnings.warn(
-            f"the Hessian has no Cholesky factor with damping={damping:g}; {found.damping:g} was used", stacklevel=3
-        )
+        warn(f"the Hessian has no Cholesky factor with damping={damping:g}; {found.damping:g} was used")
     return found
 
 
@@ -248,20 +246,14 @@ class SparseLLM:
         are Gram matrices and Cholesky factors, and gradients closed forms.
     """
 
-    n_iterations: int = 4
+    n_iterations: Count = 4
     faithful: bool = False
-    alpha: float | None = None
-    beta: float | None = None
-    gamma: float | None = None
+    alpha: Positive | None = None
+    beta: Positive | None = None
+    gamma: Positive | None = None
 
     def __post_init__(self) -> None:
-        check_integers(n_iterations=(self.n_iterations, 1))
-        if not isinstance(self.faithful, bool):
-            raise PrunekitError(f"faithful={self.faithful!r} is not allowed; give True or False")
-        for name in ("alpha", "beta", "gamma"):
-            value = getattr(self, name)
-            if value is not None:
-                check_reals(**{name: (value, 1e-12, float("inf"))})
+        check_fields(self)
 
     def for_form(self, gated: bool) -> "SparseLLM":
         """The options with default weights filled in."""
