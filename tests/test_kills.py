@@ -1,6 +1,6 @@
 """SIGKILL at random moments of all long work: nothing half-written, and what goes on ends as if never killed.
 
-PRUNEKIT_KILLS says how many times: 16 by default, which takes a minute; 200 take a quarter of an hour on a quiet machine.
+PRUNEKIT_KILLS says how many times: 16 by default, which takes a minute; 200 take a quarter of an hour.
 """
 
 import os
