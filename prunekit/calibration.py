@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checks import Count, Length, Seed, Tokenizer, checked
-from prunekit.documents import Document, TextSource, at_least_one, documents_of, is_stream
+from prunekit.documents import Document, Reading, TextSource, at_least_one, is_stream
 from prunekit.errors import PrunekitError
 from prunekit.models import evaluating, max_positions
-from prunekit.text import DOCUMENT_SEPARATOR, begin_windows, leading_bos, text_width, tokenize
+from prunekit.text import DOCUMENT_SEPARATOR, JOINT, begin_windows, leading_bos, text_width, token_ids, tokenize
 
 TOKENS_A_BATCH = 1024  # 16 samples of 64 tokens at once: logits for 32,000 words then take 131 MB
 _ENOUGH_CHOICE = 16  # tokens to draw windows from, as a multiple of those drawn
@@ -58,11 +58,13 @@ def calibration_set(
     """
     generator = torch.Generator().manual_seed(seed)
     enough = _ENOUGH_CHOICE * n_samples * seq_len
-    documents = at_least_one(_read(source, tokenizer, separator, enough), source)
-    order = torch.randperm(len(documents), generator=generator).tolist()
+    reading = Reading(source, tokenizer, separator=separator)
+    documents, known = _read(reading, tokenizer, enough if is_stream(source) else None)
+    order = torch.randperm(len(at_least_one(documents, source)), generator=generator).tolist()
     first = None if tokenizer is None else leading_bos(tokenizer, bos)
     width = text_width(seq_len, first)
-    stream = tokenize([documents[i] for i in order], tokenizer, enough=enough, bos=first)
+    stream = tokenize([documents[i] for i in order], tokenizer, enough=enough, bos=first, known=known)
+    reading.say("calibration", len(stream))
     if len(stream) < width:
         raise PrunekitError(
             f"the text has {len(stream) + seq_len - width} tokens and one window needs seq_len={seq_len}; "
@@ -72,17 +74,20 @@ def calibration_set(
     return begin_windows(stream[starts[:, None] + torch.arange(width)], first)
 
 
-def _read(source: TextSource, tokenizer: Any, separator: str | None, enough: int) -> list[Document]:
-    """The documents; of an endless stream only the first with enough tokens."""
-    documents, found, n_tokens = documents_of(source, tokenizer, separator=separator), [], 0
-    if not is_stream(source):
-        return list(documents)
-    for document in documents:
-        found.append(document)
-        n_tokens += len(tokenize([document], tokenizer))
+def _read(reading: Reading, tokenizer: Any, enough: int | None) -> tuple[list[Document], dict[str, list[int]]]:
+    """The documents; of an endless stream only the first with enough tokens, and the tokens of those that are texts."""
+    if enough is None:
+        return list(reading), {}
+    documents, known, n_tokens = [], {}, 0
+    for document in reading:
+        documents.append(document)
+        ids = token_ids(document, tokenizer, JOINT)
+        if isinstance(document, str):
+            known[document + JOINT] = ids
+        n_tokens += len(ids)
         if n_tokens >= enough:
             break
-    return found
+    return documents, known
 
 
 def _window_starts(n_tokens: int, n_samples: int, width: int, generator: torch.Generator, held_out: bool) -> Tensor:

@@ -1,5 +1,6 @@
 """Reads documents from files, lists, tables, data sets, chats, token ids, or the embedded world."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,24 +10,27 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from prunekit.chats import TextWithReplies, answered, written_chat
 from prunekit.errors import PrunekitError
 from prunekit.file_records import FORMATS, records_in
 
 WORLD_DOCUMENTS = 2000  # about 80,000 tokens, generated in well under a second
+
+logger = logging.getLogger("prunekit")
 
 TextSource = str | Path | Iterable[Any]
 Document = str | Tensor  # a text, or its tokens, int64 (length,)
 
 _ACCEPTED = (
     f"a file ({FORMATS}), a string of text, documents (str, or records), a DataFrame or datasets.Dataset with records, "
-    'token ids, or "world"; a record has a "text", an "instruction" and "output", a "prompt" and "completion", '
-    '"messages", "conversations" or "input_ids"'
+    'batches of these, token ids, or "world"; a record has a "text", an "instruction" and "output", a "prompt" and '
+    '"completion", "messages", "conversations" or "input_ids"'
 )
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n{output}"
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # ShareGPT's → the usual
+_LISTS = list | tuple | np.ndarray  # the last of a Parquet file that pandas has read
 _TEXT_FILES = {".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"}
 
 
@@ -95,16 +99,57 @@ def documents_of(source: TextSource, tokenizer: Any = None, *, separator: str | 
     a record has an `attention_mask`, padding is left out.
 
     Yields:
-        Texts with something in them, and tokens, int64 (length,) with length > 0.
+        Texts with something in them, and tokens, int64 (length,) with length > 0. A text that says which part of it
+        replies is a `TextWithReplies`, and is not split.
     """
-    for place, record in _records(source):
-        for document in _documents_in(record, tokenizer, place):
-            if isinstance(document, Tensor):
-                if len(document):
-                    yield document
-                continue
-            pieces = [piece.strip() for piece in document.split(separator)] if separator else [document]
-            yield from (piece for piece in pieces if piece.strip())
+    return iter(Reading(source, tokenizer, separator=separator))
+
+
+class Reading:
+    """Documents of a source, as `documents_of` gives them, and what was read so far.
+
+    Attributes:
+        columns: columns that were read, or how else a record was understood; empty for plain texts.
+        n_documents: documents that were given out.
+    """
+
+    def __init__(self, source: TextSource, tokenizer: Any = None, *, separator: str | None = None) -> None:
+        self.columns: dict[str, None] = {}  # in the order in which they were met
+        self.n_documents = 0
+        self._source = source
+        self._documents = self._read(tokenizer, separator)
+
+    def __iter__(self) -> Iterator[Document]:
+        return self._documents
+
+    def _read(self, tokenizer: Any, separator: str | None) -> Iterator[Document]:
+        for place, record in _records(self._source):
+            columns, documents = _documents_in(record, tokenizer, _at(place))
+            self.columns |= dict.fromkeys([columns] if columns else [])
+            for document in documents:
+                for piece in _pieces(document, separator):
+                    self.n_documents += 1
+                    yield piece
+
+    def say(self, use: str, n_tokens: int) -> None:
+        """Log what was read.
+
+        Args:
+            use: what for, such as `"calibration"`.
+            n_tokens: tokens that it takes, or draws from.
+        """
+        documents = f"{self.n_documents:,} document{'s' * (self.n_documents != 1)}"
+        columns = f" (from {', '.join(self.columns)})" if self.columns else ""
+        logger.info("%s read %s%s of %s: %s tokens", use, documents, columns, _named(self._source), f"{n_tokens:,}")
+
+
+def _pieces(document: Document, separator: str | None) -> Sequence[Document]:
+    """A document in the parts that a separator makes of it, without empty ones."""
+    if isinstance(document, Tensor):
+        return [document] if len(document) else []
+    if separator is None or isinstance(document, TextWithReplies):  # in a chat the separator ends a turn
+        return [document] if document.strip() else []
+    return [piece.strip() for piece in document.split(separator) if piece.strip()]
 
 
 def _records(source: Any) -> Iterator[tuple[str, Any]]:
@@ -150,25 +195,34 @@ def _looks_like_path(source: str | Path) -> bool:
     return known or (one_word and (Path(source).suffix != "" or "/" in source or "\\" in source))
 
 
-def _documents_in(record: Any, tokenizer: Any, place: str) -> Sequence[Document]:
-    """The documents of one record; a batch of tokens has several."""
+def _documents_in(record: Any, tokenizer: Any, at: str) -> tuple[str, Sequence[Document]]:
+    """How a record was understood, and its documents; a batch has several."""
     if isinstance(record, str):
-        return [record]
+        return "", [record]
     if isinstance(record, Mapping):
         if "input_ids" in record:
-            return _token_rows(record["input_ids"], record.get("attention_mask"), place)
-        text = _text_of(record, tokenizer, place)
-        if text is not None:
-            return [text]
+            return "input_ids", _token_rows(record["input_ids"], record.get("attention_mask"), at)
+        if _is_texts(record.get("text")):
+            return "text", record["text"]
+        columns, found = _text_of(record, tokenizer, at)
+        if found is not None:
+            return columns, [found]
     elif isinstance(record, list | tuple) and record and isinstance(record[0], Mapping):
-        return _documents_in({"messages": record}, tokenizer, place)
+        return _documents_in({"messages": record}, tokenizer, at)
+    elif _is_texts(record):
+        return "", record
     elif isinstance(record, Tensor | np.ndarray | list | tuple):
-        return _token_rows(record, None, place)
+        return "", _token_rows(record, None, at)
     fields = f"a record with {', '.join(map(str, record))}" if isinstance(record, Mapping) else _shown(record)
-    raise PrunekitError(f"{_at(place)}no text in {fields}; give {_ACCEPTED}")
+    raise PrunekitError(f"{at}no text in {fields}; give {_ACCEPTED}")
 
 
-def _token_rows(ids: Any, mask: Any, place: str) -> list[Tensor]:
+def _is_texts(value: object) -> bool:
+    """Whether a value is a batch of texts, as a DataLoader makes of them."""
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(text, str) for text in value)
+
+
+def _token_rows(ids: Any, mask: Any, at: str) -> list[Tensor]:
     """Rows of tokens, without padding."""
     try:
         tokens, real = torch.as_tensor(ids), torch.as_tensor(1 if mask is None else mask).bool()
@@ -178,54 +232,41 @@ def _token_rows(ids: Any, mask: Any, place: str) -> list[Tensor]:
         rows = kept = torch.zeros(0)
     if rows.ndim != 2 or rows.is_floating_point() or rows.dtype == torch.bool:
         raise PrunekitError(
-            f"{_at(place)}no text and no tokens in {_shown(ids)}; token ids are integers (length,) or (n, length)"
+            f"{at}no text and no tokens in {_shown(ids)}; token ids are integers (length,) or (n, length)"
         )
     return [row[there].long().cpu() for row, there in zip(rows, kept, strict=True)]
 
 
-def _text_of(record: Mapping[str, Any], tokenizer: Any, place: str) -> str | None:
-    """The text of a record with columns; None where no column is known."""
+def _text_of(record: Mapping[str, Any], tokenizer: Any, at: str) -> tuple[str, str | None]:
+    """The columns and the text of a record; None where no column is known."""
     if isinstance(record.get("text"), str):
-        return str(record["text"])
+        return "text", str(record["text"])
     if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
         given = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
-        return _ALPACA.format(instruction=record["instruction"], input=given, output=record["output"])
+        asked = _ALPACA.format(instruction=record["instruction"], input=given)
+        return "instruction and output", answered(asked, record["output"])
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt + completion
-    if isinstance(prompt, list | tuple) and isinstance(completion, list | tuple):
-        return _text_of({"messages": [*prompt, *completion]}, tokenizer, place)
-    for column, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+        return "prompt and completion", answered(prompt, completion)
+    if isinstance(prompt, _LISTS) and isinstance(completion, _LISTS):
+        return "prompt and completion", _text_of({"messages": [*prompt, *completion]}, tokenizer, at)[1]
+    for column, names in (("messages", ("role", "content")), ("conversations", ("from", "value"))):
         turns = record.get(column)
-        if isinstance(turns, list | tuple | np.ndarray):  # of a Parquet file that pandas has read
-            return _written([_turn(turn, role, content, place) for turn in turns], tokenizer, place)
-    return None
-
-
-def _turn(turn: Any, role: str, content: str, place: str) -> Mapping[str, Any]:
-    """One turn of a chat as templates read it."""
-    for by, text in ((role, content), ("role", "content")):
-        if isinstance(turn, Mapping) and isinstance(turn.get(by), str) and text in turn:
-            return {**turn, "role": _ROLES.get(turn[by], turn[by]), "content": turn[text]}
-    raise PrunekitError(f"{_at(place)}a turn of a chat is {_shown(turn)}; give one with {role!r} and {content!r}")
-
-
-def _written(turns: list[Any], tokenizer: Any, place: str) -> str:
-    """A chat in the tokenizer's own template."""
-    if not getattr(tokenizer, "chat_template", None):
-        missing = "no tokenizer was given" if tokenizer is None else "this tokenizer has no chat template"
-        raise PrunekitError(
-            f"{_at(place)}a chat is written in the tokenizer's template, and {missing}; give a tokenizer with one "
-            "(tokenizer.chat_template = ...), or the text"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception as error:  # templates raise exceptions of any type, such as for roles that do not alternate
-        raise PrunekitError(f"{_at(place)}the tokenizer's chat template refuses this chat: {error}") from error
+        if isinstance(turns, _LISTS):
+            return column, written_chat(list(turns), tokenizer, names, at)
+    return "", None
 
 
 def _at(place: str) -> str:
     return f"{place}: " if place else ""
+
+
+def _named(source: object) -> str:
+    """A source in few words."""
+    if isinstance(source, str | Path):
+        text = str(source)
+        return text if source == "world" or _existing_file(source) else f"a text of {len(text):,} characters"
+    return f"a {type(source).__name__}"
 
 
 def _shown(value: object) -> str:

@@ -1,6 +1,6 @@
 """Tokenizes text: joins documents into one stream, cuts windows, and adds BOS."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,12 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def tokenize(
-    documents: Sequence[str | Tensor], tokenizer: Any, *, enough: int | None = None, bos: int | None = None
+    documents: Sequence[str | Tensor],
+    tokenizer: Any,
+    *,
+    enough: int | None = None,
+    bos: int | None = None,
+    known: Mapping[str, list[int]] | None = None,
 ) -> Tensor:
     """One stream of tokens: the documents one after the other, a line break between two texts.
 
@@ -63,6 +68,7 @@ def tokenize(
         enough: stop at the first document after which there are this many tokens; None reads all.
         bos: the token that windows begin with; where a document begins with it too, as a chat template may write it,
             it is left out there. None leaves all tokens.
+        known: tokens of texts, with the line break behind them, that were tokenized before.
 
     Returns:
         int64 (n_tokens,).
@@ -72,14 +78,21 @@ def tokenize(
     """
     ids: list[int] = []
     for number, document in enumerate(documents, start=1):
-        found = _ids(document, tokenizer, JOINT * (number < len(documents)))
+        joint = JOINT * (number < len(documents))
+        told = known.get(document + joint) if known and isinstance(document, str) else None
+        found = token_ids(document, tokenizer, joint) if told is None else told
         ids.extend(found[1:] if bos is not None and found[:1] == [bos] else found)
         if enough is not None and len(ids) >= enough:
             break
     return torch.tensor(ids, dtype=torch.long)
 
 
-def _ids(document: str | Tensor, tokenizer: Any, joint: str) -> list[int]:
+def token_ids(document: str | Tensor, tokenizer: Any, joint: str = "") -> list[int]:
+    """Tokens of a document: its own, or those of its text with what joins it to the next.
+
+    Raises:
+        PrunekitError: text, and no tokenizer.
+    """
     if isinstance(document, Tensor):
         found: list[int] = document.tolist()
         return found

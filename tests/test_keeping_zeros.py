@@ -121,7 +121,7 @@ def test_a_dense_model_is_recovered_as_ever():
 def test_what_is_trained_is_what_is_merged(name, how, monkeypatch):
     seen, data = {}, counting() % 48
 
-    def look(adapted, tokens, method):
+    def look(adapted, tokens, method, **more):
         for parameter_name, parameter in adapted.named_parameters():
             if "lora_B" in parameter_name:
                 nn.init.normal_(parameter, std=0.05)
@@ -245,7 +245,7 @@ def test_flags_gradients_and_modes_are_as_before(method):
 
 
 def test_an_interrupt_leaves_the_sparse_model_as_it_was(monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     model = sparse()

@@ -1,6 +1,7 @@
 """Output of verbs: JSON or tables on standard output, remarks and warnings on standard error."""
 
 import json
+import logging
 import math
 import sys
 import warnings
@@ -46,17 +47,45 @@ def say(message: object) -> None:
 
 @contextmanager
 def own_warnings() -> Iterator[None]:
-    """A context that prints prunekit's warnings on standard error and hides those of libraries."""
-    from transformers.utils import logging
+    """A context that prints prunekit's warnings and log on standard error and hides those of libraries."""
+    from transformers.utils import logging as library
 
     from prunekit.checkpoint.gguf import NoVocabulary
     from prunekit.errors import DamageWarning
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with warnings.catch_warnings():
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    with warnings.catch_warnings(), _own_log():
         warnings.simplefilter("ignore")
         for kind in (DamageWarning, NoVocabulary):
             warnings.simplefilter("always", kind)
         warnings.showwarning = lambda message, *_, **__: say(message)
         yield
+
+
+@contextmanager
+def _own_log() -> Iterator[None]:
+    """A context that prints each line of prunekit's log once, such as what was read for several models."""
+    logger, handler = logging.getLogger("prunekit"), _Once()
+    level, handled_above = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = handled_above
+
+
+class _Once(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._said:
+            self._said.add(message)
+            say(message)

@@ -17,7 +17,7 @@ from prunekit.cli.options import Of
 from prunekit.errors import PrunekitError
 from prunekit.layouts import GGUF
 from prunekit.models import count_parameters, empty_model, fitting_length
-from prunekit.recovery.data import hold_out, token_windows
+from prunekit.recovery.data import hold_out, training_windows
 from prunekit.recovery.log import RecoveryLog
 from prunekit.sparsity.patterns import pattern_of
 
@@ -98,7 +98,7 @@ def recover(
     settings: Annotated[
         dict[str, Any], Of(pk.LoRA, *SETTINGS, "targets", "seq_len", "seed"), Of(pk.FullTuning, "weight_decay")
     ],
-    training: Annotated[dict[str, Any], Of(pk.recover, "keep_zeros")],
+    training: Annotated[dict[str, Any], Of(pk.recover, "train_on", "keep_zeros")],
     writing: Writing,
     loading: Loading,
 ) -> Answer:
@@ -131,7 +131,8 @@ def recover(
     dense, tokenizer = pk.load(model, **loading)
     if "seq_len" not in settings:
         how = replace(how, seq_len=fitting_length(how.seq_len, dense.config))
-    windows, held_out = hold_out(token_windows(data, tokenizer, how.seq_len))
+    marked = {name: training[name] for name in ("train_on",) if name in training}
+    windows, held_out = hold_out(training_windows(data, tokenizer, how.seq_len, **marked))
     recovered: Any = pk.recover(dense, how, windows, inplace=True, held_out=held_out, **training)
     log: RecoveryLog = recovered.recovery_log
     pk.save(recovered, out, tokenizer=tokenizer, files=_files(model, log), **writing)

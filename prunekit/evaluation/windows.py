@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.checks import check_choice
-from prunekit.documents import TextSource, read_documents
+from prunekit.documents import Document, Reading, TextSource, at_least_one
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import Span
 from prunekit.models import max_positions
-from prunekit.text import begin_windows, encode, leading_bos, text_width
+from prunekit.text import begin_windows, leading_bos, text_width, tokenize
 
 PAPERS = "papers"
 PROTOCOLS = ("windows", "documents", PAPERS)
@@ -51,8 +51,11 @@ def read_spans(
     """
     check_protocol(protocol, separator, stride, bos)
     window = choose_window(model, window, protocol)
-    first = leading_bos(tokenizer, False if protocol == PAPERS else bos)
-    sequences = [encode(tokenizer, document) for document in read_texts(source, protocol, separator, tokenizer)]
+    reading, documents = _read(source, protocol, separator, tokenizer)
+    of_tokens = tokenizer is None and all(isinstance(document, Tensor) for document in documents)
+    first = None if of_tokens and not bos else leading_bos(tokenizer, False if protocol == PAPERS else bos)
+    sequences = [tokenize([document], tokenizer, bos=first).tolist() for document in documents]
+    reading.say("perplexity", sum(map(len, sequences)))
     marks = 0 if first is None else 1
     lengths = [len(tokens) + marks for tokens in sequences]
     widths = [max(length, 2) if window is None else window for length in lengths]
@@ -62,17 +65,32 @@ def read_spans(
     return TextSpans(spans, window, first is not None)
 
 
-def read_texts(source: TextSource, protocol: str, separator: str | None, tokenizer: Any = None) -> list[str]:
-    """The texts to score one by one: the whole as one, or its documents; chats in the tokenizer's template.
+def read_texts(source: TextSource, protocol: str, separator: str | None, tokenizer: Any = None) -> list[Document]:
+    """The documents to score one by one, texts or token ids: the whole as one, or each; chats in their template.
 
     `"world"` is the embedded world's held-out text, not the documents that its model was trained on.
+
+    Raises:
+        PrunekitError: what `documents_of` raises, or texts and token ids in one source.
     """
+    return _read(source, protocol, separator, tokenizer)[1]
+
+
+def _read(source: TextSource, protocol: str, separator: str | None, tokenizer: Any) -> tuple[Reading, list[Document]]:
     if isinstance(source, str) and source == "world":
         from prunekit.world import validation_text
 
         source = validation_text()
-    documents = read_documents(source, tokenizer=tokenizer)
-    return split_documents(documents, separator) if protocol == "documents" else ["\n\n".join(documents)]
+    reading = Reading(source, tokenizer)
+    documents = at_least_one(list(reading), source)
+    tokens = [document for document in documents if isinstance(document, Tensor)]
+    if tokens and len(tokens) < len(documents):
+        raise PrunekitError("the data holds both texts and token ids; give one of the two")
+    if tokens and separator is not None:
+        raise PrunekitError(f"separator={separator!r} splits text, and the data is token ids; leave it out")
+    if protocol == "documents":
+        return reading, list(tokens) or split_documents(documents, separator)
+    return reading, [torch.cat(tokens)] if tokens else ["\n\n".join(documents)]
 
 
 def check_protocol(protocol: str, separator: str | None, stride: int | None, bos: bool | None) -> None:
@@ -147,7 +165,7 @@ def check_window(window: int, stride: int | None) -> int:
     return stride
 
 
-def split_documents(documents: Sequence[str], separator: str | None) -> list[str]:
+def split_documents(documents: Sequence[str], separator: str | None) -> list[Document]:
     """Documents split at a separator, white space around each removed, empty ones dropped.
 
     Raises:
@@ -160,7 +178,7 @@ def split_documents(documents: Sequence[str], separator: str | None) -> list[str
                 "name the marker that stands between documents, or separator=None"
             )
         documents = [part for document in documents for part in document.split(separator)]
-    found = [document.strip() for document in documents if document.strip()]
+    found: list[Document] = [document.strip() for document in documents if document.strip()]
     if not found:
         raise PrunekitError(f"the text contains only {separator!r}; give a text with documents")
     return found

@@ -1,15 +1,79 @@
-"""Recovery data: turns text or tokens into windows of tokens."""
+"""Recovery data: turns text or tokens into windows of tokens, with a label for each."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from prunekit.account import MOST_TOKENS
-from prunekit.documents import TextSource, at_least_one, documents_of
+from prunekit.chats import TextWithReplies
+from prunekit.checks import check_choice
+from prunekit.documents import Reading, TextSource, at_least_one
 from prunekit.errors import PrunekitError
-from prunekit.text import DOCUMENT_SEPARATOR, JOINT, leading_bos, tokenize, whole_windows
+from prunekit.text import DOCUMENT_SEPARATOR, JOINT, leading_bos, token_ids, whole_windows
+
+IGNORED = -100  # the label of a token that is not trained on, as transformers' losses know it
+TrainOn = Literal["replies", "all"]
+
+
+@dataclass(frozen=True)
+class TrainingWindows:
+    """Windows of tokens to train on, with their labels.
+
+    Attributes:
+        tokens: int64 (n_windows, seq_len).
+        labels: the same, with `IGNORED` where a token is read and not trained on.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> "TrainingWindows":
+        """Some of the windows."""
+        return TrainingWindows(self.tokens[rows], self.labels[rows])
+
+
+def training_windows(
+    data: "Tensor | TextSource | TrainingWindows",
+    tokenizer: Any,
+    seq_len: int,
+    *,
+    train_on: TrainOn = "replies",
+    enough: int | None = None,
+) -> TrainingWindows:
+    """Windows as `token_windows` cuts them, with labels.
+
+    Args:
+        data: windows, used as they are; integers (n, length), all trained on; or what `token_windows` reads.
+        tokenizer: as for `token_windows`.
+        seq_len: as for `token_windows`.
+        train_on: `"replies"` trains on the replies alone of chats, prompts with completions and instructions with
+            outputs, and on all of other documents; windows without a reply are left out. `"all"` trains on all.
+        enough: as for `token_windows`.
+
+    Raises:
+        PrunekitError: what `token_windows` raises, an unknown `train_on`, a template that does not show where replies
+            are, or no reply at all.
+    """
+    check_choice("train_on", train_on, get_args(TrainOn))
+    if isinstance(data, TrainingWindows):
+        return data
+    if isinstance(data, Tensor):
+        return TrainingWindows(data, data)
+    windows = _cut(data, tokenizer, seq_len, enough, replies=train_on == "replies")
+    trained = (windows.labels[:, 1:] != IGNORED).any(1)  # the first token of a window is never predicted
+    if not trained.any():
+        raise PrunekitError(
+            f"none of the {len(windows)} windows of {seq_len} tokens holds a token of a reply; give chats in which the "
+            "assistant answers, or train_on='all'"
+        )
+    return windows if trained.all() else TrainingWindows(windows.tokens[trained], windows.labels[trained])
 
 
 def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int, *, enough: int | None = None) -> Tensor:
@@ -32,28 +96,36 @@ def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int, *, en
     """
     if isinstance(data, Tensor):
         return data
+    return _cut(data, tokenizer, seq_len, enough, replies=False).tokens
+
+
+def _cut(data: TextSource, tokenizer: Any, seq_len: int, enough: int | None, *, replies: bool) -> TrainingWindows:
     if seq_len < 2:
         raise PrunekitError(f"seq_len={seq_len}: a window needs at least 2 tokens")
     bos = None if tokenizer is None else leading_bos(tokenizer)
     n_tokens = None if enough is None else enough * seq_len
-    stream = torch.cat([torch.zeros(0, dtype=torch.long), *token_documents(data, tokenizer, bos, enough=n_tokens)])
-    windows = whole_windows(stream, seq_len, bos)[:enough]
-    if not len(windows):
-        told = f"{len(stream)} tokens" if bos is None else f"{len(stream) + 1} tokens with BOS"
+    reading = Reading(data, tokenizer, separator=DOCUMENT_SEPARATOR)
+    stream = torch.cat(list(_labelled(reading, tokenizer, bos, n_tokens, replies=replies)) or [torch.zeros(2, 0)], 1)
+    at_least_one([0] * reading.n_documents, data)
+    reading.say("recovery", stream.shape[1])
+    ignored = None if bos is None else IGNORED
+    tokens, labels = whole_windows(stream[0].long(), seq_len, bos), whole_windows(stream[1].long(), seq_len, ignored)
+    if not len(tokens):
+        told = f"{stream.shape[1]} tokens" if bos is None else f"{stream.shape[1] + 1} tokens with BOS"
         raise PrunekitError(
             f"the recovery data has {told} and one window needs seq_len={seq_len}; give more text or a smaller seq_len"
         )
-    return windows
+    return TrainingWindows(tokens[:enough], labels[:enough])
 
 
-def hold_out(windows: Tensor) -> tuple[Tensor, Tensor | None]:
+def hold_out(windows: TrainingWindows) -> tuple[TrainingWindows, Tensor | None]:
     """Windows to train on, and the last twentieth of them to measure on, at most about 1,024 tokens; or None.
 
     Args:
-        windows: integers (n, seq_len), as `token_windows` gives them.
+        windows: as `training_windows` gives them.
     """
-    n = min(len(windows) // 20, max(1, MOST_TOKENS // windows.shape[1]))
-    return (windows[:-n], windows[-n:]) if n else (windows, None)
+    n = min(len(windows) // 20, max(1, MOST_TOKENS // windows.tokens.shape[1]))
+    return (windows[:-n], windows[-n:].tokens) if n else (windows, None)
 
 
 def token_documents(
@@ -70,16 +142,45 @@ def token_documents(
     Raises:
         PrunekitError: text without a tokenizer, or nothing in it.
     """
-    found: list[Tensor] = []
-    n_tokens = 0
-    read = documents_of(data, tokenizer, separator=DOCUMENT_SEPARATOR)
+    reading = Reading(data, tokenizer, separator=DOCUMENT_SEPARATOR)
+    found = [pair[0] for pair in _labelled(reading, tokenizer, bos, enough, replies=False)]
+    reading.say("recovery", sum(map(len, found)))
+    return at_least_one(found, data)
+
+
+def _labelled(
+    reading: Reading, tokenizer: Any, bos: int | None, enough: int | None, *, replies: bool
+) -> Iterator[Tensor]:
+    """Tokens and labels of each document, int64 (2, length)."""
+    documents, n_tokens = iter(reading), 0
     # a text that is the only one ends without the line break between two
-    first = list(islice(read, 2))
+    first = list(islice(documents, 2))
     joint = JOINT * (len(first) > 1)
-    for document in chain(first, read):
-        tokens = tokenize([document if isinstance(document, Tensor) else document + joint], tokenizer, bos=bos)
-        found.append(tokens)
-        n_tokens += len(tokens)
+    for document in chain(first, documents):
+        ids = token_ids(document, tokenizer, joint)
+        labels = _reply_labels(document, tokenizer, joint) if replies and isinstance(document, TextWithReplies) else ids
+        skipped = int(bos is not None and ids[:1] == [bos])  # BOS that a template wrote
+        yield torch.tensor([ids[skipped:], labels[skipped:]])
+        n_tokens += len(ids) - skipped
         if enough is not None and n_tokens >= enough:
             break
-    return at_least_one(found, data)
+
+
+def _reply_labels(text: TextWithReplies, tokenizer: Any, joint: str) -> list[int]:
+    """Tokens that have characters of a reply; the others are ignored.
+
+    Raises:
+        PrunekitError: a tokenizer that cannot say where its tokens stand in the text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise PrunekitError(
+            f"a {type(tokenizer).__name__} does not say which characters a token has, which training on replies alone "
+            "needs; give train_on='all', or a fast tokenizer (use_fast=True)"
+        )
+    told = tokenizer(text + joint, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    pairs = zip(told["input_ids"], told["offset_mapping"], strict=True)
+    return [ids if _overlap(span, text.replies) else IGNORED for ids, span in pairs]
+
+
+def _overlap(span: tuple[int, int], replies: tuple[tuple[int, int], ...]) -> bool:
+    return any(span[0] < end and begin < span[1] for begin, end in replies)

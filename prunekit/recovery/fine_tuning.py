@@ -16,6 +16,8 @@ from prunekit.checks import Length, Model, Tokenizer, checked
 from prunekit.documents import TextSource, is_stream
 from prunekit.errors import PrunekitError, warn
 from prunekit.recovery.data import token_windows
+from prunekit.errors import PrunekitError
+from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.full import FullTuning, train_all
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
@@ -33,8 +35,9 @@ MANY_ZEROS = 0.05  # share of zeros that does not occur by chance
 def recover(
     model: Model,
     method: LoRA | FullTuning,
-    data: Tensor | TextSource,
+    data: Tensor | TextSource | TrainingWindows,
     *,
+    train_on: TrainOn = "replies",
     keep_zeros: bool | None = None,
     tokenizer: Tokenizer = None,
     seq_len: Length | None = None,
@@ -53,6 +56,9 @@ def recover(
         method: how to train, such as `LoRA()`, `LoRA.paper()` or `FullTuning()`.
         data: integers (n, seq_len); or what `prunekit.documents.documents_of` reads: text, documents, chats, a file, a
             data set, token ids, `"world"`. Data that is streamed is read as far as the method's `max_steps` need.
+        train_on: `"replies"` trains on the replies alone where the data says which these are: what the assistant says
+            in a chat, completions of prompts, outputs of instructions. `"all"` trains on all tokens. The loss before
+            and after is that of all tokens.
         keep_zeros: weights that are zero stay so: LoRA's update is masked while it is trained and merged, full
             fine-tuning's gradients are (see `masked_adapters` and `keep_zeros` of `prunekit.sparsity`). None does it
             where the model carries a `sparsity_report`, of `sparsify` or of the checkpoint.
@@ -83,11 +89,12 @@ def recover(
     check_finite(model)
     length = method.seq_len if seq_len is None else seq_len
     enough = method.most_windows if is_stream(data) else None
-    tokens = check_tokens(token_windows(data, tokenizer, length, enough=enough), model).cpu()
-    sample = seen_sample(tokens, "the training") if held_out is None else held_out_sample(held_out, model)
+    windows = training_windows(data, tokenizer, length, train_on=train_on, enough=enough)
+    windows = replace(windows, tokens=check_tokens(windows.tokens, model).cpu())
+    sample = seen_sample(windows.tokens, "the training") if held_out is None else held_out_sample(held_out, model)
     opening = opened("recover", model, sample) if measure else None
     changed: Any = model if inplace else copy.deepcopy(model)
-    log = RECOVERIES[type(method)](changed, method, tokens, output_dir, keep)
+    log = RECOVERIES[type(method)](changed, method, windows, output_dir, keep)
     vars(changed).pop("loss_change", None)
     if opening is not None:
         log = replace(log, loss_change=closed(opening, changed))
@@ -115,7 +122,7 @@ def _zeros_stay(model: nn.Module, asked: Any) -> bool:
 
 
 def recover_with_lora(
-    model: nn.Module, method: LoRA, tokens: Tensor, output_dir: str | Path | None, keep_zeros: bool = False
+    model: nn.Module, method: LoRA, windows: TrainingWindows, output_dir: str | Path | None, keep_zeros: bool = False
 ) -> RecoveryLog:
     """Attach, train and merge LoRA in place; after an error the model has its old weights and no adapters.
 
@@ -128,7 +135,7 @@ def recover_with_lora(
         adapted = attach(model, method)
         try:
             with masked_adapters(adapted) if keep_zeros else nullcontext():
-                log = train(adapted, tokens, method)
+                log = train(adapted, windows.tokens, method, labels=windows.labels)
                 if output_dir is not None:
                     _save(log, Path(output_dir), adapted)
                 detach(adapted, merge=True)  # while the masks hold
@@ -139,7 +146,11 @@ def recover_with_lora(
 
 
 def recover_fully(
-    model: nn.Module, method: FullTuning, tokens: Tensor, output_dir: str | Path | None, keep_zeros: bool = False
+    model: nn.Module,
+    method: FullTuning,
+    windows: TrainingWindows,
+    output_dir: str | Path | None,
+    keep_zeros: bool = False,
 ) -> RecoveryLog:
     """Train all parameters in place; an interrupt leaves them partly trained.
 
@@ -149,7 +160,7 @@ def recover_fully(
     with seeded(method.seed), flags_kept(model):
         train_all(model)
         with zeros_kept(model) if keep_zeros else nullcontext():
-            log = train(model, tokens, method)
+            log = train(model, windows.tokens, method, labels=windows.labels)
     if output_dir is not None:
         _save(log, Path(output_dir))
     return log
@@ -179,5 +190,5 @@ def _save_again(log: RecoveryLog, folder: str | Path | None) -> None:
         log.save(Path(folder) / "recovery_log.json")
 
 
-_Recovery = Callable[[nn.Module, Any, Tensor, str | Path | None, bool], RecoveryLog]
+_Recovery = Callable[[nn.Module, Any, TrainingWindows, str | Path | None, bool], RecoveryLog]
 RECOVERIES: dict[type, _Recovery] = {LoRA: recover_with_lora, FullTuning: recover_fully}

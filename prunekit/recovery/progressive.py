@@ -21,7 +21,7 @@ from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, plan
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.pruning.steps import parameters_per_unit
-from prunekit.recovery.data import token_windows
+from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
@@ -82,6 +82,7 @@ def prune_progressively(
     warmup: Share = 0.1,
     rest: Share = 0.0,
     saliency: Saliency = update_saliency,
+    train_on: TrainOn = "replies",
     tokenizer: Tokenizer = None,
     folder: str | Path | None = None,
 ) -> Progressed:
@@ -102,6 +103,7 @@ def prune_progressively(
         rest: share of the steps after the last period, in [0, 1); without any, the last removals are never recovered
             unless `recover` follows.
         saliency: which units go; see `LHSPG`.
+        train_on: as for `recover`.
         tokenizer: needed where `data` is text.
         folder: for checkpoints, one a period; a run that was stopped goes on from there when called again with the same
             model, data and arguments. (Whether `saliency` is the same cannot be seen.)
@@ -119,8 +121,9 @@ def prune_progressively(
     """
     method = method or LoRA()
     check_finite(model)
-    tokens = check_tokens(token_windows(data, tokenizer, method.seq_len), model).cpu()
-    method = replace(method, max_steps=method.n_steps(len(tokens)))
+    windows = training_windows(data, tokenizer, method.seq_len, train_on=train_on)
+    windows = replace(windows, tokens=check_tokens(windows.tokens, model).cpu())
+    method = replace(method, max_steps=method.n_steps(len(windows)))
     steps = split_steps(method.max_steps or 0, n_periods, warmup, rest)
     groups = discover(model)
     prunable = groups.without(_protected(groups, protect))
@@ -135,8 +138,8 @@ def prune_progressively(
             warmup_steps=steps.warmup, period_steps=steps.period,
         )  # fmt: skip
         run = [repr(method), wanted, sorted(names), n_periods, steps]
-        resume = None if folder is None else _open(Path(folder), steps.period, run, tokens, model)
-        log = _train(adapted, tokens, method, optimizer, resume)
+        resume = None if folder is None else _open(Path(folder), steps.period, run, windows, model)
+        log = _train(adapted, windows, method, optimizer, resume)
         small: Any = detach(adapted, merge=True)
     small.eval().recovery_log = log
     renew_report(small, TRAINED)
@@ -160,9 +163,11 @@ def _protected(groups: Groups, protect: Iterable[str]) -> list[str]:
     return names
 
 
-def _train(adapted: Any, tokens: Tensor, method: LoRA, optimizer: LHSPG, resume: Resume | None) -> RecoveryLog:
+def _train(
+    adapted: Any, windows: TrainingWindows, method: LoRA, optimizer: LHSPG, resume: Resume | None
+) -> RecoveryLog:
     try:
-        log = train(adapted, tokens, method, optimizer=optimizer, resume=resume)
+        log = train(adapted, windows.tokens, method, labels=windows.labels, optimizer=optimizer, resume=resume)
     except PrunekitError as error:
         raise PrunekitError(f"{error}; {_what_is_left(resume)}") from None
     if not optimizer.finished:  # as where a scaler of gradients passes steps over
@@ -230,7 +235,7 @@ def _plain(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-def _open(folder: Path, every: int, run: list[Any], tokens: Tensor, model: Any) -> Resume:
+def _open(folder: Path, every: int, run: list[Any], windows: TrainingWindows, model: Any) -> Resume:
     """A folder for checkpoints, new or of the same run; a note in it identifies the run.
 
     Raises:
@@ -239,7 +244,9 @@ def _open(folder: Path, every: int, run: list[Any], tokens: Tensor, model: Any) 
     from accelerate import PartialState
 
     digest = digest_of(model)
-    digest.update(json.dumps([*run, list(tokens.shape)]).encode() + tokens.numpy().tobytes())
+    digest.update(json.dumps([*run, list(windows.tokens.shape)]).encode())
+    for values in (windows.tokens, windows.labels):
+        digest.update(values.cpu().numpy().tobytes())
     note = folder / "run.json"
     if folder.is_file():
         raise PrunekitError(f"{str(folder)!r} is a file; give a new folder")

@@ -43,6 +43,7 @@ def train(
     tokens: Tensor,
     method: TrainingSettings,
     *,
+    labels: Tensor | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     resume: Resume | None = None,
 ) -> RecoveryLog:
@@ -50,8 +51,9 @@ def train(
 
     Args:
         model: adapted, or of which all is trained; changed in place, and left in training mode on the Trainer's device.
-        tokens: int64 (n_windows, seq_len), input and labels at once.
+        tokens: int64 (n_windows, seq_len).
         method: the optimiser's settings.
+        labels: the same, with -100 where a token is read and not trained on; None trains on all.
         optimizer: another than AdamW with the method's learning rate; the schedule is the method's.
         resume: keep checkpoints, and go on from the newest; None keeps none.
 
@@ -65,7 +67,8 @@ def train(
     from transformers.trainer_callback import PrinterCallback
 
     logs: list[dict[str, float]] = []
-    rows = [{"input_ids": row, "labels": row} for row in tokens.cpu()]
+    columns = (tokens.cpu(), (tokens if labels is None else labels).cpu())
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(*columns, strict=True)]
     with ExitStack() as stack:
         stack.enter_context(_config_kept(model))
         folder = str(resume.folder) if resume else stack.enter_context(tempfile.TemporaryDirectory())

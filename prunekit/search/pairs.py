@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from prunekit.documents import TextSource
+from prunekit.documents import Document, TextSource
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.language_modelling import perplexity
 from prunekit.evaluation.multiple_choice import zero_shot
@@ -85,7 +85,7 @@ def metric_of(
     if metric == "perplexity":
         source = world_default(tokenizer, "validation_text", "text") if text is None else text
         (whole,) = read_texts(source, "windows", None, tokenizer)  # read here: a worker may not see our files
-        return Metric("perplexity", partial(_perplexity, text=whole), log=True, of=digest_of_text(whole)[:16])
+        return Metric("perplexity", partial(_perplexity, text=whole), log=True, of=_digest(whole))
     if metric == "accuracy":
         asked = named_tasks(world_default(tokenizer, "tasks", "tasks") if tasks is None else tasks)
         return Metric("accuracy", partial(_accuracy, tasks=asked), maximize=True, of=digest_of_text(repr(asked))[:16])
@@ -94,7 +94,11 @@ def metric_of(
     )
 
 
-def _perplexity(model: nn.Module, tokenizer: Any, *, text: str) -> float:
+def _digest(document: Document) -> str:
+    return digest_of_text(document if isinstance(document, str) else repr(document.tolist()))[:16]
+
+
+def _perplexity(model: nn.Module, tokenizer: Any, *, text: Document) -> float:
     return perplexity(model, tokenizer, [text])
 
 
