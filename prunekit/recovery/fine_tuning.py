@@ -15,8 +15,6 @@ from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Length, Model, Tokenizer, checked
 from prunekit.documents import TextSource, is_stream
 from prunekit.errors import PrunekitError, warn
-from prunekit.recovery.data import token_windows
-from prunekit.errors import PrunekitError
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.full import FullTuning, train_all
 from prunekit.recovery.log import RecoveryLog
