@@ -87,8 +87,8 @@ def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:
         padded = padded_model(model, cuts)
         return padded, padded.config, unsaid(cuts)
     if cuts.biases:
-        raise PrunekitError(f"{type(model).__name__} was given biases that its configuration cannot say; {KEEP}")
+        raise PrunekitError(f"{type(model).__name__} has biases, for which its configuration has no field; {KEEP}")
     raise PrunekitError(
-        f"the configuration of {type(model).__name__} cannot say these widths ({'; '.join(unsaid(cuts))}); export with "
-        "layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves, which says them"
+        f"the configuration of {type(model).__name__} has no fields for these widths ({'; '.join(unsaid(cuts))}); "
+        "export with layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves"
     )

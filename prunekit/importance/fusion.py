@@ -91,7 +91,9 @@ def fuse(coarse: Scores, fine: Scores, rule: Rule = "attention") -> FusedScores:
     """
     if list(coarse) != list(fine):
         other = next(iter({*coarse} ^ {*fine}), "another order")
-        raise PrunekitError(f"coarse and fine scores are of different groups ({other}); score the same with both")
+        raise PrunekitError(
+            f"coarse and fine scores are of other groups ({other}); score the same groups, in one order"
+        )
     weights = {name: _weights(rule, coarse[name], fine[name]) for name in coarse}
     values = {name: a * coarse[name] + b * fine[name] for name, (a, b) in weights.items()}
     fused = FusedScores(values, label=f"{coarse.label} + {fine.label}, {_rule_name(rule)}", kinds=coarse.kinds)

@@ -79,7 +79,7 @@ def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter
     rest = [s for s in steps if id(s) not in done]
     if not rest:
         raise BudgetError(
-            f"pruning_ratio={ratio} cannot be met: with {limits}what is protected or not of the chosen kinds, "
+            f"pruning_ratio={ratio} cannot be met: with {limits}all protected units and all other kinds kept, "
             f"at most {reached:.4f} of the parameters can go; ask for that or less{less}, or allow more kinds"
         )
     above = _round_up(1 - (counter.left - min(counter.cost(s) for s in rest)) / counter.total)

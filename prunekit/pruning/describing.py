@@ -86,7 +86,7 @@ def _logits_if_any(model: Any) -> torch.Tensor | None:
 
 
 def _sayable(config: Any, cuts: Cuts) -> Fields:
-    """Field → value of every width that is the same in all layers; all of them, or what the family takes one by one."""
+    """Field → value of each width equal in all layers: all of them if they read back, else each that reads back."""
     widths = [_fields_of(cuts, name) for name in cuts.roles]
     values = {field: value for fields in widths for field, value in fields.items()}
     if reads_back(with_fields(config, values)):

@@ -28,7 +28,7 @@ def update_saliency(optimizer: "LHSPG") -> Mapping[str, Tensor]:
 
 
 def importance_saliency(importance: Importance, calib: Tensor | None) -> Saliency:
-    """Any importance as saliency, computed on the model in training, update included.
+    """Any importance as saliency, computed during training on the weights with their low-rank update.
 
     Args:
         importance: such as `Taylor()`.

@@ -194,7 +194,7 @@ def _measure(
     number: int,
     n_windows: int,
 ) -> list[dict[str, Any]]:
-    """One row per source: its gap and the number of windows drawn."""
+    """One row per source: its gap in the loss, and how many windows to draw."""
     losses = [mean_loss(model, source.validation) for source in sources]
     gaps = torch.tensor(losses, dtype=torch.float64) - torch.tensor(dense, dtype=torch.float64)
     shares = mixture.shares(gaps)

@@ -156,7 +156,7 @@ def _alike(groups: Groups, kinds: tuple[str, ...]) -> Iterator[list[CoupledGroup
 
 
 def _cuts(alike: list[CoupledGroup], shares: Sequence[float]) -> Iterator[tuple[list[CoupledGroup], int]]:
-    """Groups, and the number of units that each loses; a single layer is never cut alone."""
+    """Groups to cut together, and how many units each loses; nothing for the only layer or block."""
     n_units = alike[0].n_units
     if n_units == 1:
         yield from [(alike, 1)] if len(alike) > 1 else []

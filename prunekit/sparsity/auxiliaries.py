@@ -87,7 +87,7 @@ def _toward_relu(p: Tensor, m: Tensor, alpha: float, gamma: float) -> Tensor:
 def _better(
     activation: Activation, p: Tensor, m: Tensor, z: Tensor, alpha: float, gamma: float, factor: Tensor | None
 ) -> Tensor:
-    """Elementwise the better of m and z."""
+    """Elementwise m or z, whichever has the lower objective."""
     of_m, of_z = (activation(at) if factor is None else activation(at) * factor for at in (m, z))
     return torch.where(gamma * (p - of_m).square() <= gamma * (p - of_z).square() + alpha * (z - m).square(), m, z)
 
