@@ -50,7 +50,7 @@ def write_gguf(model: Any, config: Any, folder: Path) -> list[str]:
         Remarks on the file: why it has no vocabulary, which is also a warning.
 
     Raises:
-        PrunekitError: the gguf package is missing, GGUF's `llama` has no fields for this model, or what is read back gives
+        PrunekitError: the gguf package is missing, GGUF's `llama` cannot hold this model, or what is read back gives
             other logits.
     """
     gguf = gguf_package("layout='gguf'")

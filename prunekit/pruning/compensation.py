@@ -233,7 +233,7 @@ def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
     for name, units in plan.keep.items():
         if groups[name].kind == "vocabulary" and len(units) < plan.n_units[name]:
             raise PrunekitError(
-                "the plan removes tokens, but calib has the old token ids: re-fit first, and cut the vocabulary after that"
+                "the plan removes tokens, but calib has the old token ids: re-fit first, then cut the vocabulary"
             )
         if not units:  # layers behind it stand elsewhere in the cut model
             raise PrunekitError(
