@@ -278,6 +278,8 @@ class Unrounded(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: Options | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.overloadpacket is torch.ops.aten.bmm:  # in older rotary embeddings one factor stays float32
+            args = tuple(arg.double() for arg in args)
         return func(*args, **kwargs | ({"dtype": torch.float64} if kwargs.get("dtype") is torch.float32 else {}))
 
 
