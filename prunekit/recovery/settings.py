@@ -35,6 +35,18 @@ class TrainingSettings:
         """Windows that `max_steps` steps read at most; None where epochs decide."""
         return self.max_steps and self.max_steps * self.windows_a_step(_STEPS_AN_EPOCH * _FULL_BATCH)
 
+    def unheeded(self, n_windows: int) -> list[str]:
+        """Remarks on settings that cannot be followed with so few windows."""
+        steps, remarks = self.n_steps(n_windows), []
+        if self.batch_size is not None and self.batch_size > n_windows:
+            remarks.append(f"batch_size={self.batch_size}, but there are {n_windows} windows: a step takes all of them")
+        if self.warmup >= max(steps, 1):
+            remarks.append(
+                f"warmup={self.warmup:g} steps, but the training has {steps}: the learning rate does not reach "
+                f"{self.learning_rate:g}"
+            )
+        return remarks
+
     def _check(self, more: Mapping[str, bool]) -> None:
         """Raise an error for invalid values.
 
@@ -52,6 +64,7 @@ class TrainingSettings:
             "max_steps": self.max_steps is None or self.max_steps >= 1,
             "warmup": 0 <= self.warmup < math.inf,
             "seq_len": self.seq_len >= 2,
+            "seed": isinstance(self.seed, int) and 0 <= self.seed < 2**32,
         }
         for name, good in allowed.items():
             if not good:

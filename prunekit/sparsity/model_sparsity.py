@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.account import closed, held_out_sample, opened, seen_sample
+from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
 from prunekit.discovery.parts import outermost_elements
@@ -91,6 +91,7 @@ def sparsify(
     check_damping(damping)
     _check_allocation(allocation, wanted)
     _check_switches(report_error=report_error, inplace=inplace, measure=measure)
+    check_measure(measure, held_out)
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
     sample = held_out_sample(held_out, model) if held_out is not None else seen_sample(tokens, "sparsify")
