@@ -161,6 +161,18 @@ def held_out_sample(tokens: Any, model: nn.Module) -> Sample:
     return Sample(chosen, f"{_counted(len(chosen), 'held-out window')} of {chosen.shape[1]} tokens")
 
 
+def check_measure(measure: bool, held_out: Any) -> None:
+    """Raise an error for tokens to measure on where nothing is measured.
+
+    Raises:
+        PrunekitError: names the two options.
+    """
+    if held_out is not None and not measure:
+        raise PrunekitError(
+            "held_out= is what the loss is measured on, and measure=False measures nothing; leave out one"
+        )
+
+
 def seen_sample(tokens: Tensor | None, by: str) -> Sample | None:
     """Calibration windows as a fallback, labelled as such."""
     if tokens is None:

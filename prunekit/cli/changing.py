@@ -59,8 +59,12 @@ def sparsify(
         writing: options of `save`.
         loading: options of `load`.
     """
-    pattern_of(zeros.get("sparsity"), zeros.get("pattern"))  # before anything heavy
+    if pattern_of(zeros.get("sparsity"), zeros.get("pattern")).sparsity == 0:  # before anything heavy
+        raise PrunekitError(
+            "nothing would be set to zero; give --sparsity above 0, such as 0.5, or --pattern, such as 2:4"
+        )
     text = text_for(model, calibration, _reader(zeros))
+    inputs.check_drawing(text, drawing)
     dense, tokenizer = pk.load(model, **loading)
     drawing = drawn(drawing, dense.config, **WINDOWS)
     calib = pk.calibration_set(text, tokenizer, **drawing) if text is not None else None
@@ -234,6 +238,8 @@ def recipe(
         raise PrunekitError(f"--{option} is a setting of recovery, which reads text; give --data too, or leave it out")
     if "budgets" in takes and "budgets" not in settings:
         raise PrunekitError(f"how much is to go? recipe {name} needs --pruning-ratio, such as 0.35")
+    if 0 in (settings.get("pruning_ratio"), settings.get("budgets"), settings.get("sparsity")):
+        raise PrunekitError(f"recipe {name} would remove nothing; give a fraction above 0, such as 0.25")
     text = text_for(model, calibration, f"recipe {name}") if "calib" in takes else None
     dense, tokenizer = pk.load(model, **loading)
     given: dict[str, Any] = {"tokenizer": tokenizer, "data": data, "sources": inputs.named_texts(data)}

@@ -18,7 +18,7 @@ from prunekit.checkpoint.saving import not_plain
 from prunekit.checkpoint.stream_source import local_folder, n_bytes
 from prunekit.checkpoint.streaming import candidates, check_streamable
 from prunekit.cli.answers import Answer, say, text_table
-from prunekit.cli.inputs import Loading, drawn, held_out_windows, tell_unmeasured, text_for
+from prunekit.cli.inputs import Loading, check_drawing, drawn, held_out_windows, tell_unmeasured, text_for
 from prunekit.cli.options import Of
 from prunekit.errors import PrunekitError
 from prunekit.importance import IMPORTANCES, Importance, default_importance, importance_from_name
@@ -147,7 +147,11 @@ def prune(
     ratio = planning.pop("pruning_ratio", None)
     if plan is None:
         check_options(ratio, **planning)
+    if ratio == 0:
+        raise PrunekitError("--pruning-ratio 0 removes nothing; give a fraction above 0, such as 0.2")
     by, method = pk.PruningPlan.load(plan) if plan else None, _named(importance, granularity, drawing)
+    if by is not None and not any(by.removed(name) for name in by.keep):
+        raise PrunekitError(f"{plan} is a plan that removes nothing; give another, or --pruning-ratio")
     order = _Order(
         model, out, by, ratio, planning, method, normalize, steps, calibration, drawing, compensate, writing, loading
     )
@@ -183,6 +187,7 @@ def _named(importance: str | None, granularity: str | None, drawing: dict[str, A
 def _cut(order: _Order) -> pk.PruningPlan:
     """Load, discover, score, plan, prune, save: everything from the model to the saved smaller one."""
     text = order.text
+    check_drawing(text, order.drawing.keys() - ({"seed"} if isinstance(order.method, pk.Random) else set()))
     if order.normalize and order.planning.get("ranking") != "global":
         raise PrunekitError("--normalize lets groups compete, which they do with --ranking global alone; give that too")
     dense, tokenizer = pk.load(order.model, **order.loading)
@@ -239,6 +244,8 @@ def _cut_streamed(order: _Order) -> pk.PruningPlan:
         raise PrunekitError(f"--{name} needs the whole model in memory; leave it out, or give --no-streaming")
     folder, how = local_folder(order.model), order.plan or order.method or pk.Curvature()
     calib = drawing = None
+    if order.calibration and not (isinstance(how, Importance) and how.needs_calibration):
+        say("--calibration is not read: nothing is scored on it, and no loss is measured while weights stay on disk")
     if isinstance(how, Importance):
         check_streamable(how)
         if how.needs_calibration:

@@ -1,5 +1,6 @@
 """Inputs of verbs: models, calibration text, and held-out windows."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from torch import Tensor
@@ -34,6 +35,24 @@ def drawn(given: dict[str, int], config: Any, **defaults: int) -> dict[str, Any]
     if "seq_len" in defaults:
         defaults["seq_len"] = fitting_length(defaults["seq_len"], config)
     return {"seed": 0, **defaults, **given}
+
+
+def check_drawing(text: str | None, given: Iterable[str]) -> None:
+    """Raise an error for options of a draw from a text that is not read.
+
+    Args:
+        text: the calibration text; None where none is read.
+        given: names of the options of `calibration_set` that were given.
+
+    Raises:
+        PrunekitError: names the first of them.
+    """
+    option = next(iter(given), None)
+    if text is None and option is not None:
+        raise PrunekitError(
+            f"--{option.replace('_', '-')} says how windows of a calibration text are drawn, and none is read here; "
+            f"{GIVE}, or leave it out"
+        )
 
 
 def held_out_windows(text: str | None, tokenizer: Any, drawing: dict[str, Any], *, seen: bool) -> Tensor | None:

@@ -10,7 +10,7 @@ import prunekit as pk
 from prunekit.checkpoint.streaming import candidates
 from prunekit.checkpoint.structure import load_structure
 from prunekit.cli.answers import Answer, say, text_table
-from prunekit.cli.inputs import Loading, drawn, named_texts, text_for
+from prunekit.cli.inputs import Loading, check_drawing, drawn, named_texts, text_for
 from prunekit.cli.options import Of
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import harness
@@ -107,6 +107,7 @@ def evaluate(
     if metrics is not None:
         check_metrics(metrics)
     names, folder = _short_names(models), asking.get("data_dir")
+    _check_asking(asking, tasks, data)
     others = tuple(name for name in tasks if not is_standard(name))
     if others:
         harness.import_harness(f"{', '.join(map(repr, others))}: no task of prunekit's own. ")
@@ -123,6 +124,9 @@ def evaluate(
                 f"{source!r} has no default text; give --data with a text file, --tasks, or other --metrics"
             )
         wanted = metrics or tuple(name for name in ("perplexity", "zero_shot", "cost") if able.get(name, True))
+        if reading and "perplexity" not in wanted:
+            option = next(iter(reading))
+            raise PrunekitError(f"--{option} is of perplexity, which is not measured; give --data, or leave it out")
         limits: Any = {"limit": asking.get("limit"), "shots": asking.get("shots") or None}
         said[name] = harness.run_harness(model, tokenizer, others, **limits).headline() if others else {}
         given: dict[str, Any] = {"text": text, "tasks": questions, "perplexity_options": reading}
@@ -132,6 +136,23 @@ def evaluate(
         say(f"no zero_shot for {', '.join(without)}: give --tasks, such as boolq,piqa")
     values = {name: _headline(report) | said[name] for name, report in reports.items()}
     return Answer(values, _side_by_side(reports, said))
+
+
+def _check_asking(asking: dict[str, Any], tasks: Sequence[str], data: str | None) -> None:
+    """Raise an error for options of tasks without any, and for a folder from which nothing is read.
+
+    Raises:
+        PrunekitError: names the option.
+    """
+    unread = [name for name in ("limit", "shots") if asking.get(name) and not tasks]
+    if asking.get("data_dir") and data not in TEXTS and not any(map(is_standard, tasks)):
+        unread.append("data_dir")
+    if unread:
+        option = unread[0].replace("_", "-")
+        raise PrunekitError(
+            f"--{option} is of named tasks{' and texts' * (option == 'data-dir')}, and none is given; "
+            "give --tasks, such as boolq,piqa, or leave it out"
+        )
 
 
 def _short_names(sources: Sequence[str]) -> dict[str, str]:
@@ -207,6 +228,7 @@ def knowledge(
     method = None if importance is None else importance_from_name(importance)
     reads = method is None or method.needs_calibration
     source = text_for(model, calibration, f"importance {importance or 'curvature'!r}" if reads else None)
+    check_drawing(source, drawing)
     dense, tokenizer = pk.load(model, **loading)
     units = candidates(pk.discover(dense), kinds)
     calib = pk.calibration_set(source, tokenizer, **drawn(drawing, dense.config)) if source else None

@@ -116,6 +116,9 @@ def _asked(
                 "embedded world has default tasks"
             )
         tasks = world.tasks()
+    if tasks is None and (limit is not None or data_dir is not None):
+        option = "data_dir" if limit is None else "limit"
+        raise PrunekitError(f"{option}= is of tasks, and only text is given; give tasks= too, or leave it out")
     found = [] if tasks is None else named_tasks(tasks, limit=limit, data_dir=data_dir)
     single = [task.name for task in found if any(len(question.choices) < 2 for question in task.questions)]
     if single:

@@ -21,13 +21,13 @@ def held_by_rounding(
     rounding: Mapping[str, int],
     min_units: int,
 ) -> list[str]:
-    """Kinds whose number of units rounding does not allow to change."""
+    """Kinds whose number of units rounding or `min_units` does not allow to change."""
 
-    def kinds_that_go(round_to: Mapping[str, int]) -> set[str]:
+    def kinds_that_go(round_to: Mapping[str, int], least: int) -> set[str]:
         bundles = {g: bundles_of(groups, g, scores[g.name]) for g in candidates if g.kind not in WHOLE_KINDS}
-        return {g.kind for g, found in bundles.items() if stops_of(g, found, round_to[g.name], min_units)}
+        return {g.kind for g, found in bundles.items() if stops_of(g, found, round_to[g.name], least)}
 
-    return sorted(kinds_that_go(dict.fromkeys(rounding, 1)) - kinds_that_go(rounding))
+    return sorted(kinds_that_go(dict.fromkeys(rounding, 1), 1) - kinds_that_go(rounding, min_units))
 
 
 def by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set[int]]:
@@ -41,7 +41,7 @@ def by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set
 def take_parameters(steps: list[Step], ratio: float, counter: Counter, rounded: str) -> list[Step]:
     """Take steps up to the budget: first the same step in every layer, then single steps.
 
-    `rounded` is what a refusal says of rounding, such as `"round_to=16"`; empty where nothing is rounded.
+    `rounded` is what a refusal says of the limits, such as `"round_to=16"`; empty where there are none.
 
     Raises:
         PrunekitError: the steps do not come near enough to the budget.
@@ -73,7 +73,7 @@ def _fill(batches: list[list[Step]], budget: float, counter: Counter) -> list[St
 
 
 def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter, rounded: str) -> None:
-    limits, less, steps_of = (f"{rounded}, and ", ", round less", f" for {rounded}") if rounded else ("", "", "")
+    limits, less, steps_of = (f"{rounded}, and ", ", lower these", f" for {rounded}") if rounded else ("", "", "")
     reached = _round_up(1 - counter.left / counter.total)
     done = set(map(id, taken))
     rest = [s for s in steps if id(s) not in done]

@@ -10,6 +10,7 @@ from prunekit.checks import Count, Share, check_choice, checked
 from prunekit.discovery import KINDS, CoupledGroup, Groups
 from prunekit.errors import BudgetError, PrunekitError
 from prunekit.pruning.budgets import by_group, held_by_rounding, take_parameters, take_shares, take_units
+from prunekit.pruning.heeded import check_after, check_rounding, check_shares
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, all_steps, gone_first, lowest
 
@@ -60,8 +61,9 @@ def plan(
         which kinds stay whole though they were asked for, and why.
 
     Raises:
-        PrunekitError: bad arguments, kinds that the model has no groups of, a budget that cannot be met, with the
-            nearest one that can, or one by which nothing goes.
+        PrunekitError: bad arguments, kinds that the model has no groups of, an option that cannot be followed (a kind
+            that is rounded and not cut, an earlier plan that removes what this one keeps), a budget that cannot be met,
+            with the nearest one that can, or one by which nothing goes.
 
     Source: LLM-Pruner (Ma et al. 2023), local and global selection. Differs: its global mode compares head
     sums with single channels and so never removes a head; here scores are taken per parameter.
@@ -71,6 +73,8 @@ def plan(
     fractions = check_options(
         pruning_ratio, of=of, ranking=ranking, kinds=chosen, round_to=round_to, min_units=min_units
     )
+    if isinstance(pruning_ratio, Mapping):
+        check_shares(pruning_ratio if kinds is None else chosen, pruning_ratio)
     if ranking is None:
         ranking = getattr(scores, "ranking", "local") if of == "parameters" else "local"
     if kinds is None and not isinstance(pruning_ratio, Mapping):
@@ -80,8 +84,9 @@ def plan(
         groups.check_kinds(fractions)
         found = groups.of_kind(*fractions)  # asked for by name: inexact ones too
     candidates = candidates_of(groups, scores, found, protected)
+    check_rounding(round_to, candidates, pruning_ratio)
     rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
-    counter, rounded = Counter(groups), _rounded(round_to)
+    counter, rounded = Counter(groups), _limits(round_to, min_units)
     gone_before = {} if after is None else {name: set(after.removed(name)) for name in after.keep}
     ordered = lowest(scores, gone_before)
     if of == "units" and ranking == "local" and not set(fractions) & set(WHOLE_KINDS):
@@ -94,6 +99,7 @@ def plan(
         else:
             taken = take_parameters(steps, next(iter(fractions.values()), 0.0), counter, rounded)
     gone = by_group(taken, candidates)
+    check_after(after, gone)
     notes = {
         "pruning_ratio": dict(pruning_ratio) if isinstance(pruning_ratio, Mapping) else pruning_ratio,
         "of": of, "ranking": ranking, "importance": getattr(scores, "label", None),
@@ -189,10 +195,11 @@ def check_options(
     return _check_ratio(pruning_ratio, of, DEFAULT_KINDS if kinds is None else tuple(kinds))
 
 
-def _rounded(round_to: int | Mapping[str, int]) -> str:
-    """Description of the rounding; empty without rounding."""
+def _limits(round_to: int | Mapping[str, int], min_units: int) -> str:
+    """What limits the numbers of units, for messages; empty where nothing does."""
     rounds = any(n > 1 for n in round_to.values()) if isinstance(round_to, Mapping) else round_to > 1
-    return f"round_to={round_to}" if rounds else ""
+    limits = [f"round_to={round_to}"] * rounds + [f"min_units={min_units}"] * (min_units > 1)
+    return " and ".join(limits)
 
 
 def _check_ratio(ratio: Ratio, of: str, kinds: tuple[str, ...]) -> dict[str, float]:
@@ -228,7 +235,7 @@ def candidates_of(
     """
     layers = sorted({g.layer for g in groups if g.layer is not None})
     for layer in protected:
-        if layer not in layers:
+        if isinstance(layer, bool) or layer not in layers:
             span = f"layers {layers[0]} to {layers[-1]}; name some of those" if layers else "no numbered layers"
             raise PrunekitError(f"protect_layers names {layer!r}; this model has {span}")
     found = [g for g in among if g.layer is None or g.layer not in protected]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from prunekit.account import Opening, Sample, closed, held_out_sample, opened, seen_sample
+from prunekit.account import Opening, Sample, check_measure, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens
 from prunekit.checks import Network, check_choice, checked
 from prunekit.discovery import Groups
@@ -138,6 +138,11 @@ def prune(
             raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")
         check_tokens(compensate, model)
     check_choice("fit", fit, FITS)
+    if compensate is None and fit != "weights":
+        raise PrunekitError(
+            f"fit={fit!r} says what is re-fitted on the tokens of compensate=; give these, or leave it out"
+        )
+    check_measure(measure, held_out)
     opening = _opened(model, plan, held_out, compensate) if measure else None
     pruned = _prune(model, plan, inplace)
     if compensate is not None and pruned.plan.keep:

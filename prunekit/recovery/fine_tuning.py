@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from prunekit.account import closed, held_out_sample, opened, seen_sample
+from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Length, Model, Tokenizer, checked
-from prunekit.documents import TextSource, is_stream
+from prunekit.documents import TextSource, is_stream, logger
 from prunekit.errors import PrunekitError, warn
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.full import FullTuning, train_all
@@ -83,12 +83,16 @@ def recover(
     """
     if output_dir is not None and Path(output_dir).exists():
         raise PrunekitError(f"output_dir {str(output_dir)!r} exists already: give a new folder")
+    check_measure(measure, held_out)
+    _check_length(seq_len, data)
     keep = _zeros_stay(model, keep_zeros)
     check_finite(model)
     length = method.seq_len if seq_len is None else seq_len
     enough = method.most_windows if is_stream(data) else None
     windows = training_windows(data, tokenizer, length, train_on=train_on, enough=enough)
     windows = replace(windows, tokens=check_tokens(windows.tokens, model).cpu())
+    for remark in method.unheeded(len(windows)):
+        logger.warning(remark)
     sample = seen_sample(windows.tokens, "the training") if held_out is None else held_out_sample(held_out, model)
     opening = opened("recover", model, sample) if measure else None
     changed: Any = model if inplace else copy.deepcopy(model)
@@ -100,6 +104,16 @@ def recover(
     changed.recovery_log = log  # type: ignore[assignment]
     renew_report(changed, TRAINED)
     return changed.eval()
+
+
+def _check_length(seq_len: int | None, data: Any) -> None:
+    """Raise an error for a length of windows where the data has one."""
+    tokens = data.tokens if isinstance(data, TrainingWindows) else data
+    if seq_len is not None and isinstance(tokens, Tensor) and tokens.ndim == 2 and tokens.shape[1] != seq_len:
+        raise PrunekitError(
+            f"seq_len={seq_len} cuts text into windows, and the data is windows of {tokens.shape[1]} tokens; leave it "
+            "out, or give text"
+        )
 
 
 def _zeros_stay(model: nn.Module, asked: Any) -> bool:

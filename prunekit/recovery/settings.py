@@ -36,3 +36,15 @@ class TrainingSettings:
     def most_windows(self) -> int | None:
         """Windows that `max_steps` steps read at most; None where epochs decide."""
         return self.max_steps and self.max_steps * self.windows_a_step(_STEPS_AN_EPOCH * _FULL_BATCH)
+
+    def unheeded(self, n_windows: int) -> list[str]:
+        """Remarks on settings that cannot be followed with so few windows."""
+        steps, remarks = self.n_steps(n_windows), []
+        if self.batch_size is not None and self.batch_size > n_windows:
+            remarks.append(f"batch_size={self.batch_size}, but there are {n_windows} windows: a step takes all of them")
+        if self.warmup >= max(steps, 1):
+            remarks.append(
+                f"warmup={self.warmup:g} steps, but the training has {steps}: the learning rate does not reach "
+                f"{self.learning_rate:g}"
+            )
+        return remarks

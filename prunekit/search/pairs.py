@@ -59,7 +59,10 @@ def metrics_of(
     tasks: Tasks | None,
 ) -> list[Metric]:
     """The metrics, the optimised one first; arguments and errors are those of `metric_of`."""
-    others = [also] if isinstance(also, str | Metric) else also
+    others = [also] if isinstance(also, str | Metric) else list(also)
+    for option, given, reader in (("text", text, "perplexity"), ("tasks", tasks, "accuracy")):
+        if given is not None and reader not in (metric, *others):
+            raise PrunekitError(f"{option}= is what {reader!r} is measured on, which is no metric here; leave it out")
     return [metric_of(each, tokenizer, text, tasks) for each in (metric, *others)]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.account import closed, held_out_sample, opened, seen_sample
+from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.checks import Network, Positive, checked
 from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
@@ -86,6 +86,7 @@ def sparsify(
     name, alternation = _method(method)
     check_damping(damping)
     _check_allocation(allocation, wanted)
+    check_measure(measure, held_out)
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
     sample = held_out_sample(held_out, model) if held_out is not None else seen_sample(tokens, "sparsify")

@@ -53,6 +53,9 @@ def _on_statistics(rows: Rows, tokens: Tensor | None, widest: int, damping: floa
 
 
 def _on_target(rows: Rows, wanted: Pattern) -> Iterator[str]:
+    if not any(row["n_zeros"] for row in rows):
+        yield f"{wanted} sets no weight of these matrices to zero"
+        return
     reached = sum(row["n_zeros"] for row in rows) / sum(row["n_weights"] for row in rows)
     if reached < wanted.sparsity - 0.005:
         yield (f"{reached:.2%} are zero instead of {wanted}: Wanda takes whole weights of each row, rounded down")
