@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, stored_tensors
-from prunekit.checkpoint.loading import MODEL_TYPE, load, load_cut, load_tokenizer
+from prunekit.checkpoint.loading import MODEL_TYPE, check_plain_size, load, load_cut, load_tokenizer
 from prunekit.checkpoint.origins import resolve
 from prunekit.errors import PrunekitError
 from prunekit.models import empty_model, shapes_of
@@ -52,6 +52,7 @@ def local_folder(source: str | Path) -> Path:
             f"{str(source)!r} is not a folder on this machine, and only those are streamed; download the checkpoint, "
             "and give the folder that holds config.json and safetensors"
         )
+    read_config(folder)
     return folder
 
 
@@ -73,6 +74,7 @@ def _check_one_to_one(folder: Path, stored: dict[str, Stored]) -> None:
 
     Every parameter must find a stored tensor of its shape that no other parameter took.
     """
+    check_plain_size(folder, stored)
     try:
         shapes = shapes_of(empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
     except Exception:  # any error; the load that follows reports it

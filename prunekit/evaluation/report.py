@@ -17,7 +17,7 @@ from prunekit.evaluation.language_modelling import PerplexityResult, measure_per
 from prunekit.evaluation.multiple_choice import zero_shot
 from prunekit.evaluation.named_tasks import Tasks
 from prunekit.evaluation.zero_shot_result import ZeroShotResult
-from prunekit.files import read_text, write_text
+from prunekit.files import read_text, write_text, writing
 
 METRICS = ("perplexity", "zero_shot", "cost")
 FORMAT = "prunekit report 1"
@@ -126,7 +126,7 @@ class Report:
                 "cost": Cost.from_dict,
             }
             return cls(**{name: None if value is None else readers[name](value) for name, value in fields.items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PrunekitError(
                 f"this is not a prunekit report ({error}); give a file that Report.save wrote"
             ) from error
@@ -134,7 +134,8 @@ class Report:
     def save(self, path: str | Path) -> Path:
         """Writes the report as JSON and replaces an old one only when complete."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, self.to_json())
         return path
 

@@ -23,11 +23,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str
         PrunekitError: the folder is missing or cannot be written to.
     """
     told = {"format": FORMAT, **{name: json.dumps(value) for name, value in meta.items()}}
-    try:
-        with new_file(path) as beside:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside, told)
-    except OSError as error:
-        raise PrunekitError(f"cannot write {str(path)!r} ({error}); give a path in an existing folder") from error
+    with new_file(path) as beside:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside, told)
     return path
 
 

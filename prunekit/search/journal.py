@@ -12,6 +12,7 @@ from optuna.study import StudyDirection
 
 from prunekit.compat import JOURNAL_KEY
 from prunekit.errors import PrunekitError
+from prunekit.files import writing
 
 STUDY = "prunekit"
 _BEGINNING = f'{{"{JOURNAL_KEY}"'.encode()  # of every line
@@ -58,7 +59,7 @@ class Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write lines, after removing an incomplete last line."""
-        with self.lock:
+        with writing(self._path), self.lock:
             self._mend()
             super().append_logs(logs)
 

@@ -109,7 +109,7 @@ class SparsityReport:
             told = json.loads(text)
             loss = None if told.get("loss") is None else LossChange.from_dict(told["loss"])
             return cls(told["method"], told["target"], tuple(told["rows"]), told["left"], tuple(told["remarks"]), loss)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PrunekitError(
                 f"this is not a sparsity report ({error}); give what SparsityReport.to_json wrote"
             ) from None
