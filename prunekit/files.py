@@ -23,6 +23,7 @@ try:
 except ImportError:  # Windows has no lock that goes with the process that holds it
     fcntl = None  # type: ignore[assignment]
 
+LARGEST_RESULT = 2**40  # bytes of a result file, which may hold arrays
 LARGEST = 2**28  # bytes of a text file: the largest tokenizers and reports have a tenth of it
 RESTORE = "restore it from its source"
 UNFINISHED = ".unfinished"  # how the names of temporary folders end
@@ -68,6 +69,27 @@ def read_text(path: str | Path, writer: str | None = None, most: int = LARGEST) 
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PrunekitError(f"cannot read {str(path)!r} as text ({error}); {advice}") from None
+
+
+@contextmanager
+def reading(path: str | Path, what: str, writer: str) -> Iterator[None]:
+    """A context in which a result file is read, whatever was edited in it.
+
+    Args:
+        path: of the file.
+        what: it should hold, such as `"scores"`.
+        writer: what wrote it, such as `"Scores.save"`.
+
+    Raises:
+        PrunekitError: the file is missing, or something in it does not fit; it names the file.
+    """
+    advice = f"give a file that {writer} wrote"
+    try:
+        check_regular(Path(path), LARGEST_RESULT, advice)
+        yield
+    except (OSError, SafetensorError, LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        kind = "" if isinstance(error, PrunekitError) else f"{type(error).__name__}: "
+        raise PrunekitError(f"no {what} in {str(path)!r} ({kind}{error}); {advice}") from error
 
 
 def read_json(path: str | Path, writer: str | None = None, most: int = LARGEST) -> Any:

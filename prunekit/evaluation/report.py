@@ -118,10 +118,12 @@ class Report:
         """
         try:
             fields = json.loads(text)
+            if not isinstance(fields, dict) or set(fields) != {"format", *METRICS}:
+                raise ValueError("it must have a format, and perplexity, zero_shot and cost, or null in their place")
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             readers: dict[str, Any] = {
-                "perplexity": lambda value: PerplexityResult(**value),
+                "perplexity": PerplexityResult.from_dict,
                 "zero_shot": ZeroShotResult.from_dict,
                 "cost": Cost.from_dict,
             }

@@ -6,9 +6,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from prunekit.checks import Part, Whole, check_value
 from prunekit.errors import PrunekitError
+from prunekit.escaping import html_paragraph
 
 GROUPS = ("task", "form", "domain", "tier", "hops")
+_COLUMNS: dict[str, Any] = {
+    "task": str, "question": Whole, "gold": Whole, "prediction": int, "correct": bool, "correct_norm": bool,
+    "hit": bool, "margin": float | None, "chance": Part, "log_likelihoods": list[float],
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +88,19 @@ class ZeroShotResult:
 
     @classmethod
     def from_dict(cls, columns: dict[str, Any]) -> "ZeroShotResult":
-        """The result from the form of `to_dict`."""
+        """The result from the form of `to_dict`.
+
+        Raises:
+            PrunekitError: a column that is missing, or has values that cannot be.
+        """
         columns = dict(columns)
         numbers = {name: columns.pop(name, 0) for name in ("n_computed", "n_tokens")}
+        for name, kind in _COLUMNS.items():
+            if name not in columns:
+                raise PrunekitError(f"zero_shot has no column {name!r}")
+            check_value(f"zero_shot[{name!r}]", columns[name], list[kind])  # type: ignore[valid-type]
+        for name, value in numbers.items():
+            check_value(name, value, Whole)
         return cls(pd.DataFrame(columns), **numbers)
 
     def __repr__(self) -> str:
@@ -95,4 +111,4 @@ class ZeroShotResult:
         return f"ZeroShotResult({self.mean:.1%} over {n_tasks} tasks, {len(self.questions):,} questions{run}{cut})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.by('task').to_html(float_format='{:.3f}'.format)}"
+        return f"{html_paragraph(self)}{self.by('task').to_html(float_format='{:.3f}'.format)}"

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from prunekit.errors import PrunekitError
+from prunekit.escaping import html_paragraph
 from prunekit.fronts import unbeaten
 from prunekit.search.hyperparameters import Hyperparameter, Range
 from prunekit.search.space import Point, Space
@@ -106,7 +107,7 @@ class Pairs:
 
     def _repr_html_(self) -> str:
         order = self.table.sort_values(self.metric, ascending=not self.maximize) if len(self) else self.table
-        return f"<p>{self!r}</p>{order.head(10).to_html(index=False, float_format='{:.3g}'.format)}"
+        return f"{html_paragraph(self)}{order.head(10).to_html(index=False, float_format='{:.3g}'.format)}"
 
 
 def _setting(knob: Hyperparameter, value: Any) -> Any:

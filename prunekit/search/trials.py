@@ -12,10 +12,11 @@ from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from prunekit.checks import Whole, check_value
 from prunekit.errors import PrunekitError
 from prunekit.search.hyperparameters import Range
 from prunekit.search.journal import open_study
-from prunekit.search.space import Point, Space
+from prunekit.search.space import Point, Space, key_of
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 
@@ -45,6 +46,7 @@ class Trials:
         self._distributions = {name: _distribution(knob) for name, knob in space.knobs.items()}
         with self.lock:
             self._identify(identity)
+            self._check(space)
         self._claimed: dict[int, Trial] = {}
         self._life = self._life_of(self._run)
         self._life.acquire()
@@ -178,6 +180,22 @@ class Trials:
                 f"{str(self.path)!r} is of another search (different {' and '.join(differs)}); give another folder, or "
                 "the arguments that it was started with"
             )
+
+    def _check(self, space: Space) -> None:
+        """Raise an error for candidates that were edited, or that stand in the journal twice."""
+        seen: set[str] = set()
+        for trial in self._every():
+            where = f"trial {trial.number} of {str(self.path)!r}"
+            try:
+                key, number = key_of(space.check(trial.params)), trial.user_attrs["round"]
+                check_value("round", number, Whole)
+            except (PrunekitError, KeyError) as error:
+                raise PrunekitError(
+                    f"{where} is no candidate of this search ({error}); delete the journal to begin anew"
+                ) from None
+            if "again" not in trial.user_attrs and key in seen:
+                raise PrunekitError(f"{where} stands there twice; delete the journal to begin anew")
+            seen.add(key)
 
 
 def _order(trial: FrozenTrial) -> int:
