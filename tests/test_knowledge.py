@@ -429,12 +429,12 @@ def test_what_is_refused(world, tmp_path):
 
     for message, attempt in {
         "there are no groups to ablate": lambda: run([]),
-        "'model.layers.0' is no group; give discover": lambda: run(["model.layers.0"]),
+        r"groups\[0\]='model.layers.0' is not allowed; give an": lambda: run(["model.layers.0"]),
         "is not of this model.*discover": lambda: run(model=other),
         r"ratios=\(0, 0.5\); give fractions": lambda: run(ratios=(0, 0.5)),
         r"ratios=\(1.5,\)": lambda: run(ratios=(1.5,)),
         r"ratios=\(\)": lambda: run(ratios=()),
-        "ratios=1.0 is no list": lambda: run(ratios=1.0),
+        "ratios=1.0 is not allowed; give a list": lambda: run(ratios=1.0),
         "tokenizer=None; give": lambda: run(tokenizer=None),
         "scores are a Taylor": lambda: run(scores=Taylor()),
         "no task 'arc_simple'": lambda: run(tasks=["arc_simple"]),

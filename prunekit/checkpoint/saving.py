@@ -7,13 +7,11 @@ with `model_type: "prunekit"`: the uncut configuration, the units kept, and the 
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again
@@ -72,7 +70,7 @@ def save(
     """
     check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
     config = description(model)
-    with whole_folder(out) as folder:
+    with new_folder(out) as folder:
         if isinstance(config, dict):
             _write_cut(model, config, folder, max_shard_size)
         else:
@@ -148,23 +146,6 @@ def check_shard_size(size: str | int) -> None:
     known = isinstance(size, str) and re.fullmatch(r"0*[1-9]\d*[KMGT]B", size, re.IGNORECASE)
     if not known and not (type(size) is int and size > 0):
         raise PrunekitError(f"max_shard_size={size!r} is no size; give bytes, or such as '500MB' or '5GB'")
-
-
-@contextmanager
-def whole_folder(out: str | Path) -> Iterator[Path]:
-    """A new folder that is moved to its place when the block ends well; a full disk is said in prunekit's words.
-
-    Raises:
-        PrunekitError: `out` exists, or cannot be written to.
-    """
-    try:
-        with new_folder(out) as folder:
-            yield folder
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PrunekitError(
-            f"cannot write {str(out)!r} ({reason}); nothing was left there; choose another place"
-        ) from error
 
 
 def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int) -> None:

@@ -96,6 +96,8 @@ class Record:
                 "or "
                 "delete the file to start again"
             )
+        if len(before.dense_hit) != len(self._exam.table):
+            raise PrunekitError(f"{str(path)!r} has measurements of other questions; delete the file to start again")
         keys = zip(before.silencings["group"], before.silencings["units"], strict=True)
         self.marks = {(name, (*units,)): (before.hit[i], before.loss[i]) for i, (name, units) in enumerate(keys)}
         self._dense, self._saved = (before.dense_hit, before.dense_loss), len(self.marks)

@@ -11,8 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.checks import check_choice
+from prunekit.checks import Part, Whole, check_choice, check_value
 from prunekit.errors import PrunekitError
+from prunekit.escaping import html_paragraph
+from prunekit.files import reading
 from prunekit.knowledge.measurement_files import plain, read_arrays, table_of, write_arrays
 
 BY = ("domain", "task", "tier", "hops")
@@ -20,6 +22,17 @@ MEASURES = ("accuracy", "loss")
 RATIOS = (0.25, 0.5)  # our choice of LoRAShear's set P
 _TOLD = ("packed", "resumed", "unfinished", "fingerprint")
 _ARRAYS = ("hit", "loss", "dense_hit", "dense_loss")
+_ABLATED: dict[str, Any] = {
+    "group": str, "kind": str, "layer": int | None, "ratio": Part, "n_silenced": Whole, "units": list[Whole],
+}  # fmt: skip
+_ASKED: dict[str, Any] = {
+    "task": str,
+    "domain": str | None,
+    "n_tokens": Whole,
+    "chance": Part | None,
+    "tier": Any,
+    "hops": Any,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,14 +284,17 @@ class KnowledgeDistribution:
             PrunekitError: the file is missing, or it holds something else.
         """
         arrays, meta = read_arrays(path)
-        try:
+        with reading(path, "knowledge distribution", "its save()"):
+            values = {name: arrays[name] for name in _ARRAYS} | {name: meta[name] for name in _TOLD}
+            columns = {"silencings": _ABLATED, "questions": _ASKED}
+            for name, kinds in columns.items():
+                for column in kinds:
+                    check_value(f"{name}[{column!r}]", meta[name][column], list[kinds[column]])  # type: ignore[valid-type]
             tables = table_of(meta["silencings"], ()), table_of(meta["questions"], ("chance",))
-            values: dict[str, Any] = {
-                **{name: arrays[name] for name in _ARRAYS},
-                **{name: meta[name] for name in _TOLD},
-            }
-        except KeyError as error:
-            raise PrunekitError(f"{str(path)!r} lacks {error}, so it is damaged; measure again") from None
+            check_value("unfinished", meta["unfinished"], Whole)
+            for name, kind in {"packed": bool, "resumed": bool, "fingerprint": str}.items():
+                check_value(name, meta[name], kind)
+            _check_arrays(arrays, *map(len, tables))
         return cls(*tables, **values)
 
     def __repr__(self) -> str:
@@ -293,11 +309,20 @@ class KnowledgeDistribution:
 
     def _repr_html_(self) -> str:
         if self.silencings.empty:
-            return f"<p>{self!r}</p>"
+            return html_paragraph(self)
         mean = self.table("domain", "loss").pivot_table(
             index="kind", columns="domain", values="change", aggfunc="mean", sort=False
         )  # fmt: skip
-        return f"<p>{self!r}</p><p>mean change of the loss</p>{mean.to_html(float_format='{:+.3f}'.format)}"
+        return f"{html_paragraph(self)}<p>mean change of the loss</p>{mean.to_html(float_format='{:+.3f}'.format)}"
+
+
+def _check_arrays(arrays: Mapping[str, np.ndarray], n_rows: int, n_questions: int) -> None:
+    for name in _ARRAYS:
+        shape = (n_questions,) if name.startswith("dense") else (n_rows, n_questions)
+        kind = np.bool_ if name.endswith("hit") else np.floating
+        found = arrays[name]
+        if found.shape != shape or not np.issubdtype(found.dtype, kind) or np.isnan(found).any():
+            raise PrunekitError(f"{name} is {found.dtype} {found.shape}; it must be {shape}, without NaN")
 
 
 def _worse(table: pd.DataFrame, measure: str) -> pd.DataFrame:
