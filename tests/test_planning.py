@@ -237,7 +237,7 @@ def test_a_plan_that_keeps_nonsense_is_refused(keep):
 def test_text_that_is_no_plan_is_refused(text, why):
     with pytest.raises(PrunekitError, match=f"this is no pruning plan.*{why}"):
         PruningPlan.from_json(text)
-    with pytest.raises(PrunekitError, match="is no file"):
+    with pytest.raises(PrunekitError, match=r"cannot read .nowhere.json. \(No such file"):
         PruningPlan.load("nowhere.json")
 
 
@@ -264,7 +264,7 @@ def test_odd_values_in_a_plan_are_named(changes, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\x80\x04\xff", "cannot be read as text"), (b"[" * 99999, "no pruning plan"), (b"9" * 9999, "no pruning plan")],
+    [(b"\x80\x04\xff", "cannot read .* as text"), (b"[" * 99999, "no pruning plan"), (b"9" * 9999, "no pruning plan")],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path, content, message):
     (tmp_path / "plan.json").write_bytes(content)
