@@ -184,7 +184,7 @@ def test_lorashear_is_its_steps(model, tokenizer):
     assert sum(p.numel() for p in done.model.parameters()) == done.plan.n_parameters_kept
     protected = done.knowledge.unprunable(0.2)
     assert len(protected) == 3 and not set(protected) & set(done.plan.keep)
-    assert len(done.knowledge.silencings) == 12 * 2
+    assert len(done.knowledge.ablations) == 12 * 2
     assert set(done.knowledge.questions["domain"]) == {"ones", "threes"}
     assert len(done.progress.log.losses) == 12
     table = done.mixture.table()

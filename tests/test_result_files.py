@@ -77,7 +77,7 @@ def known(model, scores, tmp_path_factory):
     return found.save(path)
 
 
-@pytest.mark.parametrize("key", ["format", "silencings", "questions", "packed", "unfinished", "fingerprint"])
+@pytest.mark.parametrize("key", ["format", "ablations", "questions", "packed", "unfinished", "fingerprint"])
 @pytest.mark.parametrize("bad", BAD)
 def test_an_edited_knowledge_distribution_is_refused(key, bad, known):
     assert len(pk.KnowledgeDistribution.load(known).questions) == 4
