@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from prunekit.checkpoint.door import check_kind, has_adapter
 from prunekit.errors import PrunekitError
 
 WHOLE = "model.safetensors"
@@ -56,33 +57,25 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-_DEQUANTIZING = {
-    "mxfp4": "Mxfp4Config(dequantize=True)",
-    "fp8": "FineGrainedFP8Config(dequantize=True)",
-    "mxfp8": "FineGrainedFP8Config(dequantize=True)",
-    "compressed-tensors": "CompressedTensorsConfig(run_compressed=False)",
-    "bitsandbytes": "",
-}  # quant_method → what makes transformers dequantize while loading; "" where the loaded model is dequantized
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint that prunekit can read.
 
     Raises:
-        PrunekitError: the file is missing, or the folder is not a plain checkpoint.
+        PrunekitError: the file is missing, or the folder does not hold a plain language model.
     """
     path = folder / "config.json"
-    if (folder / "adapter_config.json").is_file() and not path.exists():
+    if has_adapter(folder):
+        what = "beside the weights of a model" if path.exists() else "only"
         raise PrunekitError(
-            f"{str(folder)!r} holds an adapter only; load its base model with peft, call merge_and_unload() on it, "
-            "save that, and give its folder"
+            f"{str(folder)!r} holds an adapter {what}; merge it with model, tokenizer = "
+            f"prunekit.load({str(folder)!r}, merge_adapter=True), save that with prunekit.save(model, new_folder), and "
+            f"give its folder{'; or take the files adapter_* away' if path.exists() else ''}"
         )
     if not path.exists() and not path.is_symlink():
         raise PrunekitError(f"{str(folder)!r} is no checkpoint: it has no config.json; give the folder that holds it")
     config = read_object(path)
     check_implementations(config, str(folder))
-    if config.get("quantization_config") is not None:
-        raise _quantized(folder, config["quantization_config"])
+    check_kind(folder, config)
     return config
 
 
@@ -110,21 +103,6 @@ def _check_fields(described: Any, source: str) -> None:
                 "remove that field from config.json"
             )
         _check_fields(value, source)
-
-
-def _quantized(folder: Path, quantization: Any) -> PrunekitError:
-    """What to do about quantized weights: some formats have no other release, and transformers dequantizes them."""
-    method = str(quantization.get("quant_method")) if isinstance(quantization, dict) else "unknown"
-    if method in _DEQUANTIZING:
-        option = f", quantization_config={_DEQUANTIZING[method]}" if _DEQUANTIZING[method] else ""
-        dequantized = "" if option else ".dequantize()"
-        advice = (
-            f"dequantize it first: model = AutoModelForCausalLM.from_pretrained({str(folder)!r}{option}){dequantized}, "
-            "then prunekit.save(model, new_folder), and give that"
-        )
-    else:
-        advice = "give the checkpoint it was made from, which is not quantized"
-    return PrunekitError(f"{str(folder)!r} is quantized ({method}), and quantized weights cannot be cut; {advice}")
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

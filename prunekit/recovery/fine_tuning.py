@@ -81,8 +81,8 @@ def recover(
         raise PrunekitError(f"recovery method {method!r} is unknown; give one of {known}, such as LoRA(r=8)")
     if output_dir is not None and Path(output_dir).exists():
         raise PrunekitError(f"output_dir {str(output_dir)!r} exists already: give a new folder")
-    keep = _zeros_stay(model, keep_zeros)
     check_finite(model)
+    keep = _zeros_stay(model, keep_zeros)
     length = method.seq_len if seq_len is None else seq_len
     enough = method.most_windows if is_stream(data) else None
     tokens = check_tokens(token_windows(data, tokenizer, length, enough=enough), model).cpu()
