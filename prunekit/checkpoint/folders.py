@@ -112,7 +112,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         PrunekitError: no weights, a broken file, or an index that does not fit the files.
     """
     if (folder / WHOLE).is_file():
-        return dict(_header(folder / WHOLE))
+        return header_of(folder / WHOLE)
     if (folder / INDEX).exists():
         return _sharded(folder, _weight_map(folder / INDEX))
     read_config(folder)  # a folder without a checkpoint has its own message
@@ -152,6 +152,15 @@ def _sharded(folder: Path, names: dict[str, str]) -> dict[str, Stored]:
                 f"the index of {str(folder)!r} seeks {name!r} in {file!r}, but {where!r} has it; restore it"
             )
     return found
+
+
+def header_of(path: Path) -> dict[str, Stored]:
+    """Every tensor of one safetensors file, by name.
+
+    Raises:
+        PrunekitError: the file cannot be read.
+    """
+    return dict(_header(path))
 
 
 def _header(path: Path) -> Iterator[tuple[str, Stored]]:
