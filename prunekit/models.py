@@ -105,7 +105,8 @@ def check_has_weights(model: nn.Module) -> None:
             "or prune its folder with prune_checkpoint(...), which needs the memory of one layer"
         )
     raise PrunekitError(
-        f"{name} has a shape but no data (meta device); load the weights first, with prunekit.load(folder)"
+        f"the model has no weights in {name} (meta device: a shape and no data); load the weights first, with "
+        "prunekit.load(folder)"
     )
 
 

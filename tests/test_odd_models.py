@@ -146,7 +146,7 @@ def test_an_adapter_is_named_and_merged_where_asked(beside, tmp_path):
     adapted.save_pretrained(folder)
     where = "beside the weights of a model" if beside else "only"
     for use in (pk.load, lambda f: pk.prune_checkpoint(f, tmp_path / "out", pk.Magnitude(), 0.1)):
-        with pytest.raises(PrunekitError, match=rf"holds an adapter {where}; merge it with .*merge_adapter=True\)"):
+        with pytest.raises(PrunekitError, match=rf"holds an adapter {where}; merge it .*merge_adapter=True\)"):
             use(folder)
     merged, _ = pk.load(folder, merge_adapter=True)
     assert torch.allclose(logits(merged), logits(adapted.eval()), atol=1e-5)
@@ -190,6 +190,12 @@ def test_a_head_that_is_no_language_model_is_refused_in_memory_and_on_disk(tmp_p
         with pytest.raises(PrunekitError, match="a LlamaForSequenceClassification,? .*no causal language model"):
             use()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_head_is_not_saved_where_it_would_not_load(tmp_path):
+    with pytest.raises(PrunekitError, match="a LlamaModel is no causal language model, and prunekit.load would refuse"):
+        pk.save(FAMILIES["llama_gqa"].model().model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("name", "taken"), [("LlamaForRewardModel", False), ("LLaMAForCausalLM", True)])

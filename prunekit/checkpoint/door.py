@@ -80,9 +80,7 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     A model of pictures and text is taken where `transformers` has a class for it.
     """
     names = [str(name) for name in config.get("architectures") or []]
-    taken = {name for value in CAUSAL_MODELS.values() for name in _listed(value)}
-    taken |= set(_listed(IMAGE_TEXT_MODELS.get(str(config.get("model_type")), ())))
-    if not names or taken & set(names) or _is_foreign(names, config):
+    if not names or set(names) & _classes(config.get("model_type")) or _is_foreign(names, config):
         return
     said, give = f"{str(folder)!r} is a {names[0]}", "give one that AutoModelForCausalLM loads"
     if hasattr(transformers, names[0]):
@@ -91,6 +89,26 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
         f"{said}, which transformers does not have; {give}, or, if this is one, write its class, such as "
         "LlamaForCausalLM, into architectures of its config.json"
     )
+
+
+def check_class(model: Any) -> None:
+    """Raise an error for a model whose folder `load` would refuse, of a class of transformers without tokens' logits.
+
+    Raises:
+        PrunekitError: names the class.
+    """
+    name, above = type(model).__name__, {cls.__name__ for cls in type(model).__mro__}
+    if hasattr(transformers, name) and not above & _classes(getattr(model.config, "model_type", None)):
+        raise PrunekitError(
+            f"a {name} is no causal language model, and prunekit.load would refuse its folder; save it with its own "
+            "save_pretrained, or give one that AutoModelForCausalLM loads"
+        )
+
+
+def _classes(model_type: Any) -> set[str]:
+    """The classes of transformers that are taken for a model type."""
+    pictured = _listed(IMAGE_TEXT_MODELS.get(str(model_type), ()))
+    return {name for value in CAUSAL_MODELS.values() for name in _listed(value)} | set(pictured)
 
 
 def _is_foreign(names: list[str], config: dict[str, Any]) -> bool:

@@ -67,7 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if has_adapter(folder):
         what = "beside the weights of a model" if path.exists() else "only"
         raise PrunekitError(
-            f"{str(folder)!r} holds an adapter {what}; merge it with model, tokenizer = "
+            f"{str(folder)!r} holds an adapter {what}; merge it (peft's merge_and_unload): model, tokenizer = "
             f"prunekit.load({str(folder)!r}, merge_adapter=True), save that with prunekit.save(model, new_folder), and "
             f"give its folder{'; or take the files adapter_* away' if path.exists() else ''}"
         )

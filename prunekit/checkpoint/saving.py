@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again
 from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
+from prunekit.checkpoint.door import check_class
 from prunekit.checkpoint.layer_widths import layer_widths
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE
 from prunekit.checkpoint.reading_back import check_written
@@ -26,7 +27,7 @@ from prunekit.checkpoint.tokenizer_files import write_tokenizer_of
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
-from prunekit.models import check_has_weights, check_language_model, empty_model, name_model, own_tensors, shapes_of
+from prunekit.models import check_has_weights, empty_model, name_model, own_tensors, shapes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Cuts, tokens_went
 from prunekit.pruning.describing import has_same_logits, plain_config, unsaid
@@ -108,7 +109,7 @@ def check_saveable(model: Any) -> None:
         raise PrunekitError(f"a {type(model).__name__} cannot be saved; give a causal language model of transformers")
     if hasattr(model, "peft_config"):
         raise PrunekitError("the model still carries adapters; call merge_and_unload() on it and save the result")
-    check_language_model(model)
+    check_class(model)
     check_has_weights(model)
 
 
