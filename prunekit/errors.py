@@ -29,8 +29,8 @@ class DamageWarning(UserWarning):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [""])[0]
+    """The first line of an error's message that says something."""
+    return next((line for line in str(error).splitlines() if line.strip()), "")
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
