@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup real lab tour test fast bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-llmcompressor lint clean
+.PHONY: help setup real lab tour book test fast test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-llmcompressor lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -27,11 +27,17 @@ lab: setup ## open JupyterLab on the notebook series
 tour: setup ## run the series headless: build/notebooks/*.html and build/summary.md
 	$(BIN)/python tools/tour.py
 
+book: tour ## run the series, then build README, docs and notebooks as one HTML site with search: build/book/html
+	$(BIN)/python tools/book.py
+
 test: setup ## run every test and every notebook
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
 
 fast: setup ## run all tests but the slow ones, in less than three minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+test-oldest: .venv-oldest/.installed ## run the quick tests with the oldest versions that pyproject.toml promises
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 bench: .venv/.bench ## time prunekit against Torch-Pruning, naive loops and textbook solvers, and a small part of bench-quality
 	$(BIN)/python benchmarks/run.py
@@ -116,4 +122,11 @@ $(GEMMA): | .venv/.installed
 	$(PYTHON) -m venv .venv-llmcompressor
 	.venv-llmcompressor/bin/python -m pip install --disable-pip-version-check torch==2.13.0
 	.venv-llmcompressor/bin/python -m pip install --disable-pip-version-check llmcompressor==0.14.0.1 torch==2.13.0
+	@touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	@rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check torch==2.13.0
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -c constraints-oldest.txt -e '.[dev,harness]'
 	@touch $@

@@ -21,7 +21,7 @@ from machine import RESULTS, machine, save
 import prunekit as pk
 from prunekit import world
 from prunekit.discovery.groups import CoupledGroup
-from prunekit.evaluation.packing import pack, unpacked
+from prunekit.evaluation.likelihood import pack, unpacked
 from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.importance.ablation import ablated
 from prunekit.importance.scores import Scores

@@ -7,6 +7,8 @@ Losses are in nats per token, on windows of 128 tokens of C4 that no score has s
 - results/layers_smollm2.csv: one row a layer, the residual stream and the attention on the first token; and of a cut
   of 20% by first-order Taylor, all layers alike, the rise of the loss where only this layer is cut (`alone`) and where
   only this layer is left whole (`spared`).
+- results/ffns_smollm2.csv: one row a layer, the rise of the loss without a fifth of its FFN channels (those with the
+  lowest scores), and the rank correlation of their L2 scores with activation and curvature.
 - results/sentences_smollm2.csv: how the dense model, that cut, and the shell's default cut of 20% go on.
 - results/map_smollm2.csv: the rise of the loss, text by text, with half of each group of heads or channels zeroed.
 """
@@ -97,6 +99,20 @@ def layers(found: Evidence) -> list[dict]:
     return rows
 
 
+def ffns(found: Evidence) -> list[dict]:
+    how = {"random": pk.Random(), **SCORES}
+    scores = {name: pk.score(found.model, found.units, each, found.calibration(16)) for name, each in how.items()}
+    rows = []
+    for group in found.groups.of_kind("ffn_channel"):
+        lowest = {name: said[group.name].argsort()[: group.n_units // 5].tolist() for name, said in scores.items()}
+        ranks = pd.DataFrame({name: said[group.name].numpy() for name, said in scores.items()}).corr("spearman")["l2"]
+        rises = {name: found.rise([(group.name, units)]) for name, units in lowest.items()}
+        with_l2 = {f"l2 and {name}": round(ranks[name], 3) for name in ("activation", "curvature")}
+        rows.append({"layer": group.layer, **rises, **with_l2})
+    print(pd.DataFrame(rows).drop(columns="layer").describe())
+    return rows
+
+
 def sentences(found: Evidence) -> list[dict]:
     models = {
         "dense": found.model,
@@ -120,6 +136,7 @@ def knowledge_map(found: Evidence) -> list[dict]:
 TABLES: dict[str, Callable[[Evidence], list[dict]]] = {
     "heads": heads,
     "layers": layers,
+    "ffns": ffns,
     "sentences": sentences,
     "map": knowledge_map,
 }

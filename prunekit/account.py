@@ -1,7 +1,6 @@
 """The change of a model's loss by a step (`LossChange`), with a warning if the loss rises by much."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens, mean_loss
-from prunekit.errors import DamageWarning, PrunekitError
+from prunekit.errors import DamageWarning, PrunekitError, warn
 
 LIMIT = math.log(1.5)  # nats per token; a rise above it is warned of: half as much perplexity again
 MOST_TOKENS = 1024  # that are read, before and after: some seconds of a small real model on two cores
@@ -196,7 +195,7 @@ def opened(step: str, model: nn.Module, sample: Sample | None, why: str = HOW) -
         return Opening(step, None, None, _failed(error))
 
 
-def closed(opening: Opening, model: Any, *, stacklevel: int = 2) -> LossChange:
+def closed(opening: Opening, model: Any) -> LossChange:
     """Measure a model after a step, store the result as `loss_change`, and warn if the loss rose by much.
 
     The model is made by now, so that neither an error nor an interrupt here may lose it.
@@ -204,12 +203,11 @@ def closed(opening: Opening, model: Any, *, stacklevel: int = 2) -> LossChange:
     Args:
         opening: of the same step.
         model: the result of the step.
-        stacklevel: of the warning, counted from the caller.
     """
     change = _closed(opening, model)
     model.loss_change = change
     if change.warning is not None:
-        warnings.warn(change.warning, DamageWarning, stacklevel=stacklevel + 1)
+        warn(change.warning, DamageWarning)
     return change
 
 

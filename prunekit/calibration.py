@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.checks import Count, Length, Seed, Tokenizer, checked
 from prunekit.documents import Document, Reading, TextSource, at_least_one, is_stream
 from prunekit.errors import PrunekitError
 from prunekit.models import evaluating, max_positions
@@ -14,13 +15,14 @@ TOKENS_A_BATCH = 1024  # 16 samples of 64 tokens at once: logits for 32,000 word
 _ENOUGH_CHOICE = 16  # tokens to draw windows from, as a multiple of those drawn
 
 
+@checked
 def calibration_set(
     source: TextSource,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
-    n_samples: int = 16,
-    seq_len: int = 64,
-    seed: int = 0,
+    n_samples: Count = 16,
+    seq_len: Length = 64,
+    seed: Seed = 0,
     separator: str | None = DOCUMENT_SEPARATOR,
     bos: bool | None = None,
     held_out: bool = False,
@@ -54,8 +56,6 @@ def calibration_set(
     Source: LLM-Pruner's calibration (10 samples of 64 tokens of BookCorpus).
         Differs: windows of one joined stream, where the reference takes one window a book.
     """
-    if n_samples < 1 or seq_len < 2:
-        raise PrunekitError(f"n_samples={n_samples}, seq_len={seq_len}: at least 1 sample of 2 tokens is needed")
     generator = torch.Generator().manual_seed(seed)
     enough = _ENOUGH_CHOICE * n_samples * seq_len
     reading = Reading(source, tokenizer, separator=separator)

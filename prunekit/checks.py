@@ -1,10 +1,122 @@
-"""Checks of arguments: integers, real numbers and choices."""
+"""Checks of arguments by their annotations: one way for all public functions, settings and commands.
 
-import math
-from collections.abc import Iterable
-from typing import Any
+`@checked` compares each argument of a function with its annotation before the function runs, and `check_fields` does
+the same for the fields of a dataclass. `Count`, `Seed`, `Model` and the other names below are annotations whose type
+alone does not say what is allowed.
+"""
 
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
+
+from torch import nn
+
+from prunekit.annotations import Rule, fault_in, is_integer, is_real, shown, words_for
 from prunekit.errors import PrunekitError
+from prunekit.locks import alone
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _from(least: int) -> Rule:
+    return Rule(lambda value: is_integer(value) and value >= least, f"an integer of {least} or more")
+
+
+def _within(low: float, high: float) -> Rule:
+    return Rule(lambda value: is_real(value) and low <= value < high, f"a number in [{low:g}, {high:g})")
+
+
+def _is_network(value: object) -> bool:
+    wrapped = isinstance(value, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    return isinstance(value, nn.Module) and not wrapped and any(True for _ in value.parameters())
+
+
+def _reads_tokens(value: object) -> bool:
+    return _is_network(value) and hasattr(value, "get_input_embeddings") and hasattr(value, "config")
+
+
+def _is_tokenizer(value: object) -> bool:
+    return value is None or (callable(value) and hasattr(value, "bos_token_id"))
+
+
+_NETWORK = "a causal language model with parameters, such as load(path) returns (of a DataParallel: its .module)"
+_READER = "a causal language model of transformers, such as load(path) returns (of a DataParallel: its .module)"
+
+Count = Annotated[int, _from(1)]
+Whole = Annotated[int, _from(0)]
+Length = Annotated[int, _from(2)]
+Seed = Annotated[int, Rule(lambda value: is_integer(value) and 0 <= value < 2**32, "an integer from 0 to 2**32 - 1")]
+Share = Annotated[float, Rule(lambda value: is_real(value) and 0 <= value < 1, "a fraction in [0, 1), such as 0.25")]
+Part = Annotated[float, Rule(lambda value: is_real(value) and 0 <= value <= 1, "a number from 0 to 1")]
+Positive = Annotated[float, Rule(lambda value: is_real(value) and value > 0, "a finite number above 0")]
+NotNegative = Annotated[float, Rule(lambda value: is_real(value) and value >= 0, "a finite number of 0 or more")]
+Tokenizer = Annotated[Any, Rule(_is_tokenizer, "a tokenizer of transformers, such as load(path) returns")]
+Network = Annotated[nn.Module, Rule(_is_network, _NETWORK, holds=True)]
+Model = Annotated[Any, Rule(_reads_tokens, _READER, holds=True)]
+SharedModel = Annotated[Any, Rule(_reads_tokens, _READER)]  # that worker threads take up
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose arguments are compared with their annotations first; what a caller sees of it stays.
+
+    While it runs, other threads that call one on the same model wait.
+
+    Raises:
+        PrunekitError: an argument that is missing, unknown or not allowed, by name.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = _bound(function, args, kwargs)
+        parameters = signature(function).parameters
+        for name, value in given.items():
+            check_value(name, value, parameters[name].annotation)
+        with alone(value for name, value in given.items() if _is_held(value, parameters[name].annotation)):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """Name → value of the arguments given; those collected by ** are the function's own business."""
+    found = signature(function)
+    try:
+        given = found.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        name = getattr(function, "__name__", "it")
+        raise PrunekitError(f"{name}: {error}; its arguments are {', '.join(found.parameters)}") from None
+    kinds = Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL
+    return {name: value for name, value in given.items() if found.parameters[name].kind not in kinds}
+
+
+def check_fields(value: Any) -> None:
+    """Compare the fields of a dataclass with their annotations.
+
+    Raises:
+        PrunekitError: a field that is not allowed, by class and name.
+    """
+    for field in fields(value):
+        check_value(f"{type(value).__name__}: {field.name}", getattr(value, field.name), field.type)
+
+
+def check_value(name: str, value: Any, annotation: Any) -> None:
+    """Compare a value with an annotation.
+
+    Raises:
+        PrunekitError: names the argument, or the entry of it, the value given and what is allowed.
+    """
+    fault = fault_in(name, value, annotation)
+    if fault is not None:
+        wanted = ", or ".join(dict.fromkeys(words_for(fault.annotation)))
+        raise PrunekitError(f"{fault.name}={shown(fault.value)} is not allowed; give {wanted}")
+
+
+def _is_held(value: Any, annotation: Any) -> bool:
+    rules = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return isinstance(value, nn.Module) and any(isinstance(rule, Rule) and rule.holds for rule in rules)
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -14,8 +126,8 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
         PrunekitError: names the option, the value given and the values allowed.
     """
     allowed = tuple(allowed)
-    if value not in allowed:
-        raise PrunekitError(f"{name}={value!r} is unknown; allowed: {', '.join(map(repr, allowed))}")
+    if not any(type(value) is type(each) and value == each for each in allowed):
+        raise PrunekitError(f"{name}={shown(value)} is unknown; allowed: {', '.join(map(repr, allowed))}")
 
 
 def check_integers(**numbers: tuple[Any, int]) -> None:
@@ -25,8 +137,7 @@ def check_integers(**numbers: tuple[Any, int]) -> None:
         PrunekitError: a value that is no integer, or smaller.
     """
     for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise PrunekitError(f"{name}={value!r} is not allowed; give an integer of {least} or more")
+        check_value(name, value, Annotated[int, _from(least)])
 
 
 def check_reals(**numbers: tuple[Any, float, float]) -> None:
@@ -36,10 +147,4 @@ def check_reals(**numbers: tuple[Any, float, float]) -> None:
         PrunekitError: a value that is no finite number, or outside.
     """
     for name, (value, low, high) in numbers.items():
-        if not is_real(value) or not low <= value < high:
-            raise PrunekitError(f"{name}={value!r} is not allowed; give a number in [{low:g}, {high:g})")
-
-
-def is_real(value: object) -> bool:
-    """Whether a value is a finite number and not a Boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        check_value(name, value, Annotated[float, _within(low, high)])

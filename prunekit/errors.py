@@ -1,4 +1,7 @@
-"""The exceptions and the warning class of prunekit."""
+"""The exceptions and the warnings of prunekit."""
+
+import sys
+import warnings
 
 
 class PrunekitError(ValueError):
@@ -24,3 +27,13 @@ class DamageWarning(UserWarning):
 def first_line(error: Exception) -> str:
     """The first line of an error's message."""
     return (str(error).splitlines() or [""])[0]
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning that names the line outside this package from which it was entered."""
+    frame, level, found = sys._getframe(1), 2, 2
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == "prunekit":
+            found = level + 1
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    warnings.warn(message, category, stacklevel=found)

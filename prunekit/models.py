@@ -1,8 +1,9 @@
 """Helpers for any model: evaluation mode, device, size, tensors, and maximum tokens."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION
+from prunekit.locks import PROCESS
+
 Shapes = dict[str, tuple[int, ...]]
+
+# The eager implementations of attention and experts run on any device, one after the other.
+WRITTEN_OUT = (ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION)
 
 
 @contextmanager
@@ -64,10 +71,24 @@ def positions_of(config: Any) -> int | None:
 
 def empty_model(config: Any, **options: Any) -> Any:
     """The model of a configuration, its parameters on the meta device, its buffers real; no code from elsewhere."""
-    with init_empty_weights():
+    with _without_parameters():
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     model.tie_weights()
     return model
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """A context in which this thread's new parameters stand on the meta device; accelerate does that to all threads."""
+    plain, own = nn.Module.register_parameter, get_ident()
+    with PROCESS, init_empty_weights():
+        empty = nn.Module.register_parameter
+
+        def register(module: nn.Module, name: str, parameter: Any) -> None:
+            (empty if get_ident() == own else plain)(module, name, parameter)
+
+        nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+        yield
 
 
 def shapes_of(model: nn.Module) -> Shapes:
@@ -86,3 +107,26 @@ def fitting_length(wanted: int, config: Any) -> int:
     """Tokens per window: the wanted number, limited by the configuration."""
     limit = positions_of(config)
     return wanted if limit is None or limit < 2 else min(wanted, limit)
+
+
+def configurations_of(model: nn.Module) -> list[Any]:
+    """The configurations that a model's modules hold, each once; a cut layer has one of its own."""
+    found = [vars(module).get("config") for module in model.modules()]
+    return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())
+
+
+@contextmanager
+def written_out(model: nn.Module, fields: Iterable[str] = WRITTEN_OUT) -> Iterator[None]:
+    """A context in which attention and experts (or the given configuration fields) use the eager implementation.
+
+    That is one arithmetic for every width, dtype and device, and experts run one after the other.
+    """
+    configs = [vars(config) for config in configurations_of(model)]
+    before = [{name: config[name] for name in fields if name in config} for config in configs]
+    try:
+        for config, names in zip(configs, before, strict=True):
+            config.update(dict.fromkeys(names, "eager"))
+        yield
+    finally:
+        for config, names in zip(configs, before, strict=True):
+            config.update(names)

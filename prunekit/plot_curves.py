@@ -1,10 +1,13 @@
-"""Plots of methods by pruning ratio, and of fusion weights by layer."""
+"""Plots of curves: methods by pruning ratio, fusion weights by layer, unit norms and sources during training."""
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from prunekit.checks import check_choice
 from prunekit.plot_style import (
+    HATCHES,
     KIND_COLORS,
     MARKERS,
     METHOD_COLORS,
@@ -96,3 +99,112 @@ def plot_fusion(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     legend_outside(ax)
     return ax
+
+
+MOST = 400  # lines; more are a blot
+LABELS = {  # label of the vertical axis, and the title
+    "n_windows": ("windows drawn", "What training drew"),
+    "gap": ("loss above the dense model's (nats per token)", "What was still lacking"),
+}
+
+
+@projected
+def plot_norms(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None = None) -> Axes:
+    """Plots the norm of each redundant unit, from the step of its choice to zero at its period's end.
+
+    Args:
+        table: columns period, step, group, unit and norm, one row per unit and step: `LHSPG.history()`.
+        kind: of the units drawn; None is the kind with most units.
+        ax: where to draw; None is a new figure.
+
+    Returns:
+        The axes: steps of training across, norm up, one line a unit, the layer as its colour; dotted lines between
+        periods.
+
+    Raises:
+        PrunekitError: the table is empty, or has not these columns or no such kind.
+    """
+    require_columns(table, ("period", "step", "group", "unit", "norm"), "LHSPG.history()")
+    kinds = table["group"].str.extract(r"([a-z_]+)(?:#\d+)?$", expand=False)
+    kind = kind or str(kinds.mode()[0])
+    rows = table[kinds == kind]
+    require_columns(rows, (), f"a kind out of {', '.join(sorted(set(kinds)))}")
+    ax = axes_or_new(ax)
+    _draw_paths(ax, rows)
+    ends = table.groupby("period")["step"].agg(["min", "max"])
+    for step in sorted({*ends["min"], *ends["max"]}):
+        ax.axvline(step, color="black", linewidth=1.2, linestyle=":")
+    low, top = rows.loc[rows["norm"] > 0, "norm"].min(), rows["norm"].max()
+    for number, row in ends.iterrows():
+        ax.text(row.mean(), 1.2 * top, f"period {number}", ha="center", va="bottom", fontsize="small")
+    title = f"Units of kind {kind} on their way to zero"
+    ax.set(xlabel="optimiser step", ylabel="norm of a unit (logarithmic, with 0)")
+    ax.set_title(title, loc="left")
+    ax.set_yscale("symlog", linthresh=low, linscale=1)
+    ax.set(ylim=(-0.1 * low, 2 * top), xlim=(0, 1.01 * ends["max"].max()))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax
+
+
+def _draw_paths(ax: Axes, rows: pd.DataFrame) -> None:
+    """Draws one line per unit, coloured by layer."""
+    wide = rows.pivot_table(index=["group", "unit", "period"], columns="step", values="norm")
+    wide = wide.iloc[:: max(1, len(wide) // MOST)]
+    layers = wide.index.get_level_values("group").str.extract(r"(?:^|\.)(\d+)(?:\.|:)", expand=False).astype(float)
+    paths = [list(row.dropna().items()) for _, row in wide.iterrows()]
+    crowded = len(paths) > 50
+    lines = LineCollection(paths, cmap="viridis", linewidths=0.8 if crowded else 2.2, alpha=0.6 if crowded else 0.9)
+    lines.set_array(layers.to_numpy())
+    ax.add_collection(lines)
+    if layers.notna().any():
+        ax.figure.colorbar(lines, ax=ax, label="layer", pad=0.02, ticks=MaxNLocator(integer=True))
+
+
+@projected
+def plot_mixture(table: pd.DataFrame, *, y: str = "n_windows", ax: Axes | None = None) -> Axes:
+    """Plots the windows drawn from each source in each round, or the loss gaps.
+
+    Args:
+        table: columns round, source, gap and n_windows, one row per round and source: `MixtureLog.table()`.
+        y: `"n_windows"` stacks what was drawn; `"gap"` draws the gap of each source, in nats per token.
+        ax: where to draw; None is a new figure.
+
+    Returns:
+        The axes: rounds across, windows drawn or gap to the dense model up.
+
+    Raises:
+        PrunekitError: another `y`, or a table that is empty or has not these columns.
+    """
+    check_choice("y", y, LABELS)
+    require_columns(table, ("round", "source", "n_windows", "gap"), "MixtureLog.table()")
+    wide = table.pivot_table(index="round", columns="source", values=y, sort=False)
+    colors = colors_of(wide.columns, {})
+    ax = axes_or_new(ax)
+    draw = _stack if y == "n_windows" else _follow
+    draw(ax, wide, colors)
+    label, title = LABELS[y]
+    ax.set(xlabel="round", ylabel=label, title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_outside(ax)
+    return ax
+
+
+def _stack(ax: Axes, wide: pd.DataFrame, colors: dict[str, str]) -> None:
+    """Draws one bar per round with windows."""
+    wide = wide[wide.sum(axis=1) > 0]
+    bottom = wide.cumsum(axis=1) - wide
+    for number, name in enumerate(wide.columns):
+        hatch = HATCHES[number % len(HATCHES)]
+        bars = ax.bar(wide.index, wide[name], bottom=bottom[name], label=name, color=colors[name], hatch=hatch)
+        for bar in bars:
+            bar.set(edgecolor="white", linewidth=0.5)
+    ax.grid(False, axis="x")
+
+
+def _follow(ax: Axes, wide: pd.DataFrame, colors: dict[str, str]) -> None:
+    """Draws one curve per source."""
+    for number, name in enumerate(wide.columns):
+        marker, dash = MARKERS[number % len(MARKERS)], "-" if number < len(MARKERS) else "--"
+        ax.plot(wide.index, wide[name], dash, label=name, color=colors[name], marker=marker, linewidth=2, markersize=8)
+    ax.axhline(0, color="black", linewidth=1.2, linestyle="--", label="dense")

@@ -155,7 +155,7 @@ def _short(group: str, kind: str) -> str:
 def _label(table: pd.DataFrame) -> str:
     found = next((column for column in LABELS if column in table), None)
     if found is None:
-        raise PrunekitError(f"the table has no domain (task, tier, hops); give {GIVEN}")
+        raise PrunekitError(f"the table has no column domain, task, tier or hops; give {GIVEN}")
     return found
 
 

@@ -99,8 +99,8 @@ def plot_sparsity(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
     Args:
         table: columns method, sparsity (a fraction) and perplexity, one row per measured model. Rows of the method
-            `"dense"` become a line across. A column `allocation` draws those that are not `"uniform"` dashed, with
-            hollow markers.
+            `"dense"` become a line across. With a column `allocation`, other values than `"uniform"` are dashed,
+            with hollow markers.
         ax: where to draw; None is a new figure.
 
     Returns:

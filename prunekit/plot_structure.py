@@ -88,7 +88,7 @@ def check_units(
     """Raises an error for a layer without such groups, or unknown units."""
     if not chosen:
         layers = sorted({group.layer for group in groups if group.layer is not None and group.kind in kinds})
-        raise PrunekitError(f"layer {layer} has no group of kind {', '.join(kinds)}; layers {layers} have")
+        raise PrunekitError(f"layer {layer} has no group of kind {', '.join(kinds)}; give one of the layers {layers}")
     smallest = min(chosen, key=lambda group: group.n_units)
     if units is None:
         return

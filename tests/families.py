@@ -56,14 +56,15 @@ class Family:
     locked: dict[str, str] = field(default_factory=dict)
 
     def model(self, attention: str = "sdpa", dtype: torch.dtype | None = None) -> nn.Module:
-        """Random weights, norms and biases too, so that nothing is right by accident."""
+        """Random weights, norms, biases and stored buffers, so that nothing is right by accident."""
         torch.manual_seed(7)
         model = self.build(attention if attention in self.attentions else "eager").to(dtype or self.dtype).eval()
         if hasattr(model, "config"):
             model.config._experts_implementation = "eager"  # the others have no float64, and no odd widths
-        for p in model.parameters():
+        stored = [b for b in model.state_dict(keep_vars=True).values() if not b.requires_grad and b.is_floating_point()]
+        for tensor in (*model.parameters(), *stored):
             with torch.no_grad():
-                p.add_(torch.randn_like(p) * 0.05)
+                tensor.add_(torch.randn_like(tensor) * 0.05)
         return model
 
     @cache  # noqa: B019 - lives as long as the session
@@ -277,6 +278,8 @@ class Unrounded(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: Options | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.overloadpacket is torch.ops.aten.bmm:  # in older rotary embeddings one factor stays float32
+            args = tuple(arg.double() for arg in args)
         return func(*args, **kwargs | ({"dtype": torch.float64} if kwargs.get("dtype") is torch.float32 else {}))
 
 

@@ -41,18 +41,18 @@ DIFFICULT = named(
            {"ffn_channel": (96,), **NO_LAYER}, spanning={}, attentions=EAGER, dtype=torch.float32, tolerance=1e-5,
            locked={"model.embed_tokens.weight[dim 1]": "model: is multiplied with or added to a constant"}),
     native("bitnet", "bitnet", GQA, spanned=(*HEADS, "ffn_channel")),
-    # the latents of queries, keys and values are normed; a bias on the router's scores tells experts apart
+    # the latents of queries, keys and values are normed; experts are chosen in two groups, which must stay as large
     native("deepseek_v3", "deepseek_v3",
            {**MHA, **PHASED, "num_key_value_heads": 8, "n_group": 2, "topk_group": 1, "q_lora_rank": 24,
             "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
            {**MULTI_QUERY, "ffn_channel~": (24, 16)}, last={"ffn_channel": (40, 40)},
-           locked={"model.layers.1.mlp.gate.weight[dim 0]": "model.layers.1.mlp.gate: is multiplied with or added"}),
-    # the same, and positions are chosen by value
+           locked={"model.layers.1.mlp.gate.weight[dim 0]": "is chosen from (topk) in 2 groups of 2"}),
+    # the same in one group, and positions are chosen by value
     native("deepseek_v32", "deepseek_v32",
            {**MHA, **PHASED, "num_key_value_heads": 8, "n_group": 1, "topk_group": 1, "q_lora_rank": 24,
             "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_n_heads": 4,
             "index_head_dim": 16, "index_topk": 4},
-           {"kv_head": (), "ffn_channel~": (24, 16)}, last={"ffn_channel": (40, 40)}, attentions=EAGER,
+           {"kv_head": (), "ffn_channel~": (24, 16)}, last={"ffn_channel": (40, 40), **FOUR_EXPERTS}, attentions=EAGER,
            locked={"model.layers.1.self_attn.indexer.weights_proj.weight[dim 0]": "topk is not understood"}),
     # its residual stream is float32 whatever the model is
     native("mamba", "mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "state_size": 8},
@@ -96,6 +96,10 @@ UNLISTED = named(
     native("qwen3_moe", "qwen3_moe", {**SIZED, **ROUTED}, {**FOUR_EXPERTS, "ffn_channel": (40,)}),
     native("olmoe", "olmoe", {**GQA, **EXPERTS, "num_experts": 4}, FOUR_EXPERTS, spanned=HEADS),
     native("granitemoe", "granitemoe", {**GQA, **LOCAL}, FOUR_EXPERTS),
+    # a buffer holds a bias on the scores by which experts are chosen, and goes with them
+    native("glm4_moe", "glm4_moe", {**SIZED, **PHASED, "n_group": 1, "topk_group": 1}, {},
+           last={"ffn_channel": (40, 40), **FOUR_EXPERTS}),
+    native("minimax_m2", "minimax_m2", {**SIZED, **LOCAL}, FOUR_EXPERTS, spanned=HEADS),
 )  # fmt: skip
 
 EVERYONE = {**FAMILIES, **WIRINGS, **DIFFICULT, **UNLISTED}

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from families import FAMILIES, tokens
+from other_families import UNLISTED
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 from wirings import WIRINGS
 
-from prunekit import Activation, CoupledGroup, Member, PrunekitError, Taylor, discover, score
+from prunekit import Activation, CoupledGroup, Fluctuation, Member, PrunekitError, Taylor, discover, score
 from prunekit.importance import IMPORTANCES
 
 
@@ -62,6 +63,47 @@ def test_all_readers_of_the_hidden_channels_count_a_tied_head_too():
     readers += [f"model.layers.{i}.mlp.{p}_proj" for i in range(2) for p in ("gate", "up")]
     expected = sum(columns_by_hand(model, name) for name in [*readers, "lm_head"])
     torch.testing.assert_close(score(model, (group,), Activation(), tokens())[group.name], expected)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_stacked_experts_are_scored_over_the_tokens_that_reach_each(name):
+    """Channels by the columns of their expert's second matrix, in whatever orientation it lies, experts by both."""
+    model = {**FAMILIES, **UNLISTED}[name].model()
+    groups, layer = discover(model), model.model.layers[0].mlp
+    seen, experts = [], layer.experts
+    hook = layer.experts.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((*args, *kwargs.values())), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(tokens())
+    hook.remove()
+    hidden, chosen = seen[0][0].flatten(0, -2), next(t for t in seen[0][1:] if t.dtype == torch.long)
+    turned = (lambda w: w) if name == "mixtral" else (lambda w: w.T)
+    by_channel, by_expert = [], []
+    for e in range(4):
+        x = hidden[(chosen.flatten(0, -2) == e).any(-1)]
+        if name == "mixtral":
+            gate, up = (x @ experts.gate_up_proj[e].T).chunk(2, -1)
+            inner = torch.nn.functional.silu(gate) * up
+        else:
+            inner = experts._apply_gate(x @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e])
+        first, second = (
+            (turned(w[e]).abs() * into.norm(dim=0)).detach()
+            for w, into in ((experts.gate_up_proj, x), (experts.down_proj, inner))
+        )
+        by_channel.append(second.sum(0))
+        by_expert.append(first.sum() + second.sum())
+    found = score(model, groups, Activation(), tokens())
+    torch.testing.assert_close(found["model.layers.0.mlp.experts:ffn_channel"], torch.stack(by_channel).sum(0))
+    torch.testing.assert_close(found["model.layers.0.mlp:expert"], torch.stack(by_expert))
+
+
+def test_an_expert_that_no_token_reaches_fluctuates_by_nothing():
+    model = FAMILIES["mixtral"].model()
+    groups, router = discover(model), model.model.layers[0].mlp.gate
+    router.register_forward_hook(lambda _module, _args, out: (*out[:2], torch.tensor([[0, 1]]).expand(len(out[2]), 2)))
+    found = score(model, groups, Fluctuation(), tokens())["model.layers.0.mlp:expert"]
+    assert found[2:].tolist() == [0, 0] and bool((found[:2] > 0).all())
 
 
 @pytest.mark.parametrize(("name", "block"), [("llama_gqa", "model.layers.1.mlp"), ("gpt2", "transformer.h.1.mlp")])

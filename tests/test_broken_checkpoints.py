@@ -200,7 +200,7 @@ LOAD = {
     "a configuration that is not JSON": ("plain", text("config.json", b"{'a': 1}"), ["config.json", "is not JSON"]),
     "a configuration that is not text": ("plain", text("config.json", b"\xff\xfe"), ["config.json", "is not JSON"]),
     "a configuration nested too deep": ("plain", text("config.json", b"[" * 200_000), ["config.json", "is not JSON"]),
-    "a configuration that is a list": ("plain", text("config.json", b"[1]"), ["holds a list, not an object"]),
+    "a configuration that is a list": ("plain", text("config.json", b"[1]"), ["holds no JSON object but a list"]),
     "a configuration that says nothing": ("plain", text("config.json", b"{}"), ["cannot load", "model_type"]),
     "an unknown kind of model": ("plain", config(model_type="mystery"), ["cannot load", "mystery"]),
     "an encoder": ("plain", encoder, ["BertForMaskedLM", "no causal language model"]),

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from families import FAMILIES
+from other_families import UNLISTED
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer
@@ -122,6 +123,17 @@ def test_adamw_makes_one_step_without_calling_hooks():
 def test_a_configuration_says_how_attention_and_experts_run(family, name):
     """Else they are traced as fused kernels, and numbers that modules keep are not read."""
     assert name in vars(FAMILIES[family].model().config)
+
+
+@pytest.mark.parametrize(("family", "turned"), [("mixtral", False), ("gpt_oss", True)])
+def test_stacked_experts_say_in_which_orientation_they_lie(family, turned):
+    """Else their inputs are not measured, and they have no activation scores."""
+    found = [
+        vars(module)[compat.TRANSPOSED_EXPERTS]
+        for module in {**FAMILIES, **UNLISTED}[family].model().modules()
+        if compat.TRANSPOSED_EXPERTS in vars(module)
+    ]
+    assert found == [turned, turned]
 
 
 def test_a_trainer_knows_whether_a_model_takes_the_number_of_labels(tmp_path):

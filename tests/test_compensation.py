@@ -245,7 +245,7 @@ def test_tokens_that_went_are_refused():
     model, groups = family.model(), family.groups()
     keep = {groups.of_kind("vocabulary")[0].name: list(range(40)), "model.layers.0.mlp:ffn_channel": list(range(40))}
     plan = replace(plan_keeping(groups, keep), groups=groups)
-    with pytest.raises(PrunekitError, match="the plan takes tokens, and the calibration set has their old numbers"):
+    with pytest.raises(PrunekitError, match="the plan removes tokens, but calib has the old token ids"):
         prune(model, plan, compensate=calibration() % 40)
 
 

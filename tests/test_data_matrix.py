@@ -285,7 +285,7 @@ REFUSED = {
         "of its parts 'train'",
     ),
     "a DataFrame without text": (lambda _: pd.DataFrame({"body": TEXTS}), "no text in a record with body"),
-    "numbers": (lambda _: 3, "cannot read documents from 3"),
+    "numbers": (lambda _: 3, "cannot read documents from 3|source=3 is not allowed"),
     "a ragged batch": (lambda _: [[[1, 2], [3]]], "token ids are integers"),
     "embeddings": (lambda _: [torch.ones(2, 3)], "token ids are integers"),
     "a chat without an answerable turn": (lambda _: [{"messages": ["w2"]}], "a turn of a chat is 'w2'"),

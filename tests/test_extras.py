@@ -10,8 +10,8 @@ from prunekit.extras import need
 
 WITHOUT = """
 import sys
-for name in ("optuna", "lightgbm", "joblib", "gguf", "lm_eval", "distributed", "nbclient", "nbconvert", "nbformat"):
-    sys.modules[name] = None
+absent = "optuna lightgbm joblib sklearn gguf lm_eval distributed nbclient nbconvert nbformat"
+sys.modules.update(dict.fromkeys(absent.split()))
 import prunekit as pk
 from prunekit import *
 from prunekit.cli import main

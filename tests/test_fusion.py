@@ -79,7 +79,7 @@ def test_bad_rules_and_different_groups_are_refused(scored):
         with pytest.raises(PrunekitError, match=r"give two weights, not negative and not both 0"):
             fuse(coarse, fine, pair)
     some = Scores({chosen[0].name: coarse[chosen[0].name]}, label="one", kinds=coarse.kinds)
-    with pytest.raises(PrunekitError, match="of different groups"):
+    with pytest.raises(PrunekitError, match="of other groups"):
         fuse(some, fine)
     with pytest.raises(PrunekitError, match="order='third' is unknown"):
         HyWIA(order="third")

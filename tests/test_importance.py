@@ -23,7 +23,7 @@ from prunekit.importance import (
     importance_from_name,
     score,
 )
-from prunekit.importance.reduction import REDUCTIONS, all_slice_scores, slice_scores, unit_scores
+from prunekit.importance.scores import REDUCTIONS, all_slice_scores, slice_scores, unit_scores
 
 CALIB = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(1))
 D_HEAD = 4
@@ -326,7 +326,7 @@ def test_scores_that_cannot_be_read_or_written_say_so(model, groups, tmp_path):
         (lambda: Taylor(reduction="median"), r"reduction='median' is unknown; allowed: 'sum'"),
         (lambda: Magnitude(3), r"p=3 is unknown; allowed: 1, 2"),
         (lambda: Magnitude(reduction="median"), r"reduction='median' is unknown"),
-        (lambda: Random("x"), r"seed='x': give an integer"),
+        (lambda: Random("x"), r"seed='x' is not allowed; give an integer"),
     ],
 )
 def test_unknown_options_are_refused_at_construction(build, message):
@@ -342,7 +342,7 @@ def test_importances_are_frozen():
 def test_score_refuses_what_it_cannot_score(model, groups):
     with pytest.raises(PrunekitError, match="needs a calibration set"):
         score(model, groups, Taylor())
-    with pytest.raises(PrunekitError, match="'taylor' is unknown; give Taylor"):
+    with pytest.raises(PrunekitError, match="importance='taylor' is not allowed; give an importance, such as Taylor"):
         score(model, groups, "taylor")
     with pytest.raises(PrunekitError, match="no groups to score"):
         score(model, (), Magnitude())

@@ -16,7 +16,7 @@ from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.multiple_choice import judge, question_spans
 from prunekit.importance.ablation import ablated
 from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution, knowledge_of_units
-from prunekit.knowledge.prefix_reuse import Runner
+from prunekit.knowledge.question_spans import Runner
 from prunekit.questions import Question, Task
 from prunekit.world import tasks
 
@@ -138,7 +138,7 @@ def test_models_whose_layers_are_no_chain_run_from_the_start(world, monkeypatch)
     model, tokenizer, groups = world
     chosen = groups.of_kind("kv_head")[3:5]
     usual = knowledge_distribution(model, tokenizer, chosen, random_scores(chosen), tasks=few(2))
-    monkeypatch.setattr("prunekit.knowledge.prefix_reuse.Layerwise.of", lambda *_: None)
+    monkeypatch.setattr("prunekit.knowledge.question_spans.Layerwise.of", lambda *_: None)
     found = knowledge_distribution(model, tokenizer, chosen, random_scores(chosen), tasks=few(2))
     assert not found.resumed and usual.resumed and "run through all layers" in repr(found)
     np.testing.assert_allclose(found.loss, usual.loss, atol=2e-4)
@@ -150,7 +150,7 @@ def test_what_answers_alike_is_run_once(world, monkeypatch):
     chosen = [g for g in groups.of_kind("kv_head", "query_head", "block") if g.layer == 4 and "mlp" not in g.name]
     ran = []
     logits = Runner.sums.__globals__["Layerwise"].logits
-    seam = "prunekit.knowledge.prefix_reuse.Layerwise.logits"
+    seam = "prunekit.knowledge.question_spans.Layerwise.logits"
     monkeypatch.setattr(seam, lambda *args: (ran.append(1), logits(*args))[1])
     found = knowledge_distribution(model, tokenizer, chosen, random_scores(chosen), ratios=(1.0,), tasks=few(1))
     assert len(found.loss) == 3 and np.array_equal(found.loss[0], found.loss[2])

@@ -7,9 +7,8 @@ from families import FAMILIES, VOCABULARY, Unrounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit.evaluation import packing, sequence_scores
-from prunekit.evaluation.likelihood import Span
-from prunekit.evaluation.packing import pack, unpacked
+from prunekit.evaluation import likelihood, sequence_scores
+from prunekit.evaluation.likelihood import Span, pack, unpacked
 from prunekit.evaluation.sequence_scores import (
     choose_reading,
     log_likelihoods,
@@ -18,7 +17,7 @@ from prunekit.evaluation.sequence_scores import (
     scored_logits,
     span_sums,
 )
-from prunekit.knowledge.prefix_reuse import Runner
+from prunekit.knowledge.question_spans import Runner
 
 PLAIN = {"bloom", "falcon_alibi", "mpt"}  # ALiBi counts places, not positions
 
@@ -43,7 +42,7 @@ def test_every_spans_nodes_spell_its_tokens(lists, width):
     for row in rows:
         depths, seen = row.depths(), row.visible(len(row.tokens) + 2)
         longest = max(map(len, row.paths.values()))
-        assert len(row.tokens) == len(row.parents) <= max(width, packing.GROWTH * longest)
+        assert len(row.tokens) == len(row.parents) <= max(width, likelihood.GROWTH * longest)
         assert seen[-1].nonzero()[0].tolist() == [len(row.tokens) + 1]
         for span, path in row.paths.items():
             assert tuple(row.tokens[node] for node in path) == spans[span].tokens[:-1]
@@ -119,7 +118,7 @@ def test_a_model_that_raises_at_the_mask_falls_back_to_plain_rows():
 
 
 def test_nothing_is_packed_where_nothing_is_shared():
-    spans = [Span((n, *range(packing.ROW)), 4) for n in range(3)]
+    spans = [Span((n, *range(likelihood.ROW)), 4) for n in range(3)]
     with torch.no_grad():
         reading = choose_reading(llama(max_position_embeddings=256), spans, 512)
     assert not reading.packed and reading.n_tried == 0
@@ -189,7 +188,7 @@ def test_the_choices_of_a_question_share_a_row_and_many_questions_a_long_beginni
     shots = some(600)
     spans = [Span((*shots, *some(50)), 640) for _ in range(60)]
     sizes = [len(row.tokens) for row in pack(spans)]
-    assert len(sizes) == 3 and max(sizes) <= packing.GROWTH * 600
+    assert len(sizes) == 3 and max(sizes) <= likelihood.GROWTH * 600
     assert max(len(row.tokens) for row in pack(spans, widest=1000)) <= 1000
 
 

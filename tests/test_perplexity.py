@@ -165,10 +165,10 @@ REFUSED = {
     "shorter than a window": ({"text": "short", "window": 50}, "6 tokens, less than one window of 50"),
     "missing file": ({"text": "no/such/file.txt"}, "is not a file"),
     "window too long": ({"window": 200}, f"at most {N_POSITIONS}"),
-    "window too short": ({"window": 1}, "at least 2"),
-    "document window": ({"window": 0, "protocol": "documents"}, "at least 2"),
+    "window too short": ({"window": 1}, "window=1 is not allowed; give an integer of 2"),
+    "document window": ({"window": 0, "protocol": "documents"}, "window=0 is not allowed"),
     "stride": ({"window": 40, "stride": 41}, "between 1 and the window"),
-    "stride 0": ({"window": 40, "stride": 0}, "between 1 and the window"),
+    "stride 0": ({"window": 40, "stride": 0}, "stride=0 is not allowed"),
     "protocol": ({"protocol": "sentences"}, "'windows', 'documents', 'papers'"),
     "BOS in the papers' windows": ({"bos": True, "protocol": "papers"}, "protocol='windows'"),
     "strided papers' windows": ({"stride": 3, "protocol": "papers"}, "stride=3.*protocol='windows'"),
@@ -178,7 +178,7 @@ REFUSED = {
     "separator empty": ({"separator": "", "protocol": "documents"}, "does not occur"),
     "only separators": ({"text": "<|><|>", "separator": "<|>", "protocol": "documents"}, "contains only"),
     "one token each": ({"text": "a b", "separator": " ", "protocol": "documents", "bos": False}, "single token"),
-    "batch size": ({"window": 40, "batch_size": 0}, "at least 1"),
+    "batch size": ({"window": 40, "batch_size": 0}, "batch_size=0 is not allowed"),
 }
 
 

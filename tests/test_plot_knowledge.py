@@ -111,7 +111,7 @@ def test_tables_without_columns_are_refused(plot):
         with pytest.raises(PrunekitError, match="the table is empty or has no"):
             plot(table)
     other = changes().drop(columns="domain").assign(score="a", spearman=0.0, kind="all")
-    with pytest.raises(PrunekitError, match="has no domain"):
+    with pytest.raises(PrunekitError, match="has no column domain"):
         plot(other if plot is plot_knowledge else other.assign(unit=0))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from prunekit import AccuracyPredictor, HyperparameterSpace, PrunekitError, search_space
 from prunekit.search import Choice, Metric, Pairs, Range, Trees, agreement, cross_validate, learning_curve, refined
-from prunekit.search.evolution import APART, evolve
+from prunekit.search.proposals import APART, evolve
 
 MODEL = nn.Linear(2, 2)
 FEW = Trees(n_models=3, n_trees=40)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -28,8 +29,8 @@ def parse_pins(lines):
     return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in parsed}
 
 
-def lock():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def lock(name="constraints.txt"):
+    lines = (ROOT / name).read_text().splitlines()
     return parse_pins(line for line in lines if not line.startswith("#"))
 
 
@@ -50,11 +51,19 @@ def test_lock_pins_every_dependency_within_its_range():
     assert not missing, f"not in constraints.txt, or outside the range: {missing}"
 
 
-def test_lock_names_versions_only():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def test_the_second_lock_pins_the_oldest_promised_versions():
+    pins, wishes = lock("constraints-oldest.txt"), [wish for wish in wanted() if wish.name != "torch"]
+    oldest = {canonicalize_name(wish.name): Version(str(wish.specifier).removeprefix(">=")) for wish in wishes}
+    drift = {name: pins.get(name) for name, version in oldest.items() if Version(pins.get(name, "0")) != version}
+    assert not drift, f"not the lower bound of pyproject.toml: {drift}"
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-oldest.txt"])
+def test_lock_names_versions_only(name):
+    lines = (ROOT / name).read_text().splitlines()
     odd = [line for line in lines if not re.fullmatch(r"#.*|[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line)]
     assert not odd, f"neither a comment nor name==version (no paths, hosts or local versions): {odd}"
-    assert lock()["torch"] == "2.13.0"
+    assert lock(name)["torch"] == "2.13.0"
 
 
 def test_environment_is_in_step_with_the_lock():
@@ -107,11 +116,24 @@ def test_help_is_the_default_and_lists_every_target():
     said = make(ROOT).stdout
     assert all(
         f"make {target} " in said
-        for target in ["setup", "real", "lab", "tour", "test", "bench", "bench-quality", "lint", "clean"]
+        for target in [
+            "setup",
+            "real",
+            "lab",
+            "tour",
+            "book",
+            "test",
+            "fast",
+            "test-oldest",
+            "bench",
+            "bench-quality",
+            "lint",
+            "clean",
+        ]
     )
 
 
-@pytest.mark.parametrize("target", ["real", "lab", "tour", "test", "bench", "bench-quality", "lint"])
+@pytest.mark.parametrize("target", ["real", "lab", "tour", "book", "test", "bench", "bench-quality", "lint"])
 def test_every_target_sets_up_first(bare, target):
     planned = make(bare, "-n", target).stdout
     assert "-m venv .venv" in planned
@@ -205,7 +227,17 @@ def test_other_skips_pass(tmp_path):
 
 
 def test_files_name_no_machine_and_no_registry():
-    files = [ROOT / name for name in ("Makefile", "pyproject.toml", "constraints.txt", "environment.yml", ".ci/run")]
+    files = [
+        ROOT / name
+        for name in (
+            "Makefile",
+            "pyproject.toml",
+            "constraints.txt",
+            "constraints-oldest.txt",
+            "environment.yml",
+            ".ci/run",
+        )
+    ]
     assert not [
         path.name for path in files if re.search(r"https?://|index-url|find-links|/home/|/tmp/", path.read_text())
     ]

@@ -11,7 +11,7 @@ from shared import shared_path
 
 from prunekit.errors import PrunekitError
 from prunekit.sparsity import magnitude, sparsegpt, wanda
-from prunekit.sparsity.factors import DAMPING, damped, factorize, upper_factor
+from prunekit.sparsity.matrix_inputs import DAMPING, damped, factorize, upper_factor
 from prunekit.sparsity.patterns import Pattern, pattern_of
 from prunekit.sparsity.solvers import zeroed_lowest_of_rows
 

@@ -12,9 +12,8 @@ from torch import nn
 
 from prunekit import LoRA, recover, sparsify
 from prunekit.sparsity import keep_zeros, wanda
-from prunekit.sparsity.allocation import allocate
 from prunekit.sparsity.matrices import find_matrices
-from prunekit.sparsity.patterns import Pattern
+from prunekit.sparsity.patterns import Pattern, allocate
 
 
 def masks(model):

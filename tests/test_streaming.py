@@ -15,12 +15,14 @@ import pytest
 import torch
 from evaluation_helpers import dense_folder
 from families import FAMILIES, logits, plan_keeping, tokens
+from other_families import UNLISTED
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import prunekit as pk
 from prunekit import Activation, Curvature, Magnitude, PrunekitError, PruningPlan, Random, Taylor, prune_checkpoint
 from prunekit.checkpoint import stream_writing, streaming
+from prunekit.checkpoint.folders import stored_tensors
 from prunekit.checkpoint.stream_source import map_checkpoint
 from prunekit.checkpoint.stream_work import Work
 from prunekit.cli import main
@@ -171,6 +173,7 @@ SLOW = """
 import sys, time
 import prunekit as pk
 from prunekit.checkpoint import stream_writing, streaming
+from prunekit.checkpoint.folders import stored_tensors
 from prunekit.importance import Scores
 
 def slowed(function):
@@ -288,7 +291,7 @@ def test_memory_is_that_of_a_few_parameters(importance, large, tmp_path):
         ({"max_shard_size": "large"}, "max_shard_size='large' is no size"),
         ({"ratio": 0.99}, "pruning_ratio=0.99 cannot be met"),
         ({"ranking": "sideways"}, "ranking='sideways' is unknown"),
-        ({"kinds": ["expert"]}, "kind 'expert' is not one of this model's: "),
+        ({"kinds": ["expert"]}, "no groups of the kind 'expert'; it has kv_head, "),
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(changes, message, tmp_path, monkeypatch):
@@ -390,14 +393,58 @@ def test_an_unfinished_run_of_other_arguments_is_not_taken_over(tmp_path, monkey
         prune_checkpoint(source, out, Magnitude(), 0.2)
 
 
-def test_files_whose_tensors_are_put_together_on_loading_are_refused(tmp_path):
-    config = MixtralConfig(
-        hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=48, num_local_experts=4,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "in")
-    with pytest.raises(PrunekitError, match="no tensor in its files is the model's model.layers.0.mlp.experts"):
-        prune_checkpoint(tmp_path / "in", tmp_path / "out", Magnitude(), 0.2)
+def write_experts(folder, name):
+    """A checkpoint in the hub's form, which stores experts one by one; transformers stacks them on loading."""
+    model = {**FAMILIES, **UNLISTED}[name].model(dtype=torch.float32)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    assert not set(stored_tensors(folder)) >= {n for n, _ in model.named_parameters()}
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["expert", "ffn_channel"])
+@pytest.mark.parametrize("importance", [Magnitude(), Activation()])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe"])
+def test_experts_that_are_stored_one_by_one_are_streamed(name, importance, kind, tmp_path):
+    source = write_experts(tmp_path / "in", name)
+    calib = tokens() if importance.needs_calibration else None
+    options = {"of": "units", "kinds": [kind]}
+    plan = prune_checkpoint(source, tmp_path / "out", importance, 0.25, calib, max_shard_size="40KB", **options)
+    model, _ = pk.load(source)
+    groups = pk.discover(model)
+    expected = pk.plan(groups, pk.score(model, groups.of_kind(kind), importance, calib), 0.25, **options)
+    assert plan.keep == expected.keep and plan.n_parameters_kept < plan.n_parameters
+    again, _ = pk.load(tmp_path / "out")
+    assert torch.equal(logits(again), logits(pk.prune(model, expected)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_converted_copy_is_made_once_and_after_the_order_was_checked(tmp_path, monkeypatch):
+    source, out, made = write_experts(tmp_path / "in", "mixtral"), tmp_path / "out", []
+    convert = streaming.convert
+    monkeypatch.setattr(streaming, "convert", lambda *args: (made.append(args), convert(*args)))
+    for how, ratio, why in (
+        (Magnitude(), {"rank": 0.5}, "no groups of the kind 'rank'"),
+        (pk.PruningPlan({"here": [0]}, {"here": 2}, 9, 5), None, "plan is for another model"),
+    ):
+        with pytest.raises(PrunekitError, match=why):
+            prune_checkpoint(source, out, how, ratio, **({} if ratio is None else {"of": "units"}))
+    assert not made and not list(tmp_path.glob(".out*"))
+    monkeypatch.setattr(streaming, "write_the_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(source, out, Magnitude(), 0.2)
+    (Work.beside(out).root / ".source.abc").mkdir()  # as a killed run leaves it
+    monkeypatch.undo()
+    monkeypatch.setattr(streaming, "convert", lambda *_: pytest.fail("converted twice"))
+    prune_checkpoint(source, out, Magnitude(), 0.2)
+    assert len(made) == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_what_transformers_does_not_write_in_the_form_of_the_model_is_refused(tmp_path, monkeypatch):
+    source = write_experts(tmp_path / "in", "mixtral")
+    whole = MixtralForCausalLM.save_pretrained
+    monkeypatch.setattr(MixtralForCausalLM, "save_pretrained", lambda self, out, **_: whole(pk.load(source)[0], out))
+    with pytest.raises(PrunekitError, match="cannot be streamed: transformers puts its tensors together in memory"):
+        prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])

@@ -132,7 +132,7 @@ REFUSED = {
     "answer": ([Task("t", "piqa", (replace(QUESTION, answer=2),))], "question 0 of task 't' has answer 2 of 2"),
     "no choice": ([Task("t", "piqa", (replace(QUESTION, choices=()),))], "answer 0 of 0 choices"),
     "no task of that name": (["bollq"], "no task 'bollq'; there are boolq, piqa"),
-    "no task but a number": ([3], "3 is no task; give names"),
+    "no task but a number": ([3], "=3 is not allowed; give an object of class Task, or a text"),
     "contexts": ([Task("t", "piqa", (replace(QUESTION, contexts=("a",)),))], "1 contexts for 2 choices"),
     "empty choice": (
         [Task("t", "piqa", (QUESTION, replace(QUESTION, choices=(" ", " x"))))],
@@ -191,7 +191,7 @@ def test_a_single_choice_is_hit_where_it_is_what_greedy_decoding_writes():
 def test_a_limit_takes_the_first_questions_of_each_task():
     result = zero_shot(llama(), byte_tokenizer(), [choice_task(), partial_task()], limit=3)
     assert list(result.questions["question"]) == [0, 1, 2] * 2
-    with pytest.raises(PrunekitError, match="limit=0; a limit is at least 1"):
+    with pytest.raises(PrunekitError, match="limit=0 is not allowed"):
         zero_shot(llama(), byte_tokenizer(), [choice_task()], limit=0)
 
 

@@ -115,7 +115,7 @@ def kernel_environment(build: Path) -> dict[str, str]:
 
 
 def run_notebook(path: Path, build: Path, running: _Running | None = None) -> Outcome:
-    """Execute a notebook in its own folder; where all went well, write `build/notebooks/<name>.html`.
+    """Execute a notebook in its own folder; where all went well, write `build/notebooks/<name>.html` and `.ipynb`.
 
     Args:
         path: the notebook; it is only read.
@@ -199,7 +199,8 @@ def _widget_place(book: nbformat.NotebookNode, models: dict, model_id: str) -> s
 
 
 def write_html(book: nbformat.NotebookNode, name: str, folder: Path) -> Path:
-    """Write an executed notebook as one HTML file with its pictures inside."""
+    """Write an executed notebook, and the same as one HTML file with its pictures inside."""
+    _write(folder / f"{name}.ipynb", nbformat.writes(book))
     html, _ = HTMLExporter(embed_images=True).from_notebook_node(book, {"metadata": {"name": name}})
     return _write(folder / f"{name}.html", html)
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from prunekit.checkpoint.folders import Stored
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
+from prunekit.locks import PROCESS
 from prunekit.models import shapes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Stages
@@ -64,7 +65,7 @@ def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: i
             "restore both from one source"
         )
     try:
-        with torch.device("meta"):  # not even buffers cost anything
+        with PROCESS, torch.device("meta"):  # not even buffers cost anything
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()
     except Exception:  # an error of the family is reported by the load that follows

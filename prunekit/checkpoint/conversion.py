@@ -21,6 +21,7 @@ from prunekit.checkpoint.cache import VARIABLE, cache_root, cached_folder, diges
 from prunekit.checkpoint.gguf_header import GgufHeader, check_magic, read_header
 from prunekit.errors import PrunekitError, first_line
 from prunekit.fingerprint import digest_of_text
+from prunekit.locks import PROCESS
 from prunekit.models import own_tensors
 
 FORMAT = 1  # of the cached folders; another number makes all of them anew
@@ -104,7 +105,8 @@ def _model(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:
     if hasattr(transformers, "GgufConfig"):  # without it, blocks stay as they are; older releases dequantize anyway
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(alone, trust_remote_code=False, **options)
+        with PROCESS:
+            model, info = AutoModelForCausalLM.from_pretrained(alone, trust_remote_code=False, **options)
     except Exception as error:  # transformers' and the gguf package's, of any kind
         raise PrunekitError(
             f"cannot convert {str(path)!r}, of architecture {header.architecture!r} with tensors of "

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
-
 from prunekit.checkpoint.cards import renumbered, texts_beside
 from prunekit.checkpoint.gguf import check_family, write_gguf
 from prunekit.checkpoint.padded import padded_model
@@ -17,7 +15,7 @@ from prunekit.checkpoint.saving import (
     write_texts,
     write_tokenizer,
 )
-from prunekit.checks import check_choice
+from prunekit.checks import Network, Tokenizer, check_choice, checked
 from prunekit.errors import PrunekitError
 from prunekit.layouts import GGUF, LAYOUTS, PADDED
 from prunekit.pruning import PruningPlan
@@ -30,12 +28,13 @@ if TYPE_CHECKING:
 KEEP = "keep the checkpoint that prunekit saves, or re-fit with fit='weights', which adds none"
 
 
+@checked
 def export(
-    model: nn.Module,
+    model: Network,
     out: str | Path,
     *,
     layout: Literal["plain", "padded", "gguf"] = "plain",
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
     files: Mapping[str, str] | None = None,
@@ -88,8 +87,8 @@ def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:
         padded = padded_model(model, cuts)
         return padded, padded.config, unsaid(cuts)
     if cuts.biases:
-        raise PrunekitError(f"{type(model).__name__} was given biases that its configuration cannot say; {KEEP}")
+        raise PrunekitError(f"{type(model).__name__} has biases, for which its configuration has no field; {KEEP}")
     raise PrunekitError(
-        f"the configuration of {type(model).__name__} cannot say these widths ({'; '.join(unsaid(cuts))}); export with "
-        "layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves, which says them"
+        f"the configuration of {type(model).__name__} has no fields for these widths ({'; '.join(unsaid(cuts))}); "
+        "export with layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves"
     )

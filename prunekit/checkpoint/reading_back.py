@@ -17,8 +17,7 @@ SAMPLE = 1024  # numbers compared of each tensor, spread over it
 def check_written(folder: Path, model: Any) -> None:
     """Compare names, shapes and a sample of the values in a folder with the model that was written there.
 
-    Where the files have other names than the model, as those of most families with experts do, the model is loaded from
-    them.
+    Where tensors have other names in the files, as in most families with experts, the model is loaded from these.
 
     Raises:
         PrunekitError: something is missing or differs.

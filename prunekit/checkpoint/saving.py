@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again
@@ -22,6 +21,7 @@ from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
 from prunekit.checkpoint.layer_widths import layer_widths
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
 from prunekit.checkpoint.reading_back import check_written
+from prunekit.checks import Network, Tokenizer, checked
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 SHARD = "5GB"
 
 
+@checked
 def save(
-    model: nn.Module,
+    model: Network,
     out: str | Path,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
     files: Mapping[str, str] | None = None,
@@ -192,7 +193,9 @@ def _write_as_on_the_hub(model: Any, folder: Path, max_shard_size: str | int) ->
             why = error
         for file in folder.glob("*.safetensors*"):
             file.unlink()
-    raise PrunekitError(f"transformers writes of this {type(model).__name__} what it does not read: {why}")
+    raise PrunekitError(
+        f"transformers cannot read back this {type(model).__name__} as it wrote it: {why}; update transformers"
+    )
 
 
 def cut_config(model: Any, cuts: Cuts) -> dict[str, Any]:
@@ -217,7 +220,7 @@ def _record(model: Any, cuts: Cuts) -> dict[str, Any]:
         uncut = empty_model(AutoConfig.for_model(**described))
         rebuilt = cut_again(uncut, cuts.groups, cuts.stages, cuts.biases)
     except Exception as error:  # code that came with a checkpoint, or a configuration its family refuses
-        raise PrunekitError(f"this cut model cannot be rebuilt from its record, so it is not saved: {error}") from error
+        raise PrunekitError(f"cannot save this cut model: it cannot be built anew from its cuts ({error})") from error
     if shapes_of(rebuilt) != shapes_of(model):
         raise PrunekitError(
             "this model's shapes are not those of its recorded cuts; it was changed by other means: make such changes "

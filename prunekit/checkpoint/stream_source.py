@@ -1,5 +1,7 @@
 """Opens a checkpoint of any size as a model whose parameters are views of the mapped files."""
 
+import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +11,10 @@ import torch
 from transformers import AutoConfig
 
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, stored_tensors
-from prunekit.checkpoint.loading import MODEL_TYPE, load, load_cut, load_tokenizer
+from prunekit.checkpoint.loading import MODEL_TYPE, load, load_cut, load_plain, load_tokenizer
 from prunekit.checkpoint.origins import resolve
 from prunekit.errors import PrunekitError
+from prunekit.files import new_folder
 from prunekit.models import empty_model, shapes_of
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -21,14 +24,13 @@ def map_checkpoint(source: str | Path) -> tuple[Any, Any]:
     """A model whose parameters are views of the checkpoint's mapped shards, and its tokenizer or None.
 
     It is an ordinary model in the checkpoint's own dtype. What is read of it is file cache, which the system drops
-    when memory is wanted elsewhere; nothing is copied.
+    when memory is wanted elsewhere; nothing is copied, unless `to_convert` says so.
 
     Args:
         source: a folder with config.json and safetensors, or GGUF as `load` takes it.
 
     Raises:
-        PrunekitError: no such folder, no safetensors, or tensors that do not map one to one to the model's
-            parameters, so that loading would have to copy them.
+        PrunekitError: no such folder, or no safetensors.
     """
     folder = local_folder(source)
     config, stored = read_config(folder), stored_tensors(folder)
@@ -36,7 +38,6 @@ def map_checkpoint(source: str | Path) -> tuple[Any, Any]:
     dtype = _common_dtype(stored.values())
     if config.get("model_type") == MODEL_TYPE:
         return load_cut(folder, dtype, mapped=True), load_tokenizer(str(folder), False)
-    _check_one_to_one(folder, stored)
     return load(folder, dtype=dtype)
 
 
@@ -68,20 +69,47 @@ def _common_dtype(stored: Iterable[Stored]) -> torch.dtype | str:
     return _TORCH.get(sizes.most_common(1)[0][0], "auto")
 
 
-def _check_one_to_one(folder: Path, stored: dict[str, Stored]) -> None:
-    """Raise an error for files whose tensors transformers would merge or split, which needs memory.
+def to_convert(folder: Path) -> Any:
+    """The empty model of a folder whose tensors `transformers` would merge, split or turn while it loads them.
 
-    Every parameter must find a stored tensor of its shape that no other parameter took.
+    None where every parameter finds a stored tensor of its shape that no other one took, so that all can be mapped.
     """
+    if read_config(folder).get("model_type") == MODEL_TYPE:
+        return None
+    left = Counter(tensor.shape for tensor in stored_tensors(folder).values())
     try:
-        shapes = shapes_of(empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
+        model = empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception:  # any error; the load that follows reports it
-        return
-    left = Counter(tensor.shape for tensor in stored.values())
-    for name, shape in shapes.items():
+        return None
+    for shape in shapes_of(model).values():
         if not left[shape]:
-            raise PrunekitError(
-                f"{str(folder)!r} cannot be streamed: no tensor in its files is the model's {name}, of shape {shape}, "
-                "so loading would put it together in memory; if the model fits there, load it, prune it and save it"
-            )
+            return model
         left[shape] -= 1
+    return None
+
+
+def convert(folder: Path, out: Path, max_shard_size: str | int) -> None:
+    """Write a checkpoint anew with the model's own tensors, with memory for the parts of one of them and for a shard.
+
+    Args:
+        folder: with tensors in another form, such as experts stored one by one.
+        out: a new folder, which is complete or not written.
+        max_shard_size: of the shards written.
+
+    Raises:
+        PrunekitError: it does not load, or `transformers` does not write all that the model has.
+    """
+    for killed in out.parent.glob(f".{out.name}.*"):
+        shutil.rmtree(killed)
+    dtype = _common_dtype(stored_tensors(folder).values())
+    with new_folder(out) as beside:
+        offloaded = beside / "offloaded"
+        model = load_plain(str(folder), dtype, device_map={"": "disk"}, offload_folder=str(offloaded))
+        with warnings.catch_warnings(action="ignore"):  # of a default size of shards that is not asked for here
+            model.save_pretrained(beside, save_original_format=False, max_shard_size=max_shard_size)
+        shutil.rmtree(offloaded, ignore_errors=True)
+        if to_convert(beside) is not None:
+            raise PrunekitError(
+                f"{str(folder)!r} cannot be streamed: transformers puts its tensors together in memory; if the model "
+                "fits there, load it, prune it and save it"
+            )

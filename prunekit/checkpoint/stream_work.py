@@ -28,7 +28,7 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """A folder beside the output. What is finished in it counts for a run with the same facts, and for no other.
+    """A folder beside the output. Its finished steps are used by a run with the same arguments, and by no other.
 
     Attributes:
         root: the folder, `.OUT.partial` beside OUT.
@@ -45,6 +45,11 @@ class Work:
     def scores(self) -> Path:
         """Scores of the groups finished so far."""
         return self.root / "scores.safetensors"
+
+    @property
+    def source(self) -> Path:
+        """A copy of the source with the model's own tensors, where it has others."""
+        return self.root / "source"
 
     @property
     def checkpoint(self) -> Path:
@@ -75,7 +80,7 @@ class Work:
                 )
 
     def claim(self, facts: Mapping[str, Facts]) -> None:
-        """Note what steps are made with, so that `check` knows; makes the folder where there is none.
+        """Write down the arguments of each step for `check`; makes the folder where there is none.
 
         Raises:
             PrunekitError: as `check`, or nothing can be written there.

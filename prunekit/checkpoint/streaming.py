@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.checkpoint.saving import check_shard_size
-from prunekit.checkpoint.stream_source import local_folder, map_checkpoint
+from prunekit.checkpoint.stream_source import convert, local_folder, map_checkpoint, to_convert
 from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerprint
 from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards, write_the_rest
+from prunekit.checks import checked
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
 from prunekit.importance import Ablation, Curvature, HyWIA, Importance, Random, Scores, Taylor
-from prunekit.models import count_parameters
+from prunekit.importance.scoring import AnyImportance
+from prunekit.models import count_parameters, name_model
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
-from prunekit.pruning.planning import default_units
+from prunekit.pruning.planning import Ratio, default_units
+from prunekit.pruning.surgery import cut
 
 MAX_SHARD_SIZE = "1GB"
 _OF_WEIGHTS = "needs the gradient of every weight, which takes more memory than the model"
@@ -59,11 +62,12 @@ class _Order:
         return {"scoring": scoring, "cutting": cutting}
 
 
+@checked
 def prune_checkpoint(
     source: str | Path,
     out: str | Path,
-    how: Importance | PruningPlan,
-    pruning_ratio: float | Mapping[str, float] | None = None,
+    how: AnyImportance | PruningPlan,
+    pruning_ratio: Ratio | None = None,
     calib: Tensor | None = None,
     *,
     max_shard_size: str | int = MAX_SHARD_SIZE,
@@ -72,7 +76,9 @@ def prune_checkpoint(
 ) -> PruningPlan:
     """Prunes a checkpoint folder into another, with memory for one shard and a few parameters.
 
-    The result is what `load`, `score`, `plan`, `prune` and `save` give, weight by weight. What is finished (the scores
+    The result is what `load`, `score`, `plan`, `prune` and `save` give, weight by weight. Where `transformers` puts the
+    stored tensors together while it loads them, as it does with experts that are stored one by one, they are first
+    written anew in that form, which takes as much room on the disk again. What is finished (that copy, the scores
     of a group, the plan, a shard) stays in `.OUT.partial` beside `out`, and the same call goes on from there, however
     the first one ended. Forward passes over the calibration set count as one step.
 
@@ -94,8 +100,6 @@ def prune_checkpoint(
             `.OUT.partial` of another run.
         KeyboardInterrupt: says where the finished part lies.
     """
-    _check_types(source=(source, str | Path), out=(out, str | Path), notes=(notes, Mapping | None))
-    _check_types(pruning_ratio=(pruning_ratio, float | int | Mapping | None), calib=(calib, Tensor | None))
     out, work = check_new_folder(out), Work.beside(Path(out))
     check_shard_size(max_shard_size)
     _check_arguments(how, {"pruning_ratio": pruning_ratio, "calib": calib, **options})
@@ -123,13 +127,6 @@ def check_streamable(importance: Importance) -> None:
         raise PrunekitError(f"{importance!r} is no importance and no plan; give Activation(), Magnitude() or Random()")
 
 
-def _check_types(**arguments: tuple[object, Any]) -> None:
-    for name, (value, kind) in arguments.items():
-        if not isinstance(value, kind):
-            names = str(kind).replace("pathlib.", "").replace("torch.", "").replace("collections.abc.", "")
-            raise PrunekitError(f"{name}={value!r} is a {type(value).__name__}; prune_checkpoint takes {names} there")
-
-
 def _check_arguments(how: Importance | PruningPlan, given: Mapping[str, Any]) -> None:
     if isinstance(how, PruningPlan):
         for name in (name for name, value in given.items() if value is not None):
@@ -151,7 +148,8 @@ def _plain(value: Any) -> Any:
 
 def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     """Run all steps from the mapped model to a complete folder that are not finished yet."""
-    model, _ = map_checkpoint(order.folder)
+    model, _ = map_checkpoint(_mappable(work, order))
+    name_model(model, str(order.folder))
     plan = order.how if isinstance(order.how, PruningPlan) else _plan(model, order, work)
     small, postponed = cut_without_weights(model, plan)
     before, after = map(count_parameters, (model, small))
@@ -164,32 +162,50 @@ def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     return plan
 
 
+def _mappable(work: Work, order: _Order) -> Path:
+    """The folder whose tensors are the model's parameters: the source, or a converted copy in the work folder."""
+    structure = to_convert(order.folder)
+    if structure is None:
+        return order.folder
+    if not work.source.is_dir():
+        if isinstance(order.how, PruningPlan):
+            cut(structure, order.how)
+        else:
+            _check_order(discover(structure), structure, order)
+        work.claim({"scoring": order.facts()["scoring"]})
+        convert(order.folder, work.source, order.max_shard_size)
+    return work.source
+
+
+def _check_order(groups: Groups, model: nn.Module, order: _Order) -> tuple[CoupledGroup, ...]:
+    """The groups to score; a plan from chance refuses early what cannot be met."""
+    chosen = candidates(groups, order.options.get("kinds"))
+    make_plan(groups, Random().unit_scores(model, chosen, None), order.ratio, **order.options)
+    return chosen
+
+
 def candidates(groups: Groups, kinds: Iterable[str] | None) -> tuple[CoupledGroup, ...]:
     """The groups that are worth scoring, since `plan` may cut them.
 
     Raises:
         PrunekitError: a kind that the model does not have.
     """
-    there = dict.fromkeys(group.kind for group in groups)
-    for kind in kinds or ():
-        if kind not in there:
-            raise PrunekitError(f"kind {kind!r} is not one of this model's: {', '.join(there)}")
+    groups.check_kinds(kinds or ())
     return default_units(groups) if kinds is None else groups.of_kind(*kinds)
 
 
 def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:
-    """The plan in the work folder, or a new one. One from chance comes first: it refuses early what cannot be met."""
+    """The plan in the work folder, or a new one."""
     if work.plan.is_file():
         return PruningPlan.load(work.plan)
     groups = discover(model)
-    chosen = candidates(groups, order.options.get("kinds"))
-    make_plan(groups, Random().unit_scores(model, chosen, None), order.ratio, **order.options)
+    chosen = _check_order(groups, model, order)
     work.claim({"scoring": order.facts()["scoring"]})
     return make_plan(groups, _scores(model, chosen, order, work.scores), order.ratio, **order.options)
 
 
 def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, path: Path) -> Scores:
-    """Scores, group by group where no data is read; those that the file at `path` has are taken from it."""
+    """Scores: those in the file at `path`, and the missing ones; one group at a time if no data is needed."""
     importance: Any = order.how
     done = Scores.load(path) if path.is_file() else Scores({}, label=importance.label, kinds={})
     left = tuple(group for group in groups if group.name not in done)

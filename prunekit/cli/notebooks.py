@@ -11,7 +11,7 @@ from prunekit.errors import PrunekitError
 def lab(folder: str | None = None, *, no_browser: bool = False, port: int | None = None) -> int:
     """Open JupyterLab on the notebook series.
 
-    It looks for the folder `notebooks` where you stand, then beside the package.
+    It looks for the folder `notebooks` in the current folder, then beside the package.
     Stop it with Ctrl-C.
 
     Example:

@@ -118,7 +118,9 @@ def _add(place: Any, parameter: Parameter, told: str, extras: Mapping[str, Any])
 
 def _reading(annotation: Any) -> dict[str, Any]:
     """The argparse type for an annotation; of several, the first that a shell can express."""
+    annotation = _taken_apart(annotation)[0]
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = tuple(_taken_apart(kind)[0] for kind in kinds)
     for kind in kinds:
         origin, inside = get_origin(kind), get_args(kind)
         if origin is Literal:

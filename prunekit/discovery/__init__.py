@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from torch import nn
-
+from prunekit.checks import Network, checked
 from prunekit.discovery.groups import KINDS, CoupledGroup, Groups, Member
 from prunekit.discovery.memory import Traced
 from prunekit.discovery.partition import find_groups
@@ -12,7 +11,8 @@ from prunekit.discovery.tracing import trace
 __all__ = ["KINDS", "CoupledGroup", "Groups", "Member", "discover"]
 
 
-def discover(model: nn.Module) -> Groups:
+@checked
+def discover(model: Network) -> Groups:
     """Finds the coupled groups of a model: slices of parameters that must be removed together.
 
     One token is traced through the model with an integer label on every channel; operations move, join
@@ -20,8 +20,8 @@ def discover(model: nn.Module) -> Groups:
     name. An operation without a rule locks what it touches (`groups.locked` says what and why).
 
     What one token cannot show is not seen: code that branches on the length of the sequence, or that folds positions
-    and channels into one dimension. While it runs, hooks on all modules of the process are in place: no other thread
-    should run a model.
+    and channels into one dimension. While it runs, the model has stand-ins for its weights: another thread should not
+    run it (one that calls this package waits).
 
     Args:
         model: a causal language model. Its weights are not read; they may stand on the meta device.

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Level:
     nonlinear: Flags
     chosen: Flags
     vocabulary: Flags
+    picked: Ints  # how many are chosen at once by value; 0 where nothing chooses from them
 
     @property
     def removable(self) -> Flags:
@@ -121,7 +122,8 @@ def _group(sites: Sites, levels: list[Level], number: int, parts: Parts, numbers
             positions = positions[np.argsort(unit, kind="stable")]
         members.append(Member(*sites.names[site], torch.from_numpy(positions.reshape(len(units), -1))))
     kind = _kind(levels, number, sites.node_of(*parts[0]), members)
-    return CoupledGroup(f"{_prefix(members)}{kind}", kind, len(units), tuple(members), not level.inexact[units].any())
+    exact, least = not level.inexact[units].any(), max(1, int(level.picked[units].max()))
+    return CoupledGroup(f"{_prefix(members)}{kind}", kind, len(units), tuple(members), exact, least)
 
 
 def _number_units(found: Ints, numbers: Ints) -> Ints:
@@ -172,5 +174,5 @@ def unique_names(groups: list[CoupledGroup]) -> list[CoupledGroup]:
     for g in groups:
         seen[g.name] = seen.get(g.name, 0) + 1
         name = g.name if seen[g.name] == 1 else f"{g.name}#{seen[g.name]}"
-        out.append(CoupledGroup(name, g.kind, g.n_units, g.members, g.exact))
+        out.append(replace(g, name=name))
     return out

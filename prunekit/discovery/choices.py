@@ -31,11 +31,16 @@ def choose(mode: LabelMode, func: Any, args: tuple, kwargs: dict, unknown: Any) 
     """Topk over labelled scores: a statistic over them, and a choice that everything computed from it remembers."""
     source = mode.operand(args[0])
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", -1)) % len(source.shape)
-    if len(source.planes) != 1 or varying_dims(source.planes[0]) != {dim}:
+    if len(source.planes) != 1 or dim not in varying_dims(source.planes[0]):
         return unknown(mode, func, args, kwargs)
     plane = source.planes[0]
+    if varying_dims(plane) != {dim}:
+        n_groups = source.shape.numel() // source.shape[dim]
+        mode.lock(plane, f"is chosen from (topk) in {n_groups} groups of {source.shape[dim]}, which must stay as large")
     reduce_labels(mode.graph, plane, (dim,), True)
-    mode.choices.append(Choice(along(plane, {dim}).flatten()))
+    labels = along(plane, varying_dims(plane)).flatten()
+    mode.graph.picks.append((labels, int(args[1] if len(args) > 1 else kwargs["k"])))
+    mode.choices.append(Choice(labels))
     return mode.mark_chosen(func(*args, **kwargs), len(mode.choices) - 1)
 
 
@@ -69,6 +74,7 @@ def look_up_chosen(mode: LabelMode, source: Operand, result: Tensor, moved: list
 
 def lock_open_choices(mode: LabelMode) -> None:
     """The labels that were chosen from, if the use of the choice is unknown."""
+    used = [choice.labels for choice in mode.choices if choice.looked_up]
     for choice in mode.choices:
-        if not choice.looked_up:
+        if not any(torch.equal(choice.labels, labels) for labels in used):  # it may also be chosen from beforehand
             mode.graph.lock(choice.labels, "is chosen from by value (topk), and it is not clear what for")

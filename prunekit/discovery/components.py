@@ -123,7 +123,7 @@ def by_owner(owner: Ints, member: Ints) -> Owners:
 
 
 def _settled_owners(owner: Ints, member: Ints, starts: Ints) -> tuple[Ints, Ints]:
-    """Components of owners, and of their members where these share one that the owner is not yet in."""
+    """Pairs of components to join: an owner's, and the one that holds all its members, where they differ."""
     if not len(owner):
         return owner, member
     low, high = (f.reduceat(member, starts) for f in (np.minimum, np.maximum))

@@ -65,6 +65,7 @@ class CoupledGroup:
         members: every parameter dimension that takes part, in the order of `named_parameters()`.
         exact: True where the smaller model equals the model with the units zeroed; False where a
             norm's statistics span units, so that removing some changes what is left.
+        min_units: units that must stay: of experts, as many as the router chooses for each token.
     """
 
     name: str
@@ -72,6 +73,7 @@ class CoupledGroup:
     n_units: int
     members: tuple[Member, ...]
     exact: bool
+    min_units: int = 1
 
     @property
     def layer(self) -> int | None:
@@ -92,12 +94,14 @@ class Groups(Sequence[CoupledGroup]):
         items: the groups, in the order of the model's layers.
         shapes: parameter name → shape, for every parameter of the model (tied ones once).
         locked: what may not be cut, module or parameter path → reason.
+        locked_kinds: kind of the units that this would be, where that is known → the first of these places.
         traced: the trace that they were found in, for `prune`; it is not copied or saved with them.
     """
 
     items: tuple[CoupledGroup, ...]
     shapes: dict[str, tuple[int, ...]]
     locked: dict[str, str] = field(default_factory=dict)
+    locked_kinds: dict[str, str] = field(default_factory=dict)
     traced: Any = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,6 +145,23 @@ class Groups(Sequence[CoupledGroup]):
     def of_kind(self, *kinds: str) -> tuple[CoupledGroup, ...]:
         """The groups of these kinds, in order."""
         return tuple(group for group in self.items if group.kind in kinds)
+
+    def check_kinds(self, kinds: Iterable[str]) -> None:
+        """Raise an error for a kind that this model has no groups of; it says where such units are locked, and why.
+
+        Raises:
+            PrunekitError: names the kinds that the model has.
+        """
+        for kind in kinds:
+            if self.of_kind(kind):
+                continue
+            there = ", ".join(each for each in KINDS if self.of_kind(each)) or "no groups at all"
+            place = self.locked_kinds.get(kind)
+            if place is not None:
+                why = f"; its units of this kind are locked: {place}: {self.locked[place]}"
+            else:
+                why = f"; {len(self.locked)} places are locked, groups.locked says why" if self.locked else ""
+            raise PrunekitError(f"this model has no groups of the kind {kind!r}; it has {there}{why}")
 
     def without(self, names: Iterable[str]) -> "Groups":
         """All groups but those of these names; the model that they were found in stays the same.

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from prunekit.compat import TorchDispatchMode, storage_key
-from prunekit.discovery import arithmetic, movement  # noqa: F401  they register their rules
+from prunekit.discovery import arithmetic, movement
+from prunekit.discovery.buffers import Buffers
 from prunekit.discovery.choices import Choice, chosen_by
 from prunekit.discovery.constants import Argument, constants_among, n_stored
 from prunekit.discovery.integer_positions import Equation, Span
 from prunekit.discovery.labels import ARGUMENT, SCORE, LabelGraph, along, varying_dims
-from prunekit.discovery.operations import RULES, tensors_in, unknown
+from prunekit.discovery.operations import RULES, Rule, tensors_in, unknown
 from prunekit.discovery.parts import Part
 from prunekit.discovery.rules import Operand
 from prunekit.discovery.stored_integers import Key
@@ -36,6 +37,7 @@ class Trace:
             they lie, since one that is transposed or reshaped back need not be looked at twice.
         scalars: name and plain numbers of every pointwise operation on labelled tensors, in order.
         arguments: constants passed to modules, such as the slopes of ALiBi, → (first node, values).
+        buffers: name of each buffer that channels meet → (first node, shape).
         parts: modules that do nothing when their parameters are zero.
     """
 
@@ -47,6 +49,7 @@ class Trace:
     rectangles: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     scalars: list[tuple[Any, ...]] = field(default_factory=list)
     arguments: dict[Argument, tuple[int, Tensor]] = field(default_factory=dict)
+    buffers: dict[str, tuple[int, torch.Size]] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
 
 
@@ -60,6 +63,7 @@ class LabelMode(TorchDispatchMode):
         self.path = ""  # of the module that runs
         self.entered = ""  # of the module that began to run last
         self.choices: list[Choice] = []
+        self.buffers = Buffers()
         self.token_rows: list[Tensor] = []  # labels of the rows that were looked up by token
         self.token_use = ""  # an operation that did something else with the tokens
         self._input: torch.UntypedStorage | None = None
@@ -116,10 +120,21 @@ class LabelMode(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage_key(storage) in self._chosen or (self.labelled(tensor) and not self.is_handed(tensor)):
                 continue
+            if self.buffers.is_own(tensor):  # which is cut itself where channels meet it
+                continue
             before.append((storage_key(storage), self._storages.pop(storage_key(storage), None)))
             self.trace.arguments[Argument(self.path, where, tuple(tensor.shape))] = (self.graph.n_nodes, tensor.clone())
             self.mark(tensor, self.graph.new(tuple(tensor.shape), ARGUMENT))
         return before
+
+    def _nodes_of(self, buffer: str) -> Tensor:
+        """The nodes of a buffer's entries, new ones where it has none yet."""
+        if buffer not in self.trace.buffers:
+            shape = self.buffers.shapes[buffer]
+            self.trace.buffers[buffer] = (self.graph.n_nodes, shape)
+            self.graph.new(shape, ARGUMENT)
+        start, shape = self.trace.buffers[buffer]
+        return torch.arange(start, start + shape.numel())
 
     def is_handed(self, tensor: Tensor) -> bool:
         """Whether a tensor's labels are those of an argument, and last until the module returns."""
@@ -138,7 +153,7 @@ class LabelMode(TorchDispatchMode):
                 self._storages[key] = found
 
     def mark_parameter(self, tensor: Tensor, planes: tuple[Tensor, ...]) -> Tensor:
-        """Give a parameter, or what is made of parameters alone, one plane a dimension."""
+        """Attach label planes to a parameter, or to a tensor that is computed from parameters alone."""
         setattr(tensor, PLANES, planes)
         return tensor
 
@@ -179,9 +194,8 @@ class LabelMode(TorchDispatchMode):
         tensors = tensors_in((args, kwargs))
         self._see_tokens(func, args, tensors)
         if not any(map(self.labelled, tensors)):
-            choice = chosen_by(self, tensors) if self.choices else None
-            result = func(*args, **kwargs)
-            return result if choice is None else self.mark_chosen(result, choice)
+            return self._run_on_constants(func, args, kwargs, tensors)
+        self._label_buffers(rule, tensors)
         if torch.Tag.pointwise in func.tags:
             self.note_numbers(func, [*args, *kwargs.values()])
         first_lock = len(self.graph.locks)
@@ -191,6 +205,28 @@ class LabelMode(TorchDispatchMode):
             if not reason.startswith(f"{self.path}:"):
                 self.graph.locks[i] = (labels, f"{self.path}: {reason} ({func.overloadpacket.__name__})")
         return result
+
+    def _run_on_constants(self, func: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -> Any:
+        """Of numbers without labels it is only known which buffer or which choice they come from."""
+        alike = torch.Tag.pointwise in func.tags or func.overloadpacket in movement.COPIES
+        choice = chosen_by(self, tensors) if self.choices else None
+        result = func(*args, **kwargs)
+        if alike:
+            self.buffers.follow_result(tensors, result)
+        if choice is None:
+            return result
+        if alike and isinstance(result, Tensor) and all(self.operand(tensor).uniform for tensor in tensors):
+            self.mark_uniform(result)  # such as a mask over the one group that all experts are in
+        return self.mark_chosen(result, choice)
+
+    def _label_buffers(self, rule: Rule | None, tensors: list[Tensor]) -> None:
+        """Give labels to buffers that are about to meet labelled channels one to one."""
+        entrywise = rule is not None and rule.apply in (arithmetic.pointwise, arithmetic.norm)
+        for tensor in tensors:
+            found = None if self.labelled(tensor) else self.buffers.entries(tensor)
+            if found is not None and (entrywise or (tensor.dim() == 1 and tensor.is_floating_point())):
+                name, entries, storage = found
+                self._storages[storage_key(storage)] = (self._nodes_of(name)[entries], storage)
 
     def _see_tokens(self, func: Any, args: tuple, tensors: list[Tensor]) -> None:
         """Tokens may be numbered anew where rows are looked up by them, and nothing else is done with their numbers."""

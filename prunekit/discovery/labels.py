@@ -34,6 +34,7 @@ class LabelGraph:
         self.nonlinear: list[Tensor] = []
         self.embedded: list[Tensor] = []
         self.chosen: list[Tensor] = []
+        self.picks: list[tuple[Tensor, int]] = []  # what is chosen from, and how many at once
         self.vocabulary: list[Tensor] = []
         self.roles = np.zeros(0, np.uint64)  # a bit for each operation that a node took part in, by its number
         self.n_operations = 0

@@ -23,6 +23,7 @@ _VIEWS = (
     "as_strided", "movedim", "swapaxes", "swapdims", "lift_fresh", "numpy_T", "mT",
 )  # fmt: skip
 VIEWS = {getattr(aten, name) for name in (*_VIEWS, "expand") if hasattr(aten, name)}
+COPIES = {aten._to_copy, aten.clone}
 LOOK_UPS = {aten.embedding, aten.index, aten.index_select}
 
 
@@ -96,7 +97,7 @@ def move(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     sources = [mode.operand(t) for t in tensors_in(data)]
     if any(mode.operand(t).planes for t in tensors_in((rest, kwargs))):
         return unknown(mode, func, args, kwargs)
-    if func.overloadpacket in (aten._to_copy, aten.clone):
+    if func.overloadpacket in COPIES:
         return _convert(mode, func, args, kwargs, sources[0])
     if any(s.parameter for s in sources) and not all(len(s.planes) == 1 for s in sources if s.planes):
         return _move_parameters(mode, func, args, kwargs, sources)

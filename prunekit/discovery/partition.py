@@ -76,6 +76,9 @@ def _level(noted: _Noted, sites: Sites, label: Ints) -> Level:
         out[found] = True
         return out
 
+    picked = np.zeros(len(size), np.int64)
+    for labels, n in noted.trace.graph.picks:
+        np.maximum.at(picked, label[labels.numpy()], n)
     statistic, counted = (label[nodes] for nodes in noted.counts)
     owner, member = (label[nodes] for nodes in noted.owns)
     return Level(
@@ -85,6 +88,7 @@ def _level(noted: _Noted, sites: Sites, label: Ints) -> Level:
         ragged=flags(_ragged(noted.trace, label)),
         inexact=flags(counted[statistic != counted]),
         open=flags(owner[owner != member]),
+        picked=picked,
         **{name: flags(label[nodes]) for name, nodes in noted.marks.items()},
     )
 
@@ -104,7 +108,7 @@ def find_groups(trace: Trace) -> Groups:
     covered = np.zeros(trace.graph.n_nodes, np.bool_)
     for _, nodes in found:
         covered[nodes] = True
-    return Groups(tuple(items), trace.shapes, _explain(trace, sites, known, covered))
+    return Groups(tuple(items), trace.shapes, *_explain(trace, sites, known, covered))
 
 
 def _head_dims(noted: _Noted, sites: Sites, known: list[Level], owners: Owners) -> list[tuple[CoupledGroup, Ints]]:
@@ -128,13 +132,16 @@ def _fresh(sites: Sites, *levels: Level) -> Flags:
     return fresh
 
 
-def _explain(trace: Trace, sites: Sites, levels: list[Level], covered: NDArray[np.bool_]) -> dict[str, str]:
-    """Reason for every parameter dimension no group covers whole."""
+def _explain(
+    trace: Trace, sites: Sites, levels: list[Level], covered: NDArray[np.bool_]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Reason for every parameter dimension no group covers whole, and the first of these of each kind."""
     label = levels[-1].label
     reason_of = np.full(len(levels[-1].size), -1)
     for number, (labels, _) in reversed(list(enumerate(trace.graph.locks))):
         reason_of[label[labels.numpy()]] = number  # the first one stays
     locked: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for site, (parameter, dim) in enumerate(sites.names):
         left = np.flatnonzero(~sites.of_nodes(covered)[sites.slices[site]])
         if not len(left):
@@ -142,8 +149,13 @@ def _explain(trace: Trace, sites: Sites, levels: list[Level], covered: NDArray[n
         node = sites.node_of(site, left)
         number = reason_of[label[node]]
         why = trace.graph.locks[number][1] if number >= 0 else _shape_reason(levels, node)
-        locked[f"{parameter}[dim {dim}]"] = why
-    return locked
+        place = f"{parameter}[dim {dim}]"
+        locked[place] = why
+        unit = levels[0].label[node]
+        for kind, marks in (("expert", levels[0].picked), ("hidden", levels[0].embedded)):
+            if marks[unit]:
+                kinds.setdefault(kind, place)
+    return locked, kinds
 
 
 def _shape_reason(levels: list[Level], node: int) -> str:

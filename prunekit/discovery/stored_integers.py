@@ -14,10 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION
-
-# Written-out attention and experts read every number that a module keeps, and run on any device.
-WRITTEN_OUT = (ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION)
+from prunekit.models import WRITTEN_OUT  # whose code reads every number that a module keeps
 
 Key = tuple[str, str, str]  # module path, "" or "config", attribute (with "[i]" for an element of a sequence)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from prunekit.compat import untraced
 from prunekit.discovery.labelling import LabelMode
@@ -17,14 +16,14 @@ from prunekit.discovery.labelling import LabelMode
 def free_parameters(model: nn.Module, mode: LabelMode) -> Iterator[None]:
     """A context in which parameters are expanded zeros with fresh labels per dimension, and buffers are on the CPU."""
     fakes = {id(p): _fake_parameter(mode, name, p) for name, p in model.named_parameters()}
+    fakes |= {id(b): mode.buffers.follow(name, _own_copy(b)) for name, b in model.named_buffers()}
     holders: list[dict[str, Any]] = [vars(m)[name] for m in model.modules() for name in ("_parameters", "_buffers")]
     before = [(holder, dict(holder)) for holder in holders]
     try:
         for holder, was in before:
             for name, value in was.items():
                 if value is not None:
-                    stand_in = fakes.get(id(value))
-                    holder[name] = _own_copy(value) if stand_in is None else stand_in
+                    holder[name] = fakes[id(value)]
         yield
     finally:
         for holder, was in before:
@@ -62,8 +61,9 @@ def module_paths(model: nn.Module, mode: LabelMode) -> Iterator[None]:
         mode.path = stack.pop()
 
     with ExitStack() as hooks:
-        hooks.callback(torch_module.register_module_forward_pre_hook(enter).remove)
-        hooks.callback(torch_module.register_module_forward_hook(leave, always_call=True).remove)
+        for module in model.modules():  # torch's hooks for all modules would also meet those of other threads
+            hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            hooks.callback(module.register_forward_hook(leave, prepend=True, always_call=True).remove)
         yield
 
 

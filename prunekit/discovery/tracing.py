@@ -51,9 +51,9 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: boo
         evaluating(model),
         free_parameters(model, mode),
         remembering(model, written_out),
-        module_paths(model, mode),
         labelled_arguments(model, mode),
         probing(model, mode, result.parts),
+        module_paths(model, mode),  # last, so that its hooks run first
     ):
         try:
             with torch.no_grad(), watcher, mode:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunekit.checks import Count, Model, checked
 from prunekit.compat import TorchDispatchMode, storage_key, tree_leaves
 from prunekit.errors import PrunekitError
+from prunekit.locks import PROCESS
 from prunekit.models import count_parameters, device_of, evaluating, max_positions
 
 MIB = 1024**2
@@ -87,12 +89,13 @@ class Cost:
         )
 
 
+@checked
 def cost(
-    model: nn.Module,
+    model: Model,
     *,
-    seq_len: int = 64,
-    batch_size: int = 1,
-    repeats: int = 10,
+    seq_len: Count = 64,
+    batch_size: Count = 1,
+    repeats: Count = 10,
     device: str | torch.device | None = None,
 ) -> Cost:
     """Parameters, multiply-accumulates, memory and latency of a model.
@@ -112,7 +115,7 @@ def cost(
 
     Source: LLM-Pruner (Ma et al. 2023), Table 3, counts MACs at 64 tokens; theirs leave attention's products out.
     """
-    check_sizes(model, seq_len, batch_size, repeats)
+    check_length(model, seq_len)
     model = on_device(model, device)
     where = device_of(model)
     ids = random_tokens(model, batch_size, seq_len)
@@ -139,11 +142,8 @@ def random_tokens(model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
     return torch.randint(vocabulary, (batch_size, seq_len), generator=generator).to(device_of(model))
 
 
-def check_sizes(model: nn.Module, seq_len: int, batch_size: int, repeats: int) -> None:
-    """Raises an error for sizes that cannot be run."""
-    for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("repeats", repeats)):
-        if value < 1:
-            raise PrunekitError(f"{name}={value}; it is at least 1")
+def check_length(model: nn.Module, seq_len: int) -> None:
+    """Raises an error for sequences that are longer than the model takes."""
     limit = max_positions(model)
     if limit is not None and seq_len > limit:
         raise PrunekitError(f"seq_len={seq_len}, but this model takes at most {limit} tokens; give {limit} or less")
@@ -168,7 +168,7 @@ def count_macs(model: nn.Module, ids: Tensor) -> int:
 
     Attention runs as plain products meanwhile: fused kernels on the CPU are not counted by torch.
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with PROCESS, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False)
     return counter.get_total_flops() // 2
 

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from prunekit.checks import Count, Model, Tokenizer, checked
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import check_tokens_fit
 from prunekit.models import device_of, evaluating, max_positions
@@ -44,8 +45,9 @@ class Generations:
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
+@checked
 def generations(
-    models: Mapping[str, nn.Module], tokenizer: Any, prompts: str | Iterable[str], *, max_new_tokens: int = 40
+    models: Mapping[str, Model], tokenizer: Tokenizer, prompts: str | Iterable[str], *, max_new_tokens: Count = 40
 ) -> Generations:
     """Greedy continuations of each prompt by each model.
 

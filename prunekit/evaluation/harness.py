@@ -99,7 +99,8 @@ def run_harness(
             )
         except OSError as error:  # what datasets raises without a network is one
             raise PrunekitError(
-                f"lm-evaluation-harness cannot read the data of {', '.join(names) or 'these tasks'}: {str(error)[:200]}"
+                f"lm-evaluation-harness cannot read the data of {', '.join(names) or 'these tasks'} "
+                f"({str(error)[:200]}); check the network and the name of the data set"
             ) from error
     return read_results(results)
 

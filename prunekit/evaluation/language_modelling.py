@@ -4,8 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
+from prunekit.checks import Count, Length, Model, Tokenizer, checked
 from prunekit.documents import TextSource
 from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.windows import PAPERS, read_spans
@@ -57,17 +56,18 @@ class PerplexityResult:
         return f"PerplexityResult({self.value:.4g}; {self.n_tokens:,} tokens; {self.description})"
 
 
+@checked
 def perplexity(
-    model: nn.Module,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     text_or_path: TextSource,
     *,
-    window: int | None = None,
-    stride: int | None = None,
+    window: Length | None = None,
+    stride: Count | None = None,
     protocol: str = "windows",
     separator: str | None = None,
     bos: bool | None = None,
-    batch_size: int = 16,
+    batch_size: Count = 16,
 ) -> float:
     """Perplexity of a text: exp of the mean negative log-likelihood a token.
 
@@ -105,17 +105,18 @@ def perplexity(
     ).value
 
 
+@checked
 def measure_perplexity(
-    model: nn.Module,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     text_or_path: TextSource,
     *,
-    window: int | None = None,
-    stride: int | None = None,
+    window: Length | None = None,
+    stride: Count | None = None,
     protocol: str = "windows",
     separator: str | None = None,
     bos: bool | None = None,
-    batch_size: int = 16,
+    batch_size: Count = 16,
 ) -> PerplexityResult:
     """Perplexity of a text, with its protocol.
 

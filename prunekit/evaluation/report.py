@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import nn
 
+from prunekit.checks import Count, Model, Tokenizer, checked
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.footprint import Cost, cost
 from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity
-from prunekit.evaluation.multiple_choice import zero_shot
+from prunekit.evaluation.multiple_choice import ZeroShotResult, zero_shot
 from prunekit.evaluation.named_tasks import Tasks
-from prunekit.evaluation.zero_shot_result import ZeroShotResult
 from prunekit.files import read_text, write_text
 
 METRICS = ("perplexity", "zero_shot", "cost")
@@ -161,14 +160,15 @@ def readable(value: float) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 10_000 else f"{value:.4g}"
 
 
+@checked
 def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     metrics: str | Iterable[str] = METRICS,
     *,
     text: TextSource | None = None,
     tasks: Tasks | None = None,
-    batch_size: int = 16,
+    batch_size: Count = 16,
     perplexity_options: Mapping[str, Any] | None = None,
     zero_shot_options: Mapping[str, Any] | None = None,
     cost_options: Mapping[str, Any] | None = None,
@@ -232,6 +232,7 @@ def world_default(tokenizer: Any, maker: str, argument: str) -> Any:
     return getattr(world, maker)()
 
 
+@checked
 def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
     """Reports side by side.
 
@@ -251,6 +252,7 @@ def compare(reports: Mapping[str, Report]) -> pd.DataFrame:
     return pd.DataFrame(rows, index=pd.Index(list(reports), name="model"), columns=[*quality, *costs])
 
 
+@checked
 def compare_accuracy(reports: Mapping[str, Report], by: str = "task") -> pd.DataFrame:
     """Zero-shot accuracies of several models, one row per model and group: what `plot_accuracy` draws.
 

@@ -14,8 +14,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.evaluation.likelihood import Span, check_batches, require_finite
-from prunekit.evaluation.packing import ROW, WIDEST, Row, pack, sample_rows, unpacked
+from prunekit.evaluation.likelihood import (
+    ROW,
+    WIDEST,
+    Row,
+    Span,
+    check_batches,
+    pack,
+    require_finite,
+    sample_rows,
+    unpacked,
+)
 from prunekit.models import device_of, evaluating, max_positions
 
 TOLERANCE = 1e-4  # relative, of a span's sum in float32; wider where the model's numbers are coarser

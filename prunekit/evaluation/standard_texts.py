@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prunekit.checks import checked
 from prunekit.documents import read_documents
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.records import Record, folders_of
@@ -63,6 +64,7 @@ TEXTS = {
 }
 
 
+@checked
 def standard_text(name: str, *, data_dir: str | Path | None = None) -> str:
     """A published text, joined as the papers join it, for `perplexity`.
 

@@ -1,11 +1,10 @@
 """Importance scores: one per unit, from weights, gradients or activations."""
 
 from prunekit.importance.ablation import Ablation, ablated
-from prunekit.importance.activation import Activation, Fluctuation
+from prunekit.importance.activation import Activation, BlockInfluence, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.curvature import Curvature
 from prunekit.importance.fusion import FusedScores, HyWIA, fuse
-from prunekit.importance.influence import BlockInfluence
 from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.scores import Scores
 from prunekit.importance.scoring import IMPORTANCES, Importance, default_importance, importance_from_name, score

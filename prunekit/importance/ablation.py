@@ -12,8 +12,7 @@ from prunekit.calibration import mean_loss
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
-from prunekit.importance.reduction import check_takes_tokens, tokens_for
-from prunekit.importance.scores import Scores
+from prunekit.importance.scores import Scores, check_takes_tokens, tokens_for
 
 LEAST = 1e-9  # share of the loss; keeps the order of a group whose loss does not rise
 

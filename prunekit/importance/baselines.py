@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunekit.checks import check_choice
+from prunekit.checks import Seed, check_choice, check_fields
 from prunekit.discovery.groups import CoupledGroup
-from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
-from prunekit.importance.reduction import REDUCTIONS, all_slice_scores, unit_scores
+from prunekit.importance.scores import REDUCTIONS, all_slice_scores, unit_scores
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,13 @@ class Random:
         seed: a group's scores depend on this and on the group's name alone.
 
     Raises:
-        PrunekitError: a seed that is no integer.
+        PrunekitError: a seed that is not an integer from 0 to 2**32 - 1.
     """
 
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seed, int):
-            raise PrunekitError(f"seed={self.seed!r}: give an integer")
+        check_fields(self)
 
     @property
     def needs_calibration(self) -> bool:

@@ -15,8 +15,7 @@ from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients, frozen
 from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, wide
 from prunekit.importance.reconstruction import check_ridge, gram_bytes, one_reader
-from prunekit.importance.reduction import check_takes_tokens, tokens_for
-from prunekit.importance.scores import Scores
+from prunekit.importance.scores import Scores, check_takes_tokens, tokens_for
 from prunekit.models import evaluating
 
 RIDGE = 0.3

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from prunekit.checks import check_choice
+from prunekit.checks import check_choice, checked
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
@@ -72,6 +72,7 @@ class FusedScores(Scores):
         return pd.DataFrame(rows, columns=["group", "kind", "layer", "coarse", "fine"])
 
 
+@checked
 def fuse(coarse: Scores, fine: Scores, rule: Rule = "attention") -> FusedScores:
     """A weighted sum of two estimates, with weights for each group.
 
@@ -90,7 +91,9 @@ def fuse(coarse: Scores, fine: Scores, rule: Rule = "attention") -> FusedScores:
     """
     if list(coarse) != list(fine):
         other = next(iter({*coarse} ^ {*fine}), "another order")
-        raise PrunekitError(f"coarse and fine scores are of different groups ({other}); score the same with both")
+        raise PrunekitError(
+            f"coarse and fine scores are of other groups ({other}); score the same groups, in one order"
+        )
     weights = {name: _weights(rule, coarse[name], fine[name]) for name in coarse}
     values = {name: a * coarse[name] + b * fine[name] for name, (a, b) in weights.items()}
     fused = FusedScores(values, label=f"{coarse.label} + {fine.label}, {_rule_name(rule)}", kinds=coarse.kinds)

@@ -11,10 +11,12 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.calibration import check_tokens, in_batches
+from prunekit.compat import EXPERTS_IMPLEMENTATION
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
-from prunekit.importance.reduction import check_takes_tokens
-from prunekit.models import evaluating
+from prunekit.importance.expert_inputs import stacked_experts, watching_experts
+from prunekit.importance.scores import check_takes_tokens
+from prunekit.models import evaluating, written_out
 
 ROOM = 2**31  # bytes of statistics held at once
 _INPUT_DIM: dict[type[nn.Module], int] = {nn.Linear: 1, Conv1D: 0}
@@ -27,10 +29,12 @@ class Reader:
     Attributes:
         input_dim: the dimension of the inputs.
         modules: the linear layers with this weight; several if it is tied.
+        n_experts: of a parameter that stacks one matrix of each expert, whose module is the only one; 0 of a matrix.
     """
 
     input_dim: int
     modules: list[nn.Module]
+    n_experts: int = 0
 
 
 def linear_readers(model: nn.Module) -> dict[str, Reader]:
@@ -43,6 +47,15 @@ def linear_readers(model: nn.Module) -> dict[str, Reader]:
             if name is not None:
                 found.setdefault(name, Reader(dim, [])).modules.append(module)
     return found
+
+
+def readers_of(model: nn.Module) -> dict[str, Reader]:
+    """As `linear_readers`, and the stacked matrices of experts."""
+    experts = {
+        name: Reader(dim, [module], len(module.get_parameter(name.rpartition(".")[2])))
+        for name, (module, dim) in stacked_experts(model).items()
+    }
+    return linear_readers(model) | experts
 
 
 def members_read(group: CoupledGroup, readers: dict[str, Reader]) -> tuple[Member, ...]:
@@ -81,7 +94,7 @@ def sums_over_inputs(
         measure: inputs (n_tokens, n_in), float32 or wider → the statistic to sum.
 
     Returns:
-        Parameter name → the sum.
+        Parameter name → the sum; of stacked experts one for each of them, zero where no token reached it.
 
     Raises:
         PrunekitError: a model that does not take tokens as those of transformers do, bad tokens, or an input that
@@ -91,9 +104,13 @@ def sums_over_inputs(
     tokens = check_tokens(calib, model)
     batches = in_batches(tokens)
     sums: dict[str, Tensor] = {}
-    n_calls = len(batches) * sum(len(reader.modules) for reader in readers.values())
+    n_calls = len(batches) * sum(len(reader.modules) for reader in readers.values() if not reader.n_experts)
     bar = tqdm(total=n_calls, desc="activations", unit="layer", leave=False, delay=1)
-    with bar, _watching(readers, sums, measure, bar), computing_wide(model), evaluating(model), torch.no_grad():
+    eager = [EXPERTS_IMPLEMENTATION] if any(reader.n_experts for reader in readers.values()) else []
+    watching = _watching(readers, sums, measure, bar), written_out(model, eager), computing_wide(model)
+    with ExitStack() as contexts:
+        for context in (bar, *watching, evaluating(model), torch.no_grad()):
+            contexts.enter_context(context)
         for batch in batches:
             model(input_ids=batch, use_cache=False)
     for name in readers:
@@ -140,10 +157,18 @@ def _watching(
 
         return add
 
+    def add_expert(name: str, expert: int, x: Tensor) -> None:
+        measured = measure(wide(x))
+        if name not in sums:
+            sums[name] = measured.new_zeros(readers[name].n_experts, *measured.shape)
+        sums[name][expert] += measured
+
     with ExitStack() as hooks:
         for name, reader in readers.items():
-            for module in reader.modules:
+            for module in reader.modules if not reader.n_experts else ():
                 hooks.callback(module.register_forward_pre_hook(adder(name), with_kwargs=True).remove)
+        stacked = {name: reader.modules[0] for name, reader in readers.items() if reader.n_experts}
+        hooks.enter_context(watching_experts(stacked, add_expert))
         yield
 
 

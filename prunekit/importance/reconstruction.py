@@ -18,7 +18,7 @@ from prunekit.importance.input_statistics import (
     sums_over_inputs,
     wide,
 )
-from prunekit.importance.reduction import tokens_for
+from prunekit.importance.scores import tokens_for
 
 RIDGE = 0.01
 

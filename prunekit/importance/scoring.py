@@ -2,23 +2,23 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.account import few
+from prunekit.annotations import Rule
 from prunekit.calibration import check_finite
-from prunekit.checks import check_choice
+from prunekit.checks import Network, check_choice, checked
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
 from prunekit.importance.ablation import Ablation, check_scalable, scaled_to_loss
-from prunekit.importance.activation import Activation, Fluctuation
+from prunekit.importance.activation import Activation, BlockInfluence, Fluctuation
 from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.curvature import Curvature, applies
 from prunekit.importance.fusion import HyWIA
-from prunekit.importance.influence import BlockInfluence
 from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.scores import Scores
 from prunekit.importance.taylor import Taylor
@@ -41,6 +41,14 @@ class Importance(Protocol):
     ) -> dict[str, Tensor]:
         """Group name → float (n_units,), higher means keep."""
 
+
+AnyImportance = Annotated[
+    Importance,
+    Rule(
+        lambda value: isinstance(value, Importance) and not isinstance(value, type),
+        "an importance, such as Taylor(), Activation(), Magnitude() or Random()",
+    ),
+]
 
 IMPORTANCES: dict[str, Callable[..., Importance]] = {
     "curvature": Curvature,
@@ -96,10 +104,11 @@ def default_importance(model: nn.Module, groups: Iterable[CoupledGroup]) -> Impo
     return Curvature() if curved else Taylor()
 
 
+@checked
 def score(
-    model: nn.Module,
+    model: Network,
     groups: Groups | Iterable[CoupledGroup],
-    importance: Importance,
+    importance: AnyImportance,
     calib: Tensor | Gradients | None = None,
     *,
     normalize: str | None = None,
@@ -126,10 +135,6 @@ def score(
             that are NaN or infinite, an unknown `normalize`, or an error of the importance.
     """
     check_choice("normalize", normalize, (None, "loss"))
-    if not isinstance(importance, Importance):
-        raise PrunekitError(
-            f"importance {importance!r} is unknown; give Taylor(), Activation(), Magnitude() or Random()"
-        )
     if importance.needs_calibration and calib is None:
         raise PrunekitError(f"{importance!r} needs a calibration set: score(model, groups, importance, calib)")
     chosen = _chosen(model, groups)

@@ -9,7 +9,7 @@ from prunekit.checks import check_choice
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients, gather_gradients
-from prunekit.importance.reduction import (
+from prunekit.importance.scores import (
     GRANULARITIES,
     REDUCTIONS,
     all_slice_scores,

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens, in_batches
+from prunekit.checks import Model, checked
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.importance.input_statistics import linear_readers, sums_over_inputs, wide
-from prunekit.importance.reduction import check_takes_tokens
-from prunekit.models import evaluating
-from prunekit.pruning.recording import written_out
+from prunekit.importance.scores import check_takes_tokens
+from prunekit.models import evaluating, written_out
 
 TIMES = 100  # a token is massive where one of its activations is so many times the layer's median |h|
 FIRST = 8  # attention sinks lie on the first tokens, so the attention of later ones is measured
@@ -56,8 +56,9 @@ class MassiveActivations:
         return str(self.layers.to_html(float_format="{:,.3g}".format, escape=True))
 
 
+@checked
 def massive_activations(
-    model: nn.Module, groups: Groups, tokens: Tensor, *, layer: int | None = None
+    model: Model, groups: Groups, tokens: Tensor, *, layer: int | None = None
 ) -> MassiveActivations:
     """Finds massive activations, the attention on the first token, and the units that write the largest one.
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_finite
+from prunekit.checks import Count, Model, Tokenizer, checked
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import require_finite
 from prunekit.evaluation.named_tasks import Tasks
 from prunekit.importance.ablation import ablated
-from prunekit.knowledge.prefix_reuse import Runner
-from prunekit.knowledge.question_spans import Exam, Texts, make_exam
+from prunekit.knowledge.question_spans import Exam, Runner, Texts, make_exam
 from prunekit.knowledge.record import Record, Silencing, fingerprint
 from prunekit.knowledge.result import KnowledgeDistribution
 from prunekit.models import evaluating
@@ -23,19 +23,20 @@ from prunekit.models import evaluating
 POSITIONS = 1024  # per forward pass; more is slower on a CPU, since less fits into its cache
 
 
+@checked
 def knowledge_distribution(
-    model: nn.Module,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     groups: Iterable[CoupledGroup],
     scores: Mapping[str, Tensor],
     *,
     ratios: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     tasks: Tasks | None = None,
     text: Texts | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
     data_dir: str | Path | None = None,
     path: str | Path | None = None,
-    tokens_a_batch: int = POSITIONS,
+    tokens_a_batch: Count = POSITIONS,
 ) -> KnowledgeDistribution:
     """Measures how each task and text domain changes when each group is ablated alone, at several ratios.
 
@@ -74,22 +75,23 @@ def knowledge_distribution(
     chosen = _check_groups(model, groups)
     _check_ratios(ratios)
     plan = [row for group in chosen for row in _shares(group, _check_scores(group, scores), ratios)]
-    _check_run(model, tokens_a_batch)
+    check_finite(model)
     exam = make_exam(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
     return _measure(model, plan, exam, path, tokens_a_batch)
 
 
+@checked
 def knowledge_of_units(
-    model: nn.Module,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     groups: Iterable[CoupledGroup],
     *,
     tasks: Tasks | None = None,
     text: Texts | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
     data_dir: str | Path | None = None,
     path: str | Path | None = None,
-    tokens_a_batch: int = POSITIONS,
+    tokens_a_batch: Count = POSITIONS,
 ) -> KnowledgeDistribution:
     """Measures how each domain changes when one unit (a head or a channel) is ablated alone.
 
@@ -116,7 +118,7 @@ def knowledge_of_units(
         for group in chosen
         for unit in range(group.n_units)
     ]
-    _check_run(model, tokens_a_batch)
+    check_finite(model)
     exam = make_exam(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
     return _measure(model, plan, exam, path, tokens_a_batch)
 
@@ -180,12 +182,6 @@ def _shares(group: CoupledGroup, scores: Tensor, ratios: Sequence[float]) -> Ite
     for ratio in dict.fromkeys(ratios) if group.n_units > 1 else (1.0,):
         units = tuple(sorted(order[: max(1, round(ratio * group.n_units))]))
         yield Silencing(group, units, {**_told(group), "ratio": float(ratio), "n_silenced": len(units)})
-
-
-def _check_run(model: nn.Module, tokens_a_batch: int) -> None:
-    if tokens_a_batch < 1:
-        raise PrunekitError(f"tokens_a_batch={tokens_a_batch}; it is a number of positions, at least 1")
-    check_finite(model)
 
 
 def _measure(

@@ -14,8 +14,7 @@ from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.fingerprint import digest_of
 from prunekit.knowledge.measurement_files import plain
-from prunekit.knowledge.prefix_reuse import Runner
-from prunekit.knowledge.question_spans import Exam
+from prunekit.knowledge.question_spans import Exam, Runner
 from prunekit.knowledge.result import KnowledgeDistribution
 
 Marks = tuple[np.ndarray, np.ndarray]  # correctness and loss, (n_questions,) each

@@ -1,8 +1,9 @@
-"""Selects the entries of constants passed to modules that stay after a cut, such as ALiBi's slopes."""
+"""Selects the entries of constants that stay after a cut: passed to modules (ALiBi's slopes), or held as buffers."""
 
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -36,6 +37,26 @@ def find_selections(before: Trace, dead: Bools, model: nn.Module) -> list[Select
     return found
 
 
+def find_buffers(before: Trace, dead: Bools) -> dict[str, tuple[int, Tensor]]:
+    """Name → dimension and ascending indices that stay, for every buffer that loses entries with the channels it meets.
+
+    Args:
+        before: trace of the uncut model.
+        dead: bool (n_nodes,), what goes.
+
+    Raises:
+        PrunekitError: a buffer cannot be made smaller along one dimension.
+    """
+    met = _met_by_channels(before)
+    found = {}
+    for name, (start, shape) in before.buffers.items():
+        span = slice(start, start + shape.numel())
+        if dead[span].any():
+            dim, keep = _slab(f"the buffer {name}", *(flags[span].reshape(shape) for flags in (dead, met)))
+            found[name] = (dim, torch.tensor(keep))
+    return found
+
+
 def _met_by_channels(before: Trace) -> Bools:
     met = np.zeros(before.graph.n_nodes, np.bool_)
     for relation in (before.graph.same, *before.graph.owns.values()):
@@ -45,15 +66,18 @@ def _met_by_channels(before: Trace) -> Bools:
 
 
 def _selection(argument: Argument, dead: Bools, met: Bools) -> Selection:
-    """A slab is removed if some of its channels are removed and none is still needed."""
+    return Selection(argument, *_slab(f"the constant that {argument.path} receives", dead, met))
+
+
+def _slab(what: str, dead: Bools, met: Bools) -> tuple[int, tuple[int, ...]]:
+    """A dimension, and what stays along it: a slab goes if some of its channels go and none is still needed."""
     for dim in range(dead.ndim):
         others = tuple(d for d in range(dead.ndim) if d != dim)
         gone, needed = (np.asarray(flags.any(axis=others)) for flags in (dead, met & ~dead))
         if not gone.all() and not needed[gone].any():
-            return Selection(argument, dim, tuple(np.flatnonzero(~gone).tolist()))
+            return dim, tuple(np.flatnonzero(~gone).tolist())
     raise PrunekitError(
-        f"{argument.path} receives a constant of shape {argument.shape} that cannot be cut along one dimension; "
-        "keep all units there"
+        f"{what}, of shape {dead.shape}, cannot be cut along one dimension with its units; keep all units there"
     )
 
 

@@ -25,7 +25,7 @@ def held_by_rounding(
 
     def kinds_that_go(round_to: Mapping[str, int], least: int) -> set[str]:
         bundles = {g: bundles_of(groups, g, scores[g.name]) for g in candidates if g.kind not in WHOLE_KINDS}
-        return {g.kind for g, found in bundles.items() if stops_of(len(found), len(found[0]), round_to[g.name], least)}
+        return {g.kind for g, found in bundles.items() if stops_of(g, found, round_to[g.name], least)}
 
     return sorted(kinds_that_go(dict.fromkeys(rounding, 1), 1) - kinds_that_go(rounding, min_units))
 
@@ -79,7 +79,7 @@ def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter
     rest = [s for s in steps if id(s) not in done]
     if not rest:
         raise BudgetError(
-            f"pruning_ratio={ratio} cannot be met: with {limits}what is protected or not of the chosen kinds, "
+            f"pruning_ratio={ratio} cannot be met: with {limits}all protected units and all other kinds kept, "
             f"at most {reached:.4f} of the parameters can go; ask for that or less{less}, or allow more kinds"
         )
     above = _round_up(1 - (counter.left - min(counter.cost(s) for s in rest)) / counter.total)
@@ -112,13 +112,23 @@ def take_shares(
     for g in candidates:
         bundles = bundles_of(groups, g, scores[g.name])
         size, wanted = len(bundles[0]), math.floor(fractions[g.kind] * g.n_units + 0.5 + 1e-9)
-        stops = [0, *stops_of(len(bundles), size, rounding[g.name], min_units)]
+        stops = [0, *stops_of(g, bundles, rounding[g.name], min_units)]
         stop = max(stop for stop in stops if stop * size <= wanted)
         largest = max((b - a for a, b in pairwise(stops)), default=0)
+        if g.min_units > 1 and g.n_units - wanted < g.min_units and wanted:
+            _refuse_picked(g, fractions[g.kind], wanted)
         if wanted - stop * size > largest * size:
             _refuse_units(g.name, fractions[g.kind], g.n_units, stop * size)
         taken.append(Step(g, tuple(unit for bundle in bundles[:stop] for unit in bundle), 0.0))
     return taken
+
+
+def _refuse_picked(g: CoupledGroup, fraction: float, wanted: int) -> NoReturn:
+    raise BudgetError(
+        f"{fraction:.4f} of the {g.n_units} units of {g.name!r} cannot go: {g.n_units - wanted} would be left, and "
+        f"{g.min_units} are chosen for each token (num_experts_per_tok of most configurations); ask for at most "
+        f"{1 - g.min_units / g.n_units:.4f}"
+    )
 
 
 def _refuse_units(name: str, fraction: float, n_units: int, feasible: float) -> NoReturn:

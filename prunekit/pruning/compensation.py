@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, mean_loss
-from prunekit.checks import check_choice
+from prunekit.checks import Model, check_choice, checked
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
 from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, sums_over_inputs, wide
@@ -25,10 +25,11 @@ from prunekit.pruning.plans import PruningPlan
 FITS = ("weights", "bias", "both")
 
 
+@checked
 @torch.no_grad()
 def compensate(
-    small: nn.Module,
-    model: nn.Module,
+    small: Model,
+    model: Model,
     plan: PruningPlan,
     calib: Tensor,
     *,
@@ -167,7 +168,7 @@ def _gram_bytes(reader: Reader) -> int:
 
 
 def _grams(model: nn.Module, readers: Mapping[str, Reader], tokens: Tensor) -> dict[str, Tensor]:
-    """ZᵀZ of what the layers read, Z the inputs and a column of ones, (n_in + 1, n_in + 1); tokens weighed."""
+    """Path → ZᵀZ (n_in + 1, n_in + 1); Z: inputs and a column of ones, each row scaled by its token weight."""
 
     def measure(x: Tensor) -> Tensor:
         z = torch.cat([x, torch.ones_like(x[:, :1])], 1) * _token_weights(x)
@@ -231,7 +232,9 @@ def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
         raise PrunekitError("the plan is of another dense model; the order is compensate(small, model, plan, calib)")
     for name, units in plan.keep.items():
         if groups[name].kind == "vocabulary" and len(units) < plan.n_units[name]:
-            raise PrunekitError("the plan takes tokens, and the calibration set has their old numbers: cut those later")
+            raise PrunekitError(
+                "the plan removes tokens, but calib has the old token ids: re-fit first, then cut the vocabulary"
+            )
         if not units:  # layers behind it stand elsewhere in the cut model
             raise PrunekitError(
                 f"the plan leaves nothing of {name!r}: take whole layers and blocks out first, then cut and compensate "

@@ -57,7 +57,7 @@ class Cuts:
             return cls(config, groups, stages, _added_biases(model, groups))
         except Exception as error:  # code that came with a checkpoint, a record or a configuration that makes no sense
             raise PrunekitError(
-                f"this cut model cannot be rebuilt from its record, so it is not saved: {error}"
+                f"cannot save this cut model: it cannot be built anew from its cuts ({error})"
             ) from error
 
     @cached_property
@@ -132,7 +132,7 @@ def _shapes_heads(name: str) -> bool:
 
 
 def _with_head_size(config: Any) -> Any:
-    """The same configuration with a head size that only followed from other fields, where the family reads one."""
+    """The configuration, with the head size that follows from other fields written into it, if the family reads one."""
     text = config.get_text_config()
     hidden, heads = (getattr(text, name, None) for name in ("hidden_size", "num_attention_heads"))
     if getattr(text, HEAD_SIZE, None) is not None or not hidden or not heads:

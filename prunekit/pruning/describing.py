@@ -10,9 +10,9 @@ import torch
 
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.models import empty_model, evaluating, logits_alone, shapes_of
+from prunekit.models import configurations_of, empty_model, evaluating, logits_alone, shapes_of, written_out
 from prunekit.pruning.cuts import HEAD_SIZE, Cuts, Fields, with_fields, with_width
-from prunekit.pruning.recording import RECORD, base_of, configurations_of, recorded, written_out
+from prunekit.pruning.recording import RECORD, base_of, recorded
 from prunekit.pruning.vocabulary import configurations
 
 _SAVE = "save_pretrained"
@@ -86,7 +86,7 @@ def _logits_if_any(model: Any) -> torch.Tensor | None:
 
 
 def _sayable(config: Any, cuts: Cuts) -> Fields:
-    """Field → value of every width that is the same in all layers; all of them, or what the family takes one by one."""
+    """Field → value of each width equal in all layers: all of them if they read back, else each that reads back."""
     widths = [_fields_of(cuts, name) for name in cuts.roles]
     values = {field: value for fields in widths for field, value in fields.items()}
     if reads_back(with_fields(config, values)):

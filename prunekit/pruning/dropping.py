@@ -12,7 +12,7 @@ from transformers import Cache
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.parts import Part
 from prunekit.errors import PrunekitError
-from prunekit.pruning.recording import configurations_of
+from prunekit.models import configurations_of
 
 
 class Skipped(nn.Module):

@@ -8,23 +8,25 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.checks import check_integers
+from prunekit.checks import Count, Network, checked
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import BudgetError, PrunekitError
-from prunekit.importance import Importance, Scores, score
+from prunekit.importance import Scores, score
+from prunekit.importance.scoring import AnyImportance
 from prunekit.pruning.planning import Ratio, check_options, plan
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.steps import WHOLE_KINDS
 from prunekit.pruning.surgery import cut
 
 
+@checked
 def plan_in_steps(
-    model: nn.Module,
-    importance: Importance,
+    model: Network,
+    importance: AnyImportance,
     pruning_ratio: Ratio,
     calib: Tensor | None = None,
     *,
-    n_steps: int,
+    n_steps: Count,
     normalize: str | None = None,
     groups: Groups | None = None,
     **options: Any,
@@ -49,7 +51,6 @@ def plan_in_steps(
 
     Source: LLM-Pruner (Ma et al. 2023), iterative pruning. Differs: a step smaller than one head does not fail.
     """
-    check_integers(n_steps=(n_steps, 1))
     options = {name: tuple(value) if isinstance(value, Iterator) else value for name, value in options.items()}
     kinds = tuple(check_options(pruning_ratio, **options))
     if "vocabulary" in kinds and calib is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunekit.checks import check_choice, check_integers
+from prunekit.checks import Count, Share, check_choice, checked
 from prunekit.discovery import KINDS, CoupledGroup, Groups
 from prunekit.errors import BudgetError, PrunekitError
 from prunekit.pruning.budgets import by_group, held_by_rounding, take_parameters, take_shares, take_units
@@ -16,9 +16,10 @@ from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, all_steps, gone_f
 
 DEFAULT_KINDS = ("kv_head", "ffn_channel")
 
-Ratio = float | Mapping[str, float]
+Ratio = Share | Mapping[str, Share]
 
 
+@checked
 def plan(
     groups: Groups,
     scores: Mapping[str, Tensor],
@@ -28,8 +29,8 @@ def plan(
     ranking: str | None = None,
     kinds: Iterable[str] | None = None,
     protect_layers: Iterable[int] = (),
-    round_to: int | Mapping[str, int] = 1,
-    min_units: int = 1,
+    round_to: Count | Mapping[str, Count] = 1,
+    min_units: Count = 1,
     after: PruningPlan | None = None,
 ) -> PruningPlan:
     """Makes a pruning plan: which units stay, so that a fraction of the model is removed.
@@ -67,9 +68,8 @@ def plan(
     Source: LLM-Pruner (Ma et al. 2023), local and global selection. Differs: its global mode compares head
     sums with single channels and so never removes a head; here scores are taken per parameter.
     """
-    _check_types(groups, scores, after)
-    chosen = DEFAULT_KINDS if kinds is None else _listed("kinds", kinds, "kv_head")
-    protected = _listed("protect_layers", protect_layers, 0)
+    chosen = DEFAULT_KINDS if kinds is None else tuple(kinds)
+    protected = tuple(protect_layers)
     fractions = check_options(
         pruning_ratio, of=of, ranking=ranking, kinds=chosen, round_to=round_to, min_units=min_units
     )
@@ -81,7 +81,7 @@ def plan(
         found = tuple(g for g in default_units(groups) if g.kind != "query_head" or g.name in scores)
         fractions.update((g.kind, pruning_ratio) for g in found)
     else:
-        _check_there(groups, fractions)
+        groups.check_kinds(fractions)
         found = groups.of_kind(*fractions)  # asked for by name: inexact ones too
     candidates = candidates_of(groups, scores, found, protected)
     check_rounding(round_to, candidates, pruning_ratio)
@@ -124,15 +124,6 @@ def default_units(groups: Groups) -> tuple[CoupledGroup, ...]:
     split = {_place(g) for g in groups.of_kind("query_head") if g.exact and g.n_units > 1} & single
     found = groups.of_kind(*DEFAULT_KINDS, "query_head")
     return tuple(g for g in found if g.exact and g.kind != ("kv_head" if _place(g) in split else "query_head"))
-
-
-def _check_there(groups: Groups, kinds: Iterable[str]) -> None:
-    """Raise an error for kinds that were asked for by name and that the model has no groups of."""
-    for kind in kinds:
-        if not groups.of_kind(kind):
-            there = ", ".join(each for each in KINDS if groups.of_kind(each)) or "no groups at all"
-            locked = f"; {len(groups.locked)} places are locked, groups.locked says why" if groups.locked else ""
-            raise PrunekitError(f"this model has no groups of the kind {kind!r}; it has {there}{locked}")
 
 
 def _too_few(
@@ -179,6 +170,7 @@ def plan_without(groups: Groups, gone: Mapping[str, Collection[int]], notes: Map
     return PruningPlan(keep, n_units, counter.total, counter.left, dict(notes), groups)
 
 
+@checked
 def check_options(
     pruning_ratio: Ratio,
     *,
@@ -186,8 +178,8 @@ def check_options(
     ranking: str | None = None,
     kinds: Iterable[str] | None = None,
     protect_layers: Iterable[int] = (),
-    round_to: int | Mapping[str, int] = 1,
-    min_units: int = 1,
+    round_to: Count | Mapping[str, Count] = 1,
+    min_units: Count = 1,
 ) -> dict[str, float]:
     """Raise an error for options of `plan` that hold for no model, before there is one.
 
@@ -197,11 +189,10 @@ def check_options(
     Raises:
         PrunekitError: bad arguments.
     """
-    chosen = DEFAULT_KINDS if kinds is None else _listed("kinds", kinds, "kv_head")
     check_choice("ranking", "local" if ranking is None else ranking, ("local", "global"))
-    _check_counts(round_to, min_units)
-    _listed("protect_layers", protect_layers, 0)
-    return _check_ratio(pruning_ratio, of, chosen)
+    for kind in round_to if isinstance(round_to, Mapping) else ():
+        check_choice("round_to: kind", kind, KINDS)
+    return _check_ratio(pruning_ratio, of, DEFAULT_KINDS if kinds is None else tuple(kinds))
 
 
 def _limits(round_to: int | Mapping[str, int], min_units: int) -> str:
@@ -209,32 +200,6 @@ def _limits(round_to: int | Mapping[str, int], min_units: int) -> str:
     rounds = any(n > 1 for n in round_to.values()) if isinstance(round_to, Mapping) else round_to > 1
     limits = [f"round_to={round_to}"] * rounds + [f"min_units={min_units}"] * (min_units > 1)
     return " and ".join(limits)
-
-
-def _check_types(groups: object, scores: object, after: object) -> None:
-    if not isinstance(groups, Groups):
-        raise PrunekitError(f"groups are a {type(groups).__name__}; give what discover(model) returns")
-    if not isinstance(scores, Mapping):
-        raise PrunekitError(f"scores are a {type(scores).__name__}; give group name → tensor, as score(...) returns")
-    if after is not None and not isinstance(after, PruningPlan):
-        raise PrunekitError(f"after is a {type(after).__name__}; give an earlier plan, as plan(...) returns, or None")
-
-
-def _listed(name: str, given: Any, example: object) -> tuple[Any, ...]:
-    """The values of an option that takes several; a string is one value."""
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise PrunekitError(f"{name}={given!r} is no list; give one, such as {name}=[{example!r}]")
-    return tuple(given)
-
-
-def _check_counts(round_to: Any, min_units: Any) -> None:
-    """Raise an error for invalid numbers of units, and kinds that the model does not have."""
-    by_kind = round_to if isinstance(round_to, Mapping) else {}
-    for kind in by_kind:
-        check_choice("round_to: kind", kind, KINDS)
-    rounded = by_kind.values() if isinstance(round_to, Mapping) else [round_to]
-    for name, value in [*(("round_to", value) for value in rounded), ("min_units", min_units)]:
-        check_integers(**{name: (value, 1)})
 
 
 def _check_ratio(ratio: Ratio, of: str, kinds: tuple[str, ...]) -> dict[str, float]:
@@ -247,13 +212,8 @@ def _check_ratio(ratio: Ratio, of: str, kinds: tuple[str, ...]) -> dict[str, flo
     if isinstance(ratio, Mapping):
         if of != "units":
             raise PrunekitError(f"pruning_ratio={dict(ratio)} by kind is only allowed with of='units'; give one number")
-        fractions = dict(ratio)
-    else:
-        fractions = dict.fromkeys(kinds, ratio)
-    for value in [*fractions.values(), *(() if isinstance(ratio, Mapping) else (ratio,))]:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise PrunekitError(f"pruning_ratio={value!r} is not allowed; give a fraction in [0, 1), such as 0.25")
-    return fractions
+        return dict(ratio)
+    return dict.fromkeys(kinds, ratio)
 
 
 def candidates_of(

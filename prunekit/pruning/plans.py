@@ -180,7 +180,7 @@ def _check_units(name: str, units: Any, total: Any) -> None:
     if not isinstance(units, list) or any(type(unit) is not int for unit in units):
         raise PrunekitError(f"plan for {name!r} keeps {str(units)[:60]}; it must be a list of integers")
     if type(total) is not int:
-        raise PrunekitError(f"plan for {name!r} has n_units {total!r}; it must say how many units the group has")
+        raise PrunekitError(f"plan for {name!r} has n_units {total!r}; it must be an integer, the size of the group")
     if not units and total == 1:
         return  # a whole layer or block goes
     if not units or units != sorted(set(units)) or not 0 <= units[0] <= units[-1] < total:

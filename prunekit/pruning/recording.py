@@ -1,26 +1,17 @@
 """Records cuts in configurations, which are copied first, since models may share them."""
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from prunekit.discovery import Groups
-from prunekit.discovery.stored_integers import WRITTEN_OUT
 from prunekit.models import name_model
 from prunekit.pruning.plans import PruningPlan
 
 RECORD = "prunekit"  # the configuration field with the record of cuts
 Stages = list[dict[str, list[int]]]
-
-
-def configurations_of(model: nn.Module) -> list[Any]:
-    """The configurations that a model's modules hold, each once; a cut layer has one of its own."""
-    found = [vars(module).get("config") for module in model.modules()]
-    return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())
 
 
 def own_configurations(model: nn.Module) -> None:
@@ -82,20 +73,3 @@ def _base_name(model: Any, name: str) -> str:
     inner = base_of(model)
     prefix = next(path for path, module in model.named_modules() if module is inner)
     return name.removeprefix(f"{prefix}.") if prefix else name
-
-
-@contextmanager
-def written_out(model: nn.Module, fields: Iterable[str] = WRITTEN_OUT) -> Iterator[None]:
-    """A context in which attention and experts (or the given configuration fields) use the eager implementation.
-
-    That is one arithmetic for every width, dtype and device, and experts run one after the other.
-    """
-    configs = [vars(config) for config in configurations_of(model)]
-    before = [{name: config[name] for name in fields if name in config} for config in configs]
-    try:
-        for config, names in zip(configs, before, strict=True):
-            config.update(dict.fromkeys(names, "eager"))
-        yield
-    finally:
-        for config, names in zip(configs, before, strict=True):
-            config.update(names)

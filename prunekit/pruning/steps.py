@@ -61,9 +61,8 @@ def all_steps(
         if g.kind in WHOLE_KINDS:
             continue
         bundles, values = bundles_of(groups, g, scores[g.name]), scores[g.name].tolist()
-        size, per_unit = len(bundles[0]), parameters_per_unit(groups, g)
-        start = 0
-        for stop in stops_of(len(bundles), size, rounding[g.name], min_units):
+        start, per_unit = 0, parameters_per_unit(groups, g)
+        for stop in stops_of(g, bundles, rounding[g.name], min_units):
             units = tuple(unit for bundle in bundles[start:stop] for unit in bundle)
             if ranking == "local":
                 key = (start + stop) / 2 / len(bundles)  # a large unit goes once half of it is due
@@ -130,7 +129,7 @@ def parameters_per_unit(groups: Groups, g: CoupledGroup) -> int:
     return sum(m.width * math.prod(shapes[m.parameter]) // shapes[m.parameter][m.dim] for m in g.members)
 
 
-def stops_of(n: int, size: int, rounding: int, min_units: int) -> list[int]:
-    """Allowed numbers of removed bundles: the rest is rounded and at least the minimum."""
-    least = max(min_units, 1)
+def stops_of(g: CoupledGroup, bundles: list[tuple[int, ...]], rounding: int, min_units: int) -> list[int]:
+    """Allowed numbers of removed bundles of a group: the rest is rounded and at least the minimum."""
+    n, size, least = len(bundles), len(bundles[0]), max(min_units, g.min_units)
     return [n - kept for kept in range(n - 1, 0, -1) if kept * size >= least and kept * size % rounding == 0]

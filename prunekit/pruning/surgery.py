@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.account import Opening, Sample, check_measure, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens
-from prunekit.checks import check_choice
+from prunekit.checks import Network, check_choice, checked
 from prunekit.discovery import Groups
 from prunekit.discovery.components import spread_death
 from prunekit.discovery.constants import Selection, select
@@ -23,7 +23,7 @@ from prunekit.discovery.stored_integers import Key, set_attribute
 from prunekit.discovery.trace_setup import uncollected
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
-from prunekit.pruning.arguments import find_selections
+from prunekit.pruning.arguments import find_buffers, find_selections
 from prunekit.pruning.compensation import FITS
 from prunekit.pruning.compensation import compensate as refit
 from prunekit.pruning.describing import describe
@@ -34,7 +34,7 @@ from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.proving import Change, check_scales, parameters_in, verify
 from prunekit.pruning.recording import own_configurations, record
 from prunekit.pruning.vocabulary import renumber_tokens
-from prunekit.pruning.weights import Keep, copied, fill, replace_parameters, without_weights
+from prunekit.pruning.weights import Keep, copied, cut_buffers, fill, replace_parameters, without_weights
 from prunekit.pruning.widths import solve
 
 
@@ -46,6 +46,7 @@ class _Cut:
         keep: indices that stay, for every parameter dimension that is cut.
         values: new values of stored integers.
         selections: entries that modules select from constants passed to them.
+        buffers: dimension and indices that stay, for every buffer that is cut.
         dead: bool (n_nodes,), nodes of the trace that go.
         gone: elements of lists of modules that lose all their parameters, such as the norm of one head.
         tokens: token ids that stay, and how many there were; None where the vocabulary is left alone.
@@ -54,6 +55,7 @@ class _Cut:
     keep: Keep
     values: dict[Key, int]
     selections: list[Selection]
+    buffers: dict[str, tuple[int, Tensor]]
     dead: np.ndarray
     gone: set[str]
     tokens: tuple[list[int], int] | None
@@ -91,8 +93,9 @@ class _Pruned(NamedTuple):
     plan: PruningPlan
 
 
+@checked
 def prune(
-    model: nn.Module,
+    model: Network,
     plan: PruningPlan,
     *,
     inplace: bool = False,
@@ -130,12 +133,6 @@ def prune(
         PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through, or what
             `compensate` raises; nothing was changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise PrunekitError(f"the model is a {type(model).__name__}; give the one that the plan was made for")
-    if not isinstance(plan, PruningPlan):
-        raise PrunekitError(
-            f"the plan is a {type(plan).__name__}; give what plan(...) or PruningPlan.load(...) returns"
-        )
     if compensate is not None:
         if inplace:
             raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")
@@ -260,6 +257,11 @@ def _check_plan(groups: Groups, plan: PruningPlan) -> None:
     for name, units in plan.keep.items():
         if not units and groups[name].kind not in ("block", "layer"):
             raise PrunekitError(f"the plan leaves nothing of {name!r}; keep at least one of its {known[name]} units")
+        if 0 < len(units) < min(groups[name].min_units, known[name]):
+            raise PrunekitError(
+                f"the plan leaves {len(units)} units of {name!r}, and {groups[name].min_units} are chosen for each "
+                "token (num_experts_per_tok of most configurations); keep as many"
+            )
     gone = [name.rpartition(":")[0] for name, units in plan.keep.items() if not units]
     for name, units in plan.keep.items():
         if units and len(units) < known[name] and any(re.match(rf"{re.escape(path)}[.:]", name) for path in gone):
@@ -279,7 +281,8 @@ def _cut(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> 
     gone = _emptied_elements(model, before, dead)
     keep = _surviving_indices(before, dead, parameters_in(before, gone))
     kept = [(units, plan.n_units[name]) for name, units in plan.keep.items() if groups[name].kind == "vocabulary"]
-    return _Cut(keep, widths, find_selections(before, dead, model), dead, gone, kept[0] if kept else None)
+    selections, buffers = find_selections(before, dead, model), find_buffers(before, dead)
+    return _Cut(keep, widths, selections, buffers, dead, gone, kept[0] if kept else None)
 
 
 def _emptied_elements(model: nn.Module, before: Trace, dead: np.ndarray) -> set[str]:
@@ -321,6 +324,7 @@ def _apply(model: nn.Module, cut: _Cut) -> dict[str, str]:
         set_attribute(modules[key[0]], key, value)
     for selection in cut.selections:
         select(modules[selection.argument.path], selection)
+    cut_buffers(model, cut.buffers)
     for module in modules.values():
         _sync_layer(module)
     if cut.tokens:

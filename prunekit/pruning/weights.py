@@ -69,6 +69,20 @@ def replace_parameters(model: nn.Module, keep: Keep) -> None:
                 module._parameters[name] = small[id(p)]
 
 
+def cut_buffers(model: nn.Module, keep: dict[str, tuple[int, Tensor]]) -> None:
+    """Replace buffers by the entries that stay, in place; one that several modules hold stays one.
+
+    Args:
+        model: that holds them.
+        keep: name of a buffer → dimension and ascending indices that stay.
+    """
+    whole = {id(b): (b, *keep[name]) for name, b in model.named_buffers() if name in keep}
+    small = {key: b.index_select(dim, index.to(b.device)) for key, (b, dim, index) in whole.items()}
+    for module in model.modules() if small else ():
+        for name, b in module._buffers.items():
+            module._buffers[name] = small.get(id(b), b)
+
+
 def _per_parameter(keep: Keep) -> dict[str, dict[int, Tensor]]:
     out: dict[str, dict[int, Tensor]] = {}
     for (name, dim), index in keep.items():

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from prunekit.account import few
+from prunekit.checks import Count, Seed, SharedModel, Tokenizer, Whole, checked
 from prunekit.discovery import discover
 from prunekit.documents import TextSource
-from prunekit.importance import Importance, score
-from prunekit.importance.scoring import importance_from_name
+from prunekit.importance import score
+from prunekit.importance.scoring import AnyImportance, importance_from_name
 from prunekit.pruning import PruningPlan, prune
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.recovery import LoRA, recover
@@ -41,21 +42,22 @@ class Searched(NamedTuple):
         return f"Searched(\n  {self.plan!r},\n  {self.found!r})"
 
 
+@checked
 def accuracy_predictor(
-    model: Any,
-    tokenizer: Any,
+    model: SharedModel,
+    tokenizer: Tokenizer,
     calib: Tensor,
     budgets: "float | Range | Sequence[Budget]",
     text: TextSource | None = None,
     *,
-    importances: Iterable[str | Importance] = IMPORTANCES,
-    whole_layers: int = 0,
+    importances: Iterable[str | AnyImportance] = IMPORTANCES,
+    whole_layers: Whole = 0,
     start_known: bool = True,
-    n_pairs: int = 120,
-    n_rounds: int = 4,
-    top_k: int = 40,
+    n_pairs: Count = 120,
+    n_rounds: Count = 4,
+    top_k: Count = 40,
     trees: "Trees | None" = None,
-    seed: int = 0,
+    seed: Seed = 0,
     folder: str | Path | None = None,
     n_jobs: int = 1,
     data: Tensor | TextSource | None = None,

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from prunekit.checks import Model, Share, Tokenizer, checked
 from prunekit.discovery import discover
 from prunekit.documents import TextSource
 from prunekit.gradients import gather_gradients
@@ -30,16 +31,17 @@ class Fused(NamedTuple):
     scores: FusedScores
 
 
+@checked
 def hywia(
-    model: nn.Module,
+    model: Model,
     calib: Tensor,
-    pruning_ratio: float = 0.25,
+    pruning_ratio: Share = 0.25,
     *,
     rule: Rule = "attention",
     order: str = "first",
     layers: Iterable[int] | None = None,
     data: Tensor | TextSource | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     recovery: LoRA | None = None,
 ) -> Fused:
     """Prunes as HyWIA does: two estimates per group, adaptive fusion, plan, prune, recover.

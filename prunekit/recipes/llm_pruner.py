@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from prunekit.checks import check_choice
+from prunekit.checks import Count, Model, Share, Tokenizer, check_choice, checked
 from prunekit.discovery import Groups, discover
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
-from prunekit.importance import Curvature, Importance, Taylor
+from prunekit.importance import Curvature, Taylor
+from prunekit.importance.scoring import AnyImportance
 from prunekit.pruning import PruningPlan, plan_in_steps, prune
 from prunekit.pruning.planning import check_options, default_units, plan_without
 from prunekit.recovery import LoRA, recover
@@ -31,20 +32,21 @@ class Pruned(NamedTuple):
     plan: PruningPlan
 
 
+@checked
 def llm_pruner(
-    model: nn.Module,
+    model: Model,
     calib: Tensor | None,
-    pruning_ratio: float = 0.25,
+    pruning_ratio: Share = 0.25,
     *,
     mode: str = "block",
-    importance: Importance = ELEMENT1,
+    importance: AnyImportance = ELEMENT1,
     layers: Iterable[int] | None = None,
     ranking: str = "local",
     normalize: str | None = None,
-    n_steps: int = 1,
+    n_steps: Count = 1,
     modern: bool = False,
     data: Tensor | TextSource | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     recovery: LoRA | None = None,
 ) -> Pruned:
     """Prune as LLM-Pruner does, and recover. `evaluate(small, tokenizer)` measures as the paper does.
@@ -140,8 +142,6 @@ def spared_layers(groups: Groups, layers: Iterable[int] | None) -> list[int]:
         PrunekitError: layers that the model does not have.
     """
     every = sorted({group.layer for group in groups if group.layer is not None})
-    if isinstance(layers, str) or not isinstance(layers, Iterable | None):
-        raise PrunekitError(f"layers={layers!r} is no list; give one, such as layers=range(4, 30)")
     chosen = {every[i] for i in middle_layers(len(every))} if layers is None else set(layers)
     if unknown := chosen - set(every):
         raise PrunekitError(

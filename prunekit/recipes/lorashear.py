@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from prunekit.checks import check_reals
+from prunekit.checks import Count, Model, Share, Tokenizer, checked
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
-from prunekit.importance import Importance, Taylor, score
+from prunekit.importance import Taylor, score
+from prunekit.importance.scoring import AnyImportance
 from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution
 from prunekit.pruning import PruningPlan, prune
 from prunekit.pruning.planning import DEFAULT_KINDS
 from prunekit.recovery import LoRA
 from prunekit.recovery.lhspg import importance_saliency, update_saliency
-from prunekit.recovery.lora import check_method
 from prunekit.recovery.mixture import Mixture, MixtureLog, opened, recover_on_mixture, steps_over
 from prunekit.recovery.progressive import Progressed, prune_progressively, split_steps, units_for
 from prunekit.recovery.sources import Source, Sources, join, shuffle
@@ -48,18 +48,19 @@ class Sheared(NamedTuple):
         return f"Sheared(\n  {self.plan!r},\n  {self.knowledge!r},\n  {self.progress!r},\n  {self.mixture!r})"
 
 
+@checked
 def lorashear(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     sources: Sources,
-    pruning_ratio: float = 0.2,
+    pruning_ratio: Share = 0.2,
     *,
     instructions: Sources | None = None,
     method: LoRA | None = None,
     mixture: Mixture | None = None,
-    gamma: float = 0.1,
-    importance: Importance | None = None,
-    n_periods: int = 5,
+    gamma: Share = 0.1,
+    importance: AnyImportance | None = None,
+    n_periods: Count = 5,
     shares: tuple[float, float, float] = (0.6, 0.3, 0.1),
     folder: str | Path | None = None,
 ) -> Sheared:
@@ -91,7 +92,7 @@ def lorashear(
     Source: Alg. 1 to 5. Reconstructed: the ratios of the distribution and γ, which are not given; see `Mixture` and
         `prune_progressively` for what else.
     """
-    method, mixture = check_method(method), mixture or Mixture()
+    method, mixture = method or LoRA(), mixture or Mixture()
     folder = None if folder is None else _own(Path(folder))
     first = opened(sources, tokenizer, method, mixture, model)
     second = first if instructions is None else opened(instructions, tokenizer, method, mixture, model)
@@ -100,7 +101,7 @@ def lorashear(
     pruning, *tunings = _shared_out(method, method.n_steps(len(everything)), shares)
     stages = [(stage, how) for stage, how in zip((first, second), tunings, strict=True) if how is not None]
     groups, calib = discover(model), everything[:N_CALIBRATION]
-    _check(groups, pruning_ratio, pruning, n_periods, gamma, importance, stages, mixture)
+    _check(groups, pruning_ratio, pruning, n_periods, stages, mixture)
 
     knowledge = _distribution(model, tokenizer, groups, first, calib, importance or Taylor(), folder)
     progress = prune_progressively(
@@ -134,15 +135,10 @@ def _check(
     pruning_ratio: float,
     pruning: LoRA | None,
     n_periods: int,
-    gamma: float,
-    importance: Importance | None,
     stages: Sequence[tuple[Sequence[Source], LoRA]],
     mixture: Mixture,
 ) -> None:
     """Raise early for invalid arguments of later steps."""
-    check_reals(gamma=(gamma, 0, 1))
-    if isinstance(importance, type):
-        raise PrunekitError(f"importance is the class {importance.__name__}; give one, such as {importance.__name__}()")
     split_steps(pruning.max_steps or 0 if pruning else 0, n_periods, WARMUP, 0.0)
     units_for(groups, pruning_ratio)
     for stage, how in stages:
@@ -172,7 +168,7 @@ def _distribution(
     groups: Groups,
     sources: Sequence[Source],
     calib: Tensor,
-    importance: Importance,
+    importance: AnyImportance,
     folder: Path | None,
 ) -> KnowledgeDistribution:
     """Knowledge distribution over the sources."""

@@ -2,8 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from prunekit.checks import Count, Model, Tokenizer, checked
 from prunekit.discovery.parts import outermost_elements
 from prunekit.documents import TextSource
 from prunekit.recovery import FullTuning, LoRA, recover
@@ -22,18 +23,19 @@ class Sparsified(NamedTuple):
     report: SparsityReport
 
 
+@checked
 def sparsellm(
-    model: nn.Module,
+    model: Model,
     calib: Tensor,
     sparsity: float | str | None = None,
     *,
     pattern: tuple[int, int] | None = None,
-    n_iterations: int = 4,
+    n_iterations: Count = 4,
     faithful: bool = False,
     half_depth: bool = False,
     allocation: str = "uniform",
     data: Tensor | TextSource | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     recovery: LoRA | FullTuning | None = None,
 ) -> Sparsified:
     """Sparsifies layer by layer: attention by SparseGPT, FFNs by SparseLLM's alternation.

@@ -2,7 +2,6 @@
 
 import copy
 import tempfile
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_finite, check_tokens
+from prunekit.checks import Length, Model, Tokenizer, checked
 from prunekit.documents import TextSource, is_stream, logger
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, warn
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.full import FullTuning, train_all
 from prunekit.recovery.log import RecoveryLog
@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 MANY_ZEROS = 0.05  # share of zeros that does not occur by chance
 
 
+@checked
 def recover(
-    model: "PreTrainedModel",
+    model: Model,
     method: LoRA | FullTuning,
     data: Tensor | TextSource | TrainingWindows,
     *,
     train_on: TrainOn = "replies",
     keep_zeros: bool | None = None,
-    tokenizer: Any = None,
-    seq_len: int | None = None,
+    tokenizer: Tokenizer = None,
+    seq_len: Length | None = None,
     inplace: bool = False,
     output_dir: str | Path | None = None,
     held_out: Tensor | None = None,
@@ -80,9 +81,6 @@ def recover(
             that exists, weights that are not finite or cannot be trained, or a loss that becomes not finite. `model` is
             then unchanged, unless it is trained fully and `inplace`.
     """
-    if type(method) not in RECOVERIES:
-        known = ", ".join(kind.__name__ for kind in RECOVERIES)
-        raise PrunekitError(f"recovery method {method!r} is unknown; give one of {known}, such as LoRA(r=8)")
     if output_dir is not None and Path(output_dir).exists():
         raise PrunekitError(f"output_dir {str(output_dir)!r} exists already: give a new folder")
     check_measure(measure, held_out)
@@ -97,7 +95,7 @@ def recover(
         logger.warning(remark)
     sample = seen_sample(windows.tokens, "the training") if held_out is None else held_out_sample(held_out, model)
     opening = opened("recover", model, sample) if measure else None
-    changed = model if inplace else copy.deepcopy(model)
+    changed: Any = model if inplace else copy.deepcopy(model)
     log = RECOVERIES[type(method)](changed, method, windows, output_dir, keep)
     vars(changed).pop("loss_change", None)
     if opening is not None:
@@ -128,10 +126,9 @@ def _zeros_stay(model: nn.Module, asked: Any) -> bool:
     told = getattr(model, "sparsity_report", None) is not None
     share = 0.0 if told else share_of_zeros(model)
     if share > MANY_ZEROS:
-        warnings.warn(
+        warn(
             f"{share:.0%} of the model's weights are zero and no report says that they shall stay so: training fills "
-            "them; give keep_zeros=True to keep them, or False to turn off this warning",
-            stacklevel=3,
+            "them; give keep_zeros=True to keep them, or False to turn off this warning"
         )
     return told
 

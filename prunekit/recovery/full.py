@@ -1,13 +1,12 @@
 """Full fine-tuning: trains every parameter."""
 
-import math
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from prunekit.errors import PrunekitError
+from prunekit.checks import Count, Length, NotNegative, Positive, Seed
+from prunekit.errors import PrunekitError, warn
 from prunekit.recovery.settings import TrainingSettings
 
 
@@ -32,17 +31,14 @@ class FullTuning(TrainingSettings):
         PrunekitError: a value that cannot be.
     """
 
-    learning_rate: float = 1e-4
-    batch_size: int | None = None
-    epochs: float = 2
-    max_steps: int | None = None
-    warmup: float = 0.05
-    seq_len: int = 128
-    weight_decay: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self._check({"weight_decay": 0 <= self.weight_decay < math.inf})
+    learning_rate: Positive = 1e-4
+    batch_size: Count | None = None
+    epochs: Positive = 2
+    max_steps: Count | None = None
+    warmup: NotNegative = 0.05
+    seq_len: Length = 128
+    weight_decay: NotNegative = 0.0
+    seed: Seed = 0
 
 
 def train_all(model: nn.Module) -> None:
@@ -58,9 +54,8 @@ def train_all(model: nn.Module) -> None:
                 "dtype='float32', or give a LoRA, such as LoRA(r=8), whose pairs are float32"
             )
     if any(p.dtype == torch.bfloat16 for p in model.parameters()):
-        warnings.warn(
+        warn(
             "the weights are bfloat16: a step of less than 1/512 of a weight is rounded away; load the model with "
-            "dtype='float32' to train it fully",
-            stacklevel=2,
+            "dtype='float32' to train it fully"
         )
     model.requires_grad_(True)

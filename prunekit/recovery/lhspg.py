@@ -13,10 +13,9 @@ from prunekit.compat import adamw_step
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.importance import Importance, score
-from prunekit.importance.lora_importance import lora_saliency
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import plan_without
-from prunekit.recovery.lora_units import as_units, lora_pairs, units_of
+from prunekit.recovery.lora_units import as_units, lora_pairs, lora_saliency, units_of
 from prunekit.recovery.unit_choice import check_wanted, lowest_units
 
 PREFIX = "base_model.model."  # of every name inside a peft model
@@ -29,7 +28,7 @@ def update_saliency(optimizer: "LHSPG") -> Mapping[str, Tensor]:
 
 
 def importance_saliency(importance: Importance, calib: Tensor | None) -> Saliency:
-    """Any importance as saliency, computed on the model in training, update included.
+    """Any importance as saliency, computed during training on the weights with their low-rank update.
 
     Args:
         importance: such as `Taylor()`.

@@ -3,16 +3,25 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import nn
 
+from prunekit.annotations import Rule
+from prunekit.checks import Count, Length, NotNegative, Positive, Seed, Share
 from prunekit.errors import PrunekitError
 from prunekit.recovery.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+Targets = Annotated[tuple[str, ...], Rule(_is_names, "names of modules, such as ('q_proj', 'v_proj')")]
 
 
 @dataclass(frozen=True)
@@ -43,21 +52,17 @@ class LoRA(TrainingSettings):
     Source: LLM-Pruner, section 4.1 and its released `post_training.py`.
     """
 
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.05
-    targets: tuple[str, ...] | None = None
-    learning_rate: float = 3e-3
-    batch_size: int | None = None
-    epochs: float = 2
-    max_steps: int | None = None
-    warmup: float = 0.05
-    seq_len: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        listed = self.targets is None or (not isinstance(self.targets, str) and len(self.targets) > 0)
-        self._check({"r": self.r >= 1, "alpha": self.alpha > 0, "dropout": 0 <= self.dropout < 1, "targets": listed})
+    r: Count = 8
+    alpha: Positive = 16
+    dropout: Share = 0.05
+    targets: Targets | None = None
+    learning_rate: Positive = 3e-3
+    batch_size: Count | None = None
+    epochs: Positive = 2
+    max_steps: Count | None = None
+    warmup: NotNegative = 0.05
+    seq_len: Length = 128
+    seed: Seed = 0
 
     @classmethod
     def paper(cls, seed: int = 0) -> "LoRA":
@@ -67,17 +72,6 @@ class LoRA(TrainingSettings):
             cut-off 256 tokens. Differs: windows of the joined text, where the reference pads each example.
         """
         return cls(learning_rate=1e-4, batch_size=64, epochs=2, warmup=100, seq_len=256, seed=seed)
-
-
-def check_method(method: LoRA | None) -> LoRA:
-    """The LoRA settings; None is `LoRA()`.
-
-    Raises:
-        PrunekitError: it is something else.
-    """
-    if method is not None and not isinstance(method, LoRA):
-        raise PrunekitError(f"method={method!r:.60} is a {type(method).__name__}; give a LoRA, such as LoRA(r=8)")
-    return method or LoRA()
 
 
 def attach(model: nn.Module, method: LoRA) -> "PeftModel":

@@ -11,12 +11,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_finite, mean_loss
-from prunekit.checks import check_integers, is_real
+from prunekit.checks import (
+    Count,
+    Model,
+    Part,
+    Positive,
+    Seed,
+    Tokenizer,
+    check_fields,
+    checked,
+)
 from prunekit.errors import PrunekitError
 from prunekit.recovery.fine_tuning import recover
 from prunekit.recovery.full import FullTuning
 from prunekit.recovery.log import RecoveryLog
-from prunekit.recovery.lora import LoRA, check_method
+from prunekit.recovery.lora import LoRA
 from prunekit.recovery.settings import TrainingSettings
 from prunekit.recovery.sources import Source, Sources, join, open_sources, shuffle
 
@@ -42,19 +51,14 @@ class Mixture:
         dense model.
     """
 
-    n_rounds: int = 4
-    uniform_share: float = 0.3
-    temperature: float = 0.1
-    n_validation: int = 32
-    seed: int = 0
+    n_rounds: Count = 4
+    uniform_share: Part = 0.3
+    temperature: Positive = 0.1
+    n_validation: Count = 32
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_integers(n_rounds=(self.n_rounds, 1), n_validation=(self.n_validation, 1))
-        share, temperature = self.uniform_share, self.temperature
-        if not is_real(share) or not 0 <= share <= 1:
-            raise PrunekitError(f"uniform_share={share!r} is not allowed; give a number from 0 to 1 (all alike)")
-        if not is_real(temperature) or temperature <= 0:
-            raise PrunekitError(f"temperature={temperature!r} is not allowed; give a number above 0, in nats per token")
+        check_fields(self)
 
     def shares(self, gaps: Tensor) -> Tensor:
         """Share of each source from its gap in nats, (n_sources,); they sum to 1."""
@@ -95,15 +99,16 @@ class MixtureLog:
         return f"<p>{self!r}</p>{table}"
 
 
+@checked
 def recover_on_mixture(
-    model: "PreTrainedModel",
-    dense: "PreTrainedModel",
+    model: Model,
+    dense: Model,
     sources: Sources | Sequence[Source],
     method: LoRA | FullTuning | None = None,
     mixture: Mixture | None = None,
     *,
     keep_zeros: bool | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     inplace: bool = False,
 ) -> "PreTrainedModel":
     """Recovers a model in rounds: measures the gap on each source, draws training text by it, and trains.
@@ -129,7 +134,7 @@ def recover_on_mixture(
     Source: LoRAShear (arXiv 2310.18356), Alg. 5.
     """
     check_finite(model)
-    method = method if isinstance(method, FullTuning) else check_method(method)
+    method = method or LoRA()
     mixture = mixture or Mixture()
     drawn_from = opened(sources, tokenizer, method, mixture, model)
     a_step, n_steps = steps_over(drawn_from, method, mixture)
@@ -189,7 +194,7 @@ def _measure(
     number: int,
     n_windows: int,
 ) -> list[dict[str, Any]]:
-    """One row per source: its gap and the number of windows drawn."""
+    """One row per source: its gap in the loss, and how many windows to draw."""
     losses = [mean_loss(model, source.validation) for source in sources]
     gaps = torch.tensor(losses, dtype=torch.float64) - torch.tensor(dense, dtype=torch.float64)
     shares = mixture.shares(gaps)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunekit.calibration import check_finite, check_tokens
-from prunekit.checks import check_integers, check_reals
+from prunekit.checks import Count, Model, Share, Tokenizer, check_integers, check_reals, checked
 from prunekit.discovery import Groups, discover
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
@@ -24,12 +24,12 @@ from prunekit.pruning.steps import parameters_per_unit
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
-from prunekit.recovery.lora import LoRA, attach, check_method, detach
+from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.training import Resume, flags_kept, newest_checkpoint, seeded, train
 from prunekit.sparsity.zero_masks import TRAINED, renew_report
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 class Progressed(NamedTuple):
@@ -70,19 +70,20 @@ class Progressed(NamedTuple):
         return pd.DataFrame(rows, columns=["period", "units", "start", "before_end", "share", "largest_share"])
 
 
+@checked
 def prune_progressively(
-    model: "PreTrainedModel",
-    pruning_ratio: float,
+    model: Model,
+    pruning_ratio: Share,
     data: Tensor | TextSource,
     method: LoRA | None = None,
     *,
     protect: Iterable[str] = (),
-    n_periods: int = 5,
-    warmup: float = 0.1,
-    rest: float = 0.0,
+    n_periods: Count = 5,
+    warmup: Share = 0.1,
+    rest: Share = 0.0,
     saliency: Saliency = update_saliency,
     train_on: TrainOn = "replies",
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     folder: str | Path | None = None,
 ) -> Progressed:
     """Prunes progressively: trains with LoRA while units shrink to exactly zero, period by period (LHSPG).
@@ -118,9 +119,7 @@ def prune_progressively(
     Source: LoRAShear (arXiv 2310.18356), section 3.3. T_w, P and T_p are not given there: 5 periods and a tenth of the
         steps are ours.
     """
-    method = check_method(method)
-    if not isinstance(model, nn.Module):
-        raise PrunekitError(f"model is a {type(model).__name__}; give a causal LM, such as load(path) returns")
+    method = method or LoRA()
     check_finite(model)
     windows = training_windows(data, tokenizer, method.seq_len, train_on=train_on)
     windows = replace(windows, tokens=check_tokens(windows.tokens, model).cpu())

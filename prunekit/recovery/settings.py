@@ -1,9 +1,8 @@
 """Training settings that all recovery methods share: learning rate, batch, length."""
 
 import math
-from collections.abc import Mapping
 
-from prunekit.errors import PrunekitError
+from prunekit.checks import check_fields
 
 _FULL_BATCH = 8
 _STEPS_AN_EPOCH = 32  # eight paper-sized steps change nothing in a small model; a hundred of this size do
@@ -20,6 +19,9 @@ class TrainingSettings:
     seq_len: int
     seed: int
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def windows_a_step(self, n_windows: int) -> int:
         """Windows in one optimiser step over `n_windows` of data."""
@@ -46,29 +48,3 @@ class TrainingSettings:
                 f"{self.learning_rate:g}"
             )
         return remarks
-
-    def _check(self, more: Mapping[str, bool]) -> None:
-        """Raise an error for invalid values.
-
-        Args:
-            more: name of a setting that only this method has → whether it can be.
-
-        Raises:
-            PrunekitError: names the setting, its value and the default.
-        """
-        allowed = {
-            **more,
-            "learning_rate": 0 < self.learning_rate < math.inf,
-            "batch_size": self.batch_size is None or self.batch_size >= 1,
-            "epochs": 0 < self.epochs < math.inf,
-            "max_steps": self.max_steps is None or self.max_steps >= 1,
-            "warmup": 0 <= self.warmup < math.inf,
-            "seq_len": self.seq_len >= 2,
-            "seed": isinstance(self.seed, int) and 0 <= self.seed < 2**32,
-        }
-        for name, good in allowed.items():
-            if not good:
-                default = getattr(type(self), name)
-                raise PrunekitError(
-                    f"{type(self).__name__}({name}={getattr(self, name)!r}) cannot be; the default is {default}"
-                )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prunekit.compat import LOSS_KEYWORDS
 from prunekit.errors import PrunekitError
+from prunekit.locks import PROCESS
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.settings import TrainingSettings
 
@@ -216,13 +217,13 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A context with all random generators seeded; the caller's states are restored."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+    """A context with all random generators seeded, for one thread at a time; the caller's states are restored."""
+    with PROCESS, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        states = random.getstate(), np.random.get_state()
         try:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
             yield
         finally:
             random.setstate(states[0])

@@ -9,11 +9,9 @@ from prunekit.search.campaign import measure_pairs
 from prunekit.search.cost_tables import check_table, latency_table, mac_table
 from prunekit.search.costs import Budget, CostTable, parameter_table
 from prunekit.search.hyperparameters import Choice, Range
-from prunekit.search.known_candidates import known_points
-from prunekit.search.metrics import Metric
-from prunekit.search.pairs import Pairs
+from prunekit.search.pairs import Metric, Pairs
 from prunekit.search.predictor import AccuracyPredictor, Trees
-from prunekit.search.refinement import refined
+from prunekit.search.proposals import known_points, refined
 from prunekit.search.search_rounds import Found, search_space
 from prunekit.search.space import HyperparameterSpace, KnobSpace, Space
 from prunekit.search.validation import agreement, cross_validate, learning_curve

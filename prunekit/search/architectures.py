@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prunekit.checks import check_integers, is_real
+from prunekit.annotations import is_real
+from prunekit.checks import check_integers
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.fingerprint import bytes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import DEFAULT_KINDS, candidates_of, plan_without
-from prunekit.search.candidate_models import cut
-from prunekit.search.costs import Budget, CostTable, budgets_of, check_budgets, parameter_table
+from prunekit.search.costs import Budget, CostTable, Slots, budgets_of, check_budgets, parameter_table
 from prunekit.search.hyperparameters import Choice, Hyperparameter, Range
 from prunekit.search.space import CarryOut, Point, Space, check_limit
-from prunekit.search.unit_counts import Slots
+from prunekit.search.worker import cut
 
 IMPORTANCE, FIRST, LAST, COMPENSATE = "importance", "first_layer", "last_layer", "compensate"
 

@@ -15,15 +15,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from prunekit.checkpoint import save
-from prunekit.checks import check_choice, check_integers
+from prunekit.checks import Count, Seed, SharedModel, Tokenizer, check_choice, checked
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.extras import need
 from prunekit.fingerprint import digest_of
 from prunekit.models import device_of
 from prunekit.questions import Task
-from prunekit.search.metrics import Metric, metrics_of
-from prunekit.search.pairs import Pairs
+from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.space import Point, Space, key_of
 from prunekit.search.trials import Trials
 from prunekit.search.worker import Work, carry_out, keep_open, let_go
@@ -150,18 +149,19 @@ class Campaign:
         return Work(fingerprint, where, str(device_of(self._model)), self.metrics)
 
 
+@checked
 def measure_pairs(
     space: Space,
-    model: nn.Module,
-    tokenizer: Any,
-    n: int,
+    model: SharedModel,
+    tokenizer: Tokenizer,
+    n: Count,
     *,
     metric: str | Metric = "perplexity",
-    also: Iterable[str | Metric] = (),
+    also: str | Metric | Iterable[str | Metric] = (),
     text: TextSource | None = None,
     tasks: Mapping[str, Task] | Iterable[Task] | None = None,
     start: Sequence[Point] = (),
-    seed: int = 0,
+    seed: Seed = 0,
     folder: str | Path | None = None,
     n_jobs: int = 1,
     backend: str = "loky",
@@ -196,7 +196,6 @@ def measure_pairs(
 
     Source: Ji et al. (arXiv 2309.09507): sampled architectures are really pruned and measured.
     """
-    check_integers(n=(n, 1), seed=(seed, 0))
     metrics = metrics_of(metric, also, tokenizer, text, tasks)
     options = {"folder": folder, "n_jobs": n_jobs, "backend": backend, "source": source}
     with Campaign(space, model, tokenizer, metrics, **options) as campaign:  # type: ignore[arg-type]

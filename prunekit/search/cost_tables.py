@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunekit.checks import check_choice, check_integers
+from prunekit.checks import Count, Model, Seed, check_choice, checked
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.footprint import check_sizes, count_macs, random_tokens, time_decode, time_prefill
+from prunekit.evaluation.footprint import check_length, count_macs, random_tokens, time_decode, time_prefill
 from prunekit.models import evaluating
 from prunekit.pruning import prune
 from prunekit.pruning.planning import DEFAULT_KINDS, plan_without
@@ -25,9 +25,8 @@ ROUNDS = 5  # of timing the dense and the cut model in turn, so that other load 
 Measure = Callable[[nn.Module], float]
 
 
-def mac_table(
-    model: nn.Module, groups: Groups, *, kinds: Iterable[str] = DEFAULT_KINDS, seq_len: int = 64
-) -> CostTable:
+@checked
+def mac_table(model: Model, groups: Groups, *, kinds: Iterable[str] = DEFAULT_KINDS, seq_len: Count = 64) -> CostTable:
     """A table of multiply-accumulates of one forward pass over one sequence.
 
     Args:
@@ -39,20 +38,21 @@ def mac_table(
     Raises:
         PrunekitError: what `cost` refuses, or a cut that cannot be made.
     """
-    check_sizes(model, seq_len, 1, 1)
+    check_length(model, seq_len)
     measure = partial(_macs, seq_len=seq_len)
     return _measured("macs", model, groups, kinds, (1.0,), measure, rounds=1)
 
 
+@checked
 def latency_table(
-    model: nn.Module,
+    model: Model,
     groups: Groups,
     *,
     phase: str = "decode",
     kinds: Iterable[str] = DEFAULT_KINDS,
-    seq_len: int = 64,
-    batch_size: int = 1,
-    repeats: int = 10,
+    seq_len: Count = 64,
+    batch_size: Count = 1,
+    repeats: Count = 10,
 ) -> CostTable:
     """Latencies in ms on this machine: one token with the KV cache (`"decode"`), or a sequence (`"prefill"`).
 
@@ -73,12 +73,13 @@ def latency_table(
     Source: lookup tables of latency, as in ZipLM (Kurtic et al. 2023), which times one layer at each width.
     """
     check_choice("phase", phase, PHASES)
-    check_sizes(model, seq_len, batch_size, repeats)
+    check_length(model, seq_len)
     measure = partial(_milliseconds, phase=phase, seq_len=seq_len, batch_size=batch_size, repeats=repeats)
     return _measured(f"{phase}_ms", model, groups, kinds, SHARES, measure, rounds=ROUNDS)
 
 
-def check_table(table: CostTable, model: nn.Module, space: PlanSpace, *, n: int = 8, seed: int = 0) -> pd.DataFrame:
+@checked
+def check_table(table: CostTable, model: Model, space: PlanSpace, *, n: Count = 8, seed: Seed = 0) -> pd.DataFrame:
     """Compares a cost table with measurements of whole pruned models.
 
     Args:
@@ -94,7 +95,6 @@ def check_table(table: CostTable, model: nn.Module, space: PlanSpace, *, n: int 
     Raises:
         PrunekitError: a counted table, or a table of none of the space's budgets.
     """
-    check_integers(n=(n, 1))
     if table.measure is None:
         raise PrunekitError(f"{table.name} are counted, not measured; give a table of latency_table(…) or mac_table(…)")
     rows = []
@@ -156,7 +156,7 @@ def _alike(groups: Groups, kinds: tuple[str, ...]) -> Iterator[list[CoupledGroup
 
 
 def _cuts(alike: list[CoupledGroup], shares: Sequence[float]) -> Iterator[tuple[list[CoupledGroup], int]]:
-    """Groups, and the number of units that each loses; a single layer is never cut alone."""
+    """Groups to cut together, and how many units each loses; nothing for the only layer or block."""
     n_units = alike[0].n_units
     if n_units == 1:
         yield from [(alike, 1)] if len(alike) > 1 else []

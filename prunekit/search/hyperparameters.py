@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from prunekit.checks import is_real
+from prunekit.annotations import is_real
 from prunekit.errors import PrunekitError
 
 

@@ -1,16 +1,112 @@
-"""Samples of a search: candidates and what was measured of them."""
+"""Samples of a search: candidates, the metrics, and what was measured."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
+from prunekit.documents import Document, TextSource
 from prunekit.errors import PrunekitError
+from prunekit.evaluation.language_modelling import perplexity
+from prunekit.evaluation.multiple_choice import zero_shot
+from prunekit.evaluation.named_tasks import Tasks, named_tasks
+from prunekit.evaluation.report import world_default
+from prunekit.evaluation.windows import read_texts
+from prunekit.fingerprint import digest_of_text
 from prunekit.fronts import unbeaten
+from prunekit.questions import Task
 from prunekit.search.hyperparameters import Hyperparameter, Range
 from prunekit.search.space import Point, Space
+
+Measure = Callable[[nn.Module, Any], float]  # (model, tokenizer) → figure
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A function that measures a model, and how its values are compared.
+
+    Attributes:
+        name: column name in tables.
+        measure: (model, tokenizer) → the value. It is sent to workers, so it must be picklable.
+        maximize: whether more is better.
+        log: whether the predictor learns its logarithm, as for perplexity.
+        of: identifies the evaluation data, so that searches on different data are kept apart.
+    """
+
+    name: str
+    measure: Measure
+    maximize: bool = False
+    log: bool = False
+    of: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or not callable(self.measure):
+            raise PrunekitError(
+                f"a metric named {self.name!r} of {self.measure!r:.40} is not allowed; give a name and a function "
+                "of a model and its tokenizer"
+            )
+
+
+def metrics_of(
+    metric: str | Metric,
+    also: str | Metric | Iterable[str | Metric],
+    tokenizer: Any,
+    text: TextSource | None,
+    tasks: Tasks | None,
+) -> list[Metric]:
+    """The metrics, the optimised one first; arguments and errors are those of `metric_of`."""
+    others = [also] if isinstance(also, str | Metric) else list(also)
+    for option, given, reader in (("text", text, "perplexity"), ("tasks", tasks, "accuracy")):
+        if given is not None and reader not in (metric, *others):
+            raise PrunekitError(f"{option}= is what {reader!r} is measured on, which is no metric here; leave it out")
+    return [metric_of(each, tokenizer, text, tasks) for each in (metric, *others)]
+
+
+def metric_of(
+    metric: str | Metric,
+    tokenizer: Any,
+    text: TextSource | None,
+    tasks: Tasks | None,
+) -> Metric:
+    """The metric for a name: `"perplexity"` of a text or mean `"accuracy"` over tasks; a `Metric` is returned as it is.
+
+    Args:
+        metric: one of the two names, or a `Metric`.
+        tokenizer: the model's own.
+        text: what perplexity is measured on, as `perplexity` takes it; None is the embedded world's validation text.
+        tasks: as `zero_shot` takes them; None is the embedded world's.
+
+    Raises:
+        PrunekitError: an unknown metric, or no text or tasks for another tokenizer than the world's.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if metric == "perplexity":
+        source = world_default(tokenizer, "validation_text", "text") if text is None else text
+        (whole,) = read_texts(source, "windows", None, tokenizer)  # read here: a worker may not see our files
+        return Metric("perplexity", partial(_perplexity, text=whole), log=True, of=_digest(whole))
+    if metric == "accuracy":
+        asked = named_tasks(world_default(tokenizer, "tasks", "tasks") if tasks is None else tasks)
+        return Metric("accuracy", partial(_accuracy, tasks=asked), maximize=True, of=digest_of_text(repr(asked))[:16])
+    raise PrunekitError(
+        f"metric={metric!r:.60} is unknown; give 'perplexity', 'accuracy', or Metric(name, (model, tokenizer) → figure)"
+    )
+
+
+def _digest(document: Document) -> str:
+    return digest_of_text(document if isinstance(document, str) else repr(document.tolist()))[:16]
+
+
+def _perplexity(model: nn.Module, tokenizer: Any, *, text: Document) -> float:
+    return perplexity(model, tokenizer, [text])
+
+
+def _accuracy(model: nn.Module, tokenizer: Any, *, tasks: list[Task]) -> float:
+    return zero_shot(model, tokenizer, tasks).mean
 
 
 @dataclass(frozen=True, eq=False)

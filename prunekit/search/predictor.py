@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prunekit.checks import check_integers, check_reals
+from prunekit.checks import Count, Length, Positive, Seed, check_fields, check_reals
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 from prunekit.fingerprint import digest_of_text
@@ -39,16 +39,15 @@ class Trees:
         the same prediction, so the best of them cannot be ranked.
     """
 
-    n_models: int = 10
-    n_trees: int = 200
-    n_leaves: int = 31
-    learning_rate: float = 0.05
-    min_pairs: int = 2
-    seed: int = 0
+    n_models: Count = 10
+    n_trees: Count = 200
+    n_leaves: Length = 31
+    learning_rate: Positive = 0.05
+    min_pairs: Count = 2
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"n_models": 1, "n_trees": 1, "n_leaves": 2, "min_pairs": 1, "seed": 0}.items():
-            check_integers(**{name: (getattr(self, name), least)})
+        check_fields(self)
         check_reals(learning_rate=(self.learning_rate, 1e-6, 1 + 1e-9))
 
 

@@ -9,18 +9,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
-from prunekit.checks import check_integers
+from prunekit.checks import Count, Seed, SharedModel, Tokenizer, Whole, check_integers, checked
 from prunekit.documents import TextSource
-from prunekit.errors import PrunekitError
 from prunekit.questions import Task
 from prunekit.search.campaign import Campaign, drawn
-from prunekit.search.evolution import PARENTS, evolve
-from prunekit.search.metrics import Metric, metrics_of
-from prunekit.search.pairs import Pairs
+from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees
-from prunekit.search.refinement import Cut, refined
+from prunekit.search.proposals import PARENTS, Cut, evolve, refined
 from prunekit.search.space import Point, Space, key_of
 
 
@@ -55,22 +51,23 @@ class Found:
         return f"<p>{self!r}</p>{self.rounds.to_html(index=False, float_format='{:.4g}'.format)}"
 
 
+@checked
 def search_space(
     space: Space,
-    model: nn.Module,
-    tokenizer: Any,
+    model: SharedModel,
+    tokenizer: Tokenizer,
     *,
-    n_pairs: int = 120,
-    n_rounds: int = 4,
-    top_k: int = 40,
-    n_cuts: int = 2,
+    n_pairs: Count = 120,
+    n_rounds: Count = 4,
+    top_k: Count = 40,
+    n_cuts: Whole = 2,
     metric: str | Metric = "perplexity",
-    also: Iterable[str | Metric] = (),
+    also: str | Metric | Iterable[str | Metric] = (),
     text: TextSource | None = None,
     tasks: Mapping[str, Task] | Iterable[Task] | None = None,
     start: Sequence[Point] = (),
     trees: Trees | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     folder: str | Path | None = None,
     n_jobs: int = 1,
     backend: str = "loky",
@@ -110,11 +107,7 @@ def search_space(
     Source: Ji et al. (arXiv 2309.09507); rounds and their refinement are GBDT-NAS's (Luo et al. 2020), three of them
         there. Reconstructed: how candidates are proposed (`evolve`), and how ratios are refined (`refined`).
     """
-    check_integers(
-        n_pairs=(n_pairs, FEWEST), n_rounds=(n_rounds, 1), top_k=(top_k, 1), n_cuts=(n_cuts, 0), seed=(seed, 0)
-    )
-    if trees is not None and not isinstance(trees, Trees):
-        raise PrunekitError(f"trees={trees!r:.40}; give Trees(…), or None for its defaults")
+    check_integers(n_pairs=(n_pairs, FEWEST))
     metrics = metrics_of(metric, also, tokenizer, text, tasks)
     options = {"folder": folder, "n_jobs": n_jobs, "backend": backend, "source": source}
     inside, cuts, rows = space, list[Cut](), list[dict[str, Any]]()

@@ -233,4 +233,4 @@ def check_limit(name: str, limit: object, knobs: Mapping[str, Hyperparameter]) -
         return
     if isinstance(knob, Choice) and isinstance(limit, Choice) and all(map(knob.holds, limit.options)):
         return
-    raise PrunekitError(f"{name} cannot be limited to {limit!r:.60}; give a part of {knob!r}")
+    raise PrunekitError(f"{name} cannot be limited to {limit!r:.60}; give a {type(knob).__name__} within {knob!r}")

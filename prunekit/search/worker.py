@@ -6,15 +6,40 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.checkpoint import load
+from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError, first_line
 from prunekit.fingerprint import digest_of
-from prunekit.search.metrics import Metric
+from prunekit.pruning import PruningPlan, prune, surgery
+from prunekit.search.pairs import Metric
 from prunekit.search.space import CarryOut
+
+Fields = Mapping[str, Any]  # of a PruningPlan, all but its groups and notes
+
+# Groups of models that a worker has seen.
+_GROUPS: "WeakKeyDictionary[nn.Module, Groups]" = WeakKeyDictionary()
+
+
+def cut(model: nn.Module, plan: Fields, *, calib: Tensor | None = None) -> nn.Module:
+    """The smaller model that a plan gives.
+
+    Args:
+        model: the dense one; unchanged.
+        plan: fields of the plan.
+        calib: tokens to re-fit on; None does not re-fit.
+    """
+    if model not in _GROUPS:
+        _GROUPS[model] = discover(model)
+    chosen = PruningPlan(**plan, groups=_GROUPS[model])
+    if calib is None:
+        return surgery.cut(model, chosen, inplace=False)
+    return prune(model, chosen, compensate=calib, measure=False)
+
 
 _OPEN: dict[str, tuple[Any, Any]] = {}  # fingerprint → the loaded model and tokenizer; one at a time
 _ALONE = Lock()  # a worker of Dask may have several threads: one of them at a time has the model

@@ -1,8 +1,7 @@
 """Unstructured and n:m sparsity: solvers for one weight matrix, and `sparsify` for a model."""
 
-from prunekit.sparsity.methods import SparseLLM
 from prunekit.sparsity.model_sparsity import sparsify
-from prunekit.sparsity.solvers import magnitude, sparsegpt, wanda
+from prunekit.sparsity.solvers import SparseLLM, magnitude, sparsegpt, wanda
 from prunekit.sparsity.sparsity_report import SparsityReport
 from prunekit.sparsity.zero_masks import keep_zeros, masked_adapters
 

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from prunekit.errors import PrunekitError
 from prunekit.sparsity.auxiliaries import FFN, Sums, Weights, gram_of, sweep
-from prunekit.sparsity.factors import DAMPING, Factor, damped, factorize, upper_factor
-from prunekit.sparsity.methods import SparseLLM
+from prunekit.sparsity.matrix_inputs import DAMPING, Factor, damped, factorize, upper_factor
 from prunekit.sparsity.patterns import Pattern
-from prunekit.sparsity.solvers import BLOCK, check_damping, solve
+from prunekit.sparsity.solvers import BLOCK, SparseLLM, check_damping, solve
 
 _FITTING_STEPS, _FITTING_RATE = 10, 0.01  # of W_down in a faithful two-matrix FFN
 

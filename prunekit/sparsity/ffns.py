@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunekit.sparsity.activations import Activation
+from prunekit.sparsity.auxiliaries import Activation
 from prunekit.sparsity.matrices import Call, Matrix
 
 _ROWS = 64  # tokens for the test

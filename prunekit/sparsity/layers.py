@@ -11,13 +11,11 @@ from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
 from prunekit.sparsity.alternation import prune_ffn
 from prunekit.sparsity.auxiliaries import FFN
-from prunekit.sparsity.factors import Factor, factorize
 from prunekit.sparsity.ffns import FoundFFN, Rows, activations_of, find_ffns
 from prunekit.sparsity.matrices import Call, Matrix
-from prunekit.sparsity.matrix_inputs import Reading, read_layer
-from prunekit.sparsity.methods import SparseLLM
+from prunekit.sparsity.matrix_inputs import Factor, Reading, factorize, read_layer
 from prunekit.sparsity.patterns import Pattern
-from prunekit.sparsity.solvers import solve, zeroed_lowest, zeroed_lowest_of_rows
+from prunekit.sparsity.solvers import SparseLLM, solve, zeroed_lowest, zeroed_lowest_of_rows
 
 UNREACHED = "no token of the calibration set reached it"
 

@@ -1,7 +1,6 @@
 """`sparsify`: sets weights of a model to zero, block by block."""
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,22 +10,18 @@ from tqdm.auto import tqdm
 
 from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens, in_batches
+from prunekit.checks import Network, Positive, checked
 from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
 from prunekit.discovery.parts import outermost_elements
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, warn
 from prunekit.layerwise import Passes
-from prunekit.models import evaluating
-from prunekit.pruning.recording import written_out
-from prunekit.sparsity.allocation import allocate
-from prunekit.sparsity.factors import DAMPING
-from prunekit.sparsity.input_checks import check_sparsifiable
+from prunekit.models import evaluating, written_out
 from prunekit.sparsity.layers import Settings, prune_alone, prune_layer
 from prunekit.sparsity.matrices import Matrix, find_matrices
-from prunekit.sparsity.methods import SparseLLM
-from prunekit.sparsity.patterns import Pattern, pattern_of
-from prunekit.sparsity.remarks import remarks_on
-from prunekit.sparsity.solvers import check_damping
-from prunekit.sparsity.sparsity_report import SparsityReport
+from prunekit.sparsity.matrix_inputs import DAMPING
+from prunekit.sparsity.patterns import Pattern, allocate, check_sparsifiable, pattern_of
+from prunekit.sparsity.solvers import SparseLLM, check_damping
+from prunekit.sparsity.sparsity_report import SparsityReport, remarks_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,8 +30,9 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "sparsellm")
 ALLOCATIONS = ("uniform", "global")
 
 
+@checked
 def sparsify(
-    model: "PreTrainedModel",
+    model: Network,
     calib: Tensor | None,
     method: str | SparseLLM = "sparsellm",
     sparsity: float | str | None = None,
@@ -44,7 +40,7 @@ def sparsify(
     pattern: tuple[int, int] | None = None,
     allocation: str = "uniform",
     layers: Iterable[int] | None = None,
-    damping: float = DAMPING,
+    damping: Positive = DAMPING,
     report_error: bool = False,
     inplace: bool = False,
     held_out: Tensor | None = None,
@@ -90,7 +86,6 @@ def sparsify(
     name, alternation = _method(method)
     check_damping(damping)
     _check_allocation(allocation, wanted)
-    _check_switches(report_error=report_error, inplace=inplace, measure=measure)
     check_measure(measure, held_out)
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
@@ -111,7 +106,7 @@ def sparsify(
         rows = _run(target, paths, batches, matrices, settings)
     remarks = remarks_on(name, rows, tokens, wanted, max(matrix.weight.shape[1] for matrix in matrices), damping)
     for remark in remarks:
-        warnings.warn(remark, stacklevel=2)
+        warn(remark)
     change = None if opening is None else closed(opening, target)
     report = SparsityReport(name, str(wanted), tuple(rows), found.left, remarks, change)
     target.sparsity_report = report if earlier is None else report.after(earlier)
@@ -125,12 +120,6 @@ def _method(method: Any) -> tuple[str, SparseLLM]:
         known = ", ".join(map(repr, METHODS))
         raise PrunekitError(f"method={method!r:.60} is unknown; give one of {known}, or SparseLLM(...)")
     return str(method), SparseLLM()
-
-
-def _check_switches(**given: object) -> None:
-    for name, value in given.items():
-        if not isinstance(value, bool):
-            raise PrunekitError(f"{name}={value!r} is not allowed; give True or False")
 
 
 def _check_allocation(allocation: Any, wanted: Pattern) -> None:

@@ -1,15 +1,16 @@
-"""The solvers magnitude, Wanda and SparseGPT: each returns a pruned copy of one weight matrix."""
+"""The solvers magnitude, Wanda and SparseGPT: each returns a pruned copy of one weight matrix. Their options."""
 
-import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prunekit.annotations import is_real
 from prunekit.calibration import all_finite
-from prunekit.checks import check_integers, is_real
-from prunekit.errors import PrunekitError
-from prunekit.sparsity.factors import DAMPING, Factor, factorize
+from prunekit.checks import Count, Positive, check_fields, check_integers
+from prunekit.errors import PrunekitError, warn
+from prunekit.sparsity.matrix_inputs import DAMPING, Factor, factorize
 from prunekit.sparsity.patterns import Pattern, pattern_of
 
 BLOCK = 128  # columns between updates of all later columns; SparseGPT's blocksize
@@ -119,9 +120,7 @@ def _factor(hessian: Tensor, damping: float) -> Factor:
         raise PrunekitError("all inputs of this matrix are zero; give another calibration set")
     found = factorize(hessian, damping)
     if found.damping != damping:
-        warnings.warn(
-            f"the Hessian has no Cholesky factor with damping={damping:g}; {found.damping:g} was used", stacklevel=3
-        )
+        warn(f"the Hessian has no Cholesky factor with damping={damping:g}; {found.damping:g} was used")
     return found
 
 
@@ -226,3 +225,38 @@ def _check_squares(squares: Tensor, weight: Tensor) -> Tensor:
     if not bool(squares.isfinite().all()) or bool((squares < 0).any()):
         raise PrunekitError("sums of squares are finite and not negative; these are not; check the activations")
     return squares
+
+
+@dataclass(frozen=True)
+class SparseLLM:
+    """The SparseLLM method and its options.
+
+    Attributes:
+        n_iterations: T; with 1 it is SparseGPT.
+        faithful: as in the released code, which fits weights with an undamped pseudo-inverse (two-matrix FFNs: W_down
+            with ten gradient steps), moves s by two steps of a fixed length, adds up damping, and keeps the last
+            iteration. It diverges if X is nearly rank-deficient or z is large. False, the default, fits weights by
+            a proximal step, moves s by steps that cannot overshoot, damps each iteration alike,
+            and keeps the iteration whose FFN output has the least error.
+        alpha: weight of ‖z − WX‖²; None is .1 for two-matrix FFNs and 5 for gated ones, as in the released code.
+        beta: weight of ‖W_down·p − Y‖²; None as above.
+        gamma: weight of ‖p − φ(z)‖²; None as above.
+
+    Source: SparseLLM (Bai et al., NeurIPS 2024), Eq. 4 to 12. Differs as said under `faithful`; there, pseudo-inverses
+        are Gram matrices and Cholesky factors, and gradients closed forms.
+    """
+
+    n_iterations: Count = 4
+    faithful: bool = False
+    alpha: Positive | None = None
+    beta: Positive | None = None
+    gamma: Positive | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def for_form(self, gated: bool) -> "SparseLLM":
+        """The options with default weights filled in."""
+        default = 5.0 if gated else 0.1
+        alpha, beta, gamma = (default if w is None else w for w in (self.alpha, self.beta, self.gamma))
+        return replace(self, alpha=alpha, beta=beta, gamma=gamma)

@@ -268,7 +268,9 @@ def parsed_report(text: str, model: nn.Module) -> SparsityReport:
     if not texts or not report.rows or not isinstance(report.method, str) or not isinstance(report.target, str):
         raise PrunekitError("it is not a sparsity report; give what SparsityReport.to_json wrote")
     if not _fits(report, model):
-        raise PrunekitError("it lists matrices that this model does not have in these sizes; give this model's report")
+        raise PrunekitError(
+            "the report lists matrices that this model does not have, or not of that size; give this model's report"
+        )
     return report
 
 

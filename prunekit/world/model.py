@@ -21,7 +21,10 @@ def load() -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(DATA, dtype=torch.float32)
+    from prunekit.locks import PROCESS
+
+    with PROCESS:
+        model = AutoModelForCausalLM.from_pretrained(DATA, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(DATA)
 
 
