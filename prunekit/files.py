@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,7 +42,9 @@ def read_text(path: str | Path, writer: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PrunekitError(f"{str(path)!r} cannot be read as text ({error}); give one that {writer} wrote") from None
+        raise PrunekitError(
+            f"{str(path)!r} cannot be read as text ({reason(error)}); give one that {writer} wrote"
+        ) from error
 
 
 @contextmanager

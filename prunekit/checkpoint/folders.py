@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -50,7 +50,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:  # missing, a folder, a link that leads nowhere or in a circle, no permission
         raise PrunekitError(f"cannot read {str(path)!r} ({error.strerror}); restore it from its source") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise PrunekitError(f"{str(path)!r} is not JSON ({error}); restore it from its source") from None
+        raise PrunekitError(f"{str(path)!r} is not JSON ({reason(error)}); restore it from its source") from error
     if not isinstance(value, dict):
         raise PrunekitError(f"{str(path)!r} holds no JSON object but a {type(value).__name__}; restore it")
     return value

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
 
 from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.cards import LISTED, SPARSITY
+from prunekit.checkpoint.config_checks import check_config
 from prunekit.checkpoint.folders import (
     Stored,
     check_dtypes,
@@ -38,7 +39,7 @@ from prunekit.checkpoint.layer_widths import check_widths
 from prunekit.checkpoint.origins import resolve
 from prunekit.checks import checked
 from prunekit.discovery import Groups, discover
-from prunekit.errors import PrunekitError, first_line
+from prunekit.errors import PrunekitError, reason
 from prunekit.locks import PROCESS
 from prunekit.model_names import NAMES, is_world
 from prunekit.models import empty_model, name_model, own_tensors
@@ -110,7 +111,8 @@ def _read_sparsity(path: Path, model: Any) -> None:
         model.sparsity_report = parsed_report(path.read_text(encoding="utf-8"), model)
     except (OSError, UnicodeDecodeError, RecursionError, PrunekitError) as error:
         raise PrunekitError(
-            f"{str(path)!r} does not describe this model's zeros ({error}); restore it from its source, or delete it"
+            f"{str(path)!r} does not describe this model's zeros ({reason(error)}); restore it from its source, "
+            "or delete it"
         ) from error
 
 
@@ -123,6 +125,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return load_cut(folder, dtype)
+    check_config(str(folder), config, trust_remote_code)
     _check_architecture(folder, config)
     try:
         return _load_whole(folder, dtype, trust_remote_code)
@@ -192,7 +195,7 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
     except PrunekitError:
         raise
     except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own
-        raise _unloadable(source, where, f"{type(error).__name__}: {first_line(error)}") from error
+        raise _unloadable(source, where, reason(error)) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]][:4])
         raise PrunekitError(
@@ -264,7 +267,7 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
         )
     except Exception as error:
         raise PrunekitError(
-            f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {first_line(error)}); restore its "
+            f"cannot load the tokenizer of {source!r} ({reason(error)}); restore its "
             "files from their source, or take them away, and load one yourself for what needs a tokenizer"
         ) from error
 
@@ -320,6 +323,7 @@ def _build(
     folder: Path, saved: dict[str, Any], stored: dict[str, Stored], options: dict[str, Any]
 ) -> tuple[Any, Groups]:
     try:
+        check_config(str(folder), saved["base_config"], False)
         config = AutoConfig.for_model(**without_kernels(saved["base_config"]))
         check_size(config, stored, str(folder), factor=LEAST_PART_LEFT)
         model = empty_model(config, **options)
@@ -328,10 +332,8 @@ def _build(
         check_widths(saved, groups)
         return small, groups
     except Exception as error:  # a configuration its family refuses: any exception of any validator
-        kind = "" if isinstance(error, PrunekitError) else f"{type(error).__name__}: "
         raise PrunekitError(
-            f"config.json of {str(folder)!r} does not lead to a model ({kind}{first_line(error)}); "
-            "restore it from its source"
+            f"config.json of {str(folder)!r} does not lead to a model ({reason(error)}); restore it from its source"
         ) from error
 
 
@@ -370,7 +372,8 @@ def known_device(device: torch.device | str) -> torch.device:
         return torch.empty(0, device=device).device
     except Exception as error:  # torch raises several kinds, by device
         raise PrunekitError(
-            f"device={str(device)!r} cannot be used ({first_line(error)}); give 'cpu', or 'cuda' where there is a GPU"
+            f"device={str(device)!r} cannot be used: torch knows none of that name, or this machine has none; give "
+            "'cpu', or 'cuda' where there is a GPU"
         ) from error
 
 

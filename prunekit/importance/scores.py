@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunekit.discovery.groups import CoupledGroup, Member
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.files import new_file
 
 _FORMAT = "prunekit.scores/1"
@@ -95,7 +95,9 @@ class Scores(dict[str, Tensor]):
                     )
                 values = {name: file.get_tensor(name) for name in json.loads(meta["order"])}
         except (OSError, SafetensorError, LookupError, json.JSONDecodeError) as error:
-            raise PrunekitError(f"no scores in {str(path)!r}: {error}; give a file that Scores.save wrote") from error
+            raise PrunekitError(
+                f"no scores in {str(path)!r} ({reason(error)}); give a file that Scores.save wrote"
+            ) from error
         ranking = meta.get("ranking", "local")  # older files do not have it
         return cls(values, label=meta["label"], kinds=json.loads(meta["kinds"]), ranking=ranking)
 

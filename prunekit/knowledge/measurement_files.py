@@ -10,7 +10,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.files import new_file
 
 FORMAT = "prunekit.knowledge/1"
@@ -27,7 +27,9 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str
         with new_file(path) as beside:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside, told)
     except OSError as error:
-        raise PrunekitError(f"cannot write {str(path)!r} ({error}); give a path in an existing folder") from error
+        raise PrunekitError(
+            f"cannot write {str(path)!r} ({reason(error)}); give a path in an existing folder"
+        ) from error
     return path
 
 
@@ -46,7 +48,7 @@ def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
             return {name: file.get_tensor(name) for name in names}, {k: json.loads(v) for k, v in told.items()}
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise PrunekitError(
-            f"no knowledge distribution in {str(path)!r}: {error}; give a file that its save() wrote"
+            f"no knowledge distribution in {str(path)!r} ({reason(error)}); give a file that its save() wrote"
         ) from error
 
 

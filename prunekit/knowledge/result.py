@@ -278,7 +278,7 @@ class KnowledgeDistribution:
                 **{name: meta[name] for name in _TOLD},
             }
         except KeyError as error:
-            raise PrunekitError(f"{str(path)!r} lacks {error}, so it is damaged; measure again") from None
+            raise PrunekitError(f"{str(path)!r} lacks {error.args[0]!r}, so it is damaged; measure again") from error
         return cls(*tables, **values)
 
     def __repr__(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from prunekit.account import LossChange
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.files import read_text, write_text
 
 
@@ -59,7 +59,9 @@ class RecoveryLog:
         try:
             return cls.from_dict(json.loads(read_text(path, "RecoveryLog.save")))
         except (ValueError, KeyError, TypeError) as error:
-            raise PrunekitError(f"no recovery log in {str(path)!r} ({error}); give a file that save wrote") from None
+            raise PrunekitError(
+                f"no recovery log in {str(path)!r} ({reason(error)}); give a file that save wrote"
+            ) from error
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":

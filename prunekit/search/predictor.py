@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from prunekit.checks import Count, Length, Positive, Seed, check_fields, check_reals
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.files import write_text
 from prunekit.fingerprint import digest_of_text
 from prunekit.search.space import Point, Space
@@ -151,7 +151,9 @@ class AccuracyPredictor:
             found._floor = float(content["floor"])
             found._models = [lightgbm.Booster(model_str=text) for text in content["models"]]
         except (OSError, ValueError, LookupError, TypeError, lightgbm.basic.LightGBMError) as error:
-            raise PrunekitError(f"no predictor in {str(path)!r} ({error}); give a file that save wrote") from None
+            raise PrunekitError(
+                f"no predictor in {str(path)!r} ({reason(error)}); give a file that save wrote"
+            ) from error
         if content["features"] != space.feature_names():
             raise PrunekitError(f"the predictor in {str(path)!r} has other hyperparameters; give its space")
         return found
