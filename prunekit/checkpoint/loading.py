@@ -125,10 +125,9 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return load_cut(folder, dtype)
-    check_config(str(folder), config, trust_remote_code)
     _check_architecture(folder, config)
     try:
-        return _load_whole(folder, dtype, trust_remote_code)
+        return _load_whole(folder, config, dtype, trust_remote_code)
     except PrunekitError as error:
         if RECORD not in config:
             raise
@@ -138,9 +137,10 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
         ) from error
 
 
-def _load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+def _load_whole(folder: Path, config: dict[str, Any], dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     stored = stored_tensors(folder)
     check_dtypes(folder, stored)
+    check_config(str(folder), config, trust_remote_code)
     _check_plain_size(folder, stored)
     model = load_plain(str(folder), dtype, trust_remote_code)
     _check_floats(folder, model, stored)
