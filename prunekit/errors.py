@@ -1,7 +1,14 @@
 """The exceptions and the warnings of prunekit."""
 
+import gzip
+import json
 import sys
 import warnings
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from safetensors import SafetensorError
 
 
 class PrunekitError(ValueError):
@@ -28,9 +35,39 @@ class DamageWarning(UserWarning):
     """A step raised the model's loss by much; the message gives the losses and what to try."""
 
 
+def reason(error: BaseException) -> str:
+    """Why something failed, in words of prunekit's own; other libraries' words stay in the traceback behind it.
+
+    What is not known here is given by its kind.
+    """
+    if isinstance(error, PrunekitError):
+        return str(error)
+    for kinds, said in _REASONS:
+        if isinstance(error, kinds) and (told := said(error)):
+            return told
+    return f"{type(error).__name__}, see the traceback"
+
+
+def _os_reason(error: Any) -> str:
+    return str(error.strerror or "")  # the system's own words; libraries leave it empty
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message that says something."""
     return next((line for line in str(error).splitlines() if line.strip()), "")
+
+
+_REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Callable[[Any], str]], ...] = (
+    (json.JSONDecodeError, lambda error: f"no JSON from line {error.lineno}, column {error.colno} on"),
+    (UnicodeError, lambda _: "it is not written in UTF-8"),
+    ((gzip.BadGzipFile, EOFError, zlib.error), lambda _: "it is cut short or damaged"),
+    (OSError, _os_reason),
+    (RecursionError, lambda _: "it is nested too deep"),
+    (MemoryError, lambda _: "there is not enough memory"),
+    (KeyError, lambda error: f"{error.args[0]!r} was not found" if error.args else ""),
+    (SafetensorError, lambda _: "it is no safetensors file, or cut short"),
+    (ImportError, lambda error: f"{error.name} cannot be imported" if error.name else ""),
+)
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

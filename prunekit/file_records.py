@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import json
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import IO, Any, cast
 
 import pandas as pd
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 
 FORMATS = ".txt, .json, .jsonl, .ndjson, .csv, .tsv or .parquet, each also as .gz"
 _ENCODINGS = {
@@ -53,7 +54,7 @@ def records_in(path: Path) -> Iterator[tuple[str, Any]]:
             with io.TextIOWrapper(file, encoding) as text:
                 yield from _READERS.get(kind, _prose)(text, path)
     except (OSError, EOFError, UnicodeError, zlib.error) as error:
-        raise PrunekitError(f"cannot read {str(path)!r} as text: {error}; give {FORMATS}, in UTF-8") from error
+        raise PrunekitError(f"cannot read {str(path)!r} as text: {reason(error)}; give {FORMATS}, in UTF-8") from error
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -74,7 +75,9 @@ def _lines(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield place, json.loads(line)
             except (ValueError, RecursionError) as error:  # no JSON, numbers too long, too deep
-                raise PrunekitError(f"{place}: this is no JSON ({error}); give one object a line") from error
+                raise PrunekitError(
+                    f"{place}: this is no JSON ({_json_reason(error)}); give one object a line"
+                ) from error
 
 
 def _json(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
@@ -84,12 +87,22 @@ def _json(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") != "Extra data":
-            raise PrunekitError(f"cannot read {str(path)!r} as JSON: {error}") from error
+            raise PrunekitError(
+                f"cannot read {str(path)!r} as JSON ({_json_reason(error)}); give a list of objects, or one object "
+                "a line"
+            ) from error
         yield from _lines(io.StringIO(content), path)
         return
     several = isinstance(found, list)
     for number, record in enumerate(found if several else [found], start=1):
         yield (f"{path}, record {number}" if several else str(path)), record
+
+
+def _json_reason(error: Exception) -> str:
+    """Where a text stops being JSON, or what else is wrong with it."""
+    if isinstance(error, json.JSONDecodeError | RecursionError):
+        return reason(error)
+    return "a number has too many digits"  # which Python refuses to read
 
 
 def _table(text: IO[str], path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -102,7 +115,12 @@ def _table(text: IO[str], path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header, which lose their end
             table = pd.read_csv(text, sep=separator, dtype=str, keep_default_na=False, index_col=False)
     except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:  # also an empty file
-        raise PrunekitError(f"cannot read {str(path)!r} as a table: {error}") from error
+        line = re.search(r"line (\d+)", str(error))
+        where = f" (line {line[1]})" if line else ""
+        raise PrunekitError(
+            f"cannot read {str(path)!r} as a table{where}: give a header line with the names of the columns, and as "
+            "many values a row, each with a separator in quotes"
+        ) from error
     for number, row in enumerate(table.to_dict("records"), start=1):
         yield f"{path}, row {number}", cast(dict[str, str], row)
 
@@ -116,7 +134,10 @@ def _parquet(file: IO[bytes], path: Path) -> Iterator[tuple[str, dict[str, Any]]
         for number, row in enumerate(rows, start=1):
             yield f"{path}, row {number}", row
     except ArrowException as error:
-        raise PrunekitError(f"cannot read {str(path)!r} as Parquet: {str(error)[:200]}") from error
+        raise PrunekitError(
+            f"cannot read {str(path)!r} as Parquet: it is cut short, damaged, or something else; restore it from its "
+            "source"
+        ) from error
 
 
 _READERS: dict[str, Callable[[IO[str], Path], Iterator[tuple[str, Any]]]] = {

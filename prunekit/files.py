@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from prunekit.errors import DiskError, PrunekitError
+from prunekit.errors import DiskError, PrunekitError, reason
 
 try:
     import fcntl
@@ -68,7 +68,7 @@ def read_text(path: str | Path, writer: str | None = None, most: int = LARGEST) 
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PrunekitError(f"cannot read {str(path)!r} as text ({error}); {advice}") from None
+        raise PrunekitError(f"cannot read {str(path)!r} as text ({reason(error)}); {advice}") from None
 
 
 @contextmanager
@@ -102,11 +102,11 @@ def read_json(path: str | Path, writer: str | None = None, most: int = LARGEST) 
     try:
         return json.loads(read_text(path, writer, most))
     except (json.JSONDecodeError, RecursionError) as error:  # also lists in lists without end
-        raise PrunekitError(f"{str(path)!r} is not JSON ({error}); {advice}") from None
+        raise PrunekitError(f"{str(path)!r} is not JSON ({reason(error)}); {advice}") from None
     except PrunekitError:
         raise
     except ValueError as error:  # a number of thousands of digits
-        raise PrunekitError(f"{str(path)!r} is not JSON that can be read ({error}); {advice}") from None
+        raise PrunekitError(f"{str(path)!r} is not JSON that can be read ({reason(error)}); {advice}") from None
 
 
 def check_new_folder(out: str | Path) -> Path:

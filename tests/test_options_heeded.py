@@ -10,6 +10,7 @@ from evaluation_helpers import TEXT, byte_tokenizer
 from test_public_reports import IDS, tiny
 
 import prunekit as pk
+from prunekit import world
 from prunekit.cli import main
 from prunekit.errors import PrunekitError
 from prunekit.knowledge.question_spans import make_evaluation_set
@@ -117,7 +118,7 @@ def test_data_of_a_metric_that_is_not_measured_is_refused(model):
     with pytest.raises(PrunekitError, match="text= is what 'perplexity' is measured on, which is no metric here"):
         measure_pairs(space, model, byte_tokenizer(), 1, metric="accuracy", text=TEXT)
     with pytest.raises(PrunekitError, match="tasks= is what 'accuracy' is measured on"):
-        measure_pairs(space, model, byte_tokenizer(), 1, text=TEXT, tasks=["boolq"])
+        measure_pairs(space, model, byte_tokenizer(), 1, text=TEXT, tasks=world.tasks())
     with pytest.raises(PrunekitError, match="limit= is of tasks, and only text is given"):
         make_evaluation_set(model, byte_tokenizer(), None, TEXT, limit=3)
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunekit.checkpoint.cache import VARIABLE, cache_root, cached_folder, digest_of_file
 from prunekit.checkpoint.gguf_header import GgufHeader, check_magic, read_header
-from prunekit.errors import PrunekitError, first_line
+from prunekit.errors import PrunekitError, reason
 from prunekit.fingerprint import digest_of_text
 from prunekit.locks import PROCESS
 from prunekit.models import own_tensors
@@ -89,7 +89,7 @@ def _config(path: Path, alone: Path, header: GgufHeader) -> Any:
     except Exception as error:  # of any kind, for an architecture that it has no table for
         raise PrunekitError(
             f"{str(path)!r} is of architecture {header.architecture!r}, which transformers does not read from GGUF "
-            f"({first_line(error)}); give a file of {READ}, or the checkpoint that it was made from"
+            f"({reason(error)}); give a file of {READ}, or the checkpoint that it was made from"
         ) from error
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise PrunekitError(
@@ -110,7 +110,7 @@ def _model(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:
     except Exception as error:  # transformers' and the gguf package's, of any kind
         raise PrunekitError(
             f"cannot convert {str(path)!r}, of architecture {header.architecture!r} with tensors of "
-            f"{', '.join(sorted(header.kinds))} ({type(error).__name__}: {first_line(error)}); give the checkpoint "
+            f"{', '.join(sorted(header.kinds))} ({reason(error)}); give the checkpoint "
             "that it was made from"
         ) from error
     missing = sorted(map(str, info["missing_keys"]))
@@ -161,8 +161,8 @@ def _tokenizer(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:
         return AutoTokenizer.from_pretrained(alone, gguf_file=FILE, **options)
     except Exception as error:  # of any kind
         raise PrunekitError(
-            f"cannot read the tokenizer of {str(path)!r}, of kind {header.vocabulary!r} ({type(error).__name__}: "
-            f"{first_line(error)}); give the checkpoint that it was made from"
+            f"cannot read the tokenizer of {str(path)!r}, of kind {header.vocabulary!r} ("
+            f"{reason(error)}); give the checkpoint that it was made from"
         ) from error
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint.gguf_header import gguf_package
 from prunekit.checkpoint.padded import relative_difference, tolerance
-from prunekit.errors import PrunekitError, warn
+from prunekit.errors import PrunekitError, reason, warn
 from prunekit.pruning.cuts import tokens_went
 
 FILE = "model.gguf"
@@ -202,7 +202,7 @@ def _prove(model: Any, folder: Path) -> None:
         with redirect_stderr(io.StringIO()):  # the reader's own progress
             again = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     except Exception as error:  # whatever the reader refuses
-        raise PrunekitError(f"the GGUF file cannot be read back ({error}); {_PLAIN_INSTEAD}") from error
+        raise PrunekitError(f"the GGUF file cannot be read back ({reason(error)}); {_PLAIN_INSTEAD}") from error
     difference = relative_difference(again, model)
     if not difference <= tolerance(model.dtype):
         raise PrunekitError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.extras import need
 
 SUFFIX = ".gguf"
@@ -91,7 +91,7 @@ def read_header(path: Path) -> GgufHeader:
         )
     except Exception as error:  # numpy's, struct's or the package's own, by where the file ends
         raise PrunekitError(
-            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}): it is cut short, damaged, or newer than "
+            f"{str(path)!r} cannot be read ({reason(error)}): it is cut short, damaged, or newer than "
             f"the gguf package that is installed; {_RESTORE}"
         ) from error
     if isinstance(parts, int) and parts > 1:

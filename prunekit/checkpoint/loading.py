@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from prunekit.checkpoint.adapters import base_of_adapter, merge_adapter_of
 from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.cards import LISTED, SPARSITY
+from prunekit.checkpoint.config_checks import check_config
 from prunekit.checkpoint.folders import (
     Stored,
     check_described,
@@ -32,7 +33,7 @@ from prunekit.checkpoint.origins import files_alone, resolve
 from prunekit.checkpoint.tokenizer_files import load_tokenizer
 from prunekit.checks import checked
 from prunekit.discovery import Groups, discover
-from prunekit.errors import PrunekitError, first_line
+from prunekit.errors import PrunekitError, first_line, reason
 from prunekit.files import read_text
 from prunekit.locks import PROCESS
 from prunekit.model_names import NAMES, is_world
@@ -114,7 +115,8 @@ def _read_sparsity(path: Path, model: Any) -> None:
         model.sparsity_report = parsed_report(read_text(path), model)
     except PrunekitError as error:
         raise PrunekitError(
-            f"{str(path)!r} does not describe this model's zeros ({error}); restore it from its source, or delete it"
+            f"{str(path)!r} does not describe this model's zeros ({reason(error)}); restore it from its source, "
+            "or delete it"
         ) from error
 
 
@@ -128,7 +130,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
     if config.get("model_type") == MODEL_TYPE:
         return load_cut(folder, dtype)
     try:
-        return _load_whole(folder, dtype, trust_remote_code)
+        return _load_whole(folder, config, dtype, trust_remote_code)
     except PrunekitError as error:
         if RECORD not in config:
             raise
@@ -138,9 +140,10 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
         ) from error
 
 
-def _load_whole(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+def _load_whole(folder: Path, config: dict[str, Any], dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     stored = stored_tensors(folder)
     check_dtypes(folder, stored)
+    check_config(str(folder), config, trust_remote_code)
     check_plain_size(folder, stored)
     model = load_plain(str(folder), dtype, trust_remote_code)
     _check_floats(folder, model, stored)
@@ -182,7 +185,7 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
             "and load the model again"
         ) from error
     except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own
-        raise _unloadable(source, where, f"{type(error).__name__}: {first_line(error)}") from error
+        raise _unloadable(source, where, reason(error)) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise PrunekitError(
             f"{source!r} holds an adapter, which transformers attaches to its base model; download it and give its "
@@ -312,6 +315,7 @@ def _build(
     folder: Path, saved: dict[str, Any], stored: dict[str, Stored], options: dict[str, Any]
 ) -> tuple[Any, Groups]:
     try:
+        check_config(str(folder), saved["base_config"], False)
         config = AutoConfig.for_model(**without_kernels(saved["base_config"]))
         check_size(config, stored, str(folder), factor=LEAST_PART_LEFT)
         model = empty_model(config, **options)
@@ -320,10 +324,8 @@ def _build(
         check_widths(saved, groups)
         return small, groups
     except Exception as error:  # a configuration its family refuses: any exception of any validator
-        kind = "" if isinstance(error, PrunekitError) else f"{type(error).__name__}: "
         raise PrunekitError(
-            f"config.json of {str(folder)!r} does not lead to a model ({kind}{first_line(error)}); "
-            "restore it from its source"
+            f"config.json of {str(folder)!r} does not lead to a model ({reason(error)}); restore it from its source"
         ) from error
 
 
@@ -362,7 +364,8 @@ def known_device(device: torch.device | str) -> torch.device:
         return torch.empty(0, device=device).device
     except Exception as error:  # torch raises several kinds, by device
         raise PrunekitError(
-            f"device={str(device)!r} cannot be used ({first_line(error)}); give 'cpu', or 'cuda' where there is a GPU"
+            f"device={str(device)!r} cannot be used: torch knows none of that name, or this machine has none; give "
+            "'cpu', or 'cuda' where there is a GPU"
         ) from error
 
 

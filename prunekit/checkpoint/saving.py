@@ -22,7 +22,7 @@ from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE
 from prunekit.checkpoint.reading_back import check_written
 from prunekit.checkpoint.tokenizer_files import write_tokenizer_of
 from prunekit.checks import Network, Tokenizer, checked
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
 from prunekit.models import check_has_weights, empty_model, name_model, own_tensors, shapes_of
@@ -186,7 +186,9 @@ def _record(model: Any, cuts: Cuts) -> dict[str, Any]:
         uncut = empty_model(AutoConfig.for_model(**described))
         rebuilt = cut_again(uncut, cuts.groups, cuts.stages, cuts.biases)
     except Exception as error:  # code that came with a checkpoint, or a configuration its family refuses
-        raise PrunekitError(f"cannot save this cut model: it cannot be built anew from its cuts ({error})") from error
+        raise PrunekitError(
+            f"cannot save this cut model: it cannot be built anew from its cuts ({reason(error)})"
+        ) from error
     if shapes_of(rebuilt) != shapes_of(model):
         raise PrunekitError(
             "this model's shapes are not those of its recorded cuts; it was changed by other means: make such changes "

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,6 +20,8 @@ from prunekit.cli.options import Parser, explained, given_to, parser_of
 from prunekit.errors import PrunekitError
 from prunekit.escaping import printable
 from prunekit.files import check_new_folder
+
+TRACEBACK = "PRUNEKIT_TRACEBACK"  # the environment variable that asks for the errors of other libraries
 
 COMMANDS = {  # verb → the module that it is a function of, and its line in the list
     "discover": ("showing", "Show which parts of a model can be cut, and what is locked."),
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse, after --help
         return int(stop.code or 0)
     except PrunekitError as error:
-        return _complain(" ".join(str(error).split()), 2)
+        return _complain(_told(error), 2)
     except BrokenPipeError:  # quietly; what is not written yet goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -105,6 +108,15 @@ def run(verb: Callable[..., Answer | int], args: argparse.Namespace) -> int:
         print(printable(head + answer.text))
     sys.stdout.flush()  # here, where a closed pipe is met, not at exit
     return 0
+
+
+def _told(error: PrunekitError) -> str:
+    """The message on one line; another library's error behind it is printed where TRACEBACK asks for it."""
+    behind = error.__cause__
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    hint = behind is not None and not isinstance(behind, PrunekitError | OSError)
+    return " ".join(str(error).split()) + (f" ({TRACEBACK}=1 shows the error behind this)" if hint else "")
 
 
 def _complain(message: str, code: int) -> int:

@@ -67,27 +67,28 @@ def own_warnings() -> Iterator[None]:
 
 @contextmanager
 def _own_log() -> Iterator[None]:
-    """A context that prints each line of prunekit's log once, such as what was read for several models."""
-    logger, handler = logging.getLogger("prunekit"), _Once()
+    """A context that prints each line of prunekit's log once, when all went well: an error is a single line."""
+    logger, handler = logging.getLogger("prunekit"), _Kept()
     level, handled_above = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         yield
+        for message in handler.said:
+            say(message)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = handled_above
 
 
-class _Once(logging.Handler):
+class _Kept(logging.Handler):
+    """Keeps each line of a log once, such as what was read for several models."""
+
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[str] = set()
+        self.said: dict[str, None] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if message not in self._said:
-            self._said.add(message)
-            say(message)
+        self.said[record.getMessage()] = None

@@ -18,7 +18,7 @@ from prunekit.discovery.operations import tensors_in
 from prunekit.discovery.parts import probing
 from prunekit.discovery.stored_integers import remembering
 from prunekit.discovery.trace_setup import free_parameters, labelled_arguments, module_paths, uncollected
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.models import check_language_model, evaluating, logits_alone
 
 
@@ -62,7 +62,7 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: boo
         except Exception as error:
             raise PrunekitError(
                 f"the model does not run on one token, so its structure cannot be traced: "
-                f"{type(error).__name__} in {mode.entered or type(model).__name__}: {error}"
+                f"in {mode.entered or type(model).__name__}, {reason(error)}"
             ) from error
     _lock_what_towers_write_to(model, mode)
     _finish(mode, watcher, output)

@@ -166,7 +166,10 @@ def on_device(model: nn.Module, device: str | torch.device | None) -> nn.Module:
             return model
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA raises AssertionError
-        raise PrunekitError(f"device={str(device)!r} cannot be used here: {error}; try device='cpu'") from error
+        raise PrunekitError(
+            f"device={str(device)!r} cannot be used here: torch knows none of that name, or this machine has none; "
+            "try device='cpu'"
+        ) from error
     return copy.deepcopy(model).to(wanted)
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import nn
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.evaluation.named_tasks import named_tasks
 from prunekit.evaluation.standard_tasks import TASKS
 from prunekit.models import evaluating
@@ -100,7 +100,7 @@ def run_harness(
         except OSError as error:  # what datasets raises without a network is one
             raise PrunekitError(
                 f"lm-evaluation-harness cannot read the data of {', '.join(names) or 'these tasks'} "
-                f"({str(error)[:200]}); check the network and the name of the data set"
+                f"({reason(error)}); check the network and the name of the data set"
             ) from error
     return read_results(results)
 
@@ -120,7 +120,7 @@ def import_harness(why: str = "") -> Any:
         import lm_eval.tasks
     except ImportError as error:
         raise PrunekitError(
-            f"{why}lm-evaluation-harness cannot be imported ({error}); pip install 'prunekit[harness]', "
+            f"{why}lm-evaluation-harness cannot be used ({reason(error)}); pip install 'prunekit[harness]', "
             "or use prunekit.zero_shot, which gives the same answers"
         ) from error
     return lm_eval

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.file_records import records_in
 
 STEMS = {
@@ -92,7 +92,7 @@ def read_hub(path: str, config: str | None, split: str) -> Iterator[Record]:
         rows = datasets.load_dataset(path, config, split=split)
     except Exception as error:  # the library raises errors of a dozen kinds
         raise PrunekitError(
-            f"cannot read {path!r} ({config or 'default'}, {split}) from the hub: {str(error)[:200]}; without a "
+            f"cannot read {path!r} ({config or 'default'}, {split}) from the hub ({reason(error)}); without a "
             "network, give data_dir= (--data-dir) with the files"
         ) from error
     for number, fields in enumerate(rows):

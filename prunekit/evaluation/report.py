@@ -11,7 +11,7 @@ import pandas as pd
 
 from prunekit.checks import Count, Model, Tokenizer, checked
 from prunekit.documents import TextSource
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.evaluation.footprint import Cost, cost
 from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity
 from prunekit.evaluation.multiple_choice import ZeroShotResult, zero_shot
@@ -129,7 +129,7 @@ class Report:
             return cls(**{name: None if value is None else readers[name](value) for name, value in fields.items()})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PrunekitError(
-                f"this is not a prunekit report ({error}); give a file that Report.save wrote"
+                f"this is not a prunekit report ({reason(error)}); give a file that Report.save wrote"
             ) from error
 
     def save(self, path: str | Path) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 from prunekit.checks import checked
 from prunekit.documents import read_documents
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.evaluation.records import Record, folders_of
 
 
@@ -96,7 +96,7 @@ def _from_hub(text: StandardText) -> list[str]:
         rows = datasets.load_dataset(**text.hub)
     except Exception as error:  # the library raises errors of a dozen kinds
         raise PrunekitError(
-            f"cannot read {text.hub['path']!r} from the hub: {str(error)[:200]}; without a network, give data_dir= "
+            f"cannot read {text.hub['path']!r} from the hub ({reason(error)}); without a network, give data_dir= "
             f"(--data-dir) with {text.files[0]} in it"
         ) from error
     return [Record(row, f"{text.hub['path']}, row {number}").text(text.column) for number, row in enumerate(rows)]

@@ -11,7 +11,7 @@ from transformers import Cache
 from prunekit.discovery.labelling import LabelMode, Trace
 from prunekit.discovery.stored_integers import remembering
 from prunekit.discovery.trace_setup import free_parameters, module_paths
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.models import evaluating
 
 
@@ -42,8 +42,7 @@ def find_writers(model: nn.Module, paths: set[str]) -> set[str]:
                 model(mode.input((1, 1)), use_cache=True)
         except Exception as error:  # whatever the family raises
             raise PrunekitError(
-                f"the model does not run with its cache: "
-                f"{type(error).__name__} in {mode.entered or type(model).__name__}: {error}"
+                f"the model does not run with its cache: in {mode.entered or type(model).__name__}, {reason(error)}"
             ) from error
     return found
 

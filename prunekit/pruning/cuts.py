@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from prunekit.discovery import KINDS, CoupledGroup, Groups, discover
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.models import Shapes, empty_model, shapes_of
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.recording import RECORD, Stages, recorded
@@ -57,7 +57,7 @@ class Cuts:
             return cls(config, groups, stages, _added_biases(model, groups))
         except Exception as error:  # code that came with a checkpoint, a record or a configuration that makes no sense
             raise PrunekitError(
-                f"cannot save this cut model: it cannot be built anew from its cuts ({error})"
+                f"cannot save this cut model: it cannot be built anew from its cuts ({reason(error)})"
             ) from error
 
     @cached_property

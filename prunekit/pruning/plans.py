@@ -10,7 +10,7 @@ import pandas as pd
 from torch import Tensor
 
 from prunekit.discovery import Groups
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.escaping import html_paragraph
 from prunekit.files import read_text, write_text
 
@@ -122,7 +122,7 @@ class PruningPlan:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:  # no JSON, numbers too long, too deep
-            raise PrunekitError(f"{_NO_PLAN} ({error}); {_GIVE}") from None
+            raise PrunekitError(f"{_NO_PLAN} ({reason(error)}); {_GIVE}") from error
         _check_fields(data, cls)
         return cls(**data)
 

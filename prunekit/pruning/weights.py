@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.pruning.dropping import renamed
 
 Keep = dict[tuple[str, int], Tensor]  # (parameter, dim) → ascending indices that stay
@@ -27,7 +27,7 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     except Exception as error:  # whatever an object in it refuses with
         raise PrunekitError(
             f"this {type(model).__name__} cannot be copied, and cuts are tried on a copy first "
-            f"({type(error).__name__}: {error}); take out of it what cannot be copied, such as locks, open files, or "
+            f"({reason(error)}); take out of it what cannot be copied, such as locks, open files, or "
             "weights that are computed from others"
         ) from error
 

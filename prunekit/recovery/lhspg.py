@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunekit.checks import check_integers, check_reals
 from prunekit.compat import adamw_step
 from prunekit.discovery.groups import CoupledGroup, Groups
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.importance import Importance, score
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import plan_without
@@ -278,7 +278,9 @@ class LHSPG(torch.optim.AdamW):
         try:
             super().load_state_dict({name: value for name, value in state_dict.items() if name != "lhspg"})
         except ValueError as error:
-            raise PrunekitError(f"the state is of other LoRA parameters ({error}); attach LoRA as before") from None
+            raise PrunekitError(
+                f"the state is of other LoRA parameters ({reason(error)}); attach LoRA as before"
+            ) from error
         for mine, saved in zip(here, own["weights"], strict=True):
             mine.copy_(saved)
         self.n_steps, self._n_turns = int(own["n_steps"]), int(own["n_turns"])

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from prunekit.checks import Whole, check_value
 from prunekit.compat import JOURNAL_KEY
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.files import writing
 from prunekit.search.hyperparameters import Range
 from prunekit.search.space import Point, Space, key_of
@@ -123,7 +123,9 @@ def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, KernelLock]:
     except PrunekitError:
         raise
     except (KeyError, AssertionError, TypeError, ValueError) as error:
-        raise PrunekitError(f"{str(path)!r} holds no study that can be read ({error}); give another path") from None
+        raise PrunekitError(
+            f"{str(path)!r} holds no study that can be read ({reason(error)}); give another path"
+        ) from error
     finally:
         optuna.logging.set_verbosity(before)
     return study, journal.lock

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.checkpoint import load
 from prunekit.discovery import Groups, discover
-from prunekit.errors import PrunekitError, first_line
+from prunekit.errors import PrunekitError
 from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, prune, surgery
 from prunekit.search.pairs import Metric
@@ -119,8 +119,8 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:
             figures = {metric.name: figure(metric, built, tokenizer) for metric in work.metrics}
         except PrunekitError as error:
             return Outcome(number, {}, str(error))
-        except (MemoryError, torch.OutOfMemoryError) as error:  # else every resume would try it again
-            return Outcome(number, {}, f"out of memory: {first_line(error)}")
+        except (MemoryError, torch.OutOfMemoryError):  # else every resume would try it again
+            return Outcome(number, {}, "out of memory")
         except Exception as error:
             error.add_note(f"while trial {number} was measured, {data!r:.200}; it waits to be measured again")
             raise

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunekit.account import LossChange
 from prunekit.checks import Count, NotNegative, Whole, check_value
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.escaping import html_paragraph
 from prunekit.files import read_text, write_text
 from prunekit.sparsity.patterns import Pattern
@@ -193,7 +193,7 @@ class SparsityReport:
             return cls(told["method"], told["target"], tuple(told["rows"]), told["left"], tuple(told["remarks"]), loss)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PrunekitError(
-                f"this is not a sparsity report ({error}); give what SparsityReport.to_json wrote"
+                f"this is not a sparsity report ({reason(error)}); give what SparsityReport.to_json wrote"
             ) from None
 
     def save(self, path: str | Path) -> Path:
