@@ -28,8 +28,9 @@ def check_ties(source: str, model: Any) -> None:
 
     `transformers` leaves them untied then, so that the model is not what its configuration says.
     """
-    text, head = model.config.get_text_config(), model.get_output_embeddings()
-    tied = text.tie_word_embeddings and getattr(model, "_tied_weights_keys", None) and head is not None
+    named, head = "tie_word_embeddings", model.get_output_embeddings()
+    asked = getattr(model.config.get_text_config(), named, getattr(model.config, named, False))
+    tied = asked and getattr(model, "_tied_weights_keys", None) and head is not None
     if tied and head.weight is not model.get_input_embeddings().weight:
         raise PrunekitError(
             f"config.json of {source!r} says tie_word_embeddings, but two different matrices are stored; set it to "
