@@ -26,7 +26,7 @@ from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.importance.ablation import ablated
 from prunekit.importance.scores import Scores
 from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution
-from prunekit.knowledge.question_spans import Exam, make_exam
+from prunekit.knowledge.question_spans import EvaluationSet, make_evaluation_set
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 KINDS = ("kv_head", "query_head", "ffn_channel", "block", "layer")
@@ -38,7 +38,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, np.ndarray]:
     return work(), np.array([time.process_time(), time.perf_counter()]) - before
 
 
-def every_silencing(groups: list[CoupledGroup], scores: Scores) -> list[tuple[CoupledGroup, list[int]]]:
+def every_ablation(groups: list[CoupledGroup], scores: Scores) -> list[tuple[CoupledGroup, list[int]]]:
     """What is ablated, as `knowledge_distribution` has it."""
     return [
         (group, sorted(scores[group.name].argsort(stable=True)[: round(ratio * group.n_units)].tolist()))
@@ -47,12 +47,12 @@ def every_silencing(groups: list[CoupledGroup], scores: Scores) -> list[tuple[Co
     ]
 
 
-def naive(model: Any, exam: Exam, some: list[tuple[CoupledGroup, list[int]]]) -> list[Any]:
+def naive(model: Any, asked: EvaluationSet, some: list[tuple[CoupledGroup, list[int]]]) -> list[Any]:
     """Hits and losses, measured by the plain loop."""
     marks = []
     for group, units in some:
         with ablated(model, group, units):
-            marks.append(exam.marks(log_likelihoods(model, exam.spans, batch_size=32).sums))
+            marks.append(asked.outcomes(log_likelihoods(model, asked.spans, batch_size=32).sums))
     return marks
 
 
@@ -64,14 +64,14 @@ def check_equal(found: KnowledgeDistribution, rows: list[int], marks: list[Any])
     return float(max(differences))
 
 
-def count_tokens(exam: Exam) -> dict[str, int]:
+def count_tokens(asked: EvaluationSet) -> dict[str, int]:
     """Positions that a pass of all questions runs through, read in three ways."""
-    contexts = {span.tokens[: span.start - 1] for span in exam.spans}
-    shared = sum(map(len, contexts)) + sum(len(span.tokens) - span.start for span in exam.spans)
+    contexts = {span.tokens[: span.start - 1] for span in asked.spans}
+    shared = sum(map(len, contexts)) + sum(len(span.tokens) - span.start for span in asked.spans)
     return {
-        "tokens, each choice alone": sum(len(row.tokens) for row in unpacked(exam.spans)),
+        "tokens, each choice alone": sum(len(row.tokens) for row in unpacked(asked.spans)),
         "tokens, contexts shared": shared,
-        "tokens, packed": sum(len(row.tokens) for row in pack(exam.spans)),
+        "tokens, packed": sum(len(row.tokens) for row in pack(asked.spans)),
     }
 
 
@@ -87,26 +87,26 @@ def main() -> None:
     chosen = [g for g in groups.of_kind(*KINDS) if args.layers is None or g.layer in args.layers]
     scores = pk.score(model, chosen, pk.Taylor(), pk.calibration_set("world", tokenizer, seq_len=64, seed=0))
     tasks = {name: replace(task, questions=task.questions[:: args.every]) for name, task in world.tasks().items()}
-    exam, plan = make_exam(model, tokenizer, tasks, None), every_silencing(chosen, scores)
-    log_likelihoods(model, exam.spans[:64], batch_size=32)  # warm
+    asked, plan = make_evaluation_set(model, tokenizer, tasks, None), every_ablation(chosen, scores)
+    log_likelihoods(model, asked.spans[:64], batch_size=32)  # warm
     n = len(plan)
     rows = np.linspace(0, n - 1, min(args.sample, n)).round().astype(int).tolist()
     some, half = [plan[row] for row in rows], len(rows) // 2
-    before, seconds_before = timed(lambda: naive(model, exam, some[:half]))
+    before, seconds_before = timed(lambda: naive(model, asked, some[:half]))
     found, ours = timed(lambda: knowledge_distribution(model, tokenizer, chosen, scores, ratios=RATIOS, tasks=tasks))
-    after, seconds_after = timed(lambda: naive(model, exam, some[half:]))
-    assert found.silencings["units"].tolist() == [units for _, units in plan]
+    after, seconds_after = timed(lambda: naive(model, asked, some[half:]))
+    assert found.ablations["units"].tolist() == [units for _, units in plan]
     theirs = seconds_before + seconds_after
-    apart, tokens = check_equal(found, rows, before + after), count_tokens(exam)
+    apart, tokens = check_equal(found, rows, before + after), count_tokens(asked)
     table = [
-        {"method": name, "silencings": count, "cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1)}
+        {"method": name, "ablations": count, "cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1)}
         for name, count, (cpu, wall) in (("plain loop", len(rows), theirs), ("prunekit", n, ours))
     ]
     for row in table:
-        row["seconds_a_silencing"] = round(row["cpu_seconds"] / row["silencings"], 3)
-        row["questions"], row["spans"] = len(exam.table), len(exam.spans)
+        row["seconds_an_ablation"] = round(row["cpu_seconds"] / row["ablations"], 3)
+        row["questions"], row["spans"] = len(asked.table), len(asked.spans)
         print(", ".join(f"{key} {value}" for key, value in row.items()))
-    each = table[0]["seconds_a_silencing"]
+    each = table[0]["seconds_an_ablation"]
     print(", ".join(f"{name}: {value:,}" for name, value in tokens.items()))
     print(f"the plain loop would take {each * n:.0f} CPU s for all {n}; factor {each * n / ours[0]:.2f}")
     print(f"{found!r}; largest difference of a loss {apart:.1e} nats; {torch.get_num_threads()} thread(s)")

@@ -4,10 +4,10 @@ The pipe, whole::
 
     model, tokenizer = load("world")
     groups = discover(model)
-    calib = calibration_set("world", tokenizer, n_samples=16, seq_len=64, seed=0)
-    scores = score(model, groups, Taylor(granularity="element"), calib)
-    small = prune(model, plan(groups, scores, pruning_ratio=0.25))
-    small = recover(small, LoRA(r=8), data)
+    calib = calibration_set("world", tokenizer, n_samples=64, seq_len=128, seed=0)
+    scores = score(model, groups.of_kind("kv_head", "ffn_channel"), Curvature(), calib)
+    small = prune(model, plan(groups, scores, pruning_ratio=0.25), compensate=calib)
+    small = recover(small, LoRA(r=8), "world", tokenizer=tokenizer)
     print(evaluate(small, tokenizer, ["perplexity", "zero_shot", "cost"]))
     save(small, "out/")
 """

@@ -95,6 +95,8 @@ class LossChange:
         known = isinstance(fields, Mapping) and set(fields) == set(kinds)
         if not known or not all(isinstance(fields[name], kind) for name, kind in kinds.items()):
             raise PrunekitError(f"{fields!r:.80} is no loss change; give what LossChange.to_dict returned")
+        if any(loss is not None and not 0 <= loss < math.inf for loss in (fields["before"], fields["after"])):
+            raise PrunekitError(f"{fields!r:.80} has losses that cannot be; give what LossChange.to_dict returned")
         unmeasured = fields["n_tokens"] == 0
         losses = {n: None if unmeasured else math.inf if fields[n] is None else fields[n] for n in ("before", "after")}
         return cls(**{**fields, **losses})

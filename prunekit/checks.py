@@ -39,7 +39,7 @@ def _reads_tokens(value: object) -> bool:
 
 
 def _is_tokenizer(value: object) -> bool:
-    return value is None or (callable(value) and hasattr(value, "bos_token_id"))
+    return value is None or (callable(value) and not isinstance(value, type))
 
 
 _NETWORK = "a causal language model with parameters, such as load(path) returns (of a DataParallel: its .module)"
@@ -56,7 +56,7 @@ NotNegative = Annotated[float, Rule(lambda value: is_real(value) and value >= 0,
 Tokenizer = Annotated[Any, Rule(_is_tokenizer, "a tokenizer of transformers, such as load(path) returns")]
 Network = Annotated[nn.Module, Rule(_is_network, _NETWORK, holds=True)]
 Model = Annotated[Any, Rule(_reads_tokens, _READER, holds=True)]
-SharedModel = Annotated[Any, Rule(_reads_tokens, _READER)]  # that worker threads take up
+SharedModel = Annotated[nn.Module, Rule(_is_network, _NETWORK)]  # that worker threads take up
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

@@ -23,6 +23,10 @@ class BudgetError(PrunekitError):
     """A budget that no plan meets: units are too large for it, or too few may be removed."""
 
 
+class DiskError(PrunekitError):
+    """Something cannot be written: no room, no permission, or no such folder."""
+
+
 class MissingExtraError(PrunekitError, AttributeError):
     """A package that an ability needs is not installed; to `hasattr`, a name that is not there."""
 

@@ -1,58 +1,114 @@
-"""Writes files and folders completely or not at all: first beside their place, then moved."""
+"""Reads files from others with care, and writes files and folders completely or not at all.
 
+What is written stands beside its place first, and is moved there when it is complete.
+"""
+
+import glob
+import json
 import os
+import re
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
-from prunekit.errors import PrunekitError, reason
+from safetensors import SafetensorError
+
+from prunekit.errors import DiskError, PrunekitError, reason
+
+try:
+    import fcntl
+except ImportError:  # Windows has no lock that goes with the process that holds it
+    fcntl = None  # type: ignore[assignment]
+
+LARGEST_RESULT = 2**40  # bytes of a result file, which may hold arrays
+LARGEST = 2**28  # bytes of a text file: the largest tokenizers and reports have a tenth of it
+RESTORE = "restore it from its source"
+UNFINISHED = ".unfinished"  # how the names of temporary folders end
+_OF_DISKS = ("os error", "PytorchStreamWriter failed")  # in errors of tokenizers and torch, which are of no kind
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file; the file is complete or not written.
+def check_regular(path: Path, most: int = LARGEST, advice: str = RESTORE) -> None:
+    """Raise an error for what is no file of a size that can be read: pipes and devices, which may never end, too.
+
+    Args:
+        path: of the file; a link stands for where it leads.
+        most: bytes.
+        advice: what to do, for the message.
 
     Raises:
-        PrunekitError: the folder is missing or cannot be written to.
+        PrunekitError: it is missing, something else than a file, or too large.
     """
     try:
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise PrunekitError(
-            f"cannot write {str(path)!r} ({error.strerror}); choose a folder you may write to"
-        ) from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(beside).chmod(0o644)  # temporary files are made for their owner alone
-        Path(beside).replace(path)
-    finally:
-        Path(beside).unlink(missing_ok=True)
+        found = path.stat()
+    except (OSError, ValueError) as error:  # missing, a circle of links, no permission, a name too long or with NUL
+        raise PrunekitError(f"cannot read {str(path)!r} ({getattr(error, 'strerror', error)}); {advice}") from None
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise PrunekitError(f"cannot read {str(path)!r}: it is {what}, no file; {advice}")
+    if found.st_size > most:
+        raise PrunekitError(f"{str(path)!r} has {found.st_size:,} bytes, and {most:,} are read at most; {advice}")
 
 
-def read_text(path: str | Path, writer: str) -> str:
-    """The text of a file that `writer`, such as `"Report.save"`, wrote.
+def read_text(path: str | Path, writer: str | None = None, most: int = LARGEST) -> str:
+    """The text of a file.
+
+    Args:
+        path: of the file.
+        writer: what wrote it, such as `"Report.save"`, for messages; None for a file from elsewhere.
+        most: bytes that are read at most.
 
     Raises:
-        PrunekitError: the file is missing, or it is no text.
+        PrunekitError: the file is missing, too large, or it is no text.
     """
-    if not Path(path).is_file():
-        raise PrunekitError(f"{str(path)!r} is no file; give the path of one that {writer} wrote")
+    advice = RESTORE if writer is None else f"give the path of a file that {writer} wrote"
+    check_regular(Path(path), most, advice)
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PrunekitError(
-            f"{str(path)!r} cannot be read as text ({reason(error)}); give one that {writer} wrote"
-        ) from error
+        raise PrunekitError(f"cannot read {str(path)!r} as text ({reason(error)}); {advice}") from error
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A context with a temporary file that is moved to `path` on success and removed on an error."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
-        yield Path(beside) / path.name
-        (Path(beside) / path.name).replace(path)
+def reading(path: str | Path, what: str, writer: str) -> Iterator[None]:
+    """A context in which a result file is read, whatever was edited in it.
+
+    Args:
+        path: of the file.
+        what: it should hold, such as `"scores"`.
+        writer: what wrote it, such as `"Scores.save"`.
+
+    Raises:
+        PrunekitError: the file is missing, or something in it does not fit; it names the file.
+    """
+    advice = f"give a file that {writer} wrote"
+    try:
+        check_regular(Path(path), LARGEST_RESULT, advice)
+        yield
+    except (OSError, SafetensorError, LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        raise PrunekitError(f"no {what} in {str(path)!r} ({reason(error)}); {advice}") from error
+
+
+def read_json(path: str | Path, writer: str | None = None, most: int = LARGEST) -> Any:
+    """The JSON value in a file; arguments are those of `read_text`.
+
+    Raises:
+        PrunekitError: it cannot be read, or is not JSON.
+    """
+    advice = RESTORE if writer is None else f"give the path of a file that {writer} wrote"
+    try:
+        return json.loads(read_text(path, writer, most))
+    except (json.JSONDecodeError, RecursionError) as error:  # also lists in lists without end
+        raise PrunekitError(f"{str(path)!r} is not JSON ({reason(error)}); {advice}") from error
+    except PrunekitError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise PrunekitError(
+            f"{str(path)!r} is not JSON that can be read: a number has too many digits; {advice}"
+        ) from error
 
 
 def check_new_folder(out: str | Path) -> Path:
@@ -62,7 +118,10 @@ def check_new_folder(out: str | Path) -> Path:
         PrunekitError: something stands there, or nothing could be written there.
     """
     path = Path(out)
-    empty = path.is_dir() and not any(path.iterdir())
+    try:
+        empty = path.is_dir() and not any(path.iterdir())
+    except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL byte
+        raise _unwritable(path, error) from None
     if path.exists() and (not empty or path.is_mount() or path.name in ("", "..")):
         raise PrunekitError(f"{str(out)!r} exists; choose a new folder, or remove it first")
     above = next(parent for parent in path.absolute().parents if parent.exists())
@@ -71,24 +130,114 @@ def check_new_folder(out: str | Path) -> Path:
     return path
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; the file is complete or not written.
+
+    Raises:
+        PrunekitError: the folder is missing, cannot be written to, or is full.
+    """
+    with new_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A context with a temporary file that is moved to `path` on success and removed on an error.
+
+    Raises:
+        PrunekitError: the disk is full, or nothing can be written there.
+    """
+    with writing(path), _beside(path) as folder:
+        yield folder / path.name
+        open_to_readers(folder)
+        (folder / path.name).replace(path)
+
+
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A context with a temporary folder that is moved to `out` on success and removed on an error.
 
     Raises:
-        PrunekitError: `out` exists, or its parent cannot be written to.
+        PrunekitError: `out` exists, its parent cannot be written to, or the disk is full.
     """
     path = check_new_folder(out)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise PrunekitError(f"cannot write to {str(path.parent)!r} ({error.strerror}); choose another folder") from None
+        with _beside(path) as folder:
+            yield folder
+            open_to_readers(folder)
+            if path.exists():
+                path.rmdir()
+            folder.replace(path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A context in which what the disk refuses is said by name.
+
+    Raises:
+        DiskError: with the place and the reason, such as that no space is left.
+    """
     try:
-        yield beside
-        beside.chmod(0o755)
-        if path.exists():
-            path.rmdir()
-        beside.replace(path)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(path, error) from error
+    except DiskError as error:  # of a file inside
+        raise _unwritable(path, error.__cause__ or error) from error.__cause__
+    except Exception as error:
+        if not any(word in str(error) for word in _OF_DISKS):
+            raise
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: BaseException) -> DiskError:
+    number = re.search(r"os error (\d+)", str(error))  # in the words of libraries that are no OSError
+    why = getattr(error, "strerror", None) or (os.strerror(int(number[1])) if number else "the disk refused it")
+    return DiskError(
+        f"cannot write {str(path)!r} ({why}), and nothing was left there; choose a folder with room that you may "
+        "write to"
+    )
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A context with a new folder beside a path, and without those that killed processes left there."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
+        with suppress(OSError), locked(left):  # one in use is somebody's
+            shutil.rmtree(left)
+    made = path.parent / f".{path.name}.{uuid4().hex[:12]}"
+    made.mkdir()
+    folder = made.with_name(f"{made.name}{UNFINISHED}")
+    try:
+        with locked(made):
+            made.replace(folder)  # its name says that it is locked
+            yield folder
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for each in (made, folder):
+            shutil.rmtree(each, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A context that holds a lock on a folder, where the system lets go of it with the process that holds it.
+
+    Raises:
+        BlockingIOError: another one holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give all files of a folder the mode that the system gives to new ones; safetensors makes them for their owner."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prunekit.errors import PrunekitError
-from prunekit.files import new_file
+from prunekit.files import new_file, writing
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -145,10 +145,8 @@ def save_picture(ax: Axes, path: str | Path) -> Path:
         PrunekitError: another kind of file, or it cannot be written.
     """
     path = check_picture(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as beside:
             cast(Figure, ax.figure).savefig(beside, dpi=150)
-    except OSError as error:
-        raise PrunekitError(f"cannot write {str(path)!r} ({error.strerror}); choose another place") from None
     return path

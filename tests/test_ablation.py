@@ -33,7 +33,7 @@ CUT = ("kv_head", "ffn_channel")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bloom", "mixtral", "phi3"])
-def test_a_silenced_unit_is_one_that_was_cut(name):
+def test_an_ablated_unit_is_one_that_was_cut(name):
     family = FAMILIES[name]
     model, groups = family.model(), family.groups()
     before = copy.deepcopy(model.state_dict())

@@ -198,9 +198,13 @@ def test_a_model_that_is_not_of_transformers_is_refused(importance):
 @pytest.mark.parametrize(
     ("model", "groups", "message"),
     [
-        (None, [], "the model is a NoneType; give the one"),
-        (nn.Linear(2, 2), None, "None is not a group; give discover"),
-        (nn.Linear(2, 2), ["model.layers.0.mlp:ffn_channel"], "'model.layers.0.mlp:ffn_channel' is not a group"),
+        (None, [], "model=None is not allowed"),
+        (nn.Linear(2, 2), None, "groups=None is not allowed; give Groups"),
+        (
+            nn.Linear(2, 2),
+            ["model.layers.0.mlp:ffn_channel"],
+            "groups\\[0\\]='model.layers.0.mlp:ffn_channel' is not allowed",
+        ),
     ],
 )
 def test_what_is_no_model_and_no_group_is_refused(model, groups, message):

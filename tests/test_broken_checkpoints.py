@@ -190,7 +190,7 @@ LOAD = {
     "an adapter alone": ("plain", adapter_only, ["holds an adapter only", "merge_and_unload"]),
     # config.json
     "no configuration": ("plain", gone("config.json"), ["has no config.json"]),
-    "a folder called config.json": ("plain", directory("config.json"), ["config.json", "Is a directory"]),
+    "a folder called config.json": ("plain", directory("config.json"), ["config.json", "it is a folder"]),
     "a configuration linked nowhere": ("plain", link("config.json", "gone"), ["config.json", "No such file"]),
     "a configuration linked to itself": (
         "plain",
@@ -198,7 +198,7 @@ LOAD = {
         ["config.json", "Too many levels"],
     ),
     "a configuration that is not JSON": ("plain", text("config.json", b"{'a': 1}"), ["config.json", "is not JSON"]),
-    "a configuration that is not text": ("plain", text("config.json", b"\xff\xfe"), ["config.json", "is not JSON"]),
+    "a configuration that is not text": ("plain", text("config.json", b"\xff\xfe"), ["config.json", "as text"]),
     "a configuration nested too deep": ("plain", text("config.json", b"[" * 200_000), ["config.json", "is not JSON"]),
     "a configuration that is a list": ("plain", text("config.json", b"[1]"), ["holds no JSON object but a list"]),
     "a configuration that says nothing": ("plain", text("config.json", b"{}"), ["cannot load", "model_type"]),
@@ -212,7 +212,11 @@ LOAD = {
     "a width below zero": ("plain", config(intermediate_size=-8), ["cannot load", "intermediate_size=-8"]),
     "a width that is a word": ("plain", config(intermediate_size="wide"), ["cannot load", "intermediate_size"]),
     "a width beyond all memory": ("plain", config(intermediate_size=10**9), ["asks for", "parameters", "hold"]),
-    "a billion layers": ("plain", config(num_hidden_layers=10**9), ["1,000,000,000 layers", "tensors are stored"]),
+    "a billion layers": (
+        "plain",
+        config(num_hidden_layers=10**9),
+        ["num_hidden_layers=1,000,000,000"],
+    ),
     # weights
     "no weights": ("plain", gone(WEIGHTS), ["has no safetensors weights", "none"]),
     "a pickle": ("plain", pickled, ["pytorch_model.bin", "reads no pickles"]),
@@ -280,7 +284,7 @@ LOAD = {
     "a base of no known kind": ("cut", base(model_type="mystery"), ["does not lead to a model", "mystery"]),
     "a base that its family refuses": ("cut", base(num_attention_heads=7), ["does not lead to a model"]),
     "a base beyond all memory": ("cut", base(hidden_size=8 * 10**9), ["asks for", "parameters", "hold"]),
-    "a base of a billion layers": ("cut", base(num_hidden_layers=10**9), ["1,000,000,000 layers"]),
+    "a base of a billion layers": ("cut", base(num_hidden_layers=10**9), ["num_hidden_layers=1,000,000,000"]),
     "widths that its stages deny": ("cut", layer_width("1", intermediate_size=48), ["intermediate_size=48", "layer 1"]),
     "widths of a layer that is not there": ("cut", layer_width("7", intermediate_size=48), ["layer 7"]),
     "a width of no sense": ("cut", layer_width("0", intermediate_size="wide"), ["'wide'", "layer 0"]),
@@ -466,7 +470,7 @@ def test_a_folder_that_may_not_be_written_to_is_told(good, open_folder):
     open_folder.chmod(0o555)
     said = script(WRITE.format(limit=NOBODY), open_folder, good / "plain", good / "cut")
     open_folder.chmod(0o755)
-    assert all("cannot write to" in line and "Permission denied" in line for line in said[::2])
+    assert all("cannot write" in line and "Permission denied" in line for line in said[::2])
     assert said[1::2] == ["[]", "[]"]
 
 

@@ -18,7 +18,7 @@ from prunekit.cli import main
 from prunekit.documents import documents_of
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.windows import read_spans
-from prunekit.knowledge.question_spans import make_exam
+from prunekit.knowledge.question_spans import make_evaluation_set
 from prunekit.recovery.data import training_windows
 
 WORDS = [f"w{number}" for number in range(1, 60)]
@@ -176,7 +176,7 @@ def perplexity(source, model, tokenizer):
 
 
 def knowledge(source, model, tokenizer):
-    return make_exam(model, tokenizer, None, {"mine": source}).spans
+    return make_evaluation_set(model, tokenizer, None, {"mine": source}).spans
 
 
 USES = {use.__name__: use for use in (calibration, recovery, perplexity, knowledge)}

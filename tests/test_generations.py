@@ -47,9 +47,9 @@ def test_a_training_model_stays_one_and_writes_without_dropout():
 
 
 REFUSED = {
-    "no model": ({"models": {}}, "give at least one, by name"),
-    "a list": ({"models": [1]}, "give at least one, by name"),
-    "a reserved name": ({"models": {"prompt": None}}, '"prompt" is no name'),
+    "no model": ({"models": {}}, "give a dictionary|give at least one, by name"),
+    "a list": ({"models": [1]}, "give a dictionary|give at least one, by name"),
+    "a reserved name": ({"models": {"prompt": None}}, '"prompt" is no name|models\\[.prompt.\\]=None is not allowed'),
     "no prompt": ({"prompts": []}, "at least one text"),
     "empty prompt": ({"prompts": ["a", ""]}, "prompts: ''"),
     "no tokens": ({"max_new_tokens": 0}, "max_new_tokens=0"),

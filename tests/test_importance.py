@@ -342,7 +342,7 @@ def test_importances_are_frozen():
 def test_score_refuses_what_it_cannot_score(model, groups):
     with pytest.raises(PrunekitError, match="needs a calibration set"):
         score(model, groups, Taylor())
-    with pytest.raises(PrunekitError, match="importance='taylor' is not allowed; give an importance, such as Taylor"):
+    with pytest.raises(PrunekitError, match="importance='taylor' is not allowed; give an importance .*such as Taylor"):
         score(model, groups, "taylor")
     with pytest.raises(PrunekitError, match="no groups to score"):
         score(model, (), Magnitude())
@@ -376,3 +376,25 @@ def test_weights_whose_sum_overflows_are_still_finite():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.finfo(torch.float32).max / 2)
     check_finite(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda found: [*found.values()], "must return a dictionary, group name → scores; it differs in list"),
+        (lambda found: {"other": next(iter(found.values()))}, "must return a dictionary.* it differs in"),
+        (lambda found: {name: value.tolist() for name, value in found.items()}, "finite scores; it gave list"),
+        (
+            lambda found: {name: value[1:] for name, value in found.items()},
+            r"a tensor \(\d+,\) of finite.* gave \(\d+,\)",
+        ),
+        (lambda found: {name: value / 0 for name, value in found.items()}, "of finite scores"),
+    ],
+)
+def test_what_an_importance_of_ones_own_returns_is_checked(model, groups, change, says):
+    class Own(Magnitude):
+        def unit_scores(self, *given):
+            return change(super().unit_scores(*given))
+
+    with pytest.raises(PrunekitError, match=says):
+        score(model, groups.of_kind("ffn_channel"), Own())

@@ -97,7 +97,7 @@ def test_what_cannot_be_is_refused(model):
             plan_in_steps(model, Magnitude(), ratio, n_steps=2, of="units")
     with pytest.raises(PrunekitError, match="kinds is empty"):
         plan_in_steps(model, Magnitude(), 0.2, n_steps=2, kinds=[])
-    with pytest.raises(PrunekitError, match="after is a dict; give an earlier plan"):
+    with pytest.raises(PrunekitError, match="after={} is not allowed; give a PruningPlan"):
         groups = discover(model)
         plan(groups, score(model, groups, Magnitude()), 0.2, after={})
 

@@ -62,7 +62,7 @@ def counted(monkeypatch, stop_after=None):
 
 
 def same(a, b):
-    pd.testing.assert_frame_equal(a.silencings, b.silencings)
+    pd.testing.assert_frame_equal(a.ablations, b.ablations)
     pd.testing.assert_frame_equal(a.questions, b.questions)
     return all(
         np.array_equal(getattr(a, name), getattr(b, name)) for name in ("hit", "loss", "dense_hit", "dense_loss")
@@ -79,13 +79,13 @@ def test_it_is_what_the_naive_loop_measures(world):
     questions = [(task, i, q) for task in asked for i, q in enumerate(task.questions)]
     spans = [span for _, _, q in questions for span in question_spans(tokenizer, q, 256, "")]
     dense = sums_alone(model, spans)
-    for row, told in list(found.silencings.iterrows())[::3] + [(None, None)]:
+    for row, told in list(found.ablations.iterrows())[::3] + [(None, None)]:
         if row is None:
             sums, hit, loss = dense, found.dense_hit, found.dense_loss
         else:
             group = groups[told["group"]]
             n = round(told["ratio"] * group.n_units)
-            assert told["n_silenced"] == n == len(told["units"])
+            assert told["n_ablated"] == n == len(told["units"])
             assert told["units"] == sorted(scores[group.name].argsort()[:n].tolist())
             with ablated(model, group, told["units"]):
                 sums, hit, loss = sums_alone(model, spans), found.hit[row], found.loss[row]
@@ -101,7 +101,7 @@ def test_it_is_what_the_naive_loop_measures(world):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_tied", "gemma3", "gpt2", "bloom", "opt_projected", "mixtral", "llama_peft",
                                   "falcon_alibi", "mpt", "olmo2", "gpt_neox"])  # fmt: skip
-def test_silenced_sums_are_those_of_the_whole_model(name):
+def test_ablated_sums_are_those_of_the_whole_model(name):
     """Every kind of group, hidden channels and vocabulary too."""
     check_every_group(FAMILIES[name].model(), FAMILIES[name].groups())
 
@@ -178,7 +178,7 @@ def test_an_interrupted_run_goes_on_and_the_weights_are_whole(world, tmp_path, m
         run(path=path)
     assert unchanged(model, before) and not model.training and len(times) == 4
     part = KnowledgeDistribution.load(path)
-    assert len(part.silencings) == 5 and part.unfinished == 4 and "4 more to measure" in repr(part)
+    assert len(part.ablations) == 5 and part.unfinished == 4 and "4 more to measure" in repr(part)
     times = counted(monkeypatch)
     again = run(path=path)
     assert times == [chosen[1].name] + 2 * [chosen[2].name]  # .5 and .6 of 4 units are the same 2: 5 rows of 3
@@ -254,7 +254,7 @@ def test_the_world_brings_its_own_questions(world, monkeypatch):
     model, tokenizer, groups = world
     monkeypatch.setattr("prunekit.world.tasks", lambda: {task.name: task for task in few(1)})
     found = knowledge_of_units(model, tokenizer, groups.of_kind("layer")[7:])
-    assert found.questions["task"].unique().tolist() == [*tasks()] and found.silencings["unit"].tolist() == [0]
+    assert found.questions["task"].unique().tolist() == [*tasks()] and found.ablations["unit"].tolist() == [0]
 
 
 def test_texts_are_measured_as_perplexity_measures_them():
@@ -302,9 +302,9 @@ TEXT_OF_WORLD = "\n\n".join(q.context + q.choices[q.answer] for q in tasks()["ar
 def by_hand(loss, **columns):
     """Three groups of 4 units at 2 ratios, 2 questions in domain a and 1 in b; the dense loss is 1 everywhere."""
     names = ("layers.0:kv_head", "layers.1:kv_head", "layers.1:ffn_channel")
-    silencings = pd.DataFrame(
+    ablations = pd.DataFrame(
         [
-            {"group": name, "kind": name.split(":")[1], "layer": int(name[7]), "ratio": ratio, "n_silenced": n,
+            {"group": name, "kind": name.split(":")[1], "layer": int(name[7]), "ratio": ratio, "n_ablated": n,
              "units": [*range(n)]}
             for name in names for ratio, n in ((0.25, 1), (0.5, 2))
         ]
@@ -316,7 +316,7 @@ def by_hand(loss, **columns):
     loss = np.array(loss, dtype=float)
     hit = loss < 2
     return KnowledgeDistribution(
-        silencings, questions, hit, loss, np.ones(3, dtype=bool), np.ones(3), True, True, **columns
+        ablations, questions, hit, loss, np.ones(3, dtype=bool), np.ones(3), True, True, **columns
     )
 
 
@@ -357,7 +357,7 @@ def test_agreement_is_whole_with_the_truth_and_reversed_with_its_negative():
     loss = [[1, 1, 1], [2, 2, 2], [3, 3, 3], [5, 5, 5], [7, 7, 7], [9, 9, 9]]
     found = by_hand(loss)
     truth = {}
-    for row, name in enumerate(found.silencings["group"].unique()):
+    for row, name in enumerate(found.ablations["group"].unique()):
         one, two = loss[2 * row][0] - 1, loss[2 * row + 1][0] - 1
         truth[name] = torch.tensor([one, two - one, 0.0, 0.0])
     negative = {name: -values for name, values in truth.items()}
@@ -396,7 +396,7 @@ def test_a_saved_one_is_the_same_when_loaded(world, tmp_path, single):
             KnowledgeDistribution.load(wrong)
 
 
-def test_a_silencing_that_breaks_the_model_is_infinite_and_the_run_goes_on():
+def test_an_ablation_that_breaks_the_model_is_infinite_and_the_run_goes_on():
     model, tokenizer = llama(rms_norm_eps=0.0), byte_tokenizer()
     groups = discover(model)
     chosen = [groups.of_kind("hidden")[0], groups.of_kind("kv_head")[0]]
@@ -413,8 +413,8 @@ def test_at_least_one_unit_goes_and_whole_groups_once(world):
     chosen = [groups.of_kind("kv_head")[7], groups.of_kind("layer")[7]]
     scores = {chosen[0].name: torch.tensor([2.0, 1.0, 1.0, 3.0])}
     found = knowledge_distribution(model, tokenizer, chosen, scores, ratios=(0.01, 0.5), tasks=few(1))
-    assert found.silencings["units"].tolist() == [[1], [1, 2], [0]]  # the first of equals first
-    assert found.silencings["ratio"].tolist() == [0.01, 0.5, 1.0]
+    assert found.ablations["units"].tolist() == [[1], [1, 2], [0]]  # the first of equals first
+    assert found.ablations["ratio"].tolist() == [0.01, 0.5, 1.0]
     assert found.damage(ratios=(0.5,))["kind"].tolist() == ["kv_head"]
 
 
@@ -429,12 +429,12 @@ def test_what_is_refused(world, tmp_path):
 
     for message, attempt in {
         "there are no groups to ablate": lambda: run([]),
-        "'model.layers.0' is no group; give discover": lambda: run(["model.layers.0"]),
+        r"groups\[0\]='model.layers.0' is not allowed; give an": lambda: run(["model.layers.0"]),
         "is not of this model.*discover": lambda: run(model=other),
         r"ratios=\(0, 0.5\); give fractions": lambda: run(ratios=(0, 0.5)),
         r"ratios=\(1.5,\)": lambda: run(ratios=(1.5,)),
         r"ratios=\(\)": lambda: run(ratios=()),
-        "ratios=1.0 is no list": lambda: run(ratios=1.0),
+        "ratios=1.0 is not allowed; give a list": lambda: run(ratios=1.0),
         "tokenizer=None; give": lambda: run(tokenizer=None),
         "scores are a Taylor": lambda: run(scores=Taylor()),
         "no task 'arc_simple'": lambda: run(tasks=["arc_simple"]),
@@ -458,7 +458,7 @@ def test_what_is_refused(world, tmp_path):
     with pytest.raises(PrunekitError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
         run(model=broken)
     found = by_hand(RISING)
-    single = replace(found, silencings=found.silencings.assign(unit=[0, 1] * 3))
+    single = replace(found, ablations=found.ablations.assign(unit=[0, 1] * 3))
     for message, attempt in {
         "by='colour' is unknown; allowed: 'domain'": lambda: found.table("colour"),
         "measure='speed'": lambda: found.damage("speed"),

@@ -505,7 +505,7 @@ def test_a_model_may_move_after_the_optimiser_was_made():
         rows = owned.rows(torch.zeros(1, dtype=torch.long))
         assert rows.device.type == "cuda"
         owned.write(torch.zeros(1, dtype=torch.long), rows)
-        owned.silence(torch.zeros(1, dtype=torch.long))
+        owned.zero(torch.zeros(1, dtype=torch.long))
 
 
 def test_overlapping_groups_are_refused():

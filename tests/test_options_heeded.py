@@ -13,7 +13,7 @@ import prunekit as pk
 from prunekit import world
 from prunekit.cli import main
 from prunekit.errors import PrunekitError
-from prunekit.knowledge.question_spans import make_exam
+from prunekit.knowledge.question_spans import make_evaluation_set
 from prunekit.search import measure_pairs
 
 
@@ -120,7 +120,7 @@ def test_data_of_a_metric_that_is_not_measured_is_refused(model):
     with pytest.raises(PrunekitError, match="tasks= is what 'accuracy' is measured on"):
         measure_pairs(space, model, byte_tokenizer(), 1, text=TEXT, tasks=world.tasks())
     with pytest.raises(PrunekitError, match="limit= is of tasks, and only text is given"):
-        make_exam(model, byte_tokenizer(), None, TEXT, limit=3)
+        make_evaluation_set(model, byte_tokenizer(), None, TEXT, limit=3)
 
 
 @pytest.fixture(scope="module")

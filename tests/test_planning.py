@@ -237,7 +237,7 @@ def test_a_plan_that_keeps_nonsense_is_refused(keep):
 def test_text_that_is_no_plan_is_refused(text, why):
     with pytest.raises(PrunekitError, match=f"this is no pruning plan.*{why}"):
         PruningPlan.from_json(text)
-    with pytest.raises(PrunekitError, match="is no file"):
+    with pytest.raises(PrunekitError, match=r"cannot read .nowhere.json. \(No such file"):
         PruningPlan.load("nowhere.json")
 
 
@@ -247,8 +247,8 @@ def test_text_that_is_no_plan_is_refused(text, why):
         ({"n_parameters": 0, "n_parameters_kept": 0}, "n_parameters=0 .* the first above 0"),
         ({"n_parameters": "9"}, "n_parameters='9' .* must be integers"),
         ({"n_parameters_kept": 77}, "n_parameters_kept=77; .* the second not larger"),
-        ({"n_units": {"a:kv_head": 4.5}}, "has n_units 4.5; it must say"),
-        ({"n_units": {}}, "has n_units None; it must say"),
+        ({"n_units": {"a:kv_head": 4.5}}, "has n_units 4.5; it must be an integer"),
+        ({"n_units": {}}, "has n_units None; it must be an integer"),
         ({"n_units": [4]}, r"n_units of a plan is \[4\]; it must be a dictionary"),
         ({"notes": 5}, "notes of a plan is 5; it must be a dictionary"),
         ({"groups": 5}, "groups of a plan are 5; leave them out"),
@@ -264,7 +264,7 @@ def test_odd_values_in_a_plan_are_named(changes, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\x80\x04\xff", "cannot be read as text"), (b"[" * 99999, "no pruning plan"), (b"9" * 9999, "no pruning plan")],
+    [(b"\x80\x04\xff", "cannot read .* as text"), (b"[" * 99999, "no pruning plan"), (b"9" * 9999, "no pruning plan")],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path, content, message):
     (tmp_path / "plan.json").write_bytes(content)

@@ -175,7 +175,7 @@ def test_the_loss_curve_is_kept(tmp_path):
         path.write_text(text)
         with pytest.raises(PrunekitError, match="no recovery log in"):
             RecoveryLog.load(path)
-    with pytest.raises(PrunekitError, match="is no file; give the path of one that RecoveryLog.save wrote"):
+    with pytest.raises(PrunekitError, match="No such file.*give a file that RecoveryLog.save wrote"):
         RecoveryLog.load(tmp_path / "nothing.json")
 
 

@@ -225,7 +225,7 @@ def test_memory_is_that_of_one_layer(monkeypatch, method):
         ({"sparsity": None, "pattern": (2, 5)}, r"model\.layers\.0\.self_attn\.q_proj\.weight has rows of"),
         ({"method": "fast"}, "method='fast' is unknown"),
         ({"method": None}, "method=None"),
-        ({"method": ["wanda"]}, "is unknown"),
+        ({"method": ["wanda"]}, "is not allowed; give a text, or an object of class SparseLLM"),
         ({"allocation": "local"}, "allocation='local' is unknown"),
         ({"sparsity": "2:4", "allocation": "global"}, "cannot move zeros"),
         ({"layers": [7]}, r"layers=\[7\]"),
@@ -280,7 +280,7 @@ def with_quantised_layer(model):
         (lambda: nn.Linear(3, 3), "not a transformers model, so it cannot run on tokens"),
         (lambda: torch.compile(tiny_llama()), "compiled"),
         (lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, vocab_size=9)), "an encoder"),
-        (lambda: "a/path", "model is a str"),
+        (lambda: "a/path", "model='a/path' is not allowed"),
     ],
 )
 @pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])

@@ -1,6 +1,7 @@
 """Experts cut to widths that torch's grouped products do not take, in models that are set to use them."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -48,3 +49,27 @@ def test_what_a_model_is_told_otherwise_stays():
     groups = discover(model)
     small = prune(model, plan_keeping(groups, channels(groups, 33)))
     assert small.config._experts_implementation == "batched_mm" and logits(small).isfinite().all()
+
+
+def by_number(self, hidden_states, top_k_index, top_k_weights):
+    """Experts as Nemotron-H runs them: the number of each is read out before its matrices are looked up."""
+    result = torch.zeros_like(hidden_states)
+    mask = torch.nn.functional.one_hot(top_k_index, num_classes=self.num_experts).permute(2, 1, 0)
+    for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero().squeeze(-1):
+        expert = hit.item()
+        place, token = torch.where(mask[expert])
+        gate, up = torch.nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, -1)
+        outputs = torch.nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+        result.index_add_(0, token, outputs * top_k_weights[token, place, None])
+    return result
+
+
+def test_experts_whose_numbers_are_read_out_are_found_and_cut():
+    model, plain = routed("mixtral"), routed("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.forward = types.MethodType(by_number, layer.mlp.experts)
+    groups = discover(model)
+    plan = plan_keeping(groups, {g.name: [0, 2, 3] for g in groups.of_kind("expert")})
+    assert len(plan.keep) == 2
+    plain.config._experts_implementation = "eager"
+    assert relative_difference(logits(prune(model, plan)), logits(prune(plain, plan))) < 1e-5

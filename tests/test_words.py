@@ -123,3 +123,18 @@ def test_each_wrong_word_is_found():
 def test_no_two_modules_have_one_name():
     names = Counter(path.stem for path in MODULES if path.stem != "__init__")
     assert not [name for name, times in names.items() if times > 1]
+
+
+def test_the_map_of_the_rooms_names_every_module_and_no_other():
+    text = (ROOT.parent / "docs/data_flow.md").read_text()
+    parts = re.split(r"^(?:\*\*`(\w+)`\*\*.*|\| file of `(\w+)` .*)$", text, flags=re.M)
+    rooms = {a or b: part for a, b, part in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
+    wrong = {}
+    for room, part in rooms.items():
+        rows = re.findall(r"^\| (`.*?) \|", part, re.M)
+        named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"__init__"}
+        there = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}
+        wrong |= {room: named ^ there} if named ^ there else {}
+    assert not wrong, "named and not there, or there and not named"
+    without = {"recipes", "world"}  # whose modules the first table says
+    assert rooms.keys() | without == {path.parent.name for path in ROOT.glob("*/__init__.py")}

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint.folders import Stored
@@ -15,6 +16,10 @@ from prunekit.models import shapes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Stages
 from prunekit.pruning.surgery import cut
+
+FEW_CALLS, CALLS_A_TENSOR = 20_000, 2_000  # of torch, to build a model; experts are built one by one, and stored as one
+ROOM = 2**27  # numbers in constants, such as masks, that no weights stand for
+MOST_STAGES = 100  # cuts on record: each is made again, which takes a trace
 
 
 def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] = ()) -> Any:
@@ -29,6 +34,8 @@ def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] 
     Raises:
         PrunekitError: a bias of what is no linear layer, or has one; or what `prune` raises.
     """
+    if len(stages) > MOST_STAGES:
+        raise PrunekitError(f"{len(stages)} cuts are on record, and {MOST_STAGES} are made again at most")
     for number, keep in enumerate(stages):
         groups = discover(model) if number else groups
         model = cut(model, _recorded_plan(groups, keep))
@@ -57,25 +64,44 @@ def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: i
     Raises:
         PrunekitError: it asks for more.
     """
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
     held = sum(_elements(t.shape) for t in stored.values())
-    if layers > len(stored):
-        raise PrunekitError(
-            f"config.json of {source!r} has {layers:,} layers, but {len(stored)} tensors are stored; "
-            "restore both from one source"
-        )
+    counter = _Counter(FEW_CALLS + CALLS_A_TENSOR * len(stored))
     try:
-        with PROCESS, torch.device("meta"):  # not even buffers cost anything
+        with PROCESS, torch.device("meta"), counter:  # not even buffers cost anything
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()
     except Exception:  # an error of the family is reported by the load that follows
-        return
-    asked = sum(_elements(shape) for shape in shapes_of(model).values())
-    if asked > factor * held:
+        if counter.n_left >= 0:
+            return
         raise PrunekitError(
-            f"config.json of {source!r} asks for {asked:,} parameters, but its weights hold {held:,} numbers; "
-            "restore both from one source"
+            f"config.json of {source!r} describes a model of many more parts than the {len(stored)} tensors that are "
+            "stored; restore both from one source"
+        ) from None
+    asked = sum(_elements(shape) for shape in shapes_of(model).values())
+    constants = sum(_elements(buffer.shape) for buffer in model.buffers())
+    if asked > factor * held or constants > factor * held + ROOM:
+        raise PrunekitError(
+            f"config.json of {source!r} asks for {asked:,} parameters and {constants:,} constants, but its weights "
+            f"hold {held:,} numbers; restore both from one source"
         )
+
+
+class _Counter(TorchFunctionMode):
+    """Ends the building of a model that makes more calls than its stored tensors can explain.
+
+    Attributes:
+        n_left: calls that may still come; below 0 where it ended the building.
+    """
+
+    def __init__(self, n_calls: int) -> None:
+        super().__init__()
+        self.n_left = n_calls
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.n_left -= 1
+        if self.n_left < 0:
+            raise OverflowError
+        return func(*args, **(kwargs or {}))
 
 
 def _elements(shape: tuple[int, ...]) -> int:

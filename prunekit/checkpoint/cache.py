@@ -12,9 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
-from safetensors import SafetensorError
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import DiskError, PrunekitError
 from prunekit.files import new_folder, write_text
 
 VARIABLE = "PRUNEKIT_CACHE"
@@ -48,8 +47,9 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
             if not is_whole(folder):
                 _remove_remains(folder)
                 _fill(folder, fill)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, DiskError) as error:
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or cause
         raise PrunekitError(
             f"cannot write to the cache {str(folder.parent)!r} ({reason}); set the environment variable {VARIABLE} to "
             "a folder with room that you may write to"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prunekit.account import LossChange
+from prunekit.escaping import in_code, in_fence, in_markdown
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.models import count_parameters
 from prunekit.pruning import PruningPlan
@@ -104,7 +105,7 @@ def model_card(
         )
     parts += _plan_parts(plan) if plan is not None else []
     parts += _zero_parts(zeros) if zeros is not None else []
-    parts += [f"## Figures\n\n```\n{report}\n```\n\nEvery answer: `report.json`."] if report is not None else []
+    parts += [f"## Figures\n\n{in_fence(report)}\n\nEvery answer: `report.json`."] if report is not None else []
     return "\n\n".join([*parts, f"## Load\n\n```python\n{loader}\n```"]) + "\n"
 
 
@@ -121,12 +122,13 @@ def _loss_parts(model: Any) -> list[str]:
     change = getattr(model, "loss_change", None)
     if not isinstance(change, LossChange):
         return []
-    said = f"What `{change.step}` did: {change}."
+    said = f"What {in_code(change.step)} did: {in_markdown(change)}."
     return [f"{said} **That is much.**" if change.is_large else said]
 
 
 def _plan_parts(plan: PruningPlan) -> list[str]:
-    facts = "\n".join(f"- {name}: {value}" for name, value in plan.notes.items() if not isinstance(value, dict | list))
+    plain = {name: value for name, value in plan.notes.items() if not isinstance(value, dict | list)}
+    facts = "\n".join(f"- {in_markdown(name)}: {in_markdown(value)}" for name, value in plain.items())
     shown = markdown_table(plan.summary_rows())
     return ["## The cut", *([facts] if facts else []), shown, "Which units stay: `plan.json`."]
 
@@ -137,12 +139,12 @@ def _zero_parts(report: "SparsityReport") -> list[str]:
         for layer, row in report.by_layer().iterrows()
     ]
     shown = markdown_table([("layer", "sparsity", "mean output error"), *rows])
-    remarks = "\n".join(f"- {remark}" for remark in report.remarks)
+    remarks = "\n".join(f"- {in_markdown(remark)}" for remark in report.remarks)
     told = f"Output error: ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration set. Every matrix: `{SPARSITY}`."
-    return ["## Zeros", f"`{report!r}`", shown, told, *([remarks] if remarks else []), _GOOD_FOR]
+    return ["## Zeros", in_code(repr(report)), shown, told, *([remarks] if remarks else []), _GOOD_FOR]
 
 
 def markdown_table(rows: Sequence[Sequence[object]]) -> str:
     """Rows of cells in Markdown; the first row is the head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(in_markdown, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

@@ -4,19 +4,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from prunekit.calibration import check_finite
 from prunekit.checkpoint.cards import renumbered, texts_beside
 from prunekit.checkpoint.gguf import check_family, write_gguf
 from prunekit.checkpoint.padded import padded_model
 from prunekit.checkpoint.saving import (
     SHARD,
     check_saving,
-    whole_folder,
     write_plain,
     write_texts,
     write_tokenizer,
 )
 from prunekit.checks import Network, Tokenizer, check_choice, checked
 from prunekit.errors import PrunekitError
+from prunekit.files import new_folder
 from prunekit.layouts import GGUF, LAYOUTS, PADDED
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Cuts
@@ -61,12 +62,13 @@ def export(
         PrunekitError: the layout is unknown or cannot hold this model, or what `save` raises. Nothing is left behind.
     """
     check_choice("layout", layout, LAYOUTS)
-    check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
+    check_saving(model, out, report, files, max_shard_size)
+    check_finite(model)
     if layout == GGUF:
         check_family(model)
     remarks = renumbered(model, plan, tokenizer)
     even, config, filled = _even(model, layout)
-    with whole_folder(out) as folder:
+    with new_folder(out) as folder:
         write_tokenizer(model, folder, tokenizer)
         if layout == GGUF:
             remarks += write_gguf(even, config, folder)

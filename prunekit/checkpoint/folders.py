@@ -3,7 +3,7 @@
 Only headers are read here, so that what is wrong is said before memory is asked for.
 """
 
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,17 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from prunekit.errors import PrunekitError, reason
+from prunekit.annotations import shown
+from prunekit.errors import PrunekitError
+from prunekit.files import LARGEST, check_regular, read_json
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}  # how torch's zip files and bare ones begin
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_READ = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # what transformers may read of a folder
+_UNLIMITED = 2**62
+_MOST = {"layer": 1024, "position": 2**24}  # part of a field's name → the largest number that is believed
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         PrunekitError: the file is missing, cannot be read, or is not a JSON object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:  # missing, a folder, a link that leads nowhere or in a circle, no permission
-        raise PrunekitError(f"cannot read {str(path)!r} ({error.strerror}); restore it from its source") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise PrunekitError(f"{str(path)!r} is not JSON ({reason(error)}); restore it from its source") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise PrunekitError(f"{str(path)!r} holds no JSON object but a {type(value).__name__}; restore it")
     return value
@@ -72,44 +72,75 @@ def read_config(folder: Path) -> dict[str, Any]:
         PrunekitError: the file is missing, or the folder is not a plain checkpoint.
     """
     path = folder / "config.json"
-    if (folder / "adapter_config.json").is_file() and not path.exists():
+    if os.path.lexists(folder / "adapter_config.json"):
+        beside = "an adapter beside a model" if path.exists() else "an adapter only"
         raise PrunekitError(
-            f"{str(folder)!r} holds an adapter only; load its base model with peft, call merge_and_unload() on it, "
-            "save that, and give its folder"
+            f"{str(folder)!r} holds {beside} (adapter_config.json); load its base model with peft, call "
+            "merge_and_unload() on it, save that, and give its folder"
         )
     if not path.exists() and not path.is_symlink():
         raise PrunekitError(f"{str(folder)!r} is no checkpoint: it has no config.json; give the folder that holds it")
+    for file in sorted(folder.iterdir()):  # before anything reads them: a pipe would never end
+        if file.suffix in _READ and file.exists() and not file.is_dir():
+            check_regular(file, LARGEST if file.suffix == ".json" else _UNLIMITED)
     config = read_object(path)
-    check_implementations(config, str(folder))
+    _check_names(path, config)
+    check_described(config, str(folder))
     if config.get("quantization_config") is not None:
         raise _quantized(folder, config["quantization_config"])
     return config
 
 
-def check_implementations(described: dict[str, Any], source: str) -> None:
-    """Raise an error where a configuration names a repository with code for attention or experts.
+def _check_names(path: Path, config: dict[str, Any]) -> None:
+    """Raise an error for a model type that is no text, or architectures that are no list of texts."""
+    kind, names = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str | None):
+        raise PrunekitError(f"{str(path)!r} has model_type={kind!r:.40}; it must be a text: restore it from its source")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise PrunekitError(
+            f"{str(path)!r} has architectures={names!r:.40}; they must be a list of texts: restore it from its source"
+        )
 
-    `transformers` would fetch and run it. A cut checkpoint of ours is built without these fields instead.
+
+def check_described(described: dict[str, Any], source: str) -> None:
+    """Raise an error where a configuration names weights of its own, code, or a number that no model has.
+
+    `transformers` would read other weights than are checked here, fetch and run the code for attention or experts, or
+    make a list of so many layers. A cut checkpoint of ours
+    is built without the fields that name code instead.
 
     Args:
         described: config.json as it is, nested configurations included.
         source: of the checkpoint, for the message.
 
     Raises:
-        PrunekitError: names the field and the repository.
+        PrunekitError: names the field and what stands there.
     """
-    if described.get("model_type") != "prunekit":
-        _check_fields(described, source)
+    _check_fields(described, source, own=described.get("model_type") == "prunekit")
 
 
-def _check_fields(described: Any, source: str) -> None:
+def _check_fields(described: Any, source: str, own: bool) -> None:
+    if isinstance(described, list):
+        for value in described:
+            _check_fields(value, source, own)
     for key, value in described.items() if isinstance(described, dict) else ():
-        if "_implementation" in key and "/" in str(value):
+        if key == "transformers_weights" and value is not None:
+            raise PrunekitError(
+                f"config.json of {source!r} has transformers_weights={shown(value)}, and only {WHOLE} and {INDEX} are "
+                "read; rename the weights so, and remove that field from config.json"
+            )
+        part = next((part for part in _MOST if part in key), "")
+        if part and type(value) is int and not 0 <= value <= _MOST[part]:
+            raise PrunekitError(
+                f"config.json of {source!r} has {key}={value:,}; it must lie between 0 and {_MOST[part]:,}: restore it "
+                "from its source"
+            )
+        if not own and "_implementation" in key and "/" in str(value):
             raise PrunekitError(
                 f"config.json of {source!r} has {key}={value!r}, code of a repository, which is not fetched or run; "
                 "remove that field from config.json"
             )
-        _check_fields(value, source)
+        _check_fields(value, source, own)
 
 
 def _quantized(folder: Path, quantization: Any) -> PrunekitError:
@@ -177,6 +208,7 @@ def _sharded(folder: Path, names: dict[str, str]) -> dict[str, Stored]:
 
 
 def _header(path: Path) -> Iterator[tuple[str, Stored]]:
+    check_regular(path, _UNLIMITED)
     try:
         with path.open("rb") as file:
             first = file.read(2)

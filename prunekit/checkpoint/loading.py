@@ -29,17 +29,19 @@ from prunekit.checkpoint.cards import LISTED, SPARSITY
 from prunekit.checkpoint.config_checks import check_config
 from prunekit.checkpoint.folders import (
     Stored,
+    check_described,
     check_dtypes,
-    check_implementations,
     read_config,
     read_object,
     stored_tensors,
 )
 from prunekit.checkpoint.layer_widths import check_widths
+from prunekit.checkpoint.left_out import check_left_out, check_ties
 from prunekit.checkpoint.origins import resolve
 from prunekit.checks import checked
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError, reason
+from prunekit.files import read_text
 from prunekit.locks import PROCESS
 from prunekit.model_names import NAMES, is_world
 from prunekit.models import empty_model, name_model, own_tensors
@@ -108,8 +110,8 @@ def _read_sparsity(path: Path, model: Any) -> None:
     if not os.path.lexists(path):
         return
     try:
-        model.sparsity_report = parsed_report(path.read_text(encoding="utf-8"), model)
-    except (OSError, UnicodeDecodeError, RecursionError, PrunekitError) as error:
+        model.sparsity_report = parsed_report(read_text(path), model)
+    except PrunekitError as error:
         raise PrunekitError(
             f"{str(path)!r} does not describe this model's zeros ({reason(error)}); restore it from its source, "
             "or delete it"
@@ -141,7 +143,7 @@ def _load_whole(folder: Path, config: dict[str, Any], dtype: torch.dtype | str, 
     stored = stored_tensors(folder)
     check_dtypes(folder, stored)
     check_config(str(folder), config, trust_remote_code)
-    _check_plain_size(folder, stored)
+    check_plain_size(folder, stored)
     model = load_plain(str(folder), dtype, trust_remote_code)
     _check_floats(folder, model, stored)
     return model
@@ -166,7 +168,8 @@ def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-def _check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
+def check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
+    """Raise an error for a configuration that asks for far more than the files of its folder hold."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception:  # any error; the load that follows reports it
@@ -178,7 +181,7 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
     """The model of a folder or hub id, loaded by `transformers`; missing or unfitting weights raise an error."""
     where = _where(source)
     if not trust_remote_code and not Path(source).is_dir():  # a folder's was checked as it was read
-        check_implementations(_described(source, where), source)
+        check_described(_described(source, where), source)
     try:
         with PROCESS:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -201,6 +204,8 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
         raise PrunekitError(
             f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source"
         )
+    check_left_out(source, model, info["unexpected_keys"])
+    check_ties(source, model)
     return model
 
 
@@ -240,9 +245,11 @@ def _where(source: str) -> dict[str, bool]:
 
 def _check_floats(folder: Path, model: nn.Module, stored: dict[str, Stored]) -> None:
     """Raise an error for integers in a parameter's place, which `transformers` converts to floats without a warning."""
-    for name, _ in model.named_parameters():
-        if name in stored and not stored[name].is_float:
-            raise PrunekitError(f"{name!r} of {str(folder)!r} is stored as {stored[name].dtype}; restore the weights")
+    names = {name for name, _ in model.named_parameters()}
+    for name, tensor in stored.items():  # which may have other names than the model's, as those of experts
+        is_weight = name in names or (name.endswith((".weight", ".bias")) and tensor.dtype != "BOOL")
+        if is_weight and not tensor.is_float and len(tensor.shape) < 4:  # a mask has four dimensions
+            raise PrunekitError(f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}; restore the weights")
 
 
 def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -290,12 +297,26 @@ def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = 
     model, groups = _build(folder, saved, stored, options)
     _fill(model, folder, stored, mapped)
     if os.path.lexists(folder / "generation_config.json"):
-        model.generation_config = GenerationConfig.from_dict(read_object(folder / "generation_config.json"))
+        model.generation_config = _generation(folder / "generation_config.json")
     name_model(model, str(folder))
     model = usable(_in_dtype(model, dtype)).eval()
     if not mapped:  # it would be read from disk, every weight of it
         describe(model, groups)
     return model
+
+
+def _generation(path: Path) -> GenerationConfig:
+    try:
+        found = GenerationConfig.from_dict(read_object(path))
+        found.validate()
+    except PrunekitError:
+        raise
+    except Exception as error:  # of any kind, by field
+        raise PrunekitError(
+            f"{str(path)!r} is no configuration of generation ({reason(error)}); restore it from its source, or "
+            "delete it"
+        ) from error
+    return found
 
 
 def _check_record(folder: Path, saved: dict[str, Any]) -> None:

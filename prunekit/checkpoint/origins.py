@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from prunekit.annotations import shown
 from prunekit.checkpoint.conversion import converted
 from prunekit.checkpoint.gguf_header import SUFFIX
 from prunekit.errors import PrunekitError
@@ -22,6 +23,13 @@ def resolve(source: str | Path) -> str | Path:
         PrunekitError: the file is missing or cannot be converted, the folder holds several, or the package of the
             model is not installed.
     """
+    try:
+        Path(source).is_dir()
+    except (OSError, ValueError) as error:  # too long, or with a NUL byte
+        raise PrunekitError(
+            f"{shown(source)} cannot be a name ({getattr(error, 'strerror', None) or error}); give a checkpoint "
+            f"folder, a .gguf file, a hub id, or {NAMES}"
+        ) from None
     file = packaged_file(source) or _gguf_of(Path(source))
     if file is not None:
         return converted(file)

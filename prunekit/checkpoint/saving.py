@@ -7,13 +7,11 @@ with `model_type: "prunekit"`: the uncut configuration, the units kept, and the 
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again
@@ -70,9 +68,9 @@ def save(
         PrunekitError: `out` exists or cannot be written, adapters are not merged, the model is not what its recorded
             cuts lead to, or what was written does not read back as the model. Nothing is left behind.
     """
-    check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
+    check_saving(model, out, report, files, max_shard_size)
     config = description(model)
-    with whole_folder(out) as folder:
+    with new_folder(out) as folder:
         if isinstance(config, dict):
             _write_cut(model, config, folder, max_shard_size)
         else:
@@ -114,33 +112,17 @@ def check_saveable(model: Any) -> None:
 
 
 def check_saving(
-    model: Any,
-    out: str | Path,
-    tokenizer: Any,
-    plan: Any,
-    report: Any,
-    files: Any,
-    max_shard_size: str | int,
+    model: Any, out: str | Path, report: Any, files: Mapping[str, str] | None, max_shard_size: str | int
 ) -> None:
     """Raise an error for arguments that `save` and `export` cannot use, before anything is computed."""
     check_new_folder(out)
     check_saveable(model)
-    if plan is not None and not isinstance(plan, PruningPlan):
-        raise PrunekitError(f"plan={plan!r} is not a PruningPlan; give what plan() or PruningPlan.load() returns")
     if report is not None and not hasattr(report, "to_json"):
         raise PrunekitError(f"report={report!r} is not a Report; give what evaluate() or Report.load() returns")
-    if files is not None and not _is_texts(files):
-        raise PrunekitError(f"files={files!r} must map names of files to their texts, as in {{'LICENSE': '…'}}")
-    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise PrunekitError(f"tokenizer={tokenizer!r} is not a tokenizer; give what load() or AutoTokenizer returns")
     for name in files or {}:
         if Path(name).name != name:
             raise PrunekitError(f"files: {name!r} is not a plain file name; give names without folders")
     check_shard_size(max_shard_size)
-
-
-def _is_texts(files: Any) -> bool:
-    return isinstance(files, Mapping) and all(isinstance(text, str) for pair in files.items() for text in pair)
 
 
 def check_shard_size(size: str | int) -> None:
@@ -148,23 +130,6 @@ def check_shard_size(size: str | int) -> None:
     known = isinstance(size, str) and re.fullmatch(r"0*[1-9]\d*[KMGT]B", size, re.IGNORECASE)
     if not known and not (type(size) is int and size > 0):
         raise PrunekitError(f"max_shard_size={size!r} is no size; give bytes, or such as '500MB' or '5GB'")
-
-
-@contextmanager
-def whole_folder(out: str | Path) -> Iterator[Path]:
-    """A new folder that is moved to its place when the block ends well; a full disk is said in prunekit's words.
-
-    Raises:
-        PrunekitError: `out` exists, or cannot be written to.
-    """
-    try:
-        with new_folder(out) as folder:
-            yield folder
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PrunekitError(
-            f"cannot write {str(out)!r} ({reason}); nothing was left there; choose another place"
-        ) from error
 
 
 def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int) -> None:

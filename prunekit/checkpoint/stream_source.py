@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, stored_tensors
-from prunekit.checkpoint.loading import MODEL_TYPE, load, load_cut, load_plain, load_tokenizer
+from prunekit.checkpoint.loading import MODEL_TYPE, check_plain_size, load, load_cut, load_plain, load_tokenizer
 from prunekit.checkpoint.origins import resolve
 from prunekit.errors import PrunekitError
 from prunekit.files import new_folder
@@ -53,6 +53,7 @@ def local_folder(source: str | Path) -> Path:
             f"{str(source)!r} is not a folder on this machine, and only those are streamed; download the checkpoint, "
             "and give the folder that holds config.json and safetensors"
         )
+    read_config(folder)
     return folder
 
 
@@ -76,7 +77,9 @@ def to_convert(folder: Path) -> Any:
     """
     if read_config(folder).get("model_type") == MODEL_TYPE:
         return None
-    left = Counter(tensor.shape for tensor in stored_tensors(folder).values())
+    stored = stored_tensors(folder)
+    check_plain_size(folder, stored)
+    left = Counter(tensor.shape for tensor in stored.values())
     try:
         model = empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception:  # any error; the load that follows reports it

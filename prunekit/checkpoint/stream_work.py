@@ -13,14 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from prunekit.checkpoint.folders import read_object
-from prunekit.errors import PrunekitError
-from prunekit.files import check_new_folder, write_text
+from prunekit.errors import DiskError, PrunekitError
+from prunekit.files import check_new_folder, fcntl, open_to_readers, write_text
 from prunekit.fingerprint import digest_of_text
-
-try:
-    import fcntl
-except ImportError:  # Windows has no lock that goes with the process that holds it
-    fcntl = None  # type: ignore[assignment]
 
 Facts = Mapping[str, Any]
 """Arguments of a run, as JSON: two runs with equal arguments give equal files."""
@@ -139,9 +134,10 @@ class Work:
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(kept) from None
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise PrunekitError(f"cannot go on ({reason}); {kept}, once there is room") from error
+        except (OSError, SafetensorError, DiskError) as error:
+            cause = error.__cause__ if isinstance(error, DiskError) else error
+            reason = getattr(cause, "strerror", None) or cause
+            raise DiskError(f"cannot go on ({reason}); {kept}, once there is room") from error
 
     def finish(self, out: Path) -> None:
         """Move the finished output into its place and drop the rest.
@@ -152,7 +148,7 @@ class Work:
         check_new_folder(out)
         for beside in self.checkpoint.glob(".*"):  # what a killed run was just writing
             beside.unlink()
-        self.checkpoint.chmod(0o755)
+        open_to_readers(self.checkpoint)
         if out.exists():
             out.rmdir()
         self.checkpoint.replace(out)

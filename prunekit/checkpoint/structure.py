@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.folders import read_config, stored_tensors
+from prunekit.checkpoint.left_out import check_left_out
 from prunekit.checkpoint.loading import LEAST_PART_LEFT, MODEL_TYPE, load, without_kernels
 from prunekit.checkpoint.origins import resolve
 from prunekit.discovery import discover
@@ -48,4 +49,6 @@ def _without_weights(folder: Path) -> Any:
     shapes = shapes_of(model)
     if not cut and any(tuple(stored[name].shape) != shape for name, shape in shapes.items() if name in stored):
         raise PrunekitError(f"the weights in {str(folder)!r} do not fit its configuration; load it")
+    if not cut:
+        check_left_out(str(folder), model, stored.keys() - model.state_dict().keys())
     return cut_again(model, discover(model), saved["stages"], saved.get("biases", [])) if cut else model

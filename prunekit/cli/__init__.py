@@ -18,6 +18,7 @@ from importlib import import_module
 from prunekit.cli.answers import Answer, as_json, own_warnings, say
 from prunekit.cli.options import Parser, explained, given_to, parser_of
 from prunekit.errors import PrunekitError
+from prunekit.escaping import printable
 from prunekit.files import check_new_folder
 
 TRACEBACK = "PRUNEKIT_TRACEBACK"  # the environment variable that asks for the errors of other libraries
@@ -103,7 +104,8 @@ def run(verb: Callable[..., Answer | int], args: argparse.Namespace) -> int:
     if args.json:
         print(as_json(answer.values | ({"seconds": round(seconds, 1)} if writes else {})))
     else:
-        print(f"{given['model']} → {given['out']}, in {seconds:.0f} s\n\n{answer.text}" if writes else answer.text)
+        head = f"{given['model']} → {given['out']}, in {seconds:.0f} s\n\n" if writes else ""
+        print(printable(head + answer.text))
     sys.stdout.flush()  # here, where a closed pipe is met, not at exit
     return 0
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from prunekit.escaping import printable
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -42,7 +44,7 @@ def text_table(rows: Sequence[Sequence[object]]) -> str:
 
 def say(message: object) -> None:
     """One line on standard error."""
-    print(f"prunekit: {message}", file=sys.stderr)
+    print(f"prunekit: {printable(str(message))}", file=sys.stderr)
 
 
 @contextmanager

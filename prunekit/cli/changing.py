@@ -15,6 +15,8 @@ from prunekit.cli.answers import Answer, text_table
 from prunekit.cli.inputs import Loading, drawn, tell_unmeasured, text_for
 from prunekit.cli.options import Of
 from prunekit.errors import PrunekitError
+from prunekit.escaping import in_code, in_markdown
+from prunekit.files import read_text
 from prunekit.layouts import GGUF
 from prunekit.models import count_parameters, empty_model, fitting_length
 from prunekit.recovery.data import hold_out, training_windows
@@ -168,12 +170,12 @@ def _files(model: str, log: RecoveryLog) -> dict[str, str]:
     folder, (first, last) = Path(model), log.ends
     pruned = any((folder / name).is_file() for name in ("plan.json", "sparsity.json"))
     here = [name for name in ("plan.json", "README.md") if pruned and (folder / name).is_file()]
-    carried = {name: (folder / name).read_text(encoding="utf-8") for name in here}
+    carried = {name: read_text(folder / name) for name in here}
     section = (
-        f"\n## Recovered\n\n`{log.method}` on {log.n_tokens:,} tokens, {len(log.losses)} steps: "
-        f"loss {first:.3f} → {last:.3f} (`recovery.json`). Before and after: {log.loss_change}.\n"
+        f"\n## Recovered\n\n{in_code(log.method)} on {log.n_tokens:,} tokens, {len(log.losses)} steps: "
+        f"loss {first:.3f} → {last:.3f} (`recovery.json`). Before and after: {in_markdown(log.loss_change)}.\n"
     )
-    before = carried.get("README.md", f"# A model trained by prunekit\n\n- Made from: `{model}`\n")
+    before = carried.get("README.md", f"# A model trained by prunekit\n\n- Made from: {in_code(model)}\n")
     return {**carried, "README.md": before + section, "recovery.json": json.dumps(log.to_dict(), indent=1)}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import PrunekitError
+from prunekit.escaping import html_paragraph
 
 KINDS = (
     "kv_head",
@@ -210,4 +211,4 @@ class Groups(Sequence[CoupledGroup]):
         return f"Groups({found}; {self.n_parameters:,} parameters; {len(self.locked)} locked)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.summary().to_html()}"
+        return f"{html_paragraph(self)}{self.summary().to_html()}"

@@ -54,6 +54,21 @@ class Equation:
     where: str
 
 
+class Picked(int):
+    """An `int` that was read out of a choice by value, such as the number of an expert."""
+
+    choice: int
+
+    @classmethod
+    def of(cls, value: Any, choice: int | None) -> Any:
+        """Wrap an integer; any other number stays as it is."""
+        if type(value) is not int or choice is None:
+            return value
+        number = cls(value)
+        number.choice = choice
+        return number
+
+
 @dataclass(frozen=True, eq=False)
 class _Sighting:
     number: Remembered
@@ -86,6 +101,11 @@ class IntegerWatcher(TorchFunctionMode):
                 return attention(*args, **kwargs)
         if func is Tensor.__getitem__ and self._is_choice(args[1]):  # a plain look-up would read the number out
             return args[0].index_select(0, args[1].view(1)).squeeze(0)
+        if func is Tensor.__getitem__ and isinstance(args[1], Picked):
+            index = self._mode.mark_chosen(torch.tensor([int(args[1])]), args[1].choice)
+            return args[0].index_select(0, index).squeeze(0)
+        if func is Tensor.item and self._is_choice(args[0]):
+            return Picked.of(func(*args), self._mode.operand(args[0]).choice)
         if func in _PRODUCTS:
             with below_autograd():  # one operation with a rule, not the many that it is made of
                 return func(*args, **kwargs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunekit.checks import Count, Model, checked
+from prunekit.checks import Count, Model, NotNegative, Whole, check_fields, checked
 from prunekit.compat import TorchDispatchMode, storage_key, tree_leaves
 from prunekit.errors import PrunekitError
 from prunekit.locks import PROCESS
@@ -32,9 +32,9 @@ MEASURED = {
 class Latency:
     """Time of repeated runs, in milliseconds: the median and the 10th and 90th percentiles."""
 
-    median: float
-    p10: float
-    p90: float
+    median: NotNegative
+    p10: NotNegative
+    p90: NotNegative
 
     def __repr__(self) -> str:
         return f"{self.median:.3g} ms ({self.p10:.3g}–{self.p90:.3g})"
@@ -59,16 +59,16 @@ class Cost:
         device: where it ran.
     """
 
-    n_parameters: int
-    macs: int
-    weight_bytes: int
-    peak_bytes: int
+    n_parameters: Count
+    macs: Whole
+    weight_bytes: Whole
+    peak_bytes: Whole
     peak_measured: str
     prefill: Latency
     decode: Latency
-    seq_len: int
-    batch_size: int
-    repeats: int
+    seq_len: Count
+    batch_size: Count
+    repeats: Count
     device: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,9 +77,16 @@ class Cost:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Cost":
-        """The cost from the form of `to_dict`."""
+        """The cost from the form of `to_dict`.
+
+        Raises:
+            PrunekitError: a figure that cannot be.
+        """
         times = {name: Latency(**fields[name]) for name in ("prefill", "decode")}
-        return cls(**{**fields, **times})
+        found = cls(**{**fields, **times})
+        for part in (found, *times.values()):
+            check_fields(part)
+        return found
 
     def __repr__(self) -> str:
         return (

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from prunekit.checks import Count, Length, Model, Tokenizer, checked
+from prunekit.annotations import Rule, is_real
+from prunekit.checks import Count, Length, Model, NotNegative, Tokenizer, check_fields, checked
 from prunekit.documents import TextSource
 from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.windows import PAPERS, read_spans
@@ -26,15 +27,26 @@ class PerplexityResult:
         bos: whether the tokenizer's BOS token stood first in every window.
     """
 
-    value: float
-    nll: float
-    n_tokens: int
-    n_windows: int
+    value: Annotated[float, Rule(lambda value: value == math.inf or is_real(value) and value >= 0, "0 or more")]
+    nll: NotNegative
+    n_tokens: Count
+    n_windows: Count
     protocol: str
-    window: int | None
-    stride: int | None
+    window: Length | None
+    stride: Count | None
     separator: str | None
     bos: bool
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "PerplexityResult":
+        """The result from the form of `to_dict`.
+
+        Raises:
+            PrunekitError: a figure that cannot be.
+        """
+        found = cls(**fields)
+        check_fields(found)
+        return found
 
     @property
     def description(self) -> str:

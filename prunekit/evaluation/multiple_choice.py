@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.checks import Count, Model, Tokenizer, Whole, checked
+from prunekit.checks import Count, Model, Part, Tokenizer, Whole, check_value, checked
 from prunekit.errors import PrunekitError
+from prunekit.escaping import html_paragraph
 from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
 from prunekit.evaluation.sequence_scores import log_likelihoods
@@ -19,6 +20,10 @@ from prunekit.models import max_positions
 from prunekit.questions import Question, Task
 
 GROUPS = ("task", "form", "domain", "tier", "hops")
+_COLUMNS: dict[str, Any] = {
+    "task": str, "question": Whole, "gold": Whole, "prediction": int, "correct": bool, "correct_norm": bool,
+    "hit": bool, "margin": float | None, "chance": Part, "log_likelihoods": list[float],
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +97,19 @@ class ZeroShotResult:
 
     @classmethod
     def from_dict(cls, columns: dict[str, Any]) -> "ZeroShotResult":
-        """The result from the form of `to_dict`."""
+        """The result from the form of `to_dict`.
+
+        Raises:
+            PrunekitError: a column that is missing, or has values that cannot be.
+        """
         columns = dict(columns)
         numbers = {name: columns.pop(name, 0) for name in ("n_computed", "n_tokens")}
+        for name, kind in _COLUMNS.items():
+            if name not in columns:
+                raise PrunekitError(f"zero_shot has no column {name!r}")
+            check_value(f"zero_shot[{name!r}]", columns[name], list[kind])  # type: ignore[valid-type]
+        for name, value in numbers.items():
+            check_value(name, value, Whole)
         return cls(pd.DataFrame(columns), **numbers)
 
     def __repr__(self) -> str:
@@ -105,7 +120,7 @@ class ZeroShotResult:
         return f"ZeroShotResult({self.mean:.1%} over {n_tasks} tasks, {len(self.questions):,} questions{run}{cut})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.by('task').to_html(float_format='{:.3f}'.format)}"
+        return f"{html_paragraph(self)}{self.by('task').to_html(float_format='{:.3f}'.format)}"
 
 
 @checked

@@ -16,7 +16,7 @@ from prunekit.evaluation.footprint import Cost, cost
 from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity
 from prunekit.evaluation.multiple_choice import ZeroShotResult, zero_shot
 from prunekit.evaluation.named_tasks import Tasks
-from prunekit.files import read_text, write_text
+from prunekit.files import read_text, write_text, writing
 
 METRICS = ("perplexity", "zero_shot", "cost")
 FORMAT = "prunekit report 1"
@@ -117,15 +117,17 @@ class Report:
         """
         try:
             fields = json.loads(text)
+            if not isinstance(fields, dict) or set(fields) != {"format", *METRICS}:
+                raise ValueError("it must have a format, and perplexity, zero_shot and cost, or null in their place")
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             readers: dict[str, Any] = {
-                "perplexity": lambda value: PerplexityResult(**value),
+                "perplexity": PerplexityResult.from_dict,
                 "zero_shot": ZeroShotResult.from_dict,
                 "cost": Cost.from_dict,
             }
             return cls(**{name: None if value is None else readers[name](value) for name, value in fields.items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PrunekitError(
                 f"this is not a prunekit report ({reason(error)}); give a file that Report.save wrote"
             ) from error
@@ -133,7 +135,8 @@ class Report:
     def save(self, path: str | Path) -> Path:
         """Writes the report as JSON and replaces an old one only when complete."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, self.to_json())
         return path
 

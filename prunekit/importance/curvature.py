@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, summed_loss
+from prunekit.checks import Positive, check_fields
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients, frozen
 from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, wide
-from prunekit.importance.reconstruction import check_ridge, gram_bytes, one_reader
+from prunekit.importance.reconstruction import gram_bytes, one_reader
 from prunekit.importance.scores import Scores, check_takes_tokens, tokens_for
 from prunekit.models import evaluating
 
@@ -61,10 +62,10 @@ class Curvature:
         does (156).
     """
 
-    ridge: float = RIDGE
+    ridge: Positive = RIDGE
 
     def __post_init__(self) -> None:
-        check_ridge(self.ridge)
+        check_fields(self)
 
     @property
     def needs_calibration(self) -> bool:

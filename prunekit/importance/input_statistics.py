@@ -181,6 +181,8 @@ def computing_wide(model: nn.Module) -> Iterator[None]:
     held: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
     def enter(module: nn.Module, _args: Any) -> None:
+        if module in held:  # it runs within itself
+            return
         held[module] = dict(module._parameters)
         for name, p in held[module].items():
             if p is not None and p.is_floating_point():
@@ -193,7 +195,10 @@ def computing_wide(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if module._parameters:
                 hooks.callback(module.register_forward_pre_hook(enter).remove)
-                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+                leaving = module.register_forward_hook(
+                    leave, prepend=True, always_call=True
+                )  # the last in is first out
+                hooks.callback(leaving.remove)
         try:
             yield
         finally:

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunekit.checks import Positive, check_fields
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
@@ -39,10 +39,10 @@ class Reconstruction:
         Stork 1993). Differs: one greedy pass, no local search, no latency.
     """
 
-    ridge: float = RIDGE
+    ridge: Positive = RIDGE
 
     def __post_init__(self) -> None:
-        check_ridge(self.ridge)
+        check_fields(self)
 
     @property
     def needs_calibration(self) -> bool:
@@ -81,16 +81,6 @@ class Reconstruction:
 def gram_bytes(member: Member) -> int:
     """Bytes of XᵀX in float64, for the inputs of all units of a group."""
     return 8 * member.index.numel() ** 2
-
-
-def check_ridge(ridge: Any) -> None:
-    """Raise an error for a ridge that is no finite number above 0.
-
-    Raises:
-        PrunekitError: names the value given.
-    """
-    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 < ridge < float("inf"):
-        raise PrunekitError(f"ridge={ridge!r} is not allowed; give a number above 0, such as {RIDGE}")
 
 
 def factor(gram: Tensor, ridge: float) -> Tensor:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prunekit.checks import check_choice, check_value
 from prunekit.discovery.groups import CoupledGroup, Member
-from prunekit.errors import PrunekitError, reason
-from prunekit.files import new_file
+from prunekit.errors import PrunekitError
+from prunekit.escaping import html_paragraph
+from prunekit.files import new_file, reading
 
 _FORMAT = "prunekit.scores/1"
 
@@ -85,28 +87,31 @@ class Scores(dict[str, Tensor]):
         Raises:
             PrunekitError: the file is missing, or contains no scores.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-                if meta.get("format") != _FORMAT:
-                    raise PrunekitError(
-                        f"{str(path)!r} is a safetensors file, but Scores.save did not write it; give a file that "
-                        "Scores.save wrote"
-                    )
-                values = {name: file.get_tensor(name) for name in json.loads(meta["order"])}
-        except (OSError, SafetensorError, LookupError, json.JSONDecodeError) as error:
-            raise PrunekitError(
-                f"no scores in {str(path)!r} ({reason(error)}); give a file that Scores.save wrote"
-            ) from error
-        ranking = meta.get("ranking", "local")  # older files do not have it
-        return cls(values, label=meta["label"], kinds=json.loads(meta["kinds"]), ranking=ranking)
+        with reading(path, "scores", "Scores.save"), safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("format") != _FORMAT:
+                raise PrunekitError("it is a safetensors file, but Scores.save did not write it")
+            order, kinds = json.loads(meta["order"]), json.loads(meta["kinds"])
+            ranking = meta.get("ranking", "local")  # older files do not have it
+            check_value("order", order, list[str])
+            check_value("kinds", kinds, dict[str, str])
+            check_choice("ranking", ranking, ("local", "global"))
+            values = {name: _checked(name, file.get_tensor(name), kinds) for name in order}
+        return cls(values, label=meta["label"], kinds=kinds, ranking=ranking)
 
     def __repr__(self) -> str:
         units = sum(len(values) for values in self.values())
         return f"Scores({self.label}; {len(self)} groups, {units:,} units)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.summary().to_html()}"
+        return f"{html_paragraph(self)}{self.summary().to_html()}"
+
+
+def _checked(name: str, values: Tensor, kinds: Mapping[str, str]) -> Tensor:
+    """Scores of a group, as they may stand in a file."""
+    if name not in kinds or values.dim() != 1 or not values.is_floating_point() or not bool(values.isfinite().all()):
+        raise PrunekitError(f"{name!r} has no kind, or scores that are not finite numbers, one a unit")
+    return values
 
 
 def layer_of(name: str) -> int | None:

@@ -1,6 +1,6 @@
 """Scores groups with an importance."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Protocol, runtime_checkable
 
@@ -46,7 +46,7 @@ AnyImportance = Annotated[
     Importance,
     Rule(
         lambda value: isinstance(value, Importance) and not isinstance(value, type),
-        "an importance, such as Taylor(), Activation(), Magnitude() or Random()",
+        "an importance (needs_calibration, label, unit_scores), such as Taylor(), Activation() or Magnitude()",
     ),
 ]
 
@@ -144,6 +144,7 @@ def score(
     check_finite(model)
     with torch.no_grad():
         values = importance.unit_scores(model, chosen, calib)
+    _check_returned(importance, chosen, values)
     plain = {name: value.detach().cpu() for name, value in values.items()}
     kinds = {group.name: group.kind for group in chosen}
     found = values if isinstance(values, Scores) else Scores(plain, label=importance.label, kinds=kinds)
@@ -151,6 +152,19 @@ def score(
     read = calib.tokens if isinstance(calib, Gradients) else calib
     found.tokens = few(read) if read is not None and importance.needs_calibration else None
     return scaled_to_loss(model, chosen, found, calib) if normalize == "loss" else found
+
+
+def _check_returned(importance: Importance, groups: tuple[CoupledGroup, ...], values: Any) -> None:
+    """Raise an error for an importance that does not give each group one finite number a unit."""
+    wanted = {group.name: (group.n_units,) for group in groups}
+    if not isinstance(values, Mapping) or values.keys() != wanted.keys():
+        given = sorted(values.keys() ^ wanted.keys())[:2] if isinstance(values, Mapping) else type(values).__name__
+        raise PrunekitError(f"{importance!r} must return a dictionary, group name → scores; it differs in {given}")
+    for name, shape in wanted.items():
+        value = values[name]
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape or not bool(value.isfinite().all()):
+            got = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise PrunekitError(f"{importance!r} must give {name!r} a tensor {shape} of finite scores; it gave {got}")
 
 
 def _chosen(model: object, groups: object) -> tuple[CoupledGroup, ...]:

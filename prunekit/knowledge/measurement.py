@@ -15,8 +15,8 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import require_finite
 from prunekit.evaluation.named_tasks import Tasks
 from prunekit.importance.ablation import ablated
-from prunekit.knowledge.question_spans import Exam, Runner, Texts, make_exam
-from prunekit.knowledge.record import Record, Silencing, fingerprint
+from prunekit.knowledge.question_spans import EvaluationSet, Runner, Texts, make_evaluation_set
+from prunekit.knowledge.record import PlannedAblation, Record, fingerprint
 from prunekit.knowledge.result import KnowledgeDistribution
 from prunekit.models import evaluating
 
@@ -76,8 +76,8 @@ def knowledge_distribution(
     _check_ratios(ratios)
     plan = [row for group in chosen for row in _shares(group, _check_scores(group, scores), ratios)]
     check_finite(model)
-    exam = make_exam(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
-    return _measure(model, plan, exam, path, tokens_a_batch)
+    questions = make_evaluation_set(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
+    return _measure(model, plan, questions, path, tokens_a_batch)
 
 
 @checked
@@ -114,13 +114,13 @@ def knowledge_of_units(
     """
     chosen = _check_groups(model, groups)
     plan = [
-        Silencing(group, (unit,), {**_told(group), "ratio": 1 / group.n_units, "n_silenced": 1, "unit": unit})
+        PlannedAblation(group, (unit,), {**_told(group), "ratio": 1 / group.n_units, "n_ablated": 1, "unit": unit})
         for group in chosen
         for unit in range(group.n_units)
     ]
     check_finite(model)
-    exam = make_exam(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
-    return _measure(model, plan, exam, path, tokens_a_batch)
+    questions = make_evaluation_set(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
+    return _measure(model, plan, questions, path, tokens_a_batch)
 
 
 def _told(group: CoupledGroup) -> dict[str, Any]:
@@ -176,42 +176,46 @@ def _check_scores(group: CoupledGroup, scores: Mapping[str, Tensor]) -> Tensor:
     return values
 
 
-def _shares(group: CoupledGroup, scores: Tensor, ratios: Sequence[float]) -> Iterator[Silencing]:
+def _shares(group: CoupledGroup, scores: Tensor, ratios: Sequence[float]) -> Iterator[PlannedAblation]:
     """The ablations of a group: its lowest-scoring units at each ratio."""
     order = scores.argsort(stable=True).tolist()
     for ratio in dict.fromkeys(ratios) if group.n_units > 1 else (1.0,):
         units = tuple(sorted(order[: max(1, round(ratio * group.n_units))]))
-        yield Silencing(group, units, {**_told(group), "ratio": float(ratio), "n_silenced": len(units)})
+        yield PlannedAblation(group, units, {**_told(group), "ratio": float(ratio), "n_ablated": len(units)})
 
 
 def _measure(
-    model: nn.Module, plan: list[Silencing], exam: Exam, path: str | Path | None, tokens_a_batch: int
+    model: nn.Module,
+    plan: list[PlannedAblation],
+    questions: EvaluationSet,
+    path: str | Path | None,
+    tokens_a_batch: int,
 ) -> KnowledgeDistribution:
     """All ablations, lowest layer first."""
-    record = Record(plan, exam, path, fingerprint(model, exam, plan) if path is not None else "")
+    record = Record(plan, questions, path, fingerprint(model, questions, plan) if path is not None else "")
     if record.missing():
         with evaluating(model), torch.no_grad():
-            _run(model, exam, record, tokens_a_batch)
+            _run(model, questions, record, tokens_a_batch)
     return record.result()
 
 
-def _run(model: nn.Module, exam: Exam, record: Record, tokens_a_batch: int) -> None:
+def _run(model: nn.Module, questions: EvaluationSet, record: Record, tokens_a_batch: int) -> None:
     """Measure the missing ablations; the file keeps the finished ones even after an interrupt."""
-    runner = Runner(model, exam.spans, tokens_a_batch)
+    runner = Runner(model, questions.spans, tokens_a_batch)
     groups = {row.group.name: row.group for row in record.missing()}
     layers = {name: runner.layers_of(group) for name, group in groups.items()}
     done = len(record.plan) - len(record.missing())
     bar = tqdm(desc="knowledge", total=len(record.plan), initial=done, unit="ablation", leave=False, delay=1)
     dense = runner.sums(min(layers.values())[:1])
     require_finite(dense, model)
-    record.begin(exam.marks(dense), runner)
+    record.begin(questions.outcomes(dense), runner)
     with bar:
         try:
             for name in sorted(groups, key=lambda name: layers[name]):
                 for row in [row for row in record.missing() if row.group.name == name]:
-                    if row.key not in record.marks:
+                    if row.key not in record.measured:
                         with ablated(model, row.group, row.units):
-                            record.marks[row.key] = exam.marks(runner.sums(layers[name]))
+                            record.measured[row.key] = questions.outcomes(runner.sums(layers[name]))
                     bar.update()
                 record.save()
         finally:

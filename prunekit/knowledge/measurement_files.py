@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from prunekit.errors import PrunekitError, reason
-from prunekit.files import new_file
+from prunekit.errors import PrunekitError
+from prunekit.files import new_file, reading
 
 FORMAT = "prunekit.knowledge/1"
 
@@ -23,13 +23,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str
         PrunekitError: the folder is missing or cannot be written to.
     """
     told = {"format": FORMAT, **{name: json.dumps(value) for name, value in meta.items()}}
-    try:
-        with new_file(path) as beside:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside, told)
-    except OSError as error:
-        raise PrunekitError(
-            f"cannot write {str(path)!r} ({reason(error)}); give a path in an existing folder"
-        ) from error
+    with new_file(path) as beside:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, beside, told)
     return path
 
 
@@ -39,17 +34,12 @@ def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
     Raises:
         PrunekitError: the file is missing, or it holds something else.
     """
-    try:
-        with safe_open(path, framework="np") as file:
-            told = dict(file.metadata() or {})
-            if told.pop("format", None) != FORMAT:
-                raise PrunekitError(f"{str(path)!r} is no knowledge distribution; give a file that its save() wrote")
-            names = file.keys()  # the file itself is no iterable
-            return {name: file.get_tensor(name) for name in names}, {k: json.loads(v) for k, v in told.items()}
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise PrunekitError(
-            f"no knowledge distribution in {str(path)!r} ({reason(error)}); give a file that its save() wrote"
-        ) from error
+    with reading(path, "knowledge distribution", "its save()"), safe_open(path, framework="np") as file:
+        told = dict(file.metadata() or {})
+        if told.pop("format", None) != FORMAT:
+            raise PrunekitError("it is a safetensors file of another kind")
+        names = file.keys()  # the file itself is no iterable
+        return {name: file.get_tensor(name) for name in names}, {k: json.loads(v) for k, v in told.items()}
 
 
 def plain(frame: pd.DataFrame) -> dict[str, list[Any]]:

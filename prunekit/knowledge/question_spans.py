@@ -31,7 +31,7 @@ TEXT = "text"  # domain of an unnamed text
 
 
 @dataclass(frozen=True, eq=False)
-class Exam:
+class EvaluationSet:
     """The evaluation set: questions first, then text windows.
 
     Attributes:
@@ -49,7 +49,7 @@ class Exam:
     lengths: Tensor
     answers: Tensor
 
-    def marks(self, sums: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def outcomes(self, sums: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Correctness and loss of each question and window.
 
         Args:
@@ -72,7 +72,7 @@ class Exam:
         return np.concatenate([hit.numpy(), np.zeros(n_windows, dtype=bool)]), loss.numpy()
 
 
-def make_exam(
+def make_evaluation_set(
     model: nn.Module,
     tokenizer: Any,
     tasks: Tasks | None,
@@ -80,7 +80,7 @@ def make_exam(
     *,
     limit: int | None = None,
     data_dir: str | Path | None = None,
-) -> Exam:
+) -> EvaluationSet:
     """Build the evaluation set from tasks and texts; `limit` and `data_dir` as in `zero_shot`.
 
     Raises:
@@ -101,7 +101,7 @@ def make_exam(
     rows += [_window_row(tokenizer, name, span) for name, span in read]
     spans = [span for several in choices for span in several] + [span for _, span in read]
     check_batches(model, spans, batch_size=1)
-    return Exam(pd.DataFrame(rows), spans, *_layout([(task, question) for task, _, question in asked]))
+    return EvaluationSet(pd.DataFrame(rows), spans, *_layout([(task, question) for task, _, question in asked]))
 
 
 def _asked(

@@ -14,15 +14,15 @@ from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.fingerprint import digest_of
 from prunekit.knowledge.measurement_files import plain
-from prunekit.knowledge.question_spans import Exam, Runner
+from prunekit.knowledge.question_spans import EvaluationSet, Runner
 from prunekit.knowledge.result import KnowledgeDistribution
 
-Marks = tuple[np.ndarray, np.ndarray]  # correctness and loss, (n_questions,) each
+Outcomes = tuple[np.ndarray, np.ndarray]  # correctness and loss, (n_questions,) each
 Key = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class Silencing:
+class PlannedAblation:
     """Units of a group to ablate, and their row in the table."""
 
     group: CoupledGroup
@@ -43,47 +43,54 @@ class Record:
         marks: the measurements so far.
     """
 
-    def __init__(self, plan: Sequence[Silencing], exam: Exam, path: str | Path | None, mark: str) -> None:
+    def __init__(
+        self, plan: Sequence[PlannedAblation], questions: EvaluationSet, path: str | Path | None, mark: str
+    ) -> None:
         """Resumes from the file, if it exists.
 
         Raises:
             PrunekitError: the file belongs to another run or is of another kind, or it cannot be written.
         """
-        self.plan, self.marks = plan, dict[Key, Marks]()
-        self._exam, self._path, self._fingerprint, self._saved = exam, None if path is None else Path(path), mark, 0
-        self._dense: Marks | None = None
+        self.plan, self.measured = plan, dict[Key, Outcomes]()
+        self._questions, self._path, self._fingerprint, self._saved = (
+            questions,
+            None if path is None else Path(path),
+            mark,
+            0,
+        )
+        self._dense: Outcomes | None = None
         self._packed = self._resumed = False
         if self._path is not None:
             _check_path(self._path)
             if self._path.exists():
                 self._read(self._path)
 
-    def missing(self) -> list[Silencing]:
+    def missing(self) -> list[PlannedAblation]:
         """Ablations that are not measured yet."""
-        return [row for row in self.plan if row.key not in self.marks]
+        return [row for row in self.plan if row.key not in self.measured]
 
-    def begin(self, dense: Marks, runner: Runner) -> None:
+    def begin(self, dense: Outcomes, runner: Runner) -> None:
         """Store the dense model's measurement, unless an earlier run has, and how the model is run."""
         self._dense = self._dense or dense
         self._packed, self._resumed = runner.packed, runner.resumed
 
     def result(self) -> KnowledgeDistribution:
         """The result of all measured rows."""
-        rows = [row for row in self.plan if row.key in self.marks]
+        rows = [row for row in self.plan if row.key in self.measured]
         assert self._dense is not None  # measured first
-        silencings = pd.DataFrame([{**row.told, "units": [*row.units]} for row in rows], columns=self._columns())
-        empty = np.empty((0, len(self._exam.table)))
-        hit, loss = (np.stack([self.marks[row.key][i] for row in rows]) if rows else empty for i in (0, 1))
+        ablations = pd.DataFrame([{**row.told, "units": [*row.units]} for row in rows], columns=self._columns())
+        empty = np.empty((0, len(self._questions.table)))
+        hit, loss = (np.stack([self.measured[row.key][i] for row in rows]) if rows else empty for i in (0, 1))
         return KnowledgeDistribution(
-            silencings, self._exam.table, hit.astype(bool), loss, *self._dense, self._packed, self._resumed,
+            ablations, self._questions.table, hit.astype(bool), loss, *self._dense, self._packed, self._resumed,
             len(self.plan) - len(rows), self._fingerprint,
         )  # fmt: skip
 
     def save(self) -> None:
         """Write the file if a path is given and there are new measurements."""
-        if self._path is not None and len(self.marks) > self._saved:
+        if self._path is not None and len(self.measured) > self._saved:
             self.result().save(self._path)
-            self._saved = len(self.marks)
+            self._saved = len(self.measured)
 
     def _columns(self) -> list[str]:
         return [*self.plan[0].told, "units"]
@@ -96,9 +103,11 @@ class Record:
                 "or "
                 "delete the file to start again"
             )
-        keys = zip(before.silencings["group"], before.silencings["units"], strict=True)
-        self.marks = {(name, (*units,)): (before.hit[i], before.loss[i]) for i, (name, units) in enumerate(keys)}
-        self._dense, self._saved = (before.dense_hit, before.dense_loss), len(self.marks)
+        if len(before.dense_hit) != len(self._questions.table):
+            raise PrunekitError(f"{str(path)!r} has measurements of other questions; delete the file to start again")
+        keys = zip(before.ablations["group"], before.ablations["units"], strict=True)
+        self.measured = {(name, (*units,)): (before.hit[i], before.loss[i]) for i, (name, units) in enumerate(keys)}
+        self._dense, self._saved = (before.dense_hit, before.dense_loss), len(self.measured)
         self._packed, self._resumed = before.packed, before.resumed
 
 
@@ -107,15 +116,15 @@ def _check_path(path: Path) -> None:
         raise PrunekitError(f"path={str(path)!r}; give a .safetensors file in an existing folder")
 
 
-def fingerprint(model: nn.Module, exam: Exam, plan: Sequence[Silencing]) -> str:
+def fingerprint(model: nn.Module, questions: EvaluationSet, plan: Sequence[PlannedAblation]) -> str:
     """A digest of the weights, questions and ablations."""
     found = digest_of(model)
     asked: dict[str, Any] = {
-        "spans": [(span.start, span.tokens) for span in exam.spans],
-        "questions": plain(exam.table),
-        "places": exam.places.tolist(),
-        "lengths": exam.lengths.tolist(),
-        "answers": exam.answers.tolist(),
+        "spans": [(span.start, span.tokens) for span in questions.spans],
+        "questions": plain(questions.table),
+        "places": questions.places.tolist(),
+        "lengths": questions.lengths.tolist(),
+        "answers": questions.answers.tolist(),
         "plan": [(row.told, row.units) for row in plan],
     }
     found.update(json.dumps(asked).encode())

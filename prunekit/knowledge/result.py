@@ -11,8 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.checks import check_choice
+from prunekit.checks import Part, Whole, check_choice, check_value
 from prunekit.errors import PrunekitError
+from prunekit.escaping import html_paragraph
+from prunekit.files import reading
 from prunekit.knowledge.measurement_files import plain, read_arrays, table_of, write_arrays
 
 BY = ("domain", "task", "tier", "hops")
@@ -20,6 +22,17 @@ MEASURES = ("accuracy", "loss")
 RATIOS = (0.25, 0.5)  # our choice of LoRAShear's set P
 _TOLD = ("packed", "resumed", "unfinished", "fingerprint")
 _ARRAYS = ("hit", "loss", "dense_hit", "dense_loss")
+_ABLATED: dict[str, Any] = {
+    "group": str, "kind": str, "layer": int | None, "ratio": Part, "n_ablated": Whole, "units": list[Whole],
+}  # fmt: skip
+_ASKED: dict[str, Any] = {
+    "task": str,
+    "domain": str | None,
+    "n_tokens": Whole,
+    "chance": Part | None,
+    "tier": Any,
+    "hops": Any,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +40,12 @@ class KnowledgeDistribution:
     """Measurements of each question and text window under each ablation.
 
     Attributes:
-        silencings: one row per measurement: group, kind, layer, ratio, n_silenced, units (a list), and where single
+        ablations: one row per measurement: group, kind, layer, ratio, n_ablated, units (a list), and where single
             units were ablated, unit.
         questions: one row per question or window of text: task, domain, tier, hops, context, right (the text of the
             right choice, or of the window), n_tokens (scored ones of it), chance (NaN for a window).
-        hit: bool (n_silencings, n_questions), whether the answer was correct; False for windows.
-        loss: float64 (n_silencings, n_questions). For a question −log of the right choice's share of the likelihood
+        hit: bool (n_ablations, n_questions), whether the answer was correct; False for windows.
+        loss: float64 (n_ablations, n_questions). For a question −log of the right choice's share of the likelihood
             of all choices, in nats; for a window nats per token. Infinite where the ablated model gives no finite
             likelihood.
         dense_hit: bool (n_questions,), of the dense model.
@@ -43,7 +56,7 @@ class KnowledgeDistribution:
         fingerprint: digest of the weights, questions and ablations; "" if nothing was saved.
     """
 
-    silencings: pd.DataFrame
+    ablations: pd.DataFrame
     questions: pd.DataFrame
     hit: np.ndarray
     loss: np.ndarray
@@ -63,7 +76,7 @@ class KnowledgeDistribution:
                 a text, weighted by tokens. None is accuracy if there are questions.
 
         Returns:
-            Columns group, kind, layer, ratio, n_silenced, unit (where single units were ablated), `by`, measure, n
+            Columns group, kind, layer, ratio, n_ablated, unit (where single units were ablated), `by`, measure, n
             (questions, or windows), dense, value, change (value − dense: worse is below 0 for accuracy, above 0 for
             loss).
 
@@ -77,7 +90,7 @@ class KnowledgeDistribution:
         if measure == "accuracy" and self.questions["chance"].isna().all():
             raise PrunekitError("only text was evaluated, which has no accuracy; give measure='loss'")
         labels = self.questions[by].where(self.questions["chance"].notna() | (measure == "loss"))
-        named = self.silencings.drop(columns="units")
+        named = self.ablations.drop(columns="units")
         parts = [self._part(named, by, key, labels == key, measure) for key in labels.dropna().unique()]
         if not parts:
             raise PrunekitError(f"no question or window with {measure} has a {by}; give another of {', '.join(BY)}")
@@ -182,11 +195,9 @@ class KnowledgeDistribution:
         return self.questions[gone].assign(dense=self.dense_loss[gone], loss=self.loss[row][gone])
 
     def _row(self, group: str, column: str, value: float | None) -> int:
-        rows = self.silencings[self.silencings["group"] == group]
+        rows = self.ablations[self.ablations["group"] == group]
         if rows.empty:
-            raise PrunekitError(
-                f"no group {group!r} was ablated; one of {', '.join(self.silencings['group'].unique())}"
-            )
+            raise PrunekitError(f"no group {group!r} was ablated; one of {', '.join(self.ablations['group'].unique())}")
         if column == "ratio" and "unit" in rows:
             raise PrunekitError(f"single units of {group!r} were ablated; give unit=, one of {rows['unit'].tolist()}")
         known = rows[column] if column in rows else pd.Series(dtype=float)
@@ -221,8 +232,8 @@ class KnowledgeDistribution:
         if not isinstance(scores_by_name, Mapping) or not all(isinstance(s, Mapping) for s in scores_by_name.values()):
             raise PrunekitError("give name → scores, such as agreement({'taylor': scores})")
         table = _worse(self.table(by, measure), measure)
-        n_keys = len(table) // len(self.silencings)
-        table = table.assign(number=np.repeat(np.arange(len(self.silencings)), n_keys))
+        n_keys = len(table) // len(self.ablations)
+        table = table.assign(number=np.repeat(np.arange(len(self.ablations)), n_keys))
         table = table if ratio is None else table[np.isclose(table["ratio"], ratio)]
         if table.empty or not scores_by_name:
             raise PrunekitError(
@@ -240,8 +251,8 @@ class KnowledgeDistribution:
 
     def _summed(self, name: str, scores: Mapping[str, Tensor]) -> np.ndarray:
         """Summed score of the ablated units of each row; NaN for a group without scores."""
-        found = np.full(len(self.silencings), np.nan)
-        for row, (group, units) in enumerate(zip(self.silencings["group"], self.silencings["units"], strict=True)):
+        found = np.full(len(self.ablations), np.nan)
+        for row, (group, units) in enumerate(zip(self.ablations["group"], self.ablations["units"], strict=True)):
             if group in scores:
                 values = torch.as_tensor(scores[group]).double()
                 if max(units) >= len(values):
@@ -250,7 +261,7 @@ class KnowledgeDistribution:
                     )
                 found[row] = float(values[units].sum())
         if np.isnan(found).all():
-            raise PrunekitError(f"{name!r} scores none of these groups, such as {self.silencings['group'][0]!r}")
+            raise PrunekitError(f"{name!r} scores none of these groups, such as {self.ablations['group'][0]!r}")
         return found
 
     def save(self, path: str | Path) -> Path:
@@ -260,7 +271,7 @@ class KnowledgeDistribution:
             PrunekitError: the folder does not exist, or cannot be written to.
         """
         meta = {name: getattr(self, name) for name in _TOLD}
-        tables = {"silencings": plain(self.silencings), "questions": plain(self.questions)}
+        tables = {"ablations": plain(self.ablations), "questions": plain(self.questions)}
         return write_arrays(Path(path), {name: getattr(self, name) for name in _ARRAYS}, {**meta, **tables})
 
     @classmethod
@@ -271,14 +282,17 @@ class KnowledgeDistribution:
             PrunekitError: the file is missing, or it holds something else.
         """
         arrays, meta = read_arrays(path)
-        try:
-            tables = table_of(meta["silencings"], ()), table_of(meta["questions"], ("chance",))
-            values: dict[str, Any] = {
-                **{name: arrays[name] for name in _ARRAYS},
-                **{name: meta[name] for name in _TOLD},
-            }
-        except KeyError as error:
-            raise PrunekitError(f"{str(path)!r} lacks {error.args[0]!r}, so it is damaged; measure again") from error
+        with reading(path, "knowledge distribution", "its save()"):
+            values = {name: arrays[name] for name in _ARRAYS} | {name: meta[name] for name in _TOLD}
+            columns = {"ablations": _ABLATED, "questions": _ASKED}
+            for name, kinds in columns.items():
+                for column in kinds:
+                    check_value(f"{name}[{column!r}]", meta[name][column], list[kinds[column]])  # type: ignore[valid-type]
+            tables = table_of(meta["ablations"], ()), table_of(meta["questions"], ("chance",))
+            check_value("unfinished", meta["unfinished"], Whole)
+            for name, kind in {"packed": bool, "resumed": bool, "fingerprint": str}.items():
+                check_value(name, meta[name], kind)
+            _check_arrays(arrays, *map(len, tables))
         return cls(*tables, **values)
 
     def __repr__(self) -> str:
@@ -288,16 +302,25 @@ class KnowledgeDistribution:
         how = (
             f"{'packed' if self.packed else 'plain'} rows, {'resumed at' if self.resumed else 'run through all'} layers"
         )
-        n_groups = self.silencings["group"].nunique()
-        return f"KnowledgeDistribution({len(self.silencings)} ablations of {n_groups} groups{left}; {asked}; {how})"
+        n_groups = self.ablations["group"].nunique()
+        return f"KnowledgeDistribution({len(self.ablations)} ablations of {n_groups} groups{left}; {asked}; {how})"
 
     def _repr_html_(self) -> str:
-        if self.silencings.empty:
-            return f"<p>{self!r}</p>"
+        if self.ablations.empty:
+            return html_paragraph(self)
         mean = self.table("domain", "loss").pivot_table(
             index="kind", columns="domain", values="change", aggfunc="mean", sort=False
         )  # fmt: skip
-        return f"<p>{self!r}</p><p>mean change of the loss</p>{mean.to_html(float_format='{:+.3f}'.format)}"
+        return f"{html_paragraph(self)}<p>mean change of the loss</p>{mean.to_html(float_format='{:+.3f}'.format)}"
+
+
+def _check_arrays(arrays: Mapping[str, np.ndarray], n_rows: int, n_questions: int) -> None:
+    for name in _ARRAYS:
+        shape = (n_questions,) if name.startswith("dense") else (n_rows, n_questions)
+        kind = np.bool_ if name.endswith("hit") else np.floating
+        found = arrays[name]
+        if found.shape != shape or not np.issubdtype(found.dtype, kind) or np.isnan(found).any():
+            raise PrunekitError(f"{name} is {found.dtype} {found.shape}; it must be {shape}, without NaN")
 
 
 def _worse(table: pd.DataFrame, measure: str) -> pd.DataFrame:

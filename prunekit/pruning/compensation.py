@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, mean_loss
-from prunekit.checks import Model, check_choice, checked
+from prunekit.checks import Model, Positive, check_choice, checked
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
 from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, sums_over_inputs, wide
-from prunekit.importance.reconstruction import check_ridge
 from prunekit.models import evaluating
 from prunekit.pruning.describing import describe
 from prunekit.pruning.least_squares import choose, fit_sums
@@ -34,7 +33,7 @@ def compensate(
     calib: Tensor,
     *,
     fit: str = "weights",
-    ridge: float | None = None,
+    ridge: Positive | None = None,
 ) -> pd.DataFrame:
     """Re-fits every linear layer of a cut model that lost inputs, by least squares.
 
@@ -80,8 +79,8 @@ def compensate(
         layer after layer, gained a third as much on SmolLM2-135M and took twice as long.)
     """
     check_choice("fit", fit, FITS)
-    if ridge is not None:
-        check_ridge(ridge)
+    if small is model:
+        raise PrunekitError("small is model itself; give what prune(model, plan) returned, and the dense model")
     if fit != "weights" and hasattr(small, "peft_config"):
         raise PrunekitError(f"fit={fit!r} would add biases to adapters, which merging drops: merge_and_unload() first")
     kept = _kept(plan, model)
@@ -259,6 +258,10 @@ def _refit(module: Any, reader: Reader, change: Tensor) -> None:
     n_in = module.weight.shape[reader.input_dim]
     weights = change[:n_in] if reader.input_dim == 0 else change[:n_in].T
     module.weight.add_(weights.to(module.weight))
+    if not bool(module.weight.isfinite().all()):
+        raise PrunekitError(
+            f"the re-fitted weights are not finite in {module.weight.dtype}; give a larger ridge, or a model in float32"
+        )
     if len(change) > n_in:
         if module.bias is None:
             module.bias = nn.Parameter(module.weight.new_zeros(change.shape[1]), module.weight.requires_grad)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunekit.discovery import Groups
 from prunekit.errors import PrunekitError, reason
+from prunekit.escaping import html_paragraph
 from prunekit.files import read_text, write_text
 
 _NO_PLAN, _GIVE = "this is no pruning plan", "give JSON as PruningPlan.save writes"
@@ -155,7 +156,7 @@ class PruningPlan:
 
     def _repr_html_(self) -> str:
         table = self.table().pivot_table(index="layer", columns="kind", values="kept_fraction", dropna=False)
-        return f"<p>{self!r}</p>{table.style.format('{:.0%}', na_rep='').to_html()}"
+        return f"{html_paragraph(self)}{table.style.format('{:.0%}', na_rep='', escape='html').to_html()}"
 
 
 def _check_fields(data: Any, plan: type[PruningPlan]) -> None:

@@ -1,7 +1,6 @@
 """`recover`: trains a pruned model and returns it with its log."""
 
 import copy
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +14,7 @@ from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Length, Model, Tokenizer, checked
 from prunekit.documents import TextSource, is_stream, logger
 from prunekit.errors import PrunekitError, warn
+from prunekit.files import new_folder
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.full import FullTuning, train_all
 from prunekit.recovery.log import RecoveryLog
@@ -97,6 +97,7 @@ def recover(
     opening = opened("recover", model, sample) if measure else None
     changed: Any = model if inplace else copy.deepcopy(model)
     log = RECOVERIES[type(method)](changed, method, windows, output_dir, keep)
+    check_finite(changed)
     vars(changed).pop("loss_change", None)
     if opening is not None:
         log = replace(log, loss_change=closed(opening, changed))
@@ -184,14 +185,10 @@ def _save(log: RecoveryLog, folder: Path, adapted: Any = None) -> None:
 
     if not PartialState().is_main_process:
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        whole = Path(beside) / folder.name
-        whole.mkdir()
+    with new_folder(folder) as beside:
         if adapted is not None:
-            adapted.save_pretrained(whole, safe_serialization=True)
-        log.save(whole / "recovery_log.json")
-        whole.rename(folder)
+            adapted.save_pretrained(beside, safe_serialization=True)
+        log.save(beside / "recovery_log.json")
 
 
 def _save_again(log: RecoveryLog, folder: str | Path | None) -> None:

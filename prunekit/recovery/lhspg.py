@@ -245,7 +245,7 @@ class LHSPG(torch.optim.AdamW):
         for taken in self._periods:
             for group in self.units:
                 if group.name in taken:
-                    group.silence_lora(as_units(taken[group.name]))
+                    group.zero_lora(as_units(taken[group.name]))
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state, and under `"lhspg"` the progress of the units and the changed weights."""

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from prunekit.account import LossChange
-from prunekit.errors import PrunekitError, reason
-from prunekit.files import read_text, write_text
+from prunekit.checks import Whole, check_value
+from prunekit.files import read_json, reading, write_text
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,15 @@ class RecoveryLog:
         Raises:
             PrunekitError: the file is missing, or it holds no such log.
         """
-        try:
-            return cls.from_dict(json.loads(read_text(path, "RecoveryLog.save")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise PrunekitError(
-                f"no recovery log in {str(path)!r} ({reason(error)}); give a file that save wrote"
-            ) from error
+        with reading(path, "recovery log", "RecoveryLog.save"):
+            return cls.from_dict(read_json(path, "RecoveryLog.save"))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":
         """The log from the form of `to_dict`."""
+        kinds: dict[str, Any] = {"losses": list[float], "learning_rates": list[float], "n_tokens": Whole}
+        for name, kind in (kinds | {"trainable": Whole, "method": str}).items():
+            check_value(name, fields[name], kind)
         curves = {name: tuple(fields[name]) for name in ("losses", "learning_rates")}
         change = fields.get("loss_change")
         return cls(**{**fields, **curves, "loss_change": None if change is None else LossChange.from_dict(change)})

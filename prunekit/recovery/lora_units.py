@@ -154,7 +154,7 @@ class _Owned:
         values = rows.to(self.tensor.dtype).reshape(len(index), *rest).movedim(0, self.dim)
         self.tensor.index_copy_(self.dim, index, values)
 
-    def silence(self, units: Tensor) -> None:
+    def zero(self, units: Tensor) -> None:
         self.tensor.index_fill_(self.dim, self._at(units), 0.0)
 
     def _at(self, units: Tensor) -> Tensor:
@@ -220,14 +220,14 @@ class GroupUnits:
             kept = (rows * (1 - step).to(rows)[:, None] + (0 if u is None else u)) * (~falls).to(rows)[:, None]
             owned.write(units, kept)
             after += kept.to(rows.dtype).cpu().double().square().sum(1)
-        self.silence_lora(units)
+        self.zero_lora(units)
         return after.sqrt()
 
     @torch.no_grad()
-    def silence_lora(self, units: Tensor) -> None:
+    def zero_lora(self, units: Tensor) -> None:
         """Set rows of B and columns of A to zero, so that training does not restore the units."""
         for owned in self.lora:
-            owned.silence(units)
+            owned.zero(units)
 
 
 def units_of(model: nn.Module, groups: Iterable[CoupledGroup]) -> tuple[GroupUnits, ...]:

@@ -22,6 +22,7 @@ from prunekit.checks import (
     checked,
 )
 from prunekit.errors import PrunekitError
+from prunekit.escaping import html_paragraph
 from prunekit.recovery.fine_tuning import recover
 from prunekit.recovery.full import FullTuning
 from prunekit.recovery.log import RecoveryLog
@@ -96,7 +97,7 @@ class MixtureLog:
 
     def _repr_html_(self) -> str:
         table = self.table().pivot(index="source", columns="round", values="gap").to_html() if self.rows else ""
-        return f"<p>{self!r}</p>{table}"
+        return f"{html_paragraph(self)}{table}"
 
 
 @checked

@@ -16,6 +16,7 @@ from prunekit.checks import Count, Model, Share, Tokenizer, check_integers, chec
 from prunekit.discovery import Groups, discover
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
+from prunekit.escaping import html_paragraph
 from prunekit.files import write_text
 from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, plan
@@ -52,7 +53,7 @@ class Progressed(NamedTuple):
         return f"Progressed({self.plan!r}; {self.log!r})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.before_the_end().to_html(float_format='{:.3f}'.format)}"
+        return f"{html_paragraph(self)}{self.before_the_end().to_html(float_format='{:.3f}'.format)}"
 
     def before_the_end(self) -> pd.DataFrame:
         """Norms of the redundant units at the start and one step before the end of each period.

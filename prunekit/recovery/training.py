@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunekit.account import few, loss_on
+from prunekit.calibration import all_finite
 from prunekit.compat import LOSS_KEYWORDS
 from prunekit.errors import PrunekitError
 from prunekit.locks import PROCESS
@@ -89,7 +91,20 @@ def train(
         else:
             trainer.train(resume_from_checkpoint=newest)
             history = trainer.state.log_history
-    return _log(model, tokens, method, _whole_curve(history, logs))
+    log = _log(model, tokens, method, _whole_curve(history, logs))
+    _check_outcome(model, tokens, method)
+    return log
+
+
+def _check_outcome(model: nn.Module, tokens: Tensor, method: TrainingSettings) -> None:
+    """Raise an error for weights or a loss that the last update left not finite: each loss is of the step before."""
+    broken = [name for name, p in model.named_parameters() if not all_finite(p.detach())]
+    if broken or math.isinf(loss_on(model, few(tokens))):
+        what = f"the weights of {broken[0]} are" if broken else "the loss is"
+        raise PrunekitError(
+            f"{what} not finite after the last step: learning_rate={method.learning_rate} is too high, or the model's "
+            "precision too low"
+        )
 
 
 def newest_checkpoint(folder: Path) -> str | None:

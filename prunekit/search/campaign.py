@@ -14,6 +14,7 @@ from joblib import Parallel, delayed, parallel_config
 from torch import nn
 from tqdm.auto import tqdm
 
+from prunekit.annotations import shown
 from prunekit.checkpoint import save
 from prunekit.checks import Count, Seed, SharedModel, Tokenizer, check_choice, checked
 from prunekit.documents import TextSource
@@ -25,7 +26,7 @@ from prunekit.questions import Task
 from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.space import Point, Space, key_of
 from prunekit.search.trials import Trials
-from prunekit.search.worker import Work, carry_out, keep_open, let_go
+from prunekit.search.worker import Work, carry_out, is_figure, keep_open, let_go
 
 JOURNAL, MODEL = "journal.log", "model"  # what stands in the folder of a search
 COLUMNS = ("number", "round", "seconds")  # that a table has besides hyperparameters, costs and metrics
@@ -79,6 +80,7 @@ class Campaign:
                 folder / JOURNAL, self.space, self._identity(fingerprint), maximize=self.metrics[0].maximize
             )
             stack.callback(self.trials.close)
+            self._check_measured(folder / JOURNAL)
             self._work = self._opened(folder, fingerprint)
             stack.callback(let_go)
             self._stack = stack.pop_all()
@@ -86,6 +88,18 @@ class Campaign:
 
     def __exit__(self, *raised: object) -> None:
         self._stack.close()
+
+    def _check_measured(self, journal: Path) -> None:
+        """Raise an error for measurements that no metric gives, as in a journal that was edited."""
+        names = [metric.name for metric in self.metrics]
+        for trial in self.trials.finished():
+            measured: Any = trial.user_attrs.get("measured")
+            fits = isinstance(measured, Mapping) and all(map(is_figure, self.metrics, map(measured.get, names)))
+            if not fits or measured[names[0]] != trial.value:
+                raise PrunekitError(
+                    f"trial {trial.number} of {str(journal)!r} has measurements that {', '.join(names)} cannot give: "
+                    f"{shown(measured)}; delete the journal to begin anew"
+                )
 
     def run(self, number: int, make: Make) -> None:
         """Add the candidates of a round, and measure until none waits in any process.

@@ -11,6 +11,7 @@ from torch import nn
 
 from prunekit.documents import Document, TextSource
 from prunekit.errors import PrunekitError
+from prunekit.escaping import html_paragraph
 from prunekit.evaluation.language_modelling import perplexity
 from prunekit.evaluation.multiple_choice import zero_shot
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
@@ -202,7 +203,7 @@ class Pairs:
 
     def _repr_html_(self) -> str:
         order = self.table.sort_values(self.metric, ascending=not self.maximize) if len(self) else self.table
-        return f"<p>{self!r}</p>{order.head(10).to_html(index=False, float_format='{:.3g}'.format)}"
+        return f"{html_paragraph(self)}{order.head(10).to_html(index=False, float_format='{:.3g}'.format)}"
 
 
 def _setting(knob: Hyperparameter, value: Any) -> Any:

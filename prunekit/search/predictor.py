@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prunekit.checks import Count, Length, Positive, Seed, check_fields, check_reals
-from prunekit.errors import PrunekitError, reason
-from prunekit.files import write_text
+from prunekit.checks import Count, Length, Positive, Seed, check_fields, check_reals, check_value
+from prunekit.errors import PrunekitError
+from prunekit.files import read_json, reading, write_text
 from prunekit.fingerprint import digest_of_text
 from prunekit.search.space import Point, Space
 
@@ -143,17 +143,19 @@ class AccuracyPredictor:
         """
         import lightgbm
 
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        with reading(path, "predictor", "AccuracyPredictor.save"):
+            content = read_json(path, "AccuracyPredictor.save")
             if content["format"] != _FORMAT or content["digest"] != digest_of_text("".join(content["models"])):
-                raise ValueError("damaged, or not a predictor")  # LightGBM may abort on half a text
+                raise PrunekitError("it is damaged, or no predictor")  # LightGBM may abort on half a text
             found = cls(space, Trees(**content["trees"]))
-            found._floor = float(content["floor"])
-            found._models = [lightgbm.Booster(model_str=text) for text in content["models"]]
-        except (OSError, ValueError, LookupError, TypeError, lightgbm.basic.LightGBMError) as error:
-            raise PrunekitError(
-                f"no predictor in {str(path)!r} ({reason(error)}); give a file that save wrote"
-            ) from error
+            check_value("floor", content["floor"], float)
+            check_value("models", content["models"], list[str])
+            found._floor = content["floor"]
+            try:
+                found._models = [lightgbm.Booster(model_str=text) for text in content["models"]]
+            except lightgbm.basic.LightGBMError as error:
+                raise PrunekitError("LightGBM does not read its trees") from error
+            found._check_fitted()
         if content["features"] != space.feature_names():
             raise PrunekitError(f"the predictor in {str(path)!r} has other hyperparameters; give its space")
         return found

@@ -12,6 +12,7 @@ import pandas as pd
 
 from prunekit.checks import Count, Seed, SharedModel, Tokenizer, Whole, check_integers, checked
 from prunekit.documents import TextSource
+from prunekit.escaping import html_paragraph
 from prunekit.questions import Task
 from prunekit.search.campaign import Campaign, drawn
 from prunekit.search.pairs import Metric, Pairs, metrics_of
@@ -48,7 +49,7 @@ class Found:
         return f"Found({self.pairs!r}; rounds: {len(self.rounds)})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.rounds.to_html(index=False, float_format='{:.4g}'.format)}"
+        return f"{html_paragraph(self)}{self.rounds.to_html(index=False, float_format='{:.4g}'.format)}"
 
 
 @checked

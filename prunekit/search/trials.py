@@ -17,10 +17,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from prunekit.checks import Whole, check_value
 from prunekit.compat import JOURNAL_KEY
 from prunekit.errors import PrunekitError, reason
+from prunekit.files import writing
 from prunekit.search.hyperparameters import Range
-from prunekit.search.space import Point, Space
+from prunekit.search.space import Point, Space, key_of
 
 STUDY = "prunekit"
 _BEGINNING = f'{{"{JOURNAL_KEY}"'.encode()  # of every line
@@ -67,7 +69,7 @@ class Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write lines, after removing an incomplete last line."""
-        with self.lock:
+        with writing(self._path), self.lock:
             self._mend()
             super().append_logs(logs)
 
@@ -157,6 +159,7 @@ class Trials:
         self._distributions = {name: _distribution(knob) for name, knob in space.knobs.items()}
         with self.lock:
             self._identify(identity)
+            self._check(space)
         self._claimed: dict[int, Trial] = {}
         self._life = self._life_of(self._run)
         self._life.acquire()
@@ -290,6 +293,22 @@ class Trials:
                 f"{str(self.path)!r} is of another search (different {' and '.join(differs)}); give another folder, or "
                 "the arguments that it was started with"
             )
+
+    def _check(self, space: Space) -> None:
+        """Raise an error for candidates that were edited, or that stand in the journal twice."""
+        seen: set[str] = set()
+        for trial in self._every():
+            where = f"trial {trial.number} of {str(self.path)!r}"
+            try:
+                key, number = key_of(space.check(trial.params)), trial.user_attrs["round"]
+                check_value("round", number, Whole)
+            except (PrunekitError, KeyError) as error:
+                raise PrunekitError(
+                    f"{where} is no candidate of this search ({reason(error)}); delete the journal to begin anew"
+                ) from None
+            if "again" not in trial.user_attrs and key in seen:
+                raise PrunekitError(f"{where} stands there twice; delete the journal to begin anew")
+            seen.add(key)
 
 
 def _order(trial: FrozenTrial) -> int:

@@ -127,6 +127,12 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:
         return Outcome(number, figures | {"seconds": time.perf_counter() - start})
 
 
+def is_figure(metric: Metric, value: Any) -> bool:
+    """Whether a metric may have this value."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return is_number and (not metric.log or value >= 0)
+
+
 def figure(metric: Metric, model: Any, tokenizer: Any) -> float:
     """The value of a metric for a model.
 
@@ -138,7 +144,7 @@ def figure(metric: Metric, model: Any, tokenizer: Any) -> float:
         value = math.nan if isinstance(given, str) else float(given)
     except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if math.isnan(value) or (metric.log and value < 0):
+    if not is_figure(metric, value):
         wanted = "a number above 0" if metric.log else "a number"
         raise PrunekitError(f"metric {metric.name!r} gave {given!r:.40} for this model; it must give {wanted}")
     return value

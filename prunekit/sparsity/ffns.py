@@ -104,16 +104,16 @@ def _may_feed(call: Call, down: Call) -> bool:
 def _matching(before: list[Call], down: Call, activations: list[Activation]) -> FoundFFN | None:
     """The FFN form that reproduces the inputs of `down` best from outputs of earlier calls."""
     p = down.inputs[:_ROWS]
-    parts = [part for call in before for part in _parts(call, p.shape[1])]
+    parts = [(*part, call.inputs[:_ROWS]) for call in before for part in _parts(call, p.shape[1])]
     ways: list[tuple[float, FoundFFN]] = []
     for activation in (in_float32(a) for a in activations):
-        for gate, s in parts:
+        for gate, s, x in parts:
             opened = activation(s)
             if not _elementwise(activation, s):
                 continue
             ways.append((_distance(opened, p), FoundFFN(gate, None, down.matrix, activation)))
             ways += [(_distance(opened * z, p), FoundFFN(up, gate, down.matrix, activation))
-                     for up, z in parts if up is not gate]  # fmt: skip
+                     for up, z, read in parts if up is not gate and _is_same(read, x)]  # fmt: skip
     best = min(ways, key=lambda way: way[0], default=None)
     return best[1] if best is not None and best[0] <= 4 * torch.finfo(p.dtype).eps else None
 
@@ -129,6 +129,11 @@ def _parts(call: Call, d_ff: int) -> list[tuple[Rows, Tensor]]:
     y = call.outputs[:_ROWS]
     halves = [slice(0, d_ff)] if y.shape[1] == d_ff else [slice(0, d_ff), slice(d_ff, 2 * d_ff)]
     return [(Rows(call.matrix, rows), y[:, rows]) for rows in halves]
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two projections read the same; of two layers in a row, the second reads what the first made."""
+    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _elementwise(activation: Activation, z: Tensor) -> bool:

@@ -11,7 +11,9 @@ import pandas as pd
 from torch import Tensor
 
 from prunekit.account import LossChange
+from prunekit.checks import Count, NotNegative, Whole, check_value
 from prunekit.errors import PrunekitError, reason
+from prunekit.escaping import html_paragraph
 from prunekit.files import read_text, write_text
 from prunekit.sparsity.patterns import Pattern
 
@@ -76,6 +78,15 @@ def _on_ffns(rows: Rows) -> Iterator[str]:
             f"in {first} of {len(ffns)} FFNs no iteration had less error than the first, which is SparseGPT's; its "
             "weights were kept"
         )
+
+
+_FIELDS: dict[str, Any] = {
+    "method": str, "target": str, "rows": list[dict[str, Any]], "left": dict[str, str], "remarks": list[str],
+}  # fmt: skip
+_ROW: dict[str, Any] = {
+    "layer": Whole, "matrix": str, "method": str, "n_weights": Count, "n_zeros": Whole,
+    "error": NotNegative | None, "ffn_error": list[NotNegative] | None, "kept": Whole | None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ class SparsityReport:
             f"<li><code>{escape(name)}</code> stays dense: {escape(why)}</li>" for name, why in self.left.items()
         )
         table = self.by_layer().to_html(formatters=formats, na_rep="not measured")  # formatters see no NaN
-        return f"<p>{escape(repr(self))}</p><ul>{remarks}{left}</ul>{table}"
+        return f"{html_paragraph(self)}<ul>{remarks}{left}</ul>{table}"
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -172,8 +183,15 @@ class SparsityReport:
         try:
             told = json.loads(text)
             loss = None if told.get("loss") is None else LossChange.from_dict(told["loss"])
+            for name, kind in _FIELDS.items():
+                check_value(name, told[name], kind)
+            for number, row in enumerate(told["rows"]):
+                for name, kind in _ROW.items():
+                    check_value(f"rows[{number}][{name!r}]", row[name], kind)
+                if row["n_zeros"] > row["n_weights"]:
+                    raise PrunekitError(f"rows[{number}] has more zeros than weights")
             return cls(told["method"], told["target"], tuple(told["rows"]), told["left"], tuple(told["remarks"]), loss)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PrunekitError(
                 f"this is not a sparsity report ({reason(error)}); give what SparsityReport.to_json wrote"
             ) from None
