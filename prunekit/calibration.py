@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from prunekit.checks import Count, Length, Seed, Tokenizer, checked
 from prunekit.documents import Document, Reading, TextSource, at_least_one, is_stream
 from prunekit.errors import PrunekitError
-from prunekit.models import evaluating, max_positions
+from prunekit.models import check_has_weights, evaluating, max_positions
 from prunekit.text import DOCUMENT_SEPARATOR, JOINT, begin_windows, leading_bos, text_width, token_ids, tokenize
 
 TOKENS_A_BATCH = 1024  # 16 samples of 64 tokens at once: logits for 32,000 words then take 131 MB
@@ -119,9 +119,10 @@ def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
         int64 (n_samples, seq_len).
 
     Raises:
-        PrunekitError: not an integer tensor of that shape, ids outside the model's vocabulary, or sequences
-            longer than the model takes.
+        PrunekitError: not an integer tensor of that shape, ids outside the model's vocabulary, sequences longer than
+            the model takes, or a model without weights in memory.
     """
+    check_has_weights(model)
     if not isinstance(calib, Tensor) or calib.is_floating_point() or calib.dtype == torch.bool or calib.ndim != 2:
         given = f"{calib.dtype} {tuple(calib.shape)}" if isinstance(calib, Tensor) else type(calib).__name__
         raise PrunekitError(
@@ -169,9 +170,8 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         PrunekitError: names the first such parameter.
     """
+    check_has_weights(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise PrunekitError(f"{name} has a shape but no data (meta device): load the weights first")
         if not all_finite(parameter.detach()):
             raise PrunekitError(f"{name} has NaN or infinite weights: the checkpoint is damaged, or overflowed float16")
 

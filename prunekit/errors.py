@@ -53,8 +53,8 @@ def _os_reason(error: Any) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message that its author wrote for users, such as that of a chat template."""
-    return (str(error).splitlines() or [""])[0]
+    """The first line of an error's message that says something."""
+    return next((line for line in str(error).splitlines() if line.strip()), "")
 
 
 _REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Callable[[Any], str]], ...] = (

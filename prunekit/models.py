@@ -9,11 +9,32 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL,
+)
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as CHOOSERS,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES as ANSWERERS,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as TAGGERS,
+)
 
-from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION
+from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION, offloaded
+from prunekit.errors import PrunekitError
 from prunekit.locks import PROCESS
 
+_OTHER_HEADS = {name for heads in (CLASSIFIERS, TAGGERS, ANSWERERS, CHOOSERS) for name in heads.values()}
 Shapes = dict[str, tuple[int, ...]]
 
 # The eager implementations of attention and experts run on any device, one after the other.
@@ -44,13 +65,51 @@ def logits_alone(model: nn.Module) -> dict[str, Any]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter."""
+    """Device of the model's first parameter.
+
+    Raises:
+        PrunekitError: its weights are not in memory, so that it runs nowhere.
+    """
+    check_has_weights(model)
     return next(model.parameters()).device
 
 
 def name_model(model: Any, source: str) -> None:
     """Set `name_or_path`, as `transformers` does, so that adapters name their base model."""
     model.config.name_or_path = model.name_or_path = source
+
+
+def check_language_model(model: nn.Module) -> None:
+    """Raise an error for a model of transformers with a head that gives no logits of tokens, such as a reward model.
+
+    Raises:
+        PrunekitError: names its class.
+    """
+    if type(model).__name__ in _OTHER_HEADS:
+        raise PrunekitError(
+            f"a {type(model).__name__} is no causal language model, and prunekit prunes those alone; give one that "
+            "AutoModelForCausalLM loads"
+        )
+
+
+def check_has_weights(model: nn.Module) -> None:
+    """Raise an error for a model whose weights are not in memory.
+
+    Raises:
+        PrunekitError: names the first parameter, and says whether accelerate has offloaded it.
+    """
+    name = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if name is None:
+        return
+    if offloaded(model):
+        raise PrunekitError(
+            f"{name} is offloaded (device_map), and weights are needed in memory; load the model without device_map, "
+            "or prune its folder with prune_checkpoint(...), which needs the memory of one layer"
+        )
+    raise PrunekitError(
+        f"the model has no weights in {name} (meta device: a shape and no data); load the weights first, with "
+        "prunekit.load(folder)"
+    )
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -69,10 +128,20 @@ def positions_of(config: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def auto_class(config: Any) -> Any:
+    """The class of `transformers` that builds a language model from a configuration.
+
+    It is `AutoModelForCausalLM`, or `AutoModelForImageTextToText` for models of pictures and text that the former does
+    not build: such a model is cut as a whole, in its language model.
+    """
+    pictured = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if pictured and type(config) not in CAUSAL else AutoModelForCausalLM
+
+
 def empty_model(config: Any, **options: Any) -> Any:
     """The model of a configuration, its parameters on the meta device, its buffers real; no code from elsewhere."""
     with _without_parameters():
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        model: Any = auto_class(config).from_config(config, trust_remote_code=False, **options)
     model.tie_weights()
     return model
 

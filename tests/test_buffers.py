@@ -129,5 +129,7 @@ def test_as_many_experts_stay_as_are_chosen_for_each_token():
     with pytest.raises(BudgetError, match=r"1 would be left, and 2 are chosen for each token .* ask for at most 0\.5"):
         pk.plan(groups, scores, 0.75, of="units", kinds=["expert"])
     assert len(pk.plan(groups, scores, 0.5, of="units", kinds=["expert"]).keep[group.name]) == 2
+    with pytest.raises(BudgetError, match=r"or the 2 that are chosen for each token let at most 0\.5000 go"):
+        pk.plan(groups, scores, 0.75, of="units", kinds=["expert"], ranking="global")
     with pytest.raises(PrunekitError, match="leaves 1 units of .* and 2 are chosen for each token"):
         pk.prune(model, plan_keeping(groups, {group.name: [3]}))

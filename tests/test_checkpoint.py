@@ -315,7 +315,7 @@ def test_a_name_that_is_no_folder_and_no_hub_id_is_said_to_be_neither(answer, sa
         options.update(given)
         raise OSError("nothing there")
 
-    monkeypatch.setattr("prunekit.checkpoint.loading.get_hf_file_metadata", ask)
+    monkeypatch.setattr("prunekit.checkpoint.origins.get_hf_file_metadata", ask)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(PrunekitError, match=f"^there is no folder 'qwne3', and as a hub id it {said}"):
         load("qwne3")

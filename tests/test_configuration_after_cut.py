@@ -10,7 +10,14 @@ from evaluation_helpers import llama
 from families import FAMILIES, SIZED, logits, plan_keeping
 from other_families import UNLISTED
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import prunekit as pk
 from prunekit.models import empty_model
@@ -110,6 +117,26 @@ def test_an_adapter_trained_on_a_cut_model_finds_its_base(name, form, tmp_path):
         assert torch.equal(answers(again), answers(adapted))
 
 
+@pytest.mark.parametrize("form", ["channels", "uneven"])
+def test_an_adapter_without_a_task_type_finds_its_base_too(form, tmp_path):
+    """Then peft loads the base with the class of its family, not with AutoModelForCausalLM."""
+    pk.save(copy.deepcopy(cut("llama_gqa", form)), tmp_path / "base")
+    adapted = get_peft_model(
+        pk.load(tmp_path / "base")[0], LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(answers(again), answers(adapted))
+
+
+def test_a_cut_checkpoint_loads_with_the_class_of_its_family_and_no_other(tmp_path):
+    pk.save(copy.deepcopy(cut("llama_gqa", "uneven")), tmp_path / "cut")
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path / "cut", output_loading_info=True, dtype=torch.float32)
+    assert torch.equal(answers(model), answers(cut("llama_gqa", "uneven"))) and not info["missing_keys"]
+    with pytest.raises(pk.PrunekitError, match="is a cut LlamaForCausalLM, no GPT2LMHeadModel; load it with prunekit"):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "cut")
+
+
 @pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, lambda folder: pk.load(folder)[0]])
 def test_a_loaded_cut_model_knows_where_it_lies(load, tmp_path):
     pk.save(cut("llama_gqa", "uneven"), tmp_path / "cut")
@@ -164,6 +191,42 @@ def pk_free(config):
     config = copy.deepcopy(config)
     del config.prunekit
     return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name in NAMES for form in ("channels", "heads", "experts", "layer", "uneven")
+     if form != "experts" or name in WITH_EXPERTS],
+)  # fmt: skip
+def test_optional_outputs_are_those_of_the_units_that_are_left(name, form, tmp_path):
+    """Hidden states, attentions and router logits, before and after saving in whatever format."""
+    small = copy.deepcopy(cut(name, form))
+    small.set_attn_implementation("eager")
+    pk.save(small, tmp_path / "out")
+    again = pk.load(tmp_path / "out")[0]
+    again.set_attn_implementation("eager")
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    wanted |= {"output_router_logits": True} if name in WITH_EXPERTS else {}
+    with torch.no_grad():
+        one, other = (written(m)(torch.arange(16).view(2, 8), use_cache=False, **wanted) for m in (small, again))
+    n_layers = 1 if form == "layer" else 2
+    assert len(one.hidden_states) == n_layers + 1 and len(one.attentions) == n_layers
+    assert {a.shape[1] for a in one.attentions} == {4 if form == "heads" else 8}
+    if name in WITH_EXPERTS:
+        experts = 2 if form == "experts" else 4
+        assert [r.shape for r in one.router_logits] == [(16, experts)] * n_layers and one.logits.isfinite().all()
+    for which in ("hidden_states", "attentions", "router_logits"):
+        pairs = zip(getattr(one, which, None) or (), getattr(other, which, None) or (), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def written(model):
+    """In evaluation mode, its experts one after the other."""
+    for part in model.modules():
+        if hasattr(vars(part).get("config"), "_experts_implementation"):
+            part.config._experts_implementation = "eager"
+    return model.eval()
 
 
 @pytest.mark.parametrize("kind", ["expert", "ffn_channel"])

@@ -37,7 +37,7 @@ def scores(model, groups):
     [
         (0.2, {"round_to": {"expert": 2}}, "round_to names 'expert', of which this plan takes none"),
         (0.2, {"round_to": {"kv_head": 2}, "kinds": ["ffn_channel"]}, "round_to names 'kv_head'.*ffn_channel may go"),
-        (0.2, {"protect_layers": [True]}, "protect_layers.*True"),
+        (0.2, {"protect_layers": [True]}, "protect_layers\\[0\\]=True is not allowed; give an integer"),
         (0.2, {"min_units": 1000}, "cannot be met: with min_units=1000"),
         (
             {"ffn_channel": 0.2},
@@ -104,7 +104,7 @@ def test_settings_that_cannot_be_followed_are_said(model, caplog):
         "batch_size=9, but there are 3 windows: a step takes all of them",
         "warmup=50 steps, but the training has 2: the learning rate does not reach 0.003",
     ]
-    with pytest.raises(PrunekitError, match="seed=-1"):
+    with pytest.raises(PrunekitError, match="LoRA: seed=-1 is not allowed"):
         pk.LoRA(seed=-1)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
 import prunekit as pk
+from prunekit.checkpoint import stream_writing
 
 
 def unpacked(folder):
@@ -72,4 +73,44 @@ def test_what_does_not_read_back_is_not_left_there(form, how, tmp_path, monkeypa
         monkeypatch.setattr(saving, "save_torch_state_dict", lambda s, *a, **k: right(spoilt(s, how), *a, **k))
     with pytest.raises(pk.PrunekitError, match=r"layers\.1\.mlp\.up_proj\.weight is not read back as it was"):
         pk.save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_that_does_not_read_back_is_not_moved_into_place(tmp_path, monkeypatch):
+    """Where a checkpoint is streamed, each file is read back as it is written; the same call then goes on."""
+    llama().save_pretrained(tmp_path / "in")
+    right, name = stream_writing.save_file, "model.layers.1.mlp.down_proj.weight"
+
+    def wrong(tensors, path, **options):
+        right({n: t + 1 if n == name else t for n, t in tensors.items()}, path, **options)
+
+    monkeypatch.setattr(stream_writing, "save_file", wrong)
+    with pytest.raises(pk.PrunekitError, match=r"layers\.1\.mlp\.down_proj\.weight is not read back as it was"):
+        pk.prune_checkpoint(tmp_path / "in", tmp_path / "out", pk.Magnitude(), 0.2, max_shard_size="30KB")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    plan = pk.prune_checkpoint(tmp_path / "in", tmp_path / "out", pk.Magnitude(), 0.2, max_shard_size="30KB")
+    small = pk.prune(pk.load(tmp_path / "in")[0], plan)
+    assert torch.equal(logits(pk.load(tmp_path / "out")[0]), logits(small))
+
+
+def test_a_shard_that_is_missing_is_noticed(tmp_path, monkeypatch):
+    llama().save_pretrained(tmp_path / "in")
+    right = stream_writing._write_shard
+    monkeypatch.setattr(stream_writing, "_write_shard", lambda tensors, path: right(dict([*tensors.items()][1:]), path))
+    with pytest.raises(pk.PrunekitError, match="is not read back as it was"):
+        pk.prune_checkpoint(tmp_path / "in", tmp_path / "out", pk.Magnitude(), 0.2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_transformers_writes_wrongly_is_not_left_there(tmp_path, monkeypatch):
+    model = same_cut("llama_gqa", True)
+    write = type(model).save_pretrained
+
+    def wrong(self, folder, **options):
+        write(self, folder, state_dict=spoilt(self.state_dict(), "value"), **options)
+
+    monkeypatch.setattr(type(model), "save_pretrained", wrong)
+    with pytest.raises(pk.PrunekitError, match=r"layers\.1\.mlp\.up_proj\.weight is not read back as it was"):
+        pk.export(model, tmp_path / "out", layout="padded")
     assert not list(tmp_path.iterdir())

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint.folders import Stored
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.locks import PROCESS
-from prunekit.models import shapes_of
+from prunekit.models import auto_class, shapes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Stages
 from prunekit.pruning.surgery import cut
@@ -68,7 +67,7 @@ def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: i
     counter = _Counter(FEW_CALLS + CALLS_A_TENSOR * len(stored))
     try:
         with PROCESS, torch.device("meta"), counter:  # not even buffers cost anything
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: Any = auto_class(config).from_config(config, trust_remote_code=False)
         model.tie_weights()
     except Exception:  # an error of the family is reported by the load that follows
         if counter.n_left >= 0:

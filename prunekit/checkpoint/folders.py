@@ -3,7 +3,6 @@
 Only headers are read here, so that what is wrong is said before memory is asked for.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from prunekit.annotations import shown
+from prunekit.checkpoint.door import check_kind, has_adapter
 from prunekit.errors import PrunekitError
 from prunekit.files import LARGEST, check_regular, read_json
 
@@ -56,27 +56,19 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-_DEQUANTIZING = {
-    "mxfp4": "Mxfp4Config(dequantize=True)",
-    "fp8": "FineGrainedFP8Config(dequantize=True)",
-    "mxfp8": "FineGrainedFP8Config(dequantize=True)",
-    "compressed-tensors": "CompressedTensorsConfig(run_compressed=False)",
-    "bitsandbytes": "",
-}  # quant_method → what makes transformers dequantize while loading; "" where the loaded model is dequantized
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint that prunekit can read.
 
     Raises:
-        PrunekitError: the file is missing, or the folder is not a plain checkpoint.
+        PrunekitError: the file is missing, or the folder does not hold a plain language model.
     """
     path = folder / "config.json"
-    if os.path.lexists(folder / "adapter_config.json"):
-        beside = "an adapter beside a model" if path.exists() else "an adapter only"
+    if has_adapter(folder):
+        what = "beside the weights of a model" if path.exists() else "only"
         raise PrunekitError(
-            f"{str(folder)!r} holds {beside} (adapter_config.json); load its base model with peft, call "
-            "merge_and_unload() on it, save that, and give its folder"
+            f"{str(folder)!r} holds an adapter {what}; merge it (peft's merge_and_unload): model, tokenizer = "
+            f"prunekit.load({str(folder)!r}, merge_adapter=True), save that with prunekit.save(model, new_folder), and "
+            f"give its folder{'; or take the files adapter_* away' if path.exists() else ''}"
         )
     if not path.exists() and not path.is_symlink():
         raise PrunekitError(f"{str(folder)!r} is no checkpoint: it has no config.json; give the folder that holds it")
@@ -86,8 +78,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_object(path)
     _check_names(path, config)
     check_described(config, str(folder))
-    if config.get("quantization_config") is not None:
-        raise _quantized(folder, config["quantization_config"])
+    check_kind(folder, config)
     return config
 
 
@@ -143,21 +134,6 @@ def _check_fields(described: Any, source: str, own: bool) -> None:
         _check_fields(value, source, own)
 
 
-def _quantized(folder: Path, quantization: Any) -> PrunekitError:
-    """What to do about quantized weights: some formats have no other release, and transformers dequantizes them."""
-    method = str(quantization.get("quant_method")) if isinstance(quantization, dict) else "unknown"
-    if method in _DEQUANTIZING:
-        option = f", quantization_config={_DEQUANTIZING[method]}" if _DEQUANTIZING[method] else ""
-        dequantized = "" if option else ".dequantize()"
-        advice = (
-            f"dequantize it first: model = AutoModelForCausalLM.from_pretrained({str(folder)!r}{option}){dequantized}, "
-            "then prunekit.save(model, new_folder), and give that"
-        )
-    else:
-        advice = "give the checkpoint it was made from, which is not quantized"
-    return PrunekitError(f"{str(folder)!r} is quantized ({method}), and quantized weights cannot be cut; {advice}")
-
-
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint, by name, from the headers of its safetensors alone.
 
@@ -165,7 +141,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         PrunekitError: no weights, a broken file, or an index that does not fit the files.
     """
     if (folder / WHOLE).is_file():
-        return dict(_header(folder / WHOLE))
+        return header_of(folder / WHOLE)
     if (folder / INDEX).exists():
         return _sharded(folder, _weight_map(folder / INDEX))
     read_config(folder)  # a folder without a checkpoint has its own message
@@ -205,6 +181,15 @@ def _sharded(folder: Path, names: dict[str, str]) -> dict[str, Stored]:
                 f"the index of {str(folder)!r} seeks {name!r} in {file!r}, but {where!r} has it; restore it"
             )
     return found
+
+
+def header_of(path: Path) -> dict[str, Stored]:
+    """Every tensor of one safetensors file, by name.
+
+    Raises:
+        PrunekitError: the file cannot be read.
+    """
+    return dict(_header(path))
 
 
 def _header(path: Path) -> Iterator[tuple[str, Stored]]:

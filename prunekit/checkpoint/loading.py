@@ -11,19 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_MODELS,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
+from prunekit.checkpoint.adapters import base_of_adapter, merge_adapter_of
 from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.cards import LISTED, SPARSITY
 from prunekit.checkpoint.config_checks import check_config
@@ -37,14 +29,15 @@ from prunekit.checkpoint.folders import (
 )
 from prunekit.checkpoint.layer_widths import check_widths
 from prunekit.checkpoint.left_out import check_left_out, check_ties
-from prunekit.checkpoint.origins import resolve
+from prunekit.checkpoint.origins import files_alone, resolve
+from prunekit.checkpoint.tokenizer_files import load_tokenizer
 from prunekit.checks import checked
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import read_text
 from prunekit.locks import PROCESS
 from prunekit.model_names import NAMES, is_world
-from prunekit.models import empty_model, name_model, own_tensors
+from prunekit.models import auto_class, empty_model, name_model, own_tensors
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.describing import describe
@@ -65,6 +58,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    merge_adapter: bool = False,
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, in evaluation mode.
 
@@ -78,15 +72,23 @@ def load(
         dtype: of the weights, such as `"float32"`; `"auto"` is the checkpoint's own.
         device: where they lie, such as `"cuda"`.
         trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
+        merge_adapter: the folder holds an adapter of peft, which is merged into its base model: the weights beside it,
+            or the model that it names. Without this such a folder is refused.
 
     Returns:
         The model, and its tokenizer or None where the folder has none.
 
     Raises:
-        PrunekitError: there is no checkpoint, only pickled weights, or one whose files do not fit each other; a GGUF
-            file that cannot be converted; a device that is not there.
+        PrunekitError: there is no checkpoint, only pickled weights, or one whose files do not fit each other; no plain
+            language model, but quantized weights, an adapter or a classifier; a GGUF file that cannot be converted; a
+            device that is not there.
     """
     dtype, device = _known_dtype(dtype), known_device(device)
+    if merge_adapter:
+        with base_of_adapter(source) as base:
+            model, tokenizer = load(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(str(source), trust_remote_code, model.config) or tokenizer
+        return merge_adapter_of(source, model).eval(), tokenizer
     if is_world(source):
         model, tokenizer = load_world()
         return _in_dtype(model, dtype).to(device), tokenizer
@@ -127,7 +129,6 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return load_cut(folder, dtype)
-    _check_architecture(folder, config)
     try:
         return _load_whole(folder, config, dtype, trust_remote_code)
     except PrunekitError as error:
@@ -149,25 +150,6 @@ def _load_whole(folder: Path, config: dict[str, Any], dtype: torch.dtype | str, 
     return model
 
 
-def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    """Raise an error for models of another kind, such as an encoder, which `transformers` would load.
-
-    A model of pictures and text is taken where `AutoModelForCausalLM` builds its language model, or the whole.
-    """
-    names = [str(name) for name in config.get("architectures") or []]
-    causal = {name for value in CAUSAL_MODELS.values() for name in _listed(value)}
-    if config.get("model_type") in CAUSAL_MODELS:
-        causal |= set(_listed(IMAGE_TEXT_MODELS.get(config["model_type"], ())))
-    if names and not causal & set(names) and all(hasattr(transformers, name) for name in names):
-        raise PrunekitError(
-            f"{str(folder)!r} is a {names[0]}, no causal language model; give one that AutoModelForCausalLM loads"
-        )
-
-
-def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value
-
-
 def check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
     """Raise an error for a configuration that asks for far more than the files of its folder hold."""
     try:
@@ -179,12 +161,12 @@ def check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
 
 def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **options: Any) -> Any:
     """The model of a folder or hub id, loaded by `transformers`; missing or unfitting weights raise an error."""
-    where = _where(source)
+    where = files_alone(source)
     if not trust_remote_code and not Path(source).is_dir():  # a folder's was checked as it was read
         check_described(_described(source, where), source)
     try:
         with PROCESS:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = _auto_class(source, trust_remote_code, where).from_pretrained(
                 source,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -197,8 +179,19 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
             )
     except PrunekitError:
         raise
+    except ImportError as error:
+        packages = dict.fromkeys(re.findall(r"pip install (?:-U |--upgrade )?([\w\[\]-]+)", str(error)))
+        how = f"pip install {' '.join(packages)}" if packages else "install what the traceback names"
+        raise PrunekitError(
+            f"the model of {source!r} needs a package that is not installed; {how}, and load the model again"
+        ) from error
     except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own
         raise _unloadable(source, where, reason(error)) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise PrunekitError(
+            f"{source!r} holds an adapter, which transformers attaches to its base model; download it and give its "
+            "folder with merge_adapter=True"
+        )
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]][:4])
         raise PrunekitError(
@@ -207,6 +200,13 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
     check_left_out(source, model, info["unexpected_keys"])
     check_ties(source, model)
     return model
+
+
+def _auto_class(source: str, trust_remote_code: bool, where: dict[str, bool]) -> Any:
+    """The class to load with; where the configuration cannot be read, the load that follows reports it."""
+    with suppress(Exception):
+        return auto_class(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where))
+    return AutoModelForCausalLM
 
 
 def _described(source: str, where: dict[str, bool]) -> dict[str, Any]:
@@ -230,19 +230,6 @@ def _unloadable(source: str, where: dict[str, bool], why: str) -> PrunekitError:
     )
 
 
-def _where(source: str) -> dict[str, bool]:
-    """Only files fetched before, where the hub does not answer; asked once, since each file is tried six times."""
-    if Path(source).is_dir():
-        return {}
-    try:
-        get_hf_file_metadata(hf_hub_url(source, "config.json"))
-    except (HfHubHTTPError, HFValidationError):  # an answer too, or no name that a hub could know
-        return {}
-    except Exception:  # the client's or the network's
-        return {"local_files_only": True}
-    return {}
-
-
 def _check_floats(folder: Path, model: nn.Module, stored: dict[str, Stored]) -> None:
     """Raise an error for integers in a parameter's place, which `transformers` converts to floats without a warning."""
     names = {name for name, _ in model.named_parameters()}
@@ -262,21 +249,6 @@ def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:
             f"the tokens of {str(folder)!r} were renumbered ({LISTED}), and its tokenizer has {len(tokenizer)} for "
             f"{size}: it is the uncut model's; take its files away, or put one there that has the new numbers"
         )
-
-
-def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> Any:
-    """The tokenizer of a folder or hub id; None where a folder has none."""
-    if Path(source).is_dir() and not list(Path(source).glob("tokenizer*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(
-            source, config=config, trust_remote_code=trust_remote_code, **_where(source)
-        )
-    except Exception as error:
-        raise PrunekitError(
-            f"cannot load the tokenizer of {source!r} ({reason(error)}); restore its "
-            "files from their source, or take them away, and load one yourself for what needs a tokenizer"
-        ) from error
 
 
 def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = False, **options: Any) -> Any:

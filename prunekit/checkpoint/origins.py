@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
 from prunekit.annotations import shown
 from prunekit.checkpoint.conversion import converted
 from prunekit.checkpoint.gguf_header import SUFFIX
@@ -38,6 +41,19 @@ def resolve(source: str | Path) -> str | Path:
             f"{str(source)!r} does not exist; give a .gguf file, a checkpoint folder, a hub id, or {NAMES}"
         )
     return source
+
+
+def files_alone(source: str) -> dict[str, bool]:
+    """The option to take only files fetched before, where the hub does not answer: it is asked once, not each time."""
+    if Path(source).is_dir():
+        return {}
+    try:
+        get_hf_file_metadata(hf_hub_url(source, "config.json"))
+    except (HfHubHTTPError, HFValidationError):  # an answer too, or no name that a hub could know
+        return {}
+    except Exception:  # the client's or the network's
+        return {"local_files_only": True}
+    return {}
 
 
 def _gguf_of(path: Path) -> Path | None:

@@ -6,7 +6,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from prunekit.checkpoint.folders import Stored, stored_tensors
+from prunekit.checkpoint.folders import Stored, header_of, stored_tensors
 from prunekit.checkpoint.loading import load_plain
 from prunekit.errors import PrunekitError
 from prunekit.models import own_tensors
@@ -24,10 +24,36 @@ def check_written(folder: Path, model: Any) -> None:
     """
     expected, stored = own_tensors(model), stored_tensors(folder)
     if stored.keys() == expected.keys():
-        wrong = next((name for name in expected if not _alike(_read(name, stored[name]), expected[name])), None)
-    else:
-        found = own_tensors(load_plain(str(folder)))
-        wrong = next((name for name in expected if name not in found or not _alike(found[name], expected[name])), None)
+        _check_stored(stored, expected)
+        return
+    found = own_tensors(load_plain(str(folder)))
+    _refuse(next((name for name in expected if name not in found or not _alike(found[name], expected[name])), None))
+
+
+def check_shard(path: Path, expected: dict[str, Tensor]) -> None:
+    """As `check_written`, for one file of a checkpoint.
+
+    Args:
+        path: of the file.
+        expected: the tensors that were written to it.
+    """
+    _check_stored(header_of(path), expected)
+
+
+def check_names(folder: Path, model: Any) -> None:
+    """As `check_written`, names and shapes alone, which cost nothing."""
+    stored = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
+    _refuse(next((name for name in {**expected, **stored} if stored.get(name) != expected.get(name)), None))
+
+
+def _check_stored(stored: dict[str, Stored], expected: dict[str, Tensor]) -> None:
+    """Compare tensors by their own names."""
+    wrong = (n for n in expected if n not in stored or not _alike(_read(n, stored[n]), expected[n]))
+    _refuse(next(wrong, None))
+
+
+def _refuse(wrong: str | None) -> None:
     if wrong is not None:
         raise PrunekitError(f"{wrong} is not read back as it was")
 

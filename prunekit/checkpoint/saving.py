@@ -16,14 +16,17 @@ from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again
 from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
+from prunekit.checkpoint.door import check_class
 from prunekit.checkpoint.layer_widths import layer_widths
-from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
+from prunekit.checkpoint.left_out import is_falsely_tied
+from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE
 from prunekit.checkpoint.reading_back import check_written
+from prunekit.checkpoint.tokenizer_files import write_tokenizer_of
 from prunekit.checks import Network, Tokenizer, checked
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
-from prunekit.models import empty_model, name_model, own_tensors, shapes_of
+from prunekit.models import check_has_weights, empty_model, name_model, own_tensors, shapes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Cuts, tokens_went
 from prunekit.pruning.describing import has_same_logits, plain_config, unsaid
@@ -86,6 +89,8 @@ def save(
 
 def description(model: Any) -> Any:
     """The content of config.json: the family's own configuration if it is proved, else prunekit's record."""
+    if is_falsely_tied(model):  # such as a head that was trained apart: loading would tie it again
+        model.config.get_text_config().tie_word_embeddings = False
     config = plain_config(model)
     return cut_config(model, Cuts.of(model)) if config is None else config
 
@@ -106,9 +111,8 @@ def check_saveable(model: Any) -> None:
         raise PrunekitError(f"a {type(model).__name__} cannot be saved; give a causal language model of transformers")
     if hasattr(model, "peft_config"):
         raise PrunekitError("the model still carries adapters; call merge_and_unload() on it and save the result")
-    empty = [name for name, p in model.named_parameters() if p.is_meta]
-    if empty:
-        raise PrunekitError(f"the model has no weights in {', '.join(empty[:4])}; load them before saving")
+    check_class(model)
+    check_has_weights(model)
 
 
 def check_saving(
@@ -224,9 +228,12 @@ def write_configurations(model: Any, config: Any, folder: Path) -> None:
 
 def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:
     """The tokenizer, by default the one that stands where the model was loaded from."""
-    tokenizer = tokenizer if tokenizer is not None else _tokenizer_beside(model)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        return
+    source = getattr(model.config, "name_or_path", "") or getattr(model, "cut_from", "")
+    if source and Path(source).is_dir() and not tokens_went(model):  # which it would number wrongly
+        write_tokenizer_of(source, folder)
 
 
 def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str]) -> None:
@@ -241,9 +248,3 @@ def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str])
         if name != CARD and (folder / name).exists():
             raise PrunekitError(f"files: {name!r} is a part of the checkpoint itself; give yours another name")
         write_text(folder / name, text)
-
-
-def _tokenizer_beside(model: Any) -> Any:
-    source = getattr(model.config, "name_or_path", "") or getattr(model, "cut_from", "")
-    there = bool(source) and Path(source).is_dir() and not tokens_went(model)  # which it would number wrongly
-    return load_tokenizer(source, False) if there else None

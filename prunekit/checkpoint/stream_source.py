@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig
 
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, stored_tensors
-from prunekit.checkpoint.loading import MODEL_TYPE, check_plain_size, load, load_cut, load_plain, load_tokenizer
+from prunekit.checkpoint.loading import MODEL_TYPE, check_plain_size, load, load_cut, load_plain
 from prunekit.checkpoint.origins import resolve
+from prunekit.checkpoint.tokenizer_files import load_tokenizer
 from prunekit.errors import PrunekitError
 from prunekit.files import new_folder
 from prunekit.models import empty_model, shapes_of

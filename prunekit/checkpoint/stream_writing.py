@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from prunekit.checkpoint.cards import renumbered, texts_beside
 from prunekit.checkpoint.folders import INDEX
+from prunekit.checkpoint.reading_back import check_names, check_shard
 from prunekit.checkpoint.saving import (
     description,
     layout_of,
@@ -100,11 +101,11 @@ def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard
     Args:
         small: the smaller model with stand-ins.
         postponed: what they stand for.
-        folder: each shard is written beside its place in it and moved there when it is whole.
+        folder: each shard is written beside its place in it, read back, and moved there when it is right.
         max_shard_size: of a shard, as `"1GB"`; a shard is what memory must hold.
 
     Raises:
-        PrunekitError: weights that are NaN or infinite.
+        PrunekitError: weights that are NaN or infinite, or that do not read back as they were.
     """
     state = own_tensors(small)
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
@@ -127,6 +128,7 @@ def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
             )
     beside = path.with_name(f".{path.name}")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
+    check_shard(beside, tensors)
     beside.replace(path)
 
 
@@ -136,6 +138,7 @@ def write_the_rest(small: Any, folder: Path, plan: PruningPlan) -> None:
     The configuration is the family's own where that is proved. The proof is that of `save`: a model built from it
     gives the same logits, here with the shards just written, mapped.
     """
+    check_names(folder, small)
     for shard in sorted(folder.glob("model*.safetensors")):
         small.load_state_dict(load_file(shard), strict=False, assign=True)
     small.tie_weights()

@@ -19,7 +19,7 @@ from prunekit.discovery.parts import probing
 from prunekit.discovery.stored_integers import remembering
 from prunekit.discovery.trace_setup import free_parameters, labelled_arguments, module_paths, uncollected
 from prunekit.errors import PrunekitError, reason
-from prunekit.models import evaluating, logits_alone
+from prunekit.models import check_language_model, evaluating, logits_alone
 
 
 @uncollected()
@@ -37,6 +37,7 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: boo
     """
     if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
         raise PrunekitError(f"a {type(model).__name__} has no parameters to prune; give a causal language model")
+    check_language_model(model)
     elsewhere = offloaded(model)
     if elsewhere:
         raise PrunekitError(
@@ -63,8 +64,19 @@ def trace(model: nn.Module, shape: tuple[int, int] = (1, 1), *, written_out: boo
                 f"the model does not run on one token, so its structure cannot be traced: "
                 f"in {mode.entered or type(model).__name__}, {reason(error)}"
             ) from error
+    _lock_what_towers_write_to(model, mode)
     _finish(mode, watcher, output)
     return result
+
+
+def _lock_what_towers_write_to(model: nn.Module, mode: LabelMode) -> None:
+    """The residual stream of a model of pictures or sound too: no token shows what their towers write into it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    held = {type(module.config): path for path, module in model.named_modules() if path and hasattr(module, "config")}
+    towers = [path for kind, path in held.items() if kind not in (type(config), type(text))]
+    for labels in mode.graph.embedded if text is not config and towers else ():
+        mode.graph.lock(labels, f"{towers[0]} may write into it, which one token of text does not show")
 
 
 def _finish(mode: LabelMode, watcher: IntegerWatcher, output: Any) -> None:

@@ -12,6 +12,7 @@ from prunekit.errors import BudgetError
 from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, bundles_of, stops_of
 
 TOLERANCE = 0.005  # of the model's parameters
+_LETS = "round_to or min_units lets"
 
 
 def held_by_rounding(
@@ -131,9 +132,10 @@ def _refuse_picked(g: CoupledGroup, fraction: float, wanted: int) -> NoReturn:
     )
 
 
-def _refuse_units(name: str, fraction: float, n_units: int, feasible: float) -> NoReturn:
+def _refuse_units(name: str, fraction: float, n_units: int, feasible: float, picked: int = 1) -> NoReturn:
+    what = f"round_to, min_units or the {picked} that are chosen for each token let" if picked > 1 else _LETS
     raise BudgetError(
-        f"{fraction:.4f} of the {n_units} units of {name!r} cannot go: round_to or min_units lets "
+        f"{fraction:.4f} of the {n_units} units of {name!r} cannot go: {what} "
         f"at most {feasible / n_units:.4f} go; ask for that, or round less"
     )
 
@@ -180,6 +182,12 @@ def _check_units_met(
         largest[pool(step.group)] = max(largest[pool(step.group)], len(step.units))
     for name, left in room.items():
         members = [g for g in candidates if pool(g) == name]
-        if left > largest[name] * len(members):
+        picked = max(g.min_units for g in members)
+        if left > largest[name] * len(members) or (left and picked > 1 and not _room_left(steps, members, left)):
             units = sum(g.n_units for g in members)
-            _refuse_units(name, quota[name] / units, units, max(quota[name] - left, 0))
+            _refuse_units(name, quota[name] / units, units, max(quota[name] - left, 0), picked)
+
+
+def _room_left(steps: list[Step], members: list[CoupledGroup], left: int) -> bool:
+    """Whether units are left over only since the next step takes more than these."""
+    return any(len(step.units) > left for step in steps if step.group in members)

@@ -77,7 +77,7 @@ def drop(model: nn.Module, parts: list[Part], writers: set[str]) -> dict[str, st
     moved = remove_elements(model, layers)
     for path, n in n_layers.items():
         kept = [i for i in range(n) if f"{path}.{i}" not in layers]
-        _shorten_configurations(model, n, kept)
+        _shorten_configurations(_configurations_around(model, path), n, kept)
     return moved
 
 
@@ -137,9 +137,16 @@ def _renumber(layers: list[nn.Module], kept: list[int]) -> None:
             vars(module)[name] = kept.index(position)
 
 
-def _shorten_configurations(model: nn.Module, n_layers: int, kept: list[int]) -> None:
-    """The number of layers, and the layer-wise fields of a configuration."""
-    for config in configurations_of(model):
+def _configurations_around(model: nn.Module, path: str) -> list[Any]:
+    """The configurations of the modules that a list of layers lies in, and of its elements; no other tower's."""
+    above = [module for name, module in model.named_modules() if f"{path}.".startswith(f"{name}." if name else "")]
+    held = [vars(module).get("config") for module in above]
+    return list({id(c): c for c in (*held, *configurations_of(model.get_submodule(path))) if c is not None}.values())
+
+
+def _shorten_configurations(configs: list[Any], n_layers: int, kept: list[int]) -> None:
+    """The number of layers, and the layer-wise fields of configurations."""
+    for config in configs:
         if getattr(config, "num_hidden_layers", None) == n_layers:
             computed = {name: [value[i] for i in kept] for name, value in _computed_lists(config, n_layers)}
             for name, value in list(layer_lists(config, n_layers)):

@@ -85,8 +85,8 @@ def recover(
         raise PrunekitError(f"output_dir {str(output_dir)!r} exists already: give a new folder")
     check_measure(measure, held_out)
     _check_length(seq_len, data)
-    keep = _zeros_stay(model, keep_zeros)
     check_finite(model)
+    keep = _zeros_stay(model, keep_zeros)
     length = method.seq_len if seq_len is None else seq_len
     enough = method.most_windows if is_stream(data) else None
     windows = training_windows(data, tokenizer, length, train_on=train_on, enough=enough)

@@ -19,10 +19,10 @@ from prunekit.checkpoint import save
 from prunekit.checks import Count, Seed, SharedModel, Tokenizer, check_choice, checked
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
+from prunekit.evaluation.named_tasks import Tasks
 from prunekit.extras import need
 from prunekit.fingerprint import digest_of
 from prunekit.models import device_of
-from prunekit.questions import Task
 from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.space import Point, Space, key_of
 from prunekit.search.trials import Trials
@@ -173,7 +173,7 @@ def measure_pairs(
     metric: str | Metric = "perplexity",
     also: str | Metric | Iterable[str | Metric] = (),
     text: TextSource | None = None,
-    tasks: Mapping[str, Task] | Iterable[Task] | None = None,
+    tasks: Tasks | None = None,
     start: Sequence[Point] = (),
     seed: Seed = 0,
     folder: str | Path | None = None,
@@ -191,7 +191,7 @@ def measure_pairs(
         metric: `"perplexity"`, `"accuracy"` or a `Metric`.
         also: more metrics to measure.
         text: text for perplexity; None is the embedded world's validation text.
-        tasks: tasks for accuracy; None is the embedded world's.
+        tasks: for accuracy, as `zero_shot` takes them; None is the embedded world's.
         start: candidates to measure first.
         seed: seed of the random candidates.
         folder: where the journal is kept. A run with the same model, space and metrics resumes from it, and several

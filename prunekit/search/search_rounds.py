@@ -1,7 +1,7 @@
 """The search in rounds: fit a predictor, make the space smaller, measure the most promising candidates."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import pandas as pd
 from prunekit.checks import Count, Seed, SharedModel, Tokenizer, Whole, check_integers, checked
 from prunekit.documents import TextSource
 from prunekit.escaping import html_paragraph
-from prunekit.questions import Task
+from prunekit.evaluation.named_tasks import Tasks
 from prunekit.search.campaign import Campaign, drawn
 from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees
@@ -65,7 +65,7 @@ def search_space(
     metric: str | Metric = "perplexity",
     also: str | Metric | Iterable[str | Metric] = (),
     text: TextSource | None = None,
-    tasks: Mapping[str, Task] | Iterable[Task] | None = None,
+    tasks: Tasks | None = None,
     start: Sequence[Point] = (),
     trees: Trees | None = None,
     seed: Seed = 0,
@@ -90,7 +90,7 @@ def search_space(
         metric: the metric to optimise; this and the following are as for `measure_pairs`.
         also: more metrics to measure.
         text: text for perplexity.
-        tasks: tasks for accuracy.
+        tasks: for accuracy, as `zero_shot` takes them.
         start: candidates to measure first.
         trees: hyperparameters of the predictor.
         seed: random seed.
