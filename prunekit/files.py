@@ -6,6 +6,7 @@ What is written stands beside its place first, and is moved there when it is com
 import glob
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ def read_text(path: str | Path, writer: str | None = None, most: int = LARGEST) 
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PrunekitError(f"cannot read {str(path)!r} as text ({reason(error)}); {advice}") from None
+        raise PrunekitError(f"cannot read {str(path)!r} as text ({reason(error)}); {advice}") from error
 
 
 @contextmanager
@@ -88,8 +89,7 @@ def reading(path: str | Path, what: str, writer: str) -> Iterator[None]:
         check_regular(Path(path), LARGEST_RESULT, advice)
         yield
     except (OSError, SafetensorError, LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
-        kind = "" if isinstance(error, PrunekitError) else f"{type(error).__name__}: "
-        raise PrunekitError(f"no {what} in {str(path)!r} ({kind}{error}); {advice}") from error
+        raise PrunekitError(f"no {what} in {str(path)!r} ({reason(error)}); {advice}") from error
 
 
 def read_json(path: str | Path, writer: str | None = None, most: int = LARGEST) -> Any:
@@ -102,11 +102,13 @@ def read_json(path: str | Path, writer: str | None = None, most: int = LARGEST) 
     try:
         return json.loads(read_text(path, writer, most))
     except (json.JSONDecodeError, RecursionError) as error:  # also lists in lists without end
-        raise PrunekitError(f"{str(path)!r} is not JSON ({reason(error)}); {advice}") from None
+        raise PrunekitError(f"{str(path)!r} is not JSON ({reason(error)}); {advice}") from error
     except PrunekitError:
         raise
     except ValueError as error:  # a number of thousands of digits
-        raise PrunekitError(f"{str(path)!r} is not JSON that can be read ({reason(error)}); {advice}") from None
+        raise PrunekitError(
+            f"{str(path)!r} is not JSON that can be read: a number has too many digits; {advice}"
+        ) from error
 
 
 def check_new_folder(out: str | Path) -> Path:
@@ -189,9 +191,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _unwritable(path: Path, error: BaseException) -> DiskError:
-    reason = getattr(error, "strerror", None) or error
+    number = re.search(r"os error (\d+)", str(error))  # in the words of libraries that are no OSError
+    why = getattr(error, "strerror", None) or (os.strerror(int(number[1])) if number else "the disk refused it")
     return DiskError(
-        f"cannot write {str(path)!r} ({reason}), and nothing was left there; choose a folder with room that you may "
+        f"cannot write {str(path)!r} ({why}), and nothing was left there; choose a folder with room that you may "
         "write to"
     )
 

@@ -470,7 +470,7 @@ def test_a_folder_that_may_not_be_written_to_is_told(good, open_folder):
     open_folder.chmod(0o555)
     said = script(WRITE.format(limit=NOBODY), open_folder, good / "plain", good / "cut")
     open_folder.chmod(0o755)
-    assert all("cannot write to" in line and "Permission denied" in line for line in said[::2])
+    assert all("cannot write" in line and "Permission denied" in line for line in said[::2])
     assert said[1::2] == ["[]", "[]"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from prunekit.checkpoint.door import ADAPTER, has_adapter
 from prunekit.checkpoint.folders import read_object
-from prunekit.errors import PrunekitError, first_line
+from prunekit.errors import PrunekitError, reason
 from prunekit.models import name_model
 
 
@@ -51,7 +51,7 @@ def merge_adapter_of(folder: str | Path, model: Any) -> Any:
     except Exception as error:  # peft's, torch's and safetensors', of any kind
         raise PrunekitError(
             f"the adapter in {str(folder)!r} does not fit {type(model).__name__}, loaded as its base "
-            f"({type(error).__name__}: {first_line(error)}); name the model that it was trained on in "
+            f"({reason(error)}); name the model that it was trained on in "
             f"base_model_name_or_path of its {ADAPTER}"
         ) from error
     name_model(merged, str(folder))

@@ -28,14 +28,19 @@ def check_ties(source: str, model: Any) -> None:
 
     `transformers` leaves them untied then, so that the model is not what its configuration says.
     """
-    named, head = "tie_word_embeddings", model.get_output_embeddings()
-    asked = getattr(model.config.get_text_config(), named, getattr(model.config, named, False))
-    tied = asked and getattr(model, "_tied_weights_keys", None) and head is not None
-    if tied and head.weight is not model.get_input_embeddings().weight:
+    if is_falsely_tied(model):
         raise PrunekitError(
             f"config.json of {source!r} says tie_word_embeddings, but two different matrices are stored; set it to "
             "false, or restore both from one source"
         )
+
+
+def is_falsely_tied(model: Any) -> bool:
+    """Whether the configuration ties the embedding and the head, and they are two matrices."""
+    named, head = "tie_word_embeddings", model.get_output_embeddings()
+    asked = getattr(model.config.get_text_config(), named, getattr(model.config, named, False))
+    tied = asked and getattr(model, "_tied_weights_keys", None) and head is not None
+    return bool(tied) and head.weight is not model.get_input_embeddings().weight
 
 
 def _belongs(modules: dict[str, nn.Module], key: str) -> bool:

@@ -33,7 +33,7 @@ from prunekit.checkpoint.origins import files_alone, resolve
 from prunekit.checkpoint.tokenizer_files import load_tokenizer
 from prunekit.checks import checked
 from prunekit.discovery import Groups, discover
-from prunekit.errors import PrunekitError, first_line, reason
+from prunekit.errors import PrunekitError, reason
 from prunekit.files import read_text
 from prunekit.locks import PROCESS
 from prunekit.model_names import NAMES, is_world
@@ -180,9 +180,10 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
     except PrunekitError:
         raise
     except ImportError as error:
+        packages = dict.fromkeys(re.findall(r"pip install (?:-U |--upgrade )?([\w\[\]-]+)", str(error)))
+        how = f"pip install {' '.join(packages)}" if packages else "install what the traceback names"
         raise PrunekitError(
-            f"the model of {source!r} needs a package that is not installed ({first_line(error).strip()}); install it "
-            "and load the model again"
+            f"the model of {source!r} needs a package that is not installed; {how}, and load the model again"
         ) from error
     except Exception as error:  # transformers, the hub client and safetensors each raise kinds of their own
         raise _unloadable(source, where, reason(error)) from error
@@ -284,7 +285,7 @@ def _generation(path: Path) -> GenerationConfig:
         raise
     except Exception as error:  # of any kind, by field
         raise PrunekitError(
-            f"{str(path)!r} is no configuration of generation ({first_line(error)}); restore it from its source, or "
+            f"{str(path)!r} is no configuration of generation ({reason(error)}); restore it from its source, or "
             "delete it"
         ) from error
     return found

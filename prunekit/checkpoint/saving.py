@@ -18,6 +18,7 @@ from prunekit.checkpoint.building import cut_again
 from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
 from prunekit.checkpoint.door import check_class
 from prunekit.checkpoint.layer_widths import layer_widths
+from prunekit.checkpoint.left_out import is_falsely_tied
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE
 from prunekit.checkpoint.reading_back import check_written
 from prunekit.checkpoint.tokenizer_files import write_tokenizer_of
@@ -88,6 +89,8 @@ def save(
 
 def description(model: Any) -> Any:
     """The content of config.json: the family's own configuration if it is proved, else prunekit's record."""
+    if is_falsely_tied(model):  # such as a head that was trained apart: loading would tie it again
+        model.config.get_text_config().tie_word_embeddings = False
     config = plain_config(model)
     return cut_config(model, Cuts.of(model)) if config is None else config
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from prunekit.checkpoint.origins import files_alone
-from prunekit.errors import PrunekitError, first_line
+from prunekit.errors import PrunekitError, reason
 
 _VOCABULARIES = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
 _BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -36,7 +36,7 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
             )
             return None
         raise PrunekitError(
-            f"cannot load the tokenizer of {source!r} ({type(error).__name__}: {first_line(error)}); restore its "
+            f"cannot load the tokenizer of {source!r} ({reason(error)}); restore its "
             "files from their source, or take them away and give a tokenizer of your own"
         ) from error
 

@@ -146,7 +146,7 @@ class AccuracyPredictor:
         with reading(path, "predictor", "AccuracyPredictor.save"):
             content = read_json(path, "AccuracyPredictor.save")
             if content["format"] != _FORMAT or content["digest"] != digest_of_text("".join(content["models"])):
-                raise ValueError("damaged, or not a predictor")  # LightGBM may abort on half a text
+                raise PrunekitError("it is damaged, or no predictor")  # LightGBM may abort on half a text
             found = cls(space, Trees(**content["trees"]))
             check_value("floor", content["floor"], float)
             check_value("models", content["models"], list[str])
@@ -154,7 +154,7 @@ class AccuracyPredictor:
             try:
                 found._models = [lightgbm.Booster(model_str=text) for text in content["models"]]
             except lightgbm.basic.LightGBMError as error:
-                raise ValueError(str(error)) from error
+                raise PrunekitError("LightGBM does not read its trees") from error
             found._check_fitted()
         if content["features"] != space.feature_names():
             raise PrunekitError(f"the predictor in {str(path)!r} has other hyperparameters; give its space")

@@ -304,7 +304,7 @@ class Trials:
                 check_value("round", number, Whole)
             except (PrunekitError, KeyError) as error:
                 raise PrunekitError(
-                    f"{where} is no candidate of this search ({error}); delete the journal to begin anew"
+                    f"{where} is no candidate of this search ({reason(error)}); delete the journal to begin anew"
                 ) from None
             if "again" not in trial.user_attrs and key in seen:
                 raise PrunekitError(f"{where} stands there twice; delete the journal to begin anew")
