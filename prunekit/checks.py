@@ -5,10 +5,12 @@ the same for the fields of a dataclass. `Count`, `Seed`, `Model` and the other n
 alone does not say what is allowed.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
 
 from torch import nn
@@ -17,12 +19,14 @@ from prunekit.annotations import Rule, fault_in, is_integer, is_real, shown, wor
 from prunekit.errors import PrunekitError
 from prunekit.locks import alone
 
+LONGEST_NAME = 255  # bytes of a file's name, on nearly all systems
+LARGEST = 2**31  # what is counted is fewer
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _from(least: int) -> Rule:
-    return Rule(lambda value: is_integer(value) and value >= least, f"an integer of {least} or more")
+    return Rule(lambda value: is_integer(value) and least <= value < LARGEST, f"an integer of {least} or more")
 
 
 def _within(low: float, high: float) -> Rule:
@@ -39,12 +43,19 @@ def _reads_tokens(value: object) -> bool:
 
 
 def _is_tokenizer(value: object) -> bool:
-    return value is None or (callable(value) and not isinstance(value, type))
+    return callable(value) and any(hasattr(value, name) for name in ("bos_token_id", "decode"))
+
+
+def _names_a_file(value: object) -> bool:
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        return False
+    return all(len(os.fsencode(part)) <= LONGEST_NAME for part in Path(value).parts)
 
 
 _NETWORK = "a causal language model with parameters, such as load(path) returns (of a DataParallel: its .module)"
 _READER = "a causal language model of transformers, such as load(path) returns (of a DataParallel: its .module)"
 
+FilePath = Annotated[str | Path, Rule(_names_a_file, "a path that a file can have")]
 Count = Annotated[int, _from(1)]
 Whole = Annotated[int, _from(0)]
 Length = Annotated[int, _from(2)]
@@ -53,6 +64,7 @@ Share = Annotated[float, Rule(lambda value: is_real(value) and 0 <= value < 1, "
 Part = Annotated[float, Rule(lambda value: is_real(value) and 0 <= value <= 1, "a number from 0 to 1")]
 Positive = Annotated[float, Rule(lambda value: is_real(value) and value > 0, "a finite number above 0")]
 NotNegative = Annotated[float, Rule(lambda value: is_real(value) and value >= 0, "a finite number of 0 or more")]
+Epochs = Annotated[float, Rule(lambda value: is_real(value) and 0 < value <= 10_000, "a number above 0, up to 10,000")]
 Tokenizer = Annotated[Any, Rule(_is_tokenizer, "a tokenizer of transformers, such as load(path) returns")]
 Network = Annotated[nn.Module, Rule(_is_network, _NETWORK, holds=True)]
 Model = Annotated[Any, Rule(_reads_tokens, _READER, holds=True)]

@@ -27,7 +27,11 @@ LARGEST_RESULT = 2**40  # bytes of a result file, which may hold arrays
 LARGEST = 2**28  # bytes of a text file: the largest tokenizers and reports have a tenth of it
 RESTORE = "restore it from its source"
 UNFINISHED = ".unfinished"  # how the names of temporary folders end
-_OF_DISKS = ("os error", "PytorchStreamWriter failed")  # in errors of tokenizers and torch, which are of no kind
+_OF_DISKS = (
+    "os error",
+    "PytorchStreamWriter failed",
+    "null byte",
+)  # in errors of tokenizers and torch, which are of no kind
 
 
 def check_regular(path: Path, most: int = LARGEST, advice: str = RESTORE) -> None:
@@ -117,6 +121,8 @@ def check_new_folder(out: str | Path) -> Path:
     """
     path = Path(out)
     try:
+        if "\0" in str(path):
+            raise ValueError("a NUL byte in its name")
         empty = path.is_dir() and not any(path.iterdir())
     except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL byte
         raise _unwritable(path, error) from None

@@ -19,7 +19,7 @@ from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
 from prunekit.checkpoint.layer_widths import layer_widths
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE, load_tokenizer
 from prunekit.checkpoint.reading_back import check_written
-from prunekit.checks import Network, Tokenizer, checked
+from prunekit.checks import FilePath, Network, Tokenizer, checked
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
@@ -39,9 +39,9 @@ SHARD = "5GB"
 @checked
 def save(
     model: Network,
-    out: str | Path,
+    out: FilePath,
     *,
-    tokenizer: Tokenizer = None,
+    tokenizer: Tokenizer | None = None,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
     files: Mapping[str, str] | None = None,
@@ -113,7 +113,7 @@ def check_saveable(model: Any) -> None:
 
 def check_saving(
     model: Any,
-    out: str | Path,
+    out: FilePath,
     tokenizer: Any,
     plan: Any,
     report: Any,
@@ -125,7 +125,7 @@ def check_saving(
     check_saveable(model)
     if plan is not None and not isinstance(plan, PruningPlan):
         raise PrunekitError(f"plan={plan!r} is not a PruningPlan; give what plan() or PruningPlan.load() returns")
-    if report is not None and not hasattr(report, "to_json"):
+    if report is not None and not (hasattr(report, "to_json") and hasattr(report, "headline")):
         raise PrunekitError(f"report={report!r} is not a Report; give what evaluate() or Report.load() returns")
     if files is not None and not _is_texts(files):
         raise PrunekitError(f"files={files!r} must map names of files to their texts, as in {{'LICENSE': '…'}}")
@@ -144,7 +144,7 @@ def _is_texts(files: Any) -> bool:
 def check_shard_size(size: str | int) -> None:
     """Raise an error for an invalid file size."""
     known = isinstance(size, str) and re.fullmatch(r"0*[1-9]\d*[KMGT]B", size, re.IGNORECASE)
-    if not known and not (type(size) is int and size > 0):
+    if not known and not (type(size) is int and 0 < size < 2**63):
         raise PrunekitError(f"max_shard_size={size!r} is no size; give bytes, or such as '500MB' or '5GB'")
 
 

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prunekit.calibration import check_tokens
 from prunekit.checkpoint.saving import check_shard_size
 from prunekit.checkpoint.stream_source import local_folder, map_checkpoint
 from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerprint
 from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards, write_the_rest
-from prunekit.checks import checked
+from prunekit.checks import FilePath, checked
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
@@ -63,8 +64,8 @@ class _Order:
 
 @checked
 def prune_checkpoint(
-    source: str | Path,
-    out: str | Path,
+    source: FilePath,
+    out: FilePath,
     how: AnyImportance | PruningPlan,
     pruning_ratio: Ratio | None = None,
     calib: Tensor | None = None,
@@ -146,6 +147,8 @@ def _plain(value: Any) -> Any:
 def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     """Run all steps from the mapped model to a complete folder that are not finished yet."""
     model, _ = map_checkpoint(order.folder)
+    if order.calib is not None:
+        check_tokens(order.calib, model)
     plan = order.how if isinstance(order.how, PruningPlan) else _plan(model, order, work)
     small, postponed = cut_without_weights(model, plan)
     before, after = map(count_parameters, (model, small))

@@ -1,14 +1,13 @@
 """Zero-shot multiple choice: compares the log-likelihoods of continuations."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.checks import Count, Model, Tokenizer, Whole, checked
+from prunekit.checks import Count, FilePath, Model, Tokenizer, Whole, checked
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
@@ -25,7 +24,7 @@ def zero_shot(
     tasks: Tasks,
     *,
     limit: Count | None = None,
-    data_dir: str | Path | None = None,
+    data_dir: FilePath | None = None,
     shots: Whole = 0,
     batch_size: Count = 16,
 ) -> ZeroShotResult:

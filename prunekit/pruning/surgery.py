@@ -136,6 +136,8 @@ def prune(
             raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")
         check_tokens(compensate, model)
     check_choice("fit", fit, FITS)
+    if held_out is not None:
+        check_tokens(held_out, model)
     opening = _opened(model, plan, held_out, compensate) if measure else None
     pruned = _prune(model, plan, inplace)
     if compensate is not None and pruned.plan.keep:

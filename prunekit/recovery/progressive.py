@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prunekit.calibration import check_finite, check_tokens
-from prunekit.checks import Count, Model, Share, Tokenizer, check_integers, check_reals, checked
+from prunekit.checks import Count, FilePath, Model, Share, Tokenizer, check_integers, check_reals, checked
 from prunekit.discovery import Groups, discover
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
@@ -83,8 +83,8 @@ def prune_progressively(
     warmup: Share = 0.1,
     rest: Share = 0.0,
     saliency: Saliency = update_saliency,
-    tokenizer: Tokenizer = None,
-    folder: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    folder: FilePath | None = None,
 ) -> Progressed:
     """Prunes progressively: trains with LoRA while units shrink to exactly zero, period by period (LHSPG).
 

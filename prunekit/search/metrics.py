@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.checks import check_fields
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.language_modelling import perplexity
@@ -44,6 +45,7 @@ class Metric:
                 f"a metric named {self.name!r} of {self.measure!r:.40} is not allowed; give a name and a function "
                 "of a model and its tokenizer"
             )
+        check_fields(self)
 
 
 def metrics_of(
