@@ -27,6 +27,7 @@ from prunekit.models import count_parameters
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
 from prunekit.pruning.planning import Ratio, default_units
+from prunekit.written_files import record, recorded
 
 MAX_SHARD_SIZE = "1GB"
 _OF_WEIGHTS = "needs the gradient of every weight, which takes more memory than the model"
@@ -146,6 +147,7 @@ def _plain(value: Any) -> Any:
 
 def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     """Run all steps from the mapped model to a complete folder that are not finished yet."""
+    work.check_written()
     model, _ = map_checkpoint(order.folder)
     if order.calib is not None:
         check_tokens(order.calib, model)
@@ -156,7 +158,8 @@ def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     plan = replace(plan, n_parameters=before, n_parameters_kept=after, notes={**plan.notes, **notes})
     work.claim(order.facts())
     plan.save(work.plan)
-    write_shards(small, postponed, work.checkpoint, order.max_shard_size)
+    record([work.plan], work.written)
+    write_shards(small, postponed, work.checkpoint, order.max_shard_size, work.written)
     write_the_rest(small, work.checkpoint, plan)
     return plan
 
@@ -176,7 +179,7 @@ def candidates(groups: Groups, kinds: Iterable[str] | None) -> tuple[CoupledGrou
 
 def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:
     """The plan in the work folder, or a new one. One from chance comes first: it refuses early what cannot be met."""
-    if work.plan.is_file():
+    if work.plan.name in recorded(work.written):
         return PruningPlan.load(work.plan)
     groups = discover(model)
     chosen = candidates(groups, order.options.get("kinds"))
@@ -188,7 +191,7 @@ def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:
 def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, path: Path) -> Scores:
     """Scores, group by group where no data is read; those that the file at `path` has are taken from it."""
     importance: Any = order.how
-    done = Scores.load(path) if path.is_file() else Scores({}, label=importance.label, kinds={})
+    done = _done(path) if path.is_file() else Scores({}, label=importance.label, kinds={})
     left = tuple(group for group in groups if group.name not in done)
     steps = [left] if importance.needs_calibration and left else [(group,) for group in left]
     for step in tqdm(steps, desc="scoring", unit="group", leave=False, delay=1):
@@ -196,3 +199,10 @@ def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, p
         done.kinds |= {group.name: group.kind for group in step}
         done.save(path)
     return done
+
+
+def _done(path: Path) -> Scores:
+    try:
+        return Scores.load(path)
+    except PrunekitError as error:
+        raise PrunekitError(f"{error}, or delete it to score again") from None

@@ -17,7 +17,7 @@ from prunekit.discovery import Groups, discover
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
-from prunekit.files import write_text
+from prunekit.files import read_json, write_text
 from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, plan
 from prunekit.pruning.planning import DEFAULT_KINDS
@@ -246,7 +246,7 @@ def _open(folder: Path, every: int, run: list[Any], tokens: Tensor, model: Any) 
         raise PrunekitError(f"{str(folder)!r} is a file; give a new folder")
     with PartialState().main_process_first():
         folder.mkdir(parents=True, exist_ok=True)
-        told = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+        told = _told(note) if note.exists() else None
         if told != digest.hexdigest() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise PrunekitError(
                 f"{str(folder)!r} holds something else than this run; give a new folder, or the same model, data and "
@@ -254,3 +254,15 @@ def _open(folder: Path, every: int, run: list[Any], tokens: Tensor, model: Any) 
             )
         write_text(note, json.dumps(digest.hexdigest()))
     return Resume(folder, every)
+
+
+def _told(note: Path) -> Any:
+    """What a note says.
+
+    Raises:
+        PrunekitError: it is damaged.
+    """
+    try:
+        return read_json(note)
+    except PrunekitError as error:
+        raise PrunekitError(f"{error}, or delete the folder {str(note.parent)!r} to begin anew") from None
