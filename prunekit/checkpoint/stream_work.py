@@ -192,7 +192,7 @@ def _short(value: object) -> str:
 def facts_of_files(folder: Path) -> dict[str, list[int]]:
     """Name, size and times of change of a checkpoint's configuration, index and weights.
 
-    The second time is the system's own, which nobody can set back.
+    The second time is the system's own and cannot be set back.
     """
     found = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     stats = {path.name: path.stat() for path in found}
