@@ -104,7 +104,7 @@ def _is_collection(value: Any, origin: Any, inside: tuple[Any, ...]) -> bool:
 
 def _entries(value: Any, inside: tuple[Any, ...]) -> Iterator[tuple[str, Any, Any]]:
     """Place, entry and annotation of what a collection holds, where looking does not use it up."""
-    if not inside:
+    if all(kind is Any for kind in inside):
         return
     if isinstance(value, Mapping) and len(inside) == 2:
         for key, entry in value.items():

@@ -6,10 +6,10 @@ alone does not say what is allowed.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import wraps
-from inspect import Parameter, signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
 
@@ -79,26 +79,25 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     Raises:
         PrunekitError: an argument that is missing, unknown or not allowed, by name.
     """
+    found = signature(function)
+    kinds = {name: parameter.annotation for name, parameter in found.parameters.items()}
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = _bound(function, args, kwargs)
-        parameters = signature(function).parameters
+        given = _bound(function.__name__, found, args, kwargs)
         for name, value in given.items():
-            check_value(name, value, parameters[name].annotation)
-        with alone(value for name, value in given.items() if _is_held(value, parameters[name].annotation)):
+            check_value(name, value, kinds[name])
+        with alone(model for name, value in given.items() for model in _held(value, kinds[name])):
             return function(*args, **kwargs)
 
     return call
 
 
-def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+def _bound(name: str, found: Signature, args: Any, kwargs: Any) -> dict[str, Any]:
     """Name → value of the arguments given; those collected by ** are the function's own business."""
-    found = signature(function)
     try:
         given = found.bind(*args, **kwargs).arguments
     except TypeError as error:
-        name = getattr(function, "__name__", "it")
         raise PrunekitError(f"{name}: {error}; its arguments are {', '.join(found.parameters)}") from None
     kinds = Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL
     return {name: value for name, value in given.items() if found.parameters[name].kind not in kinds}
@@ -126,9 +125,13 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
         raise PrunekitError(f"{fault.name}={shown(fault.value)} is not allowed; give {wanted}")
 
 
-def _is_held(value: Any, annotation: Any) -> bool:
-    rules = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
-    return isinstance(value, nn.Module) and any(isinstance(rule, Rule) and rule.holds for rule in rules)
+def _held(value: Any, annotation: Any) -> list[nn.Module]:
+    """The models that no other thread may work on meanwhile: an argument, or the values of a dictionary."""
+    inside = get_args(annotation)
+    if isinstance(value, Mapping) and len(inside) == 2:
+        return [model for entry in value.values() for model in _held(entry, inside[1])]
+    rules = inside[1:] if get_origin(annotation) is Annotated else ()
+    return [value] if any(isinstance(rule, Rule) and rule.holds for rule in rules) else []
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
