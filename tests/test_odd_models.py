@@ -115,6 +115,8 @@ def test_a_model_of_pictures_and_text_is_cut_in_its_language_model(name, kind, t
     again, _ = pk.load(tmp_path / "out")
     assert type(again) is type(small) and torch.equal(logits(again), logits(small))
     assert again.config.vision_config.to_dict() == model.config.vision_config.to_dict()
+    loader = "AutoModelForCausalLM" if name == "gemma3" else "AutoModelForImageTextToText"
+    assert kind == "kv_head" or f"import {loader}" in (tmp_path / "out" / "README.md").read_text()
     if name == "llava":
         ids = torch.tensor([[1, 60, 60, 60, 60, 5]])
         seen = [m(ids, pixel_values=torch.ones(1, 3, 28, 28)).logits for m in (small, again)]
