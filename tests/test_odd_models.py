@@ -115,6 +115,8 @@ def test_a_model_of_pictures_and_text_is_cut_in_its_language_model(name, kind, t
     again, _ = pk.load(tmp_path / "out")
     assert type(again) is type(small) and torch.equal(logits(again), logits(small))
     assert again.config.vision_config.to_dict() == model.config.vision_config.to_dict()
+    loader = "AutoModelForCausalLM" if name == "gemma3" else "AutoModelForImageTextToText"
+    assert kind == "kv_head" or f"import {loader}" in (tmp_path / "out" / "README.md").read_text()
     if name == "llava":
         ids = torch.tensor([[1, 60, 60, 60, 60, 5]])
         seen = [m(ids, pixel_values=torch.ones(1, 3, 28, 28)).logits for m in (small, again)]
@@ -128,10 +130,15 @@ def test_what_a_tower_may_write_to_is_locked(tmp_path):
 
 
 def test_a_model_of_pictures_and_text_is_streamed(tmp_path):
+    """What prepares its pictures travels along, as with `save`."""
     towers("qwen2_5_vl").save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "preprocessor_config.json").write_text('{"patch_size": 14}')
     plan = pk.prune_checkpoint(tmp_path / "in", tmp_path / "out", pk.Magnitude(), 0.1)
     again, small = pk.load(tmp_path / "out")[0], pk.prune(pk.load(tmp_path / "in")[0], plan)
     assert torch.equal(logits(again), logits(small))
+    pk.save(small, tmp_path / "saved")
+    for name in ("out", "saved"):
+        assert (tmp_path / name / "preprocessor_config.json").read_text() == '{"patch_size": 14}'
 
 
 @pytest.mark.parametrize("beside", [True, False])

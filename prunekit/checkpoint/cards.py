@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from prunekit.account import LossChange
 from prunekit.escaping import in_code, in_fence, in_markdown
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
-from prunekit.models import count_parameters
+from prunekit.models import auto_class, count_parameters
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.experts import fit_for_grouped
@@ -95,6 +95,7 @@ def model_card(
     """
     parameters = count_parameters(model)
     sentence, loader = _FORMS[layout]
+    loader = loader.replace("AutoModelForCausalLM", auto_class(model.config).__name__)
     sentence = _NOT_FILLED if layout == PADDED and not unsaid else sentence.format(unsaid="; ".join(unsaid))
     family = f"`{type(model).__name__}`, {parameters:,} parameters. {sentence}"
     parts = ["---\nlibrary_name: prunekit\n---\n# A model saved by prunekit", family, *remarks, *_loss_parts(model)]

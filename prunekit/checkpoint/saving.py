@@ -21,7 +21,7 @@ from prunekit.checkpoint.layer_widths import layer_widths
 from prunekit.checkpoint.left_out import is_falsely_tied
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE
 from prunekit.checkpoint.reading_back import check_written
-from prunekit.checkpoint.tokenizer_files import write_tokenizer_of
+from prunekit.checkpoint.tokenizer_files import copy_processors, write_tokenizer_of
 from prunekit.checks import FilePath, Network, Tokenizer, checked
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import check_new_folder, new_folder, write_text
@@ -227,13 +227,15 @@ def write_configurations(model: Any, config: Any, folder: Path) -> None:
 
 
 def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:
-    """The tokenizer, by default the one that stands where the model was loaded from."""
+    """The tokenizer, by default the one where the model was loaded from, and what prepares pictures there."""
+    source = getattr(model.config, "name_or_path", "") or getattr(model, "cut_from", "")
+    known = bool(source) and Path(source).is_dir() and not tokens_went(model)  # which it would number wrongly
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        return
-    source = getattr(model.config, "name_or_path", "") or getattr(model, "cut_from", "")
-    if source and Path(source).is_dir() and not tokens_went(model):  # which it would number wrongly
+    elif known:
         write_tokenizer_of(source, folder)
+    if known:
+        copy_processors(source, folder)
 
 
 def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str]) -> None:

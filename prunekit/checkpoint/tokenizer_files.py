@@ -51,6 +51,12 @@ def write_tokenizer_of(source: str, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
+def copy_processors(source: str, folder: Path) -> None:
+    """Copy what prepares pictures and sound for a model; no cut changes it."""
+    for file in _found(source, ("*processor_config.json",)):
+        shutil.copyfile(file, folder / file.name)
+
+
 def _found(source: str, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({file for pattern in patterns for file in Path(source).glob(pattern) if file.is_file()})
 

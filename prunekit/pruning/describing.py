@@ -38,6 +38,7 @@ def describe(model: Any, groups: Groups | None = None) -> None:
         vars(model)[_SAVE] = partial(_refuse, type(model).__name__, str(error))
         return
     _write_widths(model, cuts)
+    _share_again(model)
     built = _built(model, _without_record(model.config))
     if built is None:
         vars(model)[_SAVE] = partial(_refuse, type(model).__name__, "; ".join(unsaid(cuts)))
@@ -75,6 +76,21 @@ def _write_widths(model: Any, cuts: Cuts) -> None:
     for part, own in zip(held, before, strict=True):
         vars(part).clear()
         vars(part).update(own)
+
+
+def _share_again(model: Any) -> None:
+    """Let modules that say the same as the model's configuration hold that, so that later settings reach them too."""
+    held = {id(part): part for part in configurations(model.config)}
+    for module in model.modules():
+        own = vars(module).get("config")
+        alike = (part for part in held.values() if type(part) is type(own) and _said(part) == _said(own))
+        if own is not None and id(own) not in held:
+            module.config = next(alike, own)
+
+
+def _said(config: Any) -> dict[str, Any]:
+    """Fields of a configuration, but for those that only the model's own has."""
+    return {name: value for name, value in vars(config).items() if name not in (RECORD, "_name_or_path")}
 
 
 def _logits_if_any(model: Any) -> torch.Tensor | None:

@@ -35,7 +35,8 @@ def solve(before: Trace, dead: Tensor) -> dict[Key, int]:
         waiting = [(e, target) for e, target in waiting if id(e) not in done]
     for equation, target in waiting:
         _settle_together(equation, target, known)
-    return {key: value for key, value in known.items() if key[1] != SHAPE}
+    old = {a.key: a.value for equation in before.equations for a in equation.expression.attributes()}
+    return {key: value for key, value in known.items() if key[1] != SHAPE and value != old[key]}
 
 
 def _open(equation: Equation, known: dict[Key, int]) -> list[Attribute]:
