@@ -9,6 +9,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -91,24 +93,27 @@ def _is_of(value: Any, annotation: Any) -> bool:
 
 def _is_collection(value: Any, origin: Any, inside: tuple[Any, ...]) -> bool:
     if isinstance(value, Tensor):
-        return _is_dense(value) and origin in (collections.abc.Iterable, collections.abc.Sequence)
+        return _is_dense(value) and value.dim() > 0 and origin is collections.abc.Iterable and inside == (Any,)
     kinds = (tuple, list) if origin is tuple else origin  # a list does as well, and JSON has no tuples
     if not isinstance(value, kinds) or isinstance(value, str | bytes):
         return False
-    if isinstance(value, Mapping) and not issubclass(origin, Mapping):
+    if isinstance(value, Mapping | pd.DataFrame) and not issubclass(origin, Mapping):
         return inside in ((), (Any,))  # its keys alone are seldom meant
     return origin is not tuple or ... in inside or len(value) == len(inside)
 
 
 def _entries(value: Any, inside: tuple[Any, ...]) -> Iterator[tuple[str, Any, Any]]:
     """Place, entry and annotation of what a collection holds, where looking does not use it up."""
-    if not inside:
+    if all(kind is Any for kind in inside):
         return
     if isinstance(value, Mapping) and len(inside) == 2:
         for key, entry in value.items():
             yield f": key {shown(key)}", key, inside[0]
             yield f"[{shown(key)}]", entry, inside[1]
-    elif isinstance(value, list | tuple | set | frozenset | range):
+        return
+    if isinstance(value, np.ndarray | pd.Series):
+        value = value.tolist()
+    if isinstance(value, list | tuple | set | frozenset | range):
         kinds = inside if len(inside) == len(value) and ... not in inside else ()
         for number, entry in enumerate(value):
             yield f"[{number}]", entry, kinds[number] if kinds else inside[0]

@@ -18,7 +18,7 @@ _ENOUGH_CHOICE = 16  # tokens to draw windows from, as a multiple of those drawn
 @checked
 def calibration_set(
     source: TextSource,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     n_samples: Count = 16,
     seq_len: Length = 64,
@@ -122,6 +122,8 @@ def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
         PrunekitError: not an integer tensor of that shape, ids outside the model's vocabulary, sequences longer than
             the model takes, or a model without weights in memory.
     """
+    if not hasattr(model, "get_input_embeddings"):
+        raise PrunekitError(f"a {type(model).__name__} is not a transformers model, so it cannot run on tokens")
     check_has_weights(model)
     if not isinstance(calib, Tensor) or calib.is_floating_point() or calib.dtype == torch.bool or calib.ndim != 2:
         given = f"{calib.dtype} {tuple(calib.shape)}" if isinstance(calib, Tensor) else type(calib).__name__

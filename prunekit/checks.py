@@ -5,10 +5,12 @@ the same for the fields of a dataclass. `Count`, `Seed`, `Model` and the other n
 alone does not say what is allowed.
 """
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import wraps
-from inspect import Parameter, signature
+from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
 
 from torch import nn
@@ -17,12 +19,14 @@ from prunekit.annotations import Rule, fault_in, is_integer, is_real, shown, wor
 from prunekit.errors import PrunekitError
 from prunekit.locks import alone
 
+LONGEST_NAME = 255  # bytes of a file's name, on nearly all systems
+LARGEST = 2**31  # what is counted is fewer
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _from(least: int) -> Rule:
-    return Rule(lambda value: is_integer(value) and value >= least, f"an integer of {least} or more")
+    return Rule(lambda value: is_integer(value) and least <= value < LARGEST, f"an integer of {least} or more")
 
 
 def _within(low: float, high: float) -> Rule:
@@ -39,12 +43,19 @@ def _reads_tokens(value: object) -> bool:
 
 
 def _is_tokenizer(value: object) -> bool:
-    return value is None or (callable(value) and not isinstance(value, type))
+    return callable(value) and any(hasattr(value, name) for name in ("bos_token_id", "decode"))
+
+
+def _names_a_file(value: object) -> bool:
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        return False
+    return all(len(os.fsencode(part)) <= LONGEST_NAME for part in Path(value).parts)
 
 
 _NETWORK = "a causal language model with parameters, such as load(path) returns (of a DataParallel: its .module)"
 _READER = "a causal language model of transformers, such as load(path) returns (of a DataParallel: its .module)"
 
+FilePath = Annotated[str | Path, Rule(_names_a_file, "a path that a file can have")]
 Count = Annotated[int, _from(1)]
 Whole = Annotated[int, _from(0)]
 Length = Annotated[int, _from(2)]
@@ -53,6 +64,7 @@ Share = Annotated[float, Rule(lambda value: is_real(value) and 0 <= value < 1, "
 Part = Annotated[float, Rule(lambda value: is_real(value) and 0 <= value <= 1, "a number from 0 to 1")]
 Positive = Annotated[float, Rule(lambda value: is_real(value) and value > 0, "a finite number above 0")]
 NotNegative = Annotated[float, Rule(lambda value: is_real(value) and value >= 0, "a finite number of 0 or more")]
+Epochs = Annotated[float, Rule(lambda value: is_real(value) and 0 < value <= 10_000, "a number above 0, up to 10,000")]
 Tokenizer = Annotated[Any, Rule(_is_tokenizer, "a tokenizer of transformers, such as load(path) returns")]
 Network = Annotated[nn.Module, Rule(_is_network, _NETWORK, holds=True)]
 Model = Annotated[Any, Rule(_reads_tokens, _READER, holds=True)]
@@ -67,26 +79,25 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     Raises:
         PrunekitError: an argument that is missing, unknown or not allowed, by name.
     """
+    found = signature(function)
+    kinds = {name: parameter.annotation for name, parameter in found.parameters.items()}
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = _bound(function, args, kwargs)
-        parameters = signature(function).parameters
+        given = _bound(function.__name__, found, args, kwargs)
         for name, value in given.items():
-            check_value(name, value, parameters[name].annotation)
-        with alone(value for name, value in given.items() if _is_held(value, parameters[name].annotation)):
+            check_value(name, value, kinds[name])
+        with alone(model for name, value in given.items() for model in _held(value, kinds[name])):
             return function(*args, **kwargs)
 
     return call
 
 
-def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+def _bound(name: str, found: Signature, args: Any, kwargs: Any) -> dict[str, Any]:
     """Name → value of the arguments given; those collected by ** are the function's own business."""
-    found = signature(function)
     try:
         given = found.bind(*args, **kwargs).arguments
     except TypeError as error:
-        name = getattr(function, "__name__", "it")
         raise PrunekitError(f"{name}: {error}; its arguments are {', '.join(found.parameters)}") from None
     kinds = Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL
     return {name: value for name, value in given.items() if found.parameters[name].kind not in kinds}
@@ -114,9 +125,13 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
         raise PrunekitError(f"{fault.name}={shown(fault.value)} is not allowed; give {wanted}")
 
 
-def _is_held(value: Any, annotation: Any) -> bool:
-    rules = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
-    return isinstance(value, nn.Module) and any(isinstance(rule, Rule) and rule.holds for rule in rules)
+def _held(value: Any, annotation: Any) -> list[nn.Module]:
+    """The models that no other thread may work on meanwhile: an argument, or the values of a dictionary."""
+    inside = get_args(annotation)
+    if isinstance(value, Mapping) and len(inside) == 2:
+        return [model for entry in value.values() for model in _held(entry, inside[1])]
+    rules = inside[1:] if get_origin(annotation) is Annotated else ()
+    return [value] if any(isinstance(rule, Rule) and rule.holds for rule in rules) else []
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:

@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,7 +28,11 @@ LARGEST_RESULT = 2**40  # bytes of a result file, which may hold arrays
 LARGEST = 2**28  # bytes of a text file: the largest tokenizers and reports have a tenth of it
 RESTORE = "restore it from its source"
 UNFINISHED = ".unfinished"  # how the names of temporary folders end
-_OF_DISKS = ("os error", "PytorchStreamWriter failed")  # in errors of tokenizers and torch, which are of no kind
+_OF_DISKS = (
+    "os error",
+    "PytorchStreamWriter failed",
+    "null byte",
+)  # in errors of tokenizers and torch, which are of no kind
 
 
 def check_regular(path: Path, most: int = LARGEST, advice: str = RESTORE) -> None:
@@ -121,6 +125,8 @@ def check_new_folder(out: str | Path) -> Path:
     """
     path = Path(out)
     try:
+        if "\0" in str(path):
+            raise ValueError("a NUL byte in its name")
         empty = path.is_dir() and not any(path.iterdir())
     except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL byte
         raise _unwritable(path, error) from None
@@ -205,13 +211,13 @@ def _unwritable(path: Path, error: BaseException) -> DiskError:
 def _beside(path: Path) -> Iterator[Path]:
     """A context with a new folder beside a path, and without those that killed processes left there."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED}"):
-        with suppress(OSError), locked(left):  # one in use is somebody's
+        with suppress(OSError), locked(left, must=True):  # one in use is somebody's
             shutil.rmtree(left)
     made = path.parent / f".{path.name}.{uuid4().hex[:12]}"
     made.mkdir()
     folder = made.with_name(f"{made.name}{UNFINISHED}")
     try:
-        with locked(made):
+        with locked(made, must=False):
             made.replace(folder)  # its name says that it is locked
             yield folder
     finally:
@@ -220,18 +226,25 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """A context that holds a lock on a folder, where the system lets go of it with the process that holds it.
+def locked(path: Path, *, must: bool) -> Iterator[None]:
+    """A context that holds a lock on a folder, of which the system lets go with the process that holds it.
+
+    Args:
+        path: of the folder.
+        must: raise an error also where the system or the disk has no locks.
 
     Raises:
-        BlockingIOError: another one holds it.
+        OSError: another process holds it, or there are no locks.
     """
     if fcntl is None:
+        if must:
+            raise OSError("no locks")
         yield
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with nullcontext() if must else suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)

@@ -13,7 +13,7 @@ from torch import nn
 
 import prunekit as pk
 from prunekit import recipes
-from prunekit.checks import Count, Positive, Seed, check_value, checked
+from prunekit.checks import Count, Network, Positive, Seed, SharedModel, _held, check_value, checked
 from prunekit.errors import PrunekitError
 
 FUNCTIONS = [getattr(pk, name) for name in pk.__all__ if inspect.isfunction(getattr(pk, name))]
@@ -84,6 +84,12 @@ def test_what_is_written_without_a_check_would_be_seen():
     assert double("a") == "aa"
     with pytest.raises(PrunekitError, match="n='a' is not allowed; give an integer"):
         checked(double)("a")
+
+
+def test_the_models_of_a_call_are_held_also_in_a_dictionary():
+    one, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    assert _held(one, Network) == [one] and _held(one, SharedModel) == []
+    assert _held({"a": one, "b": other}, Mapping[str, Network]) == [one, other] and _held({"a": 1}, dict) == []
 
 
 def test_models_in_wrappers_are_refused_by_name():

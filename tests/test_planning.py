@@ -228,7 +228,7 @@ def test_a_plan_that_keeps_nonsense_is_refused(keep):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("nonsense", "Expecting value"),
+        ("nonsense", "no JSON from line 1"),
         ("[1, 2]", "it is a list"),
         ('{"keep": {}}', "it has no 'n_units'"),
         ('{"model_type": "llama"}', "it has no 'keep'; give JSON as PruningPlan.save writes"),

@@ -76,6 +76,28 @@ def journal(tmp_path_factory):
     return eventful(tmp_path_factory.mktemp("journal")).read_bytes()
 
 
+ORPHAN = """
+import os, subprocess, sys, time
+if len(sys.argv) > 1:
+    from prunekit.search.worker import end_with
+    end_with(os.getppid())
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+subprocess.Popen([sys.executable, __file__, "child"])
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_ends_soon_after_its_parent_was_killed(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    command = [sys.executable, str(tmp_path / "orphan.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline().strip().isdecimal()
+        parent.kill()
+        assert parent.stdout.read() == ""  # which ends when the child has closed it
+
+
 def test_what_is_told_is_what_was_measured(tmp_path):
     path = eventful(tmp_path)
     trials = opened(tmp_path)

@@ -43,7 +43,7 @@ def _check_numbers(source: str, config: dict[str, Any], family: type) -> None:
     with suppress(Exception):  # a family whose configuration needs arguments
         usual = family().to_dict()
     for name, value in config.items():
-        counts = isinstance(usual.get(name), int) and not isinstance(usual[name], bool) and not name.endswith("_id")
+        counts = type(usual.get(name)) is int and usual[name] >= 0 and not name.endswith("_id")
         if counts and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise PrunekitError(
                 f"cannot load {source!r}: {name}={value!r:.40} in its config.json is no integer of 0 or more (usual is "

@@ -15,7 +15,7 @@ from prunekit.checkpoint.saving import (
     write_texts,
     write_tokenizer,
 )
-from prunekit.checks import Network, Tokenizer, check_choice, checked
+from prunekit.checks import FilePath, Network, Tokenizer, check_choice, checked
 from prunekit.errors import PrunekitError
 from prunekit.files import new_folder
 from prunekit.layouts import GGUF, LAYOUTS, PADDED
@@ -32,10 +32,10 @@ KEEP = "keep the checkpoint that prunekit saves, or re-fit with fit='weights', w
 @checked
 def export(
     model: Network,
-    out: str | Path,
+    out: FilePath,
     *,
     layout: Literal["plain", "padded", "gguf"] = "plain",
-    tokenizer: Tokenizer = None,
+    tokenizer: Tokenizer | None = None,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
     files: Mapping[str, str] | None = None,

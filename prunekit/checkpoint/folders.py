@@ -21,7 +21,8 @@ _PICKLES = {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}  # how to
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _READ = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # what transformers may read of a folder
 _UNLIMITED = 2**62
-_MOST = {"layer": 1024, "position": 2**24}  # part of a field's name → the largest number that is believed
+_MOST = {"layers": 1024, "^n_layer": 1024, "num_layer": 1024, "position": 2**24}  # part of a field's name, of which ^
+# is the beginning → the largest number that is believed
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _check_fields(described: Any, source: str, own: bool) -> None:
                 f"config.json of {source!r} has transformers_weights={shown(value)}, and only {WHOLE} and {INDEX} are "
                 "read; rename the weights so, and remove that field from config.json"
             )
-        part = next((part for part in _MOST if part in key), "")
+        part = next((part for part in _MOST if part in f"^{key}"), "")
         if part and type(value) is int and not 0 <= value <= _MOST[part]:
             raise PrunekitError(
                 f"config.json of {source!r} has {key}={value:,}; it must lie between 0 and {_MOST[part]:,}: restore it "

@@ -37,8 +37,9 @@ def check_ties(source: str, model: Any) -> None:
 
 def is_falsely_tied(model: Any) -> bool:
     """Whether the configuration ties the embedding and the head, and they are two matrices."""
-    text, head = model.config.get_text_config(), model.get_output_embeddings()
-    tied = text.tie_word_embeddings and getattr(model, "_tied_weights_keys", None) and head is not None
+    named, head = "tie_word_embeddings", model.get_output_embeddings()
+    asked = getattr(model.config.get_text_config(), named, getattr(model.config, named, False))
+    tied = asked and getattr(model, "_tied_weights_keys", None) and head is not None
     return bool(tied) and head.weight is not model.get_input_embeddings().weight
 
 

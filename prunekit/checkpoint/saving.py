@@ -22,7 +22,7 @@ from prunekit.checkpoint.left_out import is_falsely_tied
 from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE
 from prunekit.checkpoint.reading_back import check_written
 from prunekit.checkpoint.tokenizer_files import write_tokenizer_of
-from prunekit.checks import Network, Tokenizer, checked
+from prunekit.checks import FilePath, Network, Tokenizer, checked
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
@@ -42,9 +42,9 @@ SHARD = "5GB"
 @checked
 def save(
     model: Network,
-    out: str | Path,
+    out: FilePath,
     *,
-    tokenizer: Tokenizer = None,
+    tokenizer: Tokenizer | None = None,
     plan: PruningPlan | None = None,
     report: "Report | None" = None,
     files: Mapping[str, str] | None = None,
@@ -116,12 +116,12 @@ def check_saveable(model: Any) -> None:
 
 
 def check_saving(
-    model: Any, out: str | Path, report: Any, files: Mapping[str, str] | None, max_shard_size: str | int
+    model: Any, out: FilePath, report: Any, files: Mapping[str, str] | None, max_shard_size: str | int
 ) -> None:
     """Raise an error for arguments that `save` and `export` cannot use, before anything is computed."""
     check_new_folder(out)
     check_saveable(model)
-    if report is not None and not hasattr(report, "to_json"):
+    if report is not None and not (hasattr(report, "to_json") and hasattr(report, "headline")):
         raise PrunekitError(f"report={report!r} is not a Report; give what evaluate() or Report.load() returns")
     for name in files or {}:
         if Path(name).name != name:
@@ -132,7 +132,7 @@ def check_saving(
 def check_shard_size(size: str | int) -> None:
     """Raise an error for an invalid file size."""
     known = isinstance(size, str) and re.fullmatch(r"0*[1-9]\d*[KMGT]B", size, re.IGNORECASE)
-    if not known and not (type(size) is int and size > 0):
+    if not known and not (type(size) is int and 0 < size < 2**63):
         raise PrunekitError(f"max_shard_size={size!r} is no size; give bytes, or such as '500MB' or '5GB'")
 
 

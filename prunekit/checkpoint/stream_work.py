@@ -16,6 +16,7 @@ from prunekit.checkpoint.folders import read_object
 from prunekit.errors import DiskError, PrunekitError
 from prunekit.files import check_new_folder, fcntl, open_to_readers, write_text
 from prunekit.fingerprint import digest_of_text
+from prunekit.written_files import check_recorded
 
 Facts = Mapping[str, Any]
 """Arguments of a run, as JSON: two runs with equal arguments give equal files."""
@@ -67,12 +68,39 @@ class Work:
         """
         for step, now in json.loads(json.dumps(facts)).items():
             path = self.root / f"{step}.json"
-            before = read_object(path) if path.is_file() else now
+            before = self._noted(path) if path.is_file() else now
             for name in [name for name in now if now[name] != before.get(name)][:1]:
                 raise PrunekitError(
                     f"{str(self.root)!r} holds an unfinished run with another {name}: {_short(before.get(name))}, now "
                     f"{_short(now[name])}; give what it was given to go on, or remove that folder to begin anew"
                 )
+
+    def _noted(self, path: Path) -> dict[str, Any]:
+        try:
+            return read_object(path)
+        except PrunekitError as error:
+            raise PrunekitError(f"{error}, or {self._anew}") from None
+
+    @property
+    def _anew(self) -> str:
+        return f"remove the folder {str(self.root)!r} to begin anew"
+
+    @property
+    def written(self) -> Path:
+        """The note of the finished files of the output."""
+        return self.root / "written.json"
+
+    def check_written(self) -> None:
+        """Raise an error for a finished file that was changed, cut short or removed since.
+
+        Raises:
+            PrunekitError: names the file.
+        """
+        try:
+            check_recorded(self.written, self.checkpoint, self._anew)
+        except PrunekitError as error:
+            told = str(error)
+            raise PrunekitError(told if self._anew in told else f"{told}, or {self._anew}") from None
 
     def claim(self, facts: Mapping[str, Facts]) -> None:
         """Write down the arguments of each step for `check`; makes the folder where there is none.
@@ -167,9 +195,13 @@ def _short(value: object) -> str:
 
 
 def facts_of_files(folder: Path) -> dict[str, list[int]]:
-    """Name, size and time of change of a checkpoint's configuration, index and weights."""
+    """Name, size and times of change of a checkpoint's configuration, index and weights.
+
+    The second time is the system's own and cannot be set back.
+    """
     found = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in found}
+    stats = {path.name: path.stat() for path in found}
+    return {name: [found.st_size, found.st_mtime_ns, found.st_ctime_ns] for name, found in stats.items()}
 
 
 def fingerprint(tokens: Tensor | None) -> str | None:

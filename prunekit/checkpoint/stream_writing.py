@@ -30,6 +30,7 @@ from prunekit.pruning import PruningPlan
 from prunekit.pruning.describing import describe
 from prunekit.pruning.surgery import cut
 from prunekit.pruning.weights import copied
+from prunekit.written_files import record, recorded
 
 aten = torch.ops.aten
 _POSTPONED = (aten.index_select.default, aten.clone.default)  # what slicing a parameter comes to
@@ -95,14 +96,15 @@ def cut_without_weights(model: nn.Module, plan: PruningPlan) -> tuple[Any, Postp
         return cut(sharing, plan), postponed
 
 
-def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard_size: str | int) -> None:
-    """Slice the weights into new shards; one that is there already is left as it is.
+def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard_size: str | int, note: Path) -> None:
+    """Slice the weights into new shards; one that is finished already is left as it is.
 
     Args:
         small: the smaller model with stand-ins.
         postponed: what they stand for.
         folder: each shard is written beside its place in it, read back, and moved there when it is right.
         max_shard_size: of a shard, as `"1GB"`; a shard is what memory must hold.
+        note: of finished files.
 
     Raises:
         PrunekitError: weights that are NaN or infinite, or that do not read back as they were.
@@ -111,9 +113,10 @@ def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     layout = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in tqdm(layout.filename_to_tensors.items(), desc="writing", unit="shard", leave=False, delay=1):
-        if not (folder / file).is_file():
+        if file not in recorded(note):
             pieces = {name: postponed.pieces.get(state[name].data_ptr(), Piece(state[name])) for name in names}
             _write_shard({name: piece.take() for name, piece in pieces.items()}, folder / file)
+            record([folder / file], note)
     if layout.is_sharded:
         index = {"metadata": layout.metadata, "weight_map": layout.tensor_to_filename}
         write_text(folder / INDEX, json.dumps(index, indent=2))

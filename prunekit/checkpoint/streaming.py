@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from prunekit.calibration import check_tokens
 from prunekit.checkpoint.saving import check_shard_size
 from prunekit.checkpoint.stream_source import convert, local_folder, map_checkpoint, to_convert
 from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerprint
 from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards, write_the_rest
-from prunekit.checks import checked
+from prunekit.checks import FilePath, checked
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
@@ -27,6 +28,7 @@ from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
 from prunekit.pruning.planning import Ratio, default_units
 from prunekit.pruning.surgery import cut
+from prunekit.written_files import record, recorded
 
 MAX_SHARD_SIZE = "1GB"
 _OF_WEIGHTS = "needs the gradient of every weight, which takes more memory than the model"
@@ -64,8 +66,8 @@ class _Order:
 
 @checked
 def prune_checkpoint(
-    source: str | Path,
-    out: str | Path,
+    source: FilePath,
+    out: FilePath,
     how: AnyImportance | PruningPlan,
     pruning_ratio: Ratio | None = None,
     calib: Tensor | None = None,
@@ -148,8 +150,11 @@ def _plain(value: Any) -> Any:
 
 def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     """Run all steps from the mapped model to a complete folder that are not finished yet."""
+    work.check_written()
     model, _ = map_checkpoint(_mappable(work, order))
     name_model(model, str(order.folder))
+    if order.calib is not None:
+        check_tokens(order.calib, model)
     plan = order.how if isinstance(order.how, PruningPlan) else _plan(model, order, work)
     small, postponed = cut_without_weights(model, plan)
     before, after = map(count_parameters, (model, small))
@@ -157,7 +162,8 @@ def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     plan = replace(plan, n_parameters=before, n_parameters_kept=after, notes={**plan.notes, **notes})
     work.claim(order.facts())
     plan.save(work.plan)
-    write_shards(small, postponed, work.checkpoint, order.max_shard_size)
+    record([work.plan], work.written)
+    write_shards(small, postponed, work.checkpoint, order.max_shard_size, work.written)
     write_the_rest(small, work.checkpoint, plan)
     return plan
 
@@ -195,8 +201,8 @@ def candidates(groups: Groups, kinds: Iterable[str] | None) -> tuple[CoupledGrou
 
 
 def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:
-    """The plan in the work folder, or a new one."""
-    if work.plan.is_file():
+    """The plan in the work folder, or a new one. One from chance comes first: it refuses early what cannot be met."""
+    if work.plan.name in recorded(work.written):
         return PruningPlan.load(work.plan)
     groups = discover(model)
     chosen = _check_order(groups, model, order)
@@ -207,7 +213,7 @@ def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:
 def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, path: Path) -> Scores:
     """Scores: those in the file at `path`, and the missing ones; one group at a time if no data is needed."""
     importance: Any = order.how
-    done = Scores.load(path) if path.is_file() else Scores({}, label=importance.label, kinds={})
+    done = _done(path) if path.is_file() else Scores({}, label=importance.label, kinds={})
     left = tuple(group for group in groups if group.name not in done)
     steps = [left] if importance.needs_calibration and left else [(group,) for group in left]
     for step in tqdm(steps, desc="scoring", unit="group", leave=False, delay=1):
@@ -215,3 +221,10 @@ def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, p
         done.kinds |= {group.name: group.kind for group in step}
         done.save(path)
     return done
+
+
+def _done(path: Path) -> Scores:
+    try:
+        return Scores.load(path)
+    except PrunekitError as error:
+        raise PrunekitError(f"{error}, or delete it to score again") from None

@@ -71,7 +71,7 @@ class PerplexityResult:
 @checked
 def perplexity(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     text_or_path: TextSource,
     *,
     window: Length | None = None,
@@ -120,7 +120,7 @@ def perplexity(
 @checked
 def measure_perplexity(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     text_or_path: TextSource,
     *,
     window: Length | None = None,

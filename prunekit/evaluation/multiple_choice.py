@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.checks import Count, Model, Part, Tokenizer, Whole, check_value, checked
+from prunekit.checks import Count, FilePath, Model, Part, Tokenizer, Whole, check_value, checked
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.evaluation.likelihood import Span
@@ -130,7 +129,7 @@ def zero_shot(
     tasks: Tasks,
     *,
     limit: Count | None = None,
-    data_dir: str | Path | None = None,
+    data_dir: FilePath | None = None,
     shots: Whole = 0,
     batch_size: Count = 16,
 ) -> ZeroShotResult:

@@ -1,9 +1,10 @@
 """Evaluation reports of one model, and comparisons of several."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def readable(value: float) -> str:
 @checked
 def evaluate(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     metrics: str | Iterable[str] = METRICS,
     *,
     text: TextSource | None = None,
@@ -198,6 +199,9 @@ def evaluate(
         PrunekitError: a metric is unknown, text or tasks are missing, or an error of the metric.
     """
     wanted = check_metrics(metrics)
+    _check_names("perplexity_options", perplexity_options, measure_perplexity)
+    _check_names("zero_shot_options", zero_shot_options, zero_shot)
+    _check_names("cost_options", cost_options, cost)
     found: dict[str, Any] = {}
     if "perplexity" in wanted:
         text = world_default(tokenizer, "validation_text", "text") if text is None else text
@@ -212,6 +216,14 @@ def evaluate(
     if "cost" in wanted:
         found["cost"] = cost(model, **(cost_options or {}))
     return Report(**found)
+
+
+def _check_names(name: str, options: Mapping[str, Any] | None, function: Callable[..., Any]) -> None:
+    """Raise an error for options that a function does not have, also where it is not called."""
+    known = [each.name for each in signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    for option in options or ():
+        if option not in known:
+            raise PrunekitError(f"{name} has {option!r}; give some of {', '.join(known)}")
 
 
 def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:

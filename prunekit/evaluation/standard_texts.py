@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit.checks import checked
+from prunekit.checks import FilePath, checked
 from prunekit.documents import read_documents
 from prunekit.errors import PrunekitError, reason
 from prunekit.evaluation.records import Record, folders_of
@@ -65,7 +65,7 @@ TEXTS = {
 
 
 @checked
-def standard_text(name: str, *, data_dir: str | Path | None = None) -> str:
+def standard_text(name: str, *, data_dir: FilePath | None = None) -> str:
     """A published text, joined as the papers join it, for `perplexity`.
 
     Args:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -106,11 +107,13 @@ def _weights(rule: Rule, coarse: Tensor, fine: Tensor) -> Weights:
     if isinstance(rule, str):
         check_choice("rule", rule, RULES)
         rule = RULES[rule]
-    pair = rule(coarse, fine) if callable(rule) else rule
+    pair: Any = None if callable(rule) else rule
     try:
+        pair = rule(coarse, fine) if callable(rule) else rule
         a, b = map(float, pair)
-    except (TypeError, ValueError):
+    except Exception as error:  # of any kind, of a rule of one's own
         a = b = float("nan")
+        pair = error if pair is None else pair
     if not (0 <= a < float("inf") and 0 <= b < float("inf") and a + b > 0):
         raise PrunekitError(f"rule={rule!r} gives {pair!r}; give two weights, not negative and not both 0: (0.5, 0.5)")
     return a, b

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prunekit.account import few
 from prunekit.annotations import Rule
-from prunekit.calibration import check_finite
+from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Network, check_choice, checked
 from prunekit.discovery.groups import CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
@@ -142,6 +142,8 @@ def score(
     if normalize is not None:
         check_scalable(importance, chosen)
     check_finite(model)
+    if isinstance(calib, Tensor) and hasattr(model, "get_input_embeddings"):
+        check_tokens(calib, model)  # also where nothing reads them
     with torch.no_grad():
         values = importance.unit_scores(model, chosen, calib)
     _check_returned(importance, chosen, values)

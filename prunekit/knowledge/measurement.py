@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_finite
-from prunekit.checks import Count, Model, Tokenizer, checked
+from prunekit.checks import Count, FilePath, Model, Tokenizer, checked
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import require_finite
@@ -26,7 +26,7 @@ POSITIONS = 1024  # per forward pass; more is slower on a CPU, since less fits i
 @checked
 def knowledge_distribution(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     groups: Iterable[CoupledGroup],
     scores: Mapping[str, Tensor],
     *,
@@ -34,8 +34,8 @@ def knowledge_distribution(
     tasks: Tasks | None = None,
     text: Texts | None = None,
     limit: Count | None = None,
-    data_dir: str | Path | None = None,
-    path: str | Path | None = None,
+    data_dir: FilePath | None = None,
+    path: FilePath | None = None,
     tokens_a_batch: Count = POSITIONS,
 ) -> KnowledgeDistribution:
     """Measures how each task and text domain changes when each group is ablated alone, at several ratios.
@@ -83,14 +83,14 @@ def knowledge_distribution(
 @checked
 def knowledge_of_units(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     groups: Iterable[CoupledGroup],
     *,
     tasks: Tasks | None = None,
     text: Texts | None = None,
     limit: Count | None = None,
-    data_dir: str | Path | None = None,
-    path: str | Path | None = None,
+    data_dir: FilePath | None = None,
+    path: FilePath | None = None,
     tokens_a_batch: Count = POSITIONS,
 ) -> KnowledgeDistribution:
     """Measures how each domain changes when one unit (a head or a channel) is ablated alone.

@@ -143,6 +143,8 @@ def prune(
             f"fit={fit!r} says what is re-fitted on the tokens of compensate=; give these, or leave it out"
         )
     check_measure(measure, held_out)
+    if held_out is not None:
+        check_tokens(held_out, model)
     opening = _opened(model, plan, held_out, compensate) if measure else None
     pruned = _prune(model, plan, inplace)
     if compensate is not None and pruned.plan.keep:

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from prunekit.account import few
-from prunekit.checks import Count, Seed, SharedModel, Tokenizer, Whole, checked
+from prunekit.checks import Count, FilePath, Seed, SharedModel, Tokenizer, Whole, checked
 from prunekit.discovery import discover
 from prunekit.documents import TextSource
 from prunekit.importance import score
@@ -45,7 +44,7 @@ class Searched(NamedTuple):
 @checked
 def accuracy_predictor(
     model: SharedModel,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     calib: Tensor,
     budgets: "float | Range | Sequence[Budget]",
     text: TextSource | None = None,
@@ -58,7 +57,7 @@ def accuracy_predictor(
     top_k: Count = 40,
     trees: "Trees | None" = None,
     seed: Seed = 0,
-    folder: str | Path | None = None,
+    folder: FilePath | None = None,
     n_jobs: int = 1,
     data: Tensor | TextSource | None = None,
     recovery: LoRA | None = None,

@@ -41,7 +41,7 @@ def hywia(
     order: str = "first",
     layers: Iterable[int] | None = None,
     data: Tensor | TextSource | None = None,
-    tokenizer: Tokenizer = None,
+    tokenizer: Tokenizer | None = None,
     recovery: LoRA | None = None,
 ) -> Fused:
     """Prunes as HyWIA does: two estimates per group, adaptive fusion, plan, prune, recover.

@@ -46,7 +46,7 @@ def llm_pruner(
     n_steps: Count = 1,
     modern: bool = False,
     data: Tensor | TextSource | None = None,
-    tokenizer: Tokenizer = None,
+    tokenizer: Tokenizer | None = None,
     recovery: LoRA | None = None,
 ) -> Pruned:
     """Prune as LLM-Pruner does, and recover. `evaluate(small, tokenizer)` measures as the paper does.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from prunekit.checks import Count, Model, Share, Tokenizer, checked
+from prunekit.checks import Count, FilePath, Model, Share, Tokenizer, checked
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.importance import Taylor, score
@@ -51,7 +51,7 @@ class Sheared(NamedTuple):
 @checked
 def lorashear(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     sources: Sources,
     pruning_ratio: Share = 0.2,
     *,
@@ -62,7 +62,7 @@ def lorashear(
     importance: AnyImportance | None = None,
     n_periods: Count = 5,
     shares: tuple[float, float, float] = (0.6, 0.3, 0.1),
-    folder: str | Path | None = None,
+    folder: FilePath | None = None,
 ) -> Sheared:
     """Prunes as LoRAShear does: knowledge distribution, progressive pruning, dynamic fine-tuning.
 

@@ -35,7 +35,7 @@ def sparsellm(
     half_depth: bool = False,
     allocation: str = "uniform",
     data: Tensor | TextSource | None = None,
-    tokenizer: Tokenizer = None,
+    tokenizer: Tokenizer | None = None,
     recovery: LoRA | FullTuning | None = None,
 ) -> Sparsified:
     """Sparsifies layer by layer: attention by SparseGPT, FFNs by SparseLLM's alternation.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_finite, check_tokens
-from prunekit.checks import Length, Model, Tokenizer, checked
+from prunekit.checks import FilePath, Length, Model, Tokenizer, checked
 from prunekit.documents import TextSource, is_stream, logger
 from prunekit.errors import PrunekitError, warn
 from prunekit.files import new_folder
@@ -37,10 +37,10 @@ def recover(
     *,
     train_on: TrainOn = "replies",
     keep_zeros: bool | None = None,
-    tokenizer: Tokenizer = None,
+    tokenizer: Tokenizer | None = None,
     seq_len: Length | None = None,
     inplace: bool = False,
-    output_dir: str | Path | None = None,
+    output_dir: FilePath | None = None,
     held_out: Tensor | None = None,
     measure: bool = True,
 ) -> "PreTrainedModel":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prunekit.checks import Count, Length, NotNegative, Positive, Seed
+from prunekit.checks import Count, Epochs, Length, NotNegative, Positive, Seed
 from prunekit.errors import PrunekitError, warn
 from prunekit.recovery.settings import TrainingSettings
 
@@ -33,7 +33,7 @@ class FullTuning(TrainingSettings):
 
     learning_rate: Positive = 1e-4
     batch_size: Count | None = None
-    epochs: Positive = 2
+    epochs: Epochs = 2
     max_steps: Count | None = None
     warmup: NotNegative = 0.05
     seq_len: Length = 128

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import nn
 
-from prunekit.annotations import Rule
-from prunekit.checks import Count, Length, NotNegative, Positive, Seed, Share
+from prunekit.annotations import Rule, is_integer
+from prunekit.checks import Count, Epochs, Length, NotNegative, Positive, Seed, Share
 from prunekit.errors import PrunekitError
 from prunekit.recovery.settings import TrainingSettings
 
@@ -21,6 +21,7 @@ def _is_names(value: object) -> bool:
     return isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
 
+Rank = Annotated[int, Rule(lambda value: is_integer(value) and 1 <= value <= 2**16, "an integer from 1 to 2**16")]
 Targets = Annotated[tuple[str, ...], Rule(_is_names, "names of modules, such as ('q_proj', 'v_proj')")]
 
 
@@ -52,13 +53,13 @@ class LoRA(TrainingSettings):
     Source: LLM-Pruner, section 4.1 and its released `post_training.py`.
     """
 
-    r: Count = 8
+    r: Rank = 8
     alpha: Positive = 16
     dropout: Share = 0.05
     targets: Targets | None = None
     learning_rate: Positive = 3e-3
     batch_size: Count | None = None
-    epochs: Positive = 2
+    epochs: Epochs = 2
     max_steps: Count | None = None
     warmup: NotNegative = 0.05
     seq_len: Length = 128

@@ -109,7 +109,7 @@ def recover_on_mixture(
     mixture: Mixture | None = None,
     *,
     keep_zeros: bool | None = None,
-    tokenizer: Tokenizer = None,
+    tokenizer: Tokenizer | None = None,
     inplace: bool = False,
 ) -> "PreTrainedModel":
     """Recovers a model in rounds: measures the gap on each source, draws training text by it, and trains.

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from prunekit.calibration import check_finite, check_tokens
-from prunekit.checks import Count, Model, Share, Tokenizer, check_integers, check_reals, checked
+from prunekit.checks import Count, FilePath, Model, Share, Tokenizer, check_integers, check_reals, checked
 from prunekit.discovery import Groups, discover
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
-from prunekit.files import write_text
+from prunekit.files import read_json, write_text
 from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, plan
 from prunekit.pruning.planning import DEFAULT_KINDS
@@ -84,8 +84,8 @@ def prune_progressively(
     rest: Share = 0.0,
     saliency: Saliency = update_saliency,
     train_on: TrainOn = "replies",
-    tokenizer: Tokenizer = None,
-    folder: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    folder: FilePath | None = None,
 ) -> Progressed:
     """Prunes progressively: trains with LoRA while units shrink to exactly zero, period by period (LHSPG).
 
@@ -253,7 +253,7 @@ def _open(folder: Path, every: int, run: list[Any], windows: TrainingWindows, mo
         raise PrunekitError(f"{str(folder)!r} is a file; give a new folder")
     with PartialState().main_process_first():
         folder.mkdir(parents=True, exist_ok=True)
-        told = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+        told = _told(note) if note.exists() else None
         if told != digest.hexdigest() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise PrunekitError(
                 f"{str(folder)!r} holds something else than this run; give a new folder, or the same model, data and "
@@ -261,3 +261,15 @@ def _open(folder: Path, every: int, run: list[Any], windows: TrainingWindows, mo
             )
         write_text(note, json.dumps(digest.hexdigest()))
     return Resume(folder, every)
+
+
+def _told(note: Path) -> Any:
+    """What a note says.
+
+    Raises:
+        PrunekitError: it is damaged.
+    """
+    try:
+        return read_json(note)
+    except PrunekitError as error:
+        raise PrunekitError(f"{error}, or delete the folder {str(note.parent)!r} to begin anew") from None

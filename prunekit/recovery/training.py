@@ -18,9 +18,11 @@ from prunekit.account import few, loss_on
 from prunekit.calibration import all_finite
 from prunekit.compat import LOSS_KEYWORDS
 from prunekit.errors import PrunekitError
+from prunekit.files import writing
 from prunekit.locks import PROCESS
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.settings import TrainingSettings
+from prunekit.written_files import RECORD, check_recorded, record
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
@@ -85,11 +87,12 @@ def train(
         # The Trainer would divide by seq_len labels where the model predicts seq_len - 1 of them.
         setattr(trainer, LOSS_KEYWORDS, False)
         trainer.remove_callback(PrinterCallback)
-        newest = newest_checkpoint(resume.folder) if resume else None
+        newest = _checked_checkpoint(resume.folder) if resume else None
         if newest is not None and _steps_of(newest) >= (method.max_steps or math.inf):
             history = _take_up(model, optimizer, newest)  # the Trainer would make one step more
         else:
-            trainer.train(resume_from_checkpoint=newest)
+            with writing(Path(folder)):
+                trainer.train(resume_from_checkpoint=newest)
             history = trainer.state.log_history
     log = _log(model, tokens, method, _whole_curve(history, logs))
     _check_outcome(model, tokens, method)
@@ -108,9 +111,22 @@ def _check_outcome(model: nn.Module, tokens: Tensor, method: TrainingSettings) -
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint in a folder; the Trainer writes its state last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    """The last complete checkpoint in a folder; the record of its files is written last."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{RECORD}")]
     return max(map(str, whole), key=_steps_of, default=None)
+
+
+def _checked_checkpoint(folder: Path) -> str | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        PrunekitError: one of its files was changed, cut short or removed.
+    """
+    newest = newest_checkpoint(folder)
+    if newest is not None:
+        advice = f"delete the folder {newest!r} to begin anew, or give the files as they were"
+        check_recorded(Path(newest) / RECORD, Path(newest), advice)
+    return newest
 
 
 def _steps_of(checkpoint: str) -> int:
@@ -185,6 +201,11 @@ def _progress(logs: list[dict[str, float]]) -> "TrainerCallback":
             self.bar.update(state.global_step - self.bar.n)
             self.bar.set_postfix(loss=f"{found['loss']:.3f}", refresh=False)
             control.should_training_stop |= not math.isfinite(found["loss"])
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                record([path for path in made.iterdir() if path.is_file()], made / RECORD)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.close()

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from prunekit.annotations import shown
 from prunekit.checkpoint import save
-from prunekit.checks import Count, Seed, SharedModel, Tokenizer, check_choice, checked
+from prunekit.checks import Count, FilePath, Seed, SharedModel, Tokenizer, check_choice, checked
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.named_tasks import Tasks
@@ -172,7 +172,7 @@ class Campaign:
 def measure_pairs(
     space: Space,
     model: SharedModel,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     n: Count,
     *,
     metric: str | Metric = "perplexity",
@@ -181,10 +181,10 @@ def measure_pairs(
     tasks: Tasks | None = None,
     start: Sequence[Point] = (),
     seed: Seed = 0,
-    folder: str | Path | None = None,
+    folder: FilePath | None = None,
     n_jobs: int = 1,
     backend: str = "loky",
-    source: str | Path | None = None,
+    source: FilePath | None = None,
 ) -> Pairs:
     """Builds and measures random candidates of a space.
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from prunekit.checks import check_fields
 from prunekit.documents import Document, TextSource
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
@@ -50,6 +51,7 @@ class Metric:
                 f"a metric named {self.name!r} of {self.measure!r:.40} is not allowed; give a name and a function "
                 "of a model and its tokenizer"
             )
+        check_fields(self)
 
 
 def metrics_of(

@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from prunekit.checks import Count, Seed, SharedModel, Tokenizer, Whole, check_integers, checked
+from prunekit.checks import Count, FilePath, Seed, SharedModel, Tokenizer, Whole, check_integers, checked
 from prunekit.documents import TextSource
 from prunekit.escaping import html_paragraph
 from prunekit.evaluation.named_tasks import Tasks
@@ -56,7 +55,7 @@ class Found:
 def search_space(
     space: Space,
     model: SharedModel,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     n_pairs: Count = 120,
     n_rounds: Count = 4,
@@ -69,10 +68,10 @@ def search_space(
     start: Sequence[Point] = (),
     trees: Trees | None = None,
     seed: Seed = 0,
-    folder: str | Path | None = None,
+    folder: FilePath | None = None,
     n_jobs: int = 1,
     backend: str = "loky",
-    source: str | Path | None = None,
+    source: FilePath | None = None,
 ) -> Found:
     """Searches a space for the best candidate, with a predictor that proposes what to measure next.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from prunekit.checks import check_fields
 from prunekit.errors import PrunekitError
 from prunekit.search.hyperparameters import Choice, Hyperparameter, Range
 
@@ -192,6 +193,7 @@ class HyperparameterSpace(Space):
                 )
         if not callable(self.build):
             raise PrunekitError(f"build={self.build!r} cannot be called; give a function of a model and a candidate")
+        check_fields(self)
 
     @property
     def knobs(self) -> Mapping[str, Hyperparameter]:

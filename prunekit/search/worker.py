@@ -1,10 +1,12 @@
 """A worker process: loads the model once, then builds and measures candidates."""
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import dataclass, field
+from functools import cache
+from threading import Lock, Thread
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,6 +44,7 @@ def cut(model: nn.Module, plan: Fields, *, calib: Tensor | None = None) -> nn.Mo
 
 
 _OPEN: dict[str, tuple[Any, Any]] = {}  # fingerprint → the loaded model and tokenizer; one at a time
+PATIENCE = 2  # seconds between two looks whether the parent lives
 _ALONE = Lock()  # a worker of Dask may have several threads: one of them at a time has the model
 
 
@@ -54,12 +57,14 @@ class Work:
         source: where `load` finds the model.
         device: device of the model.
         metrics: the metrics to measure.
+        pid: process that runs the search.
     """
 
     fingerprint: str
     source: str
     device: str
     metrics: Sequence[Metric]
+    pid: int = field(default_factory=os.getpid)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,18 @@ def opened(work: Work) -> tuple[Any, Any]:
     return _OPEN[work.fingerprint]
 
 
+@cache
+def end_with(parent: int) -> None:
+    """End this process soon after its parent was killed; joblib's workers would wait for minutes, with their memory."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PATIENCE)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:
     """Build and measure a candidate.
 
@@ -111,6 +128,8 @@ def carry_out(work: Work, number: int, build: CarryOut, data: Any) -> Outcome:
     Returns:
         Values by name, and seconds; or the reason of a failure: a PrunekitError or too little memory.
     """
+    if os.getppid() == work.pid:
+        end_with(work.pid)
     with _ALONE:
         model, tokenizer = opened(work)
         start = time.perf_counter()
