@@ -48,8 +48,6 @@ def check_regular(path: Path, most: int = LARGEST, advice: str = RESTORE) -> Non
     """
     try:
         found = path.stat()
-    except FileNotFoundError:
-        raise PrunekitError(f"cannot read {str(path)!r}: there is no file of that name; {advice}") from None
     except (OSError, ValueError) as error:  # missing, a circle of links, no permission, a name too long or with NUL
         raise PrunekitError(f"cannot read {str(path)!r} ({getattr(error, 'strerror', error)}); {advice}") from None
     if not stat.S_ISREG(found.st_mode):
