@@ -62,6 +62,7 @@ _REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Cal
     (UnicodeError, lambda _: "it is not written in UTF-8"),
     ((gzip.BadGzipFile, EOFError, zlib.error), lambda _: "it is cut short or damaged"),
     (OSError, _os_reason),
+    (ConnectionError, lambda _: "the network or the hub does not answer"),
     (RecursionError, lambda _: "it is nested too deep"),
     (MemoryError, lambda _: "there is not enough memory"),
     (KeyError, lambda error: f"{error.args[0]!r} was not found" if error.args else ""),

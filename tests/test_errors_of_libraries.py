@@ -25,6 +25,10 @@ def caught(work):
     return found.value
 
 
+def _raise(error):
+    raise error
+
+
 @pytest.mark.parametrize(
     ("work", "said"),
     [
@@ -34,6 +38,7 @@ def caught(work):
         (lambda: gzip.decompress(gzip.compress(b"a" * 99)[:-9]), "it is cut short or damaged"),
         (lambda: zlib.decompress(b"x"), "it is cut short or damaged"),
         (lambda: open("/nowhere/at/all"), "No such file or directory"),  # noqa: SIM115, PTH123
+        (lambda: _raise(ConnectionError("HTTPSConnectionPool")), "the network or the hub does not answer"),
         (lambda: {}["width"], "'width' was not found"),
         (lambda: safe_open(__file__, "pt"), "it is no safetensors file, or cut short"),
         (lambda: torch.ones(2) @ torch.ones(3), "RuntimeError, see the traceback"),

@@ -119,6 +119,10 @@ def test_data_of_a_metric_that_is_not_measured_is_refused(model):
         measure_pairs(space, model, byte_tokenizer(), 1, metric="accuracy", text=TEXT)
     with pytest.raises(PrunekitError, match="tasks= is what 'accuracy' is measured on"):
         measure_pairs(space, model, byte_tokenizer(), 1, text=TEXT, tasks=world.tasks())
+    with pytest.raises(PrunekitError, match="start has 2 candidates, and 1 are measured"):
+        measure_pairs(space, model, byte_tokenizer(), 1, text=TEXT, start=[{"a": 0.1}, {"a": 0.2}])
+    with pytest.raises(PrunekitError, match="source='here' is where worker processes load the model, and n_jobs=1"):
+        measure_pairs(space, model, byte_tokenizer(), 1, text=TEXT, source="here")
     with pytest.raises(PrunekitError, match="limit= is of tasks, and only text is given"):
         make_evaluation_set(model, byte_tokenizer(), None, TEXT, limit=3)
 

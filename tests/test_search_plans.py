@@ -195,7 +195,7 @@ def test_what_makes_a_space_another_shows_in_its_description():
         ({"budgets": Range(0.2, 0.97)}, "cannot be met"),
         ({"budgets": [TABLE.at_most(50_000), TABLE.at_most(40_000)]}, "two budgets are on 'parameters'"),
         ({"limits": {"kv_head.0": 0.5}}, "kv_head.0 cannot be limited to 0.5"),
-        ({"limits": {"kv_head.0": Range(0.9, 1.0)}}, "give a part of Range"),
+        ({"limits": {"kv_head.0": Range(0.9, 1.0)}}, "give a Range within"),
         ({"limits": {"importance": Choice(("one", "three"))}}, "importance cannot be limited to"),
         ({"min_units": 0}, "min_units=0"),
         ({"whole_layers": -1}, "whole_layers=-1"),

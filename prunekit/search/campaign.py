@@ -64,6 +64,11 @@ class Campaign:
             )
         if not isinstance(model, nn.Module):
             raise PrunekitError(f"the model is a {type(model).__name__}; give the dense model, as load(…) returns it")
+        if source is not None and n_jobs == 1 and backend == "loky":
+            raise PrunekitError(
+                f"source={str(source)!r} is where worker processes load the model, and n_jobs=1 measures in this one; "
+                "leave it out, or give n_jobs=2 or more"
+            )
         self.space, self.metrics = space, list(metrics)
         costs = [name for name in space.cost_names if name not in space.goals]
         _check_names([*COLUMNS, *space.knobs, *costs, *(metric.name for metric in self.metrics)])
@@ -219,6 +224,9 @@ def measure_pairs(
 
 def drawn(space: Space, n: int, seed: int, start: Sequence[Point]) -> Make:
     """A function that returns the candidates still missing of n: the given ones, then random ones."""
+    first = {key_of(point) for point in map(space.check, start)}
+    if len(first) > n:
+        raise PrunekitError(f"start has {len(first)} candidates, and {n} are measured; give fewer, or a larger number")
 
     def make(there: list[Point]) -> list[Point]:
         missing, known = max(0, n - len(there)), {key_of(point) for point in there}
