@@ -113,7 +113,7 @@ PRUNE = {
     ),
     "weights that are NaN": ("nan --importance l2 --pruning-ratio 0.2", ["layers.1.mlp.up_proj", "NaN"]),
     "weights cut short": ("torn --importance l2 --pruning-ratio 0.2", ["torn", "cannot be read"]),
-    "a plan that is not there": ("good --plan gone.json", ["'gone.json'", "no file"]),
+    "a plan that is not there": ("good --plan gone.json", ["'gone.json'", "No such file"]),
     "a configuration for a plan": ("good --plan good/config.json", ["no pruning plan: it has no 'keep'"]),
     "a plan that is no JSON": ("good --plan text.txt", ["no pruning plan", "JSON"]),
 }
@@ -144,7 +144,7 @@ OTHERS = {
     "recover a model with NaN": ("recover nan --data text.txt --out OUT", ["layers.1.mlp.up_proj", "NaN"]),
     "recover on too little": ("recover good --data short.txt --out OUT", ["8 tokens", "seq_len=96"]),
     "recover without a tokenizer": ("recover mute --data text.txt --out OUT", ["no tokenizer"]),
-    "a rank of zero": ("recover good --data text.txt --out OUT --r 0", ["LoRA: r=0", "1 or more"]),
+    "a rank of zero": ("recover good --data text.txt --out OUT --r 0", ["LoRA: r=0", "from 1 to"]),
     "an unknown preset": ("recover good --data text.txt --out OUT --preset quick", ["'quick'", "paper"]),
     "evaluate on nothing": ("evaluate good", ["'good'", "--data", "--metrics"]),
     "evaluate on too little": ("evaluate good --data short.txt --metrics perplexity", ["8 tokens", "window of 96"]),

@@ -106,7 +106,7 @@ def test_unknown_metrics_are_refused(metrics):
 def test_bad_reports_are_refused(report, tmp_path):
     with pytest.raises(PrunekitError, match="no 'bleu'; it has perplexity"):
         report["bleu"]
-    with pytest.raises(PrunekitError, match="no file"):
+    with pytest.raises(PrunekitError, match="No such file"):
         Report.load(tmp_path / "missing.json")
     for text in ("[]", "{}", "nonsense", '{"format": "prunekit report 0"}', '{"format": "prunekit report 1", "x": 1}'):
         with pytest.raises(PrunekitError, match="not a prunekit report"):

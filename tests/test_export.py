@@ -268,10 +268,10 @@ def test_a_file_of_ones_own_takes_no_place_of_the_checkpoint(write, name, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plan": {}}, r"plan=\{\} is not a PruningPlan; give what plan\(\)"),
+        ({"plan": {}}, r"plan=\{\} is not allowed; give a PruningPlan"),
         ({"report": "x"}, r"report='x' is not a Report; give what evaluate\(\)"),
-        ({"files": ["a"]}, "must map names of files to their texts"),
-        ({"files": {"a": 1}}, "must map names of files to their texts"),
+        ({"files": ["a"]}, "files.* is not allowed; give a"),
+        ({"files": {"a": 1}}, "files.* is not allowed; give a"),
     ],
 )
 def test_what_is_no_plan_report_or_text_is_refused(write, options, message, tmp_path):

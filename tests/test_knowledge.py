@@ -436,7 +436,7 @@ def test_what_is_refused(world, tmp_path):
         r"ratios=\(\)": lambda: run(ratios=()),
         "ratios=1.0 is not allowed; give a list": lambda: run(ratios=1.0),
         "tokenizer=None; give": lambda: run(tokenizer=None),
-        "scores are a Taylor": lambda: run(scores=Taylor()),
+        "scores=Taylor.* is not allowed; give a dictionary": lambda: run(scores=Taylor()),
         "no task 'arc_simple'": lambda: run(tasks=["arc_simple"]),
         "no scores of": lambda: run(scores={}),
         r"have shape \(3,\).*give \(4,\)": lambda: run(scores={name: torch.ones(3)}),

@@ -68,7 +68,7 @@ def save(
         PrunekitError: `out` exists or cannot be written, adapters are not merged, the model is not what its recorded
             cuts lead to, or what was written does not read back as the model. Nothing is left behind.
     """
-    check_saving(model, out, tokenizer, plan, report, files, max_shard_size)
+    check_saving(model, out, tokenizer, report, files, max_shard_size)
     config = description(model)
     with new_folder(out) as folder:
         if isinstance(config, dict):
@@ -115,7 +115,6 @@ def check_saving(
     model: Any,
     out: FilePath,
     tokenizer: Any,
-    plan: Any,
     report: Any,
     files: Any,
     max_shard_size: str | int,
@@ -123,22 +122,14 @@ def check_saving(
     """Raise an error for arguments that `save` and `export` cannot use, before anything is computed."""
     check_new_folder(out)
     check_saveable(model)
-    if plan is not None and not isinstance(plan, PruningPlan):
-        raise PrunekitError(f"plan={plan!r} is not a PruningPlan; give what plan() or PruningPlan.load() returns")
     if report is not None and not (hasattr(report, "to_json") and hasattr(report, "headline")):
         raise PrunekitError(f"report={report!r} is not a Report; give what evaluate() or Report.load() returns")
-    if files is not None and not _is_texts(files):
-        raise PrunekitError(f"files={files!r} must map names of files to their texts, as in {{'LICENSE': '…'}}")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise PrunekitError(f"tokenizer={tokenizer!r} is not a tokenizer; give what load() or AutoTokenizer returns")
     for name in files or {}:
         if Path(name).name != name:
             raise PrunekitError(f"files: {name!r} is not a plain file name; give names without folders")
     check_shard_size(max_shard_size)
-
-
-def _is_texts(files: Any) -> bool:
-    return isinstance(files, Mapping) and all(isinstance(text, str) for pair in files.items() for text in pair)
 
 
 def check_shard_size(size: str | int) -> None:
