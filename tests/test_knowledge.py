@@ -388,7 +388,7 @@ def test_a_saved_one_is_the_same_when_loaded(world, tmp_path, single):
     loaded = KnowledgeDistribution.load(found.save(tmp_path / "k.safetensors"))
     assert same(loaded, found) and repr(loaded) == repr(found)
     pd.testing.assert_frame_equal(loaded.table("hops", "loss"), found.table("hops", "loss"))
-    with pytest.raises(PrunekitError, match="an existing folder"):
+    with pytest.raises(PrunekitError, match="cannot write .*No such file"):
         found.save(tmp_path / "no" / "k.safetensors")
     (tmp_path / "x").write_text("no")
     for wrong in (tmp_path / "x", tmp_path / "none"):
