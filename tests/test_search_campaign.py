@@ -447,7 +447,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
 
     for message, attempt in {
         "metric='speed' is unknown; give 'perplexity', 'accuracy', or Metric": lambda: run(metric="speed"),
-        "metric=3 is unknown": lambda: run(also=[3]),
+        "=3 is not allowed; give a text": lambda: run(also=[3]),
         "a metric named '' of": lambda: Metric("", score_of),
         "a metric named 'score' of 3": lambda: Metric("score", 3),
         "backend='threads' is unknown; allowed: 'loky', 'dask'": lambda: run(backend="threads"),
