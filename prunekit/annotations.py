@@ -153,6 +153,7 @@ _MAKERS = {  # class → what makes it
     "Report": "a Report, as evaluate(...) or Report.load(...) returns",
     "LoRA": "LoRA(...), such as LoRA(r=8)",
     "FullTuning": "FullTuning(...)",
+    "Space": "a PlanSpace or a HyperparameterSpace",
 }
 
 

@@ -388,7 +388,7 @@ def test_a_saved_one_is_the_same_when_loaded(world, tmp_path, single):
     loaded = KnowledgeDistribution.load(found.save(tmp_path / "k.safetensors"))
     assert same(loaded, found) and repr(loaded) == repr(found)
     pd.testing.assert_frame_equal(loaded.table("hops", "loss"), found.table("hops", "loss"))
-    with pytest.raises(PrunekitError, match="an existing folder"):
+    with pytest.raises(PrunekitError, match="cannot write .*No such file"):
         found.save(tmp_path / "no" / "k.safetensors")
     (tmp_path / "x").write_text("no")
     for wrong in (tmp_path / "x", tmp_path / "none"):
@@ -436,7 +436,7 @@ def test_what_is_refused(world, tmp_path):
         r"ratios=\(\)": lambda: run(ratios=()),
         "ratios=1.0 is not allowed; give a list": lambda: run(ratios=1.0),
         "tokenizer=None; give": lambda: run(tokenizer=None),
-        "scores are a Taylor": lambda: run(scores=Taylor()),
+        "scores=Taylor.* is not allowed; give a dictionary": lambda: run(scores=Taylor()),
         "no task 'arc_simple'": lambda: run(tasks=["arc_simple"]),
         "no scores of": lambda: run(scores={}),
         r"have shape \(3,\).*give \(4,\)": lambda: run(scores={name: torch.ones(3)}),

@@ -124,8 +124,8 @@ def test_stages_follow_each_other_in_the_log():
     ("sources", "message"),
     [
         ({}, "sources are empty; give at least one as a mapping"),
-        ("text", "sources are a str; give at least one as a mapping"),
-        (["one.txt", "two.txt"], "sources are a list; give at least one as a mapping"),
+        ("text", "sources='text' is not allowed; give a dictionary"),
+        (["one.txt", "two.txt"], "sources\\[0\\]='one.txt' is not allowed"),
         ({"empty": ""}, "source 'empty'"),
         ({"ones": SOURCES["ones"], "one": counting(1)}, "source 'one' has 12 tokens in 1 pieces"),
         ({"ones": SOURCES["ones"], "text": "no tokenizer"}, "source 'text'.*tokenizer"),
@@ -150,7 +150,7 @@ def test_mixtures_that_cannot_be_are_refused(name, value):
 
 
 def test_what_is_no_method_is_refused():
-    with pytest.raises(PrunekitError, match="is a Mixture; give a LoRA"):
+    with pytest.raises(PrunekitError, match="is not allowed; give LoRA"):
         recover_on_mixture(tiny_llama(), tiny_llama(), SOURCES, Mixture())
 
 

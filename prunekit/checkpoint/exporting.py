@@ -62,7 +62,7 @@ def export(
         PrunekitError: the layout is unknown or cannot hold this model, or what `save` raises. Nothing is left behind.
     """
     check_choice("layout", layout, LAYOUTS)
-    check_saving(model, out, report, files, max_shard_size)
+    check_saving(model, out, tokenizer, report, files, max_shard_size)
     check_finite(model)
     if layout == GGUF:
         check_family(model)

@@ -71,7 +71,7 @@ def save(
         PrunekitError: `out` exists or cannot be written, adapters are not merged, the model is not what its recorded
             cuts lead to, or what was written does not read back as the model. Nothing is left behind.
     """
-    check_saving(model, out, report, files, max_shard_size)
+    check_saving(model, out, tokenizer, report, files, max_shard_size)
     config = description(model)
     with new_folder(out) as folder:
         if isinstance(config, dict):
@@ -116,13 +116,20 @@ def check_saveable(model: Any) -> None:
 
 
 def check_saving(
-    model: Any, out: FilePath, report: Any, files: Mapping[str, str] | None, max_shard_size: str | int
+    model: Any,
+    out: FilePath,
+    tokenizer: Any,
+    report: Any,
+    files: Mapping[str, str] | None,
+    max_shard_size: str | int,
 ) -> None:
     """Raise an error for arguments that `save` and `export` cannot use, before anything is computed."""
     check_new_folder(out)
     check_saveable(model)
     if report is not None and not (hasattr(report, "to_json") and hasattr(report, "headline")):
         raise PrunekitError(f"report={report!r} is not a Report; give what evaluate() or Report.load() returns")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise PrunekitError(f"tokenizer={tokenizer!r} is not a tokenizer; give what load() or AutoTokenizer returns")
     for name in files or {}:
         if Path(name).name != name:
             raise PrunekitError(f"files: {name!r} is not a plain file name; give names without folders")

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.checks import Part, Whole, check_choice, check_value
+from prunekit.checks import NotNegative, Part, Whole, check_choice, check_value
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.files import reading
@@ -23,7 +23,7 @@ RATIOS = (0.25, 0.5)  # our choice of LoRAShear's set P
 _TOLD = ("packed", "resumed", "unfinished", "fingerprint")
 _ARRAYS = ("hit", "loss", "dense_hit", "dense_loss")
 _ABLATED: dict[str, Any] = {
-    "group": str, "kind": str, "layer": int | None, "ratio": Part, "n_ablated": Whole, "units": list[Whole],
+    "group": str, "kind": str, "layer": NotNegative | None, "ratio": Part, "n_ablated": Whole, "units": list[Whole],
 }  # fmt: skip
 _ASKED: dict[str, Any] = {
     "task": str,

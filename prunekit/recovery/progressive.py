@@ -150,12 +150,8 @@ def prune_progressively(
 
 def _protected(groups: Groups, protect: Iterable[str]) -> list[str]:
     """Names of groups that would lose units."""
-    if isinstance(protect, str) or not isinstance(protect, Iterable):
-        raise PrunekitError(f"protect={protect!r:.60}; give a list of names of groups, such as [groups[0].name]")
     names = [*protect]
     for name in names:
-        if not isinstance(name, str):
-            raise PrunekitError(f"protect holds {name!r:.60}; give names of groups, such as groups[0].name")
         if groups[name].kind not in DEFAULT_KINDS:
             raise PrunekitError(
                 f"protect: {name!r} is of kind {groups[name].kind!r}, and only groups of kind "
