@@ -58,7 +58,7 @@ class PrunekitForCausalLM:
         Raises:
             PrunekitError: an option is not for cut checkpoints, or what `prunekit.load` raises.
         """
-        from prunekit.checkpoint.loading import load_cut
+        from prunekit.checkpoint.cut_checkpoints import load_cut
 
         _check_options(options)
         device = _one_device(device_map)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prunekit import PrunekitError, PruningPlan, discover, prune
 from prunekit.discovery.labelling import Trace
 from prunekit.pruning import proving
-from prunekit.pruning.surgery import _emptied_elements
+from prunekit.pruning.consequences import emptied_elements
 
 
 def groups_of(name):
@@ -184,4 +184,4 @@ def test_of_lists_in_lists_the_outermost_element_goes():
     dead = np.zeros(2 + 2 * len(shapes), np.bool_)
     for (name, _), (start, size) in offsets.items():
         dead[start : start + size] = name.startswith(("experts.1.", "experts.2.0."))
-    assert _emptied_elements(model, Trace(offsets=offsets, shapes=shapes), dead) == {"experts.1", "experts.2.0"}
+    assert emptied_elements(model, Trace(offsets=offsets, shapes=shapes), dead) == {"experts.1", "experts.2.0"}

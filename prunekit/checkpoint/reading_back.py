@@ -7,7 +7,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prunekit.checkpoint.folders import Stored, header_of, stored_tensors
-from prunekit.checkpoint.loading import load_plain
+from prunekit.checkpoint.plain_checkpoints import load_plain
 from prunekit.errors import PrunekitError
 from prunekit.models import own_tensors
 

@@ -16,10 +16,10 @@ from transformers import AutoConfig
 
 from prunekit.checkpoint.building import cut_again
 from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
+from prunekit.checkpoint.cut_checkpoints import FORMAT, MODEL_TYPE
 from prunekit.checkpoint.door import check_class
 from prunekit.checkpoint.layer_widths import layer_widths
 from prunekit.checkpoint.left_out import is_falsely_tied
-from prunekit.checkpoint.loading import FORMAT, MODEL_TYPE
 from prunekit.checkpoint.reading_back import check_written
 from prunekit.checkpoint.tokenizer_files import copy_processors, write_tokenizer_of
 from prunekit.checks import FilePath, Network, Tokenizer, checked

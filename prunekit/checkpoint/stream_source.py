@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from prunekit.checkpoint.cut_checkpoints import MODEL_TYPE, load_cut
 from prunekit.checkpoint.folders import Stored, check_dtypes, read_config, stored_tensors
-from prunekit.checkpoint.loading import MODEL_TYPE, check_plain_size, load, load_cut, load_plain
+from prunekit.checkpoint.loading import load
 from prunekit.checkpoint.origins import resolve
+from prunekit.checkpoint.plain_checkpoints import check_plain_size, load_plain
 from prunekit.checkpoint.tokenizer_files import load_tokenizer
 from prunekit.errors import PrunekitError
 from prunekit.files import new_folder

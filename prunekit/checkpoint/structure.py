@@ -7,9 +7,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from prunekit.checkpoint.building import check_size, cut_again
+from prunekit.checkpoint.cut_checkpoints import LEAST_PART_LEFT, MODEL_TYPE, without_kernels
 from prunekit.checkpoint.folders import read_config, stored_tensors
 from prunekit.checkpoint.left_out import check_left_out
-from prunekit.checkpoint.loading import LEAST_PART_LEFT, MODEL_TYPE, load, without_kernels
+from prunekit.checkpoint.loading import load
 from prunekit.checkpoint.origins import resolve
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
