@@ -94,6 +94,8 @@ def _is_of(value: Any, annotation: Any) -> bool:
 def _is_collection(value: Any, origin: Any, inside: tuple[Any, ...]) -> bool:
     if isinstance(value, Tensor):
         return _is_dense(value) and value.dim() > 0 and origin is collections.abc.Iterable and inside == (Any,)
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and origin in (collections.abc.Iterable, collections.abc.Sequence)
     kinds = (tuple, list) if origin is tuple else origin  # a list does as well, and JSON has no tuples
     if not isinstance(value, kinds) or isinstance(value, str | bytes):
         return False
@@ -130,7 +132,7 @@ _PLAIN: dict[Any, Callable[[Any], bool]] = {
     object: lambda value: True,
     None: lambda value: value is None,
     type(None): lambda value: value is None,
-    bool: lambda value: isinstance(value, bool),
+    bool: lambda value: isinstance(value, bool | np.bool_),
     int: is_integer,
     float: is_real,
     Tensor: _is_dense,
@@ -153,6 +155,7 @@ _MAKERS = {  # class → what makes it
     "Report": "a Report, as evaluate(...) or Report.load(...) returns",
     "LoRA": "LoRA(...), such as LoRA(r=8)",
     "FullTuning": "FullTuning(...)",
+    "device": "a device, such as torch.device('cuda')",
     "Space": "a PlanSpace or a HyperparameterSpace",
 }
 

@@ -47,7 +47,7 @@ def _is_tokenizer(value: object) -> bool:
 
 
 def _names_a_file(value: object) -> bool:
-    if not isinstance(value, str | Path) or "\0" in str(value):
+    if not isinstance(value, str | os.PathLike) or "\0" in os.fspath(value):
         return False
     return all(len(os.fsencode(part)) <= LONGEST_NAME for part in Path(value).parts)
 
@@ -59,6 +59,7 @@ FilePath = Annotated[str | Path, Rule(_names_a_file, "a path that a file can hav
 Count = Annotated[int, _from(1)]
 Whole = Annotated[int, _from(0)]
 Length = Annotated[int, _from(2)]
+Amount = Annotated[int, Rule(lambda value: is_integer(value) and value >= 0, "an integer of 0 or more")]  # of any size
 Seed = Annotated[int, Rule(lambda value: is_integer(value) and 0 <= value < 2**32, "an integer from 0 to 2**32 - 1")]
 Share = Annotated[float, Rule(lambda value: is_real(value) and 0 <= value < 1, "a fraction in [0, 1), such as 0.25")]
 Part = Annotated[float, Rule(lambda value: is_real(value) and 0 <= value <= 1, "a number from 0 to 1")]

@@ -3,6 +3,8 @@
 import unicodedata
 from html import escape
 
+_NEEDED = "\n\t\u200c\u200d\u00ad"  # joiners of Persian, Indic scripts and emoji, and the soft hyphen
+
 
 def html_paragraph(value: object) -> str:
     """The repr of a value as a paragraph of HTML."""
@@ -31,4 +33,4 @@ def printable(text: str) -> str:
 
 
 def _is_harmless(letter: str) -> bool:
-    return letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs")
+    return letter in _NEEDED or unicodedata.category(letter) not in ("Cc", "Cf", "Cs")

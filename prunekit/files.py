@@ -89,8 +89,8 @@ def reading(path: str | Path, what: str, writer: str) -> Iterator[None]:
         PrunekitError: the file is missing, or something in it does not fit; it names the file.
     """
     advice = f"give a file that {writer} wrote"
+    check_regular(Path(path), LARGEST_RESULT, advice)
     try:
-        check_regular(Path(path), LARGEST_RESULT, advice)
         yield
     except (OSError, SafetensorError, LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise PrunekitError(f"no {what} in {str(path)!r} ({reason(error)}); {advice}") from error
@@ -178,8 +178,12 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, *, whole: bool = True) -> Iterator[None]:
     """A context in which what the disk refuses is said by name.
+
+    Args:
+        path: that is written.
+        whole: whether nothing stays there after an error.
 
     Raises:
         DiskError: with the place and the reason, such as that no space is left.
@@ -187,22 +191,20 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, error, whole) from error
     except DiskError as error:  # of a file inside
-        raise _unwritable(path, error.__cause__ or error) from error.__cause__
+        raise _unwritable(path, error.__cause__ or error, whole) from error.__cause__
     except Exception as error:
         if not any(word in str(error) for word in _OF_DISKS):
             raise
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, error, whole) from error
 
 
-def _unwritable(path: Path, error: BaseException) -> DiskError:
+def _unwritable(path: Path, error: BaseException, whole: bool = True) -> DiskError:
     number = re.search(r"os error (\d+)", str(error))  # in the words of libraries that are no OSError
     why = getattr(error, "strerror", None) or (os.strerror(int(number[1])) if number else "the disk refused it")
-    return DiskError(
-        f"cannot write {str(path)!r} ({why}), and nothing was left there; choose a folder with room that you may "
-        "write to"
-    )
+    left = ", and nothing was left there" if whole else ""
+    return DiskError(f"cannot write {str(path)!r} ({why}){left}; choose a folder with room that you may write to")
 
 
 @contextmanager

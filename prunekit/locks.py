@@ -2,7 +2,8 @@
 
 A trace replaces a model's parameters while it runs, and an ablation its weights, so two threads on one model would see
 each other's changes. Threads with models of their own run side by side, but for the steps that change the process:
-random numbers, how torch builds modules, which attention kernels it takes.
+random numbers, how torch builds modules, which attention kernels it takes. A training holds the random numbers until it
+ends, so that loading a model, or another training, waits for it.
 """
 
 from collections.abc import Iterable, Iterator

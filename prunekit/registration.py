@@ -38,13 +38,16 @@ def _register_model(table: Any) -> None:
 
 def _register_classes(module: Any) -> None:
     """Let the classes of families load cut checkpoints of theirs, as adapters without a task type ask for."""
-    plain = module.PreTrainedModel.from_pretrained.__func__
+    given = module.PreTrainedModel.from_pretrained
+    plain = getattr(given, "__func__", given)  # a plain function where another library has put its own there
 
     @wraps(plain)
-    def from_pretrained(cls: Any, source: Any, *args: Any, **options: Any) -> Any:
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
         from prunekit.registered import is_cut, load_as
 
-        return load_as(cls, source, **options) if is_cut(source) else plain(cls, source, *args, **options)
+        if args or not is_cut(pretrained_model_name_or_path):
+            return plain(cls, pretrained_model_name_or_path, *args, **options)
+        return load_as(cls, pretrained_model_name_or_path, **options)
 
     module.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 

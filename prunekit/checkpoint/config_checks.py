@@ -1,11 +1,14 @@
 """Refuses configurations of plain checkpoints that `transformers` cannot build, before it tries."""
 
+import re
 from contextlib import suppress
 from typing import Any
 
 from transformers import CONFIG_MAPPING
 
 from prunekit.errors import PrunekitError
+
+_COUNTS = r"^(num|n)_|_(size|dim|embd|layers|heads|positions|embeddings)$"  # names of fields that count or measure
 
 
 def check_config(source: str, config: dict[str, Any], trust_remote_code: bool) -> None:
@@ -43,7 +46,7 @@ def _check_numbers(source: str, config: dict[str, Any], family: type) -> None:
     with suppress(Exception):  # a family whose configuration needs arguments
         usual = family().to_dict()
     for name, value in config.items():
-        counts = type(usual.get(name)) is int and usual[name] >= 0 and not name.endswith("_id")
+        counts = type(usual.get(name)) is int and usual[name] >= 0 and re.search(_COUNTS, name) is not None
         if counts and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise PrunekitError(
                 f"cannot load {source!r}: {name}={value!r:.40} in its config.json is no integer of 0 or more (usual is "

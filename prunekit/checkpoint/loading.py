@@ -66,7 +66,8 @@ def load(
     dtype, device = known_dtype(dtype), known_device(device)
     if merge_adapter:
         with base_of_adapter(source) as base:
-            model, tokenizer = load(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            trusted = trust_remote_code and Path(base).is_dir()  # of a repository that the user did not name, no code
+            model, tokenizer = load(base, dtype=dtype, device=device, trust_remote_code=trusted)
         tokenizer = load_tokenizer(str(source), trust_remote_code, model.config) or tokenizer
         return merge_adapter_of(source, model).eval(), tokenizer
     if is_world(source):

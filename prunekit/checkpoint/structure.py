@@ -1,5 +1,6 @@
 """The structure of a checkpoint's model without its weights, which discovery does not read."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,5 +52,9 @@ def _without_weights(folder: Path) -> Any:
     if not cut and any(tuple(stored[name].shape) != shape for name, shape in shapes.items() if name in stored):
         raise PrunekitError(f"the weights in {str(folder)!r} do not fit its configuration; load it")
     if not cut:
-        check_left_out(str(folder), model, stored.keys() - model.state_dict().keys())
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+        rest = [
+            name for name in stored.keys() - model.state_dict().keys() if not re.search("|".join(ignored) or "$^", name)
+        ]
+        check_left_out(str(folder), model, rest)
     return cut_again(model, discover(model), saved["stages"], saved.get("biases", [])) if cut else model

@@ -115,7 +115,8 @@ def _told(error: PrunekitError) -> str:
     behind = error.__cause__
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    hint = behind is not None and not isinstance(behind, PrunekitError | OSError)
+    known = isinstance(behind, PrunekitError | OSError) and "see the traceback" not in str(error)
+    hint = behind is not None and not known
     return " ".join(str(error).split()) + (f" ({TRACEBACK}=1 shows the error behind this)" if hint else "")
 
 

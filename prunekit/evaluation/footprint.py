@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunekit.checks import Count, Model, NotNegative, Whole, check_fields, checked
+from prunekit.checks import Amount, Count, Model, NotNegative, check_fields, checked
 from prunekit.compat import TorchDispatchMode, storage_key, tree_leaves
 from prunekit.errors import PrunekitError
 from prunekit.locks import PROCESS
@@ -59,10 +59,10 @@ class Cost:
         device: where it ran.
     """
 
-    n_parameters: Count
-    macs: Whole
-    weight_bytes: Whole
-    peak_bytes: Whole
+    n_parameters: Amount
+    macs: Amount
+    weight_bytes: Amount
+    peak_bytes: Amount
     peak_measured: str
     prefill: Latency
     decode: Latency

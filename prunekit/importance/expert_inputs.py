@@ -59,7 +59,8 @@ class _Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if self._running and func in _PRODUCTS:
             with without_function_modes():
-                self._look(self._running[-1], *args[:2])
+                given = (*args, *(kwargs or {}).values())
+                self._look(self._running[-1], *given[:2])
         return func(*args, **(kwargs or {}))
 
     def _look(self, module: nn.Module, inputs: Tensor, weight: Tensor) -> None:

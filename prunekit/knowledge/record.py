@@ -40,7 +40,7 @@ class Record:
 
     Attributes:
         plan: one per row of the result; rows with the same units share a measurement.
-        marks: the measurements so far.
+        measured: the measurements so far.
     """
 
     def __init__(

@@ -104,7 +104,11 @@ def compensate(
             choice = choose(found, judge, fit, ridge)
             if choice.change is not None:
                 old.hold(path)
-                _refit(module, readers[path], choice.change)
+                try:
+                    _refit(module, readers[path], choice.change)
+                except PrunekitError:  # nothing is changed then
+                    old.give_back()
+                    raise
             rows.append((path, module.weight.shape[readers[path].input_dim], *choice[1:]))
     table = pd.DataFrame(rows, columns=["module", "inputs", "ridge", "error_before", "error_after"])
     if before is not None and held is not None:
@@ -257,11 +261,12 @@ def _refit(module: Any, reader: Reader, change: Tensor) -> None:
     """Change a layer's weights, and its bias where the change has a row for it."""
     n_in = module.weight.shape[reader.input_dim]
     weights = change[:n_in] if reader.input_dim == 0 else change[:n_in].T
-    module.weight.add_(weights.to(module.weight))
-    if not bool(module.weight.isfinite().all()):
+    fitted = module.weight + weights.to(module.weight)
+    if not bool(fitted.isfinite().all()):
         raise PrunekitError(
-            f"the re-fitted weights are not finite in {module.weight.dtype}; give a larger ridge, or a model in float32"
+            f"the re-fitted weights are not finite in {fitted.dtype}; give a larger ridge, or a model in float32"
         )
+    module.weight.copy_(fitted)
     if len(change) > n_in:
         if module.bias is None:
             module.bias = nn.Parameter(module.weight.new_zeros(change.shape[1]), module.weight.requires_grad)

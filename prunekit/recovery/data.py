@@ -63,6 +63,9 @@ def training_windows(
     """
     check_choice("train_on", train_on, get_args(TrainOn))
     if isinstance(data, TrainingWindows):
+        if data.labels.shape != data.tokens.shape:
+            shapes = f"{tuple(data.tokens.shape)} and {tuple(data.labels.shape)}"
+            raise PrunekitError(f"tokens and labels of TrainingWindows have shapes {shapes}; give one label a token")
         return data
     if isinstance(data, Tensor):
         return TrainingWindows(data, data)

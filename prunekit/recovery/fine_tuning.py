@@ -90,13 +90,15 @@ def recover(
     length = method.seq_len if seq_len is None else seq_len
     enough = method.most_windows if is_stream(data) else None
     windows = training_windows(data, tokenizer, length, train_on=train_on, enough=enough)
-    windows = replace(windows, tokens=check_tokens(windows.tokens, model).cpu())
+    tokens, labels = check_tokens(windows.tokens, model).cpu(), windows.labels.long().cpu()
+    windows = replace(windows, tokens=tokens, labels=labels)
     for remark in method.unheeded(len(windows)):
         logger.warning(remark)
     sample = seen_sample(windows.tokens, "the training") if held_out is None else held_out_sample(held_out, model)
     opening = opened("recover", model, sample) if measure else None
     changed: Any = model if inplace else copy.deepcopy(model)
-    log = RECOVERIES[type(method)](changed, method, windows, output_dir, keep)
+    work = next(work for kind, work in RECOVERIES.items() if isinstance(method, kind))
+    log = work(changed, method, windows, output_dir, keep)
     check_finite(changed)
     vars(changed).pop("loss_change", None)
     if opening is not None:

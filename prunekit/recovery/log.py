@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from prunekit.account import LossChange
-from prunekit.checks import Whole, check_value
+from prunekit.checks import Amount, check_value
 from prunekit.files import read_json, reading, write_text
 
 
@@ -62,8 +62,8 @@ class RecoveryLog:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":
         """The log from the form of `to_dict`."""
-        kinds: dict[str, Any] = {"losses": list[float], "learning_rates": list[float], "n_tokens": Whole}
-        for name, kind in (kinds | {"trainable": Whole, "method": str}).items():
+        kinds: dict[str, Any] = {"losses": list[float], "learning_rates": list[float], "n_tokens": Amount}
+        for name, kind in (kinds | {"trainable": Amount, "method": str}).items():
             check_value(name, fields[name], kind)
         curves = {name: tuple(fields[name]) for name in ("losses", "learning_rates")}
         change = fields.get("loss_change")

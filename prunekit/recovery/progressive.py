@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -28,9 +28,6 @@ from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.training import Resume, flags_kept, newest_checkpoint, seeded, train
 from prunekit.sparsity.zero_masks import TRAINED, renew_report
-
-if TYPE_CHECKING:
-    pass
 
 
 class Progressed(NamedTuple):
@@ -123,7 +120,8 @@ def prune_progressively(
     method = method or LoRA()
     check_finite(model)
     windows = training_windows(data, tokenizer, method.seq_len, train_on=train_on)
-    windows = replace(windows, tokens=check_tokens(windows.tokens, model).cpu())
+    tokens, labels = check_tokens(windows.tokens, model).cpu(), windows.labels.long().cpu()
+    windows = replace(windows, tokens=tokens, labels=labels)
     method = replace(method, max_steps=method.n_steps(len(windows)))
     steps = split_steps(method.max_steps or 0, n_periods, warmup, rest)
     groups = discover(model)

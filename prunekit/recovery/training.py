@@ -91,7 +91,7 @@ def train(
         if newest is not None and _steps_of(newest) >= (method.max_steps or math.inf):
             history = _take_up(model, optimizer, newest)  # the Trainer would make one step more
         else:
-            with writing(Path(folder)):
+            with writing(Path(folder), whole=False):
                 trainer.train(resume_from_checkpoint=newest)
             history = trainer.state.log_history
     log = _log(model, tokens, method, _whole_curve(history, logs))

@@ -156,7 +156,8 @@ class AccuracyPredictor:
             except lightgbm.basic.LightGBMError as error:
                 raise PrunekitError("LightGBM does not read its trees") from error
             found._check_fitted()
-        if content["features"] != space.feature_names():
+            features = content["features"]
+        if features != space.feature_names():
             raise PrunekitError(f"the predictor in {str(path)!r} has other hyperparameters; give its space")
         return found
 

@@ -69,7 +69,7 @@ class Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write lines, after removing an incomplete last line."""
-        with writing(self._path), self.lock:
+        with writing(self._path, whole=False), self.lock:
             self._mend()
             super().append_logs(logs)
 
