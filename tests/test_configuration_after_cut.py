@@ -131,7 +131,9 @@ def test_an_adapter_without_a_task_type_finds_its_base_too(form, tmp_path):
 
 def test_a_cut_checkpoint_loads_with_the_class_of_its_family_and_no_other(tmp_path):
     pk.save(copy.deepcopy(cut("llama_gqa", "uneven")), tmp_path / "cut")
-    model, info = LlamaForCausalLM.from_pretrained(tmp_path / "cut", output_loading_info=True, dtype=torch.float32)
+    model, info = LlamaForCausalLM.from_pretrained(
+        pretrained_model_name_or_path=tmp_path / "cut", output_loading_info=True, dtype=torch.float32
+    )
     assert torch.equal(answers(model), answers(cut("llama_gqa", "uneven"))) and not info["missing_keys"]
     with pytest.raises(pk.PrunekitError, match="is a cut LlamaForCausalLM, no GPT2LMHeadModel; load it with prunekit"):
         GPT2LMHeadModel.from_pretrained(tmp_path / "cut")

@@ -139,3 +139,8 @@ def test_bad_input_is_refused(options, message):
 def test_a_model_of_one_position_cannot_decode():
     with pytest.raises(PrunekitError, match="no next one"):
         cost(llama(max_position_embeddings=1), seq_len=1)
+
+
+def test_the_cost_of_a_large_model_is_read_again():
+    large = cost(llama(), seq_len=4, repeats=1).to_dict() | {"macs": 8_600_000_000, "n_parameters": 7 * 10**9}
+    assert Cost.from_dict(large).macs == 8_600_000_000

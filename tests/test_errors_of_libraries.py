@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from test_public_reports import tiny
 
 import prunekit as pk
+from prunekit.checkpoint.config_checks import check_config
 from prunekit.cli import TRACEBACK, main
 from prunekit.errors import PrunekitError, reason
 
@@ -111,3 +112,14 @@ def test_what_is_not_known_keeps_its_traceback(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(TRACEBACK, "1")
     assert main(["prune", str(tmp_path / "model"), *options]) == 2
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_number_that_is_no_count_may_be_a_float():
+    check_config("here", {"model_type": "minimax", "full_attn_alpha_factor": 3.56}, False)
+    with pytest.raises(PrunekitError, match="num_hidden_layers=3.56"):
+        check_config("here", {"model_type": "minimax", "num_hidden_layers": 3.56}, False)
+
+
+def test_a_result_file_that_is_missing_is_said_once(tmp_path):
+    said = str(caught(lambda: pk.importance.Scores.load(tmp_path / "nowhere.safetensors")))
+    assert said.count("give a file that") == 1 and "nowhere" in said

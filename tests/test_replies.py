@@ -139,3 +139,17 @@ def test_a_chat_is_not_split_at_a_separator_that_ends_its_turns(tokenizer):  # n
     made = with_template(tokenizer, "{% for m in messages %}{{ m['content'] }} <|endoftext|>{% endfor %}")
     (whole,) = documents_of([{"messages": LONG}], made, separator="<|endoftext|>")
     assert whole.count("<|endoftext|>") == 4
+
+
+def test_labels_are_cast_as_tokens_are(model):  # noqa: F811
+    ids = torch.randint(3, 20, (2, 8), dtype=torch.int32)
+    assert pk.recover(model, pk.LoRA(max_steps=1), ids)
+    with pytest.raises(PrunekitError, match=r"have shapes \(2, 8\) and \(2, 7\); give one label a token"):
+        pk.recover(model, pk.LoRA(max_steps=1), TrainingWindows(ids, ids[:, 1:]))
+
+
+def test_a_subclass_of_a_method_trains_as_that_does(model):  # noqa: F811
+    class Own(pk.LoRA):
+        pass
+
+    assert pk.recover(model, Own(max_steps=1), torch.randint(3, 20, (2, 8)))
