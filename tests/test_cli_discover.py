@@ -67,4 +67,4 @@ def test_layers_without_end_are_refused_before_they_are_built(folder, capsys):
     path = folder / "tall" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**9}))
     assert main(["discover", str(folder / "tall")]) == 2
-    assert "1,000,000,000 layers" in capsys.readouterr().err
+    assert "num_hidden_layers=1,000,000,000" in capsys.readouterr().err

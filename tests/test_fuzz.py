@@ -326,7 +326,7 @@ def calls(tmp_path_factory):
         ),
         "prune": Call(
             pk.prune,
-            {"plan": plan, "inplace": False, "compensate": None, "fit": "weights", "held_out": CALIB, "measure": False},
+            {"plan": plan, "inplace": False, "compensate": None, "fit": "weights", "held_out": None, "measure": False},
             {"model": lambda: copy.deepcopy(model)},
         ),
         "compensate": Call(

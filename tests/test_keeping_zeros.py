@@ -107,7 +107,7 @@ def test_zeros_go_by_the_report_unless_it_is_said():
     dead.sparsity_report = kept.sparsity_report = report
     assert keeps(kept, zeros) and not keeps(dead, zeros)
     for wrong in ("yes", 1, 0.5):
-        with pytest.raises(PrunekitError, match="keep_zeros=.* give True, False, or None"):
+        with pytest.raises(PrunekitError, match="keep_zeros=.* give True or False, or None"):
             recover(model, QUICK, counting(), keep_zeros=wrong)
 
 
@@ -286,9 +286,7 @@ def test_full_tuning_lowers_the_loss_of_a_dense_model_with_weight_decay_or_witho
 @pytest.mark.parametrize("bad", [{"learning_rate": 0}, {"weight_decay": -1}, {"epochs": 0}, {"seq_len": 1}], ids=str)
 def test_settings_of_full_tuning_that_cannot_be_are_refused(bad):
     name = next(iter(bad))
-    with pytest.raises(
-        PrunekitError, match=rf"FullTuning\({name}=.*cannot be; the default is {getattr(FullTuning, name)}"
-    ):
+    with pytest.raises(PrunekitError, match=rf"FullTuning: {name}=.* is not allowed; give an? "):
         FullTuning(**bad)
 
 
@@ -311,7 +309,7 @@ def test_mixtures_take_full_tuning_and_keep_zeros_and_progressive_pruning_refuse
     assert recovered.sparsity_report.remarks == (TRAINED,)
     filled = recover_on_mixture(model, dense, sources, method, Mixture(n_rounds=2), keep_zeros=False)
     assert not keeps(filled, zeros)
-    with pytest.raises(PrunekitError, match="is a FullTuning; give a LoRA"):
+    with pytest.raises(PrunekitError, match="FullTuning. is not allowed; give LoRA"):
         prune_progressively(model, 0.2, counting(), FullTuning())
 
 

@@ -268,9 +268,7 @@ def test_a_package_that_a_model_needs_is_asked_for(tmp_path, monkeypatch):
         raise ImportError("\nTimmWrapperModel requires the timm library")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", needs)
-    with pytest.raises(
-        PrunekitError, match=r"needs a package .*\(TimmWrapperModel requires the timm library\); install"
-    ):
+    with pytest.raises(PrunekitError, match="needs a package that is not installed; install what the traceback names"):
         pk.load(tmp_path)
 
 

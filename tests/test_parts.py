@@ -197,7 +197,9 @@ def test_layers_that_share_a_module_are_not_offered():
 
 def test_a_hybrid_without_attention_is_refused():
     """Its cache wants one layer of attention at least."""
-    with pytest.raises(PrunekitError, match="layers or blocks that go, the model does not run with its cache: Value"):
+    with pytest.raises(
+        PrunekitError, match="layers or blocks that go, the model does not run with its cache: .*ValueError"
+    ):
         pruned_and_zeroed(EVERYONE["lfm2"], {NEEDED["lfm2"]: []})
 
 

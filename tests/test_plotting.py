@@ -314,7 +314,7 @@ REFUSED = {
     "layer without groups": (lambda: plot_groups(two_groups(), layer=7), "layer 7 has no groups; layers .0. have"),
     "kind of group": (lambda: layer_table(two_groups(), kinds=("rank",)), "kind rank; it has kv_head, ffn_channel"),
     "no groups": (lambda: plot_groups(Groups((), {})), "no groups in numbered layers"),
-    "layer": (lambda: plot_coupled_group(two_groups(), 7), "layer 7 has no group.*layers .0. have"),
+    "layer": (lambda: plot_coupled_group(two_groups(), 7), "layer 7 has no group.*give one of the layers .0."),
     "unit": (lambda: plot_coupled_group(two_groups(), 0, units=(2,)), "numbers from 0 to 1"),
     "too many units": (lambda: plot_coupled_group(two_groups(), 0, units=(0,) * 5), "1 to 4 numbers"),
 }

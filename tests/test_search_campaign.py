@@ -289,7 +289,8 @@ def test_points_to_start_with_come_first_and_once(tmp_path):
     assert pairs.points[:3] == start and len(set(keys(pairs.points))) == 5
     again = measure_pairs(SPACE, model(), None, 7, metric=SCORE, start=start, folder=tmp_path)
     assert again.points[:5] == pairs.points and len(set(keys(again.points))) == 7
-    assert len(measure_pairs(SPACE, model(), None, 2, metric=SCORE, start=start)) == 2
+    with pytest.raises(PrunekitError, match="start has 3 candidates, and 2 are measured"):
+        measure_pairs(SPACE, model(), None, 2, metric=SCORE, start=start)
     with pytest.raises(PrunekitError, match="is no candidate of this space"):
         measure_pairs(SPACE, model(), None, 2, metric=SCORE, start=[{"share": 1}])
 
@@ -311,7 +312,7 @@ def test_a_folder_of_another_search_is_refused(tmp_path, name):
     changed = {
         "model": {"model": other},
         "space": {"space": HyperparameterSpace({"factor": Range(0.5, 3.0)}, space.build)},
-        "metric": {"metric": Metric("perplexity", lambda *_: 1.0)},
+        "metric": {"metric": Metric("perplexity", lambda *_: 1.0), "text": None},
         "text": {"text": TEXT[:121]},
     }[name]
     with pytest.raises(PrunekitError, match=f"different {name.replace('text', 'metric')}.; give another folder"):
@@ -363,7 +364,7 @@ def test_what_does_not_fit_into_memory_fails_for_good(tmp_path):
     for _ in range(2):
         pairs = measure_pairs(SPACE, model(), None, N, metric=metric, folder=tmp_path)
         assert 0 < len(pairs.failed) == N - len(pairs) and len(noted) == N
-        assert set(pairs.failed.values()) == {"out of memory: tried to allocate 80 GiB"}
+        assert set(pairs.failed.values()) == {"out of memory"}
 
 
 def test_where_all_fail_the_reason_is_told(tmp_path):

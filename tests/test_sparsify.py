@@ -171,7 +171,7 @@ def live_bytes(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         storages = {o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in gc.get_objects()
-                    if isinstance(o, torch.Tensor) and o.device.type == "cpu"}  # fmt: skip
+                    if isinstance(o, torch.Tensor) and (o.device.type, o.layout) == ("cpu", torch.strided)}  # fmt: skip
     return sum(size for pointer, size in storages.items() if pointer not in own)
 
 

@@ -73,7 +73,7 @@ def test_html_shows_text_and_pictures_inline_and_the_notebook_stays_as_it_was(tm
     assert outcome.problems == () and outcome.seconds > 0
     assert ">42\n" in html and "data:image/png;base64," in html
     assert path.read_bytes() == before
-    assert [kept.name for kept in (tmp_path / "build/notebooks").iterdir()] == ["00_plot.html"]
+    assert sorted(kept.name for kept in (tmp_path / "build/notebooks").iterdir()) == ["00_plot.html", "00_plot.ipynb"]
 
 
 def test_failing_cell_is_named_with_its_error(tmp_path, write):
@@ -117,7 +117,10 @@ def test_series_writes_html_and_summary(tmp_path, write, capsys):
     table = (tmp_path / "build/summary.md").read_text()
     assert table in capsys.readouterr().out
     assert "|     3,400,000 |" not in table and "3,400,000" in table and "12.35" in table and "0.91" in table
-    assert sorted(path.name for path in (tmp_path / "build/notebooks").iterdir()) == ["00_start.html", "01_more.html"]
+    assert sorted(path.name for path in (tmp_path / "build/notebooks").glob("*.html")) == [
+        "00_start.html",
+        "01_more.html",
+    ]
     assert "00_start" in table and "01_more" in table
 
 
@@ -181,7 +184,7 @@ def test_interrupt_keeps_what_is_finished_and_leaves_no_kernel(tmp_path, write):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
-    assert [path.name for path in (tmp_path / "build/notebooks").iterdir()] == ["00_quick.html"]
+    assert [path.name for path in (tmp_path / "build/notebooks").glob("*.html")] == ["00_quick.html"]
     assert kernels and not psutil.wait_procs(kernels, timeout=30)[1]
 
 
