@@ -95,7 +95,7 @@ def _is_collection(value: Any, origin: Any, inside: tuple[Any, ...]) -> bool:
     if isinstance(value, Tensor):
         return _is_dense(value) and value.dim() > 0 and origin is collections.abc.Iterable and inside == (Any,)
     if isinstance(value, np.ndarray):
-        return value.ndim == 1 and origin in (collections.abc.Iterable, collections.abc.Sequence)
+        return value.ndim > 0 and origin in (collections.abc.Iterable, collections.abc.Sequence)
     kinds = (tuple, list) if origin is tuple else origin  # a list does as well, and JSON has no tuples
     if not isinstance(value, kinds) or isinstance(value, str | bytes):
         return False

@@ -118,8 +118,3 @@ def test_a_number_that_is_no_count_may_be_a_float():
     check_config("here", {"model_type": "minimax", "full_attn_alpha_factor": 3.56}, False)
     with pytest.raises(PrunekitError, match="num_hidden_layers=3.56"):
         check_config("here", {"model_type": "minimax", "num_hidden_layers": 3.56}, False)
-
-
-def test_a_result_file_that_is_missing_is_said_once(tmp_path):
-    said = str(caught(lambda: pk.importance.Scores.load(tmp_path / "nowhere.safetensors")))
-    assert said.count("give a file that") == 1 and "nowhere" in said
