@@ -21,8 +21,8 @@ _PICKLES = {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}  # how to
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _READ = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # what transformers may read of a folder
 _UNLIMITED = 2**62
-_MOST = {"layers": 1024, "^n_layer": 1024, "num_layer": 1024, "position": 2**24}  # part of a field's name, of which ^
-# is the beginning → the largest number that is believed
+# Part of a field's name, of which ^ is the beginning → the largest number that is believed.
+_MOST = {"layers": 1024, "^n_layer": 1024, "num_layer": 1024, "position": 2**24}
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ def check_described(described: dict[str, Any], source: str) -> None:
     """Raise an error where a configuration names weights of its own, code, or a number that no model has.
 
     `transformers` would read other weights than are checked here, fetch and run the code for attention or experts, or
-    make a list of so many layers. A cut checkpoint of ours
-    is built without the fields that name code instead.
+    make a list of so many layers. A cut checkpoint of ours is built without the fields that name code instead.
 
     Args:
         described: config.json as it is, nested configurations included.

@@ -1,7 +1,6 @@
 """Loads the tokenizer of a checkpoint, and writes it beside another."""
 
 import shutil
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from prunekit.checkpoint.origins import files_alone
-from prunekit.errors import PrunekitError, reason
+from prunekit.errors import PrunekitError, reason, warn
 
 _VOCABULARIES = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
 _BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -29,10 +28,9 @@ def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> 
         return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # of any kind
         if Path(source).is_dir() and _lacks_sentencepiece(source):
-            warnings.warn(
+            warn(
                 f"the tokenizer of {source!r} is a SentencePiece file, which transformers reads with sentencepiece and "
-                "protobuf; the model is loaded without it. For text: pip install sentencepiece protobuf",
-                stacklevel=3,
+                "protobuf; the model is loaded without it. For text: pip install sentencepiece protobuf"
             )
             return None
         raise PrunekitError(

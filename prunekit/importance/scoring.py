@@ -137,7 +137,7 @@ def score(
     check_choice("normalize", normalize, (None, "loss"))
     if importance.needs_calibration and calib is None:
         raise PrunekitError(f"{importance!r} needs a calibration set: score(model, groups, importance, calib)")
-    chosen = _chosen(model, groups)
+    chosen = _chosen(groups)
     _check_belong(model, groups, chosen)
     if normalize is not None:
         check_scalable(importance, chosen)
@@ -169,9 +169,7 @@ def _check_returned(importance: Importance, groups: tuple[CoupledGroup, ...], va
             raise PrunekitError(f"{importance!r} must give {name!r} a tensor {shape} of finite scores; it gave {got}")
 
 
-def _chosen(model: object, groups: object) -> tuple[CoupledGroup, ...]:
-    if not isinstance(model, nn.Module):
-        raise PrunekitError(f"the model is a {type(model).__name__}; give the one that the groups were discovered in")
+def _chosen(groups: object) -> tuple[CoupledGroup, ...]:
     chosen = tuple(groups) if isinstance(groups, Iterable) else (groups,)
     for group in chosen:
         if not isinstance(group, CoupledGroup):

@@ -152,8 +152,6 @@ def _check_groups(model: nn.Module, groups: Iterable[CoupledGroup]) -> list[Coup
 
 
 def _check_ratios(ratios: Sequence[float]) -> None:
-    if isinstance(ratios, str) or not isinstance(ratios, Iterable):
-        raise PrunekitError(f"ratios={ratios!r} is no list; give one, such as (0.25, 0.5)")
     bad = [ratio for ratio in ratios if not 0 < ratio <= 1]
     if bad or not len(ratios):
         raise PrunekitError(f"ratios={ratios!r}; give fractions of a group's units above 0 and at most 1, one or more")
@@ -161,8 +159,6 @@ def _check_ratios(ratios: Sequence[float]) -> None:
 
 def _check_scores(group: CoupledGroup, scores: Mapping[str, Tensor]) -> Tensor:
     """Scores of a group, float64 on the CPU; zeros for a group of one unit without scores."""
-    if not isinstance(scores, Mapping):
-        raise PrunekitError(f"scores are a {type(scores).__name__}; give what score(model, groups, importance) returns")
     if group.name not in scores:
         if group.n_units == 1:
             return torch.zeros(1, dtype=torch.float64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prunekit.calibration import check_finite, check_tokens
-from prunekit.checks import Count, FilePath, Model, Share, Tokenizer, check_integers, check_reals, checked
+from prunekit.checks import Count, FilePath, Model, Share, Tokenizer, checked
 from prunekit.discovery import Groups, discover
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
@@ -211,10 +211,8 @@ def split_steps(n_steps: int, n_periods: int, warmup: float, rest: float) -> Ste
     """Split of the training steps into warm-up and periods; the remainder goes to the warm-up.
 
     Raises:
-        PrunekitError: invalid shares, or more periods than steps.
+        PrunekitError: more periods than steps.
     """
-    check_reals(warmup=(warmup, 0, 1), rest=(rest, 0, 1))
-    check_integers(n_periods=(n_periods, 1))
     before = round(warmup * n_steps)
     period = (n_steps - before - round(rest * n_steps)) // n_periods
     if period < 1:

@@ -56,14 +56,10 @@ class Campaign:
         source: str | Path | None = None,
     ) -> None:
         """Checks the arguments; `measure_pairs` documents them."""
-        if not isinstance(space, Space):
-            raise PrunekitError(f"space is a {type(space).__name__}; give a PlanSpace or a HyperparameterSpace")
         if n_jobs != -1 and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
             raise PrunekitError(
                 f"n_jobs={n_jobs!r} is not allowed; give 1 or more worker processes, or -1 for all cores"
             )
-        if not isinstance(model, nn.Module):
-            raise PrunekitError(f"the model is a {type(model).__name__}; give the dense model, as load(…) returns it")
         if source is not None and n_jobs == 1 and backend == "loky":
             raise PrunekitError(
                 f"source={str(source)!r} is where worker processes load the model, and n_jobs=1 measures in this one; "

@@ -114,8 +114,6 @@ def check_sparsifiable(model: Any) -> None:
     Raises:
         PrunekitError: the model cannot be sparsified; the message says why.
     """
-    if not isinstance(model, nn.Module):
-        raise PrunekitError(f"model is a {type(model).__name__}; give a causal LM, such as load(path) returns")
     if hasattr(model, "peft_config"):
         raise PrunekitError("the model has adapters; call merge_and_unload() on it first")
     if hasattr(model, "_orig_mod"):

@@ -69,8 +69,7 @@ def _on_ffns(rows: Rows) -> Iterator[str]:
     if alone:
         yield (
             f"the FFNs of {len(alone)} layers ({alone[0]}, …) have no form that SparseLLM supports: their matrices "
-            "were "
-            "pruned one by one, by SparseGPT"
+            "were pruned one by one, by SparseGPT"
         )
     first = sum(row["kept"] == 0 and len(row["ffn_error"]) > 1 for row in ffns)
     if first:
