@@ -230,3 +230,20 @@ def test_what_does_something_without_parameters_is_not_offered():
     offered = {g.name for g in discover(model).of_kind("block", "layer")}
     assert not offered & {"model.layers.0:layer", "model.layers.0.mlp:block"}
     assert {"model.layers.0.self_attn:block", "model.layers.1:layer", "model.layers.1.mlp:block"} <= offered
+
+
+NARROWED = ["llama_gqa", "llama_mqa", "gpt2", "opt", "bloom", "gpt_neo", "gpt_neox"]  # whose head size may be cut
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, kind) for name in EVERYONE for kind in ("kv_head", "ffn_channel")), *((n, "head_dim") for n in NARROWED)],
+)
+def test_one_unit_is_left(name, kind):
+    """Of every group of a kind, where sizes of one could be taken for what is broadcast."""
+    family = EVERYONE[name]
+    keep = {g.name: [g.n_units - 1] for g in family.groups().of_kind(kind) if g.exact}
+    if not keep:
+        pytest.skip(f"no exact {kind} groups")
+    small, zeroed = pruned_and_zeroed(family, keep)
+    assert relative_difference(logits(small), logits(zeroed)) < family.tolerance

@@ -52,8 +52,9 @@ def combine(graph: LabelGraph, operands: list[Operand], shape: torch.Size) -> Te
     for op in operands:
         if not op.planes and not op.uniform:
             planes += [_laid(pin, True) for pin in _pinned(graph, op, shape, target)]
-    # an operand that varies everywhere is the result; broadcast ones are copied to its shape
-    planes.sort(key=lambda item: len(item[1]), reverse=True)
+    # an operand that varies everywhere is the result; broadcast ones are copied to its shape. Scores stay scores
+    # also where a mask is as large as they are
+    planes.sort(key=lambda item: (-len(item[1]), graph.kind_of(along(item[0], item[1])) != SCORE))
     return _join(graph, planes, target, shape)
 
 
@@ -99,8 +100,11 @@ def contract(graph: LabelGraph, a: Operand, b: Operand) -> tuple[Tensor, ...]:
     frame = torch.Size((a.shape[0], a.shape[1], k, m))  # (b, n, k, m)
     a = a.framed(tuple(p.unsqueeze(-1).expand(frame) for p in a.planes))
     b = b.framed(tuple(p.unsqueeze(1).expand(frame) for p in b.planes))
-    if k == 1 and not a.parameter and not b.parameter:
-        joined = combine(graph, [a, b], frame)
+    narrow = a.shape[1] == m == 1 and bool(a.planes and b.planes)  # also where a cut has left heads one channel
+    if k == 1 and not a.parameter and not b.parameter and not (narrow and _unweighed(graph, a, b)):
+        if narrow:  # a score weighs copies, be it one
+            a, b = (_copied(graph, op) if graph.kind_of(op.planes[0]) == SCORE else op for op in (a, b))
+        joined = combine(graph, [a, b], frame)  # one position: each channel is weighed by itself
         return () if joined is None else (joined.squeeze(2),)
     a_in, a_out = _inner_and_outer(a)
     b_in, b_out = _inner_and_outer(b)
@@ -111,11 +115,21 @@ def contract(graph: LabelGraph, a: Operand, b: Operand) -> tuple[Tensor, ...]:
     return _outer_planes(graph, inner.expand(frame), a, b, a_out + b_out, frame)
 
 
+def _copied(graph: LabelGraph, op: Operand) -> Operand:
+    plane = along(op.planes[0], varying_dims(op.planes[0]))
+    return op.framed((graph.copies(plane, tuple(plane.shape), False).expand(op.shape),))
+
+
+def _unweighed(graph: LabelGraph, a: Operand, b: Operand) -> bool:
+    """Whether neither operand is a score, as where queries meet keys and a cut has left them one channel."""
+    return all(graph.kind_of(op.planes[0]) != SCORE for op in (a, b) if op.planes)
+
+
 def _inner_and_outer(op: Operand) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """The plane that labels the contracted dimension (2 of the frame), and the others."""
     inner = [i for i, plane in enumerate(op.planes) if 2 in varying_dims(plane)]
     if not inner and op.shape[2] == 1:
-        inner = [i for i, plane in enumerate(op.planes) if not varying_dims(plane)][-1:]
+        inner = [i for i, plane in enumerate(op.planes) if not op.parameter or not varying_dims(plane)][-1:]
     if len(inner) != 1:
         return None, ()
     return op.planes[inner[0]], tuple(p for i, p in enumerate(op.planes) if i != inner[0])
