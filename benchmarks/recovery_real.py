@@ -3,7 +3,7 @@
     python benchmarks/recovery_real.py --ways "LoRA(r=32, learning_rate=1e-3)" --tokens 200000 --tasks
 
 Raw text alone lowers an instruct model's perplexity, so a recovered model is compared with the uncut one after the same
-training. The cut is the shell's default at 20%, calibration seed 0, made once. The text is C4, Wikipedia and Alpaca,
+training; `Distillation(text_share=0.5) LoRA(r=8)` is towards that model, which stays as it is then. The cut is the shell's default at 20%, calibration seed 0, made once. The text is C4, Wikipedia and Alpaca,
 joined, cut into windows of 128 tokens and shuffled; none of it is measured on. Perplexity is that of the first
 characters of WikiText-2, PTB and Shakespeare; tasks are the papers' seven, 200 questions each. Rows are appended as
 they are measured: what stands in the table is not run again.
@@ -23,7 +23,7 @@ import prunekit as pk
 from prunekit.recovery.data import token_windows
 
 TEXTS = {"wikitext2": "wikitext2/test.txt", "ptb": "ptb/ptb.test.txt", "shakespeare": "tinyshakespeare/input.txt"}
-METHODS = {"LoRA": pk.LoRA, "FullTuning": pk.FullTuning}
+METHODS = {"LoRA": pk.LoRA, "FullTuning": pk.FullTuning, "Distillation": pk.Distillation}
 CUT = Path(__file__).parents[1] / "build" / "real" / "cut20"
 DEFAULT = "LoRA()"
 
@@ -49,11 +49,11 @@ def training_windows(tokenizer: Any) -> torch.Tensor:
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
 
 
-def method_from(text: str, max_steps: int) -> Any:
-    """`LoRA(r=32)` as the method that it says, for so many steps."""
+def method_from(text: str, **options: Any) -> Any:
+    """`LoRA(r=32)` as the method that it says, with further options."""
     name, _, rest = text.partition("(")
     pairs = [part.split("=") for part in rest.rstrip(")").replace(" ", "").split(",") if part]
-    return METHODS[name](**{key: json.loads(value) for key, value in pairs}, max_steps=max_steps)
+    return METHODS[name](**{key: json.loads(value) for key, value in pairs}, **options)
 
 
 def measured(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
@@ -71,10 +71,13 @@ def trained(model: Any, windows: torch.Tensor, way: str, tokens: int) -> tuple[A
     """The model after training on so many tokens, how many those were, and the seconds."""
     if way == "untrained":
         return model, 0, 0.0
-    batch = method_from(way, 1).windows_a_step(len(windows))
+    *towards, how = way.replace(") ", ")|").split("|")
+    batch = method_from(how).windows_a_step(len(windows))
     steps = tokens // (batch * windows.shape[1])
-    began = time.perf_counter()
-    out = pk.recover(model, method_from(way, steps), windows[: steps * batch], measure=False, inplace=True)
+    began, method = time.perf_counter(), method_from(how, max_steps=steps)
+    if towards:
+        method = method_from(towards[0], teacher=pk.load("smollm2")[0], training=method)
+    out = pk.recover(model, method, windows[: steps * batch], measure=False, inplace=True)
     return out, steps * batch * windows.shape[1], time.perf_counter() - began
 
 

@@ -57,7 +57,18 @@ if TYPE_CHECKING:
         massive_activations,
     )
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
-    from prunekit.recovery import LHSPG, FullTuning, LoRA, Mixture, prune_progressively, recover, recover_on_mixture
+    from prunekit.recovery import (
+        LHSPG,
+        Distillation,
+        FullTuning,
+        LoRA,
+        Mixture,
+        TeacherLogits,
+        keep_logits,
+        prune_progressively,
+        recover,
+        recover_on_mixture,
+    )
     from prunekit.search import (
         AccuracyPredictor,
         HyperparameterSpace,
@@ -105,7 +116,18 @@ _ROOMS = {
     ),  # fmt: skip
     "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units", "massive_activations"),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
-    "recovery": ("FullTuning", "LHSPG", "LoRA", "Mixture", "prune_progressively", "recover", "recover_on_mixture"),
+    "recovery": (
+        "Distillation",
+        "FullTuning",
+        "LHSPG",
+        "LoRA",
+        "Mixture",
+        "TeacherLogits",
+        "keep_logits",
+        "prune_progressively",
+        "recover",
+        "recover_on_mixture",
+    ),
     "search": ("AccuracyPredictor", "HyperparameterSpace", "KnobSpace", "PlanSpace", "measure_pairs", "search_space"),
     "sparsity": ("SparseLLM", "SparsityReport", "sparsify"),
 }
@@ -118,6 +140,7 @@ __all__ = [
     "CoupledGroup",
     "Curvature",
     "DamageWarning",
+    "Distillation",
     "Fluctuation",
     "FullTuning",
     "Groups",
@@ -140,6 +163,7 @@ __all__ = [
     "SparseLLM",
     "SparsityReport",
     "Taylor",
+    "TeacherLogits",
     "calibration_set",
     "compare",
     "compare_accuracy",
@@ -150,6 +174,7 @@ __all__ = [
     "export",
     "fuse",
     "generations",
+    "keep_logits",
     "knowledge_distribution",
     "knowledge_of_units",
     "load",

@@ -155,6 +155,8 @@ _MAKERS = {  # class → what makes it
     "Report": "a Report, as evaluate(...) or Report.load(...) returns",
     "LoRA": "LoRA(...), such as LoRA(r=8)",
     "FullTuning": "FullTuning(...)",
+    "Distillation": "Distillation(dense, ...)",
+    "TeacherLogits": "TeacherLogits, as keep_logits(...) or TeacherLogits.load(...) returns",
     "device": "a device, such as torch.device('cuda')",
     "Space": "a PlanSpace or a HyperparameterSpace",
 }

@@ -16,10 +16,11 @@ from prunekit.documents import TextSource, is_stream, logger
 from prunekit.errors import PrunekitError, warn
 from prunekit.files import new_folder
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
+from prunekit.recovery.distillation import Distillation
 from prunekit.recovery.full import FullTuning, train_all
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
-from prunekit.recovery.training import flags_kept, seeded, train
+from prunekit.recovery.training import Objective, flags_kept, seeded, train
 from prunekit.sparsity.zero_masks import TRAINED, masked_adapters, renew_report, share_of_zeros
 from prunekit.sparsity.zero_masks import keep_zeros as zeros_kept
 
@@ -32,7 +33,7 @@ MANY_ZEROS = 0.05  # share of zeros that does not occur by chance
 @checked
 def recover(
     model: Model,
-    method: LoRA | FullTuning,
+    method: LoRA | FullTuning | Distillation,
     data: Tensor | TextSource | TrainingWindows,
     *,
     train_on: TrainOn = "replies",
@@ -51,7 +52,8 @@ def recover(
 
     Args:
         model: a causal LM, its layers as uneven as they may be.
-        method: how to train, such as `LoRA()`, `LoRA.paper()` or `FullTuning()`.
+        method: how to train, such as `LoRA()`, `LoRA.paper()` or `FullTuning()`; or `Distillation(dense)` with one of
+            them, towards what the model before pruning predicts.
         data: integers (n, seq_len); or what `prunekit.documents.documents_of` reads: text, documents, chats, a file, a
             data set, token ids, `"world"`. Data that is streamed is read as far as the method's `max_steps` need.
         train_on: `"replies"` trains on the replies alone where the data says which these are: what the assistant says
@@ -87,23 +89,24 @@ def recover(
     _check_length(seq_len, data)
     check_finite(model)
     keep = _zeros_stay(model, keep_zeros)
-    length = method.seq_len if seq_len is None else seq_len
-    enough = method.most_windows if is_stream(data) else None
+    how = method.training if isinstance(method, Distillation) else method
+    length = how.seq_len if seq_len is None else seq_len
+    enough = how.most_windows if is_stream(data) else None
     windows = training_windows(data, tokenizer, length, train_on=train_on, enough=enough)
     tokens, labels = check_tokens(windows.tokens, model).cpu(), windows.labels.long().cpu()
     windows = replace(windows, tokens=tokens, labels=labels)
-    for remark in method.unheeded(len(windows)):
+    for remark in how.unheeded(len(windows)):
         logger.warning(remark)
     sample = seen_sample(windows.tokens, "the training") if held_out is None else held_out_sample(held_out, model)
+    objective = method.objective(windows, model) if isinstance(method, Distillation) else None
     opening = opened("recover", model, sample) if measure else None
     changed: Any = model if inplace else copy.deepcopy(model)
-    work = next(work for kind, work in RECOVERIES.items() if isinstance(method, kind))
-    log = work(changed, method, windows, output_dir, keep)
+    work = next(work for kind, work in RECOVERIES.items() if isinstance(how, kind))
+    log = work(changed, how, windows, output_dir, keep, objective)
     check_finite(changed)
     vars(changed).pop("loss_change", None)
-    if opening is not None:
-        log = replace(log, loss_change=closed(opening, changed))
-        _save_again(log, output_dir)
+    log = replace(log, method=repr(method), loss_change=None if opening is None else closed(opening, changed))
+    _save_again(log, output_dir)
     changed.recovery_log = log  # type: ignore[assignment]
     renew_report(changed, TRAINED)
     return changed.eval()
@@ -137,7 +140,12 @@ def _zeros_stay(model: nn.Module, asked: Any) -> bool:
 
 
 def recover_with_lora(
-    model: nn.Module, method: LoRA, windows: TrainingWindows, output_dir: str | Path | None, keep_zeros: bool = False
+    model: nn.Module,
+    method: LoRA,
+    windows: TrainingWindows,
+    output_dir: str | Path | None,
+    keep_zeros: bool = False,
+    objective: Objective | None = None,
 ) -> RecoveryLog:
     """Attach, train and merge LoRA in place; after an error the model has its old weights and no adapters.
 
@@ -150,7 +158,7 @@ def recover_with_lora(
         adapted = attach(model, method)
         try:
             with masked_adapters(adapted) if keep_zeros else nullcontext():
-                log = train(adapted, windows.tokens, method, labels=windows.labels)
+                log = train(adapted, windows.tokens, method, labels=windows.labels, objective=objective)
                 if output_dir is not None:
                     _save(log, Path(output_dir), adapted)
                 detach(adapted, merge=True)  # while the masks hold
@@ -166,6 +174,7 @@ def recover_fully(
     windows: TrainingWindows,
     output_dir: str | Path | None,
     keep_zeros: bool = False,
+    objective: Objective | None = None,
 ) -> RecoveryLog:
     """Train all parameters in place; an interrupt leaves them partly trained.
 
@@ -175,7 +184,7 @@ def recover_fully(
     with seeded(method.seed), flags_kept(model):
         train_all(model)
         with zeros_kept(model) if keep_zeros else nullcontext():
-            log = train(model, windows.tokens, method, labels=windows.labels)
+            log = train(model, windows.tokens, method, labels=windows.labels, objective=objective)
     if output_dir is not None:
         _save(log, Path(output_dir))
     return log
@@ -201,5 +210,5 @@ def _save_again(log: RecoveryLog, folder: str | Path | None) -> None:
         log.save(Path(folder) / "recovery_log.json")
 
 
-_Recovery = Callable[[nn.Module, Any, TrainingWindows, str | Path | None, bool], RecoveryLog]
+_Recovery = Callable[[nn.Module, Any, TrainingWindows, str | Path | None, bool, Objective | None], RecoveryLog]
 RECOVERIES: dict[type, _Recovery] = {LoRA: recover_with_lora, FullTuning: recover_fully}

@@ -5,7 +5,7 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from prunekit.account import few, loss_on
 from prunekit.calibration import all_finite
@@ -28,6 +29,18 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
 
 _ON_DEVICE = 8  # windows in memory at once; a larger batch is accumulated
+
+
+class Objective(NamedTuple):
+    """What is minimised, where it is not the loss of the text.
+
+    Attributes:
+        row: number of a window → further tensors of it, by name.
+        loss: of the model, for a batch of windows with these tensors; a scalar.
+    """
+
+    row: Callable[[int], dict[str, Tensor]]
+    loss: Callable[[Any, dict[str, Tensor]], Tensor]
 
 
 class Resume(NamedTuple):
@@ -50,6 +63,7 @@ def train(
     labels: Tensor | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     resume: Resume | None = None,
+    objective: Objective | None = None,
 ) -> RecoveryLog:
     """Train the parameters that require a gradient, on every process and device that the Trainer finds.
 
@@ -60,6 +74,7 @@ def train(
         labels: the same, with -100 where a token is read and not trained on; None trains on all.
         optimizer: another than AdamW with the method's learning rate; the schedule is the method's.
         resume: keep checkpoints, and go on from the newest; None keeps none.
+        objective: what is minimised; None is the loss of the text.
 
     Returns:
         The loss curve.
@@ -67,19 +82,18 @@ def train(
     Raises:
         PrunekitError: the loss is not finite.
     """
-    from transformers import Trainer, default_data_collator
+    from transformers import default_data_collator
     from transformers.trainer_callback import PrinterCallback
 
     logs: list[dict[str, float]] = []
-    columns = (tokens.cpu(), (tokens if labels is None else labels).cpu())
-    rows = [{"input_ids": row, "labels": label} for row, label in zip(*columns, strict=True)]
+    rows = _Rows(tokens.cpu(), (tokens if labels is None else labels).cpu(), objective)
     with ExitStack() as stack:
         stack.enter_context(_config_kept(model))
         folder = str(resume.folder) if resume else stack.enter_context(tempfile.TemporaryDirectory())
-        trainer = Trainer(
-            model=model,  # type: ignore[arg-type]
+        trainer = _trainer(objective)(
+            model=model,
             args=_arguments(method, len(rows), folder, resume.every if resume else None),
-            train_dataset=rows,  # type: ignore[arg-type]
+            train_dataset=rows,
             data_collator=default_data_collator,
             callbacks=[_progress(logs)],
             optimizers=(optimizer, None),
@@ -97,6 +111,33 @@ def train(
     log = _log(model, tokens, method, _whole_curve(history, logs))
     _check_outcome(model, tokens, method)
     return log
+
+
+class _Rows(Dataset):
+    """Windows with their labels, and with what an objective reads beside them."""
+
+    def __init__(self, tokens: Tensor, labels: Tensor, objective: Objective | None) -> None:
+        self._tokens, self._labels, self._objective = tokens, labels, objective
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        more = {} if self._objective is None else self._objective.row(number)
+        return {"input_ids": self._tokens[number], "labels": self._labels[number], **more}
+
+
+def _trainer(objective: Objective | None) -> Any:
+    """The Trainer's class, with another loss where there is an objective."""
+    from transformers import Trainer
+
+    class Minimising(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            assert objective is not None
+            loss = objective.loss(model, inputs)
+            return (loss, {}) if return_outputs else loss
+
+    return Trainer if objective is None else Minimising
 
 
 def _check_outcome(model: nn.Module, tokens: Tensor, method: TrainingSettings) -> None:

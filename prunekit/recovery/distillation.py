@@ -1,0 +1,131 @@
+"""Distillation: trains a pruned model to predict what the model before pruning predicts."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.checks import Model, Part, Positive, check_fields
+from prunekit.errors import PrunekitError
+from prunekit.recovery.data import IGNORED, TrainingWindows
+from prunekit.recovery.full import FullTuning
+from prunekit.recovery.lora import LoRA
+from prunekit.recovery.teacher_logits import TOP_K, Candidates, TeacherLogits, keep_logits, n_outputs
+from prunekit.recovery.training import Objective
+
+_LEAST = 1e-7  # probability of what is left beside the likeliest tokens, as float32 can tell it from none
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Settings of distillation: the training text decides where, and the teacher what is to be predicted.
+
+    The loss of a token is `text_share` · cross-entropy + (1 - `text_share`) · T² · KL, T the temperature. KL compares
+    two distributions over the next token: of the teacher, p, and of the model, q, both with logits divided by T. Of p
+    only the likeliest tokens are kept; all others are one entry, in q too, so it is at most the whole divergence.
+
+    Attributes:
+        teacher: the model before pruning, or what `keep_logits` kept of it, which needs no room beside the model. A
+            model reads the data once, and its predictions are kept in memory: `8 * top_k` bytes a token.
+        training: what is trained, and how: `LoRA()` or `FullTuning()`.
+        kl: `"forward"` is Σ p log(p/q): q is to cover all that the teacher holds likely. `"reverse"` is Σ q log(q/p).
+        temperature: T; None takes 1, or that of the predictions kept.
+        text_share: share of the plain loss on the text, from 0 to 1.
+        top_k: tokens that are kept at every place; None takes 64, or as many as were kept.
+
+    Raises:
+        PrunekitError: a value that cannot be.
+
+    Source: Hinton et al., "Distilling the knowledge in a neural network" (2015), section 2; for pruned language models
+        Muralidharan et al., "Compact language models via pruning and knowledge distillation" (2024). Differs: p is cut
+        to its likeliest tokens and a remainder; hidden states are not compared.
+    """
+
+    teacher: Model | TeacherLogits = field(repr=False)
+    training: LoRA | FullTuning = field(default_factory=LoRA)
+    kl: Literal["forward", "reverse"] = "forward"
+    temperature: Positive | None = None
+    text_share: Part = 0.0
+    top_k: Candidates | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if isinstance(self.teacher, TeacherLogits):
+            kept = {"temperature": self.teacher.temperature, "top_k": self.teacher[0][0].shape[1]}
+            for name, value in kept.items():
+                if getattr(self, name) not in (None, value):
+                    raise PrunekitError(
+                        f"Distillation: {name}={getattr(self, name)}, but the predictions were kept with {value:g}; "
+                        "leave it out, or call keep_logits with it"
+                    )
+
+    def objective(self, windows: TrainingWindows, model: nn.Module) -> Objective:
+        """What the Trainer minimises for a model on these windows.
+
+        Raises:
+            PrunekitError: a teacher that is the model itself, has another vocabulary, or read other windows.
+        """
+        if self.teacher is model:
+            raise PrunekitError("the teacher is the model itself: give the model before pruning")
+        kept = self.teacher
+        if not isinstance(kept, TeacherLogits):
+            _check_vocabulary(n_outputs(kept), model)
+            top_k, temperature = self.top_k or TOP_K, self.temperature or 1.0
+            kept = keep_logits(kept, windows, top_k=top_k, temperature=temperature)
+        _check_vocabulary(kept.vocabulary, model)
+        n = len(windows)
+        if kept.tokens.shape[1:] != windows.tokens.shape[1:] or not torch.equal(kept.tokens[:n], windows.tokens):
+            raise PrunekitError(
+                f"the predictions were kept for other windows ({len(kept)} of {kept.tokens.shape[1]} tokens) than the "
+                f"{n} of {windows.tokens.shape[1]} to train on; give keep_logits and recover the same data, tokenizer, "
+                "seq_len and train_on"
+            )
+
+        def row(number: int) -> dict[str, Tensor]:
+            return dict(zip(("ids", "log_probabilities"), kept[number], strict=True))
+
+        def loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+            return self.loss(logits, inputs["labels"], inputs["ids"], inputs["log_probabilities"], kept.temperature)
+
+        return Objective(row, loss)
+
+    def loss(
+        self, logits: Tensor, labels: Tensor, ids: Tensor, log_probabilities: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """The mean loss over all tokens that are trained on, nats per token.
+
+        Args:
+            logits: (batch, seq, vocabulary) of the model.
+            labels: int64 (batch, seq), -100 where a token is not trained on.
+            ids: integers (batch, seq - 1, k), the teacher's likeliest tokens.
+            log_probabilities: float32 of the same shape, of these tokens, at this temperature.
+            temperature: by which the logits are divided for the divergence.
+        """
+        trained = labels[:, 1:] != IGNORED
+        logits, chosen = logits[:, :-1][trained].float(), ids[trained].long()
+        model = (logits / temperature).log_softmax(-1).gather(-1, chosen)
+        p, q = log_probabilities[trained], model
+        if chosen.shape[-1] < logits.shape[-1]:
+            p, q = (torch.cat([part, _rest(part)], -1) for part in (p, q))
+        if self.kl == "reverse":
+            p, q = q, p
+        divergence = temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
+        if not self.text_share:
+            return divergence
+        plain = nn.functional.cross_entropy(logits, labels[:, 1:][trained])
+        return self.text_share * plain + (1 - self.text_share) * divergence
+
+
+def _rest(log_probabilities: Tensor) -> Tensor:
+    """Log of the probability that some tokens leave to all others, (…, 1)."""
+    return (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp_min(_LEAST).log()
+
+
+def _check_vocabulary(n_tokens: int, model: nn.Module) -> None:
+    if n_tokens != n_outputs(model):
+        raise PrunekitError(
+            f"the teacher tells {n_tokens:,} tokens apart and the model {n_outputs(model):,}: distillation needs one "
+            "vocabulary; give the model before pruning, and cut the vocabulary last"
+        )
