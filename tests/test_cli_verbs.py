@@ -93,6 +93,7 @@ def test_the_predictor_searches_under_a_ratio(tmp_path, capsys):
         (("recover", "--data", "world", "--method", "full", "--r", "4"), "--method full has no --r"),
         (("recover", "--data", "world", "--method", "full", "--preset", "paper"), "--preset paper is for"),
         (("recover", "--data", "world", "--weight-decay", "1"), "--method lora has no --weight-decay"),
+        (("recover", "--data", "world", "--text-share", "1"), "--text-share is for distillation: give --teacher DENSE"),
         (("knowledge",), "importance 'curvature' reads text; give --calibration"),
         (("prune", "--pruning-ratio", "0.1", "--dtype", "int8"), "dtype='int8' is not known"),
         (("prune", "--pruning-ratio", "0.1", "--device", "abacus"), "device='abacus' cannot be used"),
@@ -121,6 +122,15 @@ def test_full_tuning_trains_every_weight(dense, tmp_path, capsys):
     assert found["method"].startswith("FullTuning(learning_rate=0.01")
     before, after = weights(dense), weights(tmp_path / "out")
     assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_distillation_learns_from_the_model_before_pruning(dense, tmp_path, capsys):
+    data = ("--data", dense.parent / "text.txt", "--max-steps", "2", "--seq-len", "32")
+    run_json(capsys, "prune", dense, "--pruning-ratio", "0.2", "--importance", "l2", "--out", tmp_path / "small")
+    given = ("recover", tmp_path / "small", *data, "--teacher", dense, "--text-share", "0.5", "--out", tmp_path / "out")
+    found = run_json(capsys, *given)
+    assert "text_share=0.5" in found["method"] and found["method"].startswith("Distillation(training=LoRA(")
+    assert "Distillation(training=LoRA(" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_knowledge_is_a_table_and_a_picture_of_each_domain(dense, tmp_path, capsys):

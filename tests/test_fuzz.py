@@ -230,7 +230,14 @@ SENSE: dict[str, Callable[[Any], bool]] = {
     "prune.held_out": one_of(None),
     "recover.held_out": one_of(None),
     "recover.seq_len": none_or(is_integer(2, 97)),
+    "keep_logits.top_k": is_integer(1),
+    "keep_logits.folder": lambda v: v is None or (is_text(v) and v != "") or isinstance(v, Path),
+    "Distillation.temperature": none_or(POSITIVE),
+    "Distillation.top_k": none_or(is_integer(1)),
+    "Distillation.kl": NEVER,
+    "Distillation.text_share": one_of(0, 1, 0.5, True),
     "evaluate.metrics": NEVER,
+    "knowledge_distribution.ratios": lambda v: isinstance(v, np.ndarray),
     "LoRA.warmup": is_number(0, 1e300),
     "LoRA.seq_len": is_integer(2),
     "FullTuning.seq_len": is_integer(2),
@@ -351,6 +358,14 @@ def calls(tmp_path_factory):
             },
             {"model": lambda: copy.deepcopy(model)},
         ),
+        "keep_logits": Call(
+            pk.keep_logits,
+            {
+                "teacher": model, "data": CALIB, "top_k": 4, "temperature": 1.0, "train_on": "replies",
+                "tokenizer": tokenizer, "seq_len": 16,
+            },
+            {"folder": new},
+        ),
         "recover_on_mixture": Call(
             pk.recover_on_mixture,
             {
@@ -460,6 +475,7 @@ def calls(tmp_path_factory):
     }  # fmt: skip
     settings = {
         pk.LoRA: {}, pk.FullTuning: {}, pk.Mixture: {}, pk.SparseLLM: {}, pk.Magnitude: {}, pk.Random: {},
+        pk.Distillation: {"teacher": model, "training": quick},
         pk.Taylor: {}, pk.Curvature: {}, pk.Reconstruction: {}, pk.HyWIA: {}, Trees: {},
         Range: {"low": 0.0, "high": 1.0}, Choice: {"options": (1, 2)}, Metric: {"name": "m", "measure": _one},
         HyperparameterSpace: {"settings": {"a": Range(0.0, 1.0)}, "build": _as_it_is},

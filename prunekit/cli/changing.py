@@ -105,6 +105,8 @@ def recover(
         dict[str, Any], Of(pk.LoRA, *SETTINGS, "targets", "seq_len", "seed"), Of(pk.FullTuning, "weight_decay")
     ],
     training: Annotated[dict[str, Any], Of(pk.recover, "train_on", "keep_zeros")],
+    teacher: str | None = None,
+    distilling: Annotated[dict[str, Any], Of(pk.Distillation, "kl", "temperature", "text_share", "top_k")],
     writing: Writing,
     loading: Loading,
 ) -> Answer:
@@ -114,13 +116,15 @@ def recover(
     them into the weights, or (--method full) trains all weights, and saves the result
     to OUT, with the loss of each step in recovery.json. The last twentieth of the text
     (at most 1,024 tokens) is held out, to measure the loss before and after. Where
-    sparsity.json reports zeros in the weights, they stay zero. OUT is complete or not
-    there.
+    sparsity.json reports zeros in the weights, they stay zero. With --teacher DENSE the
+    model learns to predict what the model before pruning predicts. OUT is complete or
+    not there.
 
     Example:
         prunekit recover small/ --data text.txt --out recovered/
         prunekit recover small/ --data world --r 8 --epochs 2 --out recovered/
         prunekit recover small/ --data text.txt --method full --dtype float32 --out recovered/
+        prunekit recover small/ --data text.txt --teacher dense/ --out distilled/
 
     Args:
         model: a checkpoint folder, a .gguf file, a hub id, "world" or "smollm2".
@@ -130,6 +134,8 @@ def recover(
         preset: LLM-Pruner's settings of LoRA, for models of billions of parameters.
         settings: of the method.
         training: options of `recover`.
+        teacher: the model before pruning, to distil from: what `model` can be.
+        distilling: options of `Distillation`, with --teacher.
         writing: options of `save`.
         loading: options of `load`.
     """
@@ -137,9 +143,13 @@ def recover(
     dense, tokenizer = pk.load(model, **loading)
     if "seq_len" not in settings:
         how = replace(how, seq_len=fitting_length(how.seq_len, dense.config))
+    if distilling and teacher is None:
+        option = next(iter(distilling)).replace("_", "-")
+        raise PrunekitError(f"--{option} is for distillation: give --teacher DENSE too")
     marked = {name: training[name] for name in ("train_on",) if name in training}
     windows, held_out = hold_out(training_windows(data, tokenizer, how.seq_len, **marked))
-    recovered: Any = pk.recover(dense, how, windows, inplace=True, held_out=held_out, **training)
+    method_used = how if teacher is None else pk.Distillation(pk.load(teacher, **loading)[0], how, **distilling)
+    recovered: Any = pk.recover(dense, method_used, windows, inplace=True, held_out=held_out, **training)
     log: RecoveryLog = recovered.recovery_log
     pk.save(recovered, out, tokenizer=tokenizer, files=_files(model, log), **writing)
     tell_unmeasured(log.loss_change)

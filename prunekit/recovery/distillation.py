@@ -126,6 +126,6 @@ def _rest(log_probabilities: Tensor) -> Tensor:
 def _check_vocabulary(n_tokens: int, model: nn.Module) -> None:
     if n_tokens != n_outputs(model):
         raise PrunekitError(
-            f"the teacher tells {n_tokens:,} tokens apart and the model {n_outputs(model):,}: distillation needs one "
+            f"the teacher predicts over {n_tokens:,} tokens and the model over {n_outputs(model):,}: they need one "
             "vocabulary; give the model before pruning, and cut the vocabulary last"
         )

@@ -35,7 +35,7 @@ class TeacherLogits:
     """A teacher's predictions for windows of tokens: at every place the likeliest next tokens.
 
     Attributes:
-        vocabulary: number of tokens that the teacher tells apart.
+        vocabulary: number of tokens that the teacher predicts over.
         temperature: by which its logits were divided.
         tokens: int64 (n_windows, seq_len), what it read.
         folder: of the files that the predictions are in; None where they are in memory.
@@ -150,7 +150,7 @@ def keep_logits(
 
 
 def n_outputs(model: Any) -> int:
-    """Tokens that a model tells apart: the rows of its head, or of its embedding where it has none."""
+    """Tokens that a model predicts over: the rows of its head, or of its embedding where it has none."""
     head = model.get_output_embeddings()
     return len((model.get_input_embeddings() if head is None else head).weight)
 
