@@ -17,7 +17,7 @@ from machine import RESULTS, apart, append, done, machine, shared
 
 import prunekit as pk
 from prunekit.account import loss_on
-from prunekit.pruning.planning import default_units
+from prunekit.pruning.plan_options import default_units
 
 SOURCES = {"smollm2": "smollm2", "gemma": "build/real/gemma-3-270m-q4_k_m.gguf", "world": "world"}
 BY_UNITS = ("gemma",)

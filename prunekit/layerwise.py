@@ -103,7 +103,7 @@ class Layerwise:
         """Output of a layer for one batch, (batch, seq, d_model); moves all batches in front of it."""
         self._go_to(number)
         args, kwargs = self._calls[batch][number].filled(self._hidden[batch])
-        result = _first_float(self._modules[number](*args, **kwargs))
+        result = first_float(self._modules[number](*args, **kwargs))
         assert result is not None  # it was followed there
         return result
 
@@ -183,7 +183,7 @@ def _follow(
         return call.filled(stream[-1])
 
     def leave(_module: nn.Module, _args: Any, result: Any) -> None:
-        after = _first_float(result)
+        after = first_float(result)
         stream[1:] = [] if after is None else [after]  # with none, the next layer is found to read something else
         answers.append(_answer(result))
 
@@ -241,7 +241,8 @@ def _is_stream(value: Any, stream: list[Tensor]) -> bool:
     return alike and torch.equal(value, stream[-1])
 
 
-def _first_float(result: Any) -> Tensor | None:
+def first_float(result: Any) -> Tensor | None:
+    """The first floating-point tensor of a module's output; None without one."""
     return next((tensor for _, tensor in leaves((result,), {}) if tensor.is_floating_point()), None)
 
 

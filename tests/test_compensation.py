@@ -140,7 +140,7 @@ def test_a_layer_whose_held_out_error_does_not_fall_keeps_its_weights(monkeypatc
 @pytest.mark.parametrize(("n", "held"), [(1, None), (2, [1]), (3, [2]), (4, [3]), (9, [3, 7])])
 def test_which_windows_are_held_out(n, held):
     tokens = torch.arange(n)[:, None].expand(n, 4)
-    learnt, judge = compensation._held_out(tokens)
+    learnt, judge = compensation.held_out_windows(tokens)
     assert (None if judge is None else judge[:, 0].tolist()) == held
     assert sorted([*learnt[:, 0].tolist(), *(held or [])]) == list(range(n))
 
@@ -384,7 +384,7 @@ def test_one_massive_token_does_not_decide_for_all():
     x = torch.randn(50, 6)
     scale = torch.ones(50, 1)
     scale[0] = 1e4
-    z = [torch.cat([s * x, torch.ones(50, 1)], 1) * compensation._token_weights(s * x) for s in (scale, scale * 0 + 1)]
+    z = [torch.cat([s * x, torch.ones(50, 1)], 1) * compensation.token_weights(s * x) for s in (scale, scale * 0 + 1)]
     weight, keep = torch.randn(6, 4).double(), torch.arange(3)
     massive, plain = (fit_sums(each.T @ each, weight, keep, None, True).constant()[-1] for each in z)
     assert float((massive - plain).norm()) < 0.5 * float(plain.norm())

@@ -85,7 +85,7 @@ def test_what_cannot_be_is_refused(model):
     with pytest.raises(PrunekitError, match="after which calib would name other tokens; take tokens in one step"):
         plan_in_steps(model, Taylor(), 0.1, CALIB, n_steps=2, kinds=["vocabulary", "ffn_channel"])
     with pytest.raises(PrunekitError, match="remove those by a separate plan"):
-        plan_in_steps(model, Magnitude(), 0.2, n_steps=2, kinds=["layer"])
+        plan_in_steps(model, Magnitude(), 0.2, n_steps=2, kinds=["block"])
     with pytest.raises(PrunekitError, match="'model.layers.0.self_attn:query_head' is not found again after a step"):
         plan_in_steps(model, Magnitude(), 0.6, n_steps=4, kinds=["query_head"], of="units")
     with pytest.raises(PrunekitError, match="cannot be met"):

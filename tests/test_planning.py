@@ -19,7 +19,7 @@ from prunekit.discovery.tracing import trace
 from prunekit.errors import BudgetError
 from prunekit.pruning import surgery
 from prunekit.pruning.budgets import TOLERANCE
-from prunekit.pruning.planning import candidates_of, default_units
+from prunekit.pruning.plan_options import candidates_of, default_units
 
 GROUPS = {name: discover(FAMILIES[name].model()) for name in ("llama_gqa", "gpt2", "bloom")}
 GROUPS_GQA = GROUPS["llama_gqa"]

@@ -26,7 +26,7 @@ from prunekit.importance.scoring import AnyImportance
 from prunekit.models import count_parameters, name_model
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
-from prunekit.pruning.planning import Ratio, default_units
+from prunekit.pruning.plan_options import Ratio, default_units
 from prunekit.pruning.surgery import cut
 from prunekit.written_files import record, recorded
 

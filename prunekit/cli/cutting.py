@@ -24,7 +24,7 @@ from prunekit.errors import PrunekitError
 from prunekit.importance import IMPORTANCES, Importance, default_importance, importance_from_name
 from prunekit.models import count_parameters
 from prunekit.pruning.cuts import tokens_went
-from prunekit.pruning.planning import check_options
+from prunekit.pruning.plan_options import check_options
 
 WINDOWS = {"n_samples": 64, "seq_len": 128}  # default size of the calibration set
 UNMEASURED = "weights stay on disk, so the loss before and after is not measured; afterwards see prunekit evaluate"

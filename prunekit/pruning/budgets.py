@@ -9,20 +9,36 @@ from torch import Tensor
 
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import BudgetError
-from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, bundles_of, stops_of
+from prunekit.pruning.plan_options import Options
+from prunekit.pruning.steps import WHOLE_KINDS, Counter, Step, all_steps, bundles_of, gone_first, lowest, stops_of
 
 TOLERANCE = 0.005  # of the model's parameters
 _LETS = "round_to or min_units lets"
 
 
-def held_by_rounding(
-    groups: Groups,
-    candidates: list[CoupledGroup],
-    scores: Mapping[str, Tensor],
-    rounding: Mapping[str, int],
-    min_units: int,
-) -> list[str]:
-    """Kinds whose number of units rounding or `min_units` does not allow to change."""
+def units_to_go(groups: Groups, scores: Mapping[str, Tensor], options: Options) -> dict[str, set[int]]:
+    """The units that meet a budget, in the order of their scores: group name → units that go.
+
+    Raises:
+        PrunekitError: the budget cannot be met.
+    """
+    candidates, rounding, least = options.candidates, options.rounding, options.min_units
+    ordered = lowest(scores, options.gone_before)
+    if options.of == "units" and options.ranking == "local" and not {*options.fractions} & {*WHOLE_KINDS}:
+        return _by_group(_take_shares(groups, options, ordered), candidates)
+    steps = all_steps(groups, candidates, ordered, options.ranking, rounding, least)
+    steps = gone_first(steps, options.gone_before)
+    if options.of == "units":
+        return _by_group(_take_units(steps, candidates, options.fractions, options.ranking), candidates)
+    ratio = next(iter(options.fractions.values()), 0.0)
+    return _by_group(_take_parameters(steps, ratio, Counter(groups), options.limits), candidates)
+
+
+def held_by_rounding(groups: Groups, scores: Mapping[str, Tensor], options: Options) -> list[str]:
+    """Kinds whose number of units `round_to` or `min_units` does not allow to change."""
+    if not options.limits:
+        return []
+    candidates, rounding, min_units = options.candidates, options.rounding, options.min_units
 
     def kinds_that_go(round_to: Mapping[str, int], least: int) -> set[str]:
         bundles = {g: bundles_of(groups, g, scores[g.name]) for g in candidates if g.kind not in WHOLE_KINDS}
@@ -31,7 +47,7 @@ def held_by_rounding(
     return sorted(kinds_that_go(dict.fromkeys(rounding, 1), 1) - kinds_that_go(rounding, min_units))
 
 
-def by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set[int]]:
+def _by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set[int]]:
     """Units to remove from each candidate group."""
     gone: dict[str, set[int]] = {g.name: set() for g in candidates}
     for step in taken:
@@ -39,10 +55,10 @@ def by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set
     return gone
 
 
-def take_parameters(steps: list[Step], ratio: float, counter: Counter, rounded: str) -> list[Step]:
+def _take_parameters(steps: list[Step], ratio: float, counter: Counter, limits: str) -> list[Step]:
     """Take steps up to the budget: first the same step in every layer, then single steps.
 
-    `rounded` is what a refusal says of the limits, such as `"round_to=16"`; empty where there are none.
+    `limits` is what a refusal says of them, such as `"round_to=16"`; empty where there are none.
 
     Raises:
         PrunekitError: the steps do not come near enough to the budget.
@@ -53,7 +69,7 @@ def take_parameters(steps: list[Step], ratio: float, counter: Counter, rounded: 
     done = set(map(id, taken))
     taken += _fill([[s] for s in steps if id(s) not in done], budget, counter)
     if budget - (counter.total - counter.left) > TOLERANCE * counter.total or (ratio > 0 and not taken):
-        _refuse(steps, taken, ratio, counter, rounded)
+        _refuse(steps, taken, ratio, counter, limits)
     return taken
 
 
@@ -73,14 +89,14 @@ def _fill(batches: list[list[Step]], budget: float, counter: Counter) -> list[St
     return taken
 
 
-def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter, rounded: str) -> None:
-    limits, less, steps_of = (f"{rounded}, and ", ", lower these", f" for {rounded}") if rounded else ("", "", "")
+def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter, limits: str) -> NoReturn:
+    held, less, steps_of = (f"{limits}, and ", ", lower these", f" for {limits}") if limits else ("", "", "")
     reached = _round_up(1 - counter.left / counter.total)
     done = set(map(id, taken))
     rest = [s for s in steps if id(s) not in done]
     if not rest:
         raise BudgetError(
-            f"pruning_ratio={ratio} cannot be met: with {limits}all protected units and all other kinds kept, "
+            f"pruning_ratio={ratio} cannot be met: with {held}all protected units and all other kinds kept, "
             f"at most {reached:.4f} of the parameters can go; ask for that or less{less}, or allow more kinds"
         )
     above = _round_up(1 - (counter.left - min(counter.cost(s) for s in rest)) / counter.total)
@@ -96,21 +112,14 @@ def _round_up(ratio: float) -> float:
     return math.ceil(ratio * 1e4) / 1e4
 
 
-def take_shares(
-    groups: Groups,
-    candidates: list[CoupledGroup],
-    scores: Mapping[str, Tensor],
-    fractions: dict[str, float],
-    rounding: Mapping[str, int],
-    min_units: int,
-) -> list[Step]:
+def _take_shares(groups: Groups, options: Options, scores: Mapping[str, Tensor]) -> list[Step]:
     """A share of the units of each group, all at once: as many as rounding and `min_units` let go.
 
     Raises:
         PrunekitError: they let too few go.
     """
-    taken = []
-    for g in candidates:
+    fractions, rounding, min_units, taken = options.fractions, options.rounding, options.min_units, []
+    for g in options.candidates:
         bundles = bundles_of(groups, g, scores[g.name])
         size, wanted = len(bundles[0]), math.floor(fractions[g.kind] * g.n_units + 0.5 + 1e-9)
         stops = [0, *stops_of(g, bundles, rounding[g.name], min_units)]
@@ -140,8 +149,8 @@ def _refuse_units(name: str, fraction: float, n_units: int, feasible: float, pic
     )
 
 
-def take_units(
-    steps: list[Step], candidates: list[CoupledGroup], fractions: dict[str, float], ranking: str
+def _take_units(
+    steps: list[Step], candidates: list[CoupledGroup], fractions: Mapping[str, float], ranking: str
 ) -> list[Step]:
     """A share of the units of each group, or of all groups of a kind together.
 

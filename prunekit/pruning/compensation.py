@@ -60,7 +60,8 @@ def compensate(
         fit: `"weights"`, and the biases that are there; `"bias"`, the mean of X_pW_p and nothing else; or `"both"`.
             The last two add a missing bias, which most configurations cannot express: such a checkpoint
             loads with prunekit.
-        ridge: λ, above 0, for all layers, whatever it does to held-out tokens; None chooses it. Not used with `"bias"`.
+        ridge: λ, above 0, for all layers, whatever it does to held-out tokens; None chooses it, or takes
+            `curvature.RIDGE` where there is one window only. Not used with `"bias"`.
 
     Returns:
         One row per layer: module, inputs (left), ridge (NaN where the layer kept its weights), error_before and
@@ -85,9 +86,9 @@ def compensate(
         raise PrunekitError(f"fit={fit!r} would add biases to adapters, which merging drops: merge_and_unload() first")
     kept = _kept(plan, model)
     tokens = check_tokens(calib, model)
-    learnt, held = _held_out(tokens) if ridge is None else (tokens, None)
+    learnt, held = held_out_windows(tokens) if ridge is None else (tokens, None)
     before = None if held is None else mean_loss(small, held)
-    rows, old = [], _Weights(small)
+    rows, old = [], SavedWeights(small)
     lost = _readers(small, model)
     with evaluating(model):
         once = _run_once(model, lost, learnt[:1])
@@ -112,14 +113,14 @@ def compensate(
             rows.append((path, module.weight.shape[readers[path].input_dim], *choice[1:]))
     table = pd.DataFrame(rows, columns=["module", "inputs", "ridge", "error_before", "error_after"])
     if before is not None and held is not None:
-        table = _judged(table, old, before, mean_loss(small, held))
+        table = judged(table, old, before, mean_loss(small, held))
     small.compensation = table  # type: ignore[assignment]
     if fit != "weights":
         describe(small)  # biases came
     return table
 
 
-def _held_out(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+def held_out_windows(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
     """Windows for the fit, and held-out windows: every fourth, or the last of two or three; none of a single one."""
     n = len(tokens)
     if n == 1:
@@ -174,13 +175,13 @@ def _grams(model: nn.Module, readers: Mapping[str, Reader], tokens: Tensor) -> d
     """Path → ZᵀZ (n_in + 1, n_in + 1); Z: inputs and a column of ones, each row scaled by its token weight."""
 
     def measure(x: Tensor) -> Tensor:
-        z = torch.cat([x, torch.ones_like(x[:, :1])], 1) * _token_weights(x)
+        z = torch.cat([x, torch.ones_like(x[:, :1])], 1) * token_weights(x)
         return z.T @ z
 
     return sums_over_inputs(model, tokens, readers, measure)
 
 
-def _token_weights(x: Tensor) -> Tensor:
+def token_weights(x: Tensor) -> Tensor:
     """Weights of tokens, (n_tokens, 1), which reduce large ones to the median size."""
     sizes = x.norm(dim=1, keepdim=True)
     median = sizes.median().clamp_min(torch.finfo(sizes.dtype).tiny)
@@ -193,7 +194,7 @@ def _oriented(module: Any, reader: Reader) -> Tensor:
     return weight if reader.input_dim == 0 else weight.T
 
 
-def _judged(table: pd.DataFrame, old: "_Weights", before: float, after: float) -> pd.DataFrame:
+def judged(table: pd.DataFrame, old: "SavedWeights", before: float, after: float) -> pd.DataFrame:
     """The table with the losses; if the loss rose, the layers get their old weights back."""
     if not after <= before:
         old.give_back()
@@ -202,7 +203,7 @@ def _judged(table: pd.DataFrame, old: "_Weights", before: float, after: float) -
     return table
 
 
-class _Weights:
+class SavedWeights:
     """Saved weights and biases of layers."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -241,7 +242,7 @@ def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
         if not units:  # layers behind it stand elsewhere in the cut model
             raise PrunekitError(
                 f"the plan leaves nothing of {name!r}: take whole layers and blocks out first, then cut and compensate "
-                "what is left"
+                "what is left, as prune(model, plan, compensate=calib) does"
             )
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for name in plan.keep:

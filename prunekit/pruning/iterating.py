@@ -13,7 +13,9 @@ from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import BudgetError, PrunekitError
 from prunekit.importance import Scores, score
 from prunekit.importance.scoring import AnyImportance
-from prunekit.pruning.planning import Ratio, check_options, plan
+from prunekit.pruning.gaps import counterparts, takes_layers
+from prunekit.pruning.plan_options import Ratio, check_options
+from prunekit.pruning.planning import plan
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.steps import WHOLE_KINDS
 from prunekit.pruning.surgery import cut
@@ -41,7 +43,8 @@ def plan_in_steps(
         n_steps: 1 or more. A step that is too small for a unit is passed over; its share goes with the next.
         normalize: as for `score`.
         groups: what `discover(model)` returned, where it was called before; None discovers.
-        options: of `plan`, but no whole blocks and layers, which would move those behind them.
+        options: of `plan`. Of whole parts, layers alone (`kinds=("layer",)`): with `BlockInfluence` and as many steps
+            as layers they go one at a time, each chosen by the influence measured without those before. No blocks.
 
     Returns:
         One plan for the dense model. What went in a step stays gone.
@@ -55,8 +58,8 @@ def plan_in_steps(
     kinds = tuple(check_options(pruning_ratio, **options))
     if "vocabulary" in kinds and calib is not None:
         raise PrunekitError("kinds has vocabulary, after which calib would name other tokens; take tokens in one step")
-    if set(kinds) & set(WHOLE_KINDS):
-        raise PrunekitError(f"kinds={kinds} includes blocks or layers; remove those by a separate plan")
+    if set(kinds) & set(WHOLE_KINDS) and kinds != ("layer",):
+        raise PrunekitError(f"kinds={kinds} includes blocks, or layers with others; remove those by a separate plan")
     groups = discover(model) if groups is None else groups
     chosen, small = plan(groups, _ones(groups), _part(pruning_ratio, 0.0), **options), model
     scored = partial(score, importance=importance, calib=calib, normalize=normalize)
@@ -64,7 +67,8 @@ def plan_in_steps(
     for step in tqdm(range(1, n_steps + 1), desc="steps", leave=False, delay=1):
         if scores is None:  # a step that was passed over changed nothing
             left = groups if small is model else discover(small)
-            scores = _scores(groups, left, chosen, small, scored)
+            names = _names_now(model, small, chosen)
+            scores = _scores(groups, left, chosen, names, partial(scored, small))
         try:
             chosen = plan(groups, scores, _part(pruning_ratio, step / n_steps), **options, after=chosen)
         except BudgetError:
@@ -84,23 +88,33 @@ def _part(ratio: Ratio, share: float) -> Ratio:
     return ratio * share if isinstance(ratio, (int, float)) else {kind: part * share for kind, part in ratio.items()}
 
 
+def _names_now(model: nn.Module, small: nn.Module, chosen: PruningPlan) -> dict[str, str]:
+    """Name of each group that is left, in the dense model → in the smaller one, where layers moved up."""
+    left = [name for name, units in chosen.keep.items() if units]
+    if not takes_layers(chosen):
+        return dict(zip(left, left, strict=True))
+    moved = counterparts(small, model, chosen)
+    return {name: f"{moved[name.removesuffix(':layer')]}:layer" for name in left}
+
+
 def _scores(
     groups: Groups,
     left: Groups,
     chosen: PruningPlan,
-    small: nn.Module,
-    scored: Callable[[nn.Module, list[CoupledGroup]], Scores],
+    names: dict[str, str],
+    scored: Callable[[list[CoupledGroup]], Scores],
 ) -> Scores:
     """Scores of the remaining units in the dense model's numbering; removed units score lowest."""
-    missing = [name for name in chosen.keep if name not in {group.name for group in left}]
+    missing = [name for name, now in names.items() if now not in {group.name for group in left}]
     if missing:
         raise PrunekitError(f"{missing[0]!r} is not found again after a step; plan it in one step")
-    fresh = scored(small, [left[name] for name in chosen.keep])
+    fresh = scored([left[now] for now in names.values()])
     lowest = min(float(values.min()) for values in fresh.values()) - 1
     scores = {}
     for name, units in chosen.keep.items():
-        scores[name] = torch.full((groups[name].n_units,), lowest, dtype=fresh[name].dtype)
-        scores[name][units] = fresh[name]
+        scores[name] = torch.full((groups[name].n_units,), lowest, dtype=next(iter(fresh.values())).dtype)
+        if units:
+            scores[name][units] = fresh[names[name]]
     found = Scores(scores, label=f"{fresh.label}, in steps", kinds=fresh.kinds, ranking=fresh.ranking)
     found.tokens = fresh.tokens
     return found

@@ -22,6 +22,7 @@ from prunekit.pruning.consequences import Consequences, apply_to, consequences_o
 from prunekit.pruning.describing import describe
 from prunekit.pruning.dropping import drop, renamed
 from prunekit.pruning.experts import usable
+from prunekit.pruning.gaps import bridge, takes_layers
 from prunekit.pruning.part_removal import try_without
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.proving import Change, check_scales, parameters_in, verify
@@ -84,7 +85,8 @@ def prune(
             is left alone.
         compensate: integers (n_samples, seq_len), on which what reads the pruned units is re-fitted, as
             `prunekit.compensate` does; None to leave it as it is. Not with `inplace`. Where whole layers or blocks
-            go too, the target of the re-fit is the model without them; where nothing else goes, nothing is re-fitted.
+            go too, the target of the re-fit is the model without them. What removed layers added to the residual stream
+            is then fitted by the last layer in front of them (`prunekit.pruning.gaps.bridge`).
         fit: what of it, as in `prunekit.compensate`: `"weights"`, `"bias"` or `"both"`.
         held_out: integers (n, seq_len) on which the loss is measured before and after, about 1,024 of these tokens;
             `calibration_set(..., held_out=True)` draws some. None takes windows that the plan's scores (or else the
@@ -117,6 +119,8 @@ def prune(
     pruned = _prune(model, plan, inplace)
     if compensate is not None and pruned.plan.keep:
         refit(*pruned, compensate, fit=fit)
+    if compensate is not None and takes_layers(plan):
+        bridge(pruned.small, model, plan, compensate)
     describe(pruned.small, pruned.plan.groups)
     if opening is not None:
         closed(opening, pruned.small)

@@ -13,7 +13,7 @@ from prunekit.documents import TextSource
 from prunekit.importance import score
 from prunekit.importance.scoring import AnyImportance, importance_from_name
 from prunekit.pruning import PruningPlan, prune
-from prunekit.pruning.planning import DEFAULT_KINDS
+from prunekit.pruning.plan_options import DEFAULT_KINDS
 from prunekit.recovery import LoRA, recover
 
 if TYPE_CHECKING:

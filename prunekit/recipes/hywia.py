@@ -12,7 +12,7 @@ from prunekit.gradients import gather_gradients
 from prunekit.importance import FusedScores, HyWIA, Taylor, fuse, score
 from prunekit.importance.fusion import Rule
 from prunekit.pruning import PruningPlan, plan, prune
-from prunekit.pruning.planning import DEFAULT_KINDS, check_options
+from prunekit.pruning.plan_options import DEFAULT_KINDS, check_options
 from prunekit.recipes.llm_pruner import spared_layers
 from prunekit.recovery import LoRA, recover
 

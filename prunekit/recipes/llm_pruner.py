@@ -13,7 +13,8 @@ from prunekit.errors import PrunekitError
 from prunekit.importance import Curvature, Taylor
 from prunekit.importance.scoring import AnyImportance
 from prunekit.pruning import PruningPlan, plan_in_steps, prune
-from prunekit.pruning.planning import check_options, default_units, plan_without
+from prunekit.pruning.plan_options import check_options, default_units
+from prunekit.pruning.planning import plan_without
 from prunekit.recovery import LoRA, recover
 
 MODES = ("block", "channel", "layer")

@@ -14,7 +14,7 @@ from prunekit.importance import Taylor, score
 from prunekit.importance.scoring import AnyImportance
 from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution
 from prunekit.pruning import PruningPlan, prune
-from prunekit.pruning.planning import DEFAULT_KINDS
+from prunekit.pruning.plan_options import DEFAULT_KINDS
 from prunekit.recovery import LoRA
 from prunekit.recovery.lhspg import importance_saliency, update_saliency
 from prunekit.recovery.mixture import Mixture, MixtureLog, opened, recover_on_mixture, steps_over

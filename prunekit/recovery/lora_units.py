@@ -71,7 +71,7 @@ class LoraPair:
     """A weight and its LoRA pair, which updates it by γ·B·A.
 
     Attributes:
-        weight: name of the weight in `named_parameters()`.
+        weight: the parameter that the pair updates.
         a: (r, in).
         b: (out, r).
         scale: γ, alpha / r.

@@ -17,7 +17,8 @@ from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.fingerprint import bytes_of
 from prunekit.pruning import PruningPlan
-from prunekit.pruning.planning import DEFAULT_KINDS, candidates_of, plan_without
+from prunekit.pruning.plan_options import DEFAULT_KINDS, candidates_of
+from prunekit.pruning.planning import plan_without
 from prunekit.search.costs import Budget, CostTable, Slots, budgets_of, check_budgets, parameter_table
 from prunekit.search.hyperparameters import Choice, Hyperparameter, Range
 from prunekit.search.space import CarryOut, Point, Space, check_limit

@@ -15,7 +15,8 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.footprint import check_length, count_macs, random_tokens, time_decode, time_prefill
 from prunekit.models import evaluating
 from prunekit.pruning import prune
-from prunekit.pruning.planning import DEFAULT_KINDS, plan_without
+from prunekit.pruning.plan_options import DEFAULT_KINDS
+from prunekit.pruning.planning import plan_without
 from prunekit.search.architectures import PlanSpace
 from prunekit.search.costs import CostTable
 
