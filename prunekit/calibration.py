@@ -139,7 +139,10 @@ def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary, low, high = len(embedding.weight), int(calib.min()), int(calib.max())
     if low < 0 or high >= vocabulary:
-        raise PrunekitError(f"token ids {low} to {high}, but the model knows 0 to {vocabulary - 1}: another tokenizer?")
+        raise PrunekitError(
+            f"token ids {low} to {high}, but the model knows 0 to {vocabulary - 1}: they come from another tokenizer; "
+            "use the model's own"
+        )
     return calib.to(embedding.weight.device, torch.long)
 
 

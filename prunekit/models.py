@@ -123,7 +123,7 @@ def max_positions(model: nn.Module) -> int | None:
 
 
 def positions_of(config: Any) -> int | None:
-    """Maximum tokens by a configuration; None without a limit."""
+    """Maximum number of tokens that a configuration allows in one forward pass; None where it sets no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 

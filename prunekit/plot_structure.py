@@ -105,7 +105,7 @@ def two_units(group: CoupledGroup) -> list[int]:
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns as drawn: a vector is a column, of three dimensions the last two count."""
+    """Rows and columns as drawn: a vector is one column; a 3-D parameter is drawn by its last two dimensions."""
     return (shape[0], 1) if len(shape) == 1 else (shape[-2], shape[-1])
 
 

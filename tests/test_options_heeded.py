@@ -115,9 +115,9 @@ def test_no_zeros_are_remarked(model):
 
 def test_data_of_a_metric_that_is_not_measured_is_refused(model):
     space = pk.HyperparameterSpace({"a": pk.search.Range(0.0, 1.0)}, lambda model, point: model)
-    with pytest.raises(PrunekitError, match="text= is what 'perplexity' is measured on, which is no metric here"):
+    with pytest.raises(PrunekitError, match="text= is only used by the metric 'perplexity'"):
         measure_pairs(space, model, byte_tokenizer(), 1, metric="accuracy", text=TEXT)
-    with pytest.raises(PrunekitError, match="tasks= is what 'accuracy' is measured on"):
+    with pytest.raises(PrunekitError, match="tasks= is only used by the metric 'accuracy'"):
         measure_pairs(space, model, byte_tokenizer(), 1, text=TEXT, tasks=world.tasks())
     with pytest.raises(PrunekitError, match="start has 2 candidates, and 1 are measured"):
         measure_pairs(space, model, byte_tokenizer(), 1, text=TEXT, start=[{"a": 0.1}, {"a": 0.2}])

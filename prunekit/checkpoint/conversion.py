@@ -33,7 +33,8 @@ PROBE = "Once upon a time, in 1984: naïve 猫s\n\n\tdef f(x): return x  # <|im_
 def converted(path: Path) -> Path:
     """The checkpoint folder of a GGUF file, converted at the first call and then cached.
 
-    It goes by the content of the file, not by its name: SHA-256 of it, with the version of transformers.
+    The cache key is a SHA-256 of the file's content (not its name), of tokenizer files beside it, and of the version
+    of transformers.
 
     Args:
         path: of the file.

@@ -117,8 +117,8 @@ def _check_fields(described: Any, source: str, own: bool) -> None:
     for key, value in described.items() if isinstance(described, dict) else ():
         if key == "transformers_weights" and value is not None:
             raise PrunekitError(
-                f"config.json of {source!r} has transformers_weights={shown(value)}, and only {WHOLE} and {INDEX} are "
-                "read; rename the weights so, and remove that field from config.json"
+                f"config.json of {source!r} has transformers_weights={shown(value)}; weights are only read from "
+                f"{WHOLE} or {INDEX}: rename the file to that, and remove the field from config.json"
             )
         part = next((part for part in _MOST if part in f"^{key}"), "")
         if part and type(value) is int and not 0 <= value <= _MOST[part]:
@@ -184,7 +184,7 @@ def _sharded(folder: Path, names: dict[str, str]) -> dict[str, Stored]:
 
 
 def header_of(path: Path) -> dict[str, Stored]:
-    """Every tensor of one safetensors file, by name.
+    """Tensor name → file, shape and dtype, from the header of one safetensors file; no weights are read.
 
     Raises:
         PrunekitError: the file cannot be read.

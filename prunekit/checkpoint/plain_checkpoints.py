@@ -107,4 +107,7 @@ def check_floats(folder: Path, model: nn.Module, stored: dict[str, Stored]) -> N
     for name, tensor in stored.items():  # which may have other names than the model's, as those of experts
         is_weight = name in names or (name.endswith((".weight", ".bias")) and tensor.dtype != "BOOL")
         if is_weight and not tensor.is_float and len(tensor.shape) < 4:  # a mask has four dimensions
-            raise PrunekitError(f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}; restore the weights")
+            raise PrunekitError(
+                f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}, but weights must be floating-point numbers; "
+                "restore them from their source"
+            )

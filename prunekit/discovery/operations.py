@@ -64,7 +64,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
     "ones_like", "full_like", "new_empty_strided", "empty_strided", "scalar_tensor", always=True,
 )  # fmt: skip
 def create(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Tensor:
-    """A fresh constant of equal values, whatever the labels of the tensor it takes its shape from."""
+    """Result of `zeros`, `full_like` and the like: a uniform constant, without the labels of any tensor argument."""
     mode.note_numbers(func, [kwargs.get("fill_value"), *args[1:2]] if "full" in func.overloadpacket.__name__ else [])
     return mode.mark_uniform(func(*args, **kwargs))
 

@@ -160,12 +160,12 @@ def _outer_planes(
 
 
 def spread_rows(graph: LabelGraph, inner: Tensor, rows: Tensor) -> Tensor:
-    """Labels (..., n_rows) of a product with a matrix: its rows' own, copied where what is contracted varies elsewhere.
+    """Labels (..., n_rows) of input @ matrixᵀ: the labels of the matrix's rows, copied along the input's other labels.
 
     Args:
-        graph: where copies are noted.
-        inner: the contracted operand, along its last dimension.
-        rows: (n_rows,).
+        graph: where the copies are recorded.
+        inner: labels of the input, whose last dimension is contracted.
+        rows: labels of the matrix's rows, (n_rows,).
     """
     last = inner.dim() - 1
     target = varying_dims(inner) - {last} | varying_dims(rows.view(*[1] * last, -1))

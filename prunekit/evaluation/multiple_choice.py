@@ -215,7 +215,7 @@ def check_question(question: Question, place: str) -> None:
     """Raises an error for a question that cannot be scored."""
     n_choices = len(question.choices)
     if not 0 <= question.answer < n_choices:
-        raise PrunekitError(f"{place} has answer {question.answer} of {n_choices} choices, which count from 0")
+        raise PrunekitError(f"{place} has answer {question.answer} of {n_choices} choices; count choices from 0")
     if question.contexts is not None and len(question.contexts) != n_choices:
         raise PrunekitError(f"{place} has {len(question.contexts)} contexts for {n_choices} choices; give one each")
     if not all(choice.strip() for choice in question.choices):

@@ -223,7 +223,7 @@ def _check_names(name: str, options: Mapping[str, Any] | None, function: Callabl
     known = [each.name for each in signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
     for option in options or ():
         if option not in known:
-            raise PrunekitError(f"{name} has {option!r}; give some of {', '.join(known)}")
+            raise PrunekitError(f"{name} has the unknown option {option!r}; allowed are {', '.join(known)}")
 
 
 def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:

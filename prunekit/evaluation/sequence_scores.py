@@ -192,7 +192,7 @@ def choose_reading(model: nn.Module, spans: Sequence[Span], tokens_a_batch: int,
 def packed_batches(
     model: nn.Module, spans: Sequence[Span], rows: Sequence[Row], tokens_a_batch: int
 ) -> Iterator[Batch]:
-    """Batches of rows of similar widths, padded on the right, with the tree as mask and positions."""
+    """Right-padded batches of rows of similar widths; masks and positions follow each row's prefix tree."""
     dtype = _dtype(model)
     for several in _in_batches(rows, tokens_a_batch, FULL):
         width = max(len(row.tokens) for row in several)

@@ -260,6 +260,6 @@ def _missing(spec: StandardTask, subject: str | None, split: str, root: Path) ->
         )
     original = f", {folder / 'valid.jsonl'} with valid-labels.lst (the original form)" if spec.name == "piqa" else ""
     return (
-        f"{spec.name}: no file {folder / split}.jsonl; give that with the hub's columns, or as .parquet{original}, or "
-        f"data_dir=None to read {spec.hub} from the hub"
+        f"{spec.name}: no file {folder / split}.jsonl; give that or a .parquet file, with the columns of {spec.hub}"
+        f"{original}; or data_dir=None to read {spec.hub} from the hub"
     )

@@ -34,9 +34,10 @@ class MassiveActivations:
             layer, mean over heads (NaN where it has no attention).
         writers: one row per unit of one layer, with what it adds to the largest activation: columns group, unit,
             written, share (of the activation; earlier layers write the rest); the largest |written| first. Units that
-            no linear layer consumes (of experts fused into one tensor) are not in it. Where a norm stands between the
-            unit and the stream, written is what goes into that norm.
-        layer: number of that layer; by default the one after which `largest` grows most.
+            no linear layer consumes, such as those of experts fused into one tensor, have no row. Where a norm stands
+            between the unit and the stream, written is what goes into that norm.
+        layer: number of the layer in `writers`; by default the one whose `largest` is the largest multiple of the
+            `largest` of the layer before.
         n_tokens: number of tokens measured.
     """
 

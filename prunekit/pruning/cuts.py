@@ -38,12 +38,13 @@ class Cuts:
 
     @classmethod
     def of(cls, model: Any, *, all_layers: bool = False, groups: Groups | None = None) -> "Cuts":
-        """From a model's record.
+        """All cuts of a model, read from the record in its configuration.
 
         Args:
             model: as returned by `prune`.
-            all_layers: the uncut model has the layers that went, and they go last; otherwise it never had them.
-            groups: of the uncut model, where they are at hand and it never had other layers.
+            all_layers: True: the uncut model includes the removed layers, and their removal is the last stage. False:
+                the uncut model is described as if those layers had never existed.
+            groups: groups of the uncut model, if already discovered; used only after a single cut without layers.
 
         Raises:
             PrunekitError: the uncut model cannot be built from its configuration.

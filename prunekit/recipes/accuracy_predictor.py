@@ -68,16 +68,17 @@ def accuracy_predictor(
         model: the dense model; unchanged.
         tokenizer: its tokenizer.
         calib: integers (n_samples, seq_len), for the scores.
-        budgets: fraction of all parameters that goes, or budgets such as `[latency_table(model, groups).at_most(12)]`.
-        text: on which the perplexity of architectures is measured, apart from that on which they are judged in the end;
-            None is the embedded world's validation text.
+        budgets: fraction of all parameters to remove, or budgets such as `[latency_table(model, groups).at_most(12)]`
+            (12 ms).
+        text: text on which the search measures perplexity; keep another one for the final evaluation. None is the
+            embedded world's validation text.
         importances: names or importances that are chosen from.
         whole_layers: how many whole layers may be removed, at most.
         start_known: measure even shares and global selection by each importance first.
         n_pairs: architectures of the first round. The paper has 525 in all.
         n_rounds: rounds in which the predictor proposes.
-        top_k: architectures that each of these measures.
-        trees: how the predictor learns.
+        top_k: architectures measured in each round of the predictor.
+        trees: hyperparameters of the predictor; None is `Trees()`.
         seed: random seed.
         folder: where the journal is kept, from which a search goes on.
         n_jobs: worker processes.
@@ -90,8 +91,8 @@ def accuracy_predictor(
     Raises:
         PrunekitError: what `PlanSpace`, `search_space` and `recover` raise.
 
-    Source: Fig. 1. Reconstructed: the space's bounds, how architectures are drawn and the rounds, which are GBDT-NAS's.
-        Here the budget is met by every architecture, and rounds propose by evolution.
+    Source: Fig. 1. Reconstructed: the bounds of the space, how architectures are drawn, and the rounds (from GBDT-NAS).
+        Differs: every architecture meets the budget, and each round proposes architectures by evolution.
     """
     from prunekit.search import (  # needs prunekit[search], the other recipes do not
         PlanSpace,

@@ -146,7 +146,7 @@ def _check(
             steps_over(stage, how, mixture)
         except PrunekitError as error:
             raise PrunekitError(
-                f"a stage of fine-tuning has its share of the method's steps, {how.max_steps}: {error}, or other shares"
+                f"shares= gives a stage of fine-tuning {how.max_steps} of the method's steps: {error}, or change shares"
             ) from None
 
 

@@ -53,8 +53,9 @@ def training_windows(
         data: windows, used as they are; integers (n, length), all trained on; or what `token_windows` reads.
         tokenizer: as for `token_windows`.
         seq_len: as for `token_windows`.
-        train_on: `"replies"` trains on the replies alone of chats, prompts with completions and instructions with
-            outputs, and on all of other documents; windows without a reply are left out. `"all"` trains on all.
+        train_on: `"replies"`: of a chat, a prompt with completion or an instruction with output, only the reply is
+            trained on; of any other document, every token. Windows without a token to train on are left out. `"all"`
+            trains on every token.
         enough: as for `token_windows`.
 
     Raises:

@@ -77,9 +77,9 @@ class Distillation:
         n = len(windows)
         if kept.tokens.shape[1:] != windows.tokens.shape[1:] or not torch.equal(kept.tokens[:n], windows.tokens):
             raise PrunekitError(
-                f"the predictions were kept for other windows ({len(kept)} of {kept.tokens.shape[1]} tokens) than the "
-                f"{n} of {windows.tokens.shape[1]} to train on; give keep_logits and recover the same data, tokenizer, "
-                "seq_len and train_on"
+                f"the predictions were kept for other windows ({len(kept)} windows of {kept.tokens.shape[1]} tokens) "
+                f"than those to train on ({n} windows of {windows.tokens.shape[1]} tokens); give keep_logits and "
+                "recover the same data, tokenizer, seq_len and train_on"
             )
 
         def row(number: int) -> dict[str, Tensor]:

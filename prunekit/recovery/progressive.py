@@ -87,16 +87,16 @@ def prune_progressively(
     """Prunes progressively: trains with LoRA while units shrink to exactly zero, period by period (LHSPG).
 
     Args:
-        model: a causal LM; unchanged. Zeros of single weights, as `sparsify` makes them, are filled.
+        model: a causal LM; unchanged. Single weights that `sparsify` set to zero do not stay zero.
         pruning_ratio: fraction of all the model's parameters that is to go, met within 0.5% or refused. Heads and FFN
             channels give up the same share; which layers lose them is up to saliency.
         data: as for `recover`.
-        method: how LoRA trains; its steps are shared out between warm-up, periods and rest. None is `LoRA()`, whose
-            learning rate is meant for models that lost much: 1e-3 is kinder to one that is still whole. Its rate falls
-            to 0 over all the steps. Some hundred steps are little.
-        protect: names of groups of heads or channels that lose nothing, such as `KnowledgeDistribution.unprunable()`
-            gives where such groups were measured.
-        n_periods: in which the units go in equal parts.
+        method: how LoRA trains; its steps are divided among warm-up, periods and rest, and its learning rate falls to
+            0 over all of them. None is `LoRA()`, whose learning rate suits models that have lost much; for a model
+            that is still whole, 1e-3 is better. A run of some hundred steps is short.
+        protect: names of groups of heads or channels that lose nothing. `KnowledgeDistribution.unprunable()` gives such
+            names if it measured only heads and channels.
+        n_periods: number of periods; each removes an equal part of the units.
         warmup: share of the steps before the first units are chosen, in [0, 1).
         rest: share of the steps after the last period, in [0, 1); without any, the last removals are never recovered
             unless `recover` follows.
@@ -107,7 +107,7 @@ def prune_progressively(
             model, data and arguments. (Whether `saliency` is the same cannot be seen.)
 
     Returns:
-        The zeroed model, the plan that cuts the zeros out, the loss curve, and the norms on the way.
+        The zeroed model, the plan that cuts the zeros out, the loss curve, and the norms of the removed units by step.
 
     Raises:
         PrunekitError: a budget that cannot be met, an unknown group, more periods than steps, bad data, a folder of

@@ -65,7 +65,10 @@ def metrics_of(
     others = [also] if isinstance(also, str | Metric) else list(also)
     for option, given, reader in (("text", text, "perplexity"), ("tasks", tasks, "accuracy")):
         if given is not None and reader not in (metric, *others):
-            raise PrunekitError(f"{option}= is what {reader!r} is measured on, which is no metric here; leave it out")
+            raise PrunekitError(
+                f"{option}= is only used by the metric {reader!r}, which is not requested; leave {option}= out, or "
+                f"request {reader!r}"
+            )
     return [metric_of(each, tokenizer, text, tasks) for each in (metric, *others)]
 
 

@@ -307,7 +307,7 @@ class Trials:
                     f"{where} is no candidate of this search ({reason(error)}); delete the journal to begin anew"
                 ) from None
             if "again" not in trial.user_attrs and key in seen:
-                raise PrunekitError(f"{where} stands there twice; delete the journal to begin anew")
+                raise PrunekitError(f"{where} repeats an earlier candidate; delete the journal to begin anew")
             seen.add(key)
 
 

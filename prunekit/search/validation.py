@@ -17,7 +17,7 @@ TOP = 10  # most promising candidates, for the regret
 def agreement(
     expected: Sequence[float] | np.ndarray, measured: Sequence[float] | np.ndarray, top: int = TOP
 ) -> pd.Series:
-    """Agreement of predicted with measured values: error, rank correlations, regret; lower values are better.
+    """Error, rank correlations and regret of predicted against measured values, where low values are good candidates.
 
     Args:
         expected: predicted values, (n,).

@@ -134,7 +134,7 @@ def check_sparsifiable(model: Any) -> None:
 
 
 def quantised(model: nn.Module) -> str | None:
-    """How a model is quantised; None where it is not."""
+    """What shows that a model is quantised, as a clause for an error message; None where it is not quantised."""
     stated = getattr(getattr(model, "config", None), "quantization_config", None)
     if stated is not None:
         method = stated.get("quant_method") if isinstance(stated, dict) else getattr(stated, "quant_method", None)

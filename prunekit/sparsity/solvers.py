@@ -221,7 +221,8 @@ def _check_statistics(statistics: Any, weight: Tensor) -> Tensor:
 
 def _check_squares(squares: Tensor, weight: Tensor) -> Tensor:
     if squares.shape != weight.shape[1:]:
-        raise PrunekitError(f"{weight.shape[1]} inputs have as many sums of squares, not {tuple(squares.shape)}")
+        n_in = weight.shape[1]
+        raise PrunekitError(f"sums of squares have shape {tuple(squares.shape)}; give one for each input, ({n_in},)")
     if not bool(squares.isfinite().all()) or bool((squares < 0).any()):
         raise PrunekitError("sums of squares are finite and not negative; these are not; check the activations")
     return squares

@@ -154,7 +154,7 @@ def _check_nothing_else(adapted: nn.Module, layers: Mapping[str, Any]) -> None:
     pairs = {p for layer in layers.values() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
     for name, p in adapted.named_parameters():
         if p.requires_grad and p not in pairs and p.dim() > 1 and bool((p == 0).any()):
-            raise PrunekitError(f"{name} has zeros and is trained itself; attach LoRA without modules_to_save")
+            raise PrunekitError(f"{name} is trained itself and loses its zeros; attach LoRA without modules_to_save")
 
 
 def _masked_methods(path: str, layer: Any) -> dict[str, Callable]:

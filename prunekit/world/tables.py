@@ -27,7 +27,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of a table: the words of its cue, its value, and its rank among the rows of that value."""
+    """One row of a table: cue (words that ask for the value), value, and number (from 0) among rows of that value."""
 
     cue: tuple[str, ...]
     value: str
