@@ -92,7 +92,7 @@ def test_what_cannot_be_is_refused(model):
         plan_in_steps(model, Magnitude(), 0.95, n_steps=3)
     with pytest.raises(PrunekitError, match=r"pruning_ratio=2 is not allowed"):
         plan_in_steps(model, Magnitude(), 2, n_steps=1)
-    for ratio in ("0.2", None, {"layer": 0.5}, {"ffn_channels": 0.5}):
+    for ratio in ("0.2", None, {"block": 0.5}, {"ffn_channels": 0.5}):
         with pytest.raises(PrunekitError, match=r"is not allowed; give a fraction|separate plan|is unknown"):
             plan_in_steps(model, Magnitude(), ratio, n_steps=2, of="units")
     with pytest.raises(PrunekitError, match="kinds is empty"):
