@@ -476,7 +476,8 @@ def calls(tmp_path_factory):
     settings = {
         pk.LoRA: {}, pk.FullTuning: {}, pk.Mixture: {}, pk.SparseLLM: {}, pk.Magnitude: {}, pk.Random: {},
         pk.Distillation: {"teacher": model, "training": quick},
-        pk.Taylor: {}, pk.Curvature: {}, pk.Reconstruction: {}, pk.HyWIA: {}, Trees: {},
+        pk.Taylor: {}, pk.Curvature: {}, pk.Reconstruction: {}, pk.REAP: {}, pk.RouterFrequency: {},
+        pk.HyWIA: {}, Trees: {},
         Range: {"low": 0.0, "high": 1.0}, Choice: {"options": (1, 2)}, Metric: {"name": "m", "measure": _one},
         HyperparameterSpace: {"settings": {"a": Range(0.0, 1.0)}, "build": _as_it_is},
     }  # fmt: skip

@@ -6,12 +6,14 @@ from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.curvature import Curvature
 from prunekit.importance.fusion import FusedScores, HyWIA, fuse
 from prunekit.importance.reconstruction import Reconstruction
+from prunekit.importance.routing import REAP, RouterFrequency
 from prunekit.importance.scores import Scores
 from prunekit.importance.scoring import IMPORTANCES, Importance, default_importance, importance_from_name, score
 from prunekit.importance.taylor import Taylor
 
 __all__ = [
     "IMPORTANCES",
+    "REAP",
     "Ablation",
     "Activation",
     "BlockInfluence",
@@ -23,6 +25,7 @@ __all__ = [
     "Magnitude",
     "Random",
     "Reconstruction",
+    "RouterFrequency",
     "Scores",
     "Taylor",
     "default_importance",

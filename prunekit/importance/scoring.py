@@ -20,6 +20,7 @@ from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.curvature import Curvature, applies
 from prunekit.importance.fusion import HyWIA
 from prunekit.importance.reconstruction import Reconstruction
+from prunekit.importance.routing import REAP, RouterFrequency
 from prunekit.importance.scores import Scores
 from prunekit.importance.taylor import Taylor
 
@@ -61,7 +62,9 @@ IMPORTANCES: dict[str, Callable[..., Importance]] = {
     "activation": Activation,
     "block-influence": BlockInfluence,
     "fluctuation": Fluctuation,
+    "reap": REAP,
     "reconstruction": Reconstruction,
+    "router-frequency": RouterFrequency,
     "l1": partial(Magnitude, p=1),
     "l2": partial(Magnitude, p=2),
     "random": Random,
