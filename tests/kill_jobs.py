@@ -14,6 +14,7 @@ from evaluation_helpers import TEXT, byte_tokenizer, llama
 import prunekit as pk
 from prunekit.cli import main
 from prunekit.files import write_text
+from prunekit.recovery import teacher_logits
 from prunekit.search import Metric, measure_pairs
 
 LETTERS = "the cat and the dog sat by the cold sea; a ship ran past them all. "
@@ -83,6 +84,13 @@ def _knowledge(base: Path, work: Path) -> None:
     write_text(work / "out.json", json.dumps(known.table().to_dict("records")))
 
 
+def _teacher(base: Path, work: Path) -> None:
+    teacher_logits._A_SHARD = 4
+    model, tokenizer = pk.load(base / "dense")
+    kept = pk.keep_logits(model, str(base / "text.txt"), work / "kept", tokenizer=tokenizer, seq_len=32)
+    write_text(work / "out.json", json.dumps([[part.tolist() for part in kept[n]] for n in range(len(kept))]))
+
+
 def _save(base: Path, work: Path) -> None:
     model, tokenizer = pk.load(base / "cut")
     if not (work / "out").exists():
@@ -100,6 +108,7 @@ JOBS: dict[str, Callable[[Path, Path], None]] = {
     "progressive": _progressive,
     "search": _search,
     "knowledge": _knowledge,
+    "teacher": _teacher,
     "save": _save,
     "export": _export,
 }

@@ -168,7 +168,7 @@ def _tokens_in(shard: Path) -> Tensor:
 def _check_same(folder: Path, about: dict[str, Any]) -> None:
     """Write what a folder is about, or raise an error where it is about something else."""
     if not (folder / ABOUT).is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
             raise PrunekitError(f"{str(folder)!r} exists and holds no predictions of a teacher; give a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / ABOUT, json.dumps(about, indent=1))
