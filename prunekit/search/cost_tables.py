@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from prunekit.search.costs import CostTable
 
 PHASES = ("decode", "prefill")
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of a group's units, at which time is measured; between them it is interpolated
+_SHORT = 8  # tokens of the pass by which a cache is measured
 ROUNDS = 5  # of timing the dense and the cut model in turn, so that other load affects both
 Measure = Callable[[nn.Module], float]
 
@@ -42,6 +44,49 @@ def mac_table(model: Model, groups: Groups, *, kinds: Iterable[str] = DEFAULT_KI
     check_length(model, seq_len)
     measure = partial(_macs, seq_len=seq_len)
     return _measured("macs", model, groups, kinds, (1.0,), measure, rounds=1)
+
+
+@checked
+def weight_table(model: Model, groups: Groups, *, kinds: Iterable[str] = DEFAULT_KINDS) -> CostTable:
+    """A table of the bytes that the weights take in memory, tied ones once.
+
+    Args:
+        model: in which the groups were discovered; unchanged.
+        groups: what `discover` found.
+        kinds: in the table; with `"layer"` whole layers too.
+
+    Raises:
+        PrunekitError: a cut that cannot be made.
+    """
+    return _measured("weight_bytes", model, groups, kinds, (1.0,), _weight_bytes, rounds=1)
+
+
+@checked
+def cache_table(
+    model: Model,
+    groups: Groups,
+    *,
+    context: Count,
+    batch_size: Count = 1,
+    kinds: Iterable[str] = DEFAULT_KINDS,
+) -> CostTable:
+    """A table of the bytes of keys and values that are kept while text is generated.
+
+    They are those of one short pass, scaled to the context: layers with a sliding window keep less of a long one.
+
+    Args:
+        model: in which the groups were discovered; unchanged.
+        groups: what `discover` found.
+        context: tokens of each sequence.
+        batch_size: sequences.
+        kinds: in the table; with `"layer"` whole layers too.
+
+    Raises:
+        PrunekitError: a model without a cache of keys and values, or a cut that cannot be made.
+    """
+    check_length(model, context)
+    measure = partial(_cache_bytes, context=context, batch_size=batch_size)
+    return _measured("cache_bytes", model, groups, kinds, (1.0,), measure, rounds=1)
 
 
 @checked
@@ -169,6 +214,20 @@ def _cuts(alike: list[CoupledGroup], shares: Sequence[float]) -> Iterator[tuple[
 def _macs(model: nn.Module, *, seq_len: int) -> float:
     with evaluating(model), torch.no_grad():
         return float(count_macs(model, random_tokens(model, 1, seq_len)))
+
+
+def _weight_bytes(model: nn.Module) -> float:
+    return float(sum(p.numel() * p.element_size() for p in model.parameters()))
+
+
+def _cache_bytes(model: Any, *, context: int, batch_size: int) -> float:
+    ids = random_tokens(model, 1, _SHORT)
+    with evaluating(model), torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    kept = [tensor for layer in getattr(cache, "layers", ()) for tensor in (layer.keys, layer.values)]
+    if not kept:
+        raise PrunekitError(f"a {type(model).__name__} keeps no keys and values; give another budget")
+    return float(sum(t.numel() * t.element_size() for t in kept)) * context * batch_size / _SHORT
 
 
 def _milliseconds(model: nn.Module, *, phase: str, seq_len: int, batch_size: int, repeats: int) -> float:
