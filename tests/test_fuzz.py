@@ -576,6 +576,7 @@ GOOD = {  # option → what of these it takes
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_commands_end_with_2_and_one_line_whatever_an_option_is_given(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pk.save(llama(), tmp_path / "model", tokenizer=byte_tokenizer())

@@ -122,6 +122,7 @@ def test_prompts_have_no_gradient(model, tokenizer):  # noqa: F811
     assert one.equal(three) and not one.equal(two)
 
 
+@pytest.mark.slow
 def test_the_shell_trains_on_replies_and_on_all_where_asked(checkpoint, tokenizer, tmp_path, capsys):  # noqa: F811
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in MESSAGES * 4))

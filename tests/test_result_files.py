@@ -139,6 +139,7 @@ def texts(model):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["report", "sparsity", "recovery", "plan"])
 def test_changed_json_is_refused_or_shown(kind, model, tmp_path):
     """Whatever one place holds, there is a PrunekitError, or a value that can be shown."""

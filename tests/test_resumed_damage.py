@@ -129,6 +129,7 @@ def trained(tmp_path_factory):
 FILES = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth", "scheduler.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", [cut_short, os.unlink], ids=["cut short", "gone"])
 def test_a_training_names_the_damaged_file_and_what_to_delete(file, damage, trained, tmp_path):

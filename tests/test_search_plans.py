@@ -29,6 +29,7 @@ def sampled(space, n=10, seed=0):
     return space.sample(n, np.random.default_rng(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_has_points_that_cost_what_they_say_when_they_are_cut(name):
     family = FAMILIES[name]

@@ -226,6 +226,7 @@ def test_a_budget_that_is_a_range_is_searched_at_every_level():
     assert all(cut.knob != "a" for cut in refined(space, taught, pairs, 5)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_search_beats_as_many_draws(seed):
     wide = HyperparameterSpace({f"x{i}": Range(0, 1) for i in range(8)}, the_point)

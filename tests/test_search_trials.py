@@ -246,6 +246,7 @@ def test_a_journal_cut_off_anywhere_keeps_what_is_whole_and_goes_on(tmp_path, jo
         trials.close()
 
 
+@pytest.mark.slow
 def test_every_byte_of_the_last_lines_may_be_the_last(tmp_path, journal, quick):
     for cut in cuts(journal)[1]:
         (tmp_path / "journal.log").write_bytes(journal[:cut])
@@ -375,6 +376,7 @@ def test_a_budget_that_is_a_knob_is_read_as_what_was_used_of_it():
 FIGURES = st.integers(1, 12).map(lambda n: math.inf if n > 10 else n / 4)
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(st.tuples(FIGURES, st.integers(0, 5)), min_size=1, max_size=12),
     maximize=st.booleans(),
