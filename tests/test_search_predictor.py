@@ -68,9 +68,9 @@ def test_it_is_saved_as_text_and_read_again(tmp_path):
 def test_what_is_no_predictor_is_refused(tmp_path, text):
     path = tmp_path / "predictor.json"
     path.write_text(text)
-    with pytest.raises(PrunekitError, match="no predictor in"):
+    with pytest.raises(PrunekitError, match="no predictor in|is not JSON"):
         AccuracyPredictor.load(path, SPACE)
-    with pytest.raises(PrunekitError, match="no predictor in"):
+    with pytest.raises(PrunekitError, match="cannot read .*nothing.*AccuracyPredictor.save wrote"):
         AccuracyPredictor.load(tmp_path / "nothing", SPACE)
 
 
