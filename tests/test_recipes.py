@@ -197,7 +197,7 @@ def test_lorashear_is_its_steps(model, tokenizer):
     assert table["round"].nunique() == 2 * 3
     assert set(table[table["round"] > 3]["source"]) == {"ones"}
     opened = open_sources(sources(), None, 16, model)
-    rows = join(shuffle([row for source in opened for row in source.documents], seed=0), 16)
+    rows = join(shuffle([row for source in opened for row in source.documents], seed=0), 16).tokens
     expected = pk.prune_progressively(model, 0.2, rows, replace(SHEARING["method"], max_steps=12), protect=protected)
     assert expected.plan == done.plan
 
@@ -227,7 +227,9 @@ def test_lorashear_never_trains_on_what_it_measures_on(model, tokenizer, monkeyp
     real_loss, real_train, real_recover = mixture.mean_loss, progressive.train, mixture.recover
     monkeypatch.setattr(mixture, "mean_loss", lambda m, t: held.append(t) or real_loss(m, t))
     monkeypatch.setattr(progressive, "train", lambda m, t, *a, **o: trained.append(t) or real_train(m, t, *a, **o))
-    monkeypatch.setattr(mixture, "recover", lambda m, how, t, **o: trained.append(t) or real_recover(m, how, t, **o))
+    monkeypatch.setattr(
+        mixture, "recover", lambda m, how, t, **o: trained.append(t.tokens) or real_recover(m, how, t, **o)
+    )
     lorashear(model, tokenizer, sources(), 0.2, **SHEARING | {"mixture": pk.Mixture(n_rounds=2, seed=3)})
     rows = {tuple(row.tolist()) for tokens in trained for row in tokens}
     assert len(trained) == 5 and rows
