@@ -17,24 +17,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as CHOOSERS,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES as ANSWERERS,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as TAGGERS,
-)
 
-from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION, offloaded
+from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION, class_names, offloaded
 from prunekit.errors import PrunekitError
 from prunekit.locks import PROCESS
 
-_OTHER_HEADS = {name for heads in (CLASSIFIERS, TAGGERS, ANSWERERS, CHOOSERS) for name in heads.values()}
+_OTHER_TASKS = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE")
+_OTHER_HEADS = {name for task in _OTHER_TASKS for name in class_names(task).values()}
 Shapes = dict[str, tuple[int, ...]]
 
 # The eager implementations of attention and experts run on any device, one after the other.
