@@ -18,6 +18,7 @@ import prunekit as pk
 from prunekit import PrunekitError
 from prunekit.checkpoint import tokenizer_files
 from prunekit.models import empty_model
+from prunekit.search import HyperparameterSpace, Metric, Range
 
 QUANTIZED = {
     "mxfp4": r"is quantized \(mxfp4\).* quantization_config=Mxfp4Config\(dequantize=True\)\), then prunekit.save",
@@ -239,7 +240,7 @@ def test_weights_that_are_not_in_memory_are_refused_by_whatever_reads_them(tmp_p
     """Without another library's words, and with the next step."""
     FAMILIES["llama_gqa"].model(dtype=torch.float32).save_pretrained(tmp_path / "m")
     config = AutoConfig.from_pretrained(tmp_path / "m")
-    calib = torch.arange(32).view(2, 16)
+    calib, space = torch.arange(32).view(2, 16), HyperparameterSpace({"a": Range(0.0, 1.0)}, lambda model, _: model)
     away = AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", device_map={"": "disk"}, offload_folder=tmp_path / "off"
     )
@@ -252,6 +253,7 @@ def test_weights_that_are_not_in_memory_are_refused_by_whatever_reads_them(tmp_p
             lambda model, groups: pk.evaluate(model, None, ["cost"]),
             lambda model, groups: pk.sparsify(model, calib, "magnitude", 0.5),
             lambda model, groups: pk.save(model, tmp_path / "out"),
+            lambda model, groups: pk.measure_pairs(space, model, None, 1, metric=Metric("one", lambda *_: 1.0)),
         ):
             with pytest.raises(PrunekitError, match=why):
                 use(model, groups)
