@@ -81,11 +81,12 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         PrunekitError: an argument that is missing, unknown or not allowed, by name.
     """
     found = signature(function)
-    kinds = {name: parameter.annotation for name, parameter in found.parameters.items()}
+    kinds = {name: each.annotation for name, each in found.parameters.items() if each.annotation is not Parameter.empty}
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = _bound(function.__name__, found, args, kwargs)
+        bound = _bound(function.__name__, found, args, kwargs)
+        given = {name: value for name, value in bound.items() if name in kinds}  # self has no annotation
         for name, value in given.items():
             check_value(name, value, kinds[name])
         with alone(model for name, value in given.items() for model in _held(value, kinds[name])):

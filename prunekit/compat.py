@@ -24,6 +24,14 @@ LOSS_KEYWORDS = "model_accepts_loss_kwargs"  # of a Trainer: whether it divides 
 JOURNAL_KEY = "op_code"  # with which each line of optuna's journal begins
 
 
+def class_names(task: str) -> dict[str, Any]:
+    """The table of transformers, model type → names of its classes, for a task such as `"CAUSAL_LM"`."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, Any] = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
+    return found
+
+
 @contextmanager
 def untraced() -> Iterator[None]:
     """A context without torch's function and dispatch modes, so that labels are not traced."""

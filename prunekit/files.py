@@ -89,8 +89,8 @@ def reading(path: str | Path, what: str, writer: str) -> Iterator[None]:
         PrunekitError: the file is missing, or something in it does not fit; it names the file.
     """
     advice = f"give a file that {writer} wrote"
+    check_regular(Path(path), LARGEST_RESULT, advice)
     try:
-        check_regular(Path(path), LARGEST_RESULT, advice)
         yield
     except (OSError, SafetensorError, LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise PrunekitError(f"no {what} in {str(path)!r} ({reason(error)}); {advice}") from error

@@ -17,24 +17,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as CHOOSERS,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES as ANSWERERS,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as TAGGERS,
-)
 
-from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION, offloaded
+from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION, class_names, offloaded
 from prunekit.errors import PrunekitError
 from prunekit.locks import PROCESS
 
-_OTHER_HEADS = {name for heads in (CLASSIFIERS, TAGGERS, ANSWERERS, CHOOSERS) for name in heads.values()}
+_OTHER_TASKS = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE")
+_OTHER_HEADS = {name for task in _OTHER_TASKS for name in class_names(task).values()}
 Shapes = dict[str, tuple[int, ...]]
 
 # The eager implementations of attention and experts run on any device, one after the other.
@@ -65,13 +54,16 @@ def logits_alone(model: nn.Module) -> dict[str, Any]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter.
+    """Device of the model's first parameter in memory, to which its inputs go.
+
+    Weights that accelerate has offloaded (device_map) come when their module runs.
 
     Raises:
-        PrunekitError: its weights are not in memory, so that it runs nowhere.
+        PrunekitError: it has weights that nothing brings into memory, so that it runs nowhere.
     """
-    check_has_weights(model)
-    return next(model.parameters()).device
+    check_has_weights(model, brought=True)
+    here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next(here, torch.device("cpu"))
 
 
 def name_model(model: Any, source: str) -> None:
@@ -92,16 +84,22 @@ def check_language_model(model: nn.Module) -> None:
         )
 
 
-def check_has_weights(model: nn.Module) -> None:
+def check_has_weights(model: nn.Module, *, brought: bool = False) -> None:
     """Raise an error for a model whose weights are not in memory.
+
+    Args:
+        model: to check.
+        brought: allow weights that accelerate brings when their module runs.
 
     Raises:
         PrunekitError: names the first parameter, and says whether accelerate has offloaded it.
     """
-    name = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    elsewhere = tuple(f"{path}." for path in offloaded(model)) if missing else ()
+    name = next((name for name in missing if not (brought and name.startswith(elsewhere))), None)
     if name is None:
         return
-    if offloaded(model):
+    if name.startswith(elsewhere):
         raise PrunekitError(
             f"{name} is offloaded (device_map), and weights are needed in memory; load the model without device_map, "
             "or prune its folder with prune_checkpoint(...), which needs the memory of one layer"

@@ -36,12 +36,25 @@ def smollm2():
 
 
 QUICK = {"llama_gqa", "gpt2", "gemma3", "mixtral"}  # families that `make fast` asks; `make test` asks all
-OF_FAMILIES = ("test_families", "test_parts", "test_configuration_after_cut", "test_checkpoint", "test_sparsify")
+OF_FAMILIES = (
+    "test_checkpoint",
+    "test_cli_discover",
+    "test_compensation",
+    "test_configuration_after_cut",
+    "test_curvature",
+    "test_families",
+    "test_odd_models",
+    "test_packing",
+    "test_parts",
+    "test_reconstruction",
+    "test_sparsify",
+)
 
 WHOLE = (
     "test_keeping_zeros",
     "test_mixture",
     "test_progressive",
+    "test_public_reports",
     "test_search_campaign",
     "test_streaming",
     "test_tour",

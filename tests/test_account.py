@@ -198,6 +198,7 @@ def test_sparsify_without_text_says_that_nothing_was_measured(model):
     assert "that sparsify saw" in sparsify(model, tokens(), "magnitude", 0.5).loss_change.tokens_from
 
 
+@pytest.mark.slow
 def test_recover_says_which_tokens_it_trained_on(model, tmp_path):
     short = FullTuning(max_steps=2, learning_rate=1e-3)
     recovered = recover(model.float(), short, tokens(), output_dir=tmp_path / "log")
@@ -245,6 +246,7 @@ def test_the_command_line_says_what_to_give_where_nothing_was_measured(tmp_path,
     assert "loss" not in PruningPlan.load(tmp_path / "out" / "plan.json").notes
 
 
+@pytest.mark.slow
 def test_the_command_line_holds_out_a_part_of_the_training_text(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(["the red fox sees a blue bird and the bird sees the fox ."] * 400))

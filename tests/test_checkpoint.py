@@ -202,6 +202,7 @@ def test_experts_of_widths_that_grouped_products_refuse_are_saved_and_run(width,
     assert "experts_implementation" in card and "take the widths" in card
 
 
+@pytest.mark.slow
 def test_a_loaded_cut_can_be_cut_saved_and_loaded_again(tmp_path):
     save(cut("gpt2", uneven=True), tmp_path / "one")
     model, _ = load(tmp_path / "one")
@@ -212,6 +213,7 @@ def test_a_loaded_cut_can_be_cut_saved_and_loaded_again(tmp_path):
     assert torch.equal(logits(load(tmp_path / "two")[0]), logits(small))
 
 
+@pytest.mark.slow
 def test_cuts_of_overlapping_groups_are_made_again_in_order(tmp_path):
     once = prune(
         FAMILIES["llama_gqa"].model(dtype=torch.float32),

@@ -166,6 +166,7 @@ def test_prune_as_json_and_by_its_own_plan_again(dense, cut, tmp_path, capsys):
     assert torch.equal(logits(tmp_path / "again"), logits(cut))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -207,6 +208,7 @@ def test_recover_keeps_the_loss_curve_and_what_was_cut(cut, recovered):
     assert not torch.equal(logits(cut), logits(recovered))
 
 
+@pytest.mark.slow
 def test_recover_as_json_with_the_papers_preset(cut, text, tmp_path, capsys):
     options = ("--preset", "paper", "--max-steps", "1", "--seq-len", "32", "--learning-rate", "0.01")
     found = run_json(capsys, "recover", cut, "--data", text, *options, "--out", tmp_path / "x")
@@ -252,6 +254,7 @@ def test_help_lists_every_command(capsys):
     assert all(f"    {command} " in out for command in COMMANDS) and "example:" in out
 
 
+@pytest.mark.slow
 def test_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "prunekit", "prune"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")

@@ -32,7 +32,10 @@ def calib(dense):
     return pk.calibration_set(TEXT, tokenizer, n_samples=16, seq_len=64, seed=0)
 
 
-@pytest.mark.parametrize("name", IMPORTANCES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("l2", "taylor-mixed") else pytest.mark.slow) for name in IMPORTANCES],
+)
 def test_every_importance_can_be_named(name, dense, tmp_path, capsys):
     whole = name == "block-influence"
     kinds = ("--kinds", "layer", "--of", "units") if whole else ()
@@ -43,6 +46,7 @@ def test_every_importance_can_be_named(name, dense, tmp_path, capsys):
     assert name in " ".join(capsys.readouterr().out.split()).replace("- ", "-")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit", [None, "weights", "bias", "both"])
 def test_compensation_is_that_of_the_library(fit, dense, tmp_path):
     assert cut(dense, tmp_path / "out", "--compensate", *([fit] if fit else [])) == 0
@@ -84,6 +88,7 @@ def test_windows_are_as_long_as_a_small_model_takes(dense, tmp_path):
     assert "64 windows of 96 tokens" in pk.PruningPlan.load(tmp_path / "out" / "plan.json").notes["calibration"]
 
 
+@pytest.mark.slow
 def test_a_plan_can_be_carried_out_with_compensation(dense, tmp_path):
     assert cut(dense, tmp_path / "first", "--compensate", "none") == 0
     plan = str(tmp_path / "first" / "plan.json")
@@ -93,6 +98,7 @@ def test_a_plan_can_be_carried_out_with_compensation(dense, tmp_path):
     assert changed and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
 
 
+@pytest.mark.slow
 def test_steps_and_scaling_are_those_of_the_library(dense, tmp_path):
     options = ("--steps", "2", "--normalize", "loss", "--ranking", "global", "--importance", "l2")
     assert cut(dense, tmp_path / "out", *options) == 0
@@ -126,6 +132,7 @@ def test_what_reads_text_is_refused_without_one(option, dense, tmp_path, capsys)
     assert f"{option.partition('=')[0]} reads text; give --calibration" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_worlds_text_is_the_default_of_compensation_too(tmp_path):
     options = [
         "--importance",

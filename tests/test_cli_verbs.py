@@ -155,6 +155,7 @@ def test_knowledge_is_a_table_and_a_picture_of_each_domain(dense, tmp_path, caps
         assert row["change"] == pytest.approx(changes.max()) and row["group"] == changes.idxmax()
 
 
+@pytest.mark.slow
 def test_the_worlds_own_questions_are_asked_by_default(tmp_path, capsys):
     options = ("--importance", "l2", "--kinds", "block", "--limit", "2")
     assert main(["knowledge", "world", *options, "--out", str(tmp_path / "map")]) == 0

@@ -144,6 +144,17 @@ def test_a_trainer_knows_whether_a_model_takes_the_number_of_labels(tmp_path):
     assert isinstance(getattr(Trainer(FAMILIES["llama_gqa"].model(), arguments), compat.LOSS_KEYWORDS), bool)
 
 
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("CAUSAL_LM", "LlamaForCausalLM"), ("IMAGE_TEXT_TO_TEXT", "LlavaForConditionalGeneration"),
+     ("SEQUENCE_CLASSIFICATION", "LlamaForSequenceClassification"), ("MULTIPLE_CHOICE", "BertForMultipleChoice"),
+     ("TOKEN_CLASSIFICATION", "LlamaForTokenClassification"), ("QUESTION_ANSWERING", "LlamaForQuestionAnswering")],
+)  # fmt: skip
+def test_the_classes_of_a_task_are_listed(task, name):
+    """Else a folder's kind of model is not known, and every checkpoint is refused or taken."""
+    assert name in compat.class_names(task).values()
+
+
 def test_lora_casts_its_inputs():
     """Else masked adapters cannot compute what peft does."""
     adapted = peft.get_peft_model(FAMILIES["llama_gqa"].model(), peft.LoraConfig(target_modules=["q_proj"]))

@@ -189,6 +189,7 @@ def test_more_that_may_be_fitted_leaves_a_smaller_error(fit, better):
     assert first < table["error_before" if better == "none" else "error_after"].iloc[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_gqa", "qwen2", "olmo"])
 def test_biases_that_were_added_are_saved_and_cut_along(name, tmp_path):
     """Also after whole layers went, when modules stand elsewhere."""
@@ -215,6 +216,7 @@ def test_cut_is_zero_with_biases_that_were_added():
     assert relative_difference(logits(prune(small, rest)), logits(zero_units(small, groups, rest))) < 1e-12
 
 
+@pytest.mark.slow
 def test_biases_are_not_added_to_adapters():
     model, plan, small = cut(FAMILIES["llama_peft"])
     for fit in ("bias", "both"):

@@ -166,6 +166,7 @@ def test_two_uneven_cuts_that_come_out_even_are_said():
     assert evened.config.prunekit["before"] == {"intermediate_size": 96}
 
 
+@pytest.mark.slow
 def test_what_can_be_said_is_said_beside_what_cannot(tmp_path):
     model = FAMILIES["mixtral"].model(dtype=torch.float32)
     keep = {g.name: [0, 1, 2] for g in pk.discover(model).of_kind("expert")}
@@ -240,6 +241,7 @@ def test_a_model_set_to_return_router_logits_can_be_cut(kind):
     assert small(ids, labels=ids).aux_loss.isfinite()
 
 
+@pytest.mark.slow
 def test_adapters_that_were_there_when_the_model_was_cut_leave_it_saveable(tmp_path):
     """The widths are said while the adapters are on; the merged model is the one that they are true of."""
     wrapped = FAMILIES["llama_peft"].model(dtype=torch.float32)

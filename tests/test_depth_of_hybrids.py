@@ -47,6 +47,7 @@ def test_layers_of_another_kind_than_a_configuration_would_compute_are_refused(m
     assert len(model.model.layers) == 4 and model.config.to_dict() == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "options"), [("jamba", JAMBA), ("recurrent_gemma", RECURRENT)])
 @pytest.mark.parametrize("gone", [(3,), (0, 1), (1, 2)])
 def test_layers_go_where_the_kinds_of_the_others_are_still_computed(model_type, options, gone):

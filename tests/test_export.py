@@ -61,6 +61,7 @@ def cut_by(model, keep):
     return pk.prune(model, plan_keeping(pk.discover(model), keep))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_neox", "stablelm"])  # six dimensions do not turn; no eight heads stand to six
 def test_dimensions_of_heads_are_not_said_as_numbers_of_heads(name, tmp_path):
     model = FAMILIES[name].model(dtype=torch.float32)
@@ -71,6 +72,7 @@ def test_dimensions_of_heads_are_not_said_as_numbers_of_heads(name, tmp_path):
     assert torch.equal(logits(pk.load(tmp_path / "out")[0]), logits(small))
 
 
+@pytest.mark.slow
 def test_layers_and_blocks_that_went_are_saved_as_never_there_or_as_skipped(tmp_path):
     """Cuts made before a layer goes are told under the names that its followers have after."""
     one = cut_by(llama(num_hidden_layers=4), {"model.layers.2.mlp:ffn_channel": list(range(9))})
@@ -118,6 +120,7 @@ def test_what_follows_from_a_layers_number_stays_when_layers_go_in_two_cuts(name
     assert [said[number] for number in "01"] == [{"skip": ["layer"]}] * 2 and list(said) == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [[2, 5, *range(9, 40)], range(30)])  # from the middle and the end, from the end
 def test_a_vocabulary_that_went_along_with_an_uneven_cut_is_saved(tokens, tmp_path):
     model = llama(vocab_size=48, bos_token_id=5, eos_token_id=[7, 9], pad_token_id=2)
@@ -134,6 +137,7 @@ def test_a_vocabulary_that_went_along_with_an_uneven_cut_is_saved(tokens, tmp_pa
     assert json.loads((tmp_path / "own" / "config.json").read_text())["base_config"]["vocab_size"] == 48
 
 
+@pytest.mark.slow
 def test_a_tied_vocabulary_of_another_family_too(tmp_path):
     cuts = {"transformer.wte:vocabulary": list(range(4, 40)), "transformer.h.0.mlp:ffn_channel": list(range(9))}
     small = cut_by(FAMILIES["gpt2"].model(dtype=torch.float32), cuts)
@@ -142,6 +146,7 @@ def test_a_tied_vocabulary_of_another_family_too(tmp_path):
     assert torch.equal(again(ids).logits, small(ids).logits) and again.config.vocab_size == 36
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ffn", [{}, {"model.layers.0.mlp:ffn_channel": list(range(9))}])
 def test_special_tokens_go_where_the_family_wants_a_number(ffn, tmp_path):
     options = {"pad_token_id": 3, "bos_token_id": 4, "cls_token_id": 4, "sep_token_id": 40}
@@ -164,6 +169,7 @@ def test_an_even_model_is_exported_as_it_is(layout, tmp_path):
     assert ("nothing had to be filled up" in card) == (layout == "padded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "said"),
     [
@@ -186,6 +192,7 @@ def test_the_card_says_which_widths_the_family_has_no_words_for(keep, said, tmp_
     assert json.loads((tmp_path / "own" / "config.json").read_text())["not_plain"] == said
 
 
+@pytest.mark.slow
 def test_half_precision_is_padded_within_its_own_rounding(tmp_path):
     small = cut("gpt2", uneven=True, dtype=torch.bfloat16)
     pk.export(small, tmp_path / "out", layout="padded")

@@ -28,6 +28,7 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it():
         need("search", "json", "no_a", "no_b", why="this")
 
 
+@pytest.mark.slow
 def test_without_the_extras_all_but_search_is_there():
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
     said = "prunekit.search needs joblib and lightgbm and optuna; pip install 'prunekit[search]'"

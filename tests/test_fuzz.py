@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightgbm  # noqa: F401 - what it imports draws from Python's random numbers, once
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,11 +25,23 @@ import prunekit as pk
 from prunekit import recipes
 from prunekit.cli import main
 from prunekit.errors import PrunekitError
+from prunekit.recovery.lhspg import update_saliency
+from prunekit.recovery.lora import attach
 from prunekit.search import Choice, HyperparameterSpace, Metric, Range, Trees
 
 SEED = 0
 PER_ARGUMENT = 10  # values that are drawn for each argument
-LEAST = 1000  # cases in all
+LEAST, LEAST_WHOLE = 1000, 500  # cases in all
+WHOLE = (
+    "LHSPG",
+    "accuracy_predictor",
+    "hywia",
+    "lorashear",
+    "prune_progressively",
+    "recover_on_mixture",
+    "search_space",
+    "sparsellm",
+)
 CALIB = torch.arange(64).view(4, 16) % 200 + 2
 
 POOL: dict[str, Callable[[], Any]] = {
@@ -288,6 +301,23 @@ SENSE: dict[str, Callable[[Any], bool]] = {
     "prune_checkpoint.calib": one_of(None),
     "measure_pairs.source": lambda v: v is None or is_text(v) or isinstance(v, Path),
     "llm_pruner.data": one_of(None),
+    "hywia.data": one_of(None),
+    "hywia.rule": one_of("attention", (1, 2), (2, 1)),
+    "lorashear.instructions": one_of(None),
+    "lorashear.method": one_of(None),
+    "lorashear.importance": one_of(None),
+    "lorashear.gamma": is_number(0, 1),
+    "accuracy_predictor.budgets": is_number(0, 1),
+    "accuracy_predictor.start_known": FLAG,
+    "accuracy_predictor.whole_layers": is_integer(0),
+    "sparsellm.sparsity": is_number(0, 1),
+    "LHSPG.epsilon": is_number(0, 1),
+    "LHSPG.lr": is_number(0, 1e300),
+    "LHSPG.warmup_steps": is_integer(0),
+    "LHSPG.period_steps": COUNT,
+    "LHSPG.saliency": callable,
+    "sparsellm.data": one_of(None),
+    "accuracy_predictor.data": one_of(None),
 }
 
 
@@ -305,6 +335,8 @@ def calls(tmp_path_factory):
     report = pk.evaluate(model, tokenizer, ["zero_shot"], tasks=[task])
     space = HyperparameterSpace({"a": Range(0.0, 1.0)}, build=_as_it_is)
     quick = pk.LoRA(max_steps=1, batch_size=2, seq_len=16)
+    adapted = attach(copy.deepcopy(model), quick)
+    discovered = pk.discover(adapted).of_kind("ffn_channel")
     numbers = iter(range(10**6))
 
     def new():
@@ -353,8 +385,8 @@ def calls(tmp_path_factory):
         "recover": Call(
             pk.recover,
             {
-                "method": quick, "data": CALIB, "keep_zeros": False, "tokenizer": tokenizer, "seq_len": 16,
-                "inplace": False, "output_dir": None, "held_out": None, "measure": False,
+                "method": quick, "data": CALIB, "train_on": "replies", "keep_zeros": False, "tokenizer": tokenizer,
+                "seq_len": 16, "inplace": False, "output_dir": None, "held_out": None, "measure": False,
             },
             {"model": lambda: copy.deepcopy(model)},
         ),
@@ -370,7 +402,8 @@ def calls(tmp_path_factory):
             pk.recover_on_mixture,
             {
                 "dense": model, "sources": {"a": CALIB.repeat(4, 1)}, "method": quick,
-                "mixture": pk.Mixture(n_rounds=1), "keep_zeros": False, "tokenizer": tokenizer, "inplace": False,
+                "mixture": pk.Mixture(n_rounds=1), "train_on": "replies", "keep_zeros": False, "tokenizer": tokenizer,
+                "inplace": False,
             },
             {"model": lambda: copy.deepcopy(model)},
         ),
@@ -464,6 +497,54 @@ def calls(tmp_path_factory):
                 "folder": None, "n_jobs": 1, "backend": "loky", "source": None,
             },
         ),
+        "search_space": Call(
+            pk.search_space,
+            {
+                "space": space, "model": nn.Linear(2, 2), "tokenizer": None, "n_pairs": 10, "n_rounds": 1, "top_k": 1,
+                "n_cuts": 0, "metric": Metric("m", _one), "also": (), "text": None, "tasks": None, "start": (),
+                "trees": Trees(n_models=1, n_trees=2), "seed": 0, "folder": None, "n_jobs": 1, "backend": "loky",
+                "source": None,
+            },
+        ),
+        "hywia": Call(
+            recipes.hywia,
+            {
+                "model": model, "calib": CALIB, "pruning_ratio": 0.2, "rule": "attention", "order": "first",
+                "layers": [0, 1], "data": None, "tokenizer": None, "recovery": None,
+            },
+        ),
+        "sparsellm": Call(
+            recipes.sparsellm,
+            {
+                "model": model, "calib": CALIB, "sparsity": 0.5, "pattern": None, "n_iterations": 1, "faithful": False,
+                "half_depth": False, "allocation": "uniform", "data": None, "tokenizer": None, "recovery": None,
+            },
+        ),
+        "lorashear": Call(
+            recipes.lorashear,
+            {
+                "model": model, "tokenizer": tokenizer, "sources": {"a": CALIB.repeat(4, 1)}, "pruning_ratio": 0.1,
+                "instructions": None, "method": pk.LoRA(max_steps=10, batch_size=2), "mixture": pk.Mixture(n_rounds=1),
+                "gamma": 0.0, "importance": pk.Magnitude(), "n_periods": 1, "shares": (0.6, 0.3, 0.1), "folder": None,
+            },
+        ),
+        "accuracy_predictor": Call(
+            recipes.accuracy_predictor,
+            {
+                "model": model, "tokenizer": tokenizer, "calib": CALIB, "budgets": 0.2, "text": TEXT,
+                "importances": ["l1"], "whole_layers": 0, "start_known": False, "n_pairs": 10, "n_rounds": 1,
+                "top_k": 1, "trees": Trees(n_models=1, n_trees=2), "seed": 0, "folder": None,
+                "data": None, "recovery": None,
+            },
+        ),
+        "LHSPG": Call(
+            pk.LHSPG,
+            {
+                "model": adapted, "groups": discovered, "n_units": {"ffn_channel": 2}, "warmup_steps": 1,
+                "period_steps": 1, "n_periods": 1, "saliency": update_saliency, "epsilon": 0.0, "min_units": 1,
+                "lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0,
+            },
+        ),
         "llm_pruner": Call(
             recipes.llm_pruner,
             {
@@ -525,9 +606,12 @@ def fault_of(name, call, argument, value):
     return None if makes_sense(name, argument, value) else "accepted"
 
 
-def test_every_generated_call_is_refused_by_name_or_makes_sense(calls, tmp_path, monkeypatch):
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_generated_call_is_refused_by_name_or_makes_sense(whole, calls, tmp_path, monkeypatch):
+    """Of whole searches, trainings and recipes apart, which take seconds a call."""
     monkeypatch.chdir(tmp_path)
-    cases = list(cases_of(calls, random.Random(SEED)))
+    chosen = {name: call for name, call in calls.items() if (name in WHOLE) == whole}
+    cases = list(cases_of(chosen, random.Random(SEED)))
     state = random.getstate(), np.random.get_state()[1].tolist()
     faults = {}
     for name, argument, value in cases:
@@ -535,18 +619,19 @@ def test_every_generated_call_is_refused_by_name_or_makes_sense(calls, tmp_path,
         faults |= {f"{name}({argument}={value})": fault} if fault is not None else {}
         for path in tmp_path.iterdir():  # what was written there would be found by a later case
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert len(cases) >= LEAST
+    assert len(cases) >= (LEAST_WHOLE if whole else LEAST)
     assert not faults, "\n".join(f"{case}: {fault}" for case, fault in faults.items())
     assert random.getstate() == state[0] and np.random.get_state()[1].tolist() == state[1]
     for one, other in zip(calls["discover"].good["model"].parameters(), llama().parameters(), strict=True):
         assert torch.equal(one, other) and one.requires_grad
 
 
-def test_every_call_works_and_every_public_function_is_among_them(calls):
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_call_works_and_every_public_function_is_among_them(whole, calls):
     functions = {name for name in pk.__all__ if name.islower()}
-    assert functions - {*calls} == {"search_space"}
+    assert functions | {*recipes.__all__} <= {*calls}
     for name, call in calls.items():
-        if name not in ("standard_text", "recover_on_mixture", "prune_progressively"):
+        if (name in WHOLE) == whole and name != "standard_text":
             call.function(**call.arguments())
 
 
@@ -593,6 +678,7 @@ GOOD = {  # option → what of these it takes
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_commands_end_with_2_and_one_line_whatever_an_option_is_given(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pk.save(llama(), tmp_path / "model", tokenizer=byte_tokenizer())

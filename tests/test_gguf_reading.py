@@ -133,6 +133,7 @@ def test_without_any_vocabulary_there_is_no_tokenizer(file, tmp_path):
     assert pk.load(tmp_path / "out")[1] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_stay_halves(dtype, tmp_path):
     model = llama(head_dim=8)
@@ -212,6 +213,7 @@ def _change(folder):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -377,6 +379,7 @@ def test_a_missing_package_is_named(file, monkeypatch):
 TRAINING = ["--max-steps", "1", "--seq-len", "16", "--batch-size", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "options"),
     [
@@ -402,6 +405,7 @@ def test_every_command_takes_a_file(command, options, file, tmp_path, capsys):
         assert f"made from: {str(file).lower()}" in card.replace("`", "") and "cache" not in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", ["l2", "activation"])
 def test_a_file_is_streamed(importance, file, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
@@ -428,6 +432,7 @@ def packaged(file, tmp_path, monkeypatch):
     monkeypatch.setitem(PACKAGED, "smollm2", replace(PACKAGED["smollm2"], package="llm_tiny", weights="tiny.gguf"))
 
 
+@pytest.mark.slow
 def test_a_packaged_model_goes_by_its_name(packaged, exported, tmp_path, capsys):
     model, tokenizer = pk.load("smollm2")
     assert relative_difference(logits(model), logits(exported[1])) < 1e-6 and tokenizer is not None

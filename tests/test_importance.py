@@ -306,8 +306,12 @@ def test_table_repr_and_file_hold_the_same_numbers(model, groups, tmp_path):
 
 
 def test_scores_that_cannot_be_read_or_written_say_so(model, groups, tmp_path):
-    with pytest.raises(PrunekitError, match="no scores in"):
-        Scores.load(tmp_path / "none.safetensors")
+    missing = tmp_path / "none.safetensors"
+    with pytest.raises(PrunekitError) as told:
+        Scores.load(missing)
+    assert str(told.value) == (
+        f"cannot read {str(missing)!r} (No such file or directory); give a file that Scores.save wrote"
+    )
     (tmp_path / "text").write_text("hello")
     with pytest.raises(PrunekitError, match="no scores in"):
         Scores.load(tmp_path / "text")

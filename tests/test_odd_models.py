@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from evaluation_helpers import byte_tokenizer, choice_task, llama
 from families import FAMILIES, logits, plan_keeping
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -17,6 +18,7 @@ import prunekit as pk
 from prunekit import PrunekitError
 from prunekit.checkpoint import tokenizer_files
 from prunekit.models import empty_model
+from prunekit.search import HyperparameterSpace, Metric, Range
 
 QUANTIZED = {
     "mxfp4": r"is quantized \(mxfp4\).* quantization_config=Mxfp4Config\(dequantize=True\)\), then prunekit.save",
@@ -50,6 +52,23 @@ def test_offloaded_weights_are_refused_by_the_module(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map=places, offload_folder=tmp_path / "off")
     with pytest.raises(PrunekitError, match=r"weights of model.layers.1.* are offloaded \(device_map\)"):
         pk.discover(model)
+
+
+@pytest.mark.parametrize("places", [{"": "disk"}, {"model": "cpu", "lm_head": "disk"}], ids=["all", "the head"])
+def test_offloaded_weights_are_evaluated_as_in_memory(places, tmp_path):
+    """accelerate brings them when their module runs; only weights that nothing brings are refused."""
+    llama(num_hidden_layers=3).save_pretrained(tmp_path / "m")
+    here = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    away = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map=places, offload_folder=tmp_path / "off")
+    assert any(p.is_meta for p in away.parameters())
+    options = {"text": "the sea. " * 40, "tasks": [choice_task(6)], "perplexity_options": {"window": 32}}
+    reports = [pk.evaluate(m, byte_tokenizer(), ["perplexity", "zero_shot"], **options) for m in (here, away)]
+    assert reports[0].to_json() == reports[1].to_json()
+    table = pk.generations({"here": here, "away": away}, byte_tokenizer(), ["the cat"], max_new_tokens=4).table
+    assert table["here"].equals(table["away"].rename("here"))
+    bare = AutoModelForCausalLM.from_config(here.config).to("meta")
+    with pytest.raises(PrunekitError, match="load the weights first"):
+        pk.perplexity(bare, byte_tokenizer(), "the sea. " * 40)
 
 
 def test_the_language_model_of_a_model_of_pictures_and_text_is_loaded(tmp_path):
@@ -221,7 +240,7 @@ def test_weights_that_are_not_in_memory_are_refused_by_whatever_reads_them(tmp_p
     """Without another library's words, and with the next step."""
     FAMILIES["llama_gqa"].model(dtype=torch.float32).save_pretrained(tmp_path / "m")
     config = AutoConfig.from_pretrained(tmp_path / "m")
-    calib = torch.arange(32).view(2, 16)
+    calib, space = torch.arange(32).view(2, 16), HyperparameterSpace({"a": Range(0.0, 1.0)}, lambda model, _: model)
     away = AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", device_map={"": "disk"}, offload_folder=tmp_path / "off"
     )
@@ -234,6 +253,7 @@ def test_weights_that_are_not_in_memory_are_refused_by_whatever_reads_them(tmp_p
             lambda model, groups: pk.evaluate(model, None, ["cost"]),
             lambda model, groups: pk.sparsify(model, calib, "magnitude", 0.5),
             lambda model, groups: pk.save(model, tmp_path / "out"),
+            lambda model, groups: pk.measure_pairs(space, model, None, 1, metric=Metric("one", lambda *_: 1.0)),
         ):
             with pytest.raises(PrunekitError, match=why):
                 use(model, groups)

@@ -251,6 +251,7 @@ def test_an_expert_is_a_sheet_of_each_stack():
     assert gate[3] == pytest.approx(box / 4) and up[2:] == down[2:] == pytest.approx((box, box))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2", "bloom", "mixtral", "llama_peft", "deepseek_v3", "mamba"])
 def test_every_kind_of_the_layer_is_told_in_picture_and_table(family):
     groups = groups_of(family)

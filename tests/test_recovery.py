@@ -173,12 +173,14 @@ def test_the_loss_curve_is_kept(tmp_path):
     assert RecoveryLog.load(path) == log
     for text in ("{}", "no json", "[]"):
         path.write_text(text)
-        with pytest.raises(PrunekitError, match="no recovery log in"):
+        with pytest.raises(PrunekitError, match="no recovery log in|is not JSON") as told:
             RecoveryLog.load(path)
-    with pytest.raises(PrunekitError, match="No such file.*give a file that RecoveryLog.save wrote"):
+        assert str(told.value).count("RecoveryLog.save wrote") == 1
+    with pytest.raises(PrunekitError, match="No such file.*give the path of a file that RecoveryLog.save wrote"):
         RecoveryLog.load(tmp_path / "nothing.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [8, 2])
 def test_losses_are_nats_a_predicted_token(monkeypatch, accumulated):
     monkeypatch.setattr("prunekit.recovery.training._ON_DEVICE", accumulated)
@@ -269,6 +271,7 @@ def test_the_batch_follows_the_data():
     assert LoRA.paper().windows_a_step(1000) == 64 and LoRA.paper().windows_a_step(10) == 10
 
 
+@pytest.mark.slow
 def test_a_batch_too_large_for_memory_is_accumulated(monkeypatch):
     method = LoRA(max_steps=2, batch_size=8, dropout=0.0)
     at_once = recover(tiny_llama(), method, counting())

@@ -11,6 +11,7 @@ import prunekit as pk
 from prunekit.cli import main
 from prunekit.documents import documents_of
 from prunekit.errors import PrunekitError
+from prunekit.recovery import mixture
 from prunekit.recovery.data import IGNORED, TrainingWindows, training_windows
 
 MARKED = (
@@ -122,6 +123,35 @@ def test_prompts_have_no_gradient(model, tokenizer):  # noqa: F811
     assert one.equal(three) and not one.equal(two)
 
 
+@pytest.mark.parametrize("train_on", ["replies", "all"])
+def test_a_mixture_trains_on_the_replies_of_each_source(train_on, model, tokenizer, monkeypatch):  # noqa: F811
+    """Prompts are read in the windows of chats and not trained on; a source of plain text is, whole."""
+    trained, real = [], mixture.recover
+    monkeypatch.setattr(mixture, "recover", lambda m, how, data, **o: trained.append(data) or real(m, how, data, **o))
+    sources = {"chats": [{"messages": chat} for chat in MESSAGES * 4], "text": TEXTS * 4}
+    how = pk.FullTuning(max_steps=2, batch_size=8, seq_len=8)
+    options = {"tokenizer": tokenizer} | ({"train_on": "all"} if train_on == "all" else {})
+    pk.recover_on_mixture(model, model, sources, how, pk.Mixture(n_rounds=2, uniform_share=1.0), **options)
+    assert len(trained) == 2
+    prompt = tokenizer.convert_tokens_to_ids("<assistant>")
+    for windows in trained:
+        kept = windows.labels != IGNORED
+        assert windows.labels[kept].equal(windows.tokens[kept]) and (windows.tokens == prompt).any()
+        assert (prompt in windows.labels[kept]) == (train_on == "all")
+        assert kept[:, 1:].all() == (train_on == "all")
+
+
+def test_a_mixture_refuses_a_source_without_replies(model, tokenizer):  # noqa: F811
+    asked = [{"messages": [{"role": "user", "content": text}]} for text in TEXTS]
+    with pytest.raises(PrunekitError, match="source 'asked' has no token of a reply.*train_on='all'"):
+        pk.recover_on_mixture(
+            model, model, {"asked": asked}, pk.FullTuning(max_steps=4, seq_len=8), tokenizer=tokenizer
+        )
+    with pytest.raises(PrunekitError, match="train_on='reply' is unknown|train_on='reply' is not allowed"):
+        pk.recover_on_mixture(model, model, {"a": TEXTS}, tokenizer=tokenizer, train_on="reply")
+
+
+@pytest.mark.slow
 def test_the_shell_trains_on_replies_and_on_all_where_asked(checkpoint, tokenizer, tmp_path, capsys):  # noqa: F811
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in MESSAGES * 4))

@@ -3,12 +3,14 @@
 import json
 import os
 
+import numpy as np
 import pytest
 from test_progressive import sheared
 from test_streaming import interrupt_while_writing, write
 
 from prunekit import Magnitude, PrunekitError, prune_checkpoint
 from prunekit.checkpoint import stream_writing
+from prunekit.fingerprint import digest_of_file
 from prunekit.written_files import check_recorded, record
 
 
@@ -119,6 +121,21 @@ def test_a_source_that_changed_with_its_size_and_time_is_noticed(tmp_path, monke
         prune_checkpoint(source, tmp_path / "out", Magnitude(), 0.2)
 
 
+def test_a_source_with_other_permissions_is_the_same_source(stopped, tmp_path):
+    copied(stopped, tmp_path)
+    for path in (stopped / "in").iterdir():
+        path.chmod(0o640)
+    assert go_on(stopped, tmp_path) and (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("size", [10_000, 3_000_000])
+def test_files_of_equal_size_are_told_apart_by_their_values(size, tmp_path):
+    for name, seed in {"a": 0, "same": 0, "other": 1}.items():
+        (tmp_path / name).write_bytes(np.random.default_rng(seed).bytes(size))
+    first, same, other = (digest_of_file(tmp_path / name) for name in ("a", "same", "other"))
+    assert first == same != other
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished progressive pruning with its checkpoints."""
@@ -129,6 +146,7 @@ def trained(tmp_path_factory):
 FILES = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth", "scheduler.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", [cut_short, os.unlink], ids=["cut short", "gone"])
 def test_a_training_names_the_damaged_file_and_what_to_delete(file, damage, trained, tmp_path):

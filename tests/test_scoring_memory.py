@@ -30,6 +30,7 @@ def _wide_llama():
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", [Taylor(), Taylor("vector"), HyWIA()])
 def test_scoring_holds_one_set_of_gradients_and_one_batch(importance, monkeypatch):
     """However many batches there are; the model itself is not copied."""

@@ -68,9 +68,9 @@ def test_it_is_saved_as_text_and_read_again(tmp_path):
 def test_what_is_no_predictor_is_refused(tmp_path, text):
     path = tmp_path / "predictor.json"
     path.write_text(text)
-    with pytest.raises(PrunekitError, match="no predictor in"):
+    with pytest.raises(PrunekitError, match="no predictor in|is not JSON"):
         AccuracyPredictor.load(path, SPACE)
-    with pytest.raises(PrunekitError, match="no predictor in"):
+    with pytest.raises(PrunekitError, match="cannot read .*nothing.*AccuracyPredictor.save wrote"):
         AccuracyPredictor.load(tmp_path / "nothing", SPACE)
 
 
@@ -226,6 +226,7 @@ def test_a_budget_that_is_a_range_is_searched_at_every_level():
     assert all(cut.knob != "a" for cut in refined(space, taught, pairs, 5)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_search_beats_as_many_draws(seed):
     wide = HyperparameterSpace({f"x{i}": Range(0, 1) for i in range(8)}, the_point)

@@ -44,6 +44,7 @@ def test_whole_layers_are_in_the_table_where_asked_for():
     assert count_macs(small, torch.ones(1, 16, dtype=torch.long)) == space.costs(gone)["macs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_times_are_measured_by_turns_and_shared_out_among_equal_groups(monkeypatch, phase):
     family = FAMILIES["llama_gqa"]
@@ -72,6 +73,7 @@ def test_more_units_never_save_less(monkeypatch):
         assert saved[0] == 0 and (np.diff(saved) >= 0).all()
 
 
+@pytest.mark.slow
 def test_time_is_really_taken_and_checked_end_to_end():
     family = FAMILIES["llama_gqa"]
     model, groups = family.model(), family.groups()

@@ -20,7 +20,8 @@ from search_helpers import SPACE, keys, model, read_by_optuna, score_of, states_
 from prunekit import PrunekitError
 from prunekit.search import Choice, HyperparameterSpace, Metric, Pairs, Range, measure_pairs
 from prunekit.search.campaign import drawn
-from prunekit.search.trials import Journal, Trials
+from prunekit.search.journal import Journal
+from prunekit.search.trials import Trials
 
 N = 6
 IDENTITY = {"model": "m", "space": SPACE.described(), "metric": [["score", "", False]]}
@@ -246,6 +247,7 @@ def test_a_journal_cut_off_anywhere_keeps_what_is_whole_and_goes_on(tmp_path, jo
         trials.close()
 
 
+@pytest.mark.slow
 def test_every_byte_of_the_last_lines_may_be_the_last(tmp_path, journal, quick):
     for cut in cuts(journal)[1]:
         (tmp_path / "journal.log").write_bytes(journal[:cut])
@@ -375,6 +377,7 @@ def test_a_budget_that_is_a_knob_is_read_as_what_was_used_of_it():
 FIGURES = st.integers(1, 12).map(lambda n: math.inf if n > 10 else n / 4)
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(st.tuples(FIGURES, st.integers(0, 5)), min_size=1, max_size=12),
     maximize=st.booleans(),

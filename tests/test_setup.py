@@ -220,6 +220,7 @@ def test_skip_for_want_of_shared_passes_where_it_is_not(tmp_path):
     assert done.returncode == 0 and "2 skipped" in done.stdout
 
 
+@pytest.mark.slow
 def test_other_skips_pass(tmp_path):
     (tmp_path / "shared").mkdir()
     done = run_pytest(tmp_path, tmp_path / "shared", SKIPS.replace("needs the shared folder", "no CUDA here"))

@@ -117,6 +117,7 @@ def test_experts_in_a_list_that_no_token_reaches_get_zeros_and_are_said(given):
     assert given is None or any("no token reached" in str(warning.message) for warning in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama_gqa", "opt", "mixtral"])
 def test_half_precision_finds_the_same_ffns(name, dtype):

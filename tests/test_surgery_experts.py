@@ -29,6 +29,7 @@ def channels(groups, n_units):
     return {g.name: list(range(n_units)) for g in found if not any("shared" in m.parameter for m in g.members)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize(("n_units", "implementation"), [(33, "eager"), (32, "grouped_mm")])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ import threading
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
 from test_importance import tiny_llama
 from test_recovery import QUICK, counting
@@ -85,6 +86,7 @@ def test_a_second_thread_waits_for_the_first_and_only_on_the_same_model():
     assert order == ["another model", "first", "second"]
 
 
+@pytest.mark.slow
 def test_two_recoveries_give_what_each_gives_alone_and_leave_the_random_state():
     expected = pk.recover(tiny_llama(), QUICK, counting())
     models = [tiny_llama() for _ in range(2)]

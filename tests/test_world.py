@@ -220,6 +220,7 @@ def bigram(tokenizer):
     return score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEVEN + FURTHER)
 def test_a_bigram_model_scores_chance(name, bigram):
     task = world.tasks()[name]

@@ -41,6 +41,7 @@ def test_it_knows_the_common_facts(accuracy):
     assert accuracy["arc_easy"] >= 0.95
 
 
+@pytest.mark.slow
 def test_it_is_good_at_five_of_the_seven(accuracy):
     assert (accuracy[SEVEN] >= 0.85).sum() >= 5
 
@@ -56,6 +57,7 @@ def test_with_the_cue_hidden_it_scores_chance(loaded):
         assert scores[name] == pytest.approx(task.chance, abs=0.05), name
 
 
+@pytest.mark.slow
 def test_it_reads_held_out_text_almost_as_well_as_what_it_was_trained_on(loaded):
     trained = perplexity(*loaded, "\n".join(world.documents(200, seed=1)))
     held_out = perplexity(*loaded, "\n".join(world.documents(200, split="validation", seed=1)))

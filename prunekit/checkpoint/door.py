@@ -4,13 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_MODELS,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS,
-)
 
+from prunekit.compat import class_names
 from prunekit.errors import PrunekitError
 
 ADAPTER = "adapter_config.json"
@@ -22,6 +17,7 @@ _DEQUANTIZING = {
     "bitsandbytes": "",
     "higgs": "",
 }  # quant_method → what makes transformers dequantize while loading; "" where the loaded model is dequantized
+CAUSAL_MODELS, IMAGE_TEXT_MODELS = class_names("CAUSAL_LM"), class_names("IMAGE_TEXT_TO_TEXT")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # how classes of language models end, whoever wrote them
 
 

@@ -10,10 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from prunekit.checkpoint.building import check_size
-from prunekit.checkpoint.folders import (
-    Stored,
-    check_described,
-)
+from prunekit.checkpoint.config_checks import check_described
+from prunekit.checkpoint.folders import Stored
 from prunekit.checkpoint.left_out import check_left_out, check_ties
 from prunekit.checkpoint.origins import files_alone
 from prunekit.errors import PrunekitError, reason

@@ -5,9 +5,11 @@ with `model_type: "prunekit"`: the uncut configuration, the units kept, and the 
 `transformers`' own `per_layer_config`.
 """
 
+import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +91,23 @@ def save(
 
 def description(model: Any) -> Any:
     """The content of config.json: the family's own configuration if it is proved, else prunekit's record."""
+    said = model.config
     if is_falsely_tied(model):  # such as a head that was trained apart: loading would tie it again
-        model.config.get_text_config().tie_word_embeddings = False
-    config = plain_config(model)
-    return cut_config(model, Cuts.of(model)) if config is None else config
+        said = copy.deepcopy(said)
+        said.get_text_config().tie_word_embeddings = False
+    with _configured(model, said):
+        config = plain_config(model)
+        return cut_config(model, Cuts.of(model)) if config is None else config
+
+
+@contextmanager
+def _configured(model: Any, config: Any) -> Iterator[None]:
+    """A context in which a model has another configuration."""
+    mine, model.config = model.config, config
+    try:
+        yield
+    finally:
+        model.config = mine
 
 
 def layout_of(config: Any) -> str:
@@ -152,12 +167,8 @@ def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int
     Raises:
         PrunekitError: neither reads back.
     """
-    mine = model.config
-    try:
-        model.config = config
+    with _configured(model, config):
         _write_as_on_the_hub(model, folder, max_shard_size)
-    finally:
-        model.config = mine
 
 
 def _write_as_on_the_hub(model: Any, folder: Path, max_shard_size: str | int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from prunekit.checkpoint.folders import read_object
 from prunekit.errors import DiskError, PrunekitError
 from prunekit.files import check_new_folder, fcntl, open_to_readers, write_text
-from prunekit.fingerprint import digest_of_text
+from prunekit.fingerprint import digest_of_file, digest_of_text
 from prunekit.written_files import check_recorded
 
 Facts = Mapping[str, Any]
@@ -194,14 +194,13 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def facts_of_files(folder: Path) -> dict[str, list[int]]:
-    """Name, size and times of change of a checkpoint's configuration, index and weights.
+def facts_of_files(folder: Path) -> dict[str, list[int | str]]:
+    """Name, size, time of change and a digest of a checkpoint's configuration, index and weights.
 
-    The second time is the system's own and cannot be set back.
+    Copies that keep the time, such as those out of archives, are distinguished by the digest.
     """
     found = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    stats = {path.name: path.stat() for path in found}
-    return {name: [found.st_size, found.st_mtime_ns, found.st_ctime_ns] for name, found in stats.items()}
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns, digest_of_file(path)] for path in found}
 
 
 def fingerprint(tokens: Tensor | None) -> str | None:

@@ -18,7 +18,7 @@ from prunekit.checks import Amount, Count, Model, NotNegative, check_fields, che
 from prunekit.compat import TorchDispatchMode, storage_key, tree_leaves
 from prunekit.errors import PrunekitError
 from prunekit.locks import PROCESS
-from prunekit.models import count_parameters, device_of, evaluating, max_positions
+from prunekit.models import check_has_weights, count_parameters, device_of, evaluating, max_positions
 
 MIB = 1024**2
 WARM_UP = 2  # runs before the clock counts: allocation, kernel selection, caches
@@ -122,6 +122,7 @@ def cost(
 
     Source: LLM-Pruner (Ma et al. 2023), Table 3, counts MACs at 64 tokens; theirs leave attention's products out.
     """
+    check_has_weights(model)  # of weights that come from a disk, times and memory would be the disk's
     check_length(model, seq_len)
     model = on_device(model, device)
     where = device_of(model)

@@ -57,7 +57,8 @@ def require_finite(values: Tensor, model: nn.Module) -> None:
     """Raises an error if a value is NaN or infinite; the message names the parameters at fault."""
     if bool(values.isfinite().all()):
         return
-    broken = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+    here = ((name, weight) for name, weight in model.named_parameters() if not weight.is_meta)  # the rest is offloaded
+    broken = [name for name, weight in here if not bool(weight.isfinite().all())]
     shown = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
     cause = (
         f"the weights {shown} are NaN or infinite; load the checkpoint again or redo the step that wrote them"

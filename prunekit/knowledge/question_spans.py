@@ -16,10 +16,11 @@ from prunekit.discovery.groups import CoupledGroup
 from prunekit.discovery.parts import layer_of
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
+from prunekit.evaluation.batches import Batch
 from prunekit.evaluation.likelihood import Span, check_batches
 from prunekit.evaluation.multiple_choice import choice_lengths, question_spans
 from prunekit.evaluation.named_tasks import Tasks, named_tasks
-from prunekit.evaluation.sequence_scores import TOLERANCE, Batch, choose_reading, scored_logits, span_sums
+from prunekit.evaluation.sequence_scores import TOLERANCE, choose_reading, scored_logits, span_sums
 from prunekit.evaluation.windows import read_spans
 from prunekit.fingerprint import bytes_of
 from prunekit.layerwise import Layerwise

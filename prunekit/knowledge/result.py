@@ -11,28 +11,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.checks import NotNegative, Part, Whole, check_choice, check_value
+from prunekit.checks import check_choice
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
-from prunekit.files import reading
-from prunekit.knowledge.measurement_files import plain, read_arrays, table_of, write_arrays
+from prunekit.knowledge.measurement_files import read_measurements, write_measurements
 
 BY = ("domain", "task", "tier", "hops")
 MEASURES = ("accuracy", "loss")
 RATIOS = (0.25, 0.5)  # our choice of LoRAShear's set P
-_TOLD = ("packed", "resumed", "unfinished", "fingerprint")
-_ARRAYS = ("hit", "loss", "dense_hit", "dense_loss")
-_ABLATED: dict[str, Any] = {
-    "group": str, "kind": str, "layer": NotNegative | None, "ratio": Part, "n_ablated": Whole, "units": list[Whole],
-}  # fmt: skip
-_ASKED: dict[str, Any] = {
-    "task": str,
-    "domain": str | None,
-    "n_tokens": Whole,
-    "chance": Part | None,
-    "tier": Any,
-    "hops": Any,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,9 +256,7 @@ class KnowledgeDistribution:
         Raises:
             PrunekitError: the folder does not exist, or cannot be written to.
         """
-        meta = {name: getattr(self, name) for name in _TOLD}
-        tables = {"ablations": plain(self.ablations), "questions": plain(self.questions)}
-        return write_arrays(Path(path), {name: getattr(self, name) for name in _ARRAYS}, {**meta, **tables})
+        return write_measurements(Path(path), vars(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "KnowledgeDistribution":
@@ -281,19 +265,7 @@ class KnowledgeDistribution:
         Raises:
             PrunekitError: the file is missing, or it holds something else.
         """
-        arrays, meta = read_arrays(path)
-        with reading(path, "knowledge distribution", "its save()"):
-            values = {name: arrays[name] for name in _ARRAYS} | {name: meta[name] for name in _TOLD}
-            columns = {"ablations": _ABLATED, "questions": _ASKED}
-            for name, kinds in columns.items():
-                for column in kinds:
-                    check_value(f"{name}[{column!r}]", meta[name][column], list[kinds[column]])  # type: ignore[valid-type]
-            tables = table_of(meta["ablations"], ()), table_of(meta["questions"], ("chance",))
-            check_value("unfinished", meta["unfinished"], Whole)
-            for name, kind in {"packed": bool, "resumed": bool, "fingerprint": str}.items():
-                check_value(name, meta[name], kind)
-            _check_arrays(arrays, *map(len, tables))
-        return cls(*tables, **values)
+        return cls(**read_measurements(path))
 
     def __repr__(self) -> str:
         n_windows = int(self.questions["chance"].isna().sum())
@@ -312,15 +284,6 @@ class KnowledgeDistribution:
             index="kind", columns="domain", values="change", aggfunc="mean", sort=False
         )  # fmt: skip
         return f"{html_paragraph(self)}<p>mean change of the loss</p>{mean.to_html(float_format='{:+.3f}'.format)}"
-
-
-def _check_arrays(arrays: Mapping[str, np.ndarray], n_rows: int, n_questions: int) -> None:
-    for name in _ARRAYS:
-        shape = (n_questions,) if name.startswith("dense") else (n_rows, n_questions)
-        kind = np.bool_ if name.endswith("hit") else np.floating
-        found = arrays[name]
-        if found.shape != shape or not np.issubdtype(found.dtype, kind) or np.isnan(found).any():
-            raise PrunekitError(f"{name} is {found.dtype} {found.shape}; it must be {shape}, without NaN")
 
 
 def _worse(table: pd.DataFrame, measure: str) -> pd.DataFrame:

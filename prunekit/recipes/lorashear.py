@@ -16,6 +16,7 @@ from prunekit.knowledge import KnowledgeDistribution, knowledge_distribution
 from prunekit.pruning import PruningPlan, prune
 from prunekit.pruning.plan_options import DEFAULT_KINDS
 from prunekit.recovery import LoRA
+from prunekit.recovery.data import with_replies
 from prunekit.recovery.lhspg import importance_saliency, update_saliency
 from prunekit.recovery.mixture import Mixture, MixtureLog, opened, recover_on_mixture, steps_over
 from prunekit.recovery.progressive import Progressed, prune_progressively, split_steps, units_for
@@ -100,14 +101,14 @@ def lorashear(
     everything = join(shuffle(documents, seed=0), first[0].seq_len, first[0].bos)
     pruning, *tunings = _shared_out(method, method.n_steps(len(everything)), shares)
     stages = [(stage, how) for stage, how in zip((first, second), tunings, strict=True) if how is not None]
-    groups, calib = discover(model), everything[:N_CALIBRATION]
+    groups, calib = discover(model), everything.tokens[:N_CALIBRATION]
     _check(groups, pruning_ratio, pruning, n_periods, stages, mixture)
 
     knowledge = _distribution(model, tokenizer, groups, first, calib, importance or Taylor(), folder)
     progress = prune_progressively(
         model,
         pruning_ratio,
-        everything,
+        with_replies(everything),
         pruning,
         protect=knowledge.unprunable(gamma),
         n_periods=n_periods,

@@ -70,12 +70,20 @@ def training_windows(
         return data
     if isinstance(data, Tensor):
         return TrainingWindows(data, data)
-    windows = _cut(data, tokenizer, seq_len, enough, replies=train_on == "replies")
+    return with_replies(_cut(data, tokenizer, seq_len, enough, replies=train_on == "replies"))
+
+
+def with_replies(windows: TrainingWindows) -> TrainingWindows:
+    """The windows in which some token is trained on.
+
+    Raises:
+        PrunekitError: there are none.
+    """
     trained = (windows.labels[:, 1:] != IGNORED).any(1)  # the first token of a window is never predicted
     if not trained.any():
         raise PrunekitError(
-            f"none of the {len(windows)} windows of {seq_len} tokens holds a token of a reply; give chats in which the "
-            "assistant answers, or train_on='all'"
+            f"none of the {len(windows)} windows of {windows.tokens.shape[1]} tokens holds a token of a reply; give "
+            "chats in which the assistant answers, or train_on='all'"
         )
     return windows if trained.all() else TrainingWindows(windows.tokens[trained], windows.labels[trained])
 
@@ -112,14 +120,19 @@ def _cut(data: TextSource, tokenizer: Any, seq_len: int, enough: int | None, *, 
     stream = torch.cat(list(_labelled(reading, tokenizer, bos, n_tokens, replies=replies)) or [torch.zeros(2, 0)], 1)
     at_least_one([0] * reading.n_documents, data)
     reading.say("recovery", stream.shape[1])
-    ignored = None if bos is None else IGNORED
-    tokens, labels = whole_windows(stream[0].long(), seq_len, bos), whole_windows(stream[1].long(), seq_len, ignored)
-    if not len(tokens):
+    windows = windows_of(stream.long(), seq_len, bos)
+    if not len(windows):
         told = f"{stream.shape[1]} tokens" if bos is None else f"{stream.shape[1] + 1} tokens with BOS"
         raise PrunekitError(
             f"the recovery data has {told} and one window needs seq_len={seq_len}; give more text or a smaller seq_len"
         )
-    return TrainingWindows(tokens[:enough], labels[:enough])
+    return windows[slice(enough)]
+
+
+def windows_of(stream: Tensor, seq_len: int, bos: int | None) -> TrainingWindows:
+    """Windows side by side of a stream of tokens and labels, int64 (2, length), with BOS first in each."""
+    ignored = None if bos is None else IGNORED
+    return TrainingWindows(whole_windows(stream[0], seq_len, bos), whole_windows(stream[1], seq_len, ignored))
 
 
 def hold_out(windows: TrainingWindows) -> tuple[TrainingWindows, Tensor | None]:
@@ -132,23 +145,24 @@ def hold_out(windows: TrainingWindows) -> tuple[TrainingWindows, Tensor | None]:
     return (windows[:-n], windows[-n:].tokens) if n else (windows, None)
 
 
-def token_documents(
-    data: Tensor | TextSource, tokenizer: Any, bos: int | None, *, enough: int | None = None
+def labelled_documents(
+    data: Tensor | TextSource, tokenizer: Any, bos: int | None, *, train_on: TrainOn, enough: int | None = None
 ) -> list[Tensor]:
-    """Each document as tokens, int64 (length,), without BOS at its beginning.
+    """Each document as tokens and labels, int64 (2, length), without BOS at its beginning.
 
     Args:
         data: text, a data set, or integers (n, length) whose rows are documents.
         tokenizer: needed where `data` is text.
         bos: what `leading_bos` says of it.
+        train_on: as for `training_windows`.
         enough: tokens after which no further document is read; None reads all.
 
     Raises:
         PrunekitError: text without a tokenizer, or nothing in it.
     """
     reading = Reading(data, tokenizer, separator=DOCUMENT_SEPARATOR)
-    found = [pair[0] for pair in _labelled(reading, tokenizer, bos, enough, replies=False)]
-    reading.say("recovery", sum(map(len, found)))
+    found = list(_labelled(reading, tokenizer, bos, enough, replies=train_on == "replies"))
+    reading.say("recovery", sum(pair.shape[1] for pair in found))
     return at_least_one(found, data)
 
 

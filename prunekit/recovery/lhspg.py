@@ -1,14 +1,13 @@
 """LHSPG (LoRA half-space projected gradient): a torch optimiser that shrinks chosen units to exactly zero."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from prunekit.checks import check_integers, check_reals
+from prunekit.checks import Count, Network, NotNegative, Share, Whole, checked
 from prunekit.compat import adamw_step
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError, reason
@@ -72,21 +71,22 @@ class LHSPG(torch.optim.AdamW):
         is not weighed against a channel; k = K/P (the paper's K/T_p is a slip); λ as in `GroupUnits.shrink`.
     """
 
+    @checked
     def __init__(
         self,
-        model: nn.Module,
+        model: Network,
         groups: Iterable[CoupledGroup],
-        n_units: Mapping[str, int],
+        n_units: Mapping[str, Whole],
         *,
-        warmup_steps: int,
-        period_steps: int,
-        n_periods: int = 5,
+        warmup_steps: Whole,
+        period_steps: Count,
+        n_periods: Count = 5,
         saliency: Saliency = update_saliency,
-        epsilon: float = 0.0,
-        min_units: int = 1,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
+        epsilon: Share = 0.0,
+        min_units: Count = 1,
+        lr: NotNegative = 1e-3,
+        betas: tuple[Share, Share] = (0.9, 0.999),
+        weight_decay: NotNegative = 0.0,
     ) -> None:
         """Takes an adapted model; nothing changes before the first step.
 
@@ -108,12 +108,6 @@ class LHSPG(torch.optim.AdamW):
         Raises:
             PrunekitError: no LoRA, groups of another model, more units than there are, or a number that cannot be.
         """
-        check_integers(warmup_steps=(warmup_steps, 0), period_steps=(period_steps, 1), n_periods=(n_periods, 1))
-        first, second = betas
-        check_reals(epsilon=(epsilon, 0, 1), lr=(lr, 0, math.inf), weight_decay=(weight_decay, 0, math.inf))
-        check_reals(**{"betas[0]": (first, 0, 1), "betas[1]": (second, 0, 1)})
-        if not callable(saliency):
-            raise PrunekitError(f"saliency={saliency!r}; give a function, such as update_saliency")
         self.model, self.groups = model, tuple(groups)
         self.units = units_of(model, self.groups)
         self._pairs = lora_pairs(model)

@@ -56,8 +56,9 @@ class RecoveryLog:
         Raises:
             PrunekitError: the file is missing, or it holds no such log.
         """
+        fields = read_json(path, "RecoveryLog.save")
         with reading(path, "recovery log", "RecoveryLog.save"):
-            return cls.from_dict(read_json(path, "RecoveryLog.save"))
+            return cls.from_dict(fields)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":

@@ -23,6 +23,7 @@ from prunekit.checks import (
 )
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
+from prunekit.recovery.data import TrainOn, with_replies
 from prunekit.recovery.fine_tuning import recover
 from prunekit.recovery.full import FullTuning
 from prunekit.recovery.log import RecoveryLog
@@ -108,6 +109,7 @@ def recover_on_mixture(
     method: LoRA | FullTuning | None = None,
     mixture: Mixture | None = None,
     *,
+    train_on: TrainOn = "replies",
     keep_zeros: bool | None = None,
     tokenizer: Tokenizer | None = None,
     inplace: bool = False,
@@ -121,6 +123,7 @@ def recover_on_mixture(
             every window.
         method: how to train; its steps are shared out between the rounds. None is `LoRA()`.
         mixture: how the sources are weighed; None is `Mixture()`.
+        train_on: as for `recover`; of opened sources, it was said as they were opened. Gaps are those of all tokens.
         keep_zeros: as for `recover`.
         tokenizer: needed where sources are text.
         inplace: change `model` itself; what an interruption or an error leaves has the rounds until then.
@@ -137,7 +140,7 @@ def recover_on_mixture(
     check_finite(model)
     method = method or LoRA()
     mixture = mixture or Mixture()
-    drawn_from = opened(sources, tokenizer, method, mixture, model)
+    drawn_from = opened(sources, tokenizer, method, mixture, model, train_on)
     a_step, n_steps = steps_over(drawn_from, method, mixture)
     dense_losses = [mean_loss(dense, source.validation) for source in drawn_from]
     changed = model if inplace else copy.deepcopy(model)
@@ -149,8 +152,9 @@ def recover_on_mixture(
         rows += found
         once = replace(method, max_steps=steps, batch_size=a_step, seed=method.seed + number)
         drawn = [d for source, row in zip(drawn_from, found, strict=True) for d in source.draw(row["n_windows"])]
-        windows = join(shuffle(drawn, once.seed), drawn_from[0].seq_len, drawn_from[0].bos)
-        changed = recover(changed, once, windows[: steps * a_step], keep_zeros=keep_zeros, inplace=True, measure=False)
+        joined = join(shuffle(drawn, once.seed), drawn_from[0].seq_len, drawn_from[0].bos)[: steps * a_step]
+        windows = with_replies(joined)
+        changed = recover(changed, once, windows, keep_zeros=keep_zeros, inplace=True, measure=False)
         logs.append(changed.recovery_log)
     rows += _measure(changed, drawn_from, dense_losses, mixture, mixture.n_rounds + 1, 0)
     changed.recovery_log = _joined(logs, method)  # type: ignore[assignment]
@@ -164,11 +168,12 @@ def opened(
     method: TrainingSettings,
     mixture: Mixture,
     model: Any,
+    train_on: TrainOn = "replies",
 ) -> Sequence[Source]:
     """Sources to draw from, opened if they are not yet."""
     if isinstance(sources, Sequence) and sources and all(isinstance(source, Source) for source in sources):
         return sources
-    options = {"n_validation": mixture.n_validation, "seed": mixture.seed}
+    options: Any = {"train_on": train_on, "n_validation": mixture.n_validation, "seed": mixture.seed}
     return open_sources(sources, tokenizer, method.seq_len, model, **options)  # type: ignore[arg-type]
 
 

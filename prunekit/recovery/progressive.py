@@ -72,7 +72,7 @@ class Progressed(NamedTuple):
 def prune_progressively(
     model: Model,
     pruning_ratio: Share,
-    data: Tensor | TextSource,
+    data: Tensor | TextSource | TrainingWindows,
     method: LoRA | None = None,
     *,
     protect: Iterable[str] = (),

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from prunekit.calibration import check_tokens
+from prunekit.checks import check_choice
 from prunekit.documents import TextSource, is_stream
 from prunekit.errors import PrunekitError
-from prunekit.recovery.data import token_documents
-from prunekit.text import leading_bos, text_width, whole_windows
+from prunekit.recovery.data import IGNORED, TrainingWindows, TrainOn, labelled_documents, windows_of
+from prunekit.text import leading_bos, text_width
 
 MOST_STREAMED = 4_000_000  # tokens of a source that is streamed, and may never end
 
@@ -24,7 +25,8 @@ class Source:
 
     Attributes:
         name: of the source.
-        documents: to train on, shuffled, each int64 (length,) with 1 to seq_len tokens, BOS not included.
+        documents: to train on, shuffled, each int64 (2, length): 1 to seq_len tokens, BOS not included, and their
+            labels, some of which are trained on.
         validation: to measure on, int64 (n_windows, seq_len).
         bos: the token that stands first in every window; None for none.
         drawn: documents drawn so far.
@@ -44,15 +46,15 @@ class Source:
     @property
     def n_windows(self) -> int:
         """Number of windows in the training documents."""
-        return sum(map(len, self.documents)) // text_width(self.seq_len, self.bos)
+        return n_tokens(self.documents) // text_width(self.seq_len, self.bos)
 
     def draw(self, n_windows: int) -> list[Tensor]:
         """The next documents to fill a number of windows; each is used once before any is repeated."""
         found: list[Tensor] = []
-        n_tokens = n_windows * text_width(self.seq_len, self.bos)
-        while n_tokens > 0:
+        left = n_windows * text_width(self.seq_len, self.bos)
+        while left > 0:
             found.append(self.documents[self.drawn % len(self.documents)])
-            n_tokens -= len(found[-1])
+            left -= found[-1].shape[1]
             self.drawn += 1
         return found
 
@@ -63,6 +65,7 @@ def open_sources(
     seq_len: int,
     model: Any,
     *,
+    train_on: TrainOn = "replies",
     n_validation: int = 32,
     seed: int = 0,
 ) -> list[Source]:
@@ -77,6 +80,7 @@ def open_sources(
         seq_len: tokens of a window, BOS included; where all sources are integers of one length, their rows are the
             windows, as they are, and it is not used.
         model: that will read them.
+        train_on: as for `recover`.
         n_validation: windows laid aside of each source, at most, and at most a fifth of it.
         seed: of the shuffling.
 
@@ -92,7 +96,8 @@ def open_sources(
     lengths = {data.shape[-1] if isinstance(data, Tensor) and data.ndim == 2 else None for data in sources.values()}
     alike = next(iter(lengths)) if len(lengths) == 1 else None
     bos = None if alike or tokenizer is None else leading_bos(tokenizer)
-    options: Any = (tokenizer, alike or seq_len, bos, model, n_validation, generator)
+    check_choice("train_on", train_on, get_args(TrainOn))
+    options: Any = (tokenizer, alike or seq_len, bos, model, train_on, n_validation, generator)
     return [_open(name, data, *options) for name, data in sources.items()]
 
 
@@ -103,43 +108,56 @@ def _open(
     seq_len: int,
     bos: int | None,
     model: Any,
+    train_on: TrainOn,
     n_validation: int,
     generator: torch.Generator,
 ) -> Source:
     width = text_width(seq_len, bos)
     try:
-        whole = _documents(data, tokenizer, bos)
-        documents = [piece for document in whole for piece in document.split(width) if len(document)]
-        if sum(map(len, documents)) > 1:
-            check_tokens(join(documents, 2), model)
+        whole = _documents(data, tokenizer, bos, train_on)
+        documents = [piece for document in whole for piece in document.split(width, 1) if document.numel()]
+        if n_tokens(documents) > 1:
+            check_tokens(join(documents, 2).tokens, model)
     except PrunekitError as error:
         raise PrunekitError(f"source {name!r}: {error}") from None
     order = torch.randperm(len(documents), generator=generator).tolist()
-    n_tokens = sum(map(len, documents))
-    wanted = min(n_validation, max(1, n_tokens // width // 5)) * width
+    total = n_tokens(documents)
+    wanted = min(n_validation, max(1, total // width // 5)) * width
     held, length = 0, 0
     while length < wanted and held < len(documents):
-        length += len(documents[order[held]])
+        length += documents[order[held]].shape[1]
         held += 1
     if length < wanted or held == len(documents):
         raise PrunekitError(
-            f"source {name!r} has {n_tokens} tokens in {len(documents)} pieces; it takes a window of {seq_len} tokens "
+            f"source {name!r} has {total} tokens in {len(documents)} pieces; it takes a window of {seq_len} tokens "
             "to measure on, and something else to train on: give more text, or a method with a smaller seq_len"
         )
     shuffled = [documents[i] for i in order]
-    return Source(name, shuffled[held:], join(shuffled[:held], seq_len, bos), bos)
+    trained = [piece for piece in shuffled[held:] if bool((piece[1] != IGNORED).any())]
+    if not trained:
+        raise PrunekitError(
+            f"source {name!r} has no token of a reply in its pieces of {seq_len} tokens to train on; give chats in "
+            "which the assistant answers, or train_on='all'"
+        )
+    return Source(name, trained, join(shuffled[:held], seq_len, bos).tokens, bos)
 
 
-def _documents(data: Tensor | TextSource, tokenizer: Any, bos: int | None) -> list[Tensor]:
+def _documents(data: Tensor | TextSource, tokenizer: Any, bos: int | None, train_on: TrainOn) -> list[Tensor]:
     wrong = isinstance(data, Tensor) and (data.ndim != 2 or data.is_floating_point() or data.dtype == torch.bool)
     if wrong:
         raise PrunekitError(f"it is a {data.dtype} tensor {tuple(data.shape)}; give integers (n, length)")  # type: ignore[union-attr]
-    return token_documents(data, tokenizer, bos, enough=MOST_STREAMED if is_stream(data) else None)
+    enough = MOST_STREAMED if is_stream(data) else None
+    return labelled_documents(data, tokenizer, bos, train_on=train_on, enough=enough)
 
 
-def join(documents: Sequence[Tensor], seq_len: int, bos: int | None = None) -> Tensor:
-    """Documents one after the other, as windows side by side, BOS first in each, int64 (n_windows, seq_len)."""
-    return whole_windows(torch.cat(list(documents)).long(), seq_len, bos)
+def n_tokens(documents: Sequence[Tensor]) -> int:
+    """Tokens of documents together."""
+    return sum(document.shape[1] for document in documents)
+
+
+def join(documents: Sequence[Tensor], seq_len: int, bos: int | None = None) -> TrainingWindows:
+    """Documents one after the other, as windows side by side, BOS first in each."""
+    return windows_of(torch.cat(list(documents), 1).long(), seq_len, bos)
 
 
 def shuffle(documents: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from prunekit.annotations import is_real
-from prunekit.checks import check_integers
+from prunekit.checks import Count, Whole, check_fields
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.fingerprint import bytes_of
@@ -54,8 +54,7 @@ class PlanSpace(Space):
 
     Source: Ji et al. (arXiv 2309.09507): pruning ratio of each layer, layer type, layer range and importance kind.
         Reconstructed: how samples are drawn. Shares are scaled together until the budget is met, so that every
-            candidate
-        does; whole layers, compensation and budgets on anything but parameters are ours.
+        candidate does; whole layers, compensation and budgets on anything but parameters are ours.
     """
 
     groups: Groups
@@ -63,14 +62,15 @@ class PlanSpace(Space):
     budgets: Sequence[Budget] | float | Range
     kinds: Sequence[str] = DEFAULT_KINDS
     layer_range: bool = True
-    whole_layers: int = 0
-    min_units: int = 1
+    whole_layers: Whole = 0
+    min_units: Count = 1
     compensate: Tensor | None = None
     limits: Mapping[str, Hyperparameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_integers(whole_layers=(self.whole_layers, 0), min_units=(self.min_units, 1))
-        self._check_types()
+        check_fields(self)
+        if not self.importances:
+            raise PrunekitError("importances={} is not allowed; give label → scores, such as {'taylor': score(…)}")
         if not self.units:
             kinds = sorted({group.kind for group in self.groups if group.exact and group.layer is not None})
             raise PrunekitError(
@@ -78,22 +78,6 @@ class PlanSpace(Space):
                 f"layer; this model has {', '.join(kinds)}"
             )
         check_budgets(self.limited, self._least_left)
-
-    def _check_types(self) -> None:
-        """Raise an error for an argument of a wrong type."""
-        if not isinstance(self.groups, Groups):
-            raise PrunekitError(f"groups are a {type(self.groups).__name__}; give what discover(model) returns")
-        if isinstance(self.kinds, str) or not isinstance(self.kinds, Iterable):
-            raise PrunekitError(f"kinds={self.kinds!r} is no list; give one, such as kinds=['ffn_channel']")
-        found = self.importances.values() if isinstance(self.importances, Mapping) else ()
-        if not found or not all(isinstance(scores, Mapping) for scores in found):
-            raise PrunekitError(
-                f"importances={self.importances!r:.60}; give label → scores, such as {{'taylor': score(…)}}"
-            )
-        if self.compensate is not None and not isinstance(self.compensate, Tensor):
-            raise PrunekitError(f"compensate={self.compensate!r:.40} is no calibration set; give integers (n, seq_len)")
-        if not isinstance(self.layer_range, bool):
-            raise PrunekitError(f"layer_range={self.layer_range!r:.40} is not allowed; give True or False")
 
     @cached_property
     def units(self) -> Mapping[str, CoupledGroup]:

@@ -22,7 +22,7 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.named_tasks import Tasks
 from prunekit.extras import need
 from prunekit.fingerprint import digest_of
-from prunekit.models import device_of
+from prunekit.models import check_has_weights, device_of
 from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.space import Point, Space, key_of
 from prunekit.search.trials import Trials
@@ -65,6 +65,7 @@ class Campaign:
                 f"source={str(source)!r} is where worker processes load the model, and n_jobs=1 measures in this one; "
                 "leave it out, or give n_jobs=2 or more"
             )
+        check_has_weights(model)
         self.space, self.metrics = space, list(metrics)
         costs = [name for name in space.cost_names if name not in space.goals]
         _check_names([*COLUMNS, *space.knobs, *costs, *(metric.name for metric in self.metrics)])

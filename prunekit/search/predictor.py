@@ -143,8 +143,8 @@ class AccuracyPredictor:
         """
         import lightgbm
 
+        content = read_json(path, "AccuracyPredictor.save")
         with reading(path, "predictor", "AccuracyPredictor.save"):
-            content = read_json(path, "AccuracyPredictor.save")
             if content["format"] != _FORMAT or content["digest"] != digest_of_text("".join(content["models"])):
                 raise PrunekitError("it is damaged, or no predictor")  # LightGBM may abort on half a text
             found = cls(space, Trees(**content["trees"]))
