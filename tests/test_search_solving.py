@@ -1,0 +1,151 @@
+"""Budgets solved: the least damage of all choices, every budget met, and measured damages as those of the cut."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_importance import tiny_llama
+from test_recovery import counting
+
+import prunekit as pk
+from prunekit import PrunekitError
+from prunekit.calibration import mean_loss
+from prunekit.pruning.planning import plan_without
+from prunekit.search import (
+    CostTable,
+    Range,
+    cache_table,
+    mac_table,
+    measure_damages,
+    parameter_table,
+    solve_budgets,
+    solve_in_steps,
+    weight_table,
+)
+from prunekit.search.solving import _solved
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(n_heads=4, n_kv=4)
+
+
+@pytest.fixture(scope="module")
+def groups(model):
+    return pk.discover(model)
+
+
+@pytest.fixture(scope="module")
+def scores(model, groups):
+    return pk.score(model, groups.of_kind("kv_head", "ffn_channel"), pk.Magnitude())
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n_budgets=st.integers(1, 3))
+def test_no_choice_that_meets_all_budgets_does_less_damage(seed, n_budgets):
+    rng = np.random.default_rng(seed)
+    rises = [np.concatenate([[0], rng.random(3).cumsum()]) for _ in range(4)]
+    tables = [
+        CostTable(str(k), 10.0, {str(g): np.concatenate([[0], rng.random(3).cumsum()]) for g in range(4)})
+        for k in range(n_budgets)
+    ]
+    limits = [table.at_most(10 - float(rng.random() * 4)) for table in tables]
+    costs = {b.name: [b.table.saved[str(g)] for g in range(4)] for b in limits}
+
+    def meets(choice):
+        return all(b.table.of({str(g): n for g, n in enumerate(choice)}) <= b.high + 1e-9 for b in limits)
+
+    possible = [sum(r[i] for r, i in zip(rises, c, strict=True)) for c in product(range(4), repeat=4) if meets(c)]
+    if not possible:
+        with pytest.raises(PrunekitError, match="no plan meets"):
+            _solved(rises, costs, limits)
+        return
+    found = _solved(rises, costs, limits)
+    assert meets(found)
+    assert sum(r[i] for r, i in zip(rises, found, strict=True)) == pytest.approx(min(possible), rel=1e-3)
+
+
+def test_budgets_of_several_kinds_are_met_by_the_model_that_is_cut(model, groups, scores):
+    tables = {
+        "parameters": (parameter_table(groups), lambda m: sum(p.numel() for p in m.parameters())),
+        "weight_bytes": (weight_table(model, groups), lambda m: 4 * sum(p.numel() for p in m.parameters())),
+        "macs": (mac_table(model, groups), None),
+        "cache_bytes": (table := cache_table(model, groups, context=32), None),
+    }
+    assert table.total == 2 * 2 * 4 * 4 * 4 * 32  # K and V, layers, KV heads, channels, bytes, tokens
+    limits = [table.at_most(0.8 * table.total) for table, _ in tables.values()]
+    plan = solve_budgets(groups, scores, limits)
+    small = pk.prune(model, plan, measure=False)
+    for name, (table, counted) in tables.items():
+        measure = counted or table.measure
+        assert measure(small) <= 0.8 * table.total
+        assert plan.notes["costs"][name] == pytest.approx(measure(small))
+    ratio = solve_budgets(groups, scores, 0.1)
+    assert 0.1 <= ratio.pruning_ratio < 0.15
+
+
+def test_without_damages_the_scores_are_added_up(groups, scores):
+    plan = solve_budgets(groups, scores, 0.2)
+    removed = sum(float(scores[name][plan.removed(name)].sum()) for name in plan.keep)
+    assert plan.notes["expected_rise"] == pytest.approx(removed)
+    for name in plan.keep:
+        gone, left = scores[name][plan.removed(name)], scores[name][plan.keep[name]]
+        assert not len(gone) or gone.max() <= left.min()
+
+
+def test_measured_damages_are_those_of_the_cut_model(model, groups, scores):
+    tokens = counting(8)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = measure_damages(model, groups, scores, tokens, shares=(0.5, 1.0))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    name = groups.of_kind("ffn_channel")[0].name
+    order = scores[name].argsort(stable=True).tolist()
+    for n in (6, 11):
+        plan = plan_without(groups, {name: order[:n]}, {})
+        rise = mean_loss(pk.prune(model, plan, measure=False), tokens) - mean_loss(model, tokens)
+        assert found[name][n] == pytest.approx(rise, abs=1e-5)
+    assert found[name][0] == 0 and len(found[name]) == 13
+
+
+def test_what_does_nothing_goes_first_and_no_more_than_was_asked(groups, scores):
+    model = tiny_llama(n_heads=4, n_kv=4)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    plan = solve_in_steps(model, groups, scores, 0.1, counting(8), n_steps=2, shares=(0.25, 0.5, 1.0))
+    removed = {name: len(plan.removed(name)) for name in plan.keep if plan.removed(name)}
+    assert set(removed) == {"model.layers.1.mlp:ffn_channel"}
+    assert plan.notes["expected_rise"] < 1e-4 and 0.1 <= plan.pruning_ratio < 0.12
+
+
+def test_what_an_earlier_plan_removed_stays_gone(model, groups, scores):
+    first = solve_budgets(groups, {name: -values for name, values in scores.items()}, 0.1)
+    then = solve_budgets(groups, scores, 0.3, after=first)
+    assert all(set(first.removed(name)) <= set(then.removed(name)) for name in first.keep)
+    damages = measure_damages(model, groups, scores, counting(8), around=first)
+    assert all(damages[name][len(first.removed(name))] == 0 for name in first.keep)
+
+
+def test_what_cannot_be_is_refused_by_name(model, groups, scores):
+    table = parameter_table(groups)
+    with pytest.raises(
+        PrunekitError, match="no plan meets parameters ≤ 10 of .*: at best each alone can reach parameters"
+    ):
+        solve_budgets(groups, scores, [table.at_most(10)])
+    with pytest.raises(PrunekitError, match="a budget with a Range is for a search"):
+        solve_budgets(groups, scores, [table.at_most(Range(1000.0, 2000.0))])
+    with pytest.raises(PrunekitError, match="scores have 'x', which is no group of this model"):
+        solve_budgets(groups, {"x": torch.ones(2)}, 0.1)
+    with pytest.raises(PrunekitError, match="is inexact, or a single unit"):
+        solve_budgets(groups, {g.name: torch.ones(g.n_units) for g in groups.of_kind("layer")}, 0.1)
+    name = next(iter(scores))
+    with pytest.raises(PrunekitError, match=rf"damages of {name!r} have shape \(2,\); give 5 finite numbers"):
+        solve_budgets(groups, scores, 0.1, damages={name: [0.0, 1.0]})
+    with pytest.raises(PrunekitError, match=r"shares=\(2.0,\) is not allowed"):
+        measure_damages(model, groups, scores, counting(8), shares=(2.0,))
+    hidden = groups.of_kind("hidden")[0]
+    other = pk.plan(groups, {hidden.name: torch.ones(hidden.n_units)}, 0.1875, kinds=("hidden",))
+    with pytest.raises(PrunekitError, match=r"the earlier plan cuts '.*hidden', which has no scores"):
+        solve_budgets(groups, scores, 0.3, after=other)
