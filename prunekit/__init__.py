@@ -57,7 +57,16 @@ if TYPE_CHECKING:
         massive_activations,
     )
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
-    from prunekit.recovery import LHSPG, FullTuning, LoRA, Mixture, prune_progressively, recover, recover_on_mixture
+    from prunekit.recovery import (
+        LHSPG,
+        FullTuning,
+        LoRA,
+        Mixture,
+        prune_progressively,
+        reconstruct,
+        recover,
+        recover_on_mixture,
+    )
     from prunekit.search import (
         AccuracyPredictor,
         HyperparameterSpace,
@@ -105,7 +114,16 @@ _ROOMS = {
     ),  # fmt: skip
     "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units", "massive_activations"),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
-    "recovery": ("FullTuning", "LHSPG", "LoRA", "Mixture", "prune_progressively", "recover", "recover_on_mixture"),
+    "recovery": (
+        "FullTuning",
+        "LHSPG",
+        "LoRA",
+        "Mixture",
+        "prune_progressively",
+        "reconstruct",
+        "recover",
+        "recover_on_mixture",
+    ),  # fmt: skip
     "search": ("AccuracyPredictor", "HyperparameterSpace", "KnobSpace", "PlanSpace", "measure_pairs", "search_space"),
     "sparsity": ("SparseLLM", "SparsityReport", "sparsify"),
 }
@@ -161,6 +179,7 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "prune_progressively",
+    "reconstruct",
     "recover",
     "recover_on_mixture",
     "save",

@@ -1,5 +1,6 @@
 """Recovery: training after pruning, and progressive pruning during training."""
 
+from prunekit.recovery.block_reconstruction import reconstruct
 from prunekit.recovery.fine_tuning import recover
 from prunekit.recovery.full import FullTuning
 from prunekit.recovery.lhspg import LHSPG, importance_saliency, update_saliency
@@ -18,6 +19,7 @@ __all__ = [
     "RecoveryLog",
     "importance_saliency",
     "prune_progressively",
+    "reconstruct",
     "recover",
     "recover_on_mixture",
     "update_saliency",
