@@ -110,6 +110,22 @@ def test_layers_keep_their_weights_where_the_held_out_loss_rises(monkeypatch):
     assert (table["steps"] == 0).all() and table["error_after"].equals(table["error_before"])
 
 
+def test_weights_that_are_not_finite_are_never_kept():
+    model, plan, small = cut()
+    before = copy.deepcopy(small.state_dict())
+    table = reconstruct(small, model, plan, calibration(), **{**QUICK, "learning_rate": 1e30})
+    assert same(before, small.state_dict()) and (table["steps"] == 0).all()
+
+
+def test_outputs_that_are_not_finite_are_refused_by_name(monkeypatch):
+    settled(monkeypatch)
+    model, plan, small = cut()
+    with torch.no_grad():
+        small.model.layers[1].mlp.down_proj.weight.fill_(3e38)
+    with pytest.raises(PrunekitError, match="the outputs of model.layers.1 are not finite: load the model in float32"):
+        reconstruct(small, model, plan, calibration(), **QUICK)
+
+
 def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
     settled(monkeypatch)
     model, plan, small = cut()

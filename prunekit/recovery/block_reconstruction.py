@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -25,7 +25,6 @@ from prunekit.sparsity.patterns import quantised
 from prunekit.sparsity.zero_masks import TRAINED, keep_zeros, renew_report
 
 MEASURES = 8  # of the held-out error while a layer is trained
-PATIENCE = 3  # measures without a smaller error, after which a layer's training stops
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 
 
@@ -76,7 +75,7 @@ def reconstruct(
         plan: by which it was cut; of no tokens and no hidden channels. Where it takes out whole layers, the layer
             before them also learns what they did.
         calib: integers (n_samples, seq_len), at least two windows.
-        steps: optimiser steps of each layer, at most; a layer stops where its held-out error no longer falls.
+        steps: optimiser steps of each layer.
         learning_rate: its maximum; it rises over a twentieth of the steps and falls to 0.
         batch_size: windows a step.
         seed: of the order of the batches.
@@ -148,19 +147,10 @@ class _Task(NamedTuple):
         return ((y - target).square().sum(-1) / size).mean()
 
     def held_out_error(self) -> float:
-        """The mean error on held-out tokens.
-
-        Raises:
-            PrunekitError: it is not finite.
-        """
+        """The mean error on held-out tokens."""
         held = range(self.n_fit, len(self.targets))
         n_tokens = [self.targets[batch][..., 0].numel() for batch in held]
         total = sum(float(self.error(batch)) * n for batch, n in zip(held, n_tokens, strict=True))
-        if not math.isfinite(total):
-            raise PrunekitError(
-                f"the outputs of {self.path} are not finite on held-out tokens: lower learning_rate, or load the model "
-                "in float32 or bfloat16"
-            )
         return total / sum(n_tokens)
 
 
@@ -192,8 +182,14 @@ def _tasks(
 
 
 def _train(task: _Task, settings: Settings) -> tuple[str, float, float, int]:
-    """Train a layer, and leave it the weights with the smallest held-out error: path, error before and after, step."""
+    """Train a layer, and leave it the weights with the smallest held-out error: path, error before and after, step.
+
+    Raises:
+        PrunekitError: the outputs are not finite before the training; weights whose outputs are not are never kept.
+    """
     before = best = task.held_out_error()
+    if not math.isfinite(before):
+        raise PrunekitError(f"the outputs of {task.path} are not finite: load the model in float32 or bfloat16")
     kept, at, order = [p.clone() for p in task.parameters], 0, list[int]()
     every = math.ceil(settings.steps / MEASURES)
     if not task.parameters:
@@ -209,8 +205,6 @@ def _train(task: _Task, settings: Settings) -> tuple[str, float, float, int]:
             error = task.held_out_error()
             if error < best:
                 best, at, kept = error, step + 1, [p.clone() for p in task.parameters]
-            elif step + 1 - at >= PATIENCE * every:
-                break
         for parameter, value in zip(task.parameters, kept, strict=True):
             parameter.copy_(value)
     return task.path, before, best, at
