@@ -24,6 +24,7 @@ from prunekit.account import loss_on
 from prunekit.pruning.planning import default_units
 
 WAYS = ("none", "refit", "blocks", "refit, blocks", "training")
+OPTIONS = ("steps", "batch_size", "learning_rate")
 
 
 def rows_of(name: str, args: argparse.Namespace, there: set[tuple[str, ...]]) -> Any:
@@ -58,7 +59,7 @@ def rows_of(name: str, args: argparse.Namespace, there: set[tuple[str, ...]]) ->
             if way == "training":
                 small = _trained(small, calib, took, args.batch_size)
             row = {"model": name, "ratio": ratio, "windows": n, "seq_len": 128, "way": way}
-            row |= {**options} if "blocks" in way else dict.fromkeys(options, "")
+            row |= {name: options.get(name, "") if "blocks" in way else "" for name in OPTIONS}
             row |= {"seconds": time.perf_counter() - began, "dense": dense, "loss": loss_on(small, held)}
             row |= {"perplexity": math.exp(row["loss"])}
             yield {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}

@@ -249,6 +249,7 @@ SENSE: dict[str, Callable[[Any], bool]] = {
     "score.groups": NEVER,
     "knowledge_distribution.groups": NEVER,
     "knowledge_distribution.path": one_of(None),
+    "knowledge_distribution.ratios": lambda v: isinstance(v, np.ndarray),  # three times 1
     "prune_progressively.folder": lambda v: v is None or is_text(v) or isinstance(v, Path),
     "prune_progressively.warmup": is_number(0, 1),
     "standard_text.name": NEVER,

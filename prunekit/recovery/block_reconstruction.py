@@ -92,7 +92,10 @@ def reconstruct(
             or weights or activations that are not finite.
 
     Source: layer-wise reconstruction as in BRECQ (Li et al., ICLR 2021), there for quantisation. Differs: the input is
-        the cut model's own, each token counts alike whatever its size, and held-out tokens choose the step.
+        the cut model's own, each token counts alike whatever its size, and held-out tokens choose the step. (Gained
+        nothing over the re-fit on SmolLM2-135M cut by 20%, with 8,192 tokens and 48 steps: perplexity 82.3
+        before, 82.9 after, 81.5 without the last layer's training. There, rates of 1e-4 and 1e-3 left larger errors of
+        the first three layers than 3e-4; the dense model's stream as input gained a third as much in ten layers.)
     """
     _check_models(small, model)
     removed = _removed_layers(plan, model)
