@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         TeacherLogits,
         keep_logits,
         prune_progressively,
+        reconstruct,
         recover,
         recover_on_mixture,
     )
@@ -129,6 +130,7 @@ _ROOMS = {
         "TeacherLogits",
         "keep_logits",
         "prune_progressively",
+        "reconstruct",
         "recover",
         "recover_on_mixture",
     ),
@@ -192,6 +194,7 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "prune_progressively",
+    "reconstruct",
     "recover",
     "recover_on_mixture",
     "save",

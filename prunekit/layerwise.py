@@ -107,6 +107,11 @@ class Layerwise:
         assert result is not None  # it was followed there
         return result
 
+    def streams(self, number: int) -> list[Tensor]:
+        """The residual stream of each batch in front of a layer; of all layers' number, behind the last one."""
+        self._go_to(number)
+        return list(self._hidden)
+
     def logits(self, number: int, batch: int, hidden: Tensor) -> Tensor:
         """The model's logits (batch, seq, vocabulary) for one batch; the layers below `number` are not run.
 

@@ -140,7 +140,7 @@ def test_a_layer_whose_held_out_error_does_not_fall_keeps_its_weights(monkeypatc
 @pytest.mark.parametrize(("n", "held"), [(1, None), (2, [1]), (3, [2]), (4, [3]), (9, [3, 7])])
 def test_which_windows_are_held_out(n, held):
     tokens = torch.arange(n)[:, None].expand(n, 4)
-    learnt, judge = compensation.held_out_windows(tokens)
+    learnt, judge = compensation.split_windows(tokens)
     assert (None if judge is None else judge[:, 0].tolist()) == held
     assert sorted([*learnt[:, 0].tolist(), *(held or [])]) == list(range(n))
 

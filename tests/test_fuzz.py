@@ -261,6 +261,9 @@ SENSE: dict[str, Callable[[Any], bool]] = {
     "load.source": NEVER,
     "load.device": one_of("cpu"),
     "compensate.plan": NEVER,
+    "reconstruct.plan": NEVER,
+    "reconstruct.steps": COUNT,
+    "reconstruct.batch_size": COUNT,
     "prune.plan": NEVER,
     "plan.groups": NEVER,
     "score.groups": NEVER,
@@ -371,6 +374,14 @@ def calls(tmp_path_factory):
         "compensate": Call(
             pk.compensate,
             {"model": model, "plan": plan, "calib": CALIB, "fit": "weights", "ridge": 0.3},
+            {"small": lambda: copy.deepcopy(small)},
+        ),
+        "reconstruct": Call(
+            pk.reconstruct,
+            {
+                "model": model, "plan": plan, "calib": CALIB, "steps": 1, "learning_rate": 1e-4, "batch_size": 2,
+                "seed": 0,
+            },
             {"small": lambda: copy.deepcopy(small)},
         ),
         "sparsify": Call(

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import prunekit as pk
 from prunekit.calibration import mean_loss
-from prunekit.pruning.compensation import held_out_windows
+from prunekit.pruning.compensation import split_windows
 from prunekit.pruning.gaps import _apply, _sums, gaps_of
 from prunekit.pruning.least_squares import choose
 
@@ -68,12 +68,12 @@ def test_a_map_is_merged_into_weights_exactly(kind):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
-def test_what_layers_added_is_fitted_and_the_loss_on_held_out_windows_does_not_rise(name):
+def test_what_layers_added_is_fitted_and_the_loss_on_split_windows_does_not_rise(name):
     model = deep(name)
     tokens, plan = tokens_of(model), plan_without(model, 1, 2)
     plain = pk.prune(model, plan, measure=False)
     bridged = pk.prune(model, plan, compensate=tokens, measure=False)
-    held = held_out_windows(tokens)[1]
+    held = split_windows(tokens)[1]
     table = bridged.compensation
     assert len(table) == 1 and table.inputs[0] == model.config.hidden_size and table.module[0].split(".")[2] == "0"
     assert mean_loss(bridged, held) <= mean_loss(plain, held) + 1e-6
@@ -99,7 +99,7 @@ def test_a_layer_that_repeats_what_the_one_before_it_wrote_is_bridged_whole():
     plan = plan_without(model, 2)
     model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _m, _a, result: written.__setitem__(0, result))
     model.model.layers[2] = Doubling(model.model.layers[2], written)
-    learnt, held = held_out_windows(tokens_of(model, 64))
+    learnt, held = split_windows(tokens_of(model, 64))
     gaps = gaps_of(model, plan, learnt[:1])
     found = choose(*(_sums(model, gaps, part)[0] for part in (learnt, held)), "weights", None)
     assert found.before > 0.01 and found.after < 0.01 * found.before

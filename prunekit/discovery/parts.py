@@ -90,17 +90,17 @@ def probing(model: nn.Module, mode: LabelMode, found: dict[str, Part]) -> Iterat
 
         return enter, leave
 
-    uses, generator = _uses(model), torch.Generator().manual_seed(0)
+    uses, generator = uses_of(model), torch.Generator().manual_seed(0)
     with ExitStack() as hooks:
         for path, module in model.named_modules():
-            if module._modules and layer_of(path, layers) and _uses(module).items() <= uses.items():
+            if module._modules and layer_of(path, layers) and uses_of(module).items() <= uses.items():
                 enter, leave = watch(path)
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield
 
 
-def _uses(model: nn.Module) -> Counter[int]:
+def uses_of(model: nn.Module) -> Counter[int]:
     """How often each parameter occurs in a model; a shared one cannot be removed with a part."""
     modules = (module for _, module in model.named_modules(remove_duplicate=False))
     return Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)

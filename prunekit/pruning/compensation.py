@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, mean_loss
 from prunekit.checks import Model, Positive, check_choice, checked
-from prunekit.discovery import discover
+from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, sums_over_inputs, wide
 from prunekit.models import evaluating
@@ -86,7 +86,7 @@ def compensate(
         raise PrunekitError(f"fit={fit!r} would add biases to adapters, which merging drops: merge_and_unload() first")
     kept = _kept(plan, model)
     tokens = check_tokens(calib, model)
-    learnt, held = held_out_windows(tokens) if ridge is None else (tokens, None)
+    learnt, held = split_windows(tokens) if ridge is None else (tokens, None)
     before = None if held is None else mean_loss(small, held)
     rows, old = [], SavedWeights(small)
     lost = _readers(small, model)
@@ -120,7 +120,7 @@ def compensate(
     return table
 
 
-def held_out_windows(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+def split_windows(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
     """Windows for the fit, and held-out windows: every fourth, or the last of two or three; none of a single one."""
     n = len(tokens)
     if n == 1:
@@ -226,14 +226,23 @@ class SavedWeights:
                 module.bias.copy_(bias)
 
 
-def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
-    """(path, dim of its weight) → the indices that stay, where some go."""
-    if not isinstance(plan, PruningPlan):
-        raise PrunekitError(f"the plan is a {type(plan).__name__}; give the one that the model was cut by")
+def groups_of(plan: PruningPlan, model: nn.Module, step: str) -> Groups:
+    """The groups of the dense model that a plan is of.
+
+    Raises:
+        PrunekitError: the plan is of another model; names the order of the step's arguments.
+    """
     groups = discover(model) if plan.groups is None else plan.groups  # a plan that was read from a file has none
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if shapes != dict(groups.shapes) or any(name not in groups for name in plan.keep):
-        raise PrunekitError("the plan is of another dense model; the order is compensate(small, model, plan, calib)")
+        raise PrunekitError(f"the plan is of another dense model; the order is {step}(small, model, plan, calib)")
+    return groups
+
+
+def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
+    """(path, dim of its weight) → the indices that stay, where some go."""
+    groups = groups_of(plan, model, "compensate")
+    shapes = dict(groups.shapes)
     for name, units in plan.keep.items():
         if groups[name].kind == "vocabulary" and len(units) < plan.n_units[name]:
             raise PrunekitError(

@@ -17,7 +17,7 @@ from prunekit.discovery.parts import outermost_elements
 from prunekit.importance.input_statistics import computing_wide, wide
 from prunekit.layerwise import first_float
 from prunekit.models import evaluating
-from prunekit.pruning.compensation import SavedWeights, held_out_windows, judged, token_weights
+from prunekit.pruning.compensation import SavedWeights, judged, split_windows, token_weights
 from prunekit.pruning.least_squares import Fit, choose
 from prunekit.pruning.plans import PruningPlan
 
@@ -69,7 +69,7 @@ def bridge(small: nn.Module, model: nn.Module, plan: PruningPlan, calib: Tensor)
         towards no change and is chosen on held-out tokens; a map that does not help there is not applied.
     """
     tokens = check_tokens(calib, model)
-    learnt, held = held_out_windows(tokens)
+    learnt, held = split_windows(tokens)
     every = gaps_of(model, plan, tokens[:1])
     gaps = [gap for gap in every if gap.writer is not None]
     places = counterparts(small, model, plan)

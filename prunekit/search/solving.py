@@ -1,21 +1,26 @@
 """Budgets solved: how many units each group loses, as a mixed-integer program over estimated or measured damages."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from prunekit.calibration import mean_loss
+from prunekit.calibration import check_tokens, in_batches, summed_loss
 from prunekit.checks import Count, Model, checked
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import BudgetError, PrunekitError
 from prunekit.importance import ablated
+from prunekit.layerwise import Layerwise
+from prunekit.models import evaluating
 from prunekit.pruning.plan_options import candidates_of
 from prunekit.pruning.planning import plan_without
 from prunekit.pruning.plans import PruningPlan
@@ -23,6 +28,7 @@ from prunekit.search.costs import Budget, budgets_of
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the units that may still go, at which damage is measured
 _SECONDS = 60.0  # for one program
+_WORST = 1e3  # nats, for a loss that is not finite
 _EVEN = 1e-5  # nats for a whole group: where nothing is lost, as little goes as is asked, and evenly
 _GAP = 1e-4  # relative, between the damage of the answer and the least possible one
 
@@ -109,24 +115,54 @@ def measure_damages(
     Raises:
         PrunekitError: groups, scores or tokens that do not fit.
     """
-    chosen = _candidates(groups, scores)
+    chosen, tokens = _candidates(groups, scores), check_tokens(calib, model)
     if not shares or not all(0 < share <= 1 for share in shares):
         raise PrunekitError(f"shares={shares!r:.60} is not allowed; give fractions above 0, up to 1")
     gone, found = _gone_before(chosen, around), {}
     with ExitStack() as stack:
         for name in around.keep if around is not None else ():
             stack.enter_context(ablated(model, groups[name], around.removed(name) if around is not None else ()))
-        whole = mean_loss(model, calib)
-        for g in tqdm(chosen, desc="damages", unit="group", leave=False, delay=1):
+        stack.enter_context(evaluating(model))
+        losses = _Losses(model, in_batches(tokens))
+        whole = losses.of(None)
+        for g in tqdm(sorted(chosen, key=losses.place), desc="damages", unit="group", leave=False, delay=1):
             order, n = _order(g, scores, gone[g.name]), len(gone[g.name])
             more = sorted({max(1, round(share * (g.n_units - n - 1))) for share in shares}) if g.n_units - n > 1 else []
             points = {0: 0.0, n: 0.0}
             for number in more:
                 with ablated(model, g, order[n : n + number]):
-                    points[n + number] = mean_loss(model, calib) - whole
+                    points[n + number] = losses.of(g) - whole
             known = sorted(points)
             found[g.name] = np.interp(np.arange(g.n_units + 1), known, [points[number] for number in known])
     return found
+
+
+class _Losses:
+    """The loss on batches of tokens; of a model whose layers are a chain, layers in front of a change run once."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        self._model, self._batches = model, batches
+        with torch.no_grad():
+            self._chain = Layerwise.of(model, batches)
+
+    def place(self, group: CoupledGroup) -> int:
+        """Number of the layer that a group lies in; -1 outside of a chain's layers."""
+        layers = self._chain.layers if self._chain is not None else []
+        return next((i for i, path in enumerate(layers) if group.name.startswith((f"{path}.", f"{path}:"))), -1)
+
+    @torch.no_grad()
+    def of(self, group: CoupledGroup | None) -> float:
+        """The mean loss, nats per token, where this group alone has changed; groups come in the order of layers."""
+        place = -1 if group is None else self.place(group)
+        total = 0.0
+        for number, batch in enumerate(self._batches):
+            if self._chain is None or place < 0:
+                total += summed_loss(self._model, batch).item()
+                continue
+            logits = self._chain.logits(place + 1, number, self._chain.run(place, number))[:, :-1].float()
+            total += float(cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())) * len(batch)
+        loss = total / sum(map(len, self._batches))
+        return loss if math.isfinite(loss) else _WORST
 
 
 @checked
