@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup real lab tour book test fast test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-llmcompressor lint clean
+.PHONY: help setup real lab tour book test fast test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,13 @@ bench-real: real .venv/.optipfair ## SmolLM2: ways to prune at equal size, what 
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/refit_real.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/recovery_real.py --tasks
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/recipes_real.py
+
+bench-beyond: real ## what the papers do not have: solved budgets, experts by router, whole layers, block reconstruction: hours; goes on where it was
+	$(BIN)/python benchmarks/budgets.py
+	$(BIN)/python benchmarks/experts.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/depth_real.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/solved_real.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/blocks_real.py
 
 bench-llmcompressor: setup .venv-llmcompressor/.installed ## all of benchmarks/sparsity.py, beside llm-compressor from an environment of its own
 	$(BIN)/python benchmarks/sparsity.py --full
