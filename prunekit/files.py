@@ -9,12 +9,14 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from prunekit.errors import DiskError, PrunekitError, reason
@@ -248,6 +250,21 @@ def locked(path: Path, *, must: bool) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """A context in which no other process makes a folder: it waits, and says so. The lock is a file beside it."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"prunekit: waiting for another process that makes {str(folder)!r}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def open_to_readers(folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.parts import outermost_elements
+from prunekit.models import logits_alone
 
 Inputs = Tensor | Mapping[str, Tensor]  # token ids, or the model's keyword arguments
 
@@ -119,7 +120,7 @@ class Layerwise:
         layer `number`: what `run` returned for the layer before it.
         """
         with self._standing_in(number, hidden):
-            return self._model(**_arguments(self._batches[batch])).logits
+            return self._model(**{**logits_alone(self._model), **_arguments(self._batches[batch])}).logits
 
     @contextmanager
     def _standing_in(self, number: int, hidden: Tensor) -> Iterator[None]:

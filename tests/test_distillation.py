@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from evaluation_helpers import byte_tokenizer, llama
 from hypothesis import given
 from hypothesis import strategies as st
 from test_importance import tiny_llama
@@ -267,3 +268,57 @@ def test_windows_with_labels_are_trained_on_replies_alone():
     a, b = (recover(pruned(dense), Distillation(dense, SHORT), data) for data in (windows, tokens))
     assert not same(a, weights_of(b))
     assert a.recovery_log.losses[0] != b.recovery_log.losses[0]
+
+
+def test_an_overconfident_model_is_pushed_back():
+    """Its likeliest tokens hold all that float32 can tell from one; what is left has a gradient all the same."""
+    logits = torch.zeros(1, 2, 100)
+    logits[..., :2] = 26.0
+    logits.requires_grad_(True)
+    ids, best = torch.tensor([[[0, 1]]]), torch.tensor([[[0.4, 0.4]]]).log()
+    Distillation(tiny_llama()).loss(logits, torch.zeros(1, 2, dtype=torch.long), ids, best).backward()
+    assert logits.grad[0, 0, 0] == pytest.approx(0.1, abs=1e-3)
+    assert logits.grad[0, 0, 2:].sum() == pytest.approx(-0.2, abs=1e-3)
+
+
+def test_a_stream_needs_a_number_of_windows_and_stops_there():
+    def endless():
+        while True:
+            yield "the cat sat "
+
+    teacher, options = llama(), {"tokenizer": byte_tokenizer(), "seq_len": 16}
+    with pytest.raises(PrunekitError, match="data is a stream, of which training reads a part only; give n_windows"):
+        keep_logits(teacher, endless(), **options)
+    assert len(keep_logits(teacher, endless(), n_windows=5, **options)) == 5
+
+
+def test_predictions_that_are_not_finite_are_not_kept(tmp_path):
+    teacher = tiny_llama()
+    with torch.no_grad():
+        teacher.lm_head.weight.fill_(3e38)
+    with pytest.raises(PrunekitError, match="the teacher's logits are not finite: load it in float32 or bfloat16"):
+        keep_logits(teacher, counting(), tmp_path / "kept")
+    assert not list((tmp_path / "kept").glob("*.safetensors"))
+
+
+def test_a_shard_that_is_gone_is_named_and_computed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_logits, "_A_SHARD", 8)
+    dense, tokens = tiny_llama(), counting()
+    kept = keep_logits(dense, tokens, tmp_path / "kept")
+    whole = kept[9][1].clone()
+    shard = tmp_path / "kept" / "windows-00001.safetensors"
+    shard.unlink()
+    with pytest.raises(PrunekitError, match="windows-00001"):
+        recover(pruned(dense), Distillation(kept, SHORT), tokens)
+    note = tmp_path / "kept" / "sha256.json"
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != shard.name}))
+    torch.testing.assert_close(keep_logits(dense, tokens, tmp_path / "kept")[9][1], whole)
+    for number in (-1, 32):
+        with pytest.raises(IndexError):
+            kept[number]
+    assert len(list(kept)) == 32
+
+
+def test_more_tokens_than_there_are_is_all_of_them():
+    kept = keep_logits(tiny_llama(), counting(), top_k=1000)
+    assert kept[0][0].shape == (11, 50) and Distillation(kept, top_k=1000).top_k == 1000

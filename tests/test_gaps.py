@@ -105,6 +105,19 @@ def test_a_layer_that_repeats_what_the_one_before_it_wrote_is_bridged_whole():
     assert found.before > 0.01 and found.after < 0.01 * found.before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_finds_the_same_writers(dtype):
+    model = deep()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(100)  # a residual stream of which one step in bfloat16 is large
+    plan = plan_without(model, 2)
+    assert [gap.writer for gap in gaps_of(model.to(dtype), plan, tokens_of(model)[:1])] == [
+        "model.layers.1.mlp.down_proj"
+    ]
+    table = pk.prune(model, plan, compensate=tokens_of(model), measure=False).compensation
+    assert table.inputs[0] == 16 and next(model.parameters()).dtype == dtype
+
+
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_where_the_last_linear_layers_outputs_are_normed_the_gap_is_left(name):
     model = deep(name)

@@ -1,5 +1,6 @@
 """Budgets solved: the least damage of all choices, every budget met, and measured damages as those of the cut."""
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_families import EVERYONE
 from test_importance import tiny_llama
 from test_recovery import counting
 
@@ -128,14 +130,60 @@ def test_what_an_earlier_plan_removed_stays_gone(model, groups, scores):
     assert all(damages[name][len(first.removed(name))] == 0 for name in first.keep)
 
 
+def test_the_expected_rise_counts_what_an_earlier_plan_took_and_what_goes_beyond_all_shares(model, groups, scores):
+    dear = {name: -values for name, values in scores.items()}
+    first = solve_budgets(groups, dear, 0.1)
+    then = solve_budgets(groups, {n: v.requires_grad_() for n, v in scores.items()}, 0.3, after=first)
+    removed = sum(float(scores[name][then.removed(name)].sum()) for name in then.keep)
+    assert then.notes["expected_rise"] == pytest.approx(removed)
+    found = measure_damages(model, groups, scores, counting(8), shares=(0.125,))
+    whole = measure_damages(model, groups, scores, counting(8), shares=(0.125, 1.0))
+    assert all(np.array_equal(found[name], whole[name]) for name in scores)
+
+
+def test_a_budget_that_is_met_exactly_takes_no_more(model, groups):
+    heads = pk.score(model, groups.of_kind("kv_head"), pk.Magnitude())
+    table = cache_table(model, groups, context=32)
+    plan = solve_budgets(groups, heads, [table.at_most(0.75 * table.total)])
+    assert (
+        sum(len(plan.removed(name)) for name in plan.keep) == 2
+        and plan.notes["costs"]["cache_bytes"] == 0.75 * table.total
+    )
+
+
+def test_a_single_kv_head_stays_and_models_without_a_cache_are_refused():
+    model = tiny_llama(n_heads=4, n_kv=1)
+    groups = pk.discover(model)
+    channels = pk.score(model, groups.of_kind("ffn_channel"), pk.Magnitude())
+    assert solve_budgets(
+        groups, channels, [mac_table(model, groups).at_most(0.9 * mac_table(model, groups).total)]
+    ).keep
+    mamba = EVERYONE["mamba"].model()
+    with pytest.raises(PrunekitError, match="a MambaForCausalLM keeps no keys and values; give another budget"):
+        cache_table(mamba, pk.discover(mamba), context=8, kinds=("layer",))
+
+
+def test_damages_of_a_mixture_are_those_of_its_logits():
+    model = EVERYONE["mixtral"].model(dtype=torch.float32)
+    model.config.output_router_logits = True
+    groups = pk.discover(model)
+    heads = pk.score(model, groups.of_kind("kv_head"), pk.Magnitude())
+    tokens = counting(4) % 40
+    found = measure_damages(model, groups, heads, tokens, shares=(0.5,))
+    model.config.output_router_logits = False
+    again = measure_damages(model, groups, heads, tokens, shares=(0.5,))
+    assert all(np.allclose(found[name], again[name], atol=1e-6) for name in heads)
+
+
 def test_what_cannot_be_is_refused_by_name(model, groups, scores):
     table = parameter_table(groups)
     with pytest.raises(
         PrunekitError, match="no plan meets parameters ≤ 10 of .*: at best each alone can reach parameters"
     ):
         solve_budgets(groups, scores, [table.at_most(10)])
-    with pytest.raises(PrunekitError, match="a budget with a Range is for a search"):
-        solve_budgets(groups, scores, [table.at_most(Range(1000.0, 2000.0))])
+    for solve in (solve_budgets, partial(solve_in_steps, model, calib=counting(8))):
+        with pytest.raises(PrunekitError, match="a budget with a Range is for a search"):
+            solve(groups=groups, scores=scores, budgets=[table.at_most(Range(1000.0, 2000.0))])
     with pytest.raises(PrunekitError, match="scores have 'x', which is no group of this model"):
         solve_budgets(groups, {"x": torch.ones(2)}, 0.1)
     with pytest.raises(PrunekitError, match="is inexact, or a single unit"):

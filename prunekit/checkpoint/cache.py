@@ -4,17 +4,14 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from prunekit.errors import DiskError, PrunekitError
-from prunekit.files import new_folder, write_text
+from prunekit.files import alone_in, new_folder, write_text
 
 VARIABLE = "PRUNEKIT_CACHE"
 RECORD = "cache.json"
@@ -43,7 +40,7 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with alone_in(folder):
             if not is_whole(folder):
                 _remove_remains(folder)
                 _fill(folder, fill)
@@ -83,20 +80,6 @@ def _is_unchanged(path: Path, size: int, changed: int, digest: str) -> bool:
     if stat.st_size != size:
         return False
     return stat.st_mtime_ns == changed or digest_of_file(path) == digest  # times are lost where a cache is copied
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"prunekit: waiting for another process that makes {str(folder)!r}", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _remove_remains(folder: Path) -> None:

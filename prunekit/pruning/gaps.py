@@ -73,10 +73,11 @@ def bridge(small: nn.Module, model: nn.Module, plan: PruningPlan, calib: Tensor)
     every = gaps_of(model, plan, tokens[:1])
     gaps = [gap for gap in every if gap.writer is not None]
     places = counterparts(small, model, plan)
+    if not gaps:
+        return _noted(small, _table(every, []))
     sums, judges = (_sums(model, gaps, part) if part is not None else [None] * len(gaps) for part in (learnt, held))
     before = None if held is None else mean_loss(small, held)
-    rows: list[tuple[Any, ...]] = [(g.last, 0, math.nan, math.nan, math.nan) for g in every if g.writer is None]
-    old = SavedWeights(small)
+    rows, old = [], SavedWeights(small)
     for gap, found, judge in zip(gaps, sums, judges, strict=True):
         assert found is not None and gap.writer is not None and gap.before is not None
         choice = choose(found, judge, "weights", None)
@@ -85,9 +86,20 @@ def bridge(small: nn.Module, model: nn.Module, plan: PruningPlan, calib: Tensor)
             old.hold(path)
             _apply(small.get_submodule(path), choice.change)
         rows.append((path, found.cross.shape[1], *choice[1:]))
-    table = pd.DataFrame(rows, columns=["module", "inputs", "ridge", "error_before", "error_after"])
+    table = _table(every, rows)
     if before is not None and held is not None:
         table = judged(table, old, before, mean_loss(small, held))
+    return _noted(small, table)
+
+
+def _table(gaps: list[Gap], rows: list[tuple[Any, ...]]) -> pd.DataFrame:
+    """A row for each gap that is left, and those of the others."""
+    left: list[tuple[Any, ...]] = [(g.last, 0, math.nan, math.nan, math.nan) for g in gaps if g.writer is None]
+    return pd.DataFrame(left + rows, columns=["module", "inputs", "ridge", "error_before", "error_after"])
+
+
+def _noted(small: nn.Module, table: pd.DataFrame) -> pd.DataFrame:
+    """Add the table to the model's own."""
     fitted = getattr(small, "compensation", None)  # of units, before
     small.compensation = table if fitted is None else pd.concat([fitted, table], ignore_index=True)  # type: ignore
     return table
@@ -186,7 +198,7 @@ def _writer(model: Any, layer: str, window: Tensor) -> str | None:
     """The last linear layer of a layer whose outputs are added to the residual stream as they are; None without one."""
     seen: dict[str, Tensor] = {}
     order: list[str] = []
-    with evaluating(model), ExitStack() as hooks:
+    with evaluating(model), computing_wide(model), ExitStack() as hooks:
         hooks.callback(model.get_submodule(layer).register_forward_hook(_keeping(seen, layer)).remove)
         for path, module in _linear_layers(model, layer):
             hooks.callback(module.register_forward_hook(lambda *_, path=path: order.append(path)).remove)

@@ -67,7 +67,7 @@ def training_windows(
         if data.labels.shape != data.tokens.shape:
             shapes = f"{tuple(data.tokens.shape)} and {tuple(data.labels.shape)}"
             raise PrunekitError(f"tokens and labels of TrainingWindows have shapes {shapes}; give one label a token")
-        return data
+        return with_replies(data)
     if isinstance(data, Tensor):
         return TrainingWindows(data, data)
     return with_replies(_cut(data, tokenizer, seq_len, enough, replies=train_on == "replies"))

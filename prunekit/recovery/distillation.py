@@ -1,5 +1,6 @@
 """Distillation: trains a pruned model to predict what the model before pruning predicts."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,7 +55,8 @@ class Distillation:
         if isinstance(self.teacher, TeacherLogits):
             kept = {"temperature": self.teacher.temperature, "top_k": self.teacher[0][0].shape[1]}
             for name, value in kept.items():
-                if getattr(self, name) not in (None, value):
+                every = name == "top_k" and value == self.teacher.vocabulary  # all there are were kept
+                if getattr(self, name) not in (None, value) and not every:
                     raise PrunekitError(
                         f"Distillation: {name}={getattr(self, name)}, but the predictions were kept with {value:g}; "
                         "leave it out, or call keep_logits with it"
@@ -103,12 +105,17 @@ class Distillation:
             log_probabilities: float32 of the same shape, of these tokens, at this temperature.
             temperature: by which the logits are divided for the divergence.
         """
+        labels, ids, log_probabilities = (t.to(logits.device) for t in (labels, ids, log_probabilities))
         trained = labels[:, 1:] != IGNORED
-        logits, chosen = logits[:, :-1][trained].float(), ids[trained].long()
-        model = (logits / temperature).log_softmax(-1).gather(-1, chosen)
-        p, q = log_probabilities[trained], model
+        logits = logits[:, :-1][trained].float()
+        p, chosen = log_probabilities[trained], ids[trained].long()
+        model = (logits / temperature).log_softmax(-1)
+        q = model.gather(-1, chosen)
         if chosen.shape[-1] < logits.shape[-1]:
-            p, q = (torch.cat([part, _rest(part)], -1) for part in (p, q))
+            others = model.scatter(-1, chosen, -math.inf).logsumexp(
+                -1, keepdim=True
+            )  # exact, with a gradient of its own
+            p, q = torch.cat([p, _rest(p)], -1), torch.cat([q, others], -1)
         if self.kl == "reverse":
             p, q = q, p
         divergence = temperature**2 * (p.exp() * (p - q)).sum(-1).mean()

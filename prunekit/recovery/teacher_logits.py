@@ -14,17 +14,18 @@ from tqdm.auto import tqdm
 from prunekit.annotations import Rule, is_integer
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Count, FilePath, Length, Model, Positive, Tokenizer, check_value, checked
-from prunekit.documents import TextSource
+from prunekit.documents import TextSource, is_stream
 from prunekit.errors import PrunekitError
-from prunekit.files import new_file, read_json, reading, write_text
+from prunekit.files import alone_in, new_file, read_json, reading, write_text
 from prunekit.fingerprint import digest_of
-from prunekit.models import evaluating
+from prunekit.models import evaluating, logits_alone
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.written_files import RECORD, check_recorded, record, recorded
 
 ABOUT = "teacher.json"
 TOP_K = 64  # of SmolLM2's 49,152 tokens, the likeliest 64 hold about nine tenths of the probability
 _A_SHARD = 256  # windows in one file
+_TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 2**26  # numbers, so that their exponentials take some hundred MB
 
 Candidates = Annotated[int, Rule(lambda value: is_integer(value) and value >= 1, "an integer of 1 or more")]
@@ -53,9 +54,12 @@ class TeacherLogits:
 
     def __getitem__(self, window: int) -> tuple[Tensor, Tensor]:
         """Of one window, ids of tokens, int32 (seq_len - 1, k), and their log-probabilities, float32."""
+        if not 0 <= window < len(self):
+            raise IndexError(f"window {window} of {len(self)}")
         if self.folder is None:
             return self.in_memory[window]
-        with safe_open(_shard(self.folder, window // _A_SHARD), "pt") as file:
+        shard = _shard(self.folder, window // _A_SHARD)
+        with reading(shard, "predictions of a teacher", "keep_logits"), safe_open(shard, "pt") as file:
             ids, log_probabilities = (file.get_slice(n)[window % _A_SHARD] for n in ("ids", "log_probabilities"))
         return ids, log_probabilities
 
@@ -100,6 +104,7 @@ def keep_logits(
     train_on: TrainOn = "replies",
     tokenizer: Tokenizer | None = None,
     seq_len: Length = 128,
+    n_windows: Count | None = None,
 ) -> TeacherLogits:
     """Runs a teacher over recovery data once and keeps what it predicts, for `Distillation`.
 
@@ -114,6 +119,8 @@ def keep_logits(
         train_on: as for `recover`.
         tokenizer: needed where `data` is text.
         seq_len: tokens a window, where `data` is not a tensor.
+        n_windows: read no more than so many; None reads all. A stream needs it: `max_steps` times `batch_size` of the
+            training.
 
     Returns:
         The predictions.
@@ -123,27 +130,38 @@ def keep_logits(
             windows, or a disk that is full.
     """
     check_finite(teacher)
-    tokens = check_tokens(training_windows(data, tokenizer, seq_len, train_on=train_on).tokens, teacher)
-    vocabulary = n_outputs(teacher)
-    k = min(top_k, vocabulary)
+    if n_windows is None and is_stream(data):
+        raise PrunekitError(
+            "data is a stream, of which training reads a part only; give n_windows, its max_steps times its batch_size"
+        )
+    windows = training_windows(data, tokenizer, seq_len, train_on=train_on, enough=n_windows)
+    tokens = check_tokens(windows.tokens[:n_windows], teacher)
+    k = min(top_k, n_outputs(teacher))
     if folder is None:
         found = _predicted(teacher, tokens, k, temperature)
-        return TeacherLogits(vocabulary, temperature, tokens.cpu(), None, tuple(found))
+        return TeacherLogits(n_outputs(teacher), temperature, tokens.cpu(), None, tuple(found))
     path = Path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(path):
+        return _kept_in(path, teacher, tokens, k, temperature)
+
+
+def _kept_in(path: Path, teacher: Any, tokens: Tensor, k: int, temperature: float) -> TeacherLogits:
+    """The predictions in a folder, with what is missing there added."""
     _check_same(path, {
-        "teacher": digest_of(teacher).hexdigest(), "vocabulary": vocabulary, "top_k": k,
+        "teacher": digest_of(teacher).hexdigest(), "vocabulary": n_outputs(teacher), "top_k": k,
         "temperature": float(temperature), "n_windows": len(tokens), "seq_len": tokens.shape[1],
     })  # fmt: skip
     check_recorded(path / RECORD, path, "delete the folder and call keep_logits again")
-    done = [_tokens_in(path / name) for name in sorted(recorded(path / RECORD))]
+    done = recorded(path / RECORD)
     for number, windows in enumerate(tokens.cpu().split(_A_SHARD)):
-        if number < len(done):
-            if not torch.equal(done[number], windows):
+        if (file := _shard(path, number)).name in done:
+            if not torch.equal(_tokens_in(file), windows):
                 raise PrunekitError(f"{str(path)!r} holds predictions for another text or tokenizer; give a new folder")
             continue
         predicted = _predicted(teacher, windows.to(tokens.device), k, temperature)
         ids, log_probabilities = map(torch.stack, zip(*predicted, strict=True))
-        with new_file(file := _shard(path, number)) as beside:
+        with new_file(file) as beside:
             save_file({"tokens": windows, "ids": ids, "log_probabilities": log_probabilities}, beside)
         record([file], path / RECORD)
     return TeacherLogits.load(path)
@@ -182,12 +200,16 @@ def _check_same(folder: Path, about: dict[str, Any]) -> None:
 def _predicted(teacher: Any, tokens: Tensor, k: int, temperature: float) -> list[tuple[Tensor, Tensor]]:
     """Of each window, the ids of the k likeliest tokens behind every token but the last, and log-probabilities."""
     found: list[tuple[Tensor, Tensor]] = []
-    at_once = max(1, _LOGITS_AT_ONCE // (n_outputs(teacher) * tokens.shape[1]))
+    at_once = max(1, min(_LOGITS_AT_ONCE // n_outputs(teacher), _TOKENS_AT_ONCE) // tokens.shape[1])
+    places = max(1, _LOGITS_AT_ONCE // n_outputs(teacher))
     bar = tqdm(total=len(tokens), desc="teacher", unit="window", leave=False, delay=1)
     with evaluating(teacher), bar:
         for batch in tokens.split(at_once):
-            logits = teacher(input_ids=batch, use_cache=False).logits[:, :-1].float() / temperature
-            best = logits.log_softmax(-1).topk(k, -1)
-            found += zip(best.indices.int().cpu(), best.values.cpu(), strict=True)
+            logits = teacher(input_ids=batch, **logits_alone(teacher)).logits[:, :-1]
+            parts = [(part.float() / temperature).log_softmax(-1).topk(k, -1) for part in logits.split(places, 1)]
+            ids, best = (torch.cat([part[i] for part in parts], 1).cpu() for i in (1, 0))
+            if not bool(best.isfinite().all()):
+                raise PrunekitError("the teacher's logits are not finite: load it in float32 or bfloat16")
+            found += zip(ids.int(), best, strict=True)
             bar.update(len(batch))
     return found

@@ -18,6 +18,7 @@ from prunekit.models import evaluating
 from prunekit.pruning import prune
 from prunekit.pruning.plan_options import DEFAULT_KINDS
 from prunekit.pruning.planning import plan_without
+from prunekit.pruning.steps import WHOLE_KINDS
 from prunekit.search.architectures import PlanSpace
 from prunekit.search.costs import CostTable
 
@@ -204,8 +205,8 @@ def _alike(groups: Groups, kinds: tuple[str, ...]) -> Iterator[list[CoupledGroup
 def _cuts(alike: list[CoupledGroup], shares: Sequence[float]) -> Iterator[tuple[list[CoupledGroup], int]]:
     """Groups to cut together, and how many units each loses; nothing for the only layer or block."""
     n_units = alike[0].n_units
-    if n_units == 1:
-        yield from [(alike, 1)] if len(alike) > 1 else []
+    if n_units == 1:  # a single KV head must stay
+        yield from [(alike, 1)] if len(alike) > 1 and alike[0].kind in WHOLE_KINDS else []
         return
     for number in sorted({min(round(share * n_units), n_units - 1) for share in shares} - {0}):
         yield alike, number
@@ -223,8 +224,10 @@ def _weight_bytes(model: nn.Module) -> float:
 def _cache_bytes(model: Any, *, context: int, batch_size: int) -> float:
     ids = random_tokens(model, 1, _SHORT)
     with evaluating(model), torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-    kept = [tensor for layer in getattr(cache, "layers", ()) for tensor in (layer.keys, layer.values)]
+        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", ())
+    found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    kept = [tensor for tensor in found if tensor is not None]
     if not kept:
         raise PrunekitError(f"a {type(model).__name__} keeps no keys and values; give another budget")
     return float(sum(t.numel() * t.element_size() for t in kept)) * context * batch_size / _SHORT

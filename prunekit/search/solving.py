@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from prunekit.calibration import check_tokens, in_batches, summed_loss
+from prunekit.calibration import check_tokens, in_batches
 from prunekit.checks import Count, Model, checked
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import BudgetError, PrunekitError
 from prunekit.importance import ablated
 from prunekit.layerwise import Layerwise
-from prunekit.models import evaluating
+from prunekit.models import evaluating, logits_alone
 from prunekit.pruning.plan_options import candidates_of
 from prunekit.pruning.planning import plan_without
 from prunekit.pruning.plans import PruningPlan
@@ -30,6 +30,7 @@ SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the units that may still go, at whi
 _SECONDS = 60.0  # for one program
 _WORST = 1e3  # nats, for a loss that is not finite
 _EVEN = 1e-5  # nats for a whole group: where nothing is lost, as little goes as is asked, and evenly
+_SLACK = 1e-6  # of a cost, by which the program may miss a limit
 _GAP = 1e-4  # relative, between the damage of the answer and the least possible one
 
 
@@ -70,12 +71,10 @@ def solve_budgets(
     Source: ZipLM (Kurtic et al. 2023) and OSSCAR choose widths by dynamic programs over such tables; the mixed-integer
         program here takes several budgets at once.
     """
-    limits, chosen = budgets_of(groups, budgets), _candidates(groups, scores)
-    if any(budget.ranged for budget in limits):
-        raise PrunekitError("a budget with a Range is for a search; give one number, such as table.at_most(12)")
+    limits, chosen = _limits(groups, budgets), _candidates(groups, scores)
     gone = _gone_before(chosen, after)
     numbers = [_levels(g, gone[g.name], min_units, levels) for g in chosen]
-    rises = [_rise(g, scores, damages)[n] for g, n in zip(chosen, numbers, strict=True)]
+    rises = [_rise(g, scores, damages, gone[g.name])[n] for g, n in zip(chosen, numbers, strict=True)]
     costs = {b.name: [b.table.of_group(g.name)[n] for g, n in zip(chosen, numbers, strict=True)] for b in limits}
     picked = _solved(rises, costs, limits)
     counts = {g.name: int(n[i]) for g, n, i in zip(chosen, numbers, picked, strict=True)}
@@ -85,7 +84,8 @@ def solve_budgets(
         "importance": getattr(scores, "label", None),
         "costs": {budget.name: budget.table.of(counts) for budget in limits},
     }  # fmt: skip
-    plan = plan_without(groups, _lowest(chosen, scores, counts, gone), notes)
+    lowest = {g.name: _order(g, scores, gone[g.name])[: counts[g.name]] for g in chosen}
+    plan = plan_without(groups, lowest, notes)
     return replace(plan, tokens=getattr(scores, "tokens", None))
 
 
@@ -107,7 +107,8 @@ def measure_damages(
         scores: group name → (n_units,), of exact groups of several units.
         calib: integers (n_samples, seq_len); one pass for each group and share.
         around: a plan whose units are ablated throughout; the rise is that above the loss without them.
-        shares: of each group's units that are left, but for one; between them the rise is interpolated.
+        shares: of each group's units that are left, but for one; 1 is always among them, and between them the rise is
+            interpolated.
 
     Returns:
         Group name → float (n_units + 1,), nats per token.
@@ -127,7 +128,8 @@ def measure_damages(
         whole = losses.of(None)
         for g in tqdm(sorted(chosen, key=losses.place), desc="damages", unit="group", leave=False, delay=1):
             order, n = _order(g, scores, gone[g.name]), len(gone[g.name])
-            more = sorted({max(1, round(share * (g.n_units - n - 1))) for share in shares}) if g.n_units - n > 1 else []
+            most = g.n_units - n - 1
+            more = sorted({max(1, round(share * most)) for share in (*shares, 1.0)}) if most > 0 else []
             points = {0: 0.0, n: 0.0}
             for number in more:
                 with ablated(model, g, order[n : n + number]):
@@ -157,9 +159,10 @@ class _Losses:
         total = 0.0
         for number, batch in enumerate(self._batches):
             if self._chain is None or place < 0:
-                total += summed_loss(self._model, batch).item()
-                continue
-            logits = self._chain.logits(place + 1, number, self._chain.run(place, number))[:, :-1].float()
+                logits = self._model(input_ids=batch, **logits_alone(self._model)).logits
+            else:
+                logits = self._chain.logits(place + 1, number, self._chain.run(place, number))
+            logits = logits[:, :-1].float()
             total += float(cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())) * len(batch)
         loss = total / sum(map(len, self._batches))
         return loss if math.isfinite(loss) else _WORST
@@ -195,13 +198,20 @@ def solve_in_steps(
     Raises:
         PrunekitError: what `solve_budgets` and `measure_damages` raise.
     """
-    limits, plan = budgets_of(groups, budgets), None
+    limits, plan = _limits(groups, budgets), None
     for step in range(1, n_steps + 1):
         damages = measure_damages(model, groups, scores, calib, around=plan, shares=shares)
         there = [b.table.at_most(b.table.total - step / n_steps * max(0.0, b.table.total - b.high)) for b in limits]
         plan = solve_budgets(groups, scores, there, damages=damages, after=plan, min_units=min_units)
     assert plan is not None
     return plan
+
+
+def _limits(groups: Groups, budgets: Any) -> tuple[Budget, ...]:
+    limits = budgets_of(groups, budgets)
+    if any(budget.ranged for budget in limits):
+        raise PrunekitError("a budget with a Range is for a search; give one number, such as table.at_most(12)")
+    return limits
 
 
 def _candidates(groups: Groups, scores: Mapping[str, Tensor]) -> list[CoupledGroup]:
@@ -234,22 +244,19 @@ def _gone_before(chosen: list[CoupledGroup], after: PruningPlan | None) -> dict[
     return {g.name: before.get(g.name, set()) for g in chosen}
 
 
-def _lowest(
-    chosen: list[CoupledGroup], scores: Mapping[str, Tensor], counts: Mapping[str, int], gone: Mapping[str, set[int]]
-) -> dict[str, list[int]]:
-    return {g.name: _order(g, scores, gone[g.name])[: counts[g.name]] for g in chosen}
-
-
 def _levels(group: CoupledGroup, gone: set[int], min_units: int, levels: int) -> np.ndarray:
     """Numbers of units that may go, those of an earlier plan at least."""
     most = max(len(gone), group.n_units - max(min_units, group.min_units))
     return np.unique(np.linspace(len(gone), most, levels + 1).round().astype(int))
 
 
-def _rise(group: CoupledGroup, scores: Mapping[str, Tensor], damages: Mapping[str, Any] | None) -> np.ndarray:
+def _rise(
+    group: CoupledGroup, scores: Mapping[str, Tensor], damages: Mapping[str, Any] | None, gone: set[int]
+) -> np.ndarray:
     """The rise of the loss for each number of units."""
     if damages is None:
-        return np.concatenate([[0.0], scores[group.name].double().sort().values.cumsum(0).numpy()])
+        values = scores[group.name].detach().double().cpu()
+        return np.concatenate([[0.0], values[_order(group, scores, gone)].cumsum(0).numpy()])
     rise = np.asarray(damages.get(group.name, ()), dtype=float)
     if rise.shape != (group.n_units + 1,) or not np.isfinite(rise).all():
         raise PrunekitError(
@@ -272,12 +279,18 @@ def _solved(rises: list[np.ndarray], costs: Mapping[str, list[np.ndarray]], limi
     one = csr_array((np.ones(n), (groups, np.arange(n))), shape=(len(sizes), n))
     saved = np.stack([np.concatenate(costs[b.name]) / b.table.total for b in limits])
     wanted = np.array([1 - b.high / b.table.total for b in limits])
-    rules = [LinearConstraint(one, 1, 1), LinearConstraint(saved, wanted - 1e-12, np.inf)]
-    options = {"time_limit": _SECONDS, "mip_rel_gap": _GAP}
-    found = milp(np.concatenate(rises), constraints=rules, integrality=np.ones(n), bounds=Bounds(0, 1), options=options)
-    if found.x is None:
-        _refuse(saved, limits, starts)
-    return [int(found.x[a:b].argmax()) for a, b in zip(starts, starts[1:], strict=False)]
+    for slack in (0.0, _SLACK):  # the program may miss a limit by a little
+        rules = [LinearConstraint(one, 1, 1), LinearConstraint(saved, wanted - 1e-12 + slack, np.inf)]
+        options = {"time_limit": _SECONDS, "mip_rel_gap": _GAP}
+        found = milp(np.concatenate(rises), constraints=rules, integrality=np.ones(n), bounds=(0, 1), options=options)
+        if found.x is None and found.status == 1:
+            raise PrunekitError(f"no answer was found in {_SECONDS:g} seconds; give fewer levels, or fewer budgets")
+        if found.x is None:
+            _refuse(saved, limits, starts)
+        picked = [int(found.x[a:b].argmax()) for a, b in zip(starts, starts[1:], strict=False)]
+        if (saved[:, starts[:-1] + picked].sum(1) >= wanted - 1e-9).all():
+            break
+    return picked
 
 
 def _refuse(saved: np.ndarray, limits: Sequence[Budget], starts: np.ndarray) -> None:
