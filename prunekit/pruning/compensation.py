@@ -98,7 +98,7 @@ def compensate(
         for path in tqdm(readers, desc="compensate", unit="layer", leave=False, delay=1):
             module: Any = small.get_submodule(path)
             biased = fit != "weights" or module.bias is not None
-            dense = _oriented(model.get_submodule(path), readers[path])
+            dense = oriented(model.get_submodule(path), readers[path])
             left = kept.get((path, readers[path].input_dim)), kept.get((path, 1 - readers[path].input_dim))
             found, judge = (None if gram is None else fit_sums(gram[path], dense, *left, biased) for gram in sums)
             assert found is not None
@@ -106,7 +106,7 @@ def compensate(
             if choice.change is not None:
                 old.hold(path)
                 try:
-                    _refit(module, readers[path], choice.change)
+                    refit_layer(module, readers[path], choice.change)
                 except PrunekitError:  # nothing is changed then
                     old.give_back()
                     raise
@@ -188,7 +188,7 @@ def token_weights(x: Tensor) -> Tensor:
     return median / sizes.clamp_min(median)
 
 
-def _oriented(module: Any, reader: Reader) -> Tensor:
+def oriented(module: Any, reader: Reader) -> Tensor:
     """A layer's weights, float64 (n_in, n_out)."""
     weight = wide(module.weight.detach()).double()
     return weight if reader.input_dim == 0 else weight.T
@@ -267,8 +267,12 @@ def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
     return kept
 
 
-def _refit(module: Any, reader: Reader, change: Tensor) -> None:
-    """Change a layer's weights, and its bias where the change has a row for it."""
+def refit_layer(module: Any, reader: Reader, change: Tensor) -> None:
+    """Change a layer's weights, and its bias where the change has a row for it.
+
+    Raises:
+        PrunekitError: the changed weights are not finite; nothing is changed then.
+    """
     n_in = module.weight.shape[reader.input_dim]
     weights = change[:n_in] if reader.input_dim == 0 else change[:n_in].T
     fitted = module.weight + weights.to(module.weight)

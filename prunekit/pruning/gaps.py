@@ -1,7 +1,6 @@
 """Bridges gaps of removed layers by a linear map that is merged into the layer in front of each gap."""
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,21 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from prunekit.calibration import check_tokens, in_batches, mean_loss
 from prunekit.discovery.parts import outermost_elements
-from prunekit.importance.input_statistics import computing_wide, wide
+from prunekit.errors import PrunekitError
+from prunekit.importance.input_statistics import computing_wide, linear_readers, wide
 from prunekit.layerwise import first_float
 from prunekit.models import evaluating
-from prunekit.pruning.compensation import SavedWeights, judged, split_windows, token_weights
+from prunekit.pruning.compensation import (
+    SavedWeights,
+    judged,
+    oriented,
+    refit_layer,
+    split_windows,
+    token_weights,
+)
 from prunekit.pruning.least_squares import Fit, choose
 from prunekit.pruning.plans import PruningPlan
 
@@ -84,7 +90,11 @@ def bridge(small: nn.Module, model: nn.Module, plan: PruningPlan, calib: Tensor)
         path = places[gap.before] + gap.writer.removeprefix(gap.before)
         if choice.change is not None:
             old.hold(path)
-            _apply(small.get_submodule(path), choice.change)
+            try:
+                _apply(small.get_submodule(path), choice.change)
+            except PrunekitError:  # nothing is changed then
+                old.give_back()
+                raise
         rows.append((path, found.cross.shape[1], *choice[1:]))
     table = _table(every, rows)
     if before is not None and held is not None:
@@ -151,11 +161,12 @@ def counterparts(small: nn.Module, model: nn.Module, plan: PruningPlan) -> dict[
 
 def _apply(module: Any, change: Tensor) -> None:
     """Change a linear layer's outputs y to y(1 + Δ), and where it has a bias by a constant, the change's last row."""
-    n_out = change.shape[1]
-    turned, weight = change[:n_out].to(module.weight.device), wide(module.weight).double()
-    module.weight.add_((weight @ turned if isinstance(module, Conv1D) else turned.T @ weight).to(module.weight))
+    (reader,) = linear_readers(module).values()
+    delta = change[: change.shape[1]]
+    rows = [oriented(module, reader) @ delta]
     if module.bias is not None:
-        module.bias.add_((wide(module.bias).double() @ turned + change[-1].to(turned.device)).to(module.bias))
+        rows.append((wide(module.bias).double() @ delta + change[-1])[None])
+    refit_layer(module, reader, torch.cat(rows))
 
 
 def _sums(model: nn.Module, gaps: list[Gap], tokens: Tensor) -> list[Fit]:
@@ -200,8 +211,9 @@ def _writer(model: Any, layer: str, window: Tensor) -> str | None:
     order: list[str] = []
     with evaluating(model), computing_wide(model), ExitStack() as hooks:
         hooks.callback(model.get_submodule(layer).register_forward_hook(_keeping(seen, layer)).remove)
-        for path, module in _linear_layers(model, layer):
-            hooks.callback(module.register_forward_hook(lambda *_, path=path: order.append(path)).remove)
+        for path in (name.removesuffix(".weight") for name in linear_readers(model) if name.startswith(f"{layer}.")):
+            noting = model.get_submodule(path).register_forward_hook(lambda *_, path=path: order.append(path))
+            hooks.callback(noting.remove)
         model(input_ids=window, use_cache=False)
         plain = seen[layer]
         for path in [path for path in dict.fromkeys(reversed(order)) if order.count(path) == 1]:
@@ -213,9 +225,3 @@ def _writer(model: Any, layer: str, window: Tensor) -> str | None:
             if seen[layer].shape == plain.shape and torch.allclose(seen[layer], plain + _NUDGE, 1e-5, 1e-2 * _NUDGE):
                 return path
     return None
-
-
-def _linear_layers(model: nn.Module, layer: str) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in model.get_submodule(layer).named_modules(prefix=layer):
-        if isinstance(module, nn.Linear | Conv1D):
-            yield path, module

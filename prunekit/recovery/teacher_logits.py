@@ -23,7 +23,7 @@ from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.written_files import RECORD, check_recorded, record, recorded
 
 ABOUT = "teacher.json"
-TOP_K = 64  # of SmolLM2's 49,152 tokens, the likeliest 64 hold about nine tenths of the probability
+TOP_K = 64
 _A_SHARD = 256  # windows in one file
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 2**26  # numbers, so that their exponentials take some hundred MB
