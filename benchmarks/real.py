@@ -34,11 +34,11 @@ CALIBRATION = "calibration/c4_demo.jsonl"
 class Bench:
     """A dense model, and what several ways share: groups, calibration sets and scores."""
 
-    def __init__(self, name: str, characters: int, n_samples: int) -> None:
+    def __init__(self, name: str, characters: int | None, n_samples: int, texts: list[str]) -> None:
         self.model, self.tokenizer = pk.load(name)
         self.groups = pk.discover(self.model)
         self.units = default_units(self.groups)
-        self.texts = {key: shared(f"data/{path}").read_text()[:characters] for key, path in TEXTS.items()}
+        self.texts = {key: shared(f"data/{TEXTS[key]}").read_text()[:characters] for key in texts}
         self.n_samples = n_samples
         self.scores = cache(self._scores)
         self.held = apart(self.calibration(99), map(self.calibration, range(3)))[:16]
@@ -108,10 +108,11 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.1, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
-    parser.add_argument("--characters", type=int, default=13_000)
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS))
+    parser.add_argument("--characters", type=int, default=13_000, help="of each text; 0: all of it")
     parser.add_argument("--n-samples", type=int, default=64)
     args = parser.parse_args()
-    told, bench = machine(), Bench(args.model, args.characters, args.n_samples)
+    told, bench = machine(), Bench(args.model, args.characters or None, args.n_samples, args.texts)
     there = done(args.out, "way", "ratio", "seed", "characters")
     wanted = [("dense", 0.0, 0)]
     wanted += [(way, ratio, seed) for seed in args.seeds for ratio in args.ratios for way in args.ways]

@@ -105,6 +105,8 @@ def differences(ours, theirs):
 def run(model, tokenizer, folder, names, batch_size=1):
     """The harness's dictionary of results."""
     import lm_eval
+    import lm_eval.models.huggingface
+    import lm_eval.tasks
 
     manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     lm = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
