@@ -9,8 +9,8 @@ from prunekit.escaping import in_code, in_fence, in_markdown
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.models import auto_class, count_parameters
 from prunekit.pruning import PruningPlan
+from prunekit.pruning.configurations import fit_for_grouped
 from prunekit.pruning.cuts import tokens_went
-from prunekit.pruning.experts import fit_for_grouped
 from prunekit.sparsity.zero_masks import current_report
 
 if TYPE_CHECKING:

@@ -8,18 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
-from prunekit.checkpoint.config_checks import check_described, check_names
-from prunekit.checkpoint.door import check_kind, has_adapter
+from prunekit.checkpoint.config_checks import check_described, check_kind, check_names, has_adapter
 from prunekit.errors import PrunekitError
 from prunekit.files import LARGEST, check_regular, read_json
+from prunekit.locks import PROCESS
+from prunekit.models import auto_class, shapes_of
 
 WHOLE = "model.safetensors"
+
+
 INDEX = "model.safetensors.index.json"
+
+
 _PICKLES = {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}  # how torch's zip files and bare ones begin
+
+
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
 _READ = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # what transformers may read of a folder
+
+
 _UNLIMITED = 2**62
 
 
@@ -170,3 +183,65 @@ def check_dtypes(folder: Path, stored: dict[str, Stored]) -> None:
                 f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}, which cannot be cut; "
                 f"give a checkpoint in one of {', '.join(sorted(_FLOATS))}"
             )
+
+
+FEW_CALLS, CALLS_A_TENSOR = 20_000, 2_000  # of torch, to build a model; experts are built one by one, and stored as one
+
+
+ROOM = 2**27  # numbers in constants, such as masks, that no weights stand for
+
+
+def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: int) -> None:
+    """Raise an error for a configuration that asks for far more than its files hold, before anything is allocated.
+
+    Args:
+        config: of the model to build.
+        stored: tensors of the checkpoint.
+        source: the checkpoint, for the message.
+        factor: how many times the stored elements the model may have.
+
+    Raises:
+        PrunekitError: it asks for more.
+    """
+    held = sum(_elements(t.shape) for t in stored.values())
+    counter = _Counter(FEW_CALLS + CALLS_A_TENSOR * len(stored))
+    try:
+        with PROCESS, torch.device("meta"), counter:  # not even buffers cost anything
+            model: Any = auto_class(config).from_config(config, trust_remote_code=False)
+        model.tie_weights()
+    except Exception:  # an error of the family is reported by the load that follows
+        if counter.n_left >= 0:
+            return
+        raise PrunekitError(
+            f"config.json of {source!r} describes a model of many more parts than the {len(stored)} tensors that are "
+            "stored; restore both from one source"
+        ) from None
+    asked = sum(_elements(shape) for shape in shapes_of(model).values())
+    constants = sum(_elements(buffer.shape) for buffer in model.buffers())
+    if asked > factor * held or constants > factor * held + ROOM:
+        raise PrunekitError(
+            f"config.json of {source!r} asks for {asked:,} parameters and {constants:,} constants, but its weights "
+            f"hold {held:,} numbers; restore both from one source"
+        )
+
+
+class _Counter(TorchFunctionMode):
+    """Ends the building of a model that makes more calls than its stored tensors can explain.
+
+    Attributes:
+        n_left: calls that may still come; below 0 where it ended the building.
+    """
+
+    def __init__(self, n_calls: int) -> None:
+        super().__init__()
+        self.n_left = n_calls
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.n_left -= 1
+        if self.n_left < 0:
+            raise OverflowError
+        return func(*args, **(kwargs or {}))
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint.gguf_header import gguf_package
-from prunekit.checkpoint.padded import relative_difference, tolerance
 from prunekit.errors import PrunekitError, reason, warn
 from prunekit.pruning.cuts import tokens_went
+from prunekit.pruning.describing import relative_difference, tolerance
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"

@@ -16,24 +16,21 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import save_torch_state_dict
 from transformers import AutoConfig
 
-from prunekit.checkpoint.building import cut_again
 from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
-from prunekit.checkpoint.cut_checkpoints import FORMAT, MODEL_TYPE
-from prunekit.checkpoint.door import check_class
-from prunekit.checkpoint.layer_widths import layer_widths
-from prunekit.checkpoint.left_out import is_falsely_tied
+from prunekit.checkpoint.config_checks import check_class
+from prunekit.checkpoint.cut_checkpoints import FORMAT, MODEL_TYPE, cut_again, layer_widths
+from prunekit.checkpoint.loading import copy_processors, write_tokenizer_of
+from prunekit.checkpoint.plain_checkpoints import is_falsely_tied
 from prunekit.checkpoint.reading_back import check_written
-from prunekit.checkpoint.tokenizer_files import copy_processors, write_tokenizer_of
 from prunekit.checks import FilePath, Network, Tokenizer, checked
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
 from prunekit.models import check_has_weights, empty_model, name_model, own_tensors, shapes_of
 from prunekit.pruning import PruningPlan
-from prunekit.pruning.cuts import Cuts, tokens_went
+from prunekit.pruning.configurations import recorded
+from prunekit.pruning.cuts import Cuts, drops_layers, tokens_went
 from prunekit.pruning.describing import has_same_logits, plain_config, unsaid
-from prunekit.pruning.recording import recorded
-from prunekit.pruning.renumbering import drops_layers
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report

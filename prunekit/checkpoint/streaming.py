@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens
+from prunekit.checkpoint.mapped_weights import (
+    convert,
+    cut_without_weights,
+    local_folder,
+    map_checkpoint,
+    to_convert,
+    write_shards,
+    write_the_rest,
+)
 from prunekit.checkpoint.saving import check_shard_size
-from prunekit.checkpoint.stream_source import convert, local_folder, map_checkpoint, to_convert
 from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerprint
-from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards, write_the_rest
 from prunekit.checks import FilePath, checked
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError

@@ -10,10 +10,16 @@ import torch
 
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.models import configurations_of, empty_model, evaluating, logits_alone, shapes_of, written_out
+from prunekit.models import (
+    configurations_of,
+    empty_model,
+    evaluating,
+    logits_alone,
+    shapes_of,
+    written_out,
+)
+from prunekit.pruning.configurations import RECORD, base_of, configurations, recorded
 from prunekit.pruning.cuts import HEAD_SIZE, Cuts, Fields, with_fields, with_width
-from prunekit.pruning.recording import RECORD, base_of, recorded
-from prunekit.pruning.vocabulary import configurations
 
 _SAVE = "save_pretrained"
 
@@ -219,3 +225,20 @@ def first_logits(model: Any) -> torch.Tensor:
     tokens = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
     with evaluating(model), written_out(model):
         return model(tokens, **logits_alone(model)).logits
+
+
+ROUNDING = 64  # units in the last place: more zeros in a sum change its order and nothing else
+
+
+COARSE = 0.03  # half precision: what is wrong differs far more
+
+
+def relative_difference(a: Any, b: Any) -> float:
+    """‖a − b‖ / ‖b‖ of two models' logits on the same tokens."""
+    found, expected = first_logits(a).double(), first_logits(b).double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Allowed relative difference of two computations of the same logits."""
+    return min(ROUNDING * torch.finfo(dtype).eps, COARSE)

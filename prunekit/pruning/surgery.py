@@ -18,16 +18,13 @@ from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.compensation import FITS
 from prunekit.pruning.compensation import compensate as refit
+from prunekit.pruning.configurations import own_configurations, record, usable
 from prunekit.pruning.consequences import Consequences, apply_to, consequences_of
 from prunekit.pruning.describing import describe
-from prunekit.pruning.dropping import drop, renamed
-from prunekit.pruning.experts import usable
 from prunekit.pruning.gaps import bridge, takes_layers
-from prunekit.pruning.part_removal import try_without
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.proving import Change, check_scales, parameters_in, verify
-from prunekit.pruning.recording import own_configurations, record
-from prunekit.pruning.weights import copied, fill, replace_parameters, without_weights
+from prunekit.pruning.proving import Change, check_scales, parameters_in, try_without, verify
+from prunekit.pruning.removal import copied, drop, fill, renamed, replace_parameters, without_weights
 
 
 class _Proof(NamedTuple):

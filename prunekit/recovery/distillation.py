@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from prunekit.checks import Model, Part, Positive, check_fields
 from prunekit.errors import PrunekitError
 from prunekit.recovery.data import IGNORED, TrainingWindows
-from prunekit.recovery.full import FullTuning
 from prunekit.recovery.lora import LoRA
+from prunekit.recovery.settings import FullTuning
 from prunekit.recovery.teacher_logits import TOP_K, Candidates, TeacherLogits, keep_logits, n_outputs
 from prunekit.recovery.training import Objective
 

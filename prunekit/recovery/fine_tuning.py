@@ -17,9 +17,9 @@ from prunekit.errors import PrunekitError, warn
 from prunekit.files import new_folder
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.distillation import Distillation
-from prunekit.recovery.full import FullTuning, train_all
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
+from prunekit.recovery.settings import FullTuning, train_all
 from prunekit.recovery.training import Objective, flags_kept, seeded, train
 from prunekit.sparsity.zero_masks import TRAINED, masked_adapters, renew_report, share_of_zeros
 from prunekit.sparsity.zero_masks import keep_zeros as zeros_kept

@@ -25,10 +25,9 @@ from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.recovery.data import TrainOn, with_replies
 from prunekit.recovery.fine_tuning import recover
-from prunekit.recovery.full import FullTuning
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA
-from prunekit.recovery.settings import TrainingSettings
+from prunekit.recovery.settings import FullTuning, TrainingSettings
 from prunekit.recovery.sources import Source, Sources, join, open_sources, shuffle
 
 if TYPE_CHECKING:

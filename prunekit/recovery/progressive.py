@@ -20,8 +20,8 @@ from prunekit.escaping import html_paragraph
 from prunekit.files import read_json, write_text
 from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, plan
+from prunekit.pruning.budgets import parameters_per_unit
 from prunekit.pruning.plan_options import DEFAULT_KINDS
-from prunekit.pruning.steps import parameters_per_unit
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
