@@ -20,6 +20,7 @@ from prunekit.models import empty_model, own_tensors
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Cuts, with_width
 from prunekit.pruning.describing import plain_config, reads_back, relative_difference, tolerance, unsaid
+from prunekit.pruning.removal import remaining
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
@@ -123,8 +124,7 @@ def padded_model(model: Any, cuts: Cuts) -> Any:
     if not difference <= tolerance(next(model.parameters()).dtype):
         raise _refusal(
             f"its logits would change by a factor of {difference:.1g}: zeros cannot replace the removed units, as "
-            "where a "
-            "norm spans it or each head has a norm of its own"
+            "where a norm spans it or each head has a norm of its own"
         )
     return padded
 
@@ -150,7 +150,7 @@ def _survivors(groups: Groups, cuts: Cuts) -> dict[tuple[str, int], Tensor]:
         filling = sorted(set(range(group.n_units)) - set(kept))
         for member in group.members:
             gone.setdefault((member.parameter, member.dim), []).append(member.owned_by(filling))
-    return {site: _others(groups.shapes[site[0]][site[1]], torch.cat(parts)) for site, parts in gone.items()}
+    return {site: remaining(groups.shapes[site[0]][site[1]], torch.cat(parts)) for site, parts in gone.items()}
 
 
 def _group(groups: Groups, name: str) -> Any:
@@ -158,12 +158,6 @@ def _group(groups: Groups, name: str) -> Any:
         return groups[name]
     except PrunekitError:
         raise _refusal(f"with even widths it has no {name}") from None
-
-
-def _others(size: int, gone: Tensor) -> Tensor:
-    stays = torch.ones(size, dtype=torch.bool)
-    stays[gone] = False
-    return stays.nonzero().flatten()
 
 
 def _spread(name: str, tensor: Tensor, shape: torch.Size, survivors: dict[tuple[str, int], Tensor]) -> Tensor:

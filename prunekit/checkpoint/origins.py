@@ -183,8 +183,7 @@ def _model(path: Path, alone: Path, header: GgufHeader, config: Any) -> Any:
     except Exception as error:  # transformers' and the gguf package's, of any kind
         raise PrunekitError(
             f"cannot convert {str(path)!r}, of architecture {header.architecture!r} with tensors of "
-            f"{', '.join(sorted(header.kinds))} ({reason(error)}); give the checkpoint "
-            "that it was made from"
+            f"{', '.join(sorted(header.kinds))} ({reason(error)}); give the checkpoint that it was made from"
         ) from error
     missing = sorted(map(str, info["missing_keys"]))
     if missing:

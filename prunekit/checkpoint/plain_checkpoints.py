@@ -196,8 +196,7 @@ def merge_adapter_of(folder: str | Path, model: Any) -> Any:
     except Exception as error:  # peft's, torch's and safetensors', of any kind
         raise PrunekitError(
             f"the adapter in {str(folder)!r} does not fit {type(model).__name__}, loaded as its base "
-            f"({reason(error)}); name the model that it was trained on in "
-            f"base_model_name_or_path of its {ADAPTER}"
+            f"({reason(error)}); name the model that it was trained on in base_model_name_or_path of its {ADAPTER}"
         ) from error
     name_model(merged, str(folder))
     return merged

@@ -1,7 +1,7 @@
 """Orders the removals of units in steps, and takes steps until a budget is met."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import groupby, pairwise
 from typing import NamedTuple, NoReturn
 
@@ -50,38 +50,29 @@ class Counter:
         return left
 
 
-def all_steps(
-    groups: Groups,
-    candidates: list[CoupledGroup],
-    scores: Mapping[str, Tensor],
-    ranking: str,
-    rounding: Mapping[str, int],
-    min_units: int,
-) -> list[Step]:
-    """All allowed steps, in their order."""
-    steps = _whole_steps(groups, [g for g in candidates if g.kind in WHOLE_KINDS], scores, ranking)
-    for g in candidates:
+def all_steps(groups: Groups, scores: Mapping[str, Tensor], options: Options) -> list[Step]:
+    """All allowed steps, in their order; those of units that an earlier plan removed come first, kind by kind."""
+    steps = _whole_steps(groups, [g for g in options.candidates if g.kind in WHOLE_KINDS], scores, options.ranking)
+    for g in options.candidates:
         if g.kind in WHOLE_KINDS:
             continue
         bundles, values = bundles_of(groups, g, scores[g.name]), scores[g.name].tolist()
         start, per_unit = 0, parameters_per_unit(groups, g)
-        for stop in stops_of(g, bundles, rounding[g.name], min_units):
+        for stop in stops_of(g, bundles, options.rounding[g.name], options.min_units):
             units = tuple(unit for bundle in bundles[start:stop] for unit in bundle)
-            if ranking == "local":
+            if options.ranking == "local":
                 key = (start + stop) / 2 / len(bundles)  # a large unit goes once half of it is due
             else:
                 key = sum(values[unit] for unit in units) / (per_unit * len(units))
             steps.append(Step(g, units, key))
             start = stop
-    return sorted(steps, key=lambda step: (step.key, step.group.kind))
+    steps, gone = sorted(steps, key=_place), options.gone_before
+    known = (s._replace(key=-math.inf) if set(s.units) <= gone.get(s.group.name, set()) else s for s in steps)
+    return sorted(known, key=_place)
 
 
-def gone_first(steps: list[Step], gone: Mapping[str, set[int]]) -> list[Step]:
-    """The steps, with those of already removed units first, kind by kind."""
-    if not gone:
-        return steps
-    known = [s._replace(key=-math.inf) if set(s.units) <= gone.get(s.group.name, set()) else s for s in steps]
-    return sorted(known, key=lambda step: (step.key, step.group.kind))
+def _place(step: Step) -> tuple[float, str]:
+    return step.key, step.group.kind
 
 
 def lowest(scores: Mapping[str, Tensor], gone: Mapping[str, set[int]]) -> dict[str, Tensor]:
@@ -150,55 +141,46 @@ def units_to_go(groups: Groups, scores: Mapping[str, Tensor], options: Options) 
     Raises:
         PrunekitError: the budget cannot be met.
     """
-    candidates, rounding, least = options.candidates, options.rounding, options.min_units
     ordered = lowest(scores, options.gone_before)
-    if options.of == "units" and options.ranking == "local" and not {*options.fractions} & {*WHOLE_KINDS}:
-        return _by_group(_take_shares(groups, options, ordered), candidates)
-    steps = all_steps(groups, candidates, ordered, options.ranking, rounding, least)
-    steps = gone_first(steps, options.gone_before)
-    if options.of == "units":
-        return _by_group(_take_units(steps, candidates, options.fractions, options.ranking), candidates)
-    ratio = next(iter(options.fractions.values()), 0.0)
-    return _by_group(_take_parameters(steps, ratio, Counter(groups), options.limits), candidates)
-
-
-def held_by_rounding(groups: Groups, scores: Mapping[str, Tensor], options: Options) -> list[str]:
-    """Kinds whose number of units `round_to` or `min_units` does not allow to change."""
-    if not options.limits:
-        return []
-    candidates, rounding, min_units = options.candidates, options.rounding, options.min_units
-
-    def kinds_that_go(round_to: Mapping[str, int], least: int) -> set[str]:
-        bundles = {g: bundles_of(groups, g, scores[g.name]) for g in candidates if g.kind not in WHOLE_KINDS}
-        return {g.kind for g, found in bundles.items() if stops_of(g, found, round_to[g.name], least)}
-
-    return sorted(kinds_that_go(dict.fromkeys(rounding, 1), 1) - kinds_that_go(rounding, min_units))
-
-
-def _by_group(taken: list[Step], candidates: list[CoupledGroup]) -> dict[str, set[int]]:
-    """Units to remove from each candidate group."""
-    gone: dict[str, set[int]] = {g.name: set() for g in candidates}
+    if options.of == "parameters":
+        taken = _take_parameters(all_steps(groups, ordered, options), groups, options)
+    elif options.ranking == "local" and not {*options.fractions} & {*WHOLE_KINDS}:
+        taken = _take_shares(groups, options, ordered)
+    else:
+        taken = _take_units(all_steps(groups, ordered, options), options)
+    gone: dict[str, set[int]] = {g.name: set() for g in options.candidates}
     for step in taken:
         gone[step.group.name].update(step.units)
     return gone
 
 
-def _take_parameters(steps: list[Step], ratio: float, counter: Counter, limits: str) -> list[Step]:
-    """Take steps up to the budget: first the same step in every layer, then single steps.
+def held_by_rounding(groups: Groups, scores: Mapping[str, Tensor], options: Options) -> list[str]:
+    """Kinds whose number of units `round_to` or `min_units` does not allow to change."""
+    several = (g for g in options.candidates if options.limits and g.kind not in WHOLE_KINDS)
+    bundles = {g: bundles_of(groups, g, scores[g.name]) for g in several}
+    free = {g.kind for g, found in bundles.items() if stops_of(g, found, 1, 1)}
+    limited = ((g, stops_of(g, found, options.rounding[g.name], options.min_units)) for g, found in bundles.items())
+    return sorted(free - {g.kind for g, stops in limited if stops})
 
-    `limits` is what a refusal says of them, such as `"round_to=16"`; empty where there are none.
+
+def _take_parameters(steps: list[Step], groups: Groups, options: Options) -> list[Step]:
+    """Take steps up to the budget: first the same step in every layer, then single steps.
 
     Raises:
         PrunekitError: the steps do not come near enough to the budget.
     """
+    counter, ratio = Counter(groups), next(iter(options.fractions.values()), 0.0)
     budget = ratio * counter.total
-    even = [list(batch) for _, batch in groupby(steps, key=lambda s: (s.key, s.group.kind))]
-    taken = _fill(even, budget, counter)
-    done = set(map(id, taken))
-    taken += _fill([[s] for s in steps if id(s) not in done], budget, counter)
+    taken = _fill([list(batch) for _, batch in groupby(steps, key=_place)], budget, counter)
+    taken += _fill([[step] for step in _others(steps, taken)], budget, counter)
     if budget - (counter.total - counter.left) > TOLERANCE * counter.total or (ratio > 0 and not taken):
-        _refuse(steps, taken, ratio, counter, limits)
+        _refuse(_others(steps, taken), bool(taken), ratio, counter, options.limits)
     return taken
+
+
+def _others(steps: list[Step], taken: list[Step]) -> list[Step]:
+    done = set(map(id, taken))
+    return [step for step in steps if id(step) not in done]
 
 
 def _fill(batches: list[list[Step]], budget: float, counter: Counter) -> list[Step]:
@@ -217,18 +199,17 @@ def _fill(batches: list[list[Step]], budget: float, counter: Counter) -> list[St
     return taken
 
 
-def _refuse(steps: list[Step], taken: list[Step], ratio: float, counter: Counter, limits: str) -> NoReturn:
+def _refuse(rest: list[Step], some: bool, ratio: float, counter: Counter, limits: str) -> NoReturn:
+    """Raise an error that names the nearest ratios, from the steps that are left and whether some were taken."""
     held, less, steps_of = (f"{limits}, and ", ", lower these", f" for {limits}") if limits else ("", "", "")
     reached = _round_up(1 - counter.left / counter.total)
-    done = set(map(id, taken))
-    rest = [s for s in steps if id(s) not in done]
     if not rest:
         raise BudgetError(
             f"pruning_ratio={ratio} cannot be met: with {held}all protected units and all other kinds kept, "
             f"at most {reached:.4f} of the parameters can go; ask for that or less{less}, or allow more kinds"
         )
     above = _round_up(1 - (counter.left - min(counter.cost(s) for s in rest)) / counter.total)
-    nearest = min((reached, above), key=lambda r: abs(r - ratio)) if taken else above
+    nearest = min((reached, above), key=lambda r: abs(r - ratio)) if some else above
     raise BudgetError(
         f"pruning_ratio={ratio} cannot be met within {TOLERANCE:.1%}: units are too large{steps_of}; "
         f"the nearest feasible ratios are {reached:.4f} and {above:.4f}, so ask for {nearest:.4f}"
@@ -277,54 +258,31 @@ def _refuse_units(name: str, fraction: float, n_units: int, feasible: float, pic
     )
 
 
-def _take_units(
-    steps: list[Step], candidates: list[CoupledGroup], fractions: Mapping[str, float], ranking: str
-) -> list[Step]:
+def _take_units(steps: list[Step], options: Options) -> list[Step]:
     """A share of the units of each group, or of all groups of a kind together.
 
     Raises:
         PrunekitError: the steps fall short of a share by more than one a group.
     """
-
-    def pool(g: CoupledGroup) -> str:
-        return g.name if ranking == "local" and g.kind not in WHOLE_KINDS else g.kind
-
-    quota: dict[str, float] = {}
-    for g in candidates:
-        quota[pool(g)] = quota.get(pool(g), 0.0) + fractions[g.kind] * g.n_units
+    local = options.ranking == "local"
+    pools = {g.name: g.name if local and g.kind not in WHOLE_KINDS else g.kind for g in options.candidates}
+    quota = dict.fromkeys(pools.values(), 0.0)
+    for g in options.candidates:
+        quota[pools[g.name]] += options.fractions[g.kind] * g.n_units
     room = {name: math.floor(units + 0.5 + 1e-9) for name, units in quota.items()}
     taken: list[Step] = []
     closed: set[str] = set()
     for step in steps:
-        name = pool(step.group)
+        name = pools[step.group.name]
         if len(step.units) > room[name]:
             closed.add(step.group.name)
         elif step.group.name not in closed:
             room[name] -= len(step.units)
             taken.append(step)
-    _check_units_met(steps, candidates, pool, room, quota)
-    return taken
-
-
-def _check_units_met(
-    steps: list[Step],
-    candidates: list[CoupledGroup],
-    pool: Callable[[CoupledGroup], str],
-    room: dict[str, int],
-    quota: dict[str, float],
-) -> None:
-    """A share of units may fall short by one step a group, not by more."""
-    largest = dict.fromkeys(room, 0)
-    for step in steps:
-        largest[pool(step.group)] = max(largest[pool(step.group)], len(step.units))
     for name, left in room.items():
-        members = [g for g in candidates if pool(g) == name]
-        picked = max(g.min_units for g in members)
-        if left > largest[name] * len(members) or (left and picked > 1 and not _room_left(steps, members, left)):
-            units = sum(g.n_units for g in members)
+        members = [g for g in options.candidates if pools[g.name] == name]
+        largest = max((len(step.units) for step in steps if pools[step.group.name] == name), default=0)
+        picked, units = max(g.min_units for g in members), sum(g.n_units for g in members)
+        if left > largest * len(members) or (left >= largest and left and picked > 1):
             _refuse_units(name, quota[name] / units, units, max(quota[name] - left, 0), picked)
-
-
-def _room_left(steps: list[Step], members: list[CoupledGroup], left: int) -> bool:
-    """Whether units are left over only since the next step takes more than these."""
-    return any(len(step.units) > left for step in steps if step.group in members)
+    return taken

@@ -192,8 +192,7 @@ def _settle_together(equation: Equation, target: int, known: dict[Key, int]) -> 
     names = ", ".join(".".join(filter(None, a.key)) for a in _open(equation, known))
     raise PrunekitError(
         f"{equation.where or 'the model'} computes a width from {names}; it is unknown which must change to give "
-        f"{target}, "
-        "so nothing was cut; keep all units there"
+        f"{target}, so nothing was cut; keep all units there"
     )
 
 

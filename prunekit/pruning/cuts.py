@@ -11,7 +11,7 @@ from prunekit.discovery import KINDS, CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError, reason
 from prunekit.models import Shapes, empty_model, shapes_of
 from prunekit.pruning.configurations import RECORD, Stages, configurations, recorded, renumber
-from prunekit.pruning.plans import PruningPlan
+from prunekit.pruning.plans import PruningPlan, kind_in
 from prunekit.pruning.removal import layer_lists
 
 HEADS = ("kv_head", "query_head")  # whose counts have standard names
@@ -132,7 +132,7 @@ def uncut_widths(config: Any) -> Any:
 
 def _shapes_heads(name: str) -> bool:
     """Whether a group's units go into a head size that is computed: hidden size by number of heads."""
-    return name.rpartition(":")[2].partition("#")[0] in (*HEADS, "hidden")
+    return kind_in(name) in (*HEADS, "hidden")
 
 
 def _with_head_size(config: Any) -> Any:
@@ -150,17 +150,13 @@ def _with_head_size(config: Any) -> Any:
 
 def tokens_left(stages: Stages) -> list[int] | None:
     """Token ids left after all stages, as the uncut model numbers them; None where none went."""
-    of_tokens = [{name: units for name, units in stage.items() if _is_vocabulary(name)} for stage in stages]
+    of_tokens = [{name: units for name, units in stage.items() if kind_in(name) == "vocabulary"} for stage in stages]
     return next(iter(units_left(of_tokens).values()), None)
 
 
 def tokens_went(model: Any, plan: PruningPlan | None = None) -> bool:
     """Whether tokens have new numbers, by a model's own record or by the plan that it was cut by."""
     return tokens_left(recorded(model.config).get("stages", [])) is not None or (plan is not None and plan.takes_tokens)
-
-
-def _is_vocabulary(name: str) -> bool:
-    return name.rpartition(":")[2] == "vocabulary"
 
 
 def units_left(stages: Stages) -> dict[str, list[int]]:

@@ -15,8 +15,18 @@ from prunekit.errors import BudgetError, PrunekitError
 from prunekit.importance import Scores, score
 from prunekit.importance.scoring import AnyImportance
 from prunekit.pruning.budgets import WHOLE_KINDS, Counter, Step, held_by_rounding, units_to_go
-from prunekit.pruning.gaps import counterparts, takes_layers
-from prunekit.pruning.plan_options import Ratio, check_options, check_outcome, read_options
+from prunekit.pruning.gaps import counterparts
+from prunekit.pruning.plan_options import (
+    Options,
+    Ratio,
+    candidates_of,
+    check_options,
+    check_outcome,
+    check_rounding,
+    check_shares,
+    default_units,
+    limits_of,
+)
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.surgery import cut
 
@@ -70,10 +80,24 @@ def plan(
     Source: LLM-Pruner (Ma et al. 2023), local and global selection. Differs: its global mode compares head
     sums with single channels and so never removes a head; here scores are taken per parameter.
     """
-    options = read_options(
-        groups, scores, pruning_ratio, of=of, ranking=ranking, kinds=kinds, protect_layers=protect_layers,
-        round_to=round_to, min_units=min_units, after=after,
-    )  # fmt: skip
+    named, protected = None if kinds is None else tuple(kinds), tuple(protect_layers)
+    fractions = check_options(pruning_ratio, of=of, ranking=ranking, kinds=named, round_to=round_to)
+    if isinstance(pruning_ratio, Mapping):
+        check_shares(pruning_ratio if named is None else named, pruning_ratio)
+    if ranking is None:
+        ranking = getattr(scores, "ranking", "local") if of == "parameters" else "local"
+    if named is None and not isinstance(pruning_ratio, Mapping):
+        found = tuple(g for g in default_units(groups) if g.kind != "query_head" or g.name in scores)
+        fractions.update((g.kind, pruning_ratio) for g in found)
+    else:
+        groups.check_kinds(fractions)
+        found = groups.of_kind(*fractions)  # asked for by name: inexact ones too
+    candidates = candidates_of(groups, scores, found, protected)
+    check_rounding(round_to, candidates, pruning_ratio)
+    rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
+    earlier = {} if after is None else {name: set(after.removed(name)) for name in after.keep}
+    limits = limits_of(round_to, min_units)
+    options = Options(of, ranking, fractions, candidates, rounding, min_units, limits, earlier)
     gone = units_to_go(groups, scores, options)
     few = check_outcome(options, gone)
     held = held_by_rounding(groups, scores, options)
@@ -174,7 +198,7 @@ def _part(ratio: Ratio, share: float) -> Ratio:
 def _names_now(model: nn.Module, small: nn.Module, chosen: PruningPlan) -> dict[str, str]:
     """Name of each group that is left, in the dense model → in the smaller one, where layers moved up."""
     left = [name for name, units in chosen.keep.items() if units]
-    if not takes_layers(chosen):
+    if not chosen.removed_layers:
         return dict(zip(left, left, strict=True))
     moved = counterparts(small, model, chosen)
     return {name: f"{moved[name.removesuffix(':layer')]}:layer" for name in left}

@@ -25,8 +25,7 @@ OTHER = "the cut model's structure is not the full model's structure restricted 
 
 APART = (
     "without the removed parts, channels that belong together are separated, since others reach the rest of the model "
-    "only "
-    "through it, as where a residual sum is made and normed inside it"
+    "only through it, as where a residual sum is made and normed inside it"
 )
 
 

@@ -208,9 +208,8 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever an object in it refuses with
         raise PrunekitError(
-            f"this {type(model).__name__} cannot be copied, and cuts are tried on a copy first "
-            f"({reason(error)}); take out of it what cannot be copied, such as locks, open files, or "
-            "weights that are computed from others"
+            f"this {type(model).__name__} cannot be copied, and cuts are tried on a copy first ({reason(error)}); take "
+            "out of it what cannot be copied, such as locks, open files, or weights that are computed from others"
         ) from error
 
 
@@ -249,6 +248,13 @@ def replace_parameters(model: nn.Module, keep: Keep) -> None:
         for name, p in module._parameters.items():
             if p is not None and id(p) in small:
                 module._parameters[name] = small[id(p)]
+
+
+def remaining(size: int, gone: Tensor) -> Tensor:
+    """Ascending indices below a size that stay, int64 (n,)."""
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[gone] = False
+    return stays.nonzero().flatten()
 
 
 def cut_buffers(model: nn.Module, keep: dict[str, tuple[int, Tensor]]) -> None:

@@ -113,8 +113,7 @@ class _Local:
             if sums is not None and matrix.expert is None:
                 raise PrunekitError(
                     f"the inputs of {matrix.name} are zero for every token of the calibration set; give another set, "
-                    "or "
-                    "check whether the weights before it are all zero"
+                    "or check whether the weights before it are all zero"
                 )
             return prune_alone(matrix, pattern, UNREACHED)
         before = matrix.weight.to(sums.squares.dtype)
