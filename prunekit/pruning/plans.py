@@ -22,7 +22,6 @@ _NO_PLAN, _GIVE = "this is no pruning plan", "give JSON as PruningPlan.save writ
 class PruningPlan:
     """A pruning plan: the units of each group that stay.
 
-
     Attributes:
         keep: group name → ascending list of the units kept.
         n_units: group name → number of units before.

@@ -1,6 +1,7 @@
 """Accuracy predictor: gradient-boosted trees that predict a metric from a candidate, and their validation."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,18 +188,12 @@ class AccuracyPredictor:
         return np.random.default_rng([self.trees.seed, number]).integers(n, size=n)
 
     def _settings(self, number: int) -> dict[str, Any]:
+        trees = self.trees
         return {
-            "objective": "regression",
-            "num_leaves": self.trees.n_leaves,
-            "learning_rate": self.trees.learning_rate,
-            "min_data_in_leaf": self.trees.min_pairs,
-            "extra_trees": True,
-            "seed": self.trees.seed + number,
-            "deterministic": True,
-            "force_row_wise": True,
-            "num_threads": 1,
-            "verbosity": -1,
-        }
+            "objective": "regression", "num_leaves": trees.n_leaves, "learning_rate": trees.learning_rate,
+            "min_data_in_leaf": trees.min_pairs, "extra_trees": True, "seed": trees.seed + number,
+            "deterministic": True, "force_row_wise": True, "num_threads": 1, "verbosity": -1,
+        }  # fmt: skip
 
 
 TOP = 10  # most promising candidates, for the regret
@@ -228,15 +223,9 @@ def agreement(
             f"values of shapes {a.shape} and {b.shape} cannot be compared; give two lists of one length"
         )
     chosen = np.argsort(a, kind="stable")[:top]
-    return pd.Series(
-        {
-            "n": len(a),
-            "rmse": float(np.sqrt(np.mean((a - b) ** 2))),
-            "spearman": float(spearmanr(a, b).statistic),
-            "kendall": float(kendalltau(a, b).statistic),
-            "regret": float(b[chosen].min() - b.min()),
-        }
-    )
+    found = {"n": len(a), "rmse": float(np.sqrt(np.mean((a - b) ** 2)))}
+    found |= {"spearman": float(spearmanr(a, b).statistic), "kendall": float(kendalltau(a, b).statistic)}
+    return pd.Series(found | {"regret": float(b[chosen].min() - b.min())})
 
 
 def cross_validate(pairs: Pairs, *, n_folds: int = 5, trees: Trees | None = None, seed: int = 0) -> pd.DataFrame:
@@ -257,13 +246,14 @@ def cross_validate(pairs: Pairs, *, n_folds: int = 5, trees: Trees | None = None
     """
     check_integers(n_folds=(n_folds, 2))
     fold = np.random.default_rng(seed).permutation(len(pairs)) % n_folds
-    _check_enough(len(pairs) - int(np.ceil(len(pairs) / n_folds)), len(pairs))
+    n_left = len(pairs) - math.ceil(len(pairs) / n_folds)
+    if n_left < FEWEST:
+        raise PrunekitError(f"{len(pairs)} samples leave {n_left} to train on, and {FEWEST} are needed; measure more")
     points, values, expected = pairs.points, pairs.values, np.zeros(len(pairs))
     for number in range(n_folds):
         expected[fold == number] = _foretold(pairs, points, values, fold != number, fold == number, trees)
-    return pd.DataFrame(
-        {"number": pairs.table["number"].to_numpy(), "fold": fold, "expected": expected, "measured": values}
-    )
+    numbers = pairs.table["number"].to_numpy()
+    return pd.DataFrame({"number": numbers, "fold": fold, "expected": expected, "measured": values})
 
 
 def learning_curve(
@@ -308,8 +298,3 @@ def _foretold(
     places = np.arange(len(points))
     taught = AccuracyPredictor(pairs.space, trees).fit([points[i] for i in places[known]], values[known])
     return taught.predict([points[i] for i in places[out]])
-
-
-def _check_enough(n: int, every: int) -> None:
-    if n < FEWEST:
-        raise PrunekitError(f"{every} samples leave {n} to train on, and {FEWEST} are needed; measure more")

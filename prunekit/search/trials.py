@@ -30,41 +30,18 @@ STUDY = "prunekit"
 _BEGINNING = f'{{"{JOURNAL_KEY}"'.encode()  # of every line
 
 
-class KernelLock:
-    """A file lock that the system releases when its holder dies.
-
-    Optuna's own lock files stay after a kill, so that others wait for half a minute. The holder may acquire it again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._lock = FileLock(f"{path}.lock")
-
-    def acquire(self) -> bool:
-        """Wait for the lock and take it."""
-        self._lock.acquire()
-        return True
-
-    def release(self) -> None:
-        """Release the lock."""
-        self._lock.release()
-
-    def __enter__(self) -> "KernelLock":
-        self.acquire()
-        return self
-
-    def __exit__(self, *_raised: object) -> None:
-        self.release()
-
-
 class Journal(JournalFileBackend):
     """Optuna's journal, one JSON object per line; an incomplete last line is removed.
 
+    Optuna's own lock files stay after a kill, so that others wait for half a minute. The system releases this one when
+    its holder dies.
+
     Attributes:
-        lock: held by every writer.
+        lock: held by every writer, who may acquire it again.
     """
 
     def __init__(self, path: Path) -> None:
-        self.lock, self._path = KernelLock(path), path
+        self.lock, self._path = FileLock(f"{path}.lock"), path
         super().__init__(str(path), lock_obj=self.lock)  # type: ignore[arg-type]
         with self.lock:
             self._check()
@@ -102,7 +79,7 @@ class Journal(JournalFileBackend):
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, KernelLock]:
+def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, FileLock]:
     """The study in a journal file, created if missing, and its lock.
 
     Raises:
@@ -118,12 +95,11 @@ def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, KernelLock]:
                 direction = StudyDirection.MAXIMIZE if maximize else StudyDirection.MINIMIZE
                 storage.create_new_study([direction], STUDY)
             study = optuna.load_study(study_name=STUDY, storage=storage)
-    except OSError as error:
-        raise PrunekitError(
-            f"cannot write the journal {str(path)!r} ({error.strerror}); choose another folder"
-        ) from None
     except PrunekitError:
         raise
+    except OSError as error:
+        told = f"cannot write the journal {str(path)!r} ({error.strerror}); choose another folder"
+        raise PrunekitError(told) from None
     except (KeyError, AssertionError, TypeError, ValueError) as error:
         raise PrunekitError(
             f"{str(path)!r} holds no study that can be read ({reason(error)}); give another path"
@@ -131,9 +107,6 @@ def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, KernelLock]:
     finally:
         optuna.logging.set_verbosity(before)
     return study, journal.lock
-
-
-OPEN = (TrialState.WAITING, TrialState.RUNNING)
 
 
 class Trials:
@@ -193,8 +166,7 @@ class Trials:
         """Claim a waiting trial for this process: its number and candidate; None if none waits."""
         with self.lock:
             self._take_back()
-            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if not waiting or self._closed:  # one of joblib's threads may ask when all is over
+            if not self._every(TrialState.WAITING) or self._closed:  # one of joblib's threads may ask when all is over
                 return None
             trial = self.study.ask()
             trial.set_user_attr("worker", {"run": self._run, "host": socket.gethostname(), "pid": os.getpid()})
@@ -219,7 +191,7 @@ class Trials:
         """Number of trials that wait or run."""
         with self.lock:
             self._take_back()
-        return len(self.study.get_trials(deepcopy=False, states=OPEN))
+        return len(self._every(TrialState.WAITING, TrialState.RUNNING))
 
     def points(self, before: int) -> list[Point]:
         """All candidates added in earlier rounds, failed ones included."""
@@ -227,13 +199,12 @@ class Trials:
 
     def finished(self) -> list[FrozenTrial]:
         """The measured trials, in the order in which they were added."""
-        found = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return sorted(found, key=_order)
+        return sorted(self._every(TrialState.COMPLETE), key=_order)
 
     def failed(self) -> dict[int, str]:
         """Trial number → reason, for failed trials."""
-        found = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        return {trial.number: trial.user_attrs["why"] for trial in found if "why" in trial.user_attrs}
+        found = ((trial.number, trial.user_attrs.get("why")) for trial in self._every(TrialState.FAIL))
+        return {number: why for number, why in found if why is not None}
 
     def table(self) -> pd.DataFrame:
         """One row per measured trial: number, round, the hyperparameters, and what was measured."""
@@ -243,21 +214,20 @@ class Trials:
         ]
         return pd.DataFrame(rows, columns=None if rows else ["number", "round", *self._distributions])
 
-    def _every(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
+    def _every(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials, or those in these states."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _add(self, point: Point, attributes: Mapping[str, Any]) -> None:
-        waiting = create_trial(
-            state=TrialState.WAITING, params=point, distributions=self._distributions, user_attrs=dict(attributes)
-        )
-        self.study.add_trial(waiting)
+        told: Any = {"params": point, "distributions": self._distributions, "user_attrs": dict(attributes)}
+        self.study.add_trial(create_trial(state=TrialState.WAITING, **told))
 
     def _take_back(self) -> None:
         """Return trials of dead processes to the waiting ones: the old trial fails, and a new one is added.
 
         A process may have died between the two steps, so candidates with only such failed trials are added again.
         """
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        for trial in self._every(TrialState.RUNNING):
             worker = trial.user_attrs.get("worker")  # None: killed right after its claim
             if worker is None or not self._lives(worker["run"]):
                 self.study.tell(trial.number, state=TrialState.FAIL)

@@ -10,7 +10,7 @@ from prunekit.errors import PrunekitError
 from prunekit.sparsity.auxiliaries import FFN, Sums, Weights, gram_of, sweep
 from prunekit.sparsity.matrix_inputs import DAMPING, Factor, damped, factorize, upper_factor
 from prunekit.sparsity.patterns import Pattern
-from prunekit.sparsity.solvers import BLOCK, SparseLLM, check_damping, solve
+from prunekit.sparsity.solvers import SparseLLM, check_damping, solve
 
 _FITTING_STEPS, _FITTING_RATE = 10, 0.01  # of W_down in a faithful two-matrix FFN
 
@@ -41,7 +41,6 @@ def prune_ffn(
     pattern: Pattern | Mapping[str, Pattern],
     method: SparseLLM | None = None,
     *,
-    block_size: int = BLOCK,
     damping: float = DAMPING,
     watch: Callable[[str, Tensor, Tensor], None] | None = None,
 ) -> Pruned:
@@ -52,7 +51,6 @@ def prune_ffn(
         n_sequences: n in H = (2/n)·Σxxᵀ.
         pattern: the pattern of every matrix, or `"up"`, `"gate"` and `"down"` → its pattern.
         method: options of SparseLLM.
-        block_size: as for `sparsegpt`.
         damping: as for `sparsegpt`.
         watch: called after each call of the local solver with name, weight before, weight after.
 
@@ -62,39 +60,35 @@ def prune_ffn(
     check_damping(damping)
     method = (method or SparseLLM()).for_form(ffn.gate is not None)
     patterns = pattern if isinstance(pattern, Mapping) else dict.fromkeys(("up", "gate", "down"), pattern)
-    solver = _Solver(patterns, block_size, damping, watch or (lambda *_: None))
+    solver = _Solver(patterns, damping, watch or (lambda *_: None))
     gram_x, gram_p = gram_of(ffn.x), gram_of(ffn.p)
-    _check(gram_x, gram_p)
+    for gram, what in ((gram_x, "reads"), (gram_p, "passes to its down projection")):
+        if not bool(gram.isfinite().all()):
+            raise PrunekitError(f"what the FFN {what} is not finite; check the weights and the calibration set")
+        if not bool(gram.diagonal().any()):
+            raise PrunekitError(f"what the FFN {what} is zero for every token of the calibration set; give another one")
     inner = _Fitter(gram_x, n_sequences, method.faithful, damping)
     down_factor = solver.factor(gram_p * (2 / n_sequences))
-    weights, best, errors = Weights(ffn.up, ffn.gate, ffn.down), (0, Weights(ffn.up, ffn.gate, ffn.down)), []
+    weights = Weights(ffn.up, ffn.gate, ffn.down)
+    best, errors = (0, weights), list[float]()
     sums: Sums | None = None
     for iteration in range(method.n_iterations):
         if sums is not None:
             weights = _fitted(ffn, weights, sums, inner, method, damping)
             down_factor = solver.factor(sums.gram * (2 / n_sequences))
         weights = _pruned(weights, inner.factor(solver), down_factor, solver)
-        last = iteration + 1 == method.n_iterations
-        sums = sweep(ffn, weights, method, last)
+        sums = sweep(ffn, weights, method, last=iteration + 1 == method.n_iterations)
         errors.append(sums.error)
         if method.faithful or iteration == 0 or sums.error < min(errors[:-1]):
             best = (iteration, weights)
     return Pruned(*best[1], tuple(errors), best[0], solver.largest)
 
 
-def _check(gram_x: Tensor, gram_p: Tensor) -> None:
-    for gram, what in ((gram_x, "reads"), (gram_p, "passes to its down projection")):
-        if not bool(gram.isfinite().all()):
-            raise PrunekitError(f"what the FFN {what} is not finite; check the weights and the calibration set")
-        if not bool(gram.diagonal().any()):
-            raise PrunekitError(f"what the FFN {what} is zero for every token of the calibration set; give another one")
-
-
 class _Solver:
     """SparseGPT with the arguments that all calls share."""
 
-    def __init__(self, patterns: Mapping[str, Pattern], block_size: int, damping: float, watch: Callable) -> None:
-        self._patterns, self._block_size, self._watch, self.damping = patterns, block_size, watch, damping
+    def __init__(self, patterns: Mapping[str, Pattern], damping: float, watch: Callable) -> None:
+        self._patterns, self._watch, self.damping = patterns, watch, damping
         self.largest = damping
 
     def factor(self, hessian: Tensor) -> Factor:
@@ -103,7 +97,7 @@ class _Solver:
         return found
 
     def __call__(self, name: str, weight: Tensor, factor: Factor) -> Tensor:
-        result = solve(weight, factor, self._patterns[name], self._block_size)
+        result = solve(weight, factor, self._patterns[name])
         self._watch(name, weight, result)
         return result
 

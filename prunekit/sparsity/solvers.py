@@ -110,18 +110,14 @@ def sparsegpt(
     _check_weight(weight, wanted)
     check_integers(block_size=(block_size, 1))
     check_damping(damping)
-    if not isinstance(statistics, Factor):
-        statistics = _factor(_check_statistics(statistics, weight), damping)
-    return solve(weight, statistics, wanted, block_size)
-
-
-def _factor(hessian: Tensor, damping: float) -> Factor:
-    if not bool(hessian.diagonal().any()):
+    if isinstance(statistics, Factor):
+        return solve(weight, statistics, wanted, block_size)
+    if not bool(_check_statistics(statistics, weight).diagonal().any()):
         raise PrunekitError("all inputs of this matrix are zero; give another calibration set")
-    found = factorize(hessian, damping)
+    found = factorize(statistics, damping)
     if found.damping != damping:
         warn(f"the Hessian has no Cholesky factor with damping={damping:g}; {found.damping:g} was used")
-    return found
+    return solve(weight, found, wanted, block_size)
 
 
 def solve(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int = BLOCK) -> Tensor:
@@ -140,9 +136,10 @@ def solve(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int = BL
 def _solve_block(block: Tensor, upper: Tensor, pattern: Pattern) -> Tensor:
     """Prune a block (columns, out) in place; returns each column's error over its diagonal, (columns, out)."""
     diagonal = upper.diagonal()[:, None]
-    mask = (
-        _lowest_of_block(block, diagonal, pattern) if pattern.of is None else torch.zeros_like(block, dtype=torch.bool)
-    )
+    mask = torch.zeros_like(block, dtype=torch.bool)
+    if pattern.of is None:
+        scores = block**2 / diagonal**2
+        mask = scores <= threshold(scores, pattern.sparsity)
     errors = torch.empty_like(block)
     step = _SUB_BLOCK if pattern.of is None else max(_SUB_BLOCK // pattern.of, 1) * pattern.of
     for start in range(0, len(block), step):
@@ -156,11 +153,6 @@ def _solve_block(block: Tensor, upper: Tensor, pattern: Pattern) -> Tensor:
             block[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j], alpha=-1)
         block[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
     return errors
-
-
-def _lowest_of_block(block: Tensor, diagonal: Tensor, pattern: Pattern) -> Tensor:
-    scores = block**2 / diagonal**2
-    return scores <= threshold(scores, pattern.sparsity)
 
 
 def threshold(scores: Tensor, sparsity: float) -> Tensor:
