@@ -11,7 +11,6 @@ from prunekit.models import auto_class, count_parameters
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import fit_for_grouped
 from prunekit.pruning.cuts import tokens_went
-from prunekit.sparsity.zero_masks import current_report
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
@@ -55,33 +54,10 @@ _GOOD_FOR = (
 )
 
 
-def texts_beside(
-    model: Any,
-    layout: str,
-    plan: PruningPlan | None,
-    report: "Report | None",
-    *,
-    unsaid: Sequence[str] = (),
-    remarks: Sequence[str] = (),
-) -> dict[str, str]:
-    """File name → content of the files besides the weights: the card, the plan and reports."""
-    zeros = current_report(model)
-    texts = {CARD: model_card(model, layout, plan, report, zeros=zeros, unsaid=unsaid, remarks=remarks)}
-    texts |= {"plan.json": plan.to_json()} if plan is not None else {}
-    texts |= {SPARSITY: zeros.to_json()} if zeros is not None else {}
-    return texts | ({"report.json": report.to_json()} if report is not None else {})
-
-
 def model_card(
-    model: Any,
-    layout: str,
-    plan: PruningPlan | None = None,
-    report: "Report | None" = None,
-    *,
-    zeros: "SparsityReport | None" = None,
-    unsaid: Sequence[str] = (),
-    remarks: Sequence[str] = (),
-) -> str:
+    model: Any, layout: str, plan: PruningPlan | None, report: "Report | None", zeros: "SparsityReport | None",
+    unsaid: Sequence[str], remarks: Sequence[str],
+) -> str:  # fmt: skip
     """The card of a model in Markdown.
 
     Args:

@@ -34,6 +34,8 @@ _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # how classes of language mod
 def check_kind(folder: Path, config: dict[str, Any]) -> None:
     """Raise an error for a folder that holds something else than a plain language model.
 
+    `transformers` would load an encoder too. A model of pictures and text is taken where it has a class for it.
+
     Args:
         folder: of the checkpoint.
         config: its config.json.
@@ -44,7 +46,16 @@ def check_kind(folder: Path, config: dict[str, Any]) -> None:
     quantization = _quantization(config)
     if quantization is not None:
         raise _quantized(folder, config, quantization)
-    _check_architecture(folder, config)
+    names = [str(name) for name in config.get("architectures") or []]
+    if not names or set(names) & _classes(config.get("model_type")) or _is_foreign(names, config):
+        return
+    said, give = f"{str(folder)!r} is a {names[0]}", "give one that AutoModelForCausalLM loads"
+    if hasattr(transformers, names[0]):
+        raise PrunekitError(f"{said}, no causal language model; {give}")
+    raise PrunekitError(
+        f"{said}, which transformers does not have; {give}, or, if this is one, write its class, such as "
+        "LlamaForCausalLM, into architectures of its config.json"
+    )
 
 
 def has_adapter(folder: Path) -> bool:
@@ -78,23 +89,6 @@ def _quantized(folder: Path, config: dict[str, Any], quantization: Any) -> Prune
             "quantized (often the base_model of its README.md)"
         )
     return PrunekitError(f"{str(folder)!r} is quantized ({method}), and quantized weights cannot be cut; {advice}")
-
-
-def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    """Raise an error for models of another kind, such as an encoder, which `transformers` would load.
-
-    A model of pictures and text is taken where `transformers` has a class for it.
-    """
-    names = [str(name) for name in config.get("architectures") or []]
-    if not names or set(names) & _classes(config.get("model_type")) or _is_foreign(names, config):
-        return
-    said, give = f"{str(folder)!r} is a {names[0]}", "give one that AutoModelForCausalLM loads"
-    if hasattr(transformers, names[0]):
-        raise PrunekitError(f"{said}, no causal language model; {give}")
-    raise PrunekitError(
-        f"{said}, which transformers does not have; {give}, or, if this is one, write its class, such as "
-        "LlamaForCausalLM, into architectures of its config.json"
-    )
 
 
 def check_class(model: Any) -> None:
@@ -151,7 +145,7 @@ def check_names(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def check_described(described: dict[str, Any], source: str) -> None:
+def check_described(described: Any, source: str, own: bool | None = None) -> None:
     """Raise an error where a configuration names weights of its own, code, or a number that no model has.
 
     `transformers` would read other weights than are checked here, fetch and run the code for attention or experts, or
@@ -160,17 +154,14 @@ def check_described(described: dict[str, Any], source: str) -> None:
     Args:
         described: config.json as it is, nested configurations included.
         source: of the checkpoint, for the message.
+        own: whether it is of a cut checkpoint of ours; None asks the configuration.
 
     Raises:
         PrunekitError: names the field and what stands there.
     """
-    _check_fields(described, source, own=described.get("model_type") == "prunekit")
-
-
-def _check_fields(described: Any, source: str, own: bool) -> None:
-    if isinstance(described, list):
-        for value in described:
-            _check_fields(value, source, own)
+    own = described.get("model_type") == "prunekit" if own is None else own
+    for value in described if isinstance(described, list) else ():
+        check_described(value, source, own)
     for key, value in described.items() if isinstance(described, dict) else ():
         if key == "transformers_weights" and value is not None:
             raise PrunekitError(
@@ -189,7 +180,7 @@ def _check_fields(described: Any, source: str, own: bool) -> None:
                 f"config.json of {source!r} has {key}={value!r}, code of a repository, which is not fetched or run; "
                 "remove that field from config.json"
             )
-        _check_fields(value, source, own)
+        check_described(value, source, own)
 
 
 def check_config(source: str, config: dict[str, Any], trust_remote_code: bool) -> None:

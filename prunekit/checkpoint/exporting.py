@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunekit.calibration import check_finite
-from prunekit.checkpoint.cards import renumbered, texts_beside
+from prunekit.checkpoint.cards import renumbered
 from prunekit.checkpoint.gguf import check_family, write_gguf
 from prunekit.checkpoint.saving import SHARD, check_saving, write_plain, write_texts, write_tokenizer
 from prunekit.checks import FilePath, Network, Tokenizer, check_choice, checked
@@ -73,8 +73,7 @@ def export(
             remarks += write_gguf(even, config, folder)
         else:
             write_plain(even, config, folder, max_shard_size)
-        made = texts_beside(even, layout, plan, report, unsaid=filled, remarks=remarks)
-        write_texts(folder, made, files or {})
+        write_texts(even, folder, layout, plan, report, files, unsaid=filled, remarks=remarks)
     return Path(out)
 
 

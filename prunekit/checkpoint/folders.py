@@ -3,7 +3,7 @@
 Only headers are read here, so that what is wrong is said before memory is asked for.
 """
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _sharded(folder: Path, names: dict[str, str]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in sorted(set(names.values())):
-        for name, stored in _header(folder / file):
+        for name, stored in header_of(folder / file).items():
             if name in found:
                 raise PrunekitError(
                     f"{name!r} stands in {found[name].file.name!r} and in {file!r} of {str(folder)!r}; restore both"
@@ -149,18 +149,13 @@ def header_of(path: Path) -> dict[str, Stored]:
     Raises:
         PrunekitError: the file cannot be read.
     """
-    return dict(_header(path))
-
-
-def _header(path: Path) -> Iterator[tuple[str, Stored]]:
     check_regular(path, _UNLIMITED)
     try:
         with path.open("rb") as file:
             first = file.read(2)
         with safe_open(path, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a dictionary
-                part = weights.get_slice(name)
-                yield name, Stored(path, tuple(part.get_shape()), part.get_dtype())
+            parts = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - not a dictionary
+            return {name: Stored(path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except OSError as error:
         raise _unreadable(path, error.strerror) from None
     except SafetensorError as error:
@@ -203,7 +198,7 @@ def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: i
     Raises:
         PrunekitError: it asks for more.
     """
-    held = sum(_elements(t.shape) for t in stored.values())
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
     counter = _Counter(FEW_CALLS + CALLS_A_TENSOR * len(stored))
     try:
         with PROCESS, torch.device("meta"), counter:  # not even buffers cost anything
@@ -216,8 +211,8 @@ def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: i
             f"config.json of {source!r} describes a model of many more parts than the {len(stored)} tensors that are "
             "stored; restore both from one source"
         ) from None
-    asked = sum(_elements(shape) for shape in shapes_of(model).values())
-    constants = sum(_elements(buffer.shape) for buffer in model.buffers())
+    asked = sum(map(math.prod, shapes_of(model).values()))
+    constants = sum(buffer.numel() for buffer in model.buffers())
     if asked > factor * held or constants > factor * held + ROOM:
         raise PrunekitError(
             f"config.json of {source!r} asks for {asked:,} parameters and {constants:,} constants, but its weights "
@@ -241,7 +236,3 @@ class _Counter(TorchFunctionMode):
         if self.n_left < 0:
             raise OverflowError
         return func(*args, **(kwargs or {}))
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

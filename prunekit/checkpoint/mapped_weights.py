@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from prunekit.checkpoint.cards import renumbered, texts_beside
+from prunekit.checkpoint.cards import renumbered
 from prunekit.checkpoint.cut_checkpoints import MODEL_TYPE, load_cut
 from prunekit.checkpoint.folders import INDEX, Stored, check_dtypes, read_config, stored_tensors
 from prunekit.checkpoint.loading import load, load_tokenizer
@@ -262,5 +262,4 @@ def write_the_rest(small: Any, folder: Path, plan: PruningPlan) -> None:
     write_configurations(small, config, folder)
     write_tokenizer(small, folder, None)
     remarks = renumbered(small, plan, None)
-    made = texts_beside(small, layout_of(config), plan, None, unsaid=not_plain(config), remarks=remarks)
-    write_texts(folder, made, {})
+    write_texts(small, folder, layout_of(config), plan, None, None, unsaid=not_plain(config), remarks=remarks)

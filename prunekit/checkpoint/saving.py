@@ -8,7 +8,7 @@ with `model_type: "prunekit"`: the uncut configuration, the units kept, and the 
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import save_torch_state_dict
 from transformers import AutoConfig
 
-from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
+from prunekit.checkpoint.cards import CARD, SPARSITY, model_card, renumbered
 from prunekit.checkpoint.config_checks import check_class
 from prunekit.checkpoint.cut_checkpoints import FORMAT, MODEL_TYPE, cut_again, layer_widths
 from prunekit.checkpoint.loading import copy_processors, write_tokenizer_of
@@ -31,6 +31,7 @@ from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import recorded
 from prunekit.pruning.cuts import Cuts, drops_layers, tokens_went
 from prunekit.pruning.describing import has_same_logits, plain_config, unsaid
+from prunekit.sparsity.zero_masks import current_report
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
@@ -79,8 +80,7 @@ def save(
             write_plain(model, config, folder, max_shard_size)
         write_tokenizer(model, folder, tokenizer)
         remarks = renumbered(model, plan, tokenizer)
-        made = texts_beside(model, layout_of(config), plan, report, unsaid=not_plain(config), remarks=remarks)
-        write_texts(folder, made, files or {})
+        write_texts(model, folder, layout_of(config), plan, report, files, unsaid=not_plain(config), remarks=remarks)
     if recorded(model.config):
         name_model(model, str(out))
     return Path(out)
@@ -117,27 +117,20 @@ def not_plain(config: Any) -> list[str]:
     return config.get("not_plain", []) if isinstance(config, dict) else []
 
 
-def check_saveable(model: Any) -> None:
-    """Raise an error if the model has no configuration, has unmerged adapters, or weights of a special type."""
+def check_saving(
+    model: Any, out: FilePath, tokenizer: Any, report: Any, files: Mapping[str, str] | None, max_shard_size: str | int
+) -> None:
+    """Raise an error for arguments that `save` and `export` cannot use, before anything is computed.
+
+    Such as a model without a configuration, with unmerged adapters, or with weights of a special type.
+    """
+    check_new_folder(out)
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise PrunekitError(f"a {type(model).__name__} cannot be saved; give a causal language model of transformers")
     if hasattr(model, "peft_config"):
         raise PrunekitError("the model still carries adapters; call merge_and_unload() on it and save the result")
     check_class(model)
     check_has_weights(model)
-
-
-def check_saving(
-    model: Any,
-    out: FilePath,
-    tokenizer: Any,
-    report: Any,
-    files: Mapping[str, str] | None,
-    max_shard_size: str | int,
-) -> None:
-    """Raise an error for arguments that `save` and `export` cannot use, before anything is computed."""
-    check_new_folder(out)
-    check_saveable(model)
     if report is not None and not (hasattr(report, "to_json") and hasattr(report, "headline")):
         raise PrunekitError(f"report={report!r} is not a Report; give what evaluate() or Report.load() returns")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
@@ -165,18 +158,14 @@ def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int
         PrunekitError: neither reads back.
     """
     with _configured(model, config):
-        _write_as_on_the_hub(model, folder, max_shard_size)
-
-
-def _write_as_on_the_hub(model: Any, folder: Path, max_shard_size: str | int) -> None:
-    for original in (True, False):
-        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=original)
-        try:
-            return check_written(folder, model)
-        except PrunekitError as error:
-            why = error
-        for file in folder.glob("*.safetensors*"):
-            file.unlink()
+        for original in (True, False):
+            model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=original)
+            try:
+                return check_written(folder, model)
+            except PrunekitError as error:
+                why = error
+            for file in folder.glob("*.safetensors*"):
+                file.unlink()
     raise PrunekitError(
         f"transformers cannot read back this {type(model).__name__} as it wrote it: {why}; update transformers"
     )
@@ -253,15 +242,21 @@ def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:
         copy_processors(source, folder)
 
 
-def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str]) -> None:
-    """Write prunekit's files and the user's files besides the weights; only the user's card may replace prunekit's.
+def write_texts(
+    model: Any, folder: Path, layout: str, plan: PruningPlan | None, report: "Report | None",
+    files: Mapping[str, str] | None, *, unsaid: Sequence[str], remarks: Sequence[str],
+) -> None:  # fmt: skip
+    """Write the files besides the weights: the card, the plan, reports, and the user's, which may replace the card.
 
     Raises:
-        PrunekitError: one has the name of a file that is written already.
+        PrunekitError: one of the user's has the name of a file that is written already.
     """
-    for name, text in made.items():
-        write_text(folder / name, text)
-    for name, text in files.items():
+    zeros = current_report(model)
+    write_text(folder / CARD, model_card(model, layout, plan, report, zeros, unsaid, remarks))
+    for name, value in (("plan.json", plan), (SPARSITY, zeros), ("report.json", report)):
+        if value is not None:
+            write_text(folder / name, value.to_json())
+    for name, text in (files or {}).items():
         if name != CARD and (folder / name).exists():
             raise PrunekitError(f"files: {name!r} is a part of the checkpoint itself; give yours another name")
         write_text(folder / name, text)
