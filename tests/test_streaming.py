@@ -431,7 +431,7 @@ def test_a_converted_copy_is_made_once_and_after_the_order_was_checked(tmp_path,
     monkeypatch.setattr(streaming, "write_the_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoint(source, out, Magnitude(), 0.2)
-    (Work.beside(out).root / ".source.abc").mkdir()  # as a killed run leaves it
+    (Work(out).root / ".source.abc").mkdir()  # as a killed run leaves it
     monkeypatch.undo()
     monkeypatch.setattr(streaming, "convert", lambda *_: pytest.fail("converted twice"))
     prune_checkpoint(source, out, Magnitude(), 0.2)
@@ -532,7 +532,7 @@ def test_a_disk_without_locks_streams_too(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("prunekit.checkpoint.stream_work.fcntl.flock", refused)
-    with Work.beside(tmp_path / "out").alone():
+    with Work(tmp_path / "out").alone():
         pass
 
 
@@ -540,7 +540,7 @@ def test_a_lock_that_is_of_no_file_any_more_is_none(tmp_path, monkeypatch):
     """Another run ended, and took the file away, between our opening and locking it."""
     lock = tmp_path / ".out.partial.lock"
     monkeypatch.setattr("prunekit.checkpoint.stream_work.fcntl.flock", lambda *_: lock.unlink())
-    with pytest.raises(PrunekitError, match="another run is at work"), Work.beside(tmp_path / "out").alone():
+    with pytest.raises(PrunekitError, match="another run is at work"), Work(tmp_path / "out").alone():
         pass
 
 

@@ -1,26 +1,39 @@
 """The model card: the cut, the evaluation, and how to load the model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.account import LossChange
+from prunekit.errors import PrunekitError
 from prunekit.escaping import in_code, in_fence, in_markdown
+from prunekit.files import write_text
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
-from prunekit.models import auto_class, count_parameters
+from prunekit.models import (
+    auto_class,
+    count_parameters,
+)
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import fit_for_grouped
 from prunekit.pruning.cuts import tokens_went
+from prunekit.sparsity.zero_masks import current_report
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
     from prunekit.sparsity import SparsityReport
 
 CARD = "README.md"
+
+
 SPARSITY = "sparsity.json"
+
+
 _PLAIN_CODE = (
     'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
 )
+
+
 _FORMS = {  # layout → its description, and the Python that loads it
     PLAIN: ("A plain checkpoint of its family.", _PLAIN_CODE),
     PADDED: (
@@ -37,14 +50,24 @@ _FORMS = {  # layout → its description, and the Python that loads it
         'import prunekit as pk\n\nmodel, tokenizer = pk.load("THIS FOLDER")',
     ),
 }
+
+
 _NOT_FILLED = "A plain checkpoint of its family; nothing had to be filled up."
+
+
 RENUMBERED = "its tokens were renumbered"
+
+
 LISTED = "plan.json lists, under keep, the old number of each new one"
+
+
 _WRITTEN_OUT = (
     "torch's grouped products do not take the widths of its experts. `prunekit.load` sets them to use the eager "
     "implementation; "
     'with `transformers` alone, say `experts_implementation="eager"`.'
 )
+
+
 _GOOD_FOR = (
     "What these zeros are good for: to a dense engine they are numbers like any other, multiplied and stored in full. "
     "Zeros anywhere make nothing faster, and this folder no smaller unless it is compressed. Only 2:4 "
@@ -125,3 +148,23 @@ def markdown_table(rows: Sequence[Sequence[object]]) -> str:
     """Rows of cells in Markdown; the first row is the head."""
     lines = ["| " + " | ".join(map(in_markdown, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def write_texts(
+    model: Any, folder: Path, layout: str, plan: PruningPlan | None, report: "Report | None",
+    files: Mapping[str, str] | None, *, unsaid: Sequence[str], remarks: Sequence[str],
+) -> None:  # fmt: skip
+    """Write the files besides the weights: the card, the plan, reports, and the user's, which may replace the card.
+
+    Raises:
+        PrunekitError: one of the user's has the name of a file that is written already.
+    """
+    zeros = current_report(model)
+    write_text(folder / CARD, model_card(model, layout, plan, report, zeros, unsaid, remarks))
+    for name, value in (("plan.json", plan), (SPARSITY, zeros), ("report.json", report)):
+        if value is not None:
+            write_text(folder / name, value.to_json())
+    for name, text in (files or {}).items():
+        if name != CARD and (folder / name).exists():
+            raise PrunekitError(f"files: {name!r} is a part of the checkpoint itself; give yours another name")
+        write_text(folder / name, text)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from prunekit.calibration import check_finite
-from prunekit.checkpoint.cards import renumbered
+from prunekit.checkpoint.cards import renumbered, write_texts
 from prunekit.checkpoint.gguf import check_family, write_gguf
-from prunekit.checkpoint.saving import SHARD, check_saving, write_plain, write_texts, write_tokenizer
+from prunekit.checkpoint.saving import SHARD, check_saving, write_plain, write_tokenizer
 from prunekit.checks import FilePath, Network, Tokenizer, check_choice, checked
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from prunekit.checkpoint.cards import renumbered
+from prunekit.checkpoint.cards import renumbered, write_texts
 from prunekit.checkpoint.cut_checkpoints import MODEL_TYPE, load_cut
-from prunekit.checkpoint.folders import INDEX, Stored, check_dtypes, read_config, stored_tensors
+from prunekit.checkpoint.folders import INDEX, Stored, check_dtypes, header_of, read_config, stored_tensors
 from prunekit.checkpoint.loading import load, load_tokenizer
 from prunekit.checkpoint.origins import resolve
 from prunekit.checkpoint.plain_checkpoints import check_plain_size, load_plain
-from prunekit.checkpoint.reading_back import check_names, check_shard
 from prunekit.checkpoint.saving import (
+    check_names,
+    check_stored,
     description,
     layout_of,
     not_plain,
     write_configurations,
-    write_texts,
     write_tokenizer,
 )
 from prunekit.compat import TorchDispatchMode
@@ -243,7 +243,7 @@ def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
             )
     beside = path.with_name(f".{path.name}")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
-    check_shard(beside, tensors)
+    check_stored(header_of(beside), tensors)
     beside.replace(path)
 
 

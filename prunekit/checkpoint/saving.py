@@ -1,4 +1,4 @@
-"""Saves checkpoints, without pickles.
+"""Saves checkpoints, without pickles, and reads them back before they are moved into place.
 
 A cut that the family's own configuration can say is saved as a plain `transformers` checkpoint. Any other is saved
 with `model_type: "prunekit"`: the uncut configuration, the units kept, and the widths of each layer in the form of
@@ -8,20 +8,22 @@ with `model_type: "prunekit"`: the uncut configuration, the units kept, and the 
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig
 
-from prunekit.checkpoint.cards import CARD, SPARSITY, model_card, renumbered
+from prunekit.checkpoint.cards import renumbered, write_texts
 from prunekit.checkpoint.config_checks import check_class
 from prunekit.checkpoint.cut_checkpoints import FORMAT, MODEL_TYPE, cut_again, layer_widths
+from prunekit.checkpoint.folders import Stored, stored_tensors
 from prunekit.checkpoint.loading import copy_processors, write_tokenizer_of
-from prunekit.checkpoint.plain_checkpoints import is_falsely_tied
-from prunekit.checkpoint.reading_back import check_written
+from prunekit.checkpoint.plain_checkpoints import is_falsely_tied, load_plain
 from prunekit.checks import FilePath, Network, Tokenizer, checked
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import check_new_folder, new_folder, write_text
@@ -31,7 +33,6 @@ from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import recorded
 from prunekit.pruning.cuts import Cuts, drops_layers, tokens_went
 from prunekit.pruning.describing import has_same_logits, plain_config, unsaid
-from prunekit.sparsity.zero_masks import current_report
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
@@ -242,21 +243,53 @@ def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:
         copy_processors(source, folder)
 
 
-def write_texts(
-    model: Any, folder: Path, layout: str, plan: PruningPlan | None, report: "Report | None",
-    files: Mapping[str, str] | None, *, unsaid: Sequence[str], remarks: Sequence[str],
-) -> None:  # fmt: skip
-    """Write the files besides the weights: the card, the plan, reports, and the user's, which may replace the card.
+SAMPLE = 1024  # numbers compared of each tensor, spread over it
+
+
+def check_written(folder: Path, model: Any) -> None:
+    """Compare names, shapes and a sample of the values in a folder with the model that was written there.
+
+    Where tensors have other names in the files, as in most families with experts, the model is loaded from these.
 
     Raises:
-        PrunekitError: one of the user's has the name of a file that is written already.
+        PrunekitError: something is missing or differs.
     """
-    zeros = current_report(model)
-    write_text(folder / CARD, model_card(model, layout, plan, report, zeros, unsaid, remarks))
-    for name, value in (("plan.json", plan), (SPARSITY, zeros), ("report.json", report)):
-        if value is not None:
-            write_text(folder / name, value.to_json())
-    for name, text in (files or {}).items():
-        if name != CARD and (folder / name).exists():
-            raise PrunekitError(f"files: {name!r} is a part of the checkpoint itself; give yours another name")
-        write_text(folder / name, text)
+    expected, stored = own_tensors(model), stored_tensors(folder)
+    if stored.keys() == expected.keys():
+        return check_stored(stored, expected)
+    found = own_tensors(load_plain(str(folder)))
+    return _refuse(
+        next((name for name in expected if name not in found or not _alike(found[name], expected[name])), None)
+    )
+
+
+def check_names(folder: Path, model: Any) -> None:
+    """As `check_written`, names and shapes alone, which cost nothing."""
+    stored = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
+    _refuse(next((name for name in {**expected, **stored} if stored.get(name) != expected.get(name)), None))
+
+
+def check_stored(stored: dict[str, Stored], expected: dict[str, Tensor]) -> None:
+    """As `check_written`, for tensors of files by their own names."""
+    wrong = (n for n in expected if n not in stored or not _alike(_read(n, stored[n]), expected[n]))
+    _refuse(next(wrong, None))
+
+
+def _refuse(wrong: str | None) -> None:
+    if wrong is not None:
+        raise PrunekitError(f"{wrong} is not read back as it was")
+
+
+def _read(name: str, stored: Stored) -> Tensor:
+    with safe_open(stored.file, "pt") as weights:
+        tensor: Tensor = weights.get_tensor(name)
+        return tensor
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    step = max(1, expected.numel() // SAMPLE)
+    a, b = (tensor.detach().reshape(-1)[::step].cpu() for tensor in (found, expected))
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -109,7 +109,7 @@ def prune_checkpoint(
             `.OUT.partial` of another run.
         KeyboardInterrupt: says where the finished part lies.
     """
-    out, work = check_new_folder(out), Work.beside(Path(out))
+    out, work = check_new_folder(out), Work(Path(out))
     check_shard_size(max_shard_size)
     _check_arguments(how, {"pruning_ratio": pruning_ratio, "calib": calib, **options})
     order = _Order(local_folder(source), how, _plain(pruning_ratio), calib, _plain(options), max_shard_size)

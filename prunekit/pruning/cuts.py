@@ -55,7 +55,8 @@ class Cuts:
         try:
             config, done = uncut_widths(model.config), recorded(model.config)["stages"]
             stages = on_all_layers(config, done) if all_layers else without_layers(done)
-            config = _with_head_size(config) if any(_shapes_heads(name) for stage in done for name in stage) else config
+            if {kind_in(name) for stage in done for name in stage} & {*HEADS, "hidden"}:
+                config = _with_head_size(config)  # where it is computed: hidden size by number of heads
             if groups is None or len(done) > 1 or drops_layers(done):
                 groups = discover(empty_model(config))
             return cls(config, groups, stages, _added_biases(model, groups))
@@ -128,11 +129,6 @@ def uncut_widths(config: Any) -> Any:
             if vars(part).get(field) == getattr(config.get_text_config(), field):
                 setattr(part, field, value)
     return whole
-
-
-def _shapes_heads(name: str) -> bool:
-    """Whether a group's units go into a head size that is computed: hidden size by number of heads."""
-    return kind_in(name) in (*HEADS, "hidden")
 
 
 def _with_head_size(config: Any) -> Any:
@@ -224,19 +220,16 @@ def without_layers(stages: Stages) -> Stages:
 
 def _moved_up(stage: dict[str, list[int]], gone: set[str]) -> dict[str, list[int]]:
     """A stage's groups under the names they have once these layers are out."""
-    moved = {}
+    moved, lists = {}, {layer.rpartition(".")[0] for layer in gone}
     for name, units in stage.items():
-        found = next((match for match in re.finditer(r"\.(\d+)(?=[.:])", name) if _is_layer(name, match, gone)), None)
+        numbers = re.finditer(r"\.(\d+)(?=[.:])", name)
+        found = next((match for match in numbers if name[: match.start()] in lists), None)
         if found is None:
             moved[name] = units
         elif name[: found.end()] not in gone:
             before = sum(f"{name[: found.start()]}.{i}" in gone for i in range(int(found[1])))
             moved[f"{name[: found.start()]}.{int(found[1]) - before}{name[found.end() :]}"] = units
     return moved
-
-
-def _is_layer(name: str, match: re.Match[str], gone: set[str]) -> bool:
-    return name[: match.start()] in {layer.rpartition(".")[0] for layer in gone}
 
 
 def drops_layers(stages: Stages) -> bool:

@@ -10,16 +10,9 @@ import torch
 
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.models import (
-    configurations_of,
-    empty_model,
-    evaluating,
-    logits_alone,
-    shapes_of,
-    written_out,
-)
+from prunekit.models import configurations_of, empty_model, evaluating, logits_alone, shapes_of, written_out
 from prunekit.pruning.configurations import RECORD, base_of, configurations, recorded
-from prunekit.pruning.cuts import HEAD_SIZE, Cuts, Fields, with_fields, with_width
+from prunekit.pruning.cuts import HEAD_SIZE, Cuts, Fields, with_fields
 
 _SAVE = "save_pretrained"
 
@@ -169,8 +162,8 @@ def unsaid(cuts: Cuts) -> list[str]:
 
 
 def _can_say(cuts: Cuts, name: str) -> bool:
-    counts, fields = {cuts.n_left(group) for group in cuts.roles[name]}, cuts.fields[name]
-    return len(counts) == 1 and bool(fields) and reads_back(with_width(cuts.config, fields, counts.pop()))
+    fields = _fields_of(cuts, name)
+    return bool(fields) and reads_back(with_fields(cuts.config, fields))
 
 
 def _inside(group: CoupledGroup, gone: Iterable[str]) -> bool:

@@ -16,14 +16,7 @@ from prunekit.discovery.parts import outermost_elements
 from prunekit.importance.input_statistics import computing_wide, linear_readers, wide
 from prunekit.layerwise import first_float
 from prunekit.models import evaluating
-from prunekit.pruning.compensation import (
-    SavedWeights,
-    judged,
-    oriented,
-    refit_layer,
-    split_windows,
-    token_weights,
-)
+from prunekit.pruning.compensation import SavedWeights, judged, oriented, refit_layer, split_windows, token_weights
 from prunekit.pruning.least_squares import Fit, choose
 from prunekit.pruning.plans import PruningPlan
 

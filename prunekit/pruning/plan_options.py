@@ -98,10 +98,7 @@ def _place(group: CoupledGroup) -> str:
 
 
 def candidates_of(
-    groups: Groups,
-    scores: Mapping[str, Tensor],
-    among: Iterable[CoupledGroup],
-    protected: tuple[int, ...],
+    groups: Groups, scores: Mapping[str, Tensor], among: Iterable[CoupledGroup], protected: tuple[int, ...]
 ) -> list[CoupledGroup]:
     """The groups that may be cut, each with one score per unit.
 

@@ -72,12 +72,7 @@ def metrics_of(
     return [metric_of(each, tokenizer, text, tasks) for each in (metric, *others)]
 
 
-def metric_of(
-    metric: str | Metric,
-    tokenizer: Any,
-    text: TextSource | None,
-    tasks: Tasks | None,
-) -> Metric:
+def metric_of(metric: str | Metric, tokenizer: Any, text: TextSource | None, tasks: Tasks | None) -> Metric:
     """The metric for a name: `"perplexity"` of a text or mean `"accuracy"` over tasks; a `Metric` is returned as it is.
 
     Args:

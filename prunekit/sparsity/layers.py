@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
-from prunekit.sparsity.alternation import prune_ffn
 from prunekit.sparsity.auxiliaries import FFN
-from prunekit.sparsity.ffns import FoundFFN, Rows, activations_of, find_ffns
+from prunekit.sparsity.ffns import FoundFFN, Rows, activations_of, find_ffns, prune_ffn
 from prunekit.sparsity.matrices import Call, Matrix
 from prunekit.sparsity.matrix_inputs import Factor, Reading, factorize, read_layer
 from prunekit.sparsity.patterns import Pattern
