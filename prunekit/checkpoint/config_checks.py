@@ -78,7 +78,9 @@ def _quantized(folder: Path, config: dict[str, Any], quantization: Any) -> Prune
     if method in _DEQUANTIZING:
         option = f", quantization_config={_DEQUANTIZING[method]}" if _DEQUANTIZING[method] else ""
         dequantized = "" if option else ".dequantize()"
-        loader = _loader_of(config.get("model_type"))
+        kind = config.get("model_type")
+        pictured = kind in IMAGE_TEXT_MODELS and kind not in CAUSAL_MODELS
+        loader = "AutoModelForImageTextToText" if pictured else "AutoModelForCausalLM"
         advice = (
             f"dequantize it first: model = {loader}.from_pretrained({str(folder)!r}{option}){dequantized}, "
             "then prunekit.save(model, new_folder), and give that"
@@ -120,11 +122,6 @@ def _is_foreign(names: list[str], config: dict[str, Any]) -> bool:
 
 def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
-
-
-def _loader_of(model_type: Any) -> str:
-    only_pictured = model_type in IMAGE_TEXT_MODELS and model_type not in CAUSAL_MODELS
-    return "AutoModelForImageTextToText" if only_pictured else "AutoModelForCausalLM"
 
 
 _COUNTS = r"^(num|n)_|_(size|dim|embd|layers|heads|positions|embeddings)$"  # names of fields that count or measure

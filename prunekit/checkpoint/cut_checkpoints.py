@@ -188,7 +188,8 @@ def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] 
         raise PrunekitError(f"{len(stages)} cuts are on record, and {MOST_STAGES} are made again at most")
     for number, keep in enumerate(stages):
         groups = discover(model) if number else groups
-        model = cut(model, _recorded_plan(groups, keep))
+        n_units, n_parameters = {name: groups[name].n_units for name in keep}, groups.n_parameters
+        model = cut(model, PruningPlan(keep, n_units, n_parameters, n_parameters))
     modules = dict(model.named_modules())
     for name in biases:
         linear = modules.get(name.removesuffix(".bias"))
@@ -196,10 +197,6 @@ def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] 
             raise PrunekitError(f"no linear layer lacks a bias called {name!r}")
         linear.bias = nn.Parameter(linear.weight.new_empty(linear.out_features))
     return model
-
-
-def _recorded_plan(groups: Groups, keep: dict[str, list[int]]) -> PruningPlan:
-    return PruningPlan(keep, {name: groups[name].n_units for name in keep}, groups.n_parameters, groups.n_parameters)
 
 
 def layer_widths(cuts: Cuts) -> dict[str, Any]:

@@ -146,7 +146,9 @@ def _lacking(tokenizer: dict[str, Any] | None, model: Any) -> str | None:
     """Why the file of a model cannot hold a tokenizer's words; None where it can."""
     if tokenizer is None:
         return "there is no tokenizer.json; give it token ids"
-    if _is_anothers(tokenizer, model):
+    own = ("NORMAL", "BYTE")  # others were added to an uncut model's words, and are left out
+    numbers = [number for number, _, kind in _numbered(tokenizer) if kind in own or tokens_went(model)]
+    if max(numbers, default=-1) >= model.config.vocab_size:
         return (
             f"the tokenizer has tokens beyond the {model.config.vocab_size} of this model, so it is another's, such as "
             "that of the model before tokens went; give it token ids in their new numbers"
@@ -157,13 +159,6 @@ def _lacking(tokenizer: dict[str, Any] | None, model: Any) -> str | None:
     if _by_bytes(tokenizer) and _splitting(tokenizer) is None:
         return f"llama.cpp is not known to split texts as this tokenizer does; {advice}"
     return None
-
-
-def _is_anothers(tokenizer: dict[str, Any], model: Any) -> bool:
-    """Whether words have numbers that the model has not; ones that were added to an uncut model's are left out."""
-    own = ("NORMAL", "BYTE")
-    numbers = [number for number, _, kind in _numbered(tokenizer) if kind in own or tokens_went(model)]
-    return max(numbers, default=-1) >= model.config.vocab_size
 
 
 def _by_bytes(tokenizer: dict[str, Any]) -> bool:

@@ -68,7 +68,11 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
             f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source"
         )
     check_left_out(source, model, info["unexpected_keys"])
-    check_ties(source, model)
+    if is_falsely_tied(model):  # `transformers` leaves them untied, so that the model is not what is described
+        raise PrunekitError(
+            f"config.json of {source!r} says tie_word_embeddings, but two different matrices are stored; set it to "
+            "false, or restore both from one source"
+        )
     return model
 
 
@@ -124,18 +128,6 @@ def check_left_out(source: str, model: Any, unexpected: Iterable[str]) -> None:
                 f"{source!r} holds {key!r}, for which the model of its config.json has no place (too few layers, or no "
                 "biases); restore both from one source"
             )
-
-
-def check_ties(source: str, model: Any) -> None:
-    """Raise an error where a configuration ties two matrices that are stored with different values.
-
-    `transformers` leaves them untied then, so that the model is not what its configuration says.
-    """
-    if is_falsely_tied(model):
-        raise PrunekitError(
-            f"config.json of {source!r} says tie_word_embeddings, but two different matrices are stored; set it to "
-            "false, or restore both from one source"
-        )
 
 
 def is_falsely_tied(model: Any) -> bool:

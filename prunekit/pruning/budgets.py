@@ -235,19 +235,15 @@ def _take_shares(groups: Groups, options: Options, scores: Mapping[str, Tensor])
         stop = max(stop for stop in stops if stop * size <= wanted)
         largest = max((b - a for a, b in pairwise(stops)), default=0)
         if g.min_units > 1 and g.n_units - wanted < g.min_units and wanted:
-            _refuse_picked(g, fractions[g.kind], wanted)
+            raise BudgetError(
+                f"{fractions[g.kind]:.4f} of the {g.n_units} units of {g.name!r} cannot go: {g.n_units - wanted} would "
+                f"be left, and {g.min_units} are chosen for each token (num_experts_per_tok of most configurations); "
+                f"ask for at most {1 - g.min_units / g.n_units:.4f}"
+            )
         if wanted - stop * size > largest * size:
             _refuse_units(g.name, fractions[g.kind], g.n_units, stop * size)
         taken.append(Step(g, tuple(unit for bundle in bundles[:stop] for unit in bundle), 0.0))
     return taken
-
-
-def _refuse_picked(g: CoupledGroup, fraction: float, wanted: int) -> NoReturn:
-    raise BudgetError(
-        f"{fraction:.4f} of the {g.n_units} units of {g.name!r} cannot go: {g.n_units - wanted} would be left, and "
-        f"{g.min_units} are chosen for each token (num_experts_per_tok of most configurations); ask for at most "
-        f"{1 - g.min_units / g.n_units:.4f}"
-    )
 
 
 def _refuse_units(name: str, fraction: float, n_units: int, feasible: float, picked: int = 1) -> NoReturn:

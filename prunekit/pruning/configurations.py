@@ -43,9 +43,10 @@ def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
     config = getattr(model, "config", None)
     if config is None:
         return
-    adapters = hasattr(model, "get_base_model")
+    adapters, base = hasattr(model, "get_base_model"), base_of(model)
+    path = next(path for path, module in model.named_modules() if module is base)  # adapters go as they are merged
     cut = {
-        _base_name(model, name): list(units)
+        name.removeprefix(f"{path}." if path else ""): list(units)
         for name, units in plan.keep.items()
         if len(units) < groups[name].n_units and not (adapters and groups[name].kind == "rank")
     }
@@ -53,7 +54,9 @@ def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
     tokens = [("vocab_size", groups[name].n_units) for name in plan.keep if groups[name].kind == "vocabulary"]
     if cut:
         config.prunekit = {"stages": [*earlier["stages"], cut], "before": {**dict(tokens), **earlier["before"]}}
-        _forget_source(base_of(model))
+        if getattr(base.config, "name_or_path", ""):  # it is no longer what lies there, but its tokenizer does
+            base.cut_from = base.config.name_or_path
+            name_model(base, "")
 
 
 def recorded(config: Any) -> dict[str, Any]:
@@ -64,20 +67,6 @@ def recorded(config: Any) -> dict[str, Any]:
 def base_of(model: Any) -> Any:
     """The model under an adapter wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _forget_source(model: Any) -> None:
-    """Clear `name_or_path` of a cut model and keep it for its tokenizer."""
-    if getattr(model.config, "name_or_path", ""):
-        model.cut_from = model.config.name_or_path
-        name_model(model, "")
-
-
-def _base_name(model: Any, name: str) -> str:
-    """The group's name in the model under an adapter wrapper, which is what is left after merging."""
-    inner = base_of(model)
-    prefix = next(path for path, module in model.named_modules() if module is inner)
-    return name.removeprefix(f"{prefix}.") if prefix else name
 
 
 ONE = ("_token_id", "_token_ids", "_token_index")  # how fields end that hold a token, or a list of some

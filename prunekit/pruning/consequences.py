@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.discovery import Groups
 from prunekit.discovery.components import spread_death
-from prunekit.discovery.constants import Argument, Selection, Where, select
+from prunekit.discovery.constants import Selection, Where, select
 from prunekit.discovery.integer_positions import SHAPE, Equation
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.parts import list_elements
@@ -60,7 +60,9 @@ def consequences_of(model: nn.Module, before: Trace, groups: Groups, plan: Pruni
             start, _ = before.offsets[m.parameter, m.dim]
             doomed[start + m.index[removed].numpy()] = True
     dead = spread_death(before.graph, doomed)
-    _check_locks(before, dead)
+    for labels, reason in before.graph.locks:
+        if dead[labels.numpy()].any():
+            raise PrunekitError(f"the plan removes what may not be cut: {reason}; keep at least one unit there")
     widths = solve(before, torch.from_numpy(dead))
     gone = emptied_elements(model, before, dead)
     keep = _surviving_indices(before, dead, parameters_in(before, gone))
@@ -80,12 +82,6 @@ def emptied_elements(model: nn.Module, before: Trace, dead: np.ndarray) -> set[s
         if inside and all(inside):
             gone.add(path)
     return {path for path in gone if not any(path.startswith(f"{other}.") for other in gone)}
-
-
-def _check_locks(before: Trace, dead: np.ndarray) -> None:
-    for labels, reason in before.graph.locks:
-        if dead[labels.numpy()].any():
-            raise PrunekitError(f"the plan removes what may not be cut: {reason}; keep at least one unit there")
 
 
 def _surviving_indices(before: Trace, dead: np.ndarray, gone: frozenset[str]) -> Keep:
@@ -175,13 +171,8 @@ def _settle(equation: Equation, target: int, known: dict[Key, int]) -> None:
     fits = [v for v in range(attribute.value, 0, -1) if evaluate({**known, attribute.key: v}) == target]
     if not fits:
         raise _conflict(equation, target, known)
-    known[attribute.key] = fits[0] if len(fits) == 1 else _proportional(attribute, equation, target, fits)
-
-
-def _proportional(attribute: Attribute, equation: Equation, target: int, fits: list[int]) -> int:
-    """Where rounding division leaves several values, the one in proportion to the width."""
-    value, rest = divmod(attribute.value * target, max(equation.expression.evaluate({}), 1))
-    return value if not rest and value in fits else fits[0]
+    value, rest = divmod(attribute.value * target, max(evaluate({}), 1))  # in proportion to the width
+    known[attribute.key] = value if not rest and value in fits else fits[0]
 
 
 def _settle_together(equation: Equation, target: int, known: dict[Key, int]) -> None:
@@ -223,7 +214,10 @@ def find_selections(before: Trace, dead: Bools, model: nn.Module) -> list[Select
     for argument, (start, values) in before.arguments.items():
         span = slice(start, start + values.numel())
         if dead[span].any():
-            found.append(_selection(argument, *(flags[span].reshape(argument.shape) for flags in (dead, met))))
+            slab = _slab(
+                f"the constant that {argument.path} receives", *(f[span].reshape(argument.shape) for f in (dead, met))
+            )
+            found.append(Selection(argument, *slab))
     if found:
         _check_layout(found, *(_handed(trace(model, (batch, 3))) for batch in (1, 2)))
     return found
@@ -255,10 +249,6 @@ def _met_by_channels(before: Trace) -> Bools:
         for one, other in relation:
             met[one] = met[other] = True
     return met
-
-
-def _selection(argument: Argument, dead: Bools, met: Bools) -> Selection:
-    return Selection(argument, *_slab(f"the constant that {argument.path} receives", dead, met))
 
 
 def _slab(what: str, dead: Bools, met: Bools) -> tuple[int, tuple[int, ...]]:

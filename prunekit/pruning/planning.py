@@ -168,7 +168,8 @@ def plan_in_steps(
     if set(kinds) & set(WHOLE_KINDS) and kinds != ("layer",):
         raise PrunekitError(f"kinds={kinds} includes blocks, or layers with others; remove those by a separate plan")
     groups = discover(model) if groups is None else groups
-    chosen, small = plan(groups, _ones(groups), _part(pruning_ratio, 0.0), **options), model
+    alike = {group.name: torch.ones(group.n_units) for group in groups}
+    chosen, small = plan(groups, alike, _part(pruning_ratio, 0.0), **options), model
     scored = partial(score, importance=importance, calib=calib, normalize=normalize)
     scores: Scores | None = None
     for step in tqdm(range(1, n_steps + 1), desc="steps", leave=False, delay=1):
@@ -185,10 +186,6 @@ def plan_in_steps(
         if step < n_steps:
             small, scores = cut(model, chosen, inplace=False), None
     return chosen
-
-
-def _ones(groups: Groups) -> dict[str, Tensor]:
-    return {group.name: torch.ones(group.n_units) for group in groups}
 
 
 def _part(ratio: Ratio, share: float) -> Ratio:

@@ -73,7 +73,7 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
     dead = change.dead | _only_in(before, old, change, ~stays)
     for number, (expected, found) in enumerate(zip(levels(before.graph, dead), levels(after.graph), strict=True)):
         then, now = old.of_nodes(expected)[alive], new.of_nodes(found)
-        same_parts = same_parts and _same_partition(then, now)
+        same_parts = same_parts and _follows(then, now) and _follows(now, then)
         if same_parts and exact and number == 0:
             same_parts = np.array_equal(roles(before.graph, expected)[then], roles(after.graph, found)[now])
         if not same_parts:
@@ -124,11 +124,6 @@ def _refusal(why: object) -> PrunekitError:
         f"this model cannot be cut that way, nothing was changed: {str(why).rstrip('.')}; keep the groups that are cut "
         "there whole, or plan with other kinds"
     )
-
-
-def _same_partition(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two labellings are the same partition."""
-    return all(_follows(x, y) for x, y in ((a, b), (b, a)))
 
 
 def _follows(label: np.ndarray, other: np.ndarray) -> bool:
@@ -234,8 +229,11 @@ def try_without(model: nn.Module, before: Trace, parts: list[Part]) -> Trial:
     try:
         return _proved(model, before, parts, writers, cached)
     except PrunekitError:
-        for part in (part for part in parts if part.path != part.layer):
-            _check_alone(model, before, part, writers, cached)
+        for block in (part for part in parts if part.path != part.layer):
+            try:
+                _proved(model, before, [block], writers, cached)
+            except PrunekitError as error:
+                raise PrunekitError(f"{block.path} cannot go: {error}") from error
         raise
 
 
@@ -248,10 +246,3 @@ def _proved(model: nn.Module, before: Trace, parts: list[Part], writers: set[str
     if cached:
         check_cache(small)
     return Trial(small, moved, writers)
-
-
-def _check_alone(model: nn.Module, before: Trace, block: Part, writers: set[str], cached: bool) -> None:
-    try:
-        _proved(model, before, [block], writers, cached)
-    except PrunekitError as error:
-        raise PrunekitError(f"{block.path} cannot go: {error}") from error

@@ -202,7 +202,10 @@ def _train(task: _Task, settings: Settings) -> tuple[str, float, float, int]:
         for step in range(settings.steps):
             order = order or torch.randperm(task.n_fit, generator=settings.generator).tolist()
             optimizer.param_groups[0]["lr"] = settings.rate(step)
-            _step(task, optimizer, order.pop())
+            with torch.enable_grad():
+                optimizer.zero_grad()
+                task.error(order.pop()).backward()
+            optimizer.step()
             if (step + 1) % every and step + 1 < settings.steps:
                 continue
             error = task.held_out_error()
@@ -211,13 +214,6 @@ def _train(task: _Task, settings: Settings) -> tuple[str, float, float, int]:
         for parameter, value in zip(task.parameters, kept, strict=True):
             parameter.copy_(value)
     return task.path, before, best, at
-
-
-def _step(task: _Task, optimizer: torch.optim.Optimizer, batch: int) -> None:
-    with torch.enable_grad():
-        optimizer.zero_grad()
-        task.error(batch).backward()
-    optimizer.step()
 
 
 @contextmanager

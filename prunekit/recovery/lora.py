@@ -92,7 +92,9 @@ def attach(model: nn.Module, method: LoRA) -> "PeftModel":
         lora_alpha=method.alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
         target_modules=targets,
-        fan_in_fan_out=any(_is_transposed(model.get_submodule(name)) for name in targets),
+        fan_in_fan_out=any(
+            not isinstance(model.get_submodule(name), nn.Linear) for name in targets
+        ),  # Conv1D's (in, out)
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -135,11 +137,6 @@ def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
             yield name, module
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is stored (in, out), as GPT-2's Conv1D does."""
-    return not isinstance(module, nn.Linear)
 
 
 def _ends(name: str, end: str) -> bool:

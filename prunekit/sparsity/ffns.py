@@ -238,17 +238,14 @@ def find_ffns(calls: list[Call], activations: dict[nn.Module, int]) -> list[Foun
     """
     found: list[FoundFFN] = []
     for number, down in enumerate(calls):
-        before = [call for call in calls[:number] if _may_feed(call, down)]
-        fitting = [module for module, width in activations.items() if width == down.inputs.shape[1]]
+        n_tokens, d_ff = down.inputs.shape
+        alike = [call for call in calls[:number] if len(call.outputs) == n_tokens and call.matrix is not down.matrix]
+        before = [call for call in alike if call.outputs.shape[1] in (d_ff, 2 * d_ff)]
+        fitting = [module for module, width in activations.items() if width == d_ff]
         ffn = _matching(before, down, [*fitting, *_FUNCTIONS]) if len(down.inputs) else None
         if ffn is not None:
             found.append(ffn)
     return found
-
-
-def _may_feed(call: Call, down: Call) -> bool:
-    width, d_ff = call.outputs.shape[1], down.inputs.shape[1]
-    return len(call.outputs) == len(down.inputs) and width in (d_ff, 2 * d_ff) and call.matrix is not down.matrix
 
 
 def _matching(before: list[Call], down: Call, activations: list[Activation]) -> FoundFFN | None:
@@ -262,8 +259,10 @@ def _matching(before: list[Call], down: Call, activations: list[Activation]) -> 
             if not _elementwise(activation, s):
                 continue
             ways.append((_distance(opened, p), FoundFFN(gate, None, down.matrix, activation)))
-            ways += [(_distance(opened * z, p), FoundFFN(up, gate, down.matrix, activation))
-                     for up, z, read in parts if up is not gate and _is_same(read, x)]  # fmt: skip
+            same = (
+                (up, z) for up, z, read in parts if up is not gate and read.shape == x.shape and torch.equal(read, x)
+            )
+            ways += [(_distance(opened * z, p), FoundFFN(up, gate, down.matrix, activation)) for up, z in same]
     best = min(ways, key=lambda way: way[0], default=None)
     return best[1] if best is not None and best[0] <= 4 * torch.finfo(p.dtype).eps else None
 
@@ -279,11 +278,6 @@ def _parts(call: Call, d_ff: int) -> list[tuple[Rows, Tensor]]:
     y = call.outputs[:_ROWS]
     halves = [slice(0, d_ff)] if y.shape[1] == d_ff else [slice(0, d_ff), slice(d_ff, 2 * d_ff)]
     return [(Rows(call.matrix, rows), y[:, rows]) for rows in halves]
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two projections read the same; of two layers in a row, the second reads what the first made."""
-    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _elementwise(activation: Activation, z: Tensor) -> bool:
