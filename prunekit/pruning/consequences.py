@@ -214,10 +214,8 @@ def find_selections(before: Trace, dead: Bools, model: nn.Module) -> list[Select
     for argument, (start, values) in before.arguments.items():
         span = slice(start, start + values.numel())
         if dead[span].any():
-            slab = _slab(
-                f"the constant that {argument.path} receives", *(f[span].reshape(argument.shape) for f in (dead, met))
-            )
-            found.append(Selection(argument, *slab))
+            flags = (every[span].reshape(argument.shape) for every in (dead, met))
+            found.append(Selection(argument, *_slab(f"the constant that {argument.path} receives", *flags)))
     if found:
         _check_layout(found, *(_handed(trace(model, (batch, 3))) for batch in (1, 2)))
     return found

@@ -92,9 +92,7 @@ def attach(model: nn.Module, method: LoRA) -> "PeftModel":
         lora_alpha=method.alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
         target_modules=targets,
-        fan_in_fan_out=any(
-            not isinstance(model.get_submodule(name), nn.Linear) for name in targets
-        ),  # Conv1D's (in, out)
+        fan_in_fan_out=any(not isinstance(model.get_submodule(name), nn.Linear) for name in targets),  # GPT-2's Conv1D
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
