@@ -87,12 +87,13 @@ def attach(model: nn.Module, method: LoRA) -> "PeftModel":
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise PrunekitError("the model carries adapters already: merge_and_unload() them before recovery")
     targets = find_targets(model, method.targets)
+    layers = map(model.get_submodule, targets)
     config = LoraConfig(
         r=method.r,
         lora_alpha=method.alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
         target_modules=targets,
-        fan_in_fan_out=any(not isinstance(model.get_submodule(name), nn.Linear) for name in targets),  # GPT-2's Conv1D
+        fan_in_fan_out=not all(isinstance(layer, nn.Linear) for layer in layers),  # but GPT-2's Conv1D
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
