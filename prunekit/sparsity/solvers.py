@@ -40,9 +40,7 @@ def magnitude(
 
     Source: Han et al. (2015), one threshold a matrix; at the threshold itself weights go, as in SparseGPT's code.
     """
-    wanted = pattern_of(sparsity, pattern)
-    _check_weight(weight, wanted)
-    return zeroed_lowest(weight, weight.abs(), wanted)
+    return zeroed_lowest(weight, weight.abs(), _pattern_for(weight, sparsity, pattern))
 
 
 def wanda(
@@ -69,8 +67,7 @@ def wanda(
 
     Source: Wanda (Sun et al., ICLR 2024), Eq. 1.
     """
-    wanted = pattern_of(sparsity, pattern)
-    _check_weight(weight, wanted)
+    wanted = _pattern_for(weight, sparsity, pattern)
     squares = _check_statistics(statistics, weight).diagonal() if statistics.dim() == 2 else statistics
     scores = weight.abs() * _check_squares(squares, weight).sqrt()
     return zeroed_lowest_of_rows(weight, scores, wanted)
@@ -106,8 +103,7 @@ def sparsegpt(
     Source: SparseGPT (Frantar and Alistarh, ICML 2023), Alg. 1. Differs: computed in sub-blocks of the transposed
         weight, with a selection in place of a sort; the same masks.
     """
-    wanted = pattern_of(sparsity, pattern)
-    _check_weight(weight, wanted)
+    wanted = _pattern_for(weight, sparsity, pattern)
     check_integers(block_size=(block_size, 1))
     check_damping(damping)
     if isinstance(statistics, Factor):
@@ -192,13 +188,16 @@ def check_damping(damping: Any) -> None:
         raise PrunekitError(f"damping={damping!r} is not allowed; give a number above 0, such as {DAMPING}")
 
 
-def _check_weight(weight: Any, pattern: Pattern) -> None:
+def _pattern_for(weight: Any, sparsity: Any, pattern: Any) -> Pattern:
+    """The pattern of the arguments, once it and the weight are valid."""
+    wanted = pattern_of(sparsity, pattern)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         given = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise PrunekitError(f"a weight is a tensor of floating-point numbers (out, in), not {given}")
     if not all_finite(weight):
         raise PrunekitError("the weight has NaN or infinite values")
-    pattern.check_width(weight.shape[1], "the weight")
+    wanted.check_width(weight.shape[1], "the weight")
+    return wanted
 
 
 def _check_statistics(statistics: Any, weight: Tensor) -> Tensor:
