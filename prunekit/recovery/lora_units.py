@@ -131,13 +131,13 @@ class _Owned:
 
     def rows(self, units: Tensor) -> Tensor:
         """The values of each unit, one row per unit, (n, width · rest)."""
-        return self.tensor.index_select(self.dim, self.at(units)).movedim(self.dim, 0).reshape(len(units), self._row)
+        return self.tensor.index_select(self.dim, self._at(units)).movedim(self.dim, 0).reshape(len(units), self._row)
 
     def updates(self, units: Tensor) -> Tensor | None:
         """The update γ·B·A of each unit, (n, width · rest); None if the tensor has no LoRA pair."""
         if self.pair is None:
             return None
-        return self.pair.update(self.dim, self.at(units)).reshape(len(units), self._row)
+        return self.pair.update(self.dim, self._at(units)).reshape(len(units), self._row)
 
     @property
     def _row(self) -> int:
@@ -146,12 +146,15 @@ class _Owned:
 
     def write(self, units: Tensor, rows: Tensor) -> None:
         """The reverse of `rows`."""
-        index = self.at(units)
+        index = self._at(units)
         rest = [size for dim, size in enumerate(self.tensor.shape) if dim != self.dim]
         values = rows.to(self.tensor.dtype).reshape(len(index), *rest).movedim(0, self.dim)
         self.tensor.index_copy_(self.dim, index, values)
 
-    def at(self, units: Tensor) -> Tensor:
+    def zero(self, units: Tensor) -> None:
+        self.tensor.index_fill_(self.dim, self._at(units), 0.0)
+
+    def _at(self, units: Tensor) -> Tensor:
         """Their indices, where the tensor is now: a Trainer moves the model after the optimiser was made."""
         return self.index[units].flatten().to(self.tensor.device)
 
@@ -221,7 +224,7 @@ class GroupUnits:
     def zero_lora(self, units: Tensor) -> None:
         """Set rows of B and columns of A to zero, so that training does not restore the units."""
         for owned in self.lora:
-            owned.tensor.index_fill_(owned.dim, owned.at(units), 0.0)
+            owned.zero(units)
 
 
 def units_of(model: nn.Module, groups: Iterable[CoupledGroup]) -> tuple[GroupUnits, ...]:
