@@ -97,12 +97,12 @@ def test_recovery_lowers_the_loss_and_keeps_the_shapes(build):
 def test_merging_gives_the_output_of_the_adapted_model(monkeypatch):
     seen = {}
 
-    def keep_output(adapted, tokens, method, **more):
+    def keep_output(adapted, windows, method, **more):
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.3)
         with torch.no_grad():
-            seen["logits"] = adapted.eval()(input_ids=tokens[:4]).logits
+            seen["logits"] = adapted.eval()(input_ids=windows.tokens[:4]).logits
         return RecoveryLog((1.0,), (1.0,), 1, 1, "")
 
     monkeypatch.setattr("prunekit.recovery.fine_tuning.train", keep_output)
@@ -323,7 +323,7 @@ def test_a_loss_that_breaks_is_refused_and_the_model_survives():
 
 
 def test_an_interrupt_leaves_the_model_without_adapters(monkeypatch):
-    def interrupt(adapted, tokens, method, **more):
+    def interrupt(adapted, windows, method, **more):
         raise KeyboardInterrupt
 
     model = tiny_llama()

@@ -144,19 +144,14 @@ def _survivors(groups: Groups, cuts: Cuts) -> dict[tuple[str, int], Tensor]:
     """
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for name, units in cuts.left.items():
-        group = _group(groups, name)
+        if name not in groups:
+            raise _refusal(f"with even widths it has no {name}")
+        group = groups[name]
         kept = units if group.n_units == cuts.groups[name].n_units else list(range(len(units)))
         filling = sorted(set(range(group.n_units)) - set(kept))
         for member in group.members:
             gone.setdefault((member.parameter, member.dim), []).append(member.owned_by(filling))
     return {site: remaining(groups.shapes[site[0]][site[1]], torch.cat(parts)) for site, parts in gone.items()}
-
-
-def _group(groups: Groups, name: str) -> Any:
-    try:
-        return groups[name]
-    except PrunekitError:
-        raise _refusal(f"with even widths it has no {name}") from None
 
 
 def _spread(name: str, tensor: Tensor, shape: torch.Size, survivors: dict[tuple[str, int], Tensor]) -> Tensor:

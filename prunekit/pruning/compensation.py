@@ -144,17 +144,14 @@ def _run_once(model: nn.Module, paths: Iterable[str], batch: Tensor) -> list[str
     """The modules that see each token of a batch exactly once, in the order in which they run."""
     read: dict[str, list[int]] = {}
 
-    def noting(path: str) -> Callable[..., None]:
-        def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            (x,) = (*args, *kwargs.values())
-            read.setdefault(path, []).append(x.shape[:-1].numel())
-
-        return note
+    def note(path: str, _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        (x,) = (*args, *kwargs.values())
+        read.setdefault(path, []).append(x.shape[:-1].numel())
 
     with ExitStack() as hooks:
         for path in paths:
             module = model.get_submodule(path)
-            hooks.callback(module.register_forward_pre_hook(noting(path), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_pre_hook(partial(note, path), with_kwargs=True).remove)
         model(input_ids=batch, use_cache=False)  # type: ignore[operator]
     return [path for path, n_rows in read.items() if n_rows == [batch.numel()]]
 

@@ -34,13 +34,8 @@ class Fit:
 
     def __add__(self, other: "Fit") -> "Fit":
         """The sums over both sets of tokens."""
-        return Fit(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.biased,
-            self.lack + other.lack,
-            self.size + other.size,
-        )
+        lack, size = self.lack + other.lack, self.size + other.size
+        return Fit(self.gram + other.gram, self.cross + other.cross, self.biased, lack, size)
 
     def solved(self, ridge: float) -> Tensor:
         """The ridge solution: the change of the weights (n_in, n_out) that reduces R; the bias has no ridge."""

@@ -1,8 +1,9 @@
 """Checks a cut: traces the smaller model, and compares its structure with the old one, restricted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,26 +168,20 @@ def find_writers(model: nn.Module, paths: set[str]) -> set[str]:
 @contextmanager
 def _watching(model: nn.Module, paths: set[str], found: set[str]) -> Iterator[None]:
     """A context in which the paths of modules in which a layer of the cache gets other keys go into `found`."""
+    before: dict[str, list[Tensor | None]] = {}
 
-    def watch(path: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        before: list[Tensor | None] = []
+    def enter(path: str, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        before[path] = _keys(args, kwargs)
 
-        def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            before[:] = _keys(args, kwargs)
-
-        def leave(_module: nn.Module, args: tuple, kwargs: dict, _result: Any) -> None:
-            after = _keys(args, kwargs)
-            if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
-                found.add(path)
-
-        return enter, leave
+    def leave(path: str, _module: nn.Module, args: tuple, kwargs: dict, _result: Any) -> None:
+        after = _keys(args, kwargs)
+        if len(after) != len(before[path]) or any(a is not b for a, b in zip(after, before[path], strict=True)):
+            found.add(path)
 
     with ExitStack() as hooks:
-        for path in paths:
-            enter, leave = watch(path)
-            module = model.get_submodule(path)
-            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+        for path, module in ((path, model.get_submodule(path)) for path in paths):
+            hooks.callback(module.register_forward_pre_hook(partial(enter, path), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(partial(leave, path), with_kwargs=True).remove)
         yield
 
 

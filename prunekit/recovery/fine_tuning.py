@@ -102,7 +102,7 @@ def recover(
     changed: Any = model if inplace else copy.deepcopy(model)
     prepared = _adapted(changed, how, keep, output_dir) if isinstance(how, LoRA) else _unfrozen(changed, keep)
     with seeded(how.seed), flags_kept(changed), prepared as trained:
-        log = train(trained, windows.tokens, how, labels=windows.labels, objective=objective)
+        log = train(trained, windows, how, objective=objective)
     check_finite(changed)
     vars(changed).pop("loss_change", None)
     log = replace(log, method=repr(method), loss_change=None if opening is None else closed(opening, changed))

@@ -163,7 +163,7 @@ def _train(
     adapted: Any, windows: TrainingWindows, method: LoRA, optimizer: LHSPG, resume: Resume | None
 ) -> RecoveryLog:
     try:
-        log = train(adapted, windows.tokens, method, labels=windows.labels, optimizer=optimizer, resume=resume)
+        log = train(adapted, windows, method, optimizer=optimizer, resume=resume)
     except PrunekitError as error:
         kept = newest_checkpoint(resume.folder) if resume else None
         left = f"the last good state is in {kept}" if kept else "no checkpoint was kept; give folder=… to have some"

@@ -21,6 +21,7 @@ from prunekit.compat import LOSS_KEYWORDS
 from prunekit.errors import PrunekitError
 from prunekit.files import writing
 from prunekit.locks import PROCESS
+from prunekit.recovery.data import TrainingWindows
 from prunekit.recovery.log import RecoveryLog, log_of, progress, whole_curve
 from prunekit.recovery.settings import TrainingSettings
 from prunekit.written_files import RECORD, check_recorded
@@ -57,10 +58,9 @@ class Resume(NamedTuple):
 
 def train(
     model: nn.Module,
-    tokens: Tensor,
+    windows: TrainingWindows,
     method: TrainingSettings,
     *,
-    labels: Tensor | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     resume: Resume | None = None,
     objective: Objective | None = None,
@@ -69,9 +69,8 @@ def train(
 
     Args:
         model: adapted, or of which all is trained; changed in place, and left in training mode on the Trainer's device.
-        tokens: int64 (n_windows, seq_len).
+        windows: tokens and labels, on the CPU.
         method: the optimiser's settings.
-        labels: the same, with -100 where a token is read and not trained on; None trains on all.
         optimizer: another than AdamW with the method's learning rate; the schedule is the method's.
         resume: keep checkpoints, and go on from the newest; None keeps none.
         objective: what is minimised; None is the loss of the text.
@@ -86,7 +85,7 @@ def train(
     from transformers.trainer_callback import PrinterCallback
 
     logs: list[dict[str, float]] = []
-    rows = _Rows(tokens.cpu(), (tokens if labels is None else labels).cpu(), objective)
+    rows = _Rows(windows, objective)
     with ExitStack() as stack:
         stack.enter_context(_config_kept(model))
         folder = str(resume.folder) if resume else stack.enter_context(tempfile.TemporaryDirectory())
@@ -108,23 +107,23 @@ def train(
             with writing(Path(folder), whole=False):
                 trainer.train(resume_from_checkpoint=newest)
             history = trainer.state.log_history
-    log = log_of(model, tokens, method, whole_curve(history, logs))
-    _check_outcome(model, tokens, method)
+    log = log_of(model, windows.tokens, method, whole_curve(history, logs))
+    _check_outcome(model, windows.tokens, method)
     return log
 
 
 class _Rows(Dataset):
     """Windows with their labels, and with what an objective reads beside them."""
 
-    def __init__(self, tokens: Tensor, labels: Tensor, objective: Objective | None) -> None:
-        self._tokens, self._labels, self._objective = tokens, labels, objective
+    def __init__(self, windows: TrainingWindows, objective: Objective | None) -> None:
+        self._windows, self._objective = windows, objective
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._windows)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         more = {} if self._objective is None else self._objective.row(number)
-        return {"input_ids": self._tokens[number], "labels": self._labels[number], **more}
+        return {"input_ids": self._windows.tokens[number], "labels": self._windows.labels[number], **more}
 
 
 def _trainer(objective: Objective | None) -> Any:
