@@ -63,11 +63,10 @@ def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = 
 
 
 def _generation(path: Path) -> GenerationConfig:
+    told = read_object(path)
     try:
-        found = GenerationConfig.from_dict(read_object(path))
+        found = GenerationConfig.from_dict(told)
         found.validate()
-    except PrunekitError:
-        raise
     except Exception as error:  # of any kind, by field
         raise PrunekitError(
             f"{str(path)!r} is no configuration of generation ({reason(error)}); restore it from its source, or "

@@ -10,6 +10,7 @@ from torch import nn
 
 from prunekit.annotations import Rule, is_integer
 from prunekit.checks import Count, Epochs, Length, NotNegative, Positive, Seed, Share
+from prunekit.discovery.parts import uses_of
 from prunekit.errors import PrunekitError
 from prunekit.recovery.settings import TrainingSettings
 
@@ -144,13 +145,9 @@ def _ends(name: str, end: str) -> bool:
 
 def _refuse_tied(model: nn.Module, names: list[str]) -> None:
     """Raise an error for shared weights: a merge would change their other users too."""
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    uses = uses_of(model)
     for name in names:
-        weight = model.get_submodule(name).weight
-        if users[id(weight)] > 1:
+        if uses[id(model.get_submodule(name).weight)] > 1:
             raise PrunekitError(f"{name} shares its weight with another module: leave it out of targets")
 
 
