@@ -24,16 +24,10 @@ if TYPE_CHECKING:
     from prunekit.sparsity import SparsityReport
 
 CARD = "README.md"
-
-
 SPARSITY = "sparsity.json"
-
-
 _PLAIN_CODE = (
     'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
 )
-
-
 _FORMS = {  # layout → its description, and the Python that loads it
     PLAIN: ("A plain checkpoint of its family.", _PLAIN_CODE),
     PADDED: (
@@ -50,24 +44,14 @@ _FORMS = {  # layout → its description, and the Python that loads it
         'import prunekit as pk\n\nmodel, tokenizer = pk.load("THIS FOLDER")',
     ),
 }
-
-
 _NOT_FILLED = "A plain checkpoint of its family; nothing had to be filled up."
-
-
 RENUMBERED = "its tokens were renumbered"
-
-
 LISTED = "plan.json lists, under keep, the old number of each new one"
-
-
 _WRITTEN_OUT = (
     "torch's grouped products do not take the widths of its experts. `prunekit.load` sets them to use the eager "
     "implementation; "
     'with `transformers` alone, say `experts_implementation="eager"`.'
 )
-
-
 _GOOD_FOR = (
     "What these zeros are good for: to a dense engine they are numbers like any other, multiplied and stored in full. "
     "Zeros anywhere make nothing faster, and this folder no smaller unless it is compressed. Only 2:4 "

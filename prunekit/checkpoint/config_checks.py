@@ -13,8 +13,6 @@ from prunekit.compat import class_names
 from prunekit.errors import PrunekitError
 
 ADAPTER = "adapter_config.json"
-
-
 _DEQUANTIZING = {
     "mxfp4": "Mxfp4Config(dequantize=True)",
     "fp8": "FineGrainedFP8Config(dequantize=True)",
@@ -23,12 +21,11 @@ _DEQUANTIZING = {
     "bitsandbytes": "",
     "higgs": "",
 }  # quant_method → what makes transformers dequantize while loading; "" where the loaded model is dequantized
-
-
 CAUSAL_MODELS, IMAGE_TEXT_MODELS = class_names("CAUSAL_LM"), class_names("IMAGE_TEXT_TO_TEXT")
-
-
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # how classes of language models end, whoever wrote them
+_COUNTS = r"^(num|n)_|_(size|dim|embd|layers|heads|positions|embeddings)$"  # names of fields that count or measure
+# Part of a field's name, of which ^ is the beginning → the largest number that is believed.
+_MOST = {"layers": 1024, "^n_layer": 1024, "num_layer": 1024, "position": 2**24}
 
 
 def check_kind(folder: Path, config: dict[str, Any]) -> None:
@@ -122,13 +119,6 @@ def _is_foreign(names: list[str], config: dict[str, Any]) -> bool:
 
 def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
-
-
-_COUNTS = r"^(num|n)_|_(size|dim|embd|layers|heads|positions|embeddings)$"  # names of fields that count or measure
-
-
-# Part of a field's name, of which ^ is the beginning → the largest number that is believed.
-_MOST = {"layers": 1024, "^n_layer": 1024, "num_layer": 1024, "position": 2**24}
 
 
 def check_names(path: Path, config: dict[str, Any]) -> None:

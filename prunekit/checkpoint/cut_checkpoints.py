@@ -28,12 +28,9 @@ from prunekit.pruning.describing import describe
 from prunekit.pruning.surgery import cut
 
 MODEL_TYPE = "prunekit"
-
-
 FORMAT = 1
-
-
 LEAST_PART_LEFT = 1000  # a record may say that the uncut model was this many times larger, not more
+MOST_STAGES = 100  # cuts on record: each is made again, which takes a trace
 
 
 def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = False, **options: Any) -> Any:
@@ -166,9 +163,6 @@ def _check_fit(model: Any, folder: Path, stored: dict[str, Stored]) -> None:
             )
     check_dtypes(folder, stored)
     check_floats(folder, model, stored)
-
-
-MOST_STAGES = 100  # cuts on record: each is made again, which takes a trace
 
 
 def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] = ()) -> Any:

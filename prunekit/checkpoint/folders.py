@@ -19,21 +19,13 @@ from prunekit.locks import PROCESS
 from prunekit.models import auto_class, shapes_of
 
 WHOLE = "model.safetensors"
-
-
 INDEX = "model.safetensors.index.json"
-
-
 _PICKLES = {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}  # how torch's zip files and bare ones begin
-
-
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-
-
 _READ = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # what transformers may read of a folder
-
-
 _UNLIMITED = 2**62
+FEW_CALLS, CALLS_A_TENSOR = 20_000, 2_000  # of torch, to build a model; experts are built one by one, and stored as one
+ROOM = 2**27  # numbers in constants, such as masks, that no weights stand for
 
 
 @dataclass(frozen=True)
@@ -178,12 +170,6 @@ def check_dtypes(folder: Path, stored: dict[str, Stored]) -> None:
                 f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}, which cannot be cut; "
                 f"give a checkpoint in one of {', '.join(sorted(_FLOATS))}"
             )
-
-
-FEW_CALLS, CALLS_A_TENSOR = 20_000, 2_000  # of torch, to build a model; experts are built one by one, and stored as one
-
-
-ROOM = 2**27  # numbers in constants, such as masks, that no weights stand for
 
 
 def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: int) -> None:

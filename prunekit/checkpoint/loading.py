@@ -45,6 +45,10 @@ from prunekit.pruning.cuts import tokens_went
 from prunekit.sparsity.zero_masks import parsed_report
 from prunekit.world import load as load_world
 
+_VOCABULARIES = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
+_BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads *.model with
+
 
 @checked
 def load(
@@ -213,15 +217,6 @@ def _without_weights(folder: Path) -> Any:
         ]
         check_left_out(str(folder), model, rest)
     return cut_again(model, discover(model), saved["stages"], saved.get("biases", [])) if cut else model
-
-
-_VOCABULARIES = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
-
-
-_BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-
-
-_SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads *.model with
 
 
 def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> Any:

@@ -42,6 +42,8 @@ from prunekit.pruning.surgery import cut
 from prunekit.written_files import record, recorded
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+aten = torch.ops.aten
+_POSTPONED = (aten.index_select.default, aten.clone.default)  # what slicing a parameter comes to
 
 
 def map_checkpoint(source: str | Path) -> tuple[Any, Any]:
@@ -140,12 +142,6 @@ def convert(folder: Path, out: Path, max_shard_size: str | int) -> None:
                 f"{str(folder)!r} cannot be streamed: transformers puts its tensors together in memory; if the model "
                 "fits there, load it, prune it and save it"
             )
-
-
-aten = torch.ops.aten
-
-
-_POSTPONED = (aten.index_select.default, aten.clone.default)  # what slicing a parameter comes to
 
 
 @dataclass(frozen=True)

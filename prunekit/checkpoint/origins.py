@@ -29,6 +29,11 @@ from prunekit.locks import PROCESS
 from prunekit.model_names import NAMES, packaged_file
 from prunekit.models import own_tensors
 
+FORMAT = 1  # of the cached folders; another number makes all of them anew
+FILE = "model.gguf"
+READ = "llama, qwen2, qwen3, gemma2, gemma3, phi3 or gpt2"  # some of those that transformers reads
+PROBE = "Once upon a time, in 1984: naïve 猫s\n\n\tdef f(x): return x  # <|im_start|>user<bos></s>"
+
 
 def resolve(source: str | Path) -> str | Path:
     """The checkpoint folder or hub id of a source.
@@ -88,18 +93,6 @@ def _gguf_of(path: Path) -> Path | None:
 
 def _is_gguf(path: Path) -> bool:
     return path.suffix.lower() == SUFFIX
-
-
-FORMAT = 1  # of the cached folders; another number makes all of them anew
-
-
-FILE = "model.gguf"
-
-
-READ = "llama, qwen2, qwen3, gemma2, gemma3, phi3 or gpt2"  # some of those that transformers reads
-
-
-PROBE = "Once upon a time, in 1984: naïve 猫s\n\n\tdef f(x): return x  # <|im_start|>user<bos></s>"
 
 
 def converted(path: Path) -> Path:

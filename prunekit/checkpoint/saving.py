@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from prunekit.evaluation import Report
 
 SHARD = "5GB"
+SAMPLE = 1024  # numbers compared of each tensor, spread over it
 
 
 @checked
@@ -241,9 +242,6 @@ def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:
         write_tokenizer_of(source, folder)
     if known:
         copy_processors(source, folder)
-
-
-SAMPLE = 1024  # numbers compared of each tensor, spread over it
 
 
 def check_written(folder: Path, model: Any) -> None:

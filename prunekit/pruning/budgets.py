@@ -12,6 +12,8 @@ from prunekit.errors import BudgetError
 from prunekit.pruning.plan_options import Options
 
 WHOLE_KINDS = ("block", "layer")  # groups of one unit, which may go whole
+TOLERANCE = 0.005  # of the model's parameters
+_LETS = "round_to or min_units lets"
 
 
 class Step(NamedTuple):
@@ -127,12 +129,6 @@ def stops_of(g: CoupledGroup, bundles: list[tuple[int, ...]], rounding: int, min
     """Allowed numbers of removed bundles of a group: the rest is rounded and at least the minimum."""
     n, size, least = len(bundles), len(bundles[0]), max(min_units, g.min_units)
     return [n - kept for kept in range(n - 1, 0, -1) if kept * size >= least and kept * size % rounding == 0]
-
-
-TOLERANCE = 0.005  # of the model's parameters
-
-
-_LETS = "round_to or min_units lets"
 
 
 def units_to_go(groups: Groups, scores: Mapping[str, Tensor], options: Options) -> dict[str, set[int]]:

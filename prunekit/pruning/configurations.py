@@ -14,9 +14,14 @@ from prunekit.models import name_model
 from prunekit.pruning.plans import PruningPlan
 
 RECORD = "prunekit"  # the configuration field with the record of cuts
-
-
 Stages = list[dict[str, list[int]]]
+ONE = ("_token_id", "_token_ids", "_token_index")  # how fields end that hold a token, or a list of some
+SOME = ("suppress_tokens", "begin_suppress_tokens")  # any of these tokens
+SEQUENCES = ("bad_words_ids", "force_words_ids")  # tokens in a row, or choices between such
+BIASES = "sequence_bias"  # pairs of tokens in a row and a number
+NO_TOKEN = -1  # where a family wants a number: no token has this one
+ROW = 16  # bytes that a row must be a multiple of in torch's grouped products
+_GROUPED = "grouped_mm"
 
 
 def own_configurations(model: nn.Module) -> None:
@@ -67,21 +72,6 @@ def recorded(config: Any) -> dict[str, Any]:
 def base_of(model: Any) -> Any:
     """The model under an adapter wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-ONE = ("_token_id", "_token_ids", "_token_index")  # how fields end that hold a token, or a list of some
-
-
-SOME = ("suppress_tokens", "begin_suppress_tokens")  # any of these tokens
-
-
-SEQUENCES = ("bad_words_ids", "force_words_ids")  # tokens in a row, or choices between such
-
-
-BIASES = "sequence_bias"  # pairs of tokens in a row and a number
-
-
-NO_TOKEN = -1  # where a family wants a number: no token has this one
 
 
 def renumber_tokens(model: nn.Module, kept: list[int], n_tokens: int) -> None:
@@ -153,12 +143,6 @@ def _listed(value: list[Any], new: Mapping[int, int], in_a_row: bool) -> list[An
         return [entry for inner in value if (entry := _listed(inner, new, in_a_row))] or None
     found = [new[token] for token in value if token in new]
     return None if not found or (in_a_row and len(found) < len(value)) else found
-
-
-ROW = 16  # bytes that a row must be a multiple of in torch's grouped products
-
-
-_GROUPED = "grouped_mm"
 
 
 def usable(model: Any) -> Any:

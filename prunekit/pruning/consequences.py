@@ -23,6 +23,8 @@ from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.proving import parameters_in
 from prunekit.pruning.removal import Keep, cut_buffers, remove_elements
 
+Bools = NDArray[np.bool_]
+
 
 @dataclass(frozen=True, eq=False)
 class Consequences:
@@ -193,9 +195,6 @@ def _conflict(equation: Equation, target: int, known: dict[Key, int]) -> Pruneki
         f"{equation.where or 'the model'} would need {names} to give a width of {target}, but it is also used where "
         f"it must give {equation.expression.evaluate(known)}; cut the same number of units in both places, or neither"
     )
-
-
-Bools = NDArray[np.bool_]
 
 
 def find_selections(before: Trace, dead: Bools, model: nn.Module) -> list[Selection]:

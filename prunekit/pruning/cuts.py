@@ -15,11 +15,7 @@ from prunekit.pruning.plans import PruningPlan, kind_in
 from prunekit.pruning.removal import layer_lists
 
 HEADS = ("kv_head", "query_head")  # whose counts have standard names
-
-
 HEAD_SIZE = "head_dim"
-
-
 Fields = dict[str, int]  # field of a configuration → its value a unit
 
 

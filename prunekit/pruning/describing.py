@@ -15,6 +15,8 @@ from prunekit.pruning.configurations import RECORD, base_of, configurations, rec
 from prunekit.pruning.cuts import HEAD_SIZE, Cuts, Fields, with_fields
 
 _SAVE = "save_pretrained"
+ROUNDING = 64  # units in the last place: more zeros in a sum change its order and nothing else
+COARSE = 0.03  # half precision: what is wrong differs far more
 
 
 def describe(model: Any, groups: Groups | None = None) -> None:
@@ -218,12 +220,6 @@ def first_logits(model: Any) -> torch.Tensor:
     tokens = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
     with evaluating(model), written_out(model):
         return model(tokens, **logits_alone(model)).logits
-
-
-ROUNDING = 64  # units in the last place: more zeros in a sum change its order and nothing else
-
-
-COARSE = 0.03  # half precision: what is wrong differs far more
 
 
 def relative_difference(a: Any, b: Any) -> float:

@@ -22,8 +22,6 @@ from prunekit.models import evaluating
 from prunekit.pruning.removal import copied, drop, renamed
 
 OTHER = "the cut model's structure is not the full model's structure restricted to the units kept"
-
-
 APART = (
     "without the removed parts, channels that belong together are separated, since others reach the rest of the model "
     "only through it, as where a residual sum is made and normed inside it"

@@ -15,6 +15,8 @@ from prunekit.discovery.parts import Part
 from prunekit.errors import PrunekitError, reason
 from prunekit.models import configurations_of
 
+Keep = dict[tuple[str, int], Tensor]  # (parameter, dim) → ascending indices that stay
+
 
 class Skipped(nn.Module):
     """Replaces a removed block, and returns what the block returns with all parameters zero.
@@ -189,9 +191,6 @@ def _check_computed(config: Any, name: str, expected: list[Any]) -> None:
             f"would call layer {wrong[0]} {wrong[1]!r}, which is {wrong[2]!r}; take layers from the end instead, or "
             "such that the kinds of those that stay follow one another as before"
         )
-
-
-Keep = dict[tuple[str, int], Tensor]  # (parameter, dim) → ascending indices that stay
 
 
 def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -10,8 +10,6 @@ from prunekit.checks import Count, Epochs, Length, NotNegative, Positive, Seed, 
 from prunekit.errors import PrunekitError, warn
 
 _FULL_BATCH = 8
-
-
 _STEPS_AN_EPOCH = 32  # eight paper-sized steps change nothing in a small model; a hundred of this size do
 
 

@@ -19,12 +19,9 @@ from prunekit.search.pairs import Pairs
 from prunekit.search.space import Point, Space
 
 _FORMAT = "prunekit.predictor/1"
-
-
 BETTER = 0.05  # share of the distance from best to median: how much better a value could still be
-
-
 FEWEST = 10  # samples that a fit needs
+TOP = 10  # most promising candidates, for the regret
 
 
 @dataclass(frozen=True)
@@ -194,9 +191,6 @@ class AccuracyPredictor:
             "min_data_in_leaf": trees.min_pairs, "extra_trees": True, "seed": trees.seed + number,
             "deterministic": True, "force_row_wise": True, "num_threads": 1, "verbosity": -1,
         }  # fmt: skip
-
-
-TOP = 10  # most promising candidates, for the regret
 
 
 def agreement(

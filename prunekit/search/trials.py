@@ -25,8 +25,6 @@ from prunekit.search.hyperparameters import Range
 from prunekit.search.space import Point, Space, key_of
 
 STUDY = "prunekit"
-
-
 _BEGINNING = f'{{"{JOURNAL_KEY}"'.encode()  # of every line
 
 

@@ -18,6 +18,8 @@ from prunekit.sparsity.patterns import Pattern
 from prunekit.sparsity.solvers import SparseLLM, check_damping, solve
 
 _FITTING_STEPS, _FITTING_RATE = 10, 0.01  # of W_down in a faithful two-matrix FFN
+_ROWS = 64  # tokens for the test
+_FUNCTIONS: tuple[Activation, ...] = (torch.relu, functional.silu, functional.gelu)
 
 
 class Pruned(NamedTuple):
@@ -159,12 +161,6 @@ def _pruned(weights: Weights, inner: Factor, down: Factor, solver: _Solver) -> W
     up = solver("up", weights.up, inner)
     gate = None if weights.gate is None else solver("gate", weights.gate, inner)
     return Weights(up, gate, solver("down", weights.down, down))
-
-
-_ROWS = 64  # tokens for the test
-
-
-_FUNCTIONS: tuple[Activation, ...] = (torch.relu, functional.silu, functional.gelu)
 
 
 @dataclass(frozen=True, eq=False)
