@@ -10,10 +10,7 @@ from prunekit.errors import PrunekitError
 from prunekit.escaping import in_code, in_fence, in_markdown
 from prunekit.files import write_text
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
-from prunekit.models import (
-    auto_class,
-    count_parameters,
-)
+from prunekit.models import auto_class, count_parameters
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import fit_for_grouped
 from prunekit.pruning.cuts import tokens_went

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunekit.annotations import shown
 from prunekit.checkpoint.cache import VARIABLE, cache_root, cached_folder, digest_of_file
-from prunekit.checkpoint.gguf_header import SUFFIX, GgufHeader, check_magic, read_header
+from prunekit.checkpoint.gguf import FILE, SUFFIX, GgufHeader, read_header
 from prunekit.errors import PrunekitError, reason
 from prunekit.fingerprint import digest_of_text
 from prunekit.locks import PROCESS
@@ -30,7 +30,7 @@ from prunekit.model_names import NAMES, packaged_file
 from prunekit.models import own_tensors
 
 FORMAT = 1  # of the cached folders; another number makes all of them anew
-FILE = "model.gguf"
+MAGIC = b"GGUF"
 READ = "llama, qwen2, qwen3, gemma2, gemma3, phi3 or gpt2"  # some of those that transformers reads
 PROBE = "Once upon a time, in 1984: naïve 猫s\n\n\tdef f(x): return x  # <|im_start|>user<bos></s>"
 
@@ -107,8 +107,26 @@ def converted(path: Path) -> Path:
     Raises:
         PrunekitError: the file cannot be read or converted, or the cache cannot be written.
     """
-    check_magic(path)
+    _check_magic(path)
     return cached_folder(f"gguf-{_key(path)}", lambda folder: _convert(path, folder))
+
+
+def _check_magic(path: Path) -> None:
+    """Raise an error for a file that is not a GGUF file, by its first four bytes.
+
+    Raises:
+        PrunekitError: says how it begins.
+    """
+    try:
+        with path.open("rb") as file:
+            first = file.read(len(MAGIC))
+    except OSError as error:
+        raise PrunekitError(f"cannot read {str(path)!r} ({error.strerror}); restore it from its source") from None
+    if first != MAGIC:
+        raise PrunekitError(
+            f"{str(path)!r} is not a GGUF file: it begins with {first!r}, not with {MAGIC!r}; restore it from its "
+            "source, or give the folder of a checkpoint with config.json and safetensors"
+        )
 
 
 def _key(path: Path) -> str:

@@ -14,8 +14,8 @@ from prunekit.errors import PrunekitError, reason
 from prunekit.importance import Importance, score
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import plan_without
-from prunekit.recovery.lora_units import as_units, lora_pairs, lora_saliency, units_of
-from prunekit.recovery.unit_choice import check_wanted, lowest_units
+from prunekit.recovery.lora import lora_pairs
+from prunekit.recovery.lora_units import as_units, check_wanted, lora_saliency, lowest_units, units_of
 
 PREFIX = "base_model.model."  # of every name inside a peft model
 Saliency = Callable[["LHSPG"], Mapping[str, Tensor]]
