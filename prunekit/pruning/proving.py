@@ -72,7 +72,7 @@ def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> N
     dead = change.dead | _only_in(before, old, change, ~stays)
     for number, (expected, found) in enumerate(zip(levels(before.graph, dead), levels(after.graph), strict=True)):
         then, now = old.of_nodes(expected)[alive], new.of_nodes(found)
-        same_parts = same_parts and _follows(then, now) and _follows(now, then)
+        same_parts = same_parts and _same_partition(then, now)
         if same_parts and exact and number == 0:
             same_parts = np.array_equal(roles(before.graph, expected)[then], roles(after.graph, found)[now])
         if not same_parts:
@@ -123,6 +123,11 @@ def _refusal(why: object) -> PrunekitError:
         f"this model cannot be cut that way, nothing was changed: {str(why).rstrip('.')}; keep the groups that are cut "
         "there whole, or plan with other kinds"
     )
+
+
+def _same_partition(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two labellings are the same partition."""
+    return _follows(a, b) and _follows(b, a)
 
 
 def _follows(label: np.ndarray, other: np.ndarray) -> bool:
