@@ -21,7 +21,7 @@ import torch
 from machine import RESULTS, SEVEN, append, done, machine, shared
 
 import prunekit as pk
-from prunekit.recovery.data import token_windows
+from prunekit.recovery.data import training_windows as windows_of
 
 TEXTS = {"wikitext2": "wikitext2/test.txt", "ptb": "ptb/ptb.test.txt", "shakespeare": "tinyshakespeare/input.txt"}
 METHODS = {"LoRA": pk.LoRA, "FullTuning": pk.FullTuning, "Distillation": pk.Distillation}
@@ -46,7 +46,7 @@ def training_windows(tokenizer: Any) -> torch.Tensor:
     rows = json.loads(shared("data/instruct/alpaca_en_demo.json").read_text())
     talk = ["\n".join(filter(None, (row["instruction"], row["input"], row["output"]))) for row in rows]
     data = [shared("data/calibration/c4_demo.jsonl"), shared("data/calibration/wiki_demo.txt"), talk]
-    windows = torch.cat([token_windows(source, tokenizer, 128) for source in data])
+    windows = torch.cat([windows_of(source, tokenizer, 128).tokens for source in data])
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
 
 

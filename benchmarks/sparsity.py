@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from prunekit.sparsity import SparseLLM, sparsegpt
-from prunekit.sparsity.alternation import prune_ffn
 from prunekit.sparsity.auxiliaries import FFN
+from prunekit.sparsity.ffns import prune_ffn
 from prunekit.sparsity.matrix_inputs import add_to_gram, complete_gram, factorize
 from prunekit.sparsity.patterns import Pattern
 from prunekit.sparsity.solvers import solve

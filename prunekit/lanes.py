@@ -9,7 +9,7 @@ import pandas as pd
 
 from prunekit.discovery.groups import KINDS, CoupledGroup, Groups, Member
 from prunekit.errors import PrunekitError
-from prunekit.pruning.steps import WHOLE_KINDS
+from prunekit.pruning.budgets import WHOLE_KINDS
 
 PLURALS = {"entry": "entries", "row": "rows", "column": "columns", "matrix": "matrices", "tensor": "tensors"}
 

@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import prunekit as pk
 from prunekit import PrunekitError
-from prunekit.checkpoint.structure import load_structure
+from prunekit.checkpoint.loading import load_structure
 from prunekit.cli import main
 
 WEIGHTS = "model.safetensors"

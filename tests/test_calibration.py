@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from prunekit.calibration import calibration_set, mean_loss
 from prunekit.errors import PrunekitError
 from prunekit.gradients import gather_gradients
-from prunekit.recovery.data import token_windows
+from prunekit.recovery.data import training_windows
 from prunekit.text import read_documents, tokenize
 
 
@@ -84,7 +84,7 @@ def test_bos_is_first_in_every_window_where_the_tokenizer_adds_it_and_nowhere_el
     if sum(lengths) + len(lengths) - 1 < seq_len - adds:
         return
     calib = calibration_set(documents, made, n_samples=4, seq_len=seq_len)
-    windows = token_windows([*documents, "y" * seq_len], made, seq_len)
+    windows = training_windows([*documents, "y" * seq_len], made, seq_len).tokens
     for tokens in (calib, windows):
         assert tokens.shape[1] == seq_len and not (tokens[:, 1:] == 0).any()
         assert (tokens[:, 0] == 0).all() == adds

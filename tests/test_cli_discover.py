@@ -41,7 +41,7 @@ def test_a_folder_is_discovered_without_its_weights(name, cut, folder, monkeypat
         model = pk.prune(model, plan_keeping(groups, random_units(family, groups, seed=0, share=0.3)))
     pk.save(model, path)
     expected = pk.discover(load(path)[0]).to_dict()
-    monkeypatch.setattr("prunekit.checkpoint.structure.load", never)
+    monkeypatch.setattr("prunekit.checkpoint.loading.load", never)
     assert discovered(capsys, path) == json.loads(json.dumps(expected))
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import prunekit as pk
 from prunekit.documents import documents_of, read_documents
 from prunekit.errors import PrunekitError
-from prunekit.recovery.data import token_windows
+from prunekit.recovery.data import training_windows
 
 TEXTS = ["one, text", 'another "text"']
 RECORDS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
@@ -200,7 +200,7 @@ def test_token_ids_are_documents_in_every_form(tokenizer):
         made = pk.calibration_set(source, None, n_samples=2, seq_len=6, seed=0)
         assert sorted(made.flatten().tolist()) == list(range(1, 13))
         if not isinstance(source, torch.Tensor):
-            assert token_windows(source, None, 6).equal(ids)
+            assert training_windows(source, None, 6).tokens.equal(ids)
     with pytest.raises(PrunekitError, match="holds token ids, and text is needed here"):
         read_documents(ids)
     with pytest.raises(PrunekitError, match="token ids are integers"):

@@ -59,7 +59,7 @@ def test_the_card_shows_what_files_say_as_text(planned):
     zeros = SparsityReport(WILD, WILD, (row,), {}, (WILD,))
     model.loss_change = LossChange("prune", 1.0, 2.0, 4, WILD)
     report = pk.Report()
-    card = model_card(model, "plain", replace(plan, notes={"whole": WILD, WILD: WILD}), report, zeros=zeros)
+    card = model_card(model, "plain", replace(plan, notes={"whole": WILD, WILD: WILD}), report, zeros, [], [])
     del model.loss_change
     assert "\n# heading" not in card and "<script" not in card and "<img" not in card and "\x1b" not in card
     assert "# heading" in card

@@ -15,7 +15,7 @@ from test_broken_checkpoints import INDEX, UP, WEIGHTS, base, config, edit, inde
 from torch import nn
 
 import prunekit as pk
-from prunekit.checkpoint.structure import load_structure
+from prunekit.checkpoint.loading import load_structure
 from prunekit.cli import main
 from prunekit.errors import PrunekitError
 from prunekit.files import LARGEST, check_regular, read_json

@@ -100,7 +100,7 @@ def test_a_layer_that_repeats_what_the_one_before_it_wrote_is_bridged_whole():
     model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _m, _a, result: written.__setitem__(0, result))
     model.model.layers[2] = Doubling(model.model.layers[2], written)
     learnt, held = split_windows(tokens_of(model, 64))
-    gaps = gaps_of(model, plan, learnt[:1])
+    gaps, _ = gaps_of(model, plan, learnt[:1])
     found = choose(*(_sums(model, gaps, part)[0] for part in (learnt, held)), "weights", None)
     assert found.before > 0.01 and found.after < 0.01 * found.before
 
@@ -111,9 +111,8 @@ def test_half_precision_finds_the_same_writers(dtype):
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(100)  # a residual stream of which one step in bfloat16 is large
     plan = plan_without(model, 2)
-    assert [gap.writer for gap in gaps_of(model.to(dtype), plan, tokens_of(model)[:1])] == [
-        "model.layers.1.mlp.down_proj"
-    ]
+    gaps, left = gaps_of(model.to(dtype), plan, tokens_of(model)[:1])
+    assert [gap.writer for gap in gaps] == ["model.layers.1.mlp.down_proj"] and not left
     table = pk.prune(model, plan, compensate=tokens_of(model), measure=False).compensation
     assert table.inputs[0] == 16 and next(model.parameters()).dtype == dtype
 
@@ -130,7 +129,8 @@ def test_where_the_last_linear_layers_outputs_are_normed_the_gap_is_left(name):
 def test_a_gap_at_the_beginning_is_left_and_two_gaps_are_two_rows():
     model = deep(n_layers=6)
     plan = plan_without(model, 0, 2, 4)
-    assert [gap.writer is None for gap in gaps_of(model, plan, tokens_of(model)[:1])] == [True, False, False]
+    gaps, left = gaps_of(model, plan, tokens_of(model)[:1])
+    assert [gap.last for gap in gaps] == ["model.layers.2", "model.layers.4"] and left == ["model.layers.0"]
     table = pk.prune(model, plan, compensate=tokens_of(model), measure=False).compensation
     assert list(table.module) == ["model.layers.0", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
 
@@ -148,7 +148,7 @@ def test_a_narrower_residual_stream_leaves_gaps():
     model = deep()
     hidden = pk.discover(model).of_kind("hidden")[0]
     plan = plan_without(model, 2, **{hidden.name: list(range(hidden.n_units // 2))})
-    assert [gap.writer for gap in gaps_of(model, plan, tokens_of(model)[:1])] == [None]
+    assert gaps_of(model, plan, tokens_of(model)[:1]) == ([], ["model.layers.2"])
 
 
 def test_layers_go_one_at_a_time_by_the_influence_measured_without_those_before():

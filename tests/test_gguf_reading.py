@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import prunekit as pk
 from prunekit import PrunekitError
-from prunekit.checkpoint import conversion
+from prunekit.checkpoint import origins
 from prunekit.checkpoint.cache import is_whole
 from prunekit.checkpoint.origins import resolve
 from prunekit.cli import main
@@ -69,7 +69,7 @@ def no_conversion(monkeypatch):
     def refuse(*_):
         raise AssertionError("converted again")
 
-    return lambda: monkeypatch.setattr(conversion, "_convert", refuse)
+    return lambda: monkeypatch.setattr(origins, "_convert", refuse)
 
 
 def write(path, tensors, architecture="llama", **values):
@@ -244,7 +244,7 @@ def test_a_cache_that_was_copied_counts(file, cache, no_conversion, monkeypatch)
 
 
 def test_a_conversion_that_stops_leaves_nothing(file, cache, monkeypatch):
-    monkeypatch.setattr(conversion, "_check_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(origins, "_check_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         pk.load(file)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]

@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES
 
 from prunekit import Magnitude, PrunekitError, Random, Taylor, discover, plan, prune, score
-from prunekit.pruning import iterating, plan_in_steps
+from prunekit.pruning import plan_in_steps, planning
 
 CALIB = torch.randint(0, 48, (8, 12), generator=torch.Generator().manual_seed(2))
 
@@ -23,7 +23,7 @@ def test_one_step_is_a_plain_plan(model):
 
 def test_groups_that_are_given_are_not_discovered_again(model, monkeypatch):
     groups, traced = discover(model), []
-    monkeypatch.setattr(iterating, "discover", lambda found: traced.append(found) or discover(found))
+    monkeypatch.setattr(planning, "discover", lambda found: traced.append(found) or discover(found))
     found = plan_in_steps(model, Magnitude(), 0.2, n_steps=2, groups=groups)
     assert len(traced) == 1 and traced[0] is not model
     assert found.keep == plan_in_steps(model, Magnitude(), 0.2, n_steps=2).keep
@@ -33,7 +33,7 @@ def test_groups_that_are_given_are_not_discovered_again(model, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"ranking": "global"}, {"of": "units"}, {"kinds": ["kv_head"]}])
 def test_steps_are_nested_and_the_last_meets_the_budget(model, monkeypatch, options):
     made = []
-    monkeypatch.setattr(iterating, "plan", lambda *args, **more: made.append(plan(*args, **more)) or made[-1])
+    monkeypatch.setattr(planning, "plan", lambda *args, **more: made.append(plan(*args, **more)) or made[-1])
     ratio = 0.1812 if "kinds" in options else 0.3
     found = plan_in_steps(model, Taylor(), ratio, CALIB, n_steps=4, **options)
     assert found is made[-1] and len(made) > 2
@@ -47,7 +47,7 @@ def test_steps_are_nested_and_the_last_meets_the_budget(model, monkeypatch, opti
 def test_scores_are_those_of_what_is_left(model, monkeypatch):
     """With two layers that depend on each other, scores change, and so does the choice."""
     seen = []
-    monkeypatch.setattr(iterating, "score", lambda *args, **more: seen.append(score(*args, **more)) or seen[-1])
+    monkeypatch.setattr(planning, "score", lambda *args, **more: seen.append(score(*args, **more)) or seen[-1])
     plan_in_steps(model, Taylor(), 0.4, CALIB, n_steps=2)
     name = "model.layers.1.mlp:ffn_channel"
     assert len(seen) == 2 and len(seen[1][name]) < len(seen[0][name])
@@ -103,7 +103,7 @@ def test_what_cannot_be_is_refused(model):
 
 
 def test_arguments_are_checked_before_the_model_is_looked_at(monkeypatch):
-    monkeypatch.setattr(iterating, "discover", lambda _: pytest.fail("discovered"))
+    monkeypatch.setattr(planning, "discover", lambda _: pytest.fail("discovered"))
     for options in ({"ranking": "best"}, {"kinds": "kv_head"}, {"round_to": 0}, {"of": "heads"}):
         with pytest.raises(PrunekitError):
             plan_in_steps(None, Magnitude(), 0.2, n_steps=2, **options)

@@ -121,12 +121,12 @@ def test_a_dense_model_is_recovered_as_ever():
 def test_what_is_trained_is_what_is_merged(name, how, monkeypatch):
     seen, data = {}, counting() % 48
 
-    def look(adapted, tokens, method, **more):
+    def look(adapted, windows, method, **more):
         for parameter_name, parameter in adapted.named_parameters():
             if "lora_B" in parameter_name:
                 nn.init.normal_(parameter, std=0.05)
         with torch.no_grad():
-            seen["masked"] = adapted.eval()(input_ids=tokens[:4]).logits
+            seen["masked"] = adapted.eval()(input_ids=windows.tokens[:4]).logits
         return train_log()
 
     monkeypatch.setattr("prunekit.recovery.fine_tuning.train", look)

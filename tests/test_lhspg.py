@@ -14,16 +14,8 @@ from torch import nn
 from prunekit import Taylor, discover, prune
 from prunekit.errors import PrunekitError
 from prunekit.recovery.lhspg import LHSPG, importance_saliency, update_saliency
-from prunekit.recovery.lora import LoRA, attach, detach
-from prunekit.recovery.lora_units import (
-    GroupUnits,
-    LoraPair,
-    UpdateStatistics,
-    _Owned,
-    lora_pairs,
-    lora_saliency,
-    units_of,
-)
+from prunekit.recovery.lora import LoRA, LoraPair, attach, detach, lora_pairs
+from prunekit.recovery.lora_units import GroupUnits, UpdateStatistics, _Owned, lora_saliency, units_of
 
 KINDS = ("kv_head", "ffn_channel")
 WANTED = {"kv_head": 1, "ffn_channel": 7}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
 import prunekit as pk
-from prunekit.checkpoint import stream_writing
+from prunekit.checkpoint import mapped_weights
 
 
 def unpacked(folder):
@@ -79,12 +79,12 @@ def test_what_does_not_read_back_is_not_left_there(form, how, tmp_path, monkeypa
 def test_a_shard_that_does_not_read_back_is_not_moved_into_place(tmp_path, monkeypatch):
     """Where a checkpoint is streamed, each file is read back as it is written; the same call then goes on."""
     llama().save_pretrained(tmp_path / "in")
-    right, name = stream_writing.save_file, "model.layers.1.mlp.down_proj.weight"
+    right, name = mapped_weights.save_file, "model.layers.1.mlp.down_proj.weight"
 
     def wrong(tensors, path, **options):
         right({n: t + 1 if n == name else t for n, t in tensors.items()}, path, **options)
 
-    monkeypatch.setattr(stream_writing, "save_file", wrong)
+    monkeypatch.setattr(mapped_weights, "save_file", wrong)
     with pytest.raises(pk.PrunekitError, match=r"layers\.1\.mlp\.down_proj\.weight is not read back as it was"):
         pk.prune_checkpoint(tmp_path / "in", tmp_path / "out", pk.Magnitude(), 0.2, max_shard_size="30KB")
     assert not (tmp_path / "out").exists()
@@ -96,8 +96,8 @@ def test_a_shard_that_does_not_read_back_is_not_moved_into_place(tmp_path, monke
 
 def test_a_shard_that_is_missing_is_noticed(tmp_path, monkeypatch):
     llama().save_pretrained(tmp_path / "in")
-    right = stream_writing._write_shard
-    monkeypatch.setattr(stream_writing, "_write_shard", lambda tensors, path: right(dict([*tensors.items()][1:]), path))
+    right = mapped_weights._write_shard
+    monkeypatch.setattr(mapped_weights, "_write_shard", lambda tensors, path: right(dict([*tensors.items()][1:]), path))
     with pytest.raises(pk.PrunekitError, match="is not read back as it was"):
         pk.prune_checkpoint(tmp_path / "in", tmp_path / "out", pk.Magnitude(), 0.2)
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 from prunekit.errors import PrunekitError
 from prunekit.recovery import LoRA, RecoveryLog, recover
-from prunekit.recovery.data import token_windows
+from prunekit.recovery.data import training_windows
 from prunekit.recovery.lora import attach, find_targets
 
 QUICK = LoRA(r=4, alpha=8, max_steps=4, batch_size=4)
@@ -97,12 +97,12 @@ def test_recovery_lowers_the_loss_and_keeps_the_shapes(build):
 def test_merging_gives_the_output_of_the_adapted_model(monkeypatch):
     seen = {}
 
-    def keep_output(adapted, tokens, method, **more):
+    def keep_output(adapted, windows, method, **more):
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.3)
         with torch.no_grad():
-            seen["logits"] = adapted.eval()(input_ids=tokens[:4]).logits
+            seen["logits"] = adapted.eval()(input_ids=windows.tokens[:4]).logits
         return RecoveryLog((1.0,), (1.0,), 1, 1, "")
 
     monkeypatch.setattr("prunekit.recovery.fine_tuning.train", keep_output)
@@ -204,16 +204,16 @@ def test_output_dir_holds_adapter_and_curve_and_nothing_lands_elsewhere(tmp_path
 
 def test_data_comes_in_every_form(tokenizer, tmp_path):  # noqa: F811
     text = words(1, 40)
-    windows = token_windows(text, tokenizer, 8)
+    windows = training_windows(text, tokenizer, 8).tokens
     text_alone = torch.arange(1, 36).view(5, 7)
     assert windows.equal(torch.cat([torch.zeros(5, 1, dtype=torch.long), text_alone], 1))
     (tmp_path / "a.txt").write_text(text)
     rows = datasets.Dataset.from_dict({"input_ids": [[0, *range(1, 20)], list(range(20, 40))]})
     column = datasets.Dataset.from_dict({"text": [text]})
     for data in (tmp_path / "a.txt", [text], column, rows):
-        assert token_windows(data, tokenizer, 8).equal(windows)
-    assert token_windows(windows, None, 3) is windows
-    assert token_windows(rows, None, 8).equal(torch.arange(40).view(5, 8))  # without a tokenizer as they are
+        assert training_windows(data, tokenizer, 8).tokens.equal(windows)
+    assert training_windows(windows, None, 3).tokens is windows
+    assert training_windows(rows, None, 8).tokens.equal(torch.arange(40).view(5, 8))  # without a tokenizer as they are
     model = tiny_llama()
     first = recover(model, QUICK, text, tokenizer=tokenizer, seq_len=8)
     assert first.recovery_log.n_tokens == 40
@@ -323,7 +323,7 @@ def test_a_loss_that_breaks_is_refused_and_the_model_survives():
 
 
 def test_an_interrupt_leaves_the_model_without_adapters(monkeypatch):
-    def interrupt(adapted, tokens, method, **more):
+    def interrupt(adapted, windows, method, **more):
         raise KeyboardInterrupt
 
     model = tiny_llama()

@@ -9,7 +9,7 @@ from test_progressive import sheared
 from test_streaming import interrupt_while_writing, write
 
 from prunekit import Magnitude, PrunekitError, prune_checkpoint
-from prunekit.checkpoint import stream_writing
+from prunekit.checkpoint import mapped_weights
 from prunekit.fingerprint import digest_of_file
 from prunekit.written_files import check_recorded, record
 
@@ -19,7 +19,7 @@ def stopped(tmp_path_factory):
     """A streamed run that was stopped after its first shards."""
     root = tmp_path_factory.mktemp("stopped")
     source, written = write(root / "in"), []
-    plain = stream_writing.save_file
+    plain = mapped_weights.save_file
 
     def stop(*arguments, **options):
         if len(written) == 2:
@@ -27,7 +27,7 @@ def stopped(tmp_path_factory):
         written.append(plain(*arguments, **options))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_writing, "save_file", stop)
+        patch.setattr(mapped_weights, "save_file", stop)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(source, root / "out", Magnitude(), 0.2, max_shard_size="60KB")
     return root

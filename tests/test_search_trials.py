@@ -20,8 +20,7 @@ from search_helpers import SPACE, keys, model, read_by_optuna, score_of, states_
 from prunekit import PrunekitError
 from prunekit.search import Choice, HyperparameterSpace, Metric, Pairs, Range, measure_pairs
 from prunekit.search.campaign import drawn
-from prunekit.search.journal import Journal
-from prunekit.search.trials import Trials
+from prunekit.search.trials import Journal, Trials
 
 N = 6
 IDENTITY = {"model": "m", "space": SPACE.described(), "metric": [["score", "", False]]}

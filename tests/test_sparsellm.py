@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from prunekit.errors import PrunekitError
 from prunekit.sparsity import SparseLLM
-from prunekit.sparsity.alternation import prune_ffn
 from prunekit.sparsity.auxiliaries import FFN, toward_activation
+from prunekit.sparsity.ffns import prune_ffn
 from prunekit.sparsity.matrix_inputs import factorize
 from prunekit.sparsity.patterns import Pattern
 from prunekit.sparsity.solvers import solve

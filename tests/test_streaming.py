@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 import prunekit as pk
 from prunekit import Activation, Curvature, Magnitude, PrunekitError, PruningPlan, Random, Taylor, prune_checkpoint
-from prunekit.checkpoint import stream_writing, streaming
+from prunekit.checkpoint import mapped_weights, streaming
 from prunekit.checkpoint.folders import stored_tensors
-from prunekit.checkpoint.stream_source import map_checkpoint
+from prunekit.checkpoint.mapped_weights import map_checkpoint
 from prunekit.checkpoint.stream_work import Work
 from prunekit.cli import main
 from prunekit.importance import Scores
@@ -131,7 +131,7 @@ def interrupt_while_writing(monkeypatch, with_what=KeyboardInterrupt):
     def stop(*_, **__):
         raise with_what
 
-    monkeypatch.setattr(stream_writing, "save_file", stop)
+    monkeypatch.setattr(mapped_weights, "save_file", stop)
 
 
 def test_scores_are_those_of_score_and_are_not_made_twice(tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_the_dtype_is_that_of_the_files_whatever_the_configuration_says(tmp_path
 SLOW = """
 import sys, time
 import prunekit as pk
-from prunekit.checkpoint import stream_writing, streaming
+from prunekit.checkpoint import mapped_weights, streaming
 from prunekit.checkpoint.folders import stored_tensors
 from prunekit.importance import Scores
 
@@ -185,7 +185,7 @@ def slowed(function):
     return slow
 
 Scores.save = slowed(Scores.save)
-stream_writing.save_file = slowed(stream_writing.save_file)
+mapped_weights.save_file = slowed(mapped_weights.save_file)
 pk.prune_checkpoint(sys.argv[1], sys.argv[2], pk.Magnitude(), 0.2, max_shard_size="40KB")
 """
 
@@ -346,7 +346,7 @@ def test_what_came_to_stand_in_the_outputs_place_meanwhile_is_left_alone(tmp_pat
     assert [path.name for path in out.iterdir()] == ["mine"]
     monkeypatch.undo()
     (out / "mine").unlink()
-    monkeypatch.setattr(stream_writing, "save_file", lambda *_, **__: pytest.fail("written again"))
+    monkeypatch.setattr(mapped_weights, "save_file", lambda *_, **__: pytest.fail("written again"))
     assert prune_checkpoint(source, out, Magnitude(), 0.2) and pk.load(out)
 
 
@@ -431,7 +431,7 @@ def test_a_converted_copy_is_made_once_and_after_the_order_was_checked(tmp_path,
     monkeypatch.setattr(streaming, "write_the_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoint(source, out, Magnitude(), 0.2)
-    (Work.beside(out).root / ".source.abc").mkdir()  # as a killed run leaves it
+    (Work(out).root / ".source.abc").mkdir()  # as a killed run leaves it
     monkeypatch.undo()
     monkeypatch.setattr(streaming, "convert", lambda *_: pytest.fail("converted twice"))
     prune_checkpoint(source, out, Magnitude(), 0.2)
@@ -532,7 +532,7 @@ def test_a_disk_without_locks_streams_too(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("prunekit.checkpoint.stream_work.fcntl.flock", refused)
-    with Work.beside(tmp_path / "out").alone():
+    with Work(tmp_path / "out").alone():
         pass
 
 
@@ -540,7 +540,7 @@ def test_a_lock_that_is_of_no_file_any_more_is_none(tmp_path, monkeypatch):
     """Another run ended, and took the file away, between our opening and locking it."""
     lock = tmp_path / ".out.partial.lock"
     monkeypatch.setattr("prunekit.checkpoint.stream_work.fcntl.flock", lambda *_: lock.unlink())
-    with pytest.raises(PrunekitError, match="another run is at work"), Work.beside(tmp_path / "out").alone():
+    with pytest.raises(PrunekitError, match="another run is at work"), Work(tmp_path / "out").alone():
         pass
 
 

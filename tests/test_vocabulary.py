@@ -6,7 +6,7 @@ from families import plan_keeping
 from transformers import GenerationConfig, PreTrainedConfig
 
 from prunekit import discover, prune
-from prunekit.pruning.vocabulary import configurations, renumber
+from prunekit.pruning.configurations import configurations, renumber
 
 KEPT = {2: 0, 5: 1, 6: 2}
 

@@ -1,16 +1,19 @@
 """The model card: the cut, the evaluation, and how to load the model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.account import LossChange
+from prunekit.errors import PrunekitError
 from prunekit.escaping import in_code, in_fence, in_markdown
+from prunekit.files import write_text
 from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.models import auto_class, count_parameters
 from prunekit.pruning import PruningPlan
+from prunekit.pruning.configurations import fit_for_grouped
 from prunekit.pruning.cuts import tokens_went
-from prunekit.pruning.experts import fit_for_grouped
 from prunekit.sparsity.zero_masks import current_report
 
 if TYPE_CHECKING:
@@ -55,33 +58,10 @@ _GOOD_FOR = (
 )
 
 
-def texts_beside(
-    model: Any,
-    layout: str,
-    plan: PruningPlan | None,
-    report: "Report | None",
-    *,
-    unsaid: Sequence[str] = (),
-    remarks: Sequence[str] = (),
-) -> dict[str, str]:
-    """File name → content of the files besides the weights: the card, the plan and reports."""
-    zeros = current_report(model)
-    texts = {CARD: model_card(model, layout, plan, report, zeros=zeros, unsaid=unsaid, remarks=remarks)}
-    texts |= {"plan.json": plan.to_json()} if plan is not None else {}
-    texts |= {SPARSITY: zeros.to_json()} if zeros is not None else {}
-    return texts | ({"report.json": report.to_json()} if report is not None else {})
-
-
 def model_card(
-    model: Any,
-    layout: str,
-    plan: PruningPlan | None = None,
-    report: "Report | None" = None,
-    *,
-    zeros: "SparsityReport | None" = None,
-    unsaid: Sequence[str] = (),
-    remarks: Sequence[str] = (),
-) -> str:
+    model: Any, layout: str, plan: PruningPlan | None, report: "Report | None", zeros: "SparsityReport | None",
+    unsaid: Sequence[str], remarks: Sequence[str],
+) -> str:  # fmt: skip
     """The card of a model in Markdown.
 
     Args:
@@ -149,3 +129,23 @@ def markdown_table(rows: Sequence[Sequence[object]]) -> str:
     """Rows of cells in Markdown; the first row is the head."""
     lines = ["| " + " | ".join(map(in_markdown, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def write_texts(
+    model: Any, folder: Path, layout: str, plan: PruningPlan | None, report: "Report | None",
+    files: Mapping[str, str] | None, *, unsaid: Sequence[str], remarks: Sequence[str],
+) -> None:  # fmt: skip
+    """Write the files besides the weights: the card, the plan, reports, and the user's, which may replace the card.
+
+    Raises:
+        PrunekitError: one of the user's has the name of a file that is written already.
+    """
+    zeros = current_report(model)
+    write_text(folder / CARD, model_card(model, layout, plan, report, zeros, unsaid, remarks))
+    for name, value in (("plan.json", plan), (SPARSITY, zeros), ("report.json", report)):
+        if value is not None:
+            write_text(folder / name, value.to_json())
+    for name, text in (files or {}).items():
+        if name != CARD and (folder / name).exists():
+            raise PrunekitError(f"files: {name!r} is a part of the checkpoint itself; give yours another name")
+        write_text(folder / name, text)

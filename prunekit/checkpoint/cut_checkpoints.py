@@ -1,4 +1,4 @@
-"""Loading cut checkpoints of `model_type: "prunekit"`: the uncut configuration, and the units kept, cut after cut.
+"""Cut checkpoints of `model_type: "prunekit"`: the uncut configuration, the units kept cut after cut, and layer widths.
 
 They load by building the uncut model without weights and cutting it the same way, so that none is mistaken for a plain
 one.
@@ -6,6 +6,7 @@ one.
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,22 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
-from prunekit.checkpoint.building import check_size, cut_again
 from prunekit.checkpoint.config_checks import check_config
-from prunekit.checkpoint.folders import (
-    Stored,
-    check_dtypes,
-    read_config,
-    read_object,
-    stored_tensors,
-)
-from prunekit.checkpoint.layer_widths import check_widths
+from prunekit.checkpoint.folders import Stored, check_dtypes, check_size, read_config, read_object, stored_tensors
 from prunekit.checkpoint.plain_checkpoints import check_floats
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError, reason
 from prunekit.models import empty_model, name_model, own_tensors
+from prunekit.pruning import PruningPlan
+from prunekit.pruning.configurations import usable
+from prunekit.pruning.cuts import HEADS, Cuts, Stages, head_fields, units_left
 from prunekit.pruning.describing import describe
-from prunekit.pruning.experts import usable
+from prunekit.pruning.surgery import cut
 
 MODEL_TYPE = "prunekit"
 FORMAT = 1
 LEAST_PART_LEFT = 1000  # a record may say that the uncut model was this many times larger, not more
+MOST_STAGES = 100  # cuts on record: each is made again, which takes a trace
 
 
 def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = False, **options: Any) -> Any:
@@ -63,11 +60,10 @@ def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = 
 
 
 def _generation(path: Path) -> GenerationConfig:
+    told = read_object(path)
     try:
-        found = GenerationConfig.from_dict(read_object(path))
+        found = GenerationConfig.from_dict(told)
         found.validate()
-    except PrunekitError:
-        raise
     except Exception as error:  # of any kind, by field
         raise PrunekitError(
             f"{str(path)!r} is no configuration of generation ({reason(error)}); restore it from its source, or "
@@ -167,3 +163,97 @@ def _check_fit(model: Any, folder: Path, stored: dict[str, Stored]) -> None:
             )
     check_dtypes(folder, stored)
     check_floats(folder, model, stored)
+
+
+def cut_again(model: Any, groups: Groups, stages: Stages, biases: Sequence[str] = ()) -> Any:
+    """A model without weights from an uncut configuration and the recorded cuts, in order.
+
+    Args:
+        model: that is cut in place.
+        groups: of the model.
+        stages: group name → units kept, cut after cut.
+        biases: parameters that linear layers were given since.
+
+    Raises:
+        PrunekitError: a bias of what is no linear layer, or has one; or what `prune` raises.
+    """
+    if len(stages) > MOST_STAGES:
+        raise PrunekitError(f"{len(stages)} cuts are on record, and {MOST_STAGES} are made again at most")
+    for number, keep in enumerate(stages):
+        groups = discover(model) if number else groups
+        n_units, n_parameters = {name: groups[name].n_units for name in keep}, groups.n_parameters
+        model = cut(model, PruningPlan(keep, n_units, n_parameters, n_parameters))
+    modules = dict(model.named_modules())
+    for name in biases:
+        linear = modules.get(name.removesuffix(".bias"))
+        if not name.endswith(".bias") or not isinstance(linear, nn.Linear) or linear.bias is not None:
+            raise PrunekitError(f"no linear layer lacks a bias called {name!r}")
+        linear.bias = nn.Parameter(linear.weight.new_empty(linear.out_features))
+    return model
+
+
+def layer_widths(cuts: Cuts) -> dict[str, Any]:
+    """Width fields of config.json: the uncut values, and `per_layer_config` for the layers that differ.
+
+    The form is that of `transformers`' own `PreTrainedConfig(per_layer_config=…)`.
+    """
+    text = cuts.config.get_text_config()
+    whole: dict[str, Any] = {"num_hidden_layers": text.num_hidden_layers}
+    layers: dict[str, dict[str, Any]] = {}
+    for name, groups in cuts.roles.items():
+        fields = cuts.fields[name] or (head_fields(text, groups[0]) if groups[0].kind in HEADS else {})
+        for group in groups:
+            said = {field: cuts.n_left(group) * per_unit for field, per_unit in fields.items()}
+            if group.layer is None:
+                whole |= said
+            elif said and group.name in cuts.left:
+                whole |= {field: getattr(text, field) for field in fields}
+                layers.setdefault(str(group.layer), {}).update(said)
+    for group in cuts.groups:
+        if group.layer is not None and _skipped(cuts.left, group.layer):
+            layers.setdefault(str(group.layer), {})["skip"] = _skipped(cuts.left, group.layer)
+    return {**whole, "per_layer_config": dict(sorted(layers.items(), key=lambda item: int(item[0])))}
+
+
+def _skipped(left: dict[str, list[int]], layer: int) -> list[str]:
+    """The blocks of a layer that went, by their own names."""
+    gone = [name.partition(":") for name, units in left.items() if not units]
+    return sorted(
+        kind if kind == "layer" else path.rpartition(".")[2] for path, _, kind in gone if _layer(path) == layer
+    )
+
+
+def _layer(path: str) -> int | None:
+    """The number in a path, as in `CoupledGroup.layer`."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def check_widths(saved: dict[str, Any], groups: Groups) -> None:
+    """Holds the widths that a cut checkpoint's config.json says of its layers against its record.
+
+    A field is right where it stands to its uncut value as the units left of some group in that layer to all.
+
+    Args:
+        saved: config.json; older ones say no widths.
+        groups: of the uncut model.
+
+    Raises:
+        PrunekitError: one is not.
+    """
+    left = units_left(saved["stages"])
+    for layer, fields in saved.get("per_layer_config", {}).items():
+        there = [(g.n_units, len(left[g.name])) for g in groups if str(g.layer) == layer and g.name in left]
+        for field, value in fields.items():
+            right = _skipped(left, int(layer)) == value if field == "skip" else _stands(value, saved.get(field), there)
+            if not right:
+                raise PrunekitError(
+                    f"per_layer_config says {field}={value!r} for layer {layer}, its stages do not; restore config.json"
+                )
+
+
+def _stands(value: Any, whole: int | None, there: list[tuple[int, int]]) -> bool:
+    """Whether a field is what some group leaves of it, a group of just its size where there is one."""
+    if whole is None:
+        return any(value == kept for _, kept in there)
+    same = [(n, kept) for n, kept in there if n == whole] or there
+    return any(value * n == whole * kept for n, kept in same)

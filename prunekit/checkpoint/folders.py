@@ -3,17 +3,20 @@
 Only headers are read here, so that what is wrong is said before memory is asked for.
 """
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
-from prunekit.checkpoint.config_checks import check_described, check_names
-from prunekit.checkpoint.door import check_kind, has_adapter
+from prunekit.checkpoint.config_checks import check_described, check_kind, check_names, has_adapter
 from prunekit.errors import PrunekitError
 from prunekit.files import LARGEST, check_regular, read_json
+from prunekit.locks import PROCESS
+from prunekit.models import auto_class, shapes_of
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,6 +24,8 @@ _PICKLES = {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}  # how to
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _READ = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # what transformers may read of a folder
 _UNLIMITED = 2**62
+FEW_CALLS, CALLS_A_TENSOR = 20_000, 2_000  # of torch, to build a model; experts are built one by one, and stored as one
+ROOM = 2**27  # numbers in constants, such as masks, that no weights stand for
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _sharded(folder: Path, names: dict[str, str]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in sorted(set(names.values())):
-        for name, stored in _header(folder / file):
+        for name, stored in header_of(folder / file).items():
             if name in found:
                 raise PrunekitError(
                     f"{name!r} stands in {found[name].file.name!r} and in {file!r} of {str(folder)!r}; restore both"
@@ -136,18 +141,13 @@ def header_of(path: Path) -> dict[str, Stored]:
     Raises:
         PrunekitError: the file cannot be read.
     """
-    return dict(_header(path))
-
-
-def _header(path: Path) -> Iterator[tuple[str, Stored]]:
     check_regular(path, _UNLIMITED)
     try:
         with path.open("rb") as file:
             first = file.read(2)
         with safe_open(path, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a dictionary
-                part = weights.get_slice(name)
-                yield name, Stored(path, tuple(part.get_shape()), part.get_dtype())
+            parts = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - not a dictionary
+            return {name: Stored(path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except OSError as error:
         raise _unreadable(path, error.strerror) from None
     except SafetensorError as error:
@@ -170,3 +170,55 @@ def check_dtypes(folder: Path, stored: dict[str, Stored]) -> None:
                 f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}, which cannot be cut; "
                 f"give a checkpoint in one of {', '.join(sorted(_FLOATS))}"
             )
+
+
+def check_size(config: Any, stored: dict[str, Stored], source: str, *, factor: int) -> None:
+    """Raise an error for a configuration that asks for far more than its files hold, before anything is allocated.
+
+    Args:
+        config: of the model to build.
+        stored: tensors of the checkpoint.
+        source: the checkpoint, for the message.
+        factor: how many times the stored elements the model may have.
+
+    Raises:
+        PrunekitError: it asks for more.
+    """
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
+    counter = _Counter(FEW_CALLS + CALLS_A_TENSOR * len(stored))
+    try:
+        with PROCESS, torch.device("meta"), counter:  # not even buffers cost anything
+            model: Any = auto_class(config).from_config(config, trust_remote_code=False)
+        model.tie_weights()
+    except Exception:  # an error of the family is reported by the load that follows
+        if counter.n_left >= 0:
+            return
+        raise PrunekitError(
+            f"config.json of {source!r} describes a model of many more parts than the {len(stored)} tensors that are "
+            "stored; restore both from one source"
+        ) from None
+    asked = sum(map(math.prod, shapes_of(model).values()))
+    constants = sum(buffer.numel() for buffer in model.buffers())
+    if asked > factor * held or constants > factor * held + ROOM:
+        raise PrunekitError(
+            f"config.json of {source!r} asks for {asked:,} parameters and {constants:,} constants, but its weights "
+            f"hold {held:,} numbers; restore both from one source"
+        )
+
+
+class _Counter(TorchFunctionMode):
+    """Ends the building of a model that makes more calls than its stored tensors can explain.
+
+    Attributes:
+        n_left: calls that may still come; below 0 where it ended the building.
+    """
+
+    def __init__(self, n_calls: int) -> None:
+        super().__init__()
+        self.n_left = n_calls
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.n_left -= 1
+        if self.n_left < 0:
+            raise OverflowError
+        return func(*args, **(kwargs or {}))

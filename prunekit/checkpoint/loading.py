@@ -1,34 +1,53 @@
-"""`load`: a model and its tokenizer, from a folder, a GGUF file, a hub id or a short name; without pickles."""
+"""Loads a model with its tokenizer, or its structure alone, from a folder, a file, a hub id or a name."""
 
 import os
+import re
+import shutil
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoTokenizer
 
-from prunekit.checkpoint.adapters import base_of_adapter, merge_adapter_of
 from prunekit.checkpoint.cards import LISTED, SPARSITY
 from prunekit.checkpoint.config_checks import check_config
-from prunekit.checkpoint.cut_checkpoints import MODEL_TYPE, in_dtype, known_dtype, load_cut
-from prunekit.checkpoint.folders import (
-    check_dtypes,
-    read_config,
-    stored_tensors,
+from prunekit.checkpoint.cut_checkpoints import (
+    LEAST_PART_LEFT,
+    MODEL_TYPE,
+    cut_again,
+    in_dtype,
+    known_dtype,
+    load_cut,
+    without_kernels,
 )
-from prunekit.checkpoint.origins import resolve
-from prunekit.checkpoint.plain_checkpoints import check_floats, check_plain_size, load_plain
-from prunekit.checkpoint.tokenizer_files import load_tokenizer
+from prunekit.checkpoint.folders import check_dtypes, check_size, read_config, stored_tensors
+from prunekit.checkpoint.origins import files_alone, resolve
+from prunekit.checkpoint.plain_checkpoints import (
+    base_of_adapter,
+    check_floats,
+    check_left_out,
+    check_plain_size,
+    load_plain,
+    merge_adapter_of,
+)
 from prunekit.checks import checked
-from prunekit.errors import PrunekitError, reason
+from prunekit.discovery import discover
+from prunekit.errors import PrunekitError, reason, warn
 from prunekit.files import read_text
 from prunekit.model_names import NAMES, is_world
+from prunekit.models import empty_model, shapes_of
 from prunekit.pruning import PruningPlan
+from prunekit.pruning.configurations import RECORD, usable
 from prunekit.pruning.cuts import tokens_went
-from prunekit.pruning.experts import usable
-from prunekit.pruning.recording import RECORD
 from prunekit.sparsity.zero_masks import parsed_report
 from prunekit.world import load as load_world
+
+_VOCABULARIES = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
+_BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads *.model with
 
 
 @checked
@@ -156,3 +175,101 @@ def known_device(device: torch.device | str) -> torch.device:
             f"device={str(device)!r} cannot be used: torch knows none of that name, or this machine has none; give "
             "'cpu', or 'cuda' where there is a GPU"
         ) from error
+
+
+def load_structure(source: str | Path) -> Any:
+    """A model to discover groups in: without weights where its folder's configuration says all, else loaded.
+
+    Args:
+        source: as for `load`; a GGUF file stands for the folder that it is converted to.
+
+    Raises:
+        PrunekitError: as `load`, which says what is wrong with a checkpoint.
+    """
+    folder = Path(resolve(source))
+    if folder.is_dir():
+        with suppress(Exception):  # any error of any family; loading reports it
+            return _without_weights(folder)
+    return load(source)[0]
+
+
+def _without_weights(folder: Path) -> Any:
+    """The model that a configuration leads to, empty, cut as recorded.
+
+    Raises:
+        PrunekitError: it does not fit the files, or is not of the class that it names. Whatever else its family raises.
+    """
+    saved, stored = read_config(folder), stored_tensors(folder)
+    cut = saved.get("model_type") == MODEL_TYPE
+    plain = None if cut else AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = plain or AutoConfig.for_model(**without_kernels(saved["base_config"]))
+    check_size(config, stored, str(folder), factor=LEAST_PART_LEFT if cut else 2)
+    model = empty_model(config)
+    if "prunekit" in saved or type(model).__name__ not in config.architectures:
+        raise PrunekitError(f"{str(folder)!r} is not what its configuration says; load it")
+    shapes = shapes_of(model)
+    if not cut and any(tuple(stored[name].shape) != shape for name, shape in shapes.items() if name in stored):
+        raise PrunekitError(f"the weights in {str(folder)!r} do not fit its configuration; load it")
+    if not cut:
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+        rest = [
+            name for name in stored.keys() - model.state_dict().keys() if not re.search("|".join(ignored) or "$^", name)
+        ]
+        check_left_out(str(folder), model, rest)
+    return cut_again(model, discover(model), saved["stages"], saved.get("biases", [])) if cut else model
+
+
+def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> Any:
+    """The tokenizer of a folder or hub id; None where a folder has none, or one for which a package is missing.
+
+    Raises:
+        PrunekitError: its files cannot be read.
+    """
+    if Path(source).is_dir() and not _found(source, _VOCABULARIES):
+        return None
+    try:
+        options = {"config": config, "trust_remote_code": trust_remote_code, **files_alone(source)}
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # of any kind
+        if Path(source).is_dir() and _lacks_sentencepiece(source):
+            warn(
+                f"the tokenizer of {source!r} is a SentencePiece file, which transformers reads with sentencepiece and "
+                "protobuf; the model is loaded without it. For text: pip install sentencepiece protobuf"
+            )
+            return None
+        raise PrunekitError(
+            f"cannot load the tokenizer of {source!r} ({reason(error)}); restore its "
+            "files from their source, or take them away and give a tokenizer of your own"
+        ) from error
+
+
+def write_tokenizer_of(source: str, folder: Path) -> None:
+    """Write the tokenizer of one folder into another; one that cannot be read here is copied file by file."""
+    tokenizer = load_tokenizer(source, False)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return
+    for file in _found(source, (*_VOCABULARIES, *_BESIDE)) if _found(source, _VOCABULARIES) else ():
+        shutil.copyfile(file, folder / file.name)
+
+
+def copy_processors(source: str, folder: Path) -> None:
+    """Copy what prepares pictures and sound for a model; no cut changes it."""
+    for file in _found(source, ("*processor_config.json",)):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _found(source: str, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in Path(source).glob(pattern) if file.is_file()})
+
+
+def _lacks_sentencepiece(source: str) -> bool:
+    alone = bool(_found(source, ("*.model",))) and not (Path(source) / "tokenizer.json").exists()
+    return alone and not all(_is_installed(package) for package in _SENTENCEPIECE)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package above it
+        return False

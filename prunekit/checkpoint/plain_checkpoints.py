@@ -1,22 +1,23 @@
-"""Loading plain checkpoints with `transformers`, and what it would do without a word is refused."""
+"""Loads plain checkpoints and adapters with `transformers` and peft; what these would do without a word is refused."""
 
 import re
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from prunekit.checkpoint.building import check_size
-from prunekit.checkpoint.config_checks import check_described
-from prunekit.checkpoint.folders import Stored
-from prunekit.checkpoint.left_out import check_left_out, check_ties
+from prunekit.checkpoint.config_checks import ADAPTER, check_described, has_adapter
+from prunekit.checkpoint.folders import Stored, check_size, read_object
 from prunekit.checkpoint.origins import files_alone
 from prunekit.errors import PrunekitError, reason
 from prunekit.locks import PROCESS
-from prunekit.models import auto_class
+from prunekit.models import auto_class, name_model
 
 
 def check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
@@ -67,7 +68,11 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
             f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source"
         )
     check_left_out(source, model, info["unexpected_keys"])
-    check_ties(source, model)
+    if is_falsely_tied(model):  # `transformers` leaves them untied, so that the model is not what is described
+        raise PrunekitError(
+            f"config.json of {source!r} says tie_word_embeddings, but two different matrices are stored; set it to "
+            "false, or restore both from one source"
+        )
     return model
 
 
@@ -109,3 +114,81 @@ def check_floats(folder: Path, model: nn.Module, stored: dict[str, Stored]) -> N
                 f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}, but weights must be floating-point numbers; "
                 "restore them from their source"
             )
+
+
+def check_left_out(source: str, model: Any, unexpected: Iterable[str]) -> None:
+    """Raise an error for stored weights that belong to a layer, or a module, of which the configuration has less.
+
+    Others are left out as `transformers` does, such as those of a part for pictures.
+    """
+    modules, base = dict(model.named_modules()), f"{model.base_model_prefix}."
+    for key in sorted(map(str, unexpected)):
+        if any(map(partial(_belongs, modules), (key, base + key, key.removeprefix(base)))):
+            raise PrunekitError(
+                f"{source!r} holds {key!r}, for which the model of its config.json has no place (too few layers, or no "
+                "biases); restore both from one source"
+            )
+
+
+def is_falsely_tied(model: Any) -> bool:
+    """Whether the configuration ties the embedding and the head, and they are two matrices."""
+    named, head = "tie_word_embeddings", model.get_output_embeddings()
+    asked = getattr(model.config.get_text_config(), named, getattr(model.config, named, False))
+    tied = asked and getattr(model, "_tied_weights_keys", None) and head is not None
+    return bool(tied) and head.weight is not model.get_input_embeddings().weight
+
+
+def _belongs(modules: dict[str, nn.Module], key: str) -> bool:
+    """Whether a tensor would stand behind the last element of a list of the model, or in one of its linear layers."""
+    parts = key.split(".")
+    for place, part in enumerate(parts):
+        above = modules.get(".".join(parts[:place]))
+        if part.isdecimal() and isinstance(above, nn.ModuleList) and int(part) >= len(above):
+            return True
+    owner = modules.get(".".join(parts[:-1]))
+    return owner is not None and not owner._modules and parts[-1] in ("weight", "bias") and bool(owner._parameters)
+
+
+@contextmanager
+def base_of_adapter(folder: str | Path) -> Iterator[str]:
+    """The folder or hub id of an adapter's base model: the weights beside it, else the one that it names.
+
+    Raises:
+        PrunekitError: there is no adapter, or it names no base model.
+    """
+    folder = Path(folder)
+    if not has_adapter(folder):
+        raise PrunekitError(f"{str(folder)!r} is no folder with an adapter ({ADAPTER}); leave out merge_adapter=True")
+    if not (folder / "config.json").exists():
+        named = read_object(folder / ADAPTER).get("base_model_name_or_path")
+        if not named or not isinstance(named, str):
+            raise PrunekitError(
+                f"{ADAPTER} of {str(folder)!r} names no base model; write its folder or hub id into "
+                "base_model_name_or_path"
+            )
+        yield named
+        return
+    with TemporaryDirectory() as beside:  # transformers would attach the adapter to the weights in its own folder
+        for file in folder.absolute().iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(beside) / file.name).symlink_to(file)
+        yield beside
+
+
+def merge_adapter_of(folder: str | Path, model: Any) -> Any:
+    """The model with the folder's adapter merged into its weights.
+
+    Raises:
+        PrunekitError: peft cannot read it, or it does not fit the model.
+    """
+    from peft import PeftModel
+
+    try:
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except Exception as error:  # peft's, torch's and safetensors', of any kind
+        raise PrunekitError(
+            f"the adapter in {str(folder)!r} does not fit {type(model).__name__}, loaded as its base "
+            f"({reason(error)}); name the model that it was trained on in base_model_name_or_path of its {ADAPTER}"
+        ) from error
+    name_model(merged, str(folder))
+    return merged

@@ -1,4 +1,4 @@
-"""Saves checkpoints, without pickles.
+"""Saves checkpoints, without pickles, and reads them back before they are moved into place.
 
 A cut that the family's own configuration can say is saved as a plain `transformers` checkpoint. Any other is saved
 with `model_type: "prunekit"`: the uncut configuration, the units kept, and the widths of each layer in the form of
@@ -14,31 +14,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig
 
-from prunekit.checkpoint.building import cut_again
-from prunekit.checkpoint.cards import CARD, renumbered, texts_beside
-from prunekit.checkpoint.cut_checkpoints import FORMAT, MODEL_TYPE
-from prunekit.checkpoint.door import check_class
-from prunekit.checkpoint.layer_widths import layer_widths
-from prunekit.checkpoint.left_out import is_falsely_tied
-from prunekit.checkpoint.reading_back import check_written
-from prunekit.checkpoint.tokenizer_files import copy_processors, write_tokenizer_of
+from prunekit.checkpoint.cards import renumbered, write_texts
+from prunekit.checkpoint.config_checks import check_class
+from prunekit.checkpoint.cut_checkpoints import FORMAT, MODEL_TYPE, cut_again, layer_widths
+from prunekit.checkpoint.folders import Stored, stored_tensors
+from prunekit.checkpoint.loading import copy_processors, write_tokenizer_of
+from prunekit.checkpoint.plain_checkpoints import is_falsely_tied, load_plain
 from prunekit.checks import FilePath, Network, Tokenizer, checked
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import check_new_folder, new_folder, write_text
 from prunekit.layouts import OWN, PLAIN
 from prunekit.models import check_has_weights, empty_model, name_model, own_tensors, shapes_of
 from prunekit.pruning import PruningPlan
-from prunekit.pruning.cuts import Cuts, tokens_went
+from prunekit.pruning.configurations import recorded
+from prunekit.pruning.cuts import Cuts, drops_layers, tokens_went
 from prunekit.pruning.describing import has_same_logits, plain_config, unsaid
-from prunekit.pruning.recording import recorded
-from prunekit.pruning.renumbering import drops_layers
 
 if TYPE_CHECKING:
     from prunekit.evaluation import Report
 
 SHARD = "5GB"
+SAMPLE = 1024  # numbers compared of each tensor, spread over it
 
 
 @checked
@@ -82,8 +82,7 @@ def save(
             write_plain(model, config, folder, max_shard_size)
         write_tokenizer(model, folder, tokenizer)
         remarks = renumbered(model, plan, tokenizer)
-        made = texts_beside(model, layout_of(config), plan, report, unsaid=not_plain(config), remarks=remarks)
-        write_texts(folder, made, files or {})
+        write_texts(model, folder, layout_of(config), plan, report, files, unsaid=not_plain(config), remarks=remarks)
     if recorded(model.config):
         name_model(model, str(out))
     return Path(out)
@@ -120,27 +119,20 @@ def not_plain(config: Any) -> list[str]:
     return config.get("not_plain", []) if isinstance(config, dict) else []
 
 
-def check_saveable(model: Any) -> None:
-    """Raise an error if the model has no configuration, has unmerged adapters, or weights of a special type."""
+def check_saving(
+    model: Any, out: FilePath, tokenizer: Any, report: Any, files: Mapping[str, str] | None, max_shard_size: str | int
+) -> None:
+    """Raise an error for arguments that `save` and `export` cannot use, before anything is computed.
+
+    Such as a model without a configuration, with unmerged adapters, or with weights of a special type.
+    """
+    check_new_folder(out)
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise PrunekitError(f"a {type(model).__name__} cannot be saved; give a causal language model of transformers")
     if hasattr(model, "peft_config"):
         raise PrunekitError("the model still carries adapters; call merge_and_unload() on it and save the result")
     check_class(model)
     check_has_weights(model)
-
-
-def check_saving(
-    model: Any,
-    out: FilePath,
-    tokenizer: Any,
-    report: Any,
-    files: Mapping[str, str] | None,
-    max_shard_size: str | int,
-) -> None:
-    """Raise an error for arguments that `save` and `export` cannot use, before anything is computed."""
-    check_new_folder(out)
-    check_saveable(model)
     if report is not None and not (hasattr(report, "to_json") and hasattr(report, "headline")):
         raise PrunekitError(f"report={report!r} is not a Report; give what evaluate() or Report.load() returns")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
@@ -168,18 +160,14 @@ def write_plain(model: Any, config: Any, folder: Path, max_shard_size: str | int
         PrunekitError: neither reads back.
     """
     with _configured(model, config):
-        _write_as_on_the_hub(model, folder, max_shard_size)
-
-
-def _write_as_on_the_hub(model: Any, folder: Path, max_shard_size: str | int) -> None:
-    for original in (True, False):
-        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=original)
-        try:
-            return check_written(folder, model)
-        except PrunekitError as error:
-            why = error
-        for file in folder.glob("*.safetensors*"):
-            file.unlink()
+        for original in (True, False):
+            model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=original)
+            try:
+                return check_written(folder, model)
+            except PrunekitError as error:
+                why = error
+            for file in folder.glob("*.safetensors*"):
+                file.unlink()
     raise PrunekitError(
         f"transformers cannot read back this {type(model).__name__} as it wrote it: {why}; update transformers"
     )
@@ -256,15 +244,50 @@ def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:
         copy_processors(source, folder)
 
 
-def write_texts(folder: Path, made: Mapping[str, str], files: Mapping[str, str]) -> None:
-    """Write prunekit's files and the user's files besides the weights; only the user's card may replace prunekit's.
+def check_written(folder: Path, model: Any) -> None:
+    """Compare names, shapes and a sample of the values in a folder with the model that was written there.
+
+    Where tensors have other names in the files, as in most families with experts, the model is loaded from these.
 
     Raises:
-        PrunekitError: one has the name of a file that is written already.
+        PrunekitError: something is missing or differs.
     """
-    for name, text in made.items():
-        write_text(folder / name, text)
-    for name, text in files.items():
-        if name != CARD and (folder / name).exists():
-            raise PrunekitError(f"files: {name!r} is a part of the checkpoint itself; give yours another name")
-        write_text(folder / name, text)
+    expected, stored = own_tensors(model), stored_tensors(folder)
+    if stored.keys() == expected.keys():
+        return check_stored(stored, expected)
+    found = own_tensors(load_plain(str(folder)))
+    return _refuse(
+        next((name for name in expected if name not in found or not _alike(found[name], expected[name])), None)
+    )
+
+
+def check_names(folder: Path, model: Any) -> None:
+    """As `check_written`, names and shapes alone, which cost nothing."""
+    stored = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
+    _refuse(next((name for name in {**expected, **stored} if stored.get(name) != expected.get(name)), None))
+
+
+def check_stored(stored: dict[str, Stored], expected: dict[str, Tensor]) -> None:
+    """As `check_written`, for tensors of files by their own names."""
+    wrong = (n for n in expected if n not in stored or not _alike(_read(n, stored[n]), expected[n]))
+    _refuse(next(wrong, None))
+
+
+def _refuse(wrong: str | None) -> None:
+    if wrong is not None:
+        raise PrunekitError(f"{wrong} is not read back as it was")
+
+
+def _read(name: str, stored: Stored) -> Tensor:
+    with safe_open(stored.file, "pt") as weights:
+        tensor: Tensor = weights.get_tensor(name)
+        return tensor
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    step = max(1, expected.numel() // SAMPLE)
+    a, b = (tensor.detach().reshape(-1)[::step].cpu() for tensor in (found, expected))
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +21,24 @@ Facts = Mapping[str, Any]
 """Arguments of a run, as JSON: two runs with equal arguments give equal files."""
 
 
-@dataclass(frozen=True)
 class Work:
     """A folder beside the output. Its finished steps are used by a run with the same arguments, and by no other.
 
     Attributes:
-        root: the folder, `.OUT.partial` beside OUT.
+        root: the folder, `.OUT.partial` beside OUT; it may not exist yet.
+        scores: scores of the groups finished so far.
+        source: a copy of the source with the model's own tensors, where it has others.
+        checkpoint: the unfinished output folder; a rename makes it OUT.
+        plan: the plan, which the output carries along.
+        written: the note of the finished files of the output.
     """
 
-    root: Path
-
-    @classmethod
-    def beside(cls, out: Path) -> "Work":
-        """The work folder that belongs to an output folder; it may not exist yet."""
-        return cls(out.absolute().parent / f".{out.name}.partial")
-
-    @property
-    def scores(self) -> Path:
-        """Scores of the groups finished so far."""
-        return self.root / "scores.safetensors"
-
-    @property
-    def source(self) -> Path:
-        """A copy of the source with the model's own tensors, where it has others."""
-        return self.root / "source"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The unfinished output folder; a rename makes it OUT."""
-        return self.root / "checkpoint"
-
-    @property
-    def plan(self) -> Path:
-        """The plan, which the output carries along."""
-        return self.checkpoint / "plan.json"
+    def __init__(self, out: Path) -> None:
+        self.root = out.absolute().parent / f".{out.name}.partial"
+        self.scores, self.source = self.root / "scores.safetensors", self.root / "source"
+        self.checkpoint, self.written = self.root / "checkpoint", self.root / "written.json"
+        self.plan = self.checkpoint / "plan.json"
+        self._anew = f"remove the folder {str(self.root)!r} to begin anew"
 
     def check(self, facts: Mapping[str, Facts]) -> None:
         """Raise an error for a folder in which a step was made with something else; nothing is written.
@@ -80,15 +63,6 @@ class Work:
             return read_object(path)
         except PrunekitError as error:
             raise PrunekitError(f"{error}, or {self._anew}") from None
-
-    @property
-    def _anew(self) -> str:
-        return f"remove the folder {str(self.root)!r} to begin anew"
-
-    @property
-    def written(self) -> Path:
-        """The note of the finished files of the output."""
-        return self.root / "written.json"
 
     def check_written(self) -> None:
         """Raise an error for a finished file that was changed, cut short or removed since.

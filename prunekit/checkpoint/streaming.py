@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens
+from prunekit.checkpoint.mapped_weights import (
+    convert,
+    cut_without_weights,
+    local_folder,
+    map_checkpoint,
+    to_convert,
+    write_shards,
+    write_the_rest,
+)
 from prunekit.checkpoint.saving import check_shard_size
-from prunekit.checkpoint.stream_source import convert, local_folder, map_checkpoint, to_convert
 from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerprint
-from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards, write_the_rest
 from prunekit.checks import FilePath, checked
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
@@ -102,7 +109,7 @@ def prune_checkpoint(
             `.OUT.partial` of another run.
         KeyboardInterrupt: says where the finished part lies.
     """
-    out, work = check_new_folder(out), Work.beside(Path(out))
+    out, work = check_new_folder(out), Work(Path(out))
     check_shard_size(max_shard_size)
     _check_arguments(how, {"pruning_ratio": pruning_ratio, "calib": calib, **options})
     order = _Order(local_folder(source), how, _plain(pruning_ratio), calib, _plain(options), max_shard_size)

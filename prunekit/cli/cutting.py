@@ -12,11 +12,11 @@ import prunekit as pk
 from prunekit.account import LossChange
 from prunekit.checkpoint.cards import LISTED, RENUMBERED
 from prunekit.checkpoint.folders import read_config
+from prunekit.checkpoint.loading import load_tokenizer
+from prunekit.checkpoint.mapped_weights import local_folder, n_bytes
 from prunekit.checkpoint.origins import resolve
 from prunekit.checkpoint.saving import not_plain
-from prunekit.checkpoint.stream_source import local_folder, n_bytes
 from prunekit.checkpoint.streaming import candidates, check_streamable
-from prunekit.checkpoint.tokenizer_files import load_tokenizer
 from prunekit.cli.answers import Answer, say, text_table
 from prunekit.cli.inputs import Loading, check_drawing, drawn, held_out_windows, tell_unmeasured, text_for
 from prunekit.cli.options import Of

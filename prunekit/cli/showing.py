@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import matplotlib
 
 import prunekit as pk
+from prunekit.checkpoint.loading import load_structure
 from prunekit.checkpoint.streaming import candidates
-from prunekit.checkpoint.structure import load_structure
 from prunekit.cli.answers import Answer, say, text_table
 from prunekit.cli.inputs import Loading, check_drawing, drawn, named_texts, text_for
 from prunekit.cli.options import Of

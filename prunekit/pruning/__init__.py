@@ -1,8 +1,7 @@
 """Plans from scores, and smaller models from plans."""
 
 from prunekit.pruning.compensation import compensate
-from prunekit.pruning.iterating import plan_in_steps
-from prunekit.pruning.planning import plan
+from prunekit.pruning.planning import plan, plan_in_steps
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.surgery import prune
 

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -20,6 +21,7 @@ from prunekit.models import evaluating
 from prunekit.pruning.describing import describe
 from prunekit.pruning.least_squares import choose, fit_sums
 from prunekit.pruning.plans import PruningPlan
+from prunekit.pruning.removal import remaining
 
 FITS = ("weights", "bias", "both")
 
@@ -104,17 +106,9 @@ def compensate(
             assert found is not None
             choice = choose(found, judge, fit, ridge)
             if choice.change is not None:
-                old.hold(path)
-                try:
-                    refit_layer(module, readers[path], choice.change)
-                except PrunekitError:  # nothing is changed then
-                    old.give_back()
-                    raise
+                old.change(path, partial(refit_layer, reader=readers[path], change=choice.change))
             rows.append((path, module.weight.shape[readers[path].input_dim], *choice[1:]))
-    table = pd.DataFrame(rows, columns=["module", "inputs", "ridge", "error_before", "error_after"])
-    if before is not None and held is not None:
-        table = judged(table, old, before, mean_loss(small, held))
-    small.compensation = table  # type: ignore[assignment]
+    small.compensation = table = judged(rows, small, old, before, held)  # type: ignore[assignment]
     if fit != "weights":
         describe(small)  # biases came
     return table
@@ -150,17 +144,14 @@ def _run_once(model: nn.Module, paths: Iterable[str], batch: Tensor) -> list[str
     """The modules that see each token of a batch exactly once, in the order in which they run."""
     read: dict[str, list[int]] = {}
 
-    def noting(path: str) -> Callable[..., None]:
-        def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            (x,) = (*args, *kwargs.values())
-            read.setdefault(path, []).append(x.shape[:-1].numel())
-
-        return note
+    def note(path: str, _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        (x,) = (*args, *kwargs.values())
+        read.setdefault(path, []).append(x.shape[:-1].numel())
 
     with ExitStack() as hooks:
         for path in paths:
             module = model.get_submodule(path)
-            hooks.callback(module.register_forward_pre_hook(noting(path), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_pre_hook(partial(note, path), with_kwargs=True).remove)
         model(input_ids=batch, use_cache=False)  # type: ignore[operator]
     return [path for path, n_rows in read.items() if n_rows == [batch.numel()]]
 
@@ -194,8 +185,14 @@ def oriented(module: Any, reader: Reader) -> Tensor:
     return weight if reader.input_dim == 0 else weight.T
 
 
-def judged(table: pd.DataFrame, old: "SavedWeights", before: float, after: float) -> pd.DataFrame:
-    """The table with the losses; if the loss rose, the layers get their old weights back."""
+def judged(
+    rows: list[tuple[Any, ...]], small: nn.Module, old: "SavedWeights", before: float | None, held: Tensor | None
+) -> pd.DataFrame:
+    """The table with the losses; if the loss on held-out windows rose, the layers get their old weights back."""
+    table = pd.DataFrame(rows, columns=["module", "inputs", "ridge", "error_before", "error_after"])
+    if before is None or held is None:
+        return table
+    after = mean_loss(small, held)
     if not after <= before:
         old.give_back()
         table = table.assign(ridge=math.nan, error_after=table["error_before"])
@@ -210,10 +207,19 @@ class SavedWeights:
         self._model = model
         self._held: dict[str, tuple[Tensor, Tensor | None]] = {}
 
-    def hold(self, path: str) -> None:
-        """Save a layer's weights."""
+    def change(self, path: str, change: Callable[[Any], None]) -> None:
+        """Save a layer's weights, and change the layer; where that is refused, all saved weights are restored.
+
+        Raises:
+            PrunekitError: what `change` raises.
+        """
         module: Any = self._model.get_submodule(path)
         self._held[path] = (module.weight.detach().clone(), None if module.bias is None else module.bias.clone())
+        try:
+            change(module)
+        except PrunekitError:
+            self.give_back()
+            raise
 
     def give_back(self) -> None:
         """Restore the saved weights; an added bias is removed."""
@@ -242,29 +248,22 @@ def groups_of(plan: PruningPlan, model: nn.Module, step: str) -> Groups:
 def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
     """(path, dim of its weight) → the indices that stay, where some go."""
     groups = groups_of(plan, model, "compensate")
-    shapes = dict(groups.shapes)
-    for name, units in plan.keep.items():
-        if groups[name].kind == "vocabulary" and len(units) < plan.n_units[name]:
-            raise PrunekitError(
-                "the plan removes tokens, but calib has the old token ids: re-fit first, then cut the vocabulary"
-            )
-        if not units:  # layers behind it stand elsewhere in the cut model
-            raise PrunekitError(
-                f"the plan leaves nothing of {name!r}: take whole layers and blocks out first, then cut and compensate "
-                "what is left, as prune(model, plan, compensate=calib) does"
-            )
+    if plan.takes_tokens:
+        raise PrunekitError(
+            "the plan removes tokens, but calib has the old token ids: re-fit first, then cut the vocabulary"
+        )
+    for name in (name for name, units in plan.keep.items() if not units):  # layers behind it stand elsewhere then
+        raise PrunekitError(
+            f"the plan leaves nothing of {name!r}: take whole layers and blocks out first, then cut and compensate "
+            "what is left, as prune(model, plan, compensate=calib) does"
+        )
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for name in plan.keep:
         for member in groups[name].members:
             place = (member.parameter.removesuffix(".weight"), member.dim)
             gone.setdefault(place, []).append(member.owned_by(plan.removed(name)))
-    sizes = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
-    kept = {}
-    for place, indices in gone.items():
-        stays = torch.ones(sizes[place[0]][place[1]], dtype=torch.bool)
-        stays[torch.cat(indices)] = False
-        kept[place] = stays.nonzero().flatten()
-    return kept
+    sizes = {name.removesuffix(".weight"): shape for name, shape in groups.shapes.items()}
+    return {(path, dim): remaining(sizes[path][dim], torch.cat(indices)) for (path, dim), indices in gone.items()}
 
 
 def refit_layer(module: Any, reader: Reader, change: Tensor) -> None:

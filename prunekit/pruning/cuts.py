@@ -10,10 +10,9 @@ from typing import Any
 from prunekit.discovery import KINDS, CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError, reason
 from prunekit.models import Shapes, empty_model, shapes_of
-from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.recording import RECORD, Stages, recorded
-from prunekit.pruning.renumbering import drops_layers, on_all_layers, without_layers
-from prunekit.pruning.vocabulary import configurations, renumber
+from prunekit.pruning.configurations import RECORD, Stages, configurations, recorded, renumber
+from prunekit.pruning.plans import PruningPlan, kind_in
+from prunekit.pruning.removal import layer_lists
 
 HEADS = ("kv_head", "query_head")  # whose counts have standard names
 HEAD_SIZE = "head_dim"
@@ -52,7 +51,8 @@ class Cuts:
         try:
             config, done = uncut_widths(model.config), recorded(model.config)["stages"]
             stages = on_all_layers(config, done) if all_layers else without_layers(done)
-            config = _with_head_size(config) if any(_shapes_heads(name) for stage in done for name in stage) else config
+            if {kind_in(name) for stage in done for name in stage} & {*HEADS, "hidden"}:
+                config = _with_head_size(config)  # where it is computed: hidden size by number of heads
             if groups is None or len(done) > 1 or drops_layers(done):
                 groups = discover(empty_model(config))
             return cls(config, groups, stages, _added_biases(model, groups))
@@ -127,11 +127,6 @@ def uncut_widths(config: Any) -> Any:
     return whole
 
 
-def _shapes_heads(name: str) -> bool:
-    """Whether a group's units go into a head size that is computed: hidden size by number of heads."""
-    return name.rpartition(":")[2].partition("#")[0] in (*HEADS, "hidden")
-
-
 def _with_head_size(config: Any) -> Any:
     """The configuration, with the head size that follows from other fields written into it, if the family reads one."""
     text = config.get_text_config()
@@ -147,17 +142,13 @@ def _with_head_size(config: Any) -> Any:
 
 def tokens_left(stages: Stages) -> list[int] | None:
     """Token ids left after all stages, as the uncut model numbers them; None where none went."""
-    of_tokens = [{name: units for name, units in stage.items() if _is_vocabulary(name)} for stage in stages]
+    of_tokens = [{name: units for name, units in stage.items() if kind_in(name) == "vocabulary"} for stage in stages]
     return next(iter(units_left(of_tokens).values()), None)
 
 
 def tokens_went(model: Any, plan: PruningPlan | None = None) -> bool:
     """Whether tokens have new numbers, by a model's own record or by the plan that it was cut by."""
     return tokens_left(recorded(model.config).get("stages", [])) is not None or (plan is not None and plan.takes_tokens)
-
-
-def _is_vocabulary(name: str) -> bool:
-    return name.rpartition(":")[2] == "vocabulary"
 
 
 def units_left(stages: Stages) -> dict[str, list[int]]:
@@ -212,3 +203,76 @@ def _cut_shapes(shapes: Shapes | None, groups: list[CoupledGroup], width: int) -
             if member.parameter in sizes:
                 sizes[member.parameter][member.dim] -= (group.n_units - width) * member.width
     return {name: tuple(shape) for name, shape in sizes.items()}
+
+
+def without_layers(stages: Stages) -> Stages:
+    """The record for a model without the removed layers."""
+    done: Stages = []
+    for stage in stages:
+        gone = _gone(stage)
+        done = [_moved_up(earlier, gone) for earlier in [*done, stage]]
+    return [stage for stage in done if stage]
+
+
+def _moved_up(stage: dict[str, list[int]], gone: set[str]) -> dict[str, list[int]]:
+    """A stage's groups under the names they have once these layers are out."""
+    moved, lists = {}, {layer.rpartition(".")[0] for layer in gone}
+    for name, units in stage.items():
+        numbers = re.finditer(r"\.(\d+)(?=[.:])", name)
+        found = next((match for match in numbers if name[: match.start()] in lists), None)
+        if found is None:
+            moved[name] = units
+        elif name[: found.end()] not in gone:
+            before = sum(f"{name[: found.start()]}.{i}" in gone for i in range(int(found[1])))
+            moved[f"{name[: found.start()]}.{int(found[1]) - before}{name[found.end() :]}"] = units
+    return moved
+
+
+def drops_layers(stages: Stages) -> bool:
+    """Whether whole layers were removed."""
+    return any(_gone(stage) for stage in stages)
+
+
+def _gone(stage: dict[str, list[int]]) -> set[str]:
+    """Paths of the layers removed in a stage."""
+    return {name.removesuffix(":layer") for name, units in stage.items() if name.endswith(":layer") and not units}
+
+
+def on_all_layers(config: Any, stages: Stages) -> Stages:
+    """The record with the names of the full model; removed layers are removed last.
+
+    Args:
+        config: of the cut model; it is given its layers back.
+        stages: group name → units kept, cut after cut.
+    """
+    n_gone = sum(len(_gone(stage)) for stage in stages)
+    config = config.get_text_config()
+    here = list(range(config.num_hidden_layers + n_gone))  # numbers of the layers that are there at a stage
+    (path,) = {layer.rpartition(".")[0] for stage in stages for layer in _gone(stage)}
+    done: Stages = []
+    for stage in stages:
+        done.append({_numbered(name, path, here): units for name, units in stage.items()})
+        here = [number for number in here if f"{path}.{number}" not in _gone(done[-1])]
+    gone = sorted(set(range(config.num_hidden_layers + n_gone)) - set(here))
+    _lengthen(config, gone)
+    inside = re.compile(rf"{re.escape(path)}\.({'|'.join(map(str, gone))})[.:]")
+    cuts = [{name: units for name, units in stage.items() if not inside.match(name)} for stage in done]
+    return [*filter(None, cuts), {f"{path}.{number}:layer": [] for number in gone}]
+
+
+def _numbered(name: str, path: str, here: list[int]) -> str:
+    """A group's name with the layer number of the full model."""
+    return re.sub(rf"^({re.escape(path)}\.)(\d+)(?=[.:])", lambda match: f"{match[1]}{here[int(match[2])]}", name)
+
+
+def _lengthen(config: Any, gone: list[int]) -> None:
+    """Restore the removed layers of a configuration.
+
+    What it lists layer by layer says nothing of those that went; they take after a neighbour, and go again.
+    """
+    for name, value in list(layer_lists(config, config.num_hidden_layers)):
+        longer = list(value)
+        for number in gone:
+            longer.insert(number, longer[min(number, len(longer) - 1)])
+        vars(config)[name] = type(value)(longer)
+    config.num_hidden_layers += len(gone)

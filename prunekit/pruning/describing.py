@@ -11,11 +11,12 @@ import torch
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.models import configurations_of, empty_model, evaluating, logits_alone, shapes_of, written_out
-from prunekit.pruning.cuts import HEAD_SIZE, Cuts, Fields, with_fields, with_width
-from prunekit.pruning.recording import RECORD, base_of, recorded
-from prunekit.pruning.vocabulary import configurations
+from prunekit.pruning.configurations import RECORD, base_of, configurations, recorded
+from prunekit.pruning.cuts import HEAD_SIZE, Cuts, Fields, with_fields
 
 _SAVE = "save_pretrained"
+ROUNDING = 64  # units in the last place: more zeros in a sum change its order and nothing else
+COARSE = 0.03  # half precision: what is wrong differs far more
 
 
 def describe(model: Any, groups: Groups | None = None) -> None:
@@ -163,8 +164,8 @@ def unsaid(cuts: Cuts) -> list[str]:
 
 
 def _can_say(cuts: Cuts, name: str) -> bool:
-    counts, fields = {cuts.n_left(group) for group in cuts.roles[name]}, cuts.fields[name]
-    return len(counts) == 1 and bool(fields) and reads_back(with_width(cuts.config, fields, counts.pop()))
+    fields = _fields_of(cuts, name)
+    return bool(fields) and reads_back(with_fields(cuts.config, fields))
 
 
 def _inside(group: CoupledGroup, gone: Iterable[str]) -> bool:
@@ -219,3 +220,14 @@ def first_logits(model: Any) -> torch.Tensor:
     tokens = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
     with evaluating(model), written_out(model):
         return model(tokens, **logits_alone(model)).logits
+
+
+def relative_difference(a: Any, b: Any) -> float:
+    """‖a − b‖ / ‖b‖ of two models' logits on the same tokens."""
+    found, expected = first_logits(a).double(), first_logits(b).double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Allowed relative difference of two computations of the same logits."""
+    return min(ROUNDING * torch.finfo(dtype).eps, COARSE)

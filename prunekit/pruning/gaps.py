@@ -3,6 +3,7 @@
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -12,18 +13,10 @@ from tqdm.auto import tqdm
 
 from prunekit.calibration import check_tokens, in_batches, mean_loss
 from prunekit.discovery.parts import outermost_elements
-from prunekit.errors import PrunekitError
 from prunekit.importance.input_statistics import computing_wide, linear_readers, wide
 from prunekit.layerwise import first_float
 from prunekit.models import evaluating
-from prunekit.pruning.compensation import (
-    SavedWeights,
-    judged,
-    oriented,
-    refit_layer,
-    split_windows,
-    token_weights,
-)
+from prunekit.pruning.compensation import SavedWeights, judged, oriented, refit_layer, split_windows, token_weights
 from prunekit.pruning.least_squares import Fit, choose
 from prunekit.pruning.plans import PruningPlan
 
@@ -35,15 +28,14 @@ class Gap:
     """Layers that go, one behind the other.
 
     Attributes:
-        before: path of the last layer in front of them, in the dense model; None without one.
+        before: path of the last layer in front of them, in the dense model.
         last: path of the last of them.
-        writer: path of the linear layer in `before` that is the last to write the residual stream; None where none
-            writes it as it is.
+        writer: path of the linear layer in `before` that is the last to write the residual stream.
     """
 
-    before: str | None
+    before: str
     last: str
-    writer: str | None
+    writer: str
 
 
 @torch.no_grad()
@@ -76,52 +68,27 @@ def bridge(small: nn.Module, model: nn.Module, plan: PruningPlan, calib: Tensor)
     """
     tokens = check_tokens(calib, model)
     learnt, held = split_windows(tokens)
-    every = gaps_of(model, plan, tokens[:1])
-    gaps = [gap for gap in every if gap.writer is not None]
-    places = counterparts(small, model, plan)
-    if not gaps:
-        return _noted(small, _table(every, []))
-    sums, judges = (_sums(model, gaps, part) if part is not None else [None] * len(gaps) for part in (learnt, held))
-    before = None if held is None else mean_loss(small, held)
-    rows, old = [], SavedWeights(small)
-    for gap, found, judge in zip(gaps, sums, judges, strict=True):
-        assert found is not None and gap.writer is not None and gap.before is not None
-        choice = choose(found, judge, "weights", None)
-        path = places[gap.before] + gap.writer.removeprefix(gap.before)
-        if choice.change is not None:
-            old.hold(path)
-            try:
-                _apply(small.get_submodule(path), choice.change)
-            except PrunekitError:  # nothing is changed then
-                old.give_back()
-                raise
-        rows.append((path, found.cross.shape[1], *choice[1:]))
-    table = _table(every, rows)
-    if before is not None and held is not None:
-        table = judged(table, old, before, mean_loss(small, held))
-    return _noted(small, table)
-
-
-def _table(gaps: list[Gap], rows: list[tuple[Any, ...]]) -> pd.DataFrame:
-    """A row for each gap that is left, and those of the others."""
-    left: list[tuple[Any, ...]] = [(g.last, 0, math.nan, math.nan, math.nan) for g in gaps if g.writer is None]
-    return pd.DataFrame(left + rows, columns=["module", "inputs", "ridge", "error_before", "error_after"])
-
-
-def _noted(small: nn.Module, table: pd.DataFrame) -> pd.DataFrame:
-    """Add the table to the model's own."""
+    gaps, left = gaps_of(model, plan, tokens[:1])
+    rows: list[tuple[Any, ...]] = [(last, 0, math.nan, math.nan, math.nan) for last in left]
+    places, old, before = counterparts(small, model, plan), SavedWeights(small), None
+    if gaps:
+        sums = _sums(model, gaps, learnt)
+        judges = [None] * len(gaps) if held is None else _sums(model, gaps, held)
+        before = None if held is None else mean_loss(small, held)
+        for gap, found, judge in zip(gaps, sums, judges, strict=True):
+            choice = choose(found, judge, "weights", None)
+            path = places[gap.before] + gap.writer.removeprefix(gap.before)
+            if choice.change is not None:
+                old.change(path, partial(_apply, change=choice.change))
+            rows.append((path, found.cross.shape[1], *choice[1:]))
+    table = judged(rows, small, old, before, held)
     fitted = getattr(small, "compensation", None)  # of units, before
     small.compensation = table if fitted is None else pd.concat([fitted, table], ignore_index=True)  # type: ignore
     return table
 
 
-def takes_layers(plan: PruningPlan) -> bool:
-    """Whether a plan removes whole layers."""
-    return bool(_gone(plan))
-
-
-def gaps_of(model: nn.Module, plan: PruningPlan, window: Tensor) -> list[Gap]:
-    """The gaps that a plan leaves, with what can bridge them.
+def gaps_of(model: nn.Module, plan: PruningPlan, window: Tensor) -> tuple[list[Gap], list[str]]:
+    """The gaps that a plan leaves and that can be bridged, and the last layers of the others.
 
     Args:
         model: the dense model.
@@ -130,32 +97,28 @@ def gaps_of(model: nn.Module, plan: PruningPlan, window: Tensor) -> list[Gap]:
             residual stream behind their layer.
     """
     found: list[Gap] = []
+    left: list[str] = []
     before: str | None = None
     last: str | None = None
+    narrows, gone = bool(plan.cut_groups("hidden")), plan.removed_layers
     for path in [*outermost_elements(model), None]:
-        if path in _gone(plan):
+        if path in gone:
             last = path
             continue
         if last is not None:
-            writer = None if before is None or _narrows(plan) else _writer(model, before, window)
-            found.append(Gap(before, last, writer))
+            writer = None if before is None or narrows else _writer(model, before, window)
+            if before is None or writer is None:
+                left.append(last)
+            else:
+                found.append(Gap(before, last, writer))
         before, last = path, None
-    return found
-
-
-def _narrows(plan: PruningPlan) -> bool:
-    """Whether the residual stream gets narrower."""
-    kinds = {name: name.rpartition(":")[2].partition("#")[0] for name in plan.keep}
-    return any(kind == "hidden" and len(plan.keep[name]) < plan.n_units[name] for name, kind in kinds.items())
-
-
-def _gone(plan: PruningPlan) -> set[str]:
-    return {name.removesuffix(":layer") for name, units in plan.keep.items() if not units and name.endswith(":layer")}
+    return found, left
 
 
 def counterparts(small: nn.Module, model: nn.Module, plan: PruningPlan) -> dict[str, str]:
     """Path of each layer that stays, in the dense model → in the cut one."""
-    stay = [path for path in outermost_elements(model) if path not in _gone(plan)]
+    gone = plan.removed_layers
+    stay = [path for path in outermost_elements(model) if path not in gone]
     return dict(zip(stay, outermost_elements(small), strict=True))
 
 
@@ -174,17 +137,15 @@ def _sums(model: nn.Module, gaps: list[Gap], tokens: Tensor) -> list[Fit]:
     fits: dict[int, Fit] = {}
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        for path in {path for gap in gaps for path in (gap.before, gap.last, gap.writer) if path is not None}:
+        for path in {path for gap in gaps for path in (gap.before, gap.last, gap.writer)}:
             stack.callback(model.get_submodule(path).register_forward_hook(_keeping(seen, path)).remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(computing_wide(model))
         for batch in tqdm(in_batches(tokens), desc="gaps", leave=False, delay=1):
             model(input_ids=batch, use_cache=False)  # type: ignore[operator]
             for number, gap in enumerate(gaps):
-                written, before, after = (
-                    seen[path or ""].flatten(0, -2) for path in (gap.writer, gap.before, gap.last)
-                )
-                fit = _fit(written, before, after, model.get_submodule(gap.writer or "").bias is not None)
+                written, before, after = (seen[path].flatten(0, -2) for path in (gap.writer, gap.before, gap.last))
+                fit = _fit(written, before, after, model.get_submodule(gap.writer).bias is not None)
                 fits[number] = fit if number not in fits else fits[number] + fit
     return list(fits.values())
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunekit.errors import PrunekitError
 from prunekit.importance.curvature import RIDGE, raised
+from prunekit.pruning.removal import remaining
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # that are tried for each layer
 
@@ -33,13 +34,8 @@ class Fit:
 
     def __add__(self, other: "Fit") -> "Fit":
         """The sums over both sets of tokens."""
-        return Fit(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.biased,
-            self.lack + other.lack,
-            self.size + other.size,
-        )
+        lack, size = self.lack + other.lack, self.size + other.size
+        return Fit(self.gram + other.gram, self.cross + other.cross, self.biased, lack, size)
 
     def solved(self, ridge: float) -> Tensor:
         """The ridge solution: the change of the weights (n_in, n_out) that reduces R; the bias has no ridge."""
@@ -89,10 +85,8 @@ def fit_sums(gram: Tensor, weight: Tensor, inputs: Tensor | None, outputs: Tenso
     gram, n = gram.double(), len(weight)
     inputs = torch.arange(n) if inputs is None else inputs
     weight = weight if outputs is None else weight[:, outputs.to(weight.device)]
-    pruned = torch.ones(n, dtype=torch.bool)
-    pruned[inputs] = False
     stays = torch.cat([inputs, torch.tensor([n])]) if biased else inputs
-    stays, gone = stays.to(gram.device), pruned.nonzero().flatten().to(gram.device)
+    stays, gone = stays.to(gram.device), remaining(n, inputs).to(gram.device)
     lacking = weight[gone]  # (n_pruned, n_out)
     lack = float((lacking * (gram[gone][:, gone] @ lacking)).sum())
     size = float((weight * (gram[:n, :n] @ weight)).sum())

@@ -8,7 +8,6 @@ from torch import Tensor
 from prunekit.checks import Count, Share, check_choice, checked
 from prunekit.discovery import KINDS, CoupledGroup, Groups
 from prunekit.errors import BudgetError, PrunekitError
-from prunekit.pruning.plans import PruningPlan
 
 DEFAULT_KINDS = ("kv_head", "ffn_channel")
 
@@ -20,7 +19,6 @@ class Options:
     """What `plan` was asked for, on the model at hand.
 
     Attributes:
-        ratio: as it was given.
         of: `"parameters"` or `"units"`.
         ranking: `"local"` or `"global"`.
         fractions: kind → fraction that is to go, for each kind that may be cut.
@@ -31,7 +29,6 @@ class Options:
         gone_before: group name → units that an earlier plan removed.
     """
 
-    ratio: Ratio
     of: str
     ranking: str
     fractions: Mapping[str, float]
@@ -40,47 +37,6 @@ class Options:
     min_units: int
     limits: str
     gone_before: Mapping[str, set[int]]
-
-
-def read_options(
-    groups: Groups,
-    scores: Mapping[str, Tensor],
-    pruning_ratio: Ratio,
-    *,
-    of: str,
-    ranking: str | None,
-    kinds: Iterable[str] | None,
-    protect_layers: Iterable[int],
-    round_to: int | Mapping[str, int],
-    min_units: int,
-    after: PruningPlan | None,
-) -> Options:
-    """The options of `plan`, with what is left out filled in; arguments are those of `plan`.
-
-    Raises:
-        PrunekitError: bad arguments, kinds that the model has no groups of, or what cannot be followed.
-    """
-    chosen = DEFAULT_KINDS if kinds is None else tuple(kinds)
-    protected = tuple(protect_layers)
-    fractions = check_options(
-        pruning_ratio, of=of, ranking=ranking, kinds=chosen, round_to=round_to, min_units=min_units
-    )
-    if isinstance(pruning_ratio, Mapping):
-        _check_shares(pruning_ratio if kinds is None else chosen, pruning_ratio)
-    if ranking is None:
-        ranking = getattr(scores, "ranking", "local") if of == "parameters" else "local"
-    if kinds is None and not isinstance(pruning_ratio, Mapping):
-        found = tuple(g for g in default_units(groups) if g.kind != "query_head" or g.name in scores)
-        fractions.update((g.kind, pruning_ratio) for g in found)
-    else:
-        groups.check_kinds(fractions)
-        found = groups.of_kind(*fractions)  # asked for by name: inexact ones too
-    candidates = candidates_of(groups, scores, found, protected)
-    _check_rounding(round_to, candidates, pruning_ratio)
-    rounding = {g.name: round_to.get(g.kind, 1) if isinstance(round_to, Mapping) else round_to for g in candidates}
-    gone_before = {} if after is None else {name: set(after.removed(name)) for name in after.keep}
-    limits = _limits(round_to, min_units)
-    return Options(pruning_ratio, of, ranking, fractions, candidates, rounding, min_units, limits, gone_before)
 
 
 @checked
@@ -105,28 +61,25 @@ def check_options(
     check_choice("ranking", "local" if ranking is None else ranking, ("local", "global"))
     for kind in round_to if isinstance(round_to, Mapping) else ():
         check_choice("round_to: kind", kind, KINDS)
-    return _check_ratio(pruning_ratio, of, DEFAULT_KINDS if kinds is None else tuple(kinds))
+    check_choice("of", of, ("parameters", "units"))
+    chosen = DEFAULT_KINDS if kinds is None else tuple(kinds)
+    if not chosen:
+        raise PrunekitError(f"kinds is empty; give at least one of {', '.join(KINDS)}")
+    shares = pruning_ratio if isinstance(pruning_ratio, Mapping) else {}
+    for kind in (*chosen, *shares):
+        check_choice("kind", kind, KINDS)
+    if not isinstance(pruning_ratio, Mapping):
+        return dict.fromkeys(chosen, pruning_ratio)
+    if of != "units":
+        raise PrunekitError(f"pruning_ratio={dict(shares)} by kind is only allowed with of='units'; give one number")
+    return dict(shares)
 
 
-def _limits(round_to: int | Mapping[str, int], min_units: int) -> str:
+def limits_of(round_to: int | Mapping[str, int], min_units: int) -> str:
     """What limits the numbers of units, for messages; empty where nothing does."""
     rounds = any(n > 1 for n in round_to.values()) if isinstance(round_to, Mapping) else round_to > 1
     limits = [f"round_to={round_to}"] * rounds + [f"min_units={min_units}"] * (min_units > 1)
     return " and ".join(limits)
-
-
-def _check_ratio(ratio: Ratio, of: str, kinds: tuple[str, ...]) -> dict[str, float]:
-    """Fraction for each kind that may be cut."""
-    check_choice("of", of, ("parameters", "units"))
-    if not kinds:
-        raise PrunekitError(f"kinds is empty; give at least one of {', '.join(KINDS)}")
-    for kind in (*kinds, *(ratio if isinstance(ratio, Mapping) else ())):
-        check_choice("kind", kind, KINDS)
-    if isinstance(ratio, Mapping):
-        if of != "units":
-            raise PrunekitError(f"pruning_ratio={dict(ratio)} by kind is only allowed with of='units'; give one number")
-        return dict(ratio)
-    return dict.fromkeys(kinds, ratio)
 
 
 def default_units(groups: Groups) -> tuple[CoupledGroup, ...]:
@@ -145,10 +98,7 @@ def _place(group: CoupledGroup) -> str:
 
 
 def candidates_of(
-    groups: Groups,
-    scores: Mapping[str, Tensor],
-    among: Iterable[CoupledGroup],
-    protected: tuple[int, ...],
+    groups: Groups, scores: Mapping[str, Tensor], among: Iterable[CoupledGroup], protected: tuple[int, ...]
 ) -> list[CoupledGroup]:
     """The groups that may be cut, each with one score per unit.
 
@@ -194,7 +144,7 @@ def _check_scores(g: CoupledGroup, scores: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_shares(kinds: Collection[str], shares: Mapping[str, float]) -> None:
+def check_shares(kinds: Collection[str], shares: Mapping[str, float]) -> None:
     """Raise an error where kinds and a ratio by kind name different ones, or no kind at all is named.
 
     Raises:
@@ -209,7 +159,7 @@ def _check_shares(kinds: Collection[str], shares: Mapping[str, float]) -> None:
         )
 
 
-def _check_rounding(round_to: object, candidates: Iterable[CoupledGroup], ratio: object) -> None:
+def check_rounding(round_to: object, candidates: Iterable[CoupledGroup], ratio: object) -> None:
     """Raise an error where a kind is rounded of which nothing may go.
 
     Raises:
@@ -234,15 +184,7 @@ def check_outcome(options: Options, gone: Mapping[str, Collection[int]]) -> dict
     Raises:
         PrunekitError: an earlier plan removes what this one keeps; or nothing goes.
     """
-    _check_earlier(options.gone_before, gone)
-    few = _too_few(gone, options.candidates, options.fractions) if options.of == "units" else {}
-    if options.of == "units":
-        _check_some_go(gone, options.fractions, few, options.limits)
-    return few
-
-
-def _check_earlier(earlier: Mapping[str, set[int]], gone: Mapping[str, Collection[int]]) -> None:
-    """Raise an error where an earlier plan removes what the new one keeps; it says how many, and names one."""
+    earlier, fractions = options.gone_before, options.fractions
     kept = [(name, unit) for name, units in earlier.items() for unit in sorted(units - set(gone.get(name, ())))]
     if kept:
         name, unit = kept[0]
@@ -250,26 +192,17 @@ def _check_earlier(earlier: Mapping[str, set[int]], gone: Mapping[str, Collectio
             f"after= removes {len(kept)} units that this plan keeps, such as unit {unit} of {name!r}; give an earlier "
             "plan that removes less, of kinds and layers that may be cut here"
         )
-
-
-def _too_few(
-    gone: Mapping[str, Collection[int]], candidates: list[CoupledGroup], fractions: Mapping[str, float]
-) -> dict[str, str]:
-    """Kind → why none of its units is removed, although a share was requested."""
-    found = {}
+    if options.of == "parameters":
+        return {}
+    few = {}
     for kind, fraction in fractions.items():
-        units = [g.n_units for g in candidates if g.kind == kind]
-        if fraction > 0 and units and not any(gone[g.name] for g in candidates if g.kind == kind):
-            found[kind] = f"{fraction:.4g} of {max(units)} units a group are fewer than can go at once"
-    return found
-
-
-def _check_some_go(
-    gone: Mapping[str, Collection[int]], fractions: Mapping[str, float], few: Mapping[str, str], rounded: str
-) -> None:
-    """Raise an error for shares of units by which nothing goes."""
+        groups = [g for g in options.candidates if g.kind == kind]
+        if fraction > 0 and groups and not any(gone[g.name] for g in groups):
+            most = max(g.n_units for g in groups)
+            few[kind] = f"{fraction:.4g} of {most} units a group are fewer than can go at once"
     if any(fractions.values()) and not any(gone.values()):
         why = "; ".join(f"{kind}: {reason}" for kind, reason in few.items())
         why = why or "what is protected, or not of the chosen kinds, leaves no units"
-        limits = f", with {rounded}" if rounded else ""
+        limits = f", with {options.limits}" if options.limits else ""
         raise BudgetError(f"nothing would go ({why}{limits}); ask for a larger pruning_ratio, or allow more kinds")
+    return few

@@ -14,13 +14,13 @@ from prunekit.errors import PrunekitError, reason
 from prunekit.escaping import html_paragraph
 from prunekit.files import read_text, write_text
 
+_SAVED = ("keep", "n_units", "n_parameters", "n_parameters_kept", "notes")
 _NO_PLAN, _GIVE = "this is no pruning plan", "give JSON as PruningPlan.save writes"
 
 
 @dataclass(frozen=True)
 class PruningPlan:
     """A pruning plan: the units of each group that stay.
-
 
     Attributes:
         keep: group name → ascending list of the units kept.
@@ -66,13 +66,25 @@ class PruningPlan:
         """Group → number of removed units."""
         return {name: self.n_units[name] - len(units) for name, units in self.keep.items()}
 
+    def cut_groups(self, kind: str) -> list[str]:
+        """Names of the groups of a kind that lose units."""
+        cut = (name for name, units in self.keep.items() if len(units) < self.n_units[name])
+        return [name for name in cut if kind_in(name) == kind]
+
     @property
     def takes_tokens(self) -> bool:
         """Whether tokens are removed, so that the remaining ones have new ids."""
-        return any(
-            name.rpartition(":")[2] == "vocabulary" and len(units) < self.n_units[name]
-            for name, units in self.keep.items()
-        )
+        return bool(self.cut_groups("vocabulary"))
+
+    @property
+    def removed_parts(self) -> list[str]:
+        """Paths of the layers and blocks that are removed whole."""
+        return [name.rpartition(":")[0] for name, units in self.keep.items() if not units]
+
+    @property
+    def removed_layers(self) -> list[str]:
+        """Paths of the layers that are removed whole."""
+        return [name.removesuffix(":layer") for name in self.cut_groups("layer")]
 
     def removed(self, name: str) -> list[int]:
         """Ascending list of the removed units of a group."""
@@ -101,16 +113,7 @@ class PruningPlan:
 
     def to_json(self) -> str:
         """The whole plan as JSON text."""
-        return json.dumps(
-            {
-                "keep": self.keep,
-                "n_units": self.n_units,
-                "n_parameters": self.n_parameters,
-                "n_parameters_kept": self.n_parameters_kept,
-                "notes": self.notes,
-            },
-            indent=1,
-        )
+        return json.dumps({name: getattr(self, name) for name in _SAVED}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "PruningPlan":
@@ -157,6 +160,11 @@ class PruningPlan:
     def _repr_html_(self) -> str:
         table = self.table().pivot_table(index="layer", columns="kind", values="kept_fraction", dropna=False)
         return f"{html_paragraph(self)}{table.style.format('{:.0%}', na_rep='', escape='html').to_html()}"
+
+
+def kind_in(name: str) -> str:
+    """The kind in a group's name."""
+    return name.rpartition(":")[2].partition("#")[0]
 
 
 def _check_fields(data: Any, plan: type[PruningPlan]) -> None:

@@ -1,22 +1,30 @@
-"""Checks a cut: traces the smaller model and compares its structure with the old one, restricted."""
+"""Checks a cut: traces the smaller model, and compares its structure with the old one, restricted."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import Cache
 
 from prunekit.discovery.components import Sites, levels, roles
-from prunekit.discovery.labelling import Trace
+from prunekit.discovery.labelling import LabelMode, Trace
+from prunekit.discovery.parts import Part
+from prunekit.discovery.stored_integers import remembering
+from prunekit.discovery.trace_setup import free_parameters, module_paths
 from prunekit.discovery.tracing import trace
-from prunekit.errors import PrunekitError
-from prunekit.pruning.caching import find_writers
-from prunekit.pruning.dropping import renamed
+from prunekit.errors import PrunekitError, reason
+from prunekit.models import evaluating
+from prunekit.pruning.removal import copied, drop, renamed
 
 OTHER = "the cut model's structure is not the full model's structure restricted to the units kept"
 APART = (
     "without the removed parts, channels that belong together are separated, since others reach the rest of the model "
-    "only "
-    "through it, as where a residual sum is made and normed inside it"
+    "only through it, as where a residual sum is made and normed inside it"
 )
 
 
@@ -119,10 +127,120 @@ def _refusal(why: object) -> PrunekitError:
 
 def _same_partition(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two labellings are the same partition."""
-    return all(_follows(x, y) for x, y in ((a, b), (b, a)))
+    return _follows(a, b) and _follows(b, a)
 
 
 def _follows(label: np.ndarray, other: np.ndarray) -> bool:
     stands_for = np.zeros(label.max(initial=0) + 1, np.int64)
     stands_for[label] = other
     return bool((stands_for[label] == other).all())
+
+
+def find_writers(model: nn.Module, paths: set[str]) -> set[str]:
+    """Run one token through a model with its cache, its parameters costing nothing.
+
+    Args:
+        model: whose weights are not read and may stand on the meta device.
+        paths: of the modules that are watched.
+
+    Returns:
+        The modules, of those, that write keys.
+
+    Raises:
+        PrunekitError: it does not run with a cache.
+    """
+    found: set[str] = set()
+    mode = LabelMode(Trace())
+    with (
+        evaluating(model),
+        free_parameters(model, mode),
+        remembering(model),
+        module_paths(model, mode),
+        _watching(model, paths, found),
+    ):
+        try:
+            with torch.no_grad(), mode:
+                model(mode.input((1, 1)), use_cache=True)
+        except Exception as error:  # whatever the family raises
+            raise PrunekitError(
+                f"the model does not run with its cache: in {mode.entered or type(model).__name__}, {reason(error)}"
+            ) from error
+    return found
+
+
+@contextmanager
+def _watching(model: nn.Module, paths: set[str], found: set[str]) -> Iterator[None]:
+    """A context in which the paths of modules in which a layer of the cache gets other keys go into `found`."""
+    before: dict[str, list[Tensor | None]] = {}
+
+    def enter(path: str, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        before[path] = _keys(args, kwargs)
+
+    def leave(path: str, _module: nn.Module, args: tuple, kwargs: dict, _result: Any) -> None:
+        after = _keys(args, kwargs)
+        if len(after) != len(before[path]) or any(a is not b for a, b in zip(after, before[path], strict=True)):
+            found.add(path)
+
+    with ExitStack() as hooks:
+        for path, module in ((path, model.get_submodule(path)) for path in paths):
+            hooks.callback(module.register_forward_pre_hook(partial(enter, path), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(partial(leave, path), with_kwargs=True).remove)
+        yield
+
+
+def _keys(args: tuple, kwargs: dict) -> list[Tensor | None]:
+    """Keys in each layer of a cache among the arguments; a layer of states has none."""
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    return [getattr(layer, "keys", None) for cache in caches for layer in getattr(cache, "layers", ())]
+
+
+class Trial(NamedTuple):
+    """A model without some of its parts.
+
+    Attributes:
+        model: a copy that shares the weights.
+        moved: list elements that stand elsewhere in it, path before → path after.
+        writers: paths of the parts that write keys to a cache; all of them where that cannot be seen.
+    """
+
+    model: nn.Module
+    moved: dict[str, str]
+    writers: set[str]
+
+
+def try_without(model: nn.Module, before: Trace, parts: list[Part]) -> Trial:
+    """Remove parts from a copy, and check the result.
+
+    Args:
+        model: stays as it is.
+        before: its trace.
+        parts: what goes.
+
+    Raises:
+        PrunekitError: they cannot go; led by the first block that cannot go even alone, if there is one.
+    """
+    paths = {part.path for part in parts}
+    try:
+        writers, cached = find_writers(model, paths), True
+    except PrunekitError:
+        writers, cached = paths, False
+    try:
+        return _proved(model, before, parts, writers, cached)
+    except PrunekitError:
+        for block in (part for part in parts if part.path != part.layer):
+            try:
+                _proved(model, before, [block], writers, cached)
+            except PrunekitError as error:
+                raise PrunekitError(f"{block.path} cannot go: {error}") from error
+        raise
+
+
+def _proved(model: nn.Module, before: Trace, parts: list[Part], writers: set[str], cached: bool) -> Trial:
+    small = copied(model, {id(p): p for p in model.parameters()})
+    moved = drop(small, parts, writers)
+    nothing = np.zeros(before.graph.n_nodes, np.bool_)
+    gone = parameters_in(before, {part.path for part in parts})
+    verify(before, small, Change(nothing, gone, moved), exact=False)
+    if cached:
+        check_cache(small)
+    return Trial(small, moved, writers)

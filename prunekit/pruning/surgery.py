@@ -1,6 +1,5 @@
 """`prune`: makes a smaller model from a plan, and checks it."""
 
-import re
 from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,16 +17,13 @@ from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.compensation import FITS
 from prunekit.pruning.compensation import compensate as refit
+from prunekit.pruning.configurations import own_configurations, record, usable
 from prunekit.pruning.consequences import Consequences, apply_to, consequences_of
 from prunekit.pruning.describing import describe
-from prunekit.pruning.dropping import drop, renamed
-from prunekit.pruning.experts import usable
-from prunekit.pruning.gaps import bridge, takes_layers
-from prunekit.pruning.part_removal import try_without
+from prunekit.pruning.gaps import bridge
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.proving import Change, check_scales, parameters_in, verify
-from prunekit.pruning.recording import own_configurations, record
-from prunekit.pruning.weights import copied, fill, replace_parameters, without_weights
+from prunekit.pruning.proving import Change, check_scales, parameters_in, try_without, verify
+from prunekit.pruning.removal import copied, drop, fill, renamed, replace_parameters, without_weights
 
 
 class _Proof(NamedTuple):
@@ -119,7 +115,7 @@ def prune(
     pruned = _prune(model, plan, inplace)
     if compensate is not None and pruned.plan.keep:
         refit(*pruned, compensate, fit=fit)
-    if compensate is not None and takes_layers(plan):
+    if compensate is not None and plan.removed_layers:
         bridge(pruned.small, model, plan, compensate)
     describe(pruned.small, pruned.plan.groups)
     if opening is not None:
@@ -156,7 +152,7 @@ def _prune(model: nn.Module, plan: PruningPlan, inplace: bool) -> _Pruned:
 
 def _prune_traced(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> _Pruned:
     _check_plan(groups, plan)
-    if any(not units for units in plan.keep.values()):
+    if plan.removed_parts:
         return _without_parts(model, before, groups, plan, inplace)
     small = _carry_out(model, _prove(model, before, groups, plan), inplace)
     return _Pruned(small, model, replace(plan, groups=groups))
@@ -189,8 +185,7 @@ def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: Prunin
 
     All of it is tried on a copy that shares the weights, so that nothing is changed where a proof fails.
     """
-    paths = {name.rpartition(":")[0] for name, units in plan.keep.items() if not units}
-    parts = [before.parts[path] for path in sorted(paths)]
+    parts = [before.parts[path] for path in sorted(plan.removed_parts)]
     whole = replace(plan, keep={name: units for name, units in plan.keep.items() if not units})
     trial = try_without(model, before, parts)
     record(trial.model, groups, whole)
@@ -236,7 +231,7 @@ def _check_plan(groups: Groups, plan: PruningPlan) -> None:
                 f"the plan leaves {len(units)} units of {name!r}, and {groups[name].min_units} are chosen for each "
                 "token (num_experts_per_tok of most configurations); keep as many"
             )
-    gone = [name.rpartition(":")[0] for name, units in plan.keep.items() if not units]
+    within = tuple(f"{path}{mark}" for path in plan.removed_parts for mark in ".:")
     for name, units in plan.keep.items():
-        if units and len(units) < known[name] and any(re.match(rf"{re.escape(path)}[.:]", name) for path in gone):
+        if units and len(units) < known[name] and name.startswith(within):
             raise PrunekitError(f"the plan both cuts and removes {name!r}; leave one of the two out of the plan")

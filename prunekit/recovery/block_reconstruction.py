@@ -158,7 +158,7 @@ class _Task(NamedTuple):
 
 
 def _tasks(
-    worker: nn.Module, model: nn.Module, removed: set[str], fit: Sequence[Tensor], held: Sequence[Tensor]
+    worker: nn.Module, model: nn.Module, removed: list[str], fit: Sequence[Tensor], held: Sequence[Tensor]
 ) -> Iterator[_Task]:
     """The layers in order; each must be trained before the next one is asked for."""
     batches = [*fit, *held]
@@ -202,7 +202,10 @@ def _train(task: _Task, settings: Settings) -> tuple[str, float, float, int]:
         for step in range(settings.steps):
             order = order or torch.randperm(task.n_fit, generator=settings.generator).tolist()
             optimizer.param_groups[0]["lr"] = settings.rate(step)
-            _step(task, optimizer, order.pop())
+            with torch.enable_grad():
+                optimizer.zero_grad()
+                task.error(order.pop()).backward()
+            optimizer.step()
             if (step + 1) % every and step + 1 < settings.steps:
                 continue
             error = task.held_out_error()
@@ -211,13 +214,6 @@ def _train(task: _Task, settings: Settings) -> tuple[str, float, float, int]:
         for parameter, value in zip(task.parameters, kept, strict=True):
             parameter.copy_(value)
     return task.path, before, best, at
-
-
-def _step(task: _Task, optimizer: torch.optim.Optimizer, batch: int) -> None:
-    with torch.enable_grad():
-        optimizer.zero_grad()
-        task.error(batch).backward()
-    optimizer.step()
 
 
 @contextmanager
@@ -247,22 +243,19 @@ def _check_models(small: nn.Module, model: nn.Module) -> None:
         check_finite(each)
 
 
-def _removed_layers(plan: PruningPlan, model: nn.Module) -> set[str]:
+def _removed_layers(plan: PruningPlan, model: nn.Module) -> list[str]:
     """Paths of the layers that a plan takes out."""
-    groups = groups_of(plan, model, "reconstruct")
-    for name, units in plan.keep.items():
-        kind = groups[name].kind
-        if kind == "vocabulary" and len(units) < plan.n_units[name]:
-            raise PrunekitError(
-                "the plan removes tokens, but calib has the old token ids: reconstruct first, then cut the vocabulary"
-            )
-        if kind == "hidden" and len(units) < plan.n_units[name]:
-            raise PrunekitError(
-                f"the plan removes hidden channels ({name!r}), and the layers of both models must have outputs of one "
-                "width: reconstruct first, then cut these; or train the whole model with recover(...)"
-            )
-    whole = [name for name, units in plan.keep.items() if groups[name].kind == "layer" and not units]
-    return {name.rpartition(":")[0] for name in whole}
+    groups_of(plan, model, "reconstruct")
+    if plan.takes_tokens:
+        raise PrunekitError(
+            "the plan removes tokens, but calib has the old token ids: reconstruct first, then cut the vocabulary"
+        )
+    for name in plan.cut_groups("hidden"):
+        raise PrunekitError(
+            f"the plan removes hidden channels ({name!r}), and the layers of both models must have outputs of one "
+            "width: reconstruct first, then cut these; or train the whole model with recover(...)"
+        )
+    return plan.removed_layers
 
 
 def _trainable_copy(small: nn.Module) -> nn.Module:

@@ -47,20 +47,24 @@ def training_windows(
     train_on: TrainOn = "replies",
     enough: int | None = None,
 ) -> TrainingWindows:
-    """Windows as `token_windows` cuts them, with labels.
+    """Tokens to train on, as windows of one length on the CPU, with labels.
+
+    Documents are joined and cut into windows side by side; the rest at the end is dropped. BOS stands first
+    in every window where the tokenizer adds it by itself, and nowhere else.
 
     Args:
-        data: windows, used as they are; integers (n, length), all trained on; or what `token_windows` reads.
-        tokenizer: as for `token_windows`.
-        seq_len: as for `token_windows`.
+        data: windows, used as they are; integers (n, length), used as they are and all trained on; or anything that
+            `prunekit.documents.documents_of` reads.
+        tokenizer: needed if `data` is text. Without it token ids are joined as they are.
+        seq_len: length of a window, BOS included, at least 2; not used where `data` is a tensor.
         train_on: `"replies"`: of a chat, a prompt with completion or an instruction with output, only the reply is
             trained on; of any other document, every token. Windows without a token to train on are left out. `"all"`
             trains on every token.
-        enough: as for `token_windows`.
+        enough: windows that are needed, for data that is streamed: it is read so far, and no further. None reads all.
 
     Raises:
-        PrunekitError: what `token_windows` raises, an unknown `train_on`, a template that does not show where replies
-            are, or no reply at all.
+        PrunekitError: text without a tokenizer, nothing in it, fewer tokens than one window, an unknown `train_on`, a
+            template that does not show where replies are, or no reply at all.
     """
     check_choice("train_on", train_on, get_args(TrainOn))
     if isinstance(data, TrainingWindows):
@@ -86,29 +90,6 @@ def with_replies(windows: TrainingWindows) -> TrainingWindows:
             "chats in which the assistant answers, or train_on='all'"
         )
     return windows if trained.all() else TrainingWindows(windows.tokens[trained], windows.labels[trained])
-
-
-def token_windows(data: Tensor | TextSource, tokenizer: Any, seq_len: int, *, enough: int | None = None) -> Tensor:
-    """Tokens to train on, as windows of one length.
-
-    Documents are joined and cut into windows side by side; the rest at the end is dropped. BOS stands first
-    in every window where the tokenizer adds it by itself, and nowhere else.
-
-    Args:
-        data: integers (n, length), used as they are; or anything that `prunekit.documents.documents_of` reads.
-        tokenizer: needed if `data` is text. Without it token ids are joined as they are.
-        seq_len: length of a window, BOS included, at least 2; not used where `data` is a tensor.
-        enough: windows that are needed, for data that is streamed: it is read so far, and no further. None reads all.
-
-    Returns:
-        int64 (n_windows, seq_len) on the CPU.
-
-    Raises:
-        PrunekitError: text without a tokenizer, nothing in it, or fewer tokens than one window.
-    """
-    if isinstance(data, Tensor):
-        return data
-    return _cut(data, tokenizer, seq_len, enough, replies=False).tokens
 
 
 def _cut(data: TextSource, tokenizer: Any, seq_len: int, enough: int | None, *, replies: bool) -> TrainingWindows:

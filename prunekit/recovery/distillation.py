@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunekit.checks import Model, Part, Positive, check_fields
+from prunekit.checks import Count, Model, Part, Positive, check_fields
 from prunekit.errors import PrunekitError
 from prunekit.recovery.data import IGNORED, TrainingWindows
-from prunekit.recovery.full import FullTuning
 from prunekit.recovery.lora import LoRA
-from prunekit.recovery.teacher_logits import TOP_K, Candidates, TeacherLogits, keep_logits, n_outputs
+from prunekit.recovery.settings import FullTuning
+from prunekit.recovery.teacher_logits import TOP_K, TeacherLogits, keep_logits, n_outputs
 from prunekit.recovery.training import Objective
 
 _LEAST = 1e-7  # probability of what is left beside the likeliest tokens, as float32 can tell it from none
@@ -48,7 +48,7 @@ class Distillation:
     kl: Literal["forward", "reverse"] = "forward"
     temperature: Positive | None = None
     text_share: Part = 0.0
-    top_k: Candidates | None = None
+    top_k: Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -112,9 +112,7 @@ class Distillation:
         model = (logits / temperature).log_softmax(-1)
         q = model.gather(-1, chosen)
         if chosen.shape[-1] < logits.shape[-1]:
-            others = model.scatter(-1, chosen, -math.inf).logsumexp(
-                -1, keepdim=True
-            )  # exact, with a gradient of its own
+            others = model.scatter(-1, chosen, -math.inf).logsumexp(-1, keepdim=True)  # exact, and has a gradient
             p, q = torch.cat([p, _rest(p)], -1), torch.cat([q, others], -1)
         if self.kl == "reverse":
             p, q = q, p

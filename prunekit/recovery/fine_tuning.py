@@ -1,8 +1,8 @@
 """`recover`: trains a pruned model and returns it with its log."""
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,12 @@ from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import FilePath, Length, Model, Tokenizer, checked
 from prunekit.documents import TextSource, is_stream, logger
 from prunekit.errors import PrunekitError, warn
-from prunekit.files import new_folder
+from prunekit.files import new_folder, writing
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.distillation import Distillation
-from prunekit.recovery.full import FullTuning, train_all
-from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
-from prunekit.recovery.training import Objective, flags_kept, seeded, train
+from prunekit.recovery.settings import FullTuning, train_all
+from prunekit.recovery.training import flags_kept, seeded, train
 from prunekit.sparsity.zero_masks import TRAINED, masked_adapters, renew_report, share_of_zeros
 from prunekit.sparsity.zero_masks import keep_zeros as zeros_kept
 
@@ -101,12 +100,16 @@ def recover(
     objective = method.objective(windows, model) if isinstance(method, Distillation) else None
     opening = opened("recover", model, sample) if measure else None
     changed: Any = model if inplace else copy.deepcopy(model)
-    work = next(work for kind, work in RECOVERIES.items() if isinstance(how, kind))
-    log = work(changed, how, windows, output_dir, keep, objective)
+    prepared = _adapted(changed, how, keep, output_dir) if isinstance(how, LoRA) else _unfrozen(changed, keep)
+    with seeded(how.seed), flags_kept(changed), prepared as trained:
+        log = train(trained, windows, how, objective=objective)
     check_finite(changed)
     vars(changed).pop("loss_change", None)
     log = replace(log, method=repr(method), loss_change=None if opening is None else closed(opening, changed))
-    _save_again(log, output_dir)
+    if output_dir is not None and _writes():
+        with writing(Path(output_dir)):
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+        log.save(Path(output_dir) / "recovery_log.json")
     changed.recovery_log = log  # type: ignore[assignment]
     renew_report(changed, TRAINED)
     return changed.eval()
@@ -139,76 +142,35 @@ def _zeros_stay(model: nn.Module, asked: Any) -> bool:
     return told
 
 
-def recover_with_lora(
-    model: nn.Module,
-    method: LoRA,
-    windows: TrainingWindows,
-    output_dir: str | Path | None,
-    keep_zeros: bool = False,
-    objective: Objective | None = None,
-) -> RecoveryLog:
-    """Attach, train and merge LoRA in place; after an error the model has its old weights and no adapters.
-
-    Raises:
-        PrunekitError: errors of `attach`, `masked_adapters` and `train`.
+@contextmanager
+def _adapted(model: nn.Module, method: LoRA, keep_zeros: bool, output_dir: FilePath | None) -> Iterator[Any]:
+    """A context in which a model has LoRA pairs: merged and saved at its end, dropped after an error.
 
     Source: LLM-Pruner, section 3.3. That zeros are kept is not of that paper; see `masked_adapters`.
     """
-    with seeded(method.seed), flags_kept(model):
-        adapted = attach(model, method)
-        try:
-            with masked_adapters(adapted) if keep_zeros else nullcontext():
-                log = train(adapted, windows.tokens, method, labels=windows.labels, objective=objective)
-                if output_dir is not None:
-                    _save(log, Path(output_dir), adapted)
-                detach(adapted, merge=True)  # while the masks hold
-        except BaseException:
-            detach(adapted, merge=False)
-            raise
-    return log
+    adapted = attach(model, method)
+    try:
+        with masked_adapters(adapted) if keep_zeros else nullcontext():
+            yield adapted
+            if output_dir is not None and _writes():
+                with new_folder(output_dir) as beside:
+                    adapted.save_pretrained(str(beside), safe_serialization=True)
+            detach(adapted, merge=True)  # while the masks hold
+    except BaseException:
+        detach(adapted, merge=False)
+        raise
 
 
-def recover_fully(
-    model: nn.Module,
-    method: FullTuning,
-    windows: TrainingWindows,
-    output_dir: str | Path | None,
-    keep_zeros: bool = False,
-    objective: Objective | None = None,
-) -> RecoveryLog:
-    """Train all parameters in place; an interrupt leaves them partly trained.
-
-    Raises:
-        PrunekitError: what `train_all` and `train` raise.
-    """
-    with seeded(method.seed), flags_kept(model):
-        train_all(model)
-        with zeros_kept(model) if keep_zeros else nullcontext():
-            log = train(model, windows.tokens, method, labels=windows.labels, objective=objective)
-    if output_dir is not None:
-        _save(log, Path(output_dir))
-    return log
+@contextmanager
+def _unfrozen(model: nn.Module, keep_zeros: bool) -> Iterator[nn.Module]:
+    """A context in which all parameters are trained; an interrupt leaves them partly trained."""
+    train_all(model)
+    with zeros_kept(model) if keep_zeros else nullcontext():
+        yield model
 
 
-def _save(log: RecoveryLog, folder: Path, adapted: Any = None) -> None:
-    """Save the log and the adapter; only the first process writes."""
+def _writes() -> bool:
+    """Whether this is the process that writes, the first one."""
     from accelerate import PartialState
 
-    if not PartialState().is_main_process:
-        return
-    with new_folder(folder) as beside:
-        if adapted is not None:
-            adapted.save_pretrained(beside, safe_serialization=True)
-        log.save(beside / "recovery_log.json")
-
-
-def _save_again(log: RecoveryLog, folder: str | Path | None) -> None:
-    """The log with the change of the loss."""
-    from accelerate import PartialState
-
-    if folder is not None and PartialState().is_main_process:
-        log.save(Path(folder) / "recovery_log.json")
-
-
-_Recovery = Callable[[nn.Module, Any, TrainingWindows, str | Path | None, bool, Objective | None], RecoveryLog]
-RECOVERIES: dict[type, _Recovery] = {LoRA: recover_with_lora, FullTuning: recover_fully}
+    return PartialState().is_main_process

@@ -14,8 +14,8 @@ from prunekit.errors import PrunekitError, reason
 from prunekit.importance import Importance, score
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.planning import plan_without
-from prunekit.recovery.lora_units import as_units, lora_pairs, lora_saliency, units_of
-from prunekit.recovery.unit_choice import check_wanted, lowest_units
+from prunekit.recovery.lora import lora_pairs
+from prunekit.recovery.lora_units import as_units, check_wanted, lora_saliency, lowest_units, units_of
 
 PREFIX = "base_model.model."  # of every name inside a peft model
 Saliency = Callable[["LHSPG"], Mapping[str, Tensor]]
@@ -195,7 +195,9 @@ class LHSPG(torch.optim.AdamW):
     def _shrink(self) -> None:
         """Advance this period's redundant units by one step, and keep earlier ones at zero."""
         done = self.n_steps - self.warmup_steps
-        self._hold()
+        for taken in self._periods:  # AdamW's momentum would move their A and B
+            for group in (group for group in self.units if group.name in taken):
+                group.zero_lora(as_units(taken[group.name]))
         if 0 < done <= self.n_periods * self.period_steps:
             taken = self._periods[-1]
             remaining = self.period_steps - (done - 1) % self.period_steps
@@ -216,7 +218,11 @@ class LHSPG(torch.optim.AdamW):
                 pair.merge()
         self._n_turns += 1
         if taken is not None:
-            self._take(taken)
+            start = [g.statistics(as_units(taken[g.name])).norm for g in self.units if g.name in taken]
+            norms = torch.full((self.period_steps + 1, sum(map(len, start))), torch.nan)
+            norms[0] = torch.cat([*start, torch.zeros(0)])
+            self._periods.append(taken)
+            self._norms.append(norms)
 
     def _chosen(self, period: int) -> dict[str, list[int]]:
         """The least salient units, as many as this period's share of each kind."""
@@ -225,21 +231,6 @@ class LHSPG(torch.optim.AdamW):
         for name, units in gone.items():
             due[kinds[name]] = due.get(kinds[name], 0) - len(units)
         return lowest_units(self.units, self.saliency(self), gone, due, self.min_units)
-
-    def _take(self, taken: dict[str, list[int]]) -> None:
-        """Make units redundant."""
-        start = [g.statistics(as_units(taken[g.name])).norm for g in self.units if g.name in taken]
-        norms = torch.full((self.period_steps + 1, sum(map(len, start))), torch.nan)
-        norms[0] = torch.cat([*start, torch.zeros(0)])
-        self._periods.append(taken)
-        self._norms.append(norms)
-
-    def _hold(self) -> None:
-        """Keep zero units at zero: AdamW's momentum would move their A and B."""
-        for taken in self._periods:
-            for group in self.units:
-                if group.name in taken:
-                    group.zero_lora(as_units(taken[group.name]))
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state, and under `"lhspg"` the progress of the units and the changed weights."""

@@ -1,15 +1,23 @@
 """The training log of a recovery."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from torch import Tensor, nn
 
 from prunekit.account import LossChange
 from prunekit.checks import Amount, check_value
+from prunekit.errors import PrunekitError
 from prunekit.files import read_json, reading, write_text
+from prunekit.recovery.settings import TrainingSettings
+from prunekit.written_files import RECORD, record
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 
 @dataclass(frozen=True)
@@ -81,3 +89,58 @@ class RecoveryLog:
             f"RecoveryLog({len(self.losses)} steps, loss {self.losses[0]:.3f} → {self.losses[-1]:.3f}{measured}; "
             f"{self.trainable:,} trained parameters, {self.n_tokens:,} tokens; {self.method})"
         )
+
+
+def whole_curve(history: list[dict[str, float]], logs: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Log entries before an interrupt, from the checkpoint, and after it."""
+    first = logs[0]["step"] if logs else math.inf
+    return [entry for entry in history if "loss" in entry and entry["step"] < first] + logs
+
+
+def progress(logs: list[dict[str, float]]) -> "TrainerCallback":
+    """A callback that shows the loss, keeps each step's log, and stops at a non-finite loss."""
+    from tqdm.auto import tqdm
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        bar: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            hidden = not state.is_world_process_zero
+            self.bar = tqdm(total=state.max_steps, desc="recovery", unit="step", leave=False, delay=1, disable=hidden)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs_: Any = None, **kwargs: Any) -> None:
+            found = kwargs.get("logs") or {}
+            if "loss" not in found:
+                return
+            logs.append({**found, "step": state.global_step})
+            self.bar.update(state.global_step - self.bar.n)
+            self.bar.set_postfix(loss=f"{found['loss']:.3f}", refresh=False)
+            control.should_training_stop |= not math.isfinite(found["loss"])
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                record([path for path in made.iterdir() if path.is_file()], made / RECORD)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.close()
+
+    return Progress()
+
+
+def log_of(model: nn.Module, tokens: Tensor, method: TrainingSettings, logs: list[dict[str, float]]) -> RecoveryLog:
+    """The log of a training, from the entries of its steps.
+
+    Raises:
+        PrunekitError: a loss is not finite.
+    """
+    losses = tuple(float(entry["loss"]) for entry in logs)
+    if not losses or not all(map(math.isfinite, losses)):
+        raise PrunekitError(
+            f"the loss was not finite at step {len(losses)}: learning_rate={method.learning_rate} is too high, "
+            "or the model's precision too low"
+        )
+    rates = tuple(float(entry["learning_rate"]) for entry in logs)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return RecoveryLog(losses, rates, tokens.numel(), trainable, repr(method))

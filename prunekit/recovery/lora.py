@@ -6,22 +6,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.annotations import Rule, is_integer
 from prunekit.checks import Count, Epochs, Length, NotNegative, Positive, Seed, Share
+from prunekit.discovery.parts import uses_of
 from prunekit.errors import PrunekitError
 from prunekit.recovery.settings import TrainingSettings
+from prunekit.sparsity.zero_masks import plain_lora_weight
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+Rank = Annotated[int, Rule(lambda value: is_integer(value) and 1 <= value <= 2**16, "an integer from 1 to 2**16")]
 
 
 def _is_names(value: object) -> bool:
     return isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
 
-Rank = Annotated[int, Rule(lambda value: is_integer(value) and 1 <= value <= 2**16, "an integer from 1 to 2**16")]
 Targets = Annotated[tuple[str, ...], Rule(_is_names, "names of modules, such as ('q_proj', 'v_proj')")]
 
 
@@ -87,12 +90,13 @@ def attach(model: nn.Module, method: LoRA) -> "PeftModel":
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise PrunekitError("the model carries adapters already: merge_and_unload() them before recovery")
     targets = find_targets(model, method.targets)
+    layers = map(model.get_submodule, targets)
     config = LoraConfig(
         r=method.r,
         lora_alpha=method.alpha,  # type: ignore[arg-type]
         lora_dropout=method.dropout,
         target_modules=targets,
-        fan_in_fan_out=any(_is_transposed(model.get_submodule(name)) for name in targets),
+        fan_in_fan_out=not all(isinstance(layer, nn.Linear) for layer in layers),  # but GPT-2's Conv1D
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -137,24 +141,15 @@ def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is stored (in, out), as GPT-2's Conv1D does."""
-    return not isinstance(module, nn.Linear)
-
-
 def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
 
 
 def _refuse_tied(model: nn.Module, names: list[str]) -> None:
     """Raise an error for shared weights: a merge would change their other users too."""
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    uses = uses_of(model)
     for name in names:
-        weight = model.get_submodule(name).weight
-        if users[id(weight)] > 1:
+        if uses[id(model.get_submodule(name).weight)] > 1:
             raise PrunekitError(f"{name} shares its weight with another module: leave it out of targets")
 
 
@@ -162,3 +157,60 @@ def detach(adapted: "PeftModel", *, merge: bool) -> nn.Module:
     """The model without LoRA pairs: their product added to the weights, or dropped."""
     with torch.no_grad():
         return adapted.merge_and_unload() if merge else adapted.unload()  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """A weight and its LoRA pair, which updates it by γ·B·A.
+
+    Attributes:
+        weight: the parameter that the pair updates.
+        a: (r, in).
+        b: (out, r).
+        scale: γ, alpha / r.
+        transposed: whether the weight is stored (in, out).
+    """
+
+    weight: nn.Parameter
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+    transposed: bool
+
+    def update(self, dim: int, index: Tensor) -> Tensor:
+        """γ·B·A at some indices along a dimension of the weight, (n, size of the other dimension)."""
+        if (dim == 0) != self.transposed:
+            return self.scale * (self.b[index] @ self.a)
+        return self.scale * (self.b @ self.a[:, index]).T
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Merge the update into the weight; the model's function stays the same."""
+        whole = self.scale * (self.b @ self.a)
+        self.weight.add_((whole.T if self.transposed else whole).to(self.weight.dtype))
+        self.b.zero_()
+
+
+def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
+    """Every LoRA pair of a peft model, by the name of the weight that it updates.
+
+    Raises:
+        PrunekitError: a model without LoRA, with more than one adapter, merged ones, or a kind of LoRA whose update is
+            not γ·B·A alone.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: dict[str, LoraPair] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = plain_lora_weight(path, layer)
+            adapter = layer.active_adapters[0]
+            if names[weight] in found:
+                raise PrunekitError(f"{path} shares its weight with another adapted module: leave one out of targets")
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            transposed = bool(getattr(layer, "fan_in_fan_out", False))
+            found[names[weight]] = LoraPair(weight, a, b, layer.scaling[adapter], transposed)
+    if not found:
+        raise PrunekitError("the model carries no LoRA: attach it first, with recovery.lora.attach or peft")
+    return found

@@ -1,4 +1,4 @@
-"""Units of a model with LoRA: their slices of weights, and of A and B, and their importance in training.
+"""Units of a model with LoRA: their slices of weights, A and B, their importance in training, and which go next.
 
 A pair A, B is one composed unit with its weight: removing an output takes rows of W and of B, removing an input takes
 columns of W and of A (LoRAShear, Alg. 2). The ranks in between stay.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.sparsity.zero_masks import plain_lora_weight
+from prunekit.recovery.lora import LoraPair, lora_pairs
 
 _TINY = 1e-30
 
@@ -32,7 +32,7 @@ class UpdateStatistics(NamedTuple):
     dot: Tensor
 
 
-def lora_saliency(statistics: Mapping[str, UpdateStatistics], *, cosine_sign: int = 1) -> dict[str, Tensor]:
+def lora_saliency(statistics: Mapping[str, UpdateStatistics]) -> dict[str, Tensor]:
     """One score a unit, the mean of five: ‖x‖, ‖x‖/‖u‖, 1 + cos(x, u), |x·u| and ½(x·u)².
 
     Each is divided by its L2 norm over all units of all groups first. For a unit with no update, the
@@ -40,20 +40,17 @@ def lora_saliency(statistics: Mapping[str, UpdateStatistics], *, cosine_sign: in
 
     Args:
         statistics: group name → sums of its units.
-        cosine_sign: 1 gives a high score to units that the update lengthens, -1 to units that it shortens.
 
     Returns:
         Group name → float64 (n_units,); higher means keep.
 
     Raises:
-        PrunekitError: another sign, or nothing to score.
+        PrunekitError: nothing to score.
 
     Source: the optimiser family that the authors of LoRAShear released, with the gradient replaced by the update.
-        Their code paths disagree about the sign of the cosine. An update is minus a gradient, so with 1 a unit
-        is important if gradient descent moves it away from zero.
+        Their code paths disagree about the sign of the cosine. An update is minus a gradient, so here a unit is
+        important if gradient descent moves it away from zero.
     """
-    if cosine_sign not in (1, -1):
-        raise PrunekitError(f"cosine_sign={cosine_sign!r}; it is 1 or -1")
     if not statistics:
         raise PrunekitError("no group to score; give the groups that discover found in the adapted model")
     x, u, dot = (torch.cat(sums) for sums in zip(*statistics.values(), strict=True))
@@ -61,66 +58,9 @@ def lora_saliency(statistics: Mapping[str, UpdateStatistics], *, cosine_sign: in
     steady = torch.where(moved, x / u.clamp(min=_TINY), 0.0)
     steady = torch.where(moved | (x == 0), steady, steady.max())
     cosine = torch.where(moved, dot / (x * u).clamp(min=_TINY), 0.0)
-    proxies = (x, steady, 1 + cosine_sign * cosine, dot.abs(), dot.square() / 2)
+    proxies = (x, steady, 1 + cosine, dot.abs(), dot.square() / 2)
     mean = sum(proxy / proxy.norm().clamp(min=_TINY) for proxy in proxies) / len(proxies)
     return dict(zip(statistics, torch.as_tensor(mean).split([len(s.norm) for s in statistics.values()]), strict=True))
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """A weight and its LoRA pair, which updates it by γ·B·A.
-
-    Attributes:
-        weight: the parameter that the pair updates.
-        a: (r, in).
-        b: (out, r).
-        scale: γ, alpha / r.
-        transposed: whether the weight is stored (in, out).
-    """
-
-    weight: nn.Parameter
-    a: nn.Parameter
-    b: nn.Parameter
-    scale: float
-    transposed: bool
-
-    def update(self, dim: int, index: Tensor) -> Tensor:
-        """γ·B·A at some indices along a dimension of the weight, (n, size of the other dimension)."""
-        if (dim == 0) != self.transposed:
-            return self.scale * (self.b[index] @ self.a)
-        return self.scale * (self.b @ self.a[:, index]).T
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Merge the update into the weight; the model's function stays the same."""
-        whole = self.scale * (self.b @ self.a)
-        self.weight.add_((whole.T if self.transposed else whole).to(self.weight.dtype))
-        self.b.zero_()
-
-
-def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
-    """Every LoRA pair of a peft model, by the name of the weight that it updates.
-
-    Raises:
-        PrunekitError: a model without LoRA, with more than one adapter, merged ones, or a kind of LoRA whose update is
-            not γ·B·A alone.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    found: dict[str, LoraPair] = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            weight = plain_lora_weight(path, layer)
-            adapter = layer.active_adapters[0]
-            if names[weight] in found:
-                raise PrunekitError(f"{path} shares its weight with another adapted module: leave one out of targets")
-            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            transposed = bool(getattr(layer, "fan_in_fan_out", False))
-            found[names[weight]] = LoraPair(weight, a, b, layer.scaling[adapter], transposed)
-    if not found:
-        raise PrunekitError("the model carries no LoRA: attach it first, with recovery.lora.attach or peft")
-    return found
 
 
 @dataclass(frozen=True)
@@ -289,3 +229,63 @@ def _tied(
 def as_units(numbers: Sequence[int]) -> Tensor:
     """Numbers of units as an index."""
     return torch.as_tensor(list(numbers), dtype=torch.long)
+
+
+def lowest_units(
+    groups: Sequence[GroupUnits],
+    scores: Mapping[str, Tensor],
+    gone: Mapping[str, Sequence[int]],
+    due: Mapping[str, int],
+    min_units: int,
+) -> dict[str, list[int]]:
+    """The lowest-scoring remaining units, a given number per kind; every group keeps `min_units`.
+
+    Args:
+        groups: all that may lose units.
+        scores: group name → (n_units,); higher means keep.
+        gone: group name → units that are not to be chosen again.
+        due: kind → how many are wanted.
+        min_units: units that every group keeps.
+
+    Returns:
+        Group name → ascending units, for groups that lose some.
+
+    Raises:
+        PrunekitError: scores that miss a group, are not finite or not one a unit.
+    """
+    left = {group.name: group.n_units - len(gone[group.name]) - min_units for group in groups}
+    wanted, dead = dict(due), {name: set(units) for name, units in gone.items()}
+    kinds = {group.name: group.kind for group in groups}
+    ranked = sorted((s, g.name, u) for g in groups for u, s in enumerate(_finite(g, scores)) if u not in dead[g.name])
+    taken: dict[str, list[int]] = {}
+    for _, name, unit in ranked:
+        if wanted.get(kinds[name], 0) > 0 and left[name] > 0:
+            taken.setdefault(name, []).append(unit)
+            left[name] -= 1
+            wanted[kinds[name]] -= 1
+    return {group.name: sorted(taken[group.name]) for group in groups if group.name in taken}
+
+
+def _finite(group: GroupUnits, scores: Mapping[str, Tensor]) -> list[float]:
+    found = scores.get(group.name)
+    if found is None or found.shape != (group.n_units,) or not bool(found.isfinite().all()):
+        given = "nothing" if found is None else f"{tuple(found.shape)}, not all finite or not one a unit"
+        raise PrunekitError(f"saliency of {group.name!r} is {given}; give {group.n_units} finite numbers")
+    return found.tolist()
+
+
+def check_wanted(groups: Sequence[GroupUnits], n_units: Mapping[str, int], min_units: int) -> dict[str, int]:
+    """Kind → number of units to remove, checked against the model.
+
+    Raises:
+        PrunekitError: more units than there are.
+    """
+    for kind, wanted in n_units.items():
+        most = sum(max(0, group.n_units - min_units) for group in groups if group.kind == kind)
+        if wanted > most:
+            kinds = ", ".join(sorted({group.kind for group in groups}))
+            raise PrunekitError(
+                f"{wanted} units of kind {kind!r} are to go, but only {most} may: these groups are of kind "
+                f"{kinds}, and each keeps {min_units}"
+            )
+    return dict(n_units)

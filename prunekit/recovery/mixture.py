@@ -11,24 +11,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_finite, mean_loss
-from prunekit.checks import (
-    Count,
-    Model,
-    Part,
-    Positive,
-    Seed,
-    Tokenizer,
-    check_fields,
-    checked,
-)
+from prunekit.checks import Count, Model, Part, Positive, Seed, Tokenizer, check_fields, checked
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.recovery.data import TrainOn, with_replies
 from prunekit.recovery.fine_tuning import recover
-from prunekit.recovery.full import FullTuning
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA
-from prunekit.recovery.settings import TrainingSettings
+from prunekit.recovery.settings import FullTuning, TrainingSettings
 from prunekit.recovery.sources import Source, Sources, join, open_sources, shuffle
 
 if TYPE_CHECKING:
@@ -193,12 +183,7 @@ def steps_over(sources: Sequence[Source], method: TrainingSettings, mixture: Mix
 
 
 def _measure(
-    model: Any,
-    sources: Sequence[Source],
-    dense: list[float],
-    mixture: Mixture,
-    number: int,
-    n_windows: int,
+    model: Any, sources: Sequence[Source], dense: list[float], mixture: Mixture, number: int, n_windows: int
 ) -> list[dict[str, Any]]:
     """One row per source: its gap in the loss, and how many windows to draw."""
     losses = [mean_loss(model, source.validation) for source in sources]

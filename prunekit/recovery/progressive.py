@@ -20,8 +20,8 @@ from prunekit.escaping import html_paragraph
 from prunekit.files import read_json, write_text
 from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, plan
+from prunekit.pruning.budgets import parameters_per_unit
 from prunekit.pruning.plan_options import DEFAULT_KINDS
-from prunekit.pruning.steps import parameters_per_unit
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
@@ -123,7 +123,7 @@ def prune_progressively(
     tokens, labels = check_tokens(windows.tokens, model).cpu(), windows.labels.long().cpu()
     windows = replace(windows, tokens=tokens, labels=labels)
     method = replace(method, max_steps=method.n_steps(len(windows)))
-    steps = split_steps(method.max_steps or 0, n_periods, warmup, rest)
+    warmup_steps, period_steps = split_steps(method.max_steps or 0, n_periods, warmup, rest)
     groups = discover(model)
     prunable = groups.without(_protected(groups, protect))
     wanted = units_for(prunable, pruning_ratio)
@@ -131,19 +131,20 @@ def prune_progressively(
     changed = copy.deepcopy(model)
     with seeded(method.seed), flags_kept(changed):
         adapted = attach(changed, method)
-        ours = [group for group in discover(adapted) if _plain(group.name) in names]
+        ours = [group for group in discover(adapted) if group.name.removeprefix(PREFIX) in names]
         optimizer = LHSPG(
             adapted, ours, wanted, lr=method.learning_rate, n_periods=n_periods, saliency=saliency,
-            warmup_steps=steps.warmup, period_steps=steps.period,
+            warmup_steps=warmup_steps, period_steps=period_steps,
         )  # fmt: skip
-        run = [repr(method), wanted, sorted(names), n_periods, steps]
-        resume = None if folder is None else _open(Path(folder), steps.period, run, windows, model)
+        run = [repr(method), wanted, sorted(names), n_periods, [warmup_steps, period_steps]]
+        resume = None if folder is None else _open(Path(folder), period_steps, run, windows, model)
         log = _train(adapted, windows, method, optimizer, resume)
         small: Any = detach(adapted, merge=True)
     small.eval().recovery_log = log
     renew_report(small, TRAINED)
     chosen = optimizer.plan(groups, {"pruning_ratio": pruning_ratio, "of": "parameters", "n_periods": n_periods})
-    return Progressed(small, chosen, log, optimizer.history().assign(group=lambda t: t["group"].map(_plain)))
+    history = optimizer.history().assign(group=lambda table: table["group"].str.removeprefix(PREFIX))
+    return Progressed(small, chosen, log, history)
 
 
 def _protected(groups: Groups, protect: Iterable[str]) -> list[str]:
@@ -162,9 +163,11 @@ def _train(
     adapted: Any, windows: TrainingWindows, method: LoRA, optimizer: LHSPG, resume: Resume | None
 ) -> RecoveryLog:
     try:
-        log = train(adapted, windows.tokens, method, labels=windows.labels, optimizer=optimizer, resume=resume)
+        log = train(adapted, windows, method, optimizer=optimizer, resume=resume)
     except PrunekitError as error:
-        raise PrunekitError(f"{error}; {_what_is_left(resume)}") from None
+        kept = newest_checkpoint(resume.folder) if resume else None
+        left = f"the last good state is in {kept}" if kept else "no checkpoint was kept; give folder=… to have some"
+        raise PrunekitError(f"{error}; {left}") from None
     if not optimizer.finished:  # as where a scaler of gradients passes steps over
         raise PrunekitError(
             f"training ended after {optimizer.n_steps} of the {optimizer.pruning_steps} steps that pruning takes, so "
@@ -195,20 +198,8 @@ def units_for(groups: Groups, pruning_ratio: float) -> dict[str, int]:
     return {str(kind): int(row["before"] - row["after"]) for kind, row in chosen.summary().iterrows()}
 
 
-def _what_is_left(resume: Resume | None) -> str:
-    kept = newest_checkpoint(resume.folder) if resume else None
-    return f"the last good state is in {kept}" if kept else "no checkpoint was kept; give folder=… to have some"
-
-
-class Steps(NamedTuple):
-    """Steps of the warm-up, and of each period."""
-
-    warmup: int
-    period: int
-
-
-def split_steps(n_steps: int, n_periods: int, warmup: float, rest: float) -> Steps:
-    """Split of the training steps into warm-up and periods; the remainder goes to the warm-up.
+def split_steps(n_steps: int, n_periods: int, warmup: float, rest: float) -> tuple[int, int]:
+    """Steps of the warm-up, and of each period, of the training's; the remainder goes to the warm-up.
 
     Raises:
         PrunekitError: more periods than steps.
@@ -220,12 +211,7 @@ def split_steps(n_steps: int, n_periods: int, warmup: float, rest: float) -> Ste
             f"n_periods={n_periods} do not fit into {n_steps} steps of which {warmup:.0%} warm up and {rest:.0%} come "
             "after; give fewer periods, or a method with more max_steps or epochs"
         )
-    return Steps(n_steps - round(rest * n_steps) - n_periods * period, period)
-
-
-def _plain(name: str) -> str:
-    """Parameter name without the adapter's prefixes."""
-    return name.removeprefix(PREFIX)
+    return n_steps - round(rest * n_steps) - n_periods * period, period
 
 
 def _open(folder: Path, every: int, run: list[Any], windows: TrainingWindows, model: Any) -> Resume:

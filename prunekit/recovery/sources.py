@@ -97,42 +97,43 @@ def open_sources(
     alike = next(iter(lengths)) if len(lengths) == 1 else None
     bos = None if alike or tokenizer is None else leading_bos(tokenizer)
     check_choice("train_on", train_on, get_args(TrainOn))
-    options: Any = (tokenizer, alike or seq_len, bos, model, train_on, n_validation, generator)
-    return [_open(name, data, *options) for name, data in sources.items()]
+    length, found = alike or seq_len, []
+    for name, data in sources.items():
+        try:
+            pieces = _pieces(data, tokenizer, text_width(length, bos), bos, model, train_on)
+        except PrunekitError as error:
+            raise PrunekitError(f"source {name!r}: {error}") from None
+        found.append(_source(name, pieces, length, bos, n_validation, generator))
+    return found
 
 
-def _open(
-    name: str,
-    data: Tensor | TextSource,
-    tokenizer: Any,
-    seq_len: int,
-    bos: int | None,
-    model: Any,
-    train_on: TrainOn,
-    n_validation: int,
-    generator: torch.Generator,
+def _pieces(
+    data: Tensor | TextSource, tokenizer: Any, width: int, bos: int | None, model: Any, train_on: TrainOn
+) -> list[Tensor]:
+    """The documents of a source in pieces of at most a width, once a model can read them."""
+    whole = _documents(data, tokenizer, bos, train_on)
+    pieces = [piece for document in whole for piece in document.split(width, 1) if document.numel()]
+    if n_tokens(pieces) > 1:
+        check_tokens(join(pieces, 2).tokens, model)
+    return pieces
+
+
+def _source(
+    name: str, pieces: list[Tensor], seq_len: int, bos: int | None, n_validation: int, generator: torch.Generator
 ) -> Source:
-    width = text_width(seq_len, bos)
-    try:
-        whole = _documents(data, tokenizer, bos, train_on)
-        documents = [piece for document in whole for piece in document.split(width, 1) if document.numel()]
-        if n_tokens(documents) > 1:
-            check_tokens(join(documents, 2).tokens, model)
-    except PrunekitError as error:
-        raise PrunekitError(f"source {name!r}: {error}") from None
-    order = torch.randperm(len(documents), generator=generator).tolist()
-    total = n_tokens(documents)
+    """A source of shuffled documents, the first of which are held out."""
+    total, width = n_tokens(pieces), text_width(seq_len, bos)
+    shuffled = [pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()]
     wanted = min(n_validation, max(1, total // width // 5)) * width
     held, length = 0, 0
-    while length < wanted and held < len(documents):
-        length += documents[order[held]].shape[1]
+    while length < wanted and held < len(pieces):
+        length += shuffled[held].shape[1]
         held += 1
-    if length < wanted or held == len(documents):
+    if length < wanted or held == len(pieces):
         raise PrunekitError(
-            f"source {name!r} has {total} tokens in {len(documents)} pieces; it takes a window of {seq_len} tokens "
+            f"source {name!r} has {total} tokens in {len(pieces)} pieces; it takes a window of {seq_len} tokens "
             "to measure on, and something else to train on: give more text, or a method with a smaller seq_len"
         )
-    shuffled = [documents[i] for i in order]
     trained = [piece for piece in shuffled[held:] if bool((piece[1] != IGNORED).any())]
     if not trained:
         raise PrunekitError(

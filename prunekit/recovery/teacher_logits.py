@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prunekit.annotations import Rule, is_integer
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Count, FilePath, Length, Model, Positive, Tokenizer, check_value, checked
 from prunekit.documents import TextSource, is_stream
@@ -27,8 +26,6 @@ TOP_K = 64
 _A_SHARD = 256  # windows in one file
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 2**26  # numbers, so that their exponentials take some hundred MB
-
-Candidates = Annotated[int, Rule(lambda value: is_integer(value) and value >= 1, "an integer of 1 or more")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +96,7 @@ def keep_logits(
     data: Tensor | TextSource | TrainingWindows,
     folder: FilePath | None = None,
     *,
-    top_k: Candidates = TOP_K,
+    top_k: Count = TOP_K,
     temperature: Positive = 1.0,
     train_on: TrainOn = "replies",
     tokenizer: Tokenizer | None = None,
@@ -164,7 +161,7 @@ def _kept_in(path: Path, teacher: Any, tokens: Tensor, k: int, temperature: floa
         with new_file(file) as beside:
             save_file({"tokens": windows, "ids": ids, "log_probabilities": log_probabilities}, beside)
         record([file], path / RECORD)
-    return TeacherLogits.load(path)
+    return TeacherLogits(n_outputs(teacher), float(temperature), tokens.cpu(), path)
 
 
 def n_outputs(model: Any) -> int:

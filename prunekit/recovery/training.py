@@ -21,12 +21,13 @@ from prunekit.compat import LOSS_KEYWORDS
 from prunekit.errors import PrunekitError
 from prunekit.files import writing
 from prunekit.locks import PROCESS
-from prunekit.recovery.log import RecoveryLog
+from prunekit.recovery.data import TrainingWindows
+from prunekit.recovery.log import RecoveryLog, log_of, progress, whole_curve
 from prunekit.recovery.settings import TrainingSettings
-from prunekit.written_files import RECORD, check_recorded, record
+from prunekit.written_files import RECORD, check_recorded
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainingArguments
 
 _ON_DEVICE = 8  # windows in memory at once; a larger batch is accumulated
 
@@ -57,10 +58,9 @@ class Resume(NamedTuple):
 
 def train(
     model: nn.Module,
-    tokens: Tensor,
+    windows: TrainingWindows,
     method: TrainingSettings,
     *,
-    labels: Tensor | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     resume: Resume | None = None,
     objective: Objective | None = None,
@@ -69,9 +69,8 @@ def train(
 
     Args:
         model: adapted, or of which all is trained; changed in place, and left in training mode on the Trainer's device.
-        tokens: int64 (n_windows, seq_len).
+        windows: tokens and labels, on the CPU.
         method: the optimiser's settings.
-        labels: the same, with -100 where a token is read and not trained on; None trains on all.
         optimizer: another than AdamW with the method's learning rate; the schedule is the method's.
         resume: keep checkpoints, and go on from the newest; None keeps none.
         objective: what is minimised; None is the loss of the text.
@@ -86,7 +85,7 @@ def train(
     from transformers.trainer_callback import PrinterCallback
 
     logs: list[dict[str, float]] = []
-    rows = _Rows(tokens.cpu(), (tokens if labels is None else labels).cpu(), objective)
+    rows = _Rows(windows, objective)
     with ExitStack() as stack:
         stack.enter_context(_config_kept(model))
         folder = str(resume.folder) if resume else stack.enter_context(tempfile.TemporaryDirectory())
@@ -95,7 +94,7 @@ def train(
             args=_arguments(method, len(rows), folder, resume.every if resume else None),
             train_dataset=rows,
             data_collator=default_data_collator,
-            callbacks=[_progress(logs)],
+            callbacks=[progress(logs)],
             optimizers=(optimizer, None),
         )
         # The Trainer would divide by seq_len labels where the model predicts seq_len - 1 of them.
@@ -108,23 +107,23 @@ def train(
             with writing(Path(folder), whole=False):
                 trainer.train(resume_from_checkpoint=newest)
             history = trainer.state.log_history
-    log = _log(model, tokens, method, _whole_curve(history, logs))
-    _check_outcome(model, tokens, method)
+    log = log_of(model, windows.tokens, method, whole_curve(history, logs))
+    _check_outcome(model, windows.tokens, method)
     return log
 
 
 class _Rows(Dataset):
     """Windows with their labels, and with what an objective reads beside them."""
 
-    def __init__(self, tokens: Tensor, labels: Tensor, objective: Objective | None) -> None:
-        self._tokens, self._labels, self._objective = tokens, labels, objective
+    def __init__(self, windows: TrainingWindows, objective: Objective | None) -> None:
+        self._windows, self._objective = windows, objective
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._windows)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         more = {} if self._objective is None else self._objective.row(number)
-        return {"input_ids": self._tokens[number], "labels": self._labels[number], **more}
+        return {"input_ids": self._windows.tokens[number], "labels": self._windows.labels[number], **more}
 
 
 def _trainer(objective: Objective | None) -> Any:
@@ -186,12 +185,6 @@ def _take_up(model: Any, optimizer: torch.optim.Optimizer | None, checkpoint: st
     return history
 
 
-def _whole_curve(history: list[dict[str, float]], logs: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Log entries before an interrupt, from the checkpoint, and after it."""
-    first = logs[0]["step"] if logs else math.inf
-    return [entry for entry in history if "loss" in entry and entry["step"] < first] + logs
-
-
 def _arguments(method: TrainingSettings, n_windows: int, folder: str, every: int | None) -> "TrainingArguments":
     from transformers import TrainingArguments
 
@@ -220,50 +213,6 @@ def _arguments(method: TrainingSettings, n_windows: int, folder: str, every: int
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=method.seed,
     )
-
-
-def _progress(logs: list[dict[str, float]]) -> "TrainerCallback":
-    """A callback that shows the loss, keeps each step's log, and stops at a non-finite loss."""
-    from tqdm.auto import tqdm
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        bar: Any = None
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            hidden = not state.is_world_process_zero
-            self.bar = tqdm(total=state.max_steps, desc="recovery", unit="step", leave=False, delay=1, disable=hidden)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs_: Any = None, **kwargs: Any) -> None:
-            found = kwargs.get("logs") or {}
-            if "loss" not in found:
-                return
-            logs.append({**found, "step": state.global_step})
-            self.bar.update(state.global_step - self.bar.n)
-            self.bar.set_postfix(loss=f"{found['loss']:.3f}", refresh=False)
-            control.should_training_stop |= not math.isfinite(found["loss"])
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                record([path for path in made.iterdir() if path.is_file()], made / RECORD)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.close()
-
-    return Progress()
-
-
-def _log(model: nn.Module, tokens: Tensor, method: TrainingSettings, logs: list[dict[str, float]]) -> RecoveryLog:
-    losses = tuple(float(entry["loss"]) for entry in logs)
-    if not losses or not all(map(math.isfinite, losses)):
-        raise PrunekitError(
-            f"the loss was not finite at step {len(losses)}: learning_rate={method.learning_rate} is too high, "
-            "or the model's precision too low"
-        )
-    rates = tuple(float(entry["learning_rate"]) for entry in logs)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return RecoveryLog(losses, rates, tokens.numel(), trainable, repr(method))
 
 
 @contextmanager

@@ -159,7 +159,8 @@ class PlanSpace(Space):
             for b in self.limited
         }
         first, last = point.get(FIRST, self.layers[0]), point.get(LAST, self.layers[-1])
-        free = np.array([first <= layer <= last and layer not in {g.layer for g in gone} for layer in self._layer_of])
+        lost, layers = {group.layer for group in gone}, [group.layer or 0 for group in self.units.values()]
+        free = np.array([first <= layer <= last and layer not in lost for layer in layers])
         weights = np.array([point[name] for name in self.units])
         least, most = (np.where(free, bound, 0) for bound in self._bounds)
         units = self._slots.fit(weights, limits, least, most)
@@ -261,10 +262,6 @@ class PlanSpace(Space):
         groups = self.units.values()
         n_units = np.array([group.n_units for group in groups])
         return Slots([group.name for group in groups], n_units, [budget.table for budget in self.limited])
-
-    @cached_property
-    def _layer_of(self) -> list[int]:
-        return [group.layer or 0 for group in self.units.values()]
 
     @cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:

@@ -16,9 +16,9 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.footprint import check_length, count_macs, random_tokens, time_decode, time_prefill
 from prunekit.models import evaluating
 from prunekit.pruning import prune
+from prunekit.pruning.budgets import WHOLE_KINDS
 from prunekit.pruning.plan_options import DEFAULT_KINDS
 from prunekit.pruning.planning import plan_without
-from prunekit.pruning.steps import WHOLE_KINDS
 from prunekit.search.architectures import PlanSpace
 from prunekit.search.costs import CostTable
 

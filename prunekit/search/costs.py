@@ -12,8 +12,7 @@ from torch import nn
 from prunekit.annotations import is_real
 from prunekit.discovery import Groups
 from prunekit.errors import PrunekitError
-from prunekit.pruning.budgets import TOLERANCE
-from prunekit.pruning.steps import Counter, Step, parameters_per_unit
+from prunekit.pruning.budgets import TOLERANCE, Counter, Step, parameters_per_unit
 from prunekit.search.hyperparameters import Range
 
 

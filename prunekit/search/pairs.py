@@ -72,12 +72,7 @@ def metrics_of(
     return [metric_of(each, tokenizer, text, tasks) for each in (metric, *others)]
 
 
-def metric_of(
-    metric: str | Metric,
-    tokenizer: Any,
-    text: TextSource | None,
-    tasks: Tasks | None,
-) -> Metric:
+def metric_of(metric: str | Metric, tokenizer: Any, text: TextSource | None, tasks: Tasks | None) -> Metric:
     """The metric for a name: `"perplexity"` of a text or mean `"accuracy"` over tasks; a `Metric` is returned as it is.
 
     Args:
@@ -176,9 +171,7 @@ class Pairs:
         """
         fits = pd.Series(data=True, index=self.table.index)
         for name, limit in at_most.items():
-            if name not in self.table:
-                raise PrunekitError(f"{name!r} was not noted; choose from {', '.join(map(str, self.table.columns))}")
-            fits &= self.table[name] <= limit
+            fits &= self._noted(name) <= limit
         if not fits.any():
             least = {name: float(self.table[name].min()) for name in at_most if len(self.table)}
             raise PrunekitError(
@@ -192,9 +185,13 @@ class Pairs:
         Raises:
             PrunekitError: a cost that was not noted.
         """
-        if cost not in self.table:
-            raise PrunekitError(f"{cost!r} was not noted; choose from {', '.join(map(str, self.table.columns))}")
+        self._noted(cost)
         return unbeaten(self.table.assign(_value=self._figures()), cost, "_value").drop(columns="_value")
+
+    def _noted(self, name: str) -> pd.Series:
+        if name not in self.table:
+            raise PrunekitError(f"{name!r} was not noted; choose from {', '.join(map(str, self.table.columns))}")
+        return self.table[name]
 
     def _point(self, row: pd.Series) -> Point:
         return {name: _setting(knob, row[name]) for name, knob in self.space.knobs.items()}

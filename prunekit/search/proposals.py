@@ -142,9 +142,8 @@ def refined(space: Space, predictor: AccuracyPredictor, pairs: Pairs, n: int = 2
     if not points:
         return space, []
     shap = predictor.shap(points)
-    worst = sorted(
-        (cut for name in space.knobs for cut in _parts(space, name, points, shap)), key=lambda cut: -cut.harm
-    )
+    parts = (cut for name in space.knobs for cut in _parts(space, name, points, shap))
+    worst = sorted(parts, key=lambda cut: -cut.harm)
     done: list[Cut] = []
     for cut in worst:
         if len(done) == n or cut.harm <= 0:
@@ -191,38 +190,25 @@ def known_points(space: PlanSpace) -> list[Point]:
 
     Global selection compares scores across groups as they are, which is poor for magnitudes.
     """
-    found = []
-    for label in space.importances:
-        for ranking in ("local", "global"):
-            chosen = _within(space, label, ranking)
-            found.append(None if chosen is None else space.point_of(chosen, label))
+    every = [(label, ranking) for label in space.importances for ranking in ("local", "global")]
+    plans = [(label, _within(space, label, ranking)) for label, ranking in every]
+    found = (space.point_of(chosen, label) for label, chosen in plans if chosen is not None)
     return [point for point in found if point is not None]
 
 
 def _within(space: PlanSpace, label: str, ranking: str) -> PruningPlan | None:
     """The plan with the lowest pruning ratio that meets the budgets; None if none is found."""
+    options: Any = {"kinds": space.kinds, "ranking": ranking, "min_units": space.min_units}
     low, high, best = 0.0, 1.0, None
     for _ in range(HALVINGS):
         ratio = (low + high) / 2
-        chosen = _plan(space, label, ranking, ratio)
-        if chosen is None:  # more than can go
+        try:
+            chosen = plan(space.groups, space.importances[label], ratio, **options)
+        except PrunekitError:  # more than can go
             high = ratio
-        elif _meets(space, chosen):
+            continue
+        if all(budget.table.of(chosen.n_removed) <= budget.high for budget in space.limited):
             best, high = chosen, ratio
         else:
             low = ratio
     return best
-
-
-def _plan(space: PlanSpace, label: str, ranking: str, ratio: float) -> PruningPlan | None:
-    try:
-        return plan(
-            space.groups, space.importances[label], ratio,
-            kinds=space.kinds, ranking=ranking, min_units=space.min_units,
-        )  # fmt: skip
-    except PrunekitError:
-        return None
-
-
-def _meets(space: PlanSpace, chosen: PruningPlan) -> bool:
-    return all(budget.table.of(chosen.n_removed) <= budget.high for budget in space.limited)

@@ -85,8 +85,7 @@ def solve_budgets(
         "costs": {budget.name: budget.table.of(counts) for budget in limits},
     }  # fmt: skip
     lowest = {g.name: _order(g, scores, gone[g.name])[: counts[g.name]] for g in chosen}
-    plan = plan_without(groups, lowest, notes)
-    return replace(plan, tokens=getattr(scores, "tokens", None))
+    return replace(plan_without(groups, lowest, notes), tokens=getattr(scores, "tokens", None))
 
 
 @checked
@@ -121,21 +120,19 @@ def measure_damages(
         raise PrunekitError(f"shares={shares!r:.60} is not allowed; give fractions above 0, up to 1")
     gone, found = _gone_before(chosen, around), {}
     with ExitStack() as stack:
-        for name in around.keep if around is not None else ():
-            stack.enter_context(ablated(model, groups[name], around.removed(name) if around is not None else ()))
+        for name in (name for name, units in gone.items() if units):
+            stack.enter_context(ablated(model, groups[name], sorted(gone[name])))
         stack.enter_context(evaluating(model))
         losses = _Losses(model, in_batches(tokens))
         whole = losses.of(None)
         for g in tqdm(sorted(chosen, key=losses.place), desc="damages", unit="group", leave=False, delay=1):
             order, n = _order(g, scores, gone[g.name]), len(gone[g.name])
             most = g.n_units - n - 1
-            more = sorted({max(1, round(share * most)) for share in (*shares, 1.0)}) if most > 0 else []
-            points = {0: 0.0, n: 0.0}
-            for number in more:
+            rises = {0: 0.0, n: 0.0}
+            for number in sorted({max(1, round(share * most)) for share in (*shares, 1.0)}) if most > 0 else ():
                 with ablated(model, g, order[n : n + number]):
-                    points[n + number] = losses.of(g) - whole
-            known = sorted(points)
-            found[g.name] = np.interp(np.arange(g.n_units + 1), known, [points[number] for number in known])
+                    rises[n + number] = losses.of(g) - whole
+            found[g.name] = np.interp(np.arange(g.n_units + 1), [*rises], [*rises.values()])
     return found
 
 
@@ -222,11 +219,10 @@ def _candidates(groups: Groups, scores: Mapping[str, Tensor]) -> list[CoupledGro
             f"scores have {unknown!r}, which is no group of this model; score groups of discover(model)"
         )
     found = candidates_of(groups, scores, [groups[name] for name in scores], ())
-    odd = next((g for g in found if not g.exact or g.n_units < 2), None)
-    if odd is not None or not found:
-        raise PrunekitError(
-            f"{odd.name!r} is inexact, or a single unit" if odd is not None else "scores are of no group"
-        )
+    for odd in (g for g in found if not g.exact or g.n_units < 2):
+        raise PrunekitError(f"{odd.name!r} is inexact, or a single unit")
+    if not found:
+        raise PrunekitError("scores are of no group")
     return found
 
 

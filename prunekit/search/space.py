@@ -95,7 +95,6 @@ class Space(ABC):
     def check(self, point: Any) -> Point:
         """The candidate in plain form, once it is valid.
 
-
         Raises:
             PrunekitError: a hyperparameter is missing or unknown, or has a value that is not allowed.
         """

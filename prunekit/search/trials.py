@@ -1,5 +1,6 @@
 """The trials of a search, kept in a journal file that several processes share: each candidate is measured once."""
 
+import json
 import os
 import socket
 import uuid
@@ -7,18 +8,103 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pandas as pd
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from prunekit.checks import Whole, check_value
+from prunekit.compat import JOURNAL_KEY
 from prunekit.errors import PrunekitError, reason
+from prunekit.files import writing
 from prunekit.search.hyperparameters import Range
-from prunekit.search.journal import open_study
 from prunekit.search.space import Point, Space, key_of
 
-OPEN = (TrialState.WAITING, TrialState.RUNNING)
+STUDY = "prunekit"
+_BEGINNING = f'{{"{JOURNAL_KEY}"'.encode()  # of every line
+
+
+class Journal(JournalFileBackend):
+    """Optuna's journal, one JSON object per line; an incomplete last line is removed.
+
+    Optuna's own lock files stay after a kill, so that others wait for half a minute. The system releases this one when
+    its holder dies.
+
+    Attributes:
+        lock: held by every writer, who may acquire it again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.lock, self._path = FileLock(f"{path}.lock"), path
+        super().__init__(str(path), lock_obj=self.lock)  # type: ignore[arg-type]
+        with self.lock:
+            self._check()
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write lines, after removing an incomplete last line."""
+        with writing(self._path, whole=False), self.lock:
+            self._mend()
+            super().append_logs(logs)
+
+    def _check(self) -> None:
+        """Raise an error for a file that is not a journal; remove an incomplete last line."""
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n") and (number > 1 or _BEGINNING.startswith(line[: len(_BEGINNING)])):
+                    continue
+                try:
+                    told = json.loads(line)
+                except (ValueError, RecursionError):
+                    told = None
+                if not isinstance(told, dict) or JOURNAL_KEY not in told:
+                    raise PrunekitError(
+                        f"line {number} of {str(self._path)!r} is no journal line: {line[:40]!r}; give another path, "
+                        "or delete it and all after it to resume from the lines before"
+                    )
+        self._mend()
+
+    def _mend(self) -> None:
+        with self._path.open("rb+") as file:
+            end = file.seek(0, 2)
+            file.seek(max(0, end - 1))
+            if end == 0 or file.read(1) == b"\n":
+                return
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, FileLock]:
+    """The study in a journal file, created if missing, and its lock.
+
+    Raises:
+        PrunekitError: the file is not a journal, has no readable study, or cannot be written.
+    """
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        journal = Journal(path)
+        with journal.lock:
+            storage = JournalStorage(journal)
+            if STUDY not in optuna.get_all_study_names(storage):  # Optuna writes a line before it looks
+                direction = StudyDirection.MAXIMIZE if maximize else StudyDirection.MINIMIZE
+                storage.create_new_study([direction], STUDY)
+            study = optuna.load_study(study_name=STUDY, storage=storage)
+    except PrunekitError:
+        raise
+    except OSError as error:
+        told = f"cannot write the journal {str(path)!r} ({error.strerror}); choose another folder"
+        raise PrunekitError(told) from None
+    except (KeyError, AssertionError, TypeError, ValueError) as error:
+        raise PrunekitError(
+            f"{str(path)!r} holds no study that can be read ({reason(error)}); give another path"
+        ) from error
+    finally:
+        optuna.logging.set_verbosity(before)
+    return study, journal.lock
 
 
 class Trials:
@@ -78,8 +164,7 @@ class Trials:
         """Claim a waiting trial for this process: its number and candidate; None if none waits."""
         with self.lock:
             self._take_back()
-            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if not waiting or self._closed:  # one of joblib's threads may ask when all is over
+            if not self._every(TrialState.WAITING) or self._closed:  # one of joblib's threads may ask when all is over
                 return None
             trial = self.study.ask()
             trial.set_user_attr("worker", {"run": self._run, "host": socket.gethostname(), "pid": os.getpid()})
@@ -104,7 +189,7 @@ class Trials:
         """Number of trials that wait or run."""
         with self.lock:
             self._take_back()
-        return len(self.study.get_trials(deepcopy=False, states=OPEN))
+        return len(self._every(TrialState.WAITING, TrialState.RUNNING))
 
     def points(self, before: int) -> list[Point]:
         """All candidates added in earlier rounds, failed ones included."""
@@ -112,13 +197,12 @@ class Trials:
 
     def finished(self) -> list[FrozenTrial]:
         """The measured trials, in the order in which they were added."""
-        found = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return sorted(found, key=_order)
+        return sorted(self._every(TrialState.COMPLETE), key=_order)
 
     def failed(self) -> dict[int, str]:
         """Trial number → reason, for failed trials."""
-        found = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        return {trial.number: trial.user_attrs["why"] for trial in found if "why" in trial.user_attrs}
+        found = ((trial.number, trial.user_attrs.get("why")) for trial in self._every(TrialState.FAIL))
+        return {number: why for number, why in found if why is not None}
 
     def table(self) -> pd.DataFrame:
         """One row per measured trial: number, round, the hyperparameters, and what was measured."""
@@ -128,21 +212,20 @@ class Trials:
         ]
         return pd.DataFrame(rows, columns=None if rows else ["number", "round", *self._distributions])
 
-    def _every(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
+    def _every(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials, or those in these states."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _add(self, point: Point, attributes: Mapping[str, Any]) -> None:
-        waiting = create_trial(
-            state=TrialState.WAITING, params=point, distributions=self._distributions, user_attrs=dict(attributes)
-        )
-        self.study.add_trial(waiting)
+        told: Any = {"params": point, "distributions": self._distributions, "user_attrs": dict(attributes)}
+        self.study.add_trial(create_trial(state=TrialState.WAITING, **told))
 
     def _take_back(self) -> None:
         """Return trials of dead processes to the waiting ones: the old trial fails, and a new one is added.
 
         A process may have died between the two steps, so candidates with only such failed trials are added again.
         """
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        for trial in self._every(TrialState.RUNNING):
             worker = trial.user_attrs.get("worker")  # None: killed right after its claim
             if worker is None or not self._lives(worker["run"]):
                 self.study.tell(trial.number, state=TrialState.FAIL)

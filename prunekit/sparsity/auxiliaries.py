@@ -64,11 +64,20 @@ def toward_activation(
     """
     if factor is None and _is(activation, torch.relu, z.device):
         return _toward_relu(p, m, alpha, gamma)
-    z = _better(activation, p, m, z, alpha, gamma, factor)
-    value, slope, objective = _looked_at(activation, p, m, z, alpha, gamma, factor)
+
+    def looked_at(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """φ(z)·c, its derivative, and the objective."""
+        value, slope = derivative(activation, at)
+        if factor is not None:
+            value, slope = value * factor, slope * factor
+        return value, slope, gamma * (p - value).square() + alpha * (at - m).square()
+
+    of_m, of_z = (activation(at) if factor is None else activation(at) * factor for at in (m, z))
+    z = torch.where(gamma * (p - of_m).square() <= gamma * (p - of_z).square() + alpha * (z - m).square(), m, z)
+    value, slope, objective = looked_at(z)
     for _ in range(_STEPS):
         trial = z + (gamma * slope * (p - value) + alpha * (m - z)) / (gamma * slope.square() + alpha)
-        *new, lower = _looked_at(activation, p, m, trial, alpha, gamma, factor)
+        *new, lower = looked_at(trial)
         won = lower < objective
         z, value, slope, objective = (
             torch.where(won, a, b) for a, b in zip((trial, *new, lower), (z, value, slope, objective), strict=True)
@@ -82,24 +91,6 @@ def _toward_relu(p: Tensor, m: Tensor, alpha: float, gamma: float) -> Tensor:
 
     right, left = ((gamma * p + alpha * m) / (alpha + gamma)).clamp_min(0), m.clamp_max(0)
     return torch.where(objective(right) <= objective(left), right, left)
-
-
-def _better(
-    activation: Activation, p: Tensor, m: Tensor, z: Tensor, alpha: float, gamma: float, factor: Tensor | None
-) -> Tensor:
-    """Elementwise m or z, whichever has the lower objective."""
-    of_m, of_z = (activation(at) if factor is None else activation(at) * factor for at in (m, z))
-    return torch.where(gamma * (p - of_m).square() <= gamma * (p - of_z).square() + alpha * (z - m).square(), m, z)
-
-
-def _looked_at(
-    activation: Activation, p: Tensor, m: Tensor, z: Tensor, alpha: float, gamma: float, factor: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """φ(z)·c, its derivative, and the objective."""
-    value, slope = derivative(activation, z)
-    if factor is not None:
-        value, slope = value * factor, slope * factor
-    return value, slope, gamma * (p - value).square() + alpha * (z - m).square()
 
 
 TOKENS_AT_ONCE = 512  # tokens updated at once, which bounds temporary memory
@@ -166,10 +157,10 @@ def sweep(ffn: FFN, weights: Weights, method: SparseLLM, last: bool) -> Sums:
     up, gate, down, gram = zeros(d_ff, d_model), zeros(d_ff, d_model), zeros(d_model, d_ff), zeros(d_ff, d_ff)
     for at in _portions(len(ffn.x)):
         x, y = ffn.x[at], ffn.y[at]
-        m = _affine(x, weights.up, ffn.up_bias)
-        g = None if weights.gate is None else _affine(x, weights.gate, ffn.gate_bias)
+        m = functional.linear(x, weights.up, ffn.up_bias)
+        g = None if weights.gate is None else functional.linear(x, weights.gate, ffn.gate_bias)
         hidden = ffn.activation(m) if g is None else ffn.activation(g) * m
-        error += float((_affine(hidden, weights.down, ffn.down_bias) - y).square().sum())
+        error += float((functional.linear(hidden, weights.down, ffn.down_bias) - y).square().sum())
         size += float(y.square().sum())
         if last:
             continue
@@ -226,10 +217,6 @@ def _kernel(down: Tensor, method: SparseLLM) -> Tensor:
     matrix = down @ down.T
     matrix.diagonal().add_((method.gamma or 0.0) / (method.beta or 1.0))
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return functional.linear(x, weight, bias)
 
 
 def gram_of(x: Tensor) -> Tensor:

@@ -1,20 +1,166 @@
-"""Finds the FFNs of a layer by testing which matrix inputs are computed from the outputs of others."""
+"""FFNs of a layer: finds them by testing which inputs are computed from which outputs, and prunes one by SparseLLM."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunekit.sparsity.auxiliaries import Activation
+from prunekit.errors import PrunekitError
+from prunekit.sparsity.auxiliaries import FFN, Activation, Sums, Weights, gram_of, sweep
 from prunekit.sparsity.matrices import Call, Matrix
+from prunekit.sparsity.matrix_inputs import DAMPING, Factor, damped, factorize, upper_factor
+from prunekit.sparsity.patterns import Pattern
+from prunekit.sparsity.solvers import SparseLLM, check_damping, solve
 
+_FITTING_STEPS, _FITTING_RATE = 10, 0.01  # of W_down in a faithful two-matrix FFN
 _ROWS = 64  # tokens for the test
 _FUNCTIONS: tuple[Activation, ...] = (torch.relu, functional.silu, functional.gelu)
+
+
+class Pruned(NamedTuple):
+    """The weights of an FFN after SparseLLM.
+
+    Attributes:
+        up: (d_ff, d_model).
+        gate: (d_ff, d_model) or None.
+        down: (d_model, d_ff).
+        errors: ‖FFN(X) − Y‖² / ‖Y‖² after each iteration; the first is SparseGPT's.
+        kept: the iteration of these weights.
+        damping: the largest damping that a factor needed.
+    """
+
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+    errors: tuple[float, ...]
+    kept: int
+    damping: float
+
+
+def prune_ffn(
+    ffn: FFN,
+    n_sequences: int,
+    pattern: Pattern | Mapping[str, Pattern],
+    method: SparseLLM | None = None,
+    *,
+    damping: float = DAMPING,
+    watch: Callable[[str, Tensor, Tensor], None] | None = None,
+) -> Pruned:
+    """Prune the matrices of one FFN by SparseLLM.
+
+    Args:
+        ffn: its weights are unchanged; its z, s and p are changed.
+        n_sequences: n in H = (2/n)·Σxxᵀ.
+        pattern: the pattern of every matrix, or `"up"`, `"gate"` and `"down"` → its pattern.
+        method: options of SparseLLM.
+        damping: as for `sparsegpt`.
+        watch: called after each call of the local solver with name, weight before, weight after.
+
+    Raises:
+        PrunekitError: activations that are not finite or all zero.
+    """
+    check_damping(damping)
+    method = (method or SparseLLM()).for_form(ffn.gate is not None)
+    patterns = pattern if isinstance(pattern, Mapping) else dict.fromkeys(("up", "gate", "down"), pattern)
+    solver = _Solver(patterns, damping, watch or (lambda *_: None))
+    gram_x, gram_p = gram_of(ffn.x), gram_of(ffn.p)
+    for gram, what in ((gram_x, "reads"), (gram_p, "passes to its down projection")):
+        if not bool(gram.isfinite().all()):
+            raise PrunekitError(f"what the FFN {what} is not finite; check the weights and the calibration set")
+        if not bool(gram.diagonal().any()):
+            raise PrunekitError(f"what the FFN {what} is zero for every token of the calibration set; give another one")
+    inner = _Fitter(gram_x, n_sequences, method.faithful, damping)
+    down_factor = solver.factor(gram_p * (2 / n_sequences))
+    weights = Weights(ffn.up, ffn.gate, ffn.down)
+    best, errors = (0, weights), list[float]()
+    sums: Sums | None = None
+    for iteration in range(method.n_iterations):
+        if sums is not None:
+            weights = _fitted(ffn, weights, sums, inner, method, damping)
+            down_factor = solver.factor(sums.gram * (2 / n_sequences))
+        weights = _pruned(weights, inner.factor(solver), down_factor, solver)
+        sums = sweep(ffn, weights, method, last=iteration + 1 == method.n_iterations)
+        errors.append(sums.error)
+        if method.faithful or iteration == 0 or sums.error < min(errors[:-1]):
+            best = (iteration, weights)
+    return Pruned(*best[1], tuple(errors), best[0], solver.largest)
+
+
+class _Solver:
+    """SparseGPT with the arguments that all calls share."""
+
+    def __init__(self, patterns: Mapping[str, Pattern], damping: float, watch: Callable) -> None:
+        self._patterns, self._watch, self.damping = patterns, watch, damping
+        self.largest = damping
+
+    def factor(self, hessian: Tensor) -> Factor:
+        found = factorize(hessian, self.damping)
+        self.largest = max(self.largest, found.damping)
+        return found
+
+    def __call__(self, name: str, weight: Tensor, factor: Factor) -> Tensor:
+        result = solve(weight, factor, self._patterns[name])
+        self._watch(name, weight, result)
+        return result
+
+
+class _Fitter:
+    """What the up and gate projections share: the Hessian of X and its least squares."""
+
+    def __init__(self, gram: Tensor, n_sequences: int, faithful: bool, damping: float) -> None:
+        self._hessian, self._faithful, self._damping = gram * (2 / n_sequences), faithful, damping
+        self._factor: Factor | None = None
+        self._gram = gram
+
+    def factor(self, solver: _Solver) -> Factor:
+        """The factor for pruning; with `faithful`, damping adds up at each call."""
+        if self._factor is None or self._faithful:
+            self._factor = solver.factor(self._hessian)
+            if self._faithful:
+                self._hessian = damped(self._hessian, self._damping)[0]
+        return self._factor
+
+    def fitted(self, weight: Tensor, cross: Tensor) -> Tensor:
+        """A weight updated by least squares: W + (z − WX)Xᵀ·(XXᵀ + λI)⁻¹, λ = 0 where faithful."""
+        return weight + _times_inverse(cross, self._gram, 0.0 if self._faithful else self._damping)
+
+
+def _times_inverse(cross: Tensor, gram: Tensor, damping: float) -> Tensor:
+    """cross·(gram + λI)⁻¹, or the pseudo-inverse if there is no inverse."""
+    upper = upper_factor(damped(gram, damping)[0] if damping else gram)
+    if upper is None:
+        return cross @ torch.linalg.pinv(gram, hermitian=True)
+    return (cross @ upper.T) @ upper
+
+
+def _fitted(ffn: FFN, weights: Weights, sums: Sums, inner: _Fitter, method: SparseLLM, damping: float) -> Weights:
+    """Dense weights fitted to the present auxiliary variables."""
+    up = inner.fitted(weights.up, sums.up)
+    gate = None if weights.gate is None or sums.gate is None else inner.fitted(weights.gate, sums.gate)
+    if method.faithful and gate is None:
+        return Weights(up, None, _descended(weights.down, sums, ffn.y.numel()))
+    change = _times_inverse(sums.down, sums.gram, 0.0 if method.faithful else damping)
+    return Weights(up, gate, weights.down + change)
+
+
+def _descended(down: Tensor, sums: Sums, n_values: int) -> Tensor:
+    """W_down after ten gradient steps on the mean of (W_down·p + b − Y)²."""
+    rest, rate = sums.down, _FITTING_RATE * 2 / n_values
+    for _ in range(_FITTING_STEPS):
+        down = down + rate * rest
+        rest = rest - rate * (rest @ sums.gram)
+    return down
+
+
+def _pruned(weights: Weights, inner: Factor, down: Factor, solver: _Solver) -> Weights:
+    up = solver("up", weights.up, inner)
+    gate = None if weights.gate is None else solver("gate", weights.gate, inner)
+    return Weights(up, gate, solver("down", weights.down, down))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,17 +234,14 @@ def find_ffns(calls: list[Call], activations: dict[nn.Module, int]) -> list[Foun
     """
     found: list[FoundFFN] = []
     for number, down in enumerate(calls):
-        before = [call for call in calls[:number] if _may_feed(call, down)]
-        fitting = [module for module, width in activations.items() if width == down.inputs.shape[1]]
+        n_tokens, d_ff = down.inputs.shape
+        alike = [call for call in calls[:number] if len(call.outputs) == n_tokens and call.matrix is not down.matrix]
+        before = [call for call in alike if call.outputs.shape[1] in (d_ff, 2 * d_ff)]
+        fitting = [module for module, width in activations.items() if width == d_ff]
         ffn = _matching(before, down, [*fitting, *_FUNCTIONS]) if len(down.inputs) else None
         if ffn is not None:
             found.append(ffn)
     return found
-
-
-def _may_feed(call: Call, down: Call) -> bool:
-    width, d_ff = call.outputs.shape[1], down.inputs.shape[1]
-    return len(call.outputs) == len(down.inputs) and width in (d_ff, 2 * d_ff) and call.matrix is not down.matrix
 
 
 def _matching(before: list[Call], down: Call, activations: list[Activation]) -> FoundFFN | None:
@@ -112,8 +255,10 @@ def _matching(before: list[Call], down: Call, activations: list[Activation]) -> 
             if not _elementwise(activation, s):
                 continue
             ways.append((_distance(opened, p), FoundFFN(gate, None, down.matrix, activation)))
-            ways += [(_distance(opened * z, p), FoundFFN(up, gate, down.matrix, activation))
-                     for up, z, read in parts if up is not gate and _is_same(read, x)]  # fmt: skip
+            same = (
+                (up, z) for up, z, read in parts if up is not gate and read.shape == x.shape and torch.equal(read, x)
+            )
+            ways += [(_distance(opened * z, p), FoundFFN(up, gate, down.matrix, activation)) for up, z in same]
     best = min(ways, key=lambda way: way[0], default=None)
     return best[1] if best is not None and best[0] <= 4 * torch.finfo(p.dtype).eps else None
 
@@ -129,11 +274,6 @@ def _parts(call: Call, d_ff: int) -> list[tuple[Rows, Tensor]]:
     y = call.outputs[:_ROWS]
     halves = [slice(0, d_ff)] if y.shape[1] == d_ff else [slice(0, d_ff), slice(d_ff, 2 * d_ff)]
     return [(Rows(call.matrix, rows), y[:, rows]) for rows in halves]
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two projections read the same; of two layers in a row, the second reads what the first made."""
-    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _elementwise(activation: Activation, z: Tensor) -> bool:

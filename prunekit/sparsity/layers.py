@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
-from prunekit.sparsity.alternation import prune_ffn
 from prunekit.sparsity.auxiliaries import FFN
-from prunekit.sparsity.ffns import FoundFFN, Rows, activations_of, find_ffns
+from prunekit.sparsity.ffns import FoundFFN, Rows, activations_of, find_ffns, prune_ffn
 from prunekit.sparsity.matrices import Call, Matrix
 from prunekit.sparsity.matrix_inputs import Factor, Reading, factorize, read_layer
 from prunekit.sparsity.patterns import Pattern
@@ -113,33 +112,27 @@ class _Local:
             if sums is not None and matrix.expert is None:
                 raise PrunekitError(
                     f"the inputs of {matrix.name} are zero for every token of the calibration set; give another set, "
-                    "or "
-                    "check whether the weights before it are all zero"
+                    "or check whether the weights before it are all zero"
                 )
             return prune_alone(matrix, pattern, UNREACHED)
-        before = matrix.weight.to(sums.squares.dtype)
-        if self._settings.method == "magnitude":
+        before, method, damping = matrix.weight.to(sums.squares.dtype), self._settings.method, None
+        if method == "magnitude":
             after = zeroed_lowest(before, before.abs(), pattern)
-            return _write(matrix, after, _row(matrix, "magnitude", before, after, sums.gram))
-        if self._settings.method == "wanda":
-            scores = before.abs() * sums.squares.sqrt()
-            after = zeroed_lowest_of_rows(before, scores, pattern)
-            return _write(matrix, after, _row(matrix, "wanda", before, after, sums.gram))
-        factor = self._factor(matrix)
-        after = solve(before, factor, pattern)
-        return _write(matrix, after, _row(matrix, "sparsegpt", before, after, sums.gram, damping=factor.damping))
+        elif method == "wanda":
+            after = zeroed_lowest_of_rows(before, before.abs() * sums.squares.sqrt(), pattern)
+        else:  # of SparseLLM, what lies in no FFN
+            factor, method = self._factor(matrix), "sparsegpt"
+            after, damping = solve(before, factor, pattern), factor.damping
+        return _write(matrix, after, _row(matrix, method, before, after, sums.gram, damping=damping))
 
     def _factor(self, matrix: Matrix) -> Factor:
         leader = self._reading.leaders.get(matrix, matrix)
         if leader not in self._factors:
-            self._factors[leader] = self._factorize(leader)
+            try:
+                self._factors[leader] = factorize(self._reading.sums[leader].hessian, self._settings.damping)
+            except PrunekitError as error:
+                raise PrunekitError(f"{leader.name}: {error}") from None
         return self._factors[leader]
-
-    def _factorize(self, matrix: Matrix) -> Factor:
-        try:
-            return factorize(self._reading.sums[matrix].hessian, self._settings.damping)
-        except PrunekitError as error:
-            raise PrunekitError(f"{matrix.name}: {error}") from None
 
 
 def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Matrix, dict[str, Any]]:

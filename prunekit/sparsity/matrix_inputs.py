@@ -199,7 +199,7 @@ def read_layer(
     def look(call: Call) -> None:
         for matrix, leader in sharing.note(call):
             reading.sums[matrix] = reading.sums[leader].copied()
-        if sharing.leads(call.matrix):
+        if sharing.leaders[call.matrix] is call.matrix:
             _add_to_sums(reading, call, n_sequences, with_gram)
         if choose is not None:  # the model may overwrite its outputs
             first.append(call._replace(inputs=call.inputs.clone(), outputs=call.outputs.clone()))
@@ -235,28 +235,25 @@ class _Sharing:
 
     def __init__(self) -> None:
         self._first: dict[tuple, Matrix] = {}
-        self._leaders: dict[Matrix, Matrix] = {}
+        self.leaders: dict[Matrix, Matrix] = {}
         self._held: list[Tensor] = []
 
     def note(self, call: Call) -> list[tuple[Matrix, Matrix]]:
         """Process a product; returns matrices that no longer share inputs, each with its former leader."""
         matrix, x = call.matrix, call.inputs
         self._held.append(x)
-        if matrix in self._leaders:  # used again, with other inputs
-            parted = [(m, leader) for m, leader in self._leaders.items() if m is not leader and matrix in (m, leader)]
-            self._leaders |= {m: m for m, _ in parted}
+        if matrix in self.leaders:  # used again, with other inputs
+            parted = [(m, leader) for m, leader in self.leaders.items() if m is not leader and matrix in (m, leader)]
+            self.leaders |= {m: m for m, _ in parted}
             return parted
         key = (x.data_ptr(), x.shape, x.stride(), version_of(x))
-        self._leaders[matrix] = self._first.setdefault(key, matrix)
+        self.leaders[matrix] = self._first.setdefault(key, matrix)
         return []
-
-    def leads(self, matrix: Matrix) -> bool:
-        return self._leaders[matrix] is matrix
 
     def settled(self, sums: dict[Matrix, InputSums]) -> dict[Matrix, Matrix]:
         """Matrix → the matrix whose sums it shares."""
         self._held.clear()
-        return {matrix: leader for matrix, leader in self._leaders.items() if leader in sums}
+        return {matrix: leader for matrix, leader in self.leaders.items() if leader in sums}
 
 
 def _add_to_sums(reading: Reading, call: Call, n_sequences: int, with_gram: bool) -> None:

@@ -94,7 +94,9 @@ def sparsify(
     target: Any = model if inplace else copy.deepcopy(model)
     with torch.inference_mode(False), evaluating(target), written_out(target, [EXPERTS]), torch.no_grad():
         paths = outermost_elements(target)
-        found = find_matrices(target, paths, _first_sequence(tokens, target))
+        device = target.get_input_embeddings().weight.device
+        first = torch.zeros(1, 2, dtype=torch.long, device=device) if tokens is None else tokens[:1]
+        found = find_matrices(target, paths, first)
         matrices = _chosen(found.matrices, paths, layers, wanted)
         earlier = vars(target).pop("sparsity_report", None)  # an earlier report is no longer valid
         vars(target).pop("loss_change", None)
@@ -136,13 +138,6 @@ def _tokens(model: nn.Module, calib: Tensor | None, method: str, allocation: str
         what = f"method={method!r}" if method != "magnitude" else "allocation='global'"
         raise PrunekitError(f"{what} needs a calibration set: give calib=calibration_set(...), integers (n, seq_len)")
     return None
-
-
-def _first_sequence(tokens: Tensor | None, model: Any) -> Tensor:
-    """A batch for finding the matrices."""
-    if tokens is not None:
-        return tokens[:1]
-    return torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
 
 
 def _chosen(

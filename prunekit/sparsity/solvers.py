@@ -40,9 +40,7 @@ def magnitude(
 
     Source: Han et al. (2015), one threshold a matrix; at the threshold itself weights go, as in SparseGPT's code.
     """
-    wanted = pattern_of(sparsity, pattern)
-    _check_weight(weight, wanted)
-    return zeroed_lowest(weight, weight.abs(), wanted)
+    return zeroed_lowest(weight, weight.abs(), _pattern_for(weight, sparsity, pattern))
 
 
 def wanda(
@@ -69,8 +67,7 @@ def wanda(
 
     Source: Wanda (Sun et al., ICLR 2024), Eq. 1.
     """
-    wanted = pattern_of(sparsity, pattern)
-    _check_weight(weight, wanted)
+    wanted = _pattern_for(weight, sparsity, pattern)
     squares = _check_statistics(statistics, weight).diagonal() if statistics.dim() == 2 else statistics
     scores = weight.abs() * _check_squares(squares, weight).sqrt()
     return zeroed_lowest_of_rows(weight, scores, wanted)
@@ -106,22 +103,17 @@ def sparsegpt(
     Source: SparseGPT (Frantar and Alistarh, ICML 2023), Alg. 1. Differs: computed in sub-blocks of the transposed
         weight, with a selection in place of a sort; the same masks.
     """
-    wanted = pattern_of(sparsity, pattern)
-    _check_weight(weight, wanted)
+    wanted = _pattern_for(weight, sparsity, pattern)
     check_integers(block_size=(block_size, 1))
     check_damping(damping)
-    if not isinstance(statistics, Factor):
-        statistics = _factor(_check_statistics(statistics, weight), damping)
-    return solve(weight, statistics, wanted, block_size)
-
-
-def _factor(hessian: Tensor, damping: float) -> Factor:
-    if not bool(hessian.diagonal().any()):
+    if isinstance(statistics, Factor):
+        return solve(weight, statistics, wanted, block_size)
+    if not bool(_check_statistics(statistics, weight).diagonal().any()):
         raise PrunekitError("all inputs of this matrix are zero; give another calibration set")
-    found = factorize(hessian, damping)
+    found = factorize(statistics, damping)
     if found.damping != damping:
         warn(f"the Hessian has no Cholesky factor with damping={damping:g}; {found.damping:g} was used")
-    return found
+    return solve(weight, found, wanted, block_size)
 
 
 def solve(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int = BLOCK) -> Tensor:
@@ -140,9 +132,10 @@ def solve(weight: Tensor, factor: Factor, pattern: Pattern, block_size: int = BL
 def _solve_block(block: Tensor, upper: Tensor, pattern: Pattern) -> Tensor:
     """Prune a block (columns, out) in place; returns each column's error over its diagonal, (columns, out)."""
     diagonal = upper.diagonal()[:, None]
-    mask = (
-        _lowest_of_block(block, diagonal, pattern) if pattern.of is None else torch.zeros_like(block, dtype=torch.bool)
-    )
+    mask = torch.zeros_like(block, dtype=torch.bool)
+    if pattern.of is None:
+        scores = block**2 / diagonal**2
+        mask = scores <= threshold(scores, pattern.sparsity)
     errors = torch.empty_like(block)
     step = _SUB_BLOCK if pattern.of is None else max(_SUB_BLOCK // pattern.of, 1) * pattern.of
     for start in range(0, len(block), step):
@@ -156,11 +149,6 @@ def _solve_block(block: Tensor, upper: Tensor, pattern: Pattern) -> Tensor:
             block[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j], alpha=-1)
         block[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
     return errors
-
-
-def _lowest_of_block(block: Tensor, diagonal: Tensor, pattern: Pattern) -> Tensor:
-    scores = block**2 / diagonal**2
-    return scores <= threshold(scores, pattern.sparsity)
 
 
 def threshold(scores: Tensor, sparsity: float) -> Tensor:
@@ -200,13 +188,16 @@ def check_damping(damping: Any) -> None:
         raise PrunekitError(f"damping={damping!r} is not allowed; give a number above 0, such as {DAMPING}")
 
 
-def _check_weight(weight: Any, pattern: Pattern) -> None:
+def _pattern_for(weight: Any, sparsity: Any, pattern: Any) -> Pattern:
+    """The pattern of the arguments, once it and the weight are valid."""
+    wanted = pattern_of(sparsity, pattern)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         given = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise PrunekitError(f"a weight is a tensor of floating-point numbers (out, in), not {given}")
     if not all_finite(weight):
         raise PrunekitError("the weight has NaN or infinite values")
-    pattern.check_width(weight.shape[1], "the weight")
+    wanted.check_width(weight.shape[1], "the weight")
+    return wanted
 
 
 def _check_statistics(statistics: Any, weight: Tensor) -> Tensor:

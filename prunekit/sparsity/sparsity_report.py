@@ -33,11 +33,8 @@ def remarks_on(
         widest: number of inputs of the widest matrix.
         damping: the given damping.
     """
-    return (
-        *_on_target(rows, wanted),
-        *_on_statistics(rows, tokens, widest, damping),
-        *(_on_ffns(rows) if method == "sparsellm" else ()),
-    )
+    on_ffns = _on_ffns(rows) if method == "sparsellm" else ()
+    return (*_on_target(rows, wanted), *_on_statistics(rows, tokens, widest, damping), *on_ffns)
 
 
 def _on_statistics(rows: Rows, tokens: Tensor | None, widest: int, damping: float) -> Iterator[str]:
@@ -134,11 +131,8 @@ class SparsityReport:
 
     def by_layer(self) -> pd.DataFrame:
         """One row per layer: n_weights, n_zeros, sparsity, and the mean error of its matrices."""
-        table = (
-            self.table()
-            .groupby("layer")
-            .agg(n_weights=("n_weights", "sum"), n_zeros=("n_zeros", "sum"), error=("error", "mean"))
-        )
+        sums = {name: (name, "sum") for name in ("n_weights", "n_zeros")}
+        table = self.table().groupby("layer").agg(**sums, error=("error", "mean"))
         return table.assign(sparsity=table["n_zeros"] / table["n_weights"])
 
     def ffn_errors(self) -> pd.DataFrame:
@@ -161,9 +155,8 @@ class SparsityReport:
     def _repr_html_(self) -> str:
         formats = {"sparsity": "{:.1%}".format, "error": "{:.4f}".format}
         remarks = "".join(f"<li>{escape(remark)}</li>" for remark in self.remarks)
-        left = "".join(
-            f"<li><code>{escape(name)}</code> stays dense: {escape(why)}</li>" for name, why in self.left.items()
-        )
+        told = [f"<code>{escape(name)}</code> stays dense: {escape(why)}" for name, why in self.left.items()]
+        left = "".join(f"<li>{each}</li>" for each in told)
         table = self.by_layer().to_html(formatters=formats, na_rep="not measured")  # formatters see no NaN
         return f"{html_paragraph(self)}<ul>{remarks}{left}</ul>{table}"
 

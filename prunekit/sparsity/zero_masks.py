@@ -212,8 +212,7 @@ def _counted(report: SparsityReport, counts: list[int]) -> SparsityReport:
     lost = sum(before[row["matrix"]] - row["n_zeros"] for row in rows if row["matrix"] in set(filled))
     remark = (
         f"{lost:,} zeros of {len(filled)} matrices ({filled[0]}, …) were filled after sparsification; this report "
-        "counts the "
-        "remaining zeros"
+        "counts the remaining zeros"
     )
     return replace(report, rows=rows, remarks=(*report.remarks, remark))
 
