@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prunekit import registration
-from prunekit.extras import SEARCH, is_installed
+from prunekit.errors import SEARCH, is_installed
 
 if TYPE_CHECKING:
     from prunekit.account import LossChange

@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.chats import TextWithReplies, answered, written_chat
 from prunekit.errors import PrunekitError
 from prunekit.file_records import FORMATS, records_in
+from prunekit.text import TextWithReplies, answered, written_chat
 
 WORLD_DOCUMENTS = 2000  # about 80,000 tokens, generated in well under a second
 

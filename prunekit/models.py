@@ -18,9 +18,9 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
+from prunekit.checks import PROCESS
 from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION, class_names, offloaded
 from prunekit.errors import PrunekitError
-from prunekit.locks import PROCESS
 
 _OTHER_TASKS = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE")
 _OTHER_HEADS = {name for task in _OTHER_TASKS for name in class_names(task).values()}

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from prunekit.errors import PrunekitError
-from prunekit.fronts import unbeaten
+from prunekit.evaluation.report import unbeaten
 from prunekit.plot_style import (
     MARKERS,
     METHOD_COLORS,

@@ -16,11 +16,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from prunekit.errors import PrunekitError
 from prunekit.lanes import layer_table
 from prunekit.plot_curves import plot_fusion, plot_mixture, plot_norms, plot_tradeoff
+from prunekit.plot_groups import plot_coupled_group, plot_groups
 from prunekit.plot_knowledge import plot_knowledge, plot_massive, plot_score_agreement, plot_units
-from prunekit.plot_lanes import plot_groups
 from prunekit.plot_search import plot_front, plot_learning, plot_predictions, plot_spared
 from prunekit.plot_sparsity import plot_ffn_errors, plot_mask, plot_sparsity, plot_zeros
-from prunekit.plot_structure import plot_coupled_group
 from prunekit.plot_style import (
     HATCHES,
     KIND_COLORS,

@@ -8,9 +8,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from prunekit.checkpoint.folders import Stored
+from prunekit.checks import PROCESS
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
-from prunekit.locks import PROCESS
 from prunekit.models import auto_class, shapes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Stages

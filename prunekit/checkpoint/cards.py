@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.account import LossChange
 from prunekit.escaping import in_code, in_fence, in_markdown
-from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.models import auto_class, count_parameters
+from prunekit.names import GGUF, OWN, PADDED, PLAIN
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.experts import fit_for_grouped

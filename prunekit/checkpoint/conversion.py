@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunekit.checkpoint.cache import VARIABLE, cache_root, cached_folder, digest_of_file
 from prunekit.checkpoint.gguf_header import GgufHeader, check_magic, read_header
+from prunekit.checks import PROCESS
+from prunekit.digests import digest_of_text
 from prunekit.errors import PrunekitError, reason
-from prunekit.fingerprint import digest_of_text
-from prunekit.locks import PROCESS
 from prunekit.models import own_tensors
 
 FORMAT = 1  # of the cached folders; another number makes all of them anew

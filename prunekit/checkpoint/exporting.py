@@ -18,7 +18,7 @@ from prunekit.checkpoint.saving import (
 from prunekit.checks import FilePath, Network, Tokenizer, check_choice, checked
 from prunekit.errors import PrunekitError
 from prunekit.files import new_folder
-from prunekit.layouts import GGUF, LAYOUTS, PADDED
+from prunekit.names import GGUF, LAYOUTS, PADDED
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Cuts
 from prunekit.pruning.describing import plain_config, unsaid

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunekit.errors import PrunekitError, reason
-from prunekit.extras import need
+from prunekit.errors import PrunekitError, need, reason
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"

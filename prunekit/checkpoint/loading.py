@@ -22,7 +22,7 @@ from prunekit.checkpoint.tokenizer_files import load_tokenizer
 from prunekit.checks import checked
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import read_text
-from prunekit.model_names import NAMES, is_world
+from prunekit.names import NAMES, is_world
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.experts import usable

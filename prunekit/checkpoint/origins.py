@@ -10,7 +10,7 @@ from prunekit.annotations import shown
 from prunekit.checkpoint.conversion import converted
 from prunekit.checkpoint.gguf_header import SUFFIX
 from prunekit.errors import PrunekitError
-from prunekit.model_names import NAMES, packaged_file
+from prunekit.names import NAMES, packaged_file
 
 
 def resolve(source: str | Path) -> str | Path:

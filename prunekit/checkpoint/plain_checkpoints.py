@@ -14,8 +14,8 @@ from prunekit.checkpoint.config_checks import check_described
 from prunekit.checkpoint.folders import Stored
 from prunekit.checkpoint.left_out import check_left_out, check_ties
 from prunekit.checkpoint.origins import files_alone
+from prunekit.checks import PROCESS
 from prunekit.errors import PrunekitError, reason
-from prunekit.locks import PROCESS
 from prunekit.models import auto_class
 
 

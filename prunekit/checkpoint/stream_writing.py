@@ -23,6 +23,7 @@ from prunekit.checkpoint.saving import (
     write_tokenizer,
 )
 from prunekit.compat import TorchDispatchMode
+from prunekit.digests import record, recorded
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 from prunekit.models import own_tensors
@@ -30,7 +31,6 @@ from prunekit.pruning import PruningPlan
 from prunekit.pruning.describing import describe
 from prunekit.pruning.surgery import cut
 from prunekit.pruning.weights import copied
-from prunekit.written_files import record, recorded
 
 aten = torch.ops.aten
 _POSTPONED = (aten.index_select.default, aten.clone.default)  # what slicing a parameter comes to

@@ -18,6 +18,7 @@ from prunekit.checkpoint.stream_source import convert, local_folder, map_checkpo
 from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerprint
 from prunekit.checkpoint.stream_writing import cut_without_weights, write_shards, write_the_rest
 from prunekit.checks import FilePath, checked
+from prunekit.digests import record, recorded
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
@@ -28,7 +29,6 @@ from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
 from prunekit.pruning.plan_options import Ratio, default_units
 from prunekit.pruning.surgery import cut
-from prunekit.written_files import record, recorded
 
 MAX_SHARD_SIZE = "1GB"
 _OF_WEIGHTS = "needs the gradient of every weight, which takes more memory than the model"

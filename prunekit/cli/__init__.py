@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import import_module
 
-from prunekit.cli.answers import Answer, as_json, own_warnings, say
-from prunekit.cli.options import Parser, explained, given_to, parser_of
+from prunekit.cli.console import Answer, Parser, as_json, explained, given_to, own_warnings, parser_of, say
 from prunekit.errors import PrunekitError
 from prunekit.escaping import printable
 from prunekit.files import check_new_folder

@@ -11,14 +11,13 @@ from transformers import AutoConfig
 import prunekit as pk
 from prunekit import recipes
 from prunekit.cli import inputs
-from prunekit.cli.answers import Answer, text_table
+from prunekit.cli.console import Answer, Of, text_table
 from prunekit.cli.inputs import Loading, drawn, tell_unmeasured, text_for
-from prunekit.cli.options import Of
 from prunekit.errors import PrunekitError
 from prunekit.escaping import in_code, in_markdown
 from prunekit.files import read_text
-from prunekit.layouts import GGUF
 from prunekit.models import count_parameters, empty_model, fitting_length
+from prunekit.names import GGUF
 from prunekit.recovery.data import hold_out, training_windows
 from prunekit.recovery.log import RecoveryLog
 from prunekit.sparsity.patterns import pattern_of

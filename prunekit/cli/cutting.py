@@ -17,9 +17,8 @@ from prunekit.checkpoint.saving import not_plain
 from prunekit.checkpoint.stream_source import local_folder, n_bytes
 from prunekit.checkpoint.streaming import candidates, check_streamable
 from prunekit.checkpoint.tokenizer_files import load_tokenizer
-from prunekit.cli.answers import Answer, say, text_table
+from prunekit.cli.console import Answer, Of, say, text_table
 from prunekit.cli.inputs import Loading, check_drawing, drawn, held_out_windows, tell_unmeasured, text_for
-from prunekit.cli.options import Of
 from prunekit.errors import PrunekitError
 from prunekit.importance import IMPORTANCES, Importance, default_importance, importance_from_name
 from prunekit.models import count_parameters

@@ -8,11 +8,10 @@ from torch import Tensor
 from prunekit.account import HOW, LossChange
 from prunekit.calibration import calibration_set
 from prunekit.checkpoint import load
-from prunekit.cli.answers import say
-from prunekit.cli.options import Of
+from prunekit.cli.console import Of, say
 from prunekit.errors import PrunekitError
-from prunekit.model_names import WORLD, is_world
 from prunekit.models import fitting_length
+from prunekit.names import WORLD, is_world
 
 Loading = Annotated[dict[str, Any], Of(load, "dtype", "device")]
 GIVE = "give --calibration with a text file or 'world'"

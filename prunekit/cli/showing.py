@@ -9,16 +9,13 @@ import matplotlib
 import prunekit as pk
 from prunekit.checkpoint.streaming import candidates
 from prunekit.checkpoint.structure import load_structure
-from prunekit.cli.answers import Answer, say, text_table
+from prunekit.cli.console import Answer, Of, say, text_table
 from prunekit.cli.inputs import Loading, check_drawing, drawn, named_texts, text_for
-from prunekit.cli.options import Of
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import harness
-from prunekit.evaluation.language_modelling import measure_perplexity
-from prunekit.evaluation.named_tasks import named_tasks
+from prunekit.evaluation.language_modelling import TEXTS, measure_perplexity, standard_text
 from prunekit.evaluation.report import check_metrics, readable
-from prunekit.evaluation.standard_tasks import is_standard
-from prunekit.evaluation.standard_texts import TEXTS, standard_text
+from prunekit.evaluation.standard_tasks import is_standard, named_tasks
 from prunekit.files import new_folder
 from prunekit.importance import IMPORTANCES, default_importance, importance_from_name
 from prunekit.plot_style import check_picture

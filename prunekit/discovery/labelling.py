@@ -9,12 +9,10 @@ from torch import Tensor
 
 from prunekit.compat import TorchDispatchMode, storage_key
 from prunekit.discovery import arithmetic, movement
-from prunekit.discovery.buffers import Buffers
-from prunekit.discovery.choices import Choice, chosen_by
-from prunekit.discovery.constants import Argument, constants_among, n_stored
+from prunekit.discovery.constants import Argument, Buffers, constants_among, n_stored
 from prunekit.discovery.integer_positions import Equation, Span
 from prunekit.discovery.labels import ARGUMENT, SCORE, LabelGraph, along, varying_dims
-from prunekit.discovery.operations import RULES, Rule, tensors_in, unknown
+from prunekit.discovery.operations import RULES, Choice, Rule, chosen_by, tensors_in, unknown
 from prunekit.discovery.parts import Part
 from prunekit.discovery.rules import Operand
 from prunekit.discovery.stored_integers import Key

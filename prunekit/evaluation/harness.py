@@ -14,8 +14,7 @@ import yaml
 from torch import nn
 
 from prunekit.errors import PrunekitError, reason
-from prunekit.evaluation.named_tasks import named_tasks
-from prunekit.evaluation.standard_tasks import TASKS
+from prunekit.evaluation.standard_tasks import TASKS, named_tasks
 from prunekit.models import evaluating
 from prunekit.questions import Question, Task
 

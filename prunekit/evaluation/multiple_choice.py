@@ -13,8 +13,8 @@ from prunekit.checks import Count, FilePath, Model, Part, Tokenizer, Whole, chec
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.evaluation.likelihood import Span
-from prunekit.evaluation.named_tasks import Tasks, named_tasks
 from prunekit.evaluation.sequence_scores import log_likelihoods
+from prunekit.evaluation.standard_tasks import Tasks, named_tasks
 from prunekit.models import max_positions
 from prunekit.questions import Question, Task
 

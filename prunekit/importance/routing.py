@@ -14,8 +14,7 @@ from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
-from prunekit.importance.expert_inputs import stacked_experts
-from prunekit.importance.input_statistics import computing_wide
+from prunekit.importance.input_statistics import computing_wide, stacked_experts
 from prunekit.importance.scores import check_takes_tokens, tokens_for
 from prunekit.models import evaluating
 

@@ -16,13 +16,12 @@ from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
 from prunekit.importance.ablation import Ablation, check_scalable, scaled_to_loss
 from prunekit.importance.activation import Activation, BlockInfluence, Fluctuation
-from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.curvature import Curvature, applies
 from prunekit.importance.fusion import HyWIA
 from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.routing import REAP, RouterFrequency
 from prunekit.importance.scores import Scores
-from prunekit.importance.taylor import Taylor
+from prunekit.importance.taylor import Magnitude, Random, Taylor
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from transformers import Cache
 
 from prunekit.discovery.labelling import LabelMode, Trace
 from prunekit.discovery.stored_integers import remembering
-from prunekit.discovery.trace_setup import free_parameters, module_paths
+from prunekit.discovery.tracing import free_parameters, module_paths
 from prunekit.errors import PrunekitError, reason
 from prunekit.models import evaluating
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.discovery import Groups
-from prunekit.discovery.components import spread_death
 from prunekit.discovery.constants import Selection, select
 from prunekit.discovery.labelling import Trace
+from prunekit.discovery.labels import spread_death
 from prunekit.discovery.parts import list_elements
 from prunekit.discovery.stored_integers import Key, set_attribute
 from prunekit.errors import PrunekitError

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from prunekit.discovery.components import Sites, levels, roles
 from prunekit.discovery.labelling import Trace
+from prunekit.discovery.labels import Sites, levels, roles
 from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.caching import find_writers

@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 
 from prunekit.account import few, loss_on
 from prunekit.calibration import all_finite
+from prunekit.checks import PROCESS
 from prunekit.compat import LOSS_KEYWORDS
+from prunekit.digests import RECORD, check_recorded, record
 from prunekit.errors import PrunekitError
 from prunekit.files import writing
-from prunekit.locks import PROCESS
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.settings import TrainingSettings
-from prunekit.written_files import RECORD, check_recorded, record
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments

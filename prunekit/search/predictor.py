@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from prunekit.checks import Count, Length, Positive, Seed, check_fields, check_reals, check_value
+from prunekit.digests import digest_of_text
 from prunekit.errors import PrunekitError
 from prunekit.files import read_json, reading, write_text
-from prunekit.fingerprint import digest_of_text
 from prunekit.search.space import Point, Space
 
 _FORMAT = "prunekit.predictor/1"
