@@ -122,11 +122,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _collecting(
-    model: nn.Module,
-    chosen: dict[str, nn.Parameter],
-    g: dict[str, Tensor],
-    h: dict[str, Tensor] | None,
-    n_samples: int,
+    model: nn.Module, chosen: dict[str, nn.Parameter], g: dict[str, Tensor], h: dict[str, Tensor] | None, n_samples: int
 ) -> Iterator[None]:
     """A context in which every backward pass adds to `g` and `h`."""
     handles = []

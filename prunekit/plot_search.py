@@ -63,11 +63,7 @@ def plot_predictions(table: pd.DataFrame, *, of: str = "log perplexity", ax: Axe
 
 @projected
 def plot_learning(
-    table: pd.DataFrame,
-    *,
-    figure: str = "spearman",
-    levels: Mapping[str, float] | None = None,
-    ax: Axes | None = None,
+    table: pd.DataFrame, *, figure: str = "spearman", levels: Mapping[str, float] | None = None, ax: Axes | None = None
 ) -> Axes:
     """Plots a figure of the predictor by the number of training samples.
 

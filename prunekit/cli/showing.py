@@ -167,10 +167,7 @@ def _short_names(sources: Sequence[str]) -> dict[str, str]:
 def _headline(report: pk.Report) -> dict[str, Any]:
     """The headline figures, and how perplexity was measured."""
     measured = report.perplexity
-    return {
-        **report.headline(),
-        "protocol": measured and {**measured.to_dict(), "description": measured.description},
-    }
+    return {**report.headline(), "protocol": measured and {**measured.to_dict(), "description": measured.description}}
 
 
 def _side_by_side(reports: dict[str, pk.Report], said: dict[str, Any]) -> str:

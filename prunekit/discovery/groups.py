@@ -14,18 +14,7 @@ from torch import Tensor
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 
-KINDS = (
-    "kv_head",
-    "query_head",
-    "ffn_channel",
-    "hidden",
-    "head_dim",
-    "expert",
-    "block",
-    "layer",
-    "rank",
-    "vocabulary",
-)
+KINDS = ("kv_head", "query_head", "ffn_channel", "hidden", "head_dim", "expert", "block", "layer", "rank", "vocabulary")
 
 
 @dataclass(frozen=True, eq=False)

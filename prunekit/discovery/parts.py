@@ -125,11 +125,7 @@ def _channels_among(
 
 
 def _probe(
-    mode: LabelMode,
-    path: str,
-    arguments: list[tuple[Where, Tensor]],
-    returned: Any,
-    layer: str | None,
+    mode: LabelMode, path: str, arguments: list[tuple[Where, Tensor]], returned: Any, layer: str | None
 ) -> Part | None:
     with untraced():
         results = [(where[1:], t) for where, t in leaves((returned,), {}) if t.is_floating_point()]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -231,8 +232,7 @@ def check_metrics(metrics: str | Iterable[str]) -> tuple[str, ...]:
 
 def world_default(tokenizer: Any, maker: str, argument: str) -> Any:
     """Default text or tasks: the embedded world's, for its own tokenizer."""
-    from prunekit import world
-
+    world: Any = import_module("prunekit.world")
     if not world.is_world_tokenizer(tokenizer):
         raise PrunekitError(
             f"{argument}=None stands for the embedded world's, and this tokenizer is not its own; "

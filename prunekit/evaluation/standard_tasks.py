@@ -226,11 +226,7 @@ Tasks = str | Mapping[str, Task] | Iterable[Task | str]
 
 
 def named_tasks(
-    tasks: Tasks,
-    *,
-    limit: int | None = None,
-    data_dir: str | Path | None = None,
-    shots: int = 0,
+    tasks: Tasks, *, limit: int | None = None, data_dir: str | Path | None = None, shots: int = 0
 ) -> list[Task]:
     """The tasks as a list, with unique names and at least one question each.
 

@@ -51,15 +51,8 @@ class Ablation:
     Source: the oracle that Molchanov et al. (2017) rank their estimates by.
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: losses are those of a calibration set."""
-        return True
-
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "ablation"
+    needs_calibration = True  # losses are those of a calibration set
+    label = "ablation"
 
     def unit_scores(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None

@@ -13,15 +13,8 @@ from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
-from prunekit.importance.input_statistics import (
-    computing_wide,
-    members_read,
-    readers_of,
-    sums_over_inputs,
-    wide,
-)
+from prunekit.importance.input_statistics import measuring, members_read, readers_of, sums_over_inputs, wide
 from prunekit.importance.scores import all_slice_scores, check_takes_tokens, tokens_for, unit_scores
-from prunekit.models import evaluating
 
 
 @dataclass(frozen=True)
@@ -38,15 +31,8 @@ class Activation:
         units, where Wanda compares the weights of one row and zeroes some.
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: activations come from a calibration set."""
-        return True
-
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "activation"
+    needs_calibration = True  # activations come from a calibration set
+    label = "activation"
 
     def unit_scores(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
@@ -70,15 +56,8 @@ class Fluctuation:
         `plan` ranks within a layer, or across layers by score per parameter.
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: activations come from a calibration set."""
-        return True
-
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "fluctuation"
+    needs_calibration = True  # activations come from a calibration set
+    label = "fluctuation"
 
     def unit_scores(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
@@ -144,15 +123,8 @@ class BlockInfluence:
     Source: ShortGPT (Men et al. 2024).
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: activations come from a calibration set."""
-        return True
-
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "block influence"
+    needs_calibration = True  # activations come from a calibration set
+    label = "block influence"
 
     def unit_scores(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
@@ -175,8 +147,7 @@ class BlockInfluence:
             for group in groups:
                 layer = model.get_submodule(group.name.removesuffix(":layer"))
                 stack.callback(layer.register_forward_hook(_adder(turned, group.name), with_kwargs=True).remove)
-            for context in (evaluating(model), computing_wide(model), torch.no_grad()):
-                stack.enter_context(context)
+            stack.enter_context(measuring(model))
             for batch in in_batches(tokens):
                 model(input_ids=batch, use_cache=False)  # type: ignore[operator]
         for name, total in turned.items():

@@ -14,8 +14,8 @@ from prunekit.checks import Positive, check_fields
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients, frozen
-from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, wide
-from prunekit.importance.reconstruction import gram_bytes, one_reader
+from prunekit.importance.input_statistics import Reader, linear_readers, wide
+from prunekit.importance.reconstruction import costs_of_units, one_reader
 from prunekit.importance.scores import Scores, check_takes_tokens, tokens_for
 from prunekit.models import evaluating
 
@@ -67,15 +67,8 @@ class Curvature:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: activations and gradients come from a calibration set."""
-        return True
-
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "curvature"
+    needs_calibration = True  # activations and gradients come from a calibration set
+    label = "curvature"
 
     def unit_scores(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
@@ -87,22 +80,16 @@ class Curvature:
                 gradients that are not finite.
         """
         tokens = tokens_for("Curvature()", calib)
-        readers = linear_readers(model)
-        parameters = dict(model.named_parameters())
         kinds = {group.name: group.kind for group in groups}
-        found: dict[str, Tensor] = {}
-        read = {group.name: one_reader(group, readers, "Curvature()") for group in groups}
-        for portion in in_portions({name: gram_bytes(member) for name, member in read.items()}):
-            layers = {read[name].parameter: readers[read[name].parameter] for name in portion}
-            sums = gather_sums(model, tokens, layers)
-            for name in portion:
-                member = read[name]
-                weight = wide(parameters[member.parameter].detach())
-                weight = weight.T if layers[member.parameter].input_dim == 1 else weight
-                costs = costs_in_order(sums[member.parameter], weight, member.index, self.ridge)
-                found[name] = (costs * CAUTION.get(kinds[name], 1.0)).float()
-        ordered = {group.name: found[group.name] for group in groups}
-        return Scores(ordered, label=self.label, kinds=kinds, ranking="global")
+        costs = costs_of_units(
+            model,
+            groups,
+            "Curvature()",
+            lambda readers: gather_sums(model, tokens, readers),
+            lambda sums, weight, units: costs_in_order(sums, weight, units, self.ridge),
+        )
+        scores = {name: values * CAUTION.get(kinds[name], 1.0) for name, values in costs.items()}
+        return Scores(scores, label=self.label, kinds=kinds, ranking="global")
 
 
 def applies(model: nn.Module, groups: Iterable[CoupledGroup]) -> bool:

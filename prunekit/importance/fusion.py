@@ -143,10 +143,7 @@ class HyWIA:
         _weights(self.rule, torch.ones(2), torch.ones(2))
         Taylor(order=self.order, reduction=self.reduction)
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: gradients come from a calibration set."""
-        return True
+    needs_calibration = True  # gradients come from a calibration set
 
     @property
     def label(self) -> str:

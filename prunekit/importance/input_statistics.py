@@ -59,7 +59,7 @@ def readers_of(model: nn.Module) -> dict[str, Reader]:
     return linear_readers(model) | experts
 
 
-def members_read(group: CoupledGroup, readers: dict[str, Reader]) -> tuple[Member, ...]:
+def members_read(group: CoupledGroup, readers: Mapping[str, Reader]) -> tuple[Member, ...]:
     """The members of a group in its consumer layers; without these, its rows in linear layers.
 
     Raises:
@@ -80,10 +80,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def sums_over_inputs(
-    model: nn.Module,
-    calib: Any,
-    readers: Mapping[str, Reader],
-    measure: Callable[[Tensor], Tensor],
+    model: nn.Module, calib: Any, readers: Mapping[str, Reader], measure: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Sums of a statistic of linear layers' inputs over all calibration tokens, in one pass.
 
@@ -108,10 +105,7 @@ def sums_over_inputs(
     n_calls = len(batches) * sum(len(reader.modules) for reader in readers.values() if not reader.n_experts)
     bar = tqdm(total=n_calls, desc="activations", unit="layer", leave=False, delay=1)
     eager = [EXPERTS_IMPLEMENTATION] if any(reader.n_experts for reader in readers.values()) else []
-    watching = _watching(readers, sums, measure, bar), written_out(model, eager), computing_wide(model)
-    with ExitStack() as contexts:
-        for context in (bar, *watching, evaluating(model), torch.no_grad()):
-            contexts.enter_context(context)
+    with bar, _watching(readers, sums, measure, bar), written_out(model, eager), measuring(model):
         for batch in batches:
             model(input_ids=batch, use_cache=False)
     for name in readers:
@@ -142,10 +136,7 @@ def in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 @contextmanager
 def _watching(
-    readers: Mapping[str, Reader],
-    sums: dict[str, Tensor],
-    measure: Callable[[Tensor], Tensor],
-    bar: Any,
+    readers: Mapping[str, Reader], sums: dict[str, Tensor], measure: Callable[[Tensor], Tensor], bar: Any
 ) -> Iterator[None]:
     """A context in which the statistic of every layer input is summed."""
 
@@ -170,6 +161,13 @@ def _watching(
                 hooks.callback(module.register_forward_pre_hook(adder(name), with_kwargs=True).remove)
         stacked = {name: reader.modules[0] for name, reader in readers.items() if reader.n_experts}
         hooks.enter_context(watching_experts(stacked, add_expert))
+        yield
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """A context in evaluation mode, without gradients, in which a model computes in float32 or wider."""
+    with evaluating(model), computing_wide(model), torch.no_grad():
         yield
 
 

@@ -14,9 +14,8 @@ from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
-from prunekit.importance.input_statistics import computing_wide, stacked_experts
+from prunekit.importance.input_statistics import measuring, stacked_experts
 from prunekit.importance.scores import check_takes_tokens, tokens_for
-from prunekit.models import evaluating
 
 
 class _Routed(NamedTuple):
@@ -37,15 +36,8 @@ class REAP:
     Source: router-weighted expert activation pruning, REAP (Lasby et al. 2025).
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: tokens are routed."""
-        return True
-
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "REAP"
+    needs_calibration = True  # tokens are routed
+    label = "REAP"
 
     def unit_scores(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
@@ -67,15 +59,8 @@ class RouterFrequency:
     Source: the baseline that REAP (Lasby et al. 2025) compares with.
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: tokens are routed."""
-        return True
-
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "router frequency"
+    needs_calibration = True  # tokens are routed
+    label = "router frequency"
 
     def unit_scores(
         self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
@@ -126,8 +111,7 @@ def _summed(
 
     inside: set[int] = set()
     with ExitStack() as stack:
-        for context in (evaluating(model), computing_wide(model), torch.no_grad()):
-            stack.enter_context(context)
+        stack.enter_context(measuring(model))
         for name, place in places.items():
             hook = model.get_submodule(place).register_forward_hook(adder(name), with_kwargs=True)
             stack.callback(hook.remove)

@@ -10,13 +10,7 @@ from prunekit.checks import Seed, check_choice, check_fields
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients, gather_gradients
-from prunekit.importance.scores import (
-    GRANULARITIES,
-    REDUCTIONS,
-    all_slice_scores,
-    check_takes_tokens,
-    unit_scores,
-)
+from prunekit.importance.scores import GRANULARITIES, REDUCTIONS, all_slice_scores, check_takes_tokens, unit_scores
 
 ORDERS = ("first", "second", "mixed")
 
@@ -51,10 +45,7 @@ class Taylor:
         check_choice("order", self.order, ORDERS)
         check_choice("reduction", self.reduction, REDUCTIONS)
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: gradients come from a calibration set."""
-        return True
+    needs_calibration = True  # gradients come from a calibration set
 
     @property
     def label(self) -> str:
@@ -139,10 +130,7 @@ class Magnitude:
         check_choice("p", self.p, (1, 2))
         check_choice("reduction", self.reduction, REDUCTIONS)
 
-    @property
-    def needs_calibration(self) -> bool:
-        """False: only weights are read."""
-        return False
+    needs_calibration = False  # only weights are read
 
     @property
     def label(self) -> str:
@@ -180,10 +168,7 @@ class Random:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    @property
-    def needs_calibration(self) -> bool:
-        """False: nothing is read."""
-        return False
+    needs_calibration = False  # nothing is read
 
     @property
     def label(self) -> str:
