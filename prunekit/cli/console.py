@@ -35,6 +35,11 @@ class Of:
         self.source, self.names, self.defaults = source, (*names, *defaults), defaults
 
 
+def flag(name: str) -> str:
+    """The option of a shell for a parameter."""
+    return f"--{name.replace('_', '-')}"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `PrunekitError` and keeps the line breaks of its texts."""
 
@@ -117,7 +122,7 @@ def _add(place: Any, parameter: Parameter, told: str, extras: Mapping[str, Any])
     options |= {**_reading(parameter.annotation), "default": argparse.SUPPRESS, **extras}
     required = default is Parameter.empty
     if parameter.kind is Parameter.KEYWORD_ONLY:
-        flags = (f"--{name.replace('_', '-')}", *options.pop("flags", ()))
+        flags = (flag(name), *options.pop("flags", ()))
         place.add_argument(*flags, dest=name, required=required, **options)
     else:
         place.add_argument(name, **{"metavar": name.upper()} | ({} if required else {"nargs": "?"}) | options)

@@ -107,17 +107,8 @@ def perplexity(
 
     Source: see `measure_perplexity`.
     """
-    return measure_perplexity(
-        model,
-        tokenizer,
-        text_or_path,
-        window=window,
-        stride=stride,
-        protocol=protocol,
-        separator=separator,
-        bos=bos,
-        batch_size=batch_size,
-    ).value
+    options: Any = {"window": window, "stride": stride, "protocol": protocol, "separator": separator, "bos": bos}
+    return measure_perplexity(model, tokenizer, text_or_path, batch_size=batch_size, **options).value
 
 
 @checked

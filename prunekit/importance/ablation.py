@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 from prunekit.calibration import mean_loss
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients
-from prunekit.importance.scores import Scores, check_takes_tokens, tokens_for
+from prunekit.importance.scores import Calibration, Scores, SomeGroups, check_takes_tokens, tokens_for
 
 LEAST = 1e-9  # share of the loss; keeps the order of a group whose loss does not rise
 
@@ -54,9 +53,7 @@ class Ablation:
     needs_calibration = True  # losses are those of a calibration set
     label = "ablation"
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), nats per token.
 
         Raises:
@@ -91,9 +88,7 @@ def check_scalable(importance: object, groups: Iterable[CoupledGroup]) -> None:
         )
 
 
-def scaled_to_loss(
-    model: nn.Module, groups: Iterable[CoupledGroup], scores: Scores, calib: Tensor | Gradients | None
-) -> Scores:
+def scaled_to_loss(model: nn.Module, groups: Iterable[CoupledGroup], scores: Scores, calib: Calibration) -> Scores:
     """Scores in nats per token: each group's scores are scaled to sum to the rise of the loss without the group.
 
     Each group gets one factor, so its order stays; scores of any importance become comparable across groups and
@@ -124,6 +119,6 @@ def scaled_to_loss(
     return scores
 
 
-def _tokens(who: str, model: nn.Module, calib: Tensor | Gradients | None) -> Tensor:
+def _tokens(who: str, model: nn.Module, calib: Calibration) -> Tensor:
     check_takes_tokens(model)
     return tokens_for(who, calib)

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.constants import leaves
-from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients
 from prunekit.importance.input_statistics import measuring, members_read, readers_of, sums_over_inputs, wide
-from prunekit.importance.scores import all_slice_scores, check_takes_tokens, tokens_for, unit_scores
+from prunekit.importance.scores import (
+    Calibration,
+    SomeGroups,
+    all_slice_scores,
+    check_takes_tokens,
+    tokens_for,
+    unit_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,7 @@ class Activation:
     needs_calibration = True  # activations come from a calibration set
     label = "activation"
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens.
 
         Raises:
@@ -59,9 +62,7 @@ class Fluctuation:
     needs_calibration = True  # activations come from a calibration set
     label = "fluctuation"
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens.
 
         Raises:
@@ -89,8 +90,8 @@ def _variance(sums: Tensor) -> Tensor:
 
 def _scored(
     model: nn.Module,
-    groups: tuple[CoupledGroup, ...],
-    calib: Tensor | Gradients | None,
+    groups: SomeGroups,
+    calib: Calibration,
     measure: Callable[[Tensor], Tensor],
     weigh: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
@@ -126,9 +127,7 @@ class BlockInfluence:
     needs_calibration = True  # activations come from a calibration set
     label = "block influence"
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (1,), from tokens.
 
         Raises:

@@ -13,10 +13,10 @@ from prunekit.calibration import check_tokens, summed_loss
 from prunekit.checks import Positive, check_fields
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients, frozen
+from prunekit.gradients import frozen
 from prunekit.importance.input_statistics import Reader, linear_readers, wide
 from prunekit.importance.reconstruction import costs_of_units, one_reader
-from prunekit.importance.scores import Scores, check_takes_tokens, tokens_for
+from prunekit.importance.scores import Calibration, Scores, SomeGroups, check_takes_tokens, tokens_for
 from prunekit.models import evaluating
 
 RIDGE = 0.3
@@ -70,9 +70,7 @@ class Curvature:
     needs_calibration = True  # activations and gradients come from a calibration set
     label = "curvature"
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens.
 
         Raises:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checks import check_choice, checked
-from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients
-from prunekit.importance.scores import Scores, layer_of
+from prunekit.importance.scores import Calibration, Scores, SomeGroups, layer_of
 from prunekit.importance.taylor import Taylor
 
 Weights = tuple[float, float]  # of the coarse and of the fine scores
@@ -150,9 +148,7 @@ class HyWIA:
         """Short name for tables and legends."""
         return f"HyWIA {_rule_name(self.rule)}" + ("" if self.order == "first" else f", {self.order}")
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> FusedScores:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> FusedScores:
         """Group name → (n_units,), with the fusion weights.
 
         Raises:

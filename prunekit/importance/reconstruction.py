@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from prunekit.checks import Positive, check_fields
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients
 from prunekit.importance.input_statistics import (
     Reader,
     in_portions,
@@ -19,7 +18,7 @@ from prunekit.importance.input_statistics import (
     sums_over_inputs,
     wide,
 )
-from prunekit.importance.scores import tokens_for
+from prunekit.importance.scores import Calibration, SomeGroups, tokens_for
 
 RIDGE = 0.01
 
@@ -48,9 +47,7 @@ class Reconstruction:
     needs_calibration = True  # activations come from a calibration set
     label = "reconstruction"
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens.
 
         Raises:

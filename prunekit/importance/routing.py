@@ -13,9 +13,8 @@ from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients
 from prunekit.importance.input_statistics import measuring, stacked_experts
-from prunekit.importance.scores import check_takes_tokens, tokens_for
+from prunekit.importance.scores import Calibration, SomeGroups, check_takes_tokens, tokens_for
 
 
 class _Routed(NamedTuple):
@@ -39,9 +38,7 @@ class REAP:
     needs_calibration = True  # tokens are routed
     label = "REAP"
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_experts,), from tokens.
 
         Raises:
@@ -62,9 +59,7 @@ class RouterFrequency:
     needs_calibration = True  # tokens are routed
     label = "router frequency"
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_experts,), from tokens.
 
         Raises:
@@ -84,8 +79,8 @@ def _sizes(module: nn.Module, routed: _Routed, expert: int, rows: Tensor) -> Ten
 def _summed(
     who: str,
     model: nn.Module,
-    groups: tuple[CoupledGroup, ...],
-    calib: Tensor | Gradients | None,
+    groups: SomeGroups,
+    calib: Calibration,
     measure: Callable[[nn.Module, _Routed, int, Tensor], Tensor],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Group name → tokens routed to each expert, and sums of a measure over them, float64 (n_experts,)."""

@@ -15,8 +15,11 @@ from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.files import new_file, reading
+from prunekit.gradients import Gradients
 
 _FORMAT = "prunekit.scores/1"
+SomeGroups = tuple[CoupledGroup, ...]
+Calibration = Tensor | Gradients | None  # integers (n_samples, seq_len), or what was gathered over them
 
 
 class Scores(dict[str, Tensor]):

@@ -20,7 +20,7 @@ from prunekit.importance.curvature import Curvature, applies
 from prunekit.importance.fusion import HyWIA
 from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.routing import REAP, RouterFrequency
-from prunekit.importance.scores import Scores
+from prunekit.importance.scores import Calibration, Scores, SomeGroups
 from prunekit.importance.taylor import Magnitude, Random, Taylor
 
 
@@ -36,9 +36,7 @@ class Importance(Protocol):
     def label(self) -> str:
         """Short name for tables and legends."""
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → float (n_units,), higher means keep."""
 
 
@@ -111,7 +109,7 @@ def score(
     model: Network,
     groups: Groups | Iterable[CoupledGroup],
     importance: AnyImportance,
-    calib: Tensor | Gradients | None = None,
+    calib: Calibration = None,
     *,
     normalize: str | None = None,
 ) -> Scores:
@@ -158,7 +156,7 @@ def score(
     return scaled_to_loss(model, chosen, found, calib) if normalize == "loss" else found
 
 
-def _check_returned(importance: Importance, groups: tuple[CoupledGroup, ...], values: Any) -> None:
+def _check_returned(importance: Importance, groups: SomeGroups, values: Any) -> None:
     """Raise an error for an importance that does not give each group one finite number a unit."""
     wanted = {group.name: (group.n_units,) for group in groups}
     if not isinstance(values, Mapping) or values.keys() != wanted.keys():

@@ -10,7 +10,15 @@ from prunekit.checks import Seed, check_choice, check_fields
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients, gather_gradients
-from prunekit.importance.scores import GRANULARITIES, REDUCTIONS, all_slice_scores, check_takes_tokens, unit_scores
+from prunekit.importance.scores import (
+    GRANULARITIES,
+    REDUCTIONS,
+    Calibration,
+    SomeGroups,
+    all_slice_scores,
+    check_takes_tokens,
+    unit_scores,
+)
 
 ORDERS = ("first", "second", "mixed")
 
@@ -52,9 +60,7 @@ class Taylor:
         """Short name for tables and legends."""
         return f"Taylor {self.granularity} {self.order}" + ("" if self.reduction == "sum" else f", {self.reduction}")
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens or from gradients already gathered.
 
         Raises:
@@ -69,9 +75,7 @@ class Taylor:
         slices = all_slice_scores(groups, weight_scores, self.granularity)
         return {group.name: unit_scores(group, slices, self.reduction) for group in groups}
 
-    def gathered(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> Gradients:
+    def gathered(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> Gradients:
         """The gradients of the groups' parameters, computed from tokens or taken from `calib`.
 
         Raises:
@@ -137,9 +141,7 @@ class Magnitude:
         """Short name for tables and legends."""
         return f"L{self.p}" + ("" if self.reduction == "mean" else f", {self.reduction}")
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,); `calib` is not read."""
         parameters = dict(model.named_parameters())
 
@@ -175,9 +177,7 @@ class Random:
         """Short name for tables and legends."""
         return f"random, seed {self.seed}"
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,); neither model nor `calib` is read."""
         return {group.name: self._draw(group) for group in groups}
 
