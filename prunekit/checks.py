@@ -171,8 +171,8 @@ def check_reals(**numbers: tuple[Any, float, float]) -> None:
 
 _GUARD = Lock()
 _OF_MODEL: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+# Held by whoever changes what the whole process shares. It is taken after the locks of models, never before.
 PROCESS = RLock()
-"""Held by whoever changes what the whole process shares. It is taken after the locks of models, never before."""
 
 
 @contextmanager

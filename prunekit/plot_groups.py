@@ -72,13 +72,8 @@ def plot_coupled_group(
         top += max(place.rows for place in places.values()) + 2.4 * GAP * largest
     n_colors = max(map(len, shown.values()))
     labels = ["one unit", "another", "a third", "a fourth"][:n_colors]
-    ax.legend(
-        handles=[Patch(color=color, label=label) for color, label in zip(UNIT_COLORS, labels, strict=False)],
-        loc="lower center",
-        bbox_to_anchor=(0.5, -0.09),
-        ncols=n_colors,
-        frameon=False,
-    )
+    handles = [Patch(color=color, label=label) for color, label in zip(UNIT_COLORS, labels, strict=False)]
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.09), ncols=n_colors, frameon=False)
     ax.set_title(f"Layer {layer}: one colour is one unit, and goes as a whole", pad=22)
     ax.set(aspect="equal", ylim=(top - GAP * largest, -1.3 * GAP * largest))
     ax.autoscale(axis="x")
@@ -133,23 +128,19 @@ def draw_row(ax: Axes, group: CoupledGroup, places: dict[str, Place], units: Seq
         ax.add_patch(Rectangle((place.x, place.y), place.columns, place.rows, facecolor=PAPER, edgecolor=INK, lw=1))
         name, _, kind = place.parameter.removesuffix(".weight").rpartition(".")
         label = kind if kind != "bias" else f"{name.rpartition('.')[2]}\nbias"
-        middle = place.x + place.columns / 2
+        middle, below = place.x + place.columns / 2, place.y + place.rows + GAP * largest / 8
         ax.text(middle, place.y - GAP * largest / 8, label, ha="center", va="bottom", fontsize=12)
         if kind != "bias":
             size = f"{place.rows} × {place.columns}"
-            ax.text(
-                middle, place.y + place.rows + GAP * largest / 8, size, ha="center", va="top", fontsize=10, color=INK
-            )
+            ax.text(middle, below, size, ha="center", va="top", fontsize=10, color=INK)
     for unit, color in zip(units, UNIT_COLORS, strict=False):
         for member in group.members:
             draw_owned(ax, member, places[member.parameter], unit, color)
     middle = next(iter(places.values())).y + max(place.rows for place in places.values()) / 2
     numbers = " and ".join(map(str, units)) if len(units) < 3 else ", ".join(map(str, units))
-    title = f"{group.kind}\n{group.n_units} units"
-    ax.text(
-        -GAP * largest / 2, middle + GAP * largest, f"coloured: {numbers}", ha="right", va="top", fontsize=11, color=INK
-    )
-    ax.text(-GAP * largest / 2, middle, title, ha="right", va="center", fontsize=13, weight="bold")
+    left, title = -GAP * largest / 2, f"{group.kind}\n{group.n_units} units"
+    ax.text(left, middle + GAP * largest, f"coloured: {numbers}", ha="right", va="top", fontsize=11, color=INK)
+    ax.text(left, middle, title, ha="right", va="center", fontsize=13, weight="bold")
 
 
 def draw_owned(ax: Axes, member: Member, place: Place, unit: int, color: str) -> None:

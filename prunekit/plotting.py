@@ -135,21 +135,13 @@ def draw_bars(ax: Axes, wide: pd.DataFrame, colors: Mapping[str, str], errors: p
     """Grouped bars: one group per row, one bar per column; columns differ by colour and hatch."""
     width = 0.8 / wide.shape[1]
     places = np.arange(len(wide))
+    style: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.5}
+    style["error_kw"] = {"ecolor": "black", "elinewidth": 1.2, "capsize": 2}
     for i, name in enumerate(wide.columns):
         shift = (i - (wide.shape[1] - 1) / 2) * width
+        own = {"label": name, "color": colors[name], "hatch": HATCHES[i % len(HATCHES)]}
         spread = None if errors is None else errors[name].to_numpy(float)
-        ax.bar(
-            places + shift,
-            wide[name].to_numpy(float),
-            width,
-            yerr=spread,
-            label=name,
-            color=colors[name],
-            hatch=HATCHES[i % len(HATCHES)],
-            edgecolor="white",
-            linewidth=0.5,
-            error_kw={"ecolor": "black", "elinewidth": 1.2, "capsize": 2},
-        )
+        ax.bar(places + shift, wide[name].to_numpy(float), width, yerr=spread, **own, **style)
     step = max(1, len(wide) // 16) if pd.api.types.is_numeric_dtype(wide.index) else 1
     ax.set_xticks(places[::step], [str(label) for label in wide.index[::step]])
     ax.grid(False, axis="x")
@@ -279,18 +271,12 @@ def plot_agreement(table: pd.DataFrame, *, x: str | None = None, y: str | None =
     crowded = len(table) > 500
     by_size = sorted(table.groupby("kind", sort=False), key=lambda kind: -len(kind[1]))  # the few lie on top
     for marker, (kind, rows) in zip(MARKERS, by_size, strict=False):
-        size = 36 if not crowded or len(rows) < 200 else 8
+        style: dict[str, Any] = {"s": 36 if not crowded or len(rows) < 200 else 8, "alpha": 0.6, "lw": 0}
         points = ranks.loc[rows.index]
-        ax.scatter(
-            points[x], points[y], s=size, marker=marker, color=colors[str(kind)], alpha=0.6, label=str(kind), lw=0
-        )
+        ax.scatter(points[x], points[y], marker=marker, color=colors[str(kind)], label=str(kind), **style)
     ax.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1.2, label="same rank")
-    ax.set(
-        xlabel=f"rank by {x} (0%: cut first)",
-        ylabel=f"rank by {y} (0%: cut first)",
-        xlim=(-0.02, 1.02),
-        ylim=(-0.02, 1.02),
-    )
+    ax.set(xlabel=f"rank by {x} (0%: cut first)", ylabel=f"rank by {y} (0%: cut first)")
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     ax.set_title(f"Spearman's ρ = {ranks[x].corr(ranks[y]):.2f}")
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.yaxis.set_major_formatter(PercentFormatter(1))

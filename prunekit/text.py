@@ -10,13 +10,8 @@ from torch import Tensor
 
 from prunekit.errors import PrunekitError, first_line
 
-DOCUMENT_SEPARATOR = "<|endoftext|>"
-"""Separator between documents in TinyStories and many other corpora."""
-
-JOINT = "\n"
-"""Separator between documents in a stream of tokens, as in the embedded world's training."""
-
-
+DOCUMENT_SEPARATOR = "<|endoftext|>"  # between documents in TinyStories and many other corpora
+JOINT = "\n"  # between documents in a stream of tokens, as in the embedded world's training
 NO_TOKENIZER = (
     "a checkpoint that has no tokenizer gets one by tokenizer.json and tokenizer_config.json in its folder; where "
     "tokens were cut, that of the uncut model does not fit: plan.json lists under keep the old number of each new one"

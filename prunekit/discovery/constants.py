@@ -118,7 +118,7 @@ def select(module: nn.Module, chosen: Selection) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Followed:
+class Followed:
     """Memory whose numbers come from a buffer, one from one.
 
     Attributes:
@@ -143,7 +143,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self.shapes: dict[str, torch.Size] = {}
-        self._followed: dict[int, _Followed] = {}
+        self._followed: dict[int, Followed] = {}
 
     def follow(self, name: str, buffer: Tensor) -> Tensor:
         """Begin with a buffer; very large ones stay constants."""
@@ -157,34 +157,22 @@ class Buffers:
         if not self._followed or not isinstance(result, Tensor):
             return
         several = [tensor for tensor in tensors if tensor.numel() != 1]
-        source = self._found(several[0]) if len(several) == 1 else None
-        if source is None or several[0].numel() != result.numel() or storage_key(result.untyped_storage()) in self:
+        source = self.found(several[0]) if len(several) == 1 else None
+        if source is None or several[0].numel() != result.numel() or self.found(result) is not None:
             return
         if several[0].squeeze().shape == result.squeeze().shape:
             entries = _laid(source.entries, several[0]).reshape(result.shape)
             self._note(result, source.name, entries, own=False)
 
-    def entries(self, tensor: Tensor) -> tuple[str, Tensor, torch.UntypedStorage] | None:
-        """The buffer that a tensor's memory comes from, which of its entries stand where, and the memory."""
-        found = self._found(tensor)
-        return None if found is None else (found.name, found.entries, found.storage)
-
-    def is_own(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a followed buffer itself, in whatever view."""
-        found = self._found(tensor)
-        return found is not None and found.own
-
-    def __contains__(self, key: int) -> bool:
-        return key in self._followed
-
-    def _found(self, tensor: Tensor) -> _Followed | None:
+    def found(self, tensor: Tensor) -> Followed | None:
+        """What a tensor's memory comes from; None where that is no buffer."""
         return self._followed.get(storage_key(tensor.untyped_storage()))
 
     def _note(self, tensor: Tensor, name: str, entries: Tensor, *, own: bool) -> None:
         storage = tensor.untyped_storage()
         flat = torch.zeros(storage.nbytes() // tensor.element_size(), dtype=torch.long)
         _laid(flat, tensor).copy_(entries)
-        self._followed[storage_key(storage)] = _Followed(name, flat, storage, own)
+        self._followed[storage_key(storage)] = Followed(name, flat, storage, own)
 
 
 def _laid(flat: Tensor, tensor: Tensor) -> Tensor:

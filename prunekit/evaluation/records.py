@@ -14,12 +14,8 @@ from prunekit.errors import PrunekitError, reason
 from prunekit.file_records import records_in
 from prunekit.questions import Question
 
-STEMS = {
-    "train": ("train",),
-    "dev": ("dev",),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
-}  # split → what files of it are called
+# Split → what files of it are called.
+STEMS = {"train": ("train",), "dev": ("dev",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,8 @@ class Record:
         found: Any = self.fields
         for depth, name in enumerate(path):
             if not isinstance(found, Mapping) or name not in found:
-                raise self.error(f"{'.'.join(path[: depth + 1])!r} is missing; it has {_shown(self.fields)}")
+                columns = ", ".join(map(repr, self.fields)) or "no columns"
+                raise self.error(f"{'.'.join(path[: depth + 1])!r} is missing; it has {columns}")
             found = found[name]
         return found
 
@@ -177,10 +174,6 @@ def folders_of(data_dir: str | Path, names: Sequence[str]) -> list[Path]:
         raise PrunekitError(f"data_dir={str(data_dir)!r} is no folder; give one that holds a folder a task")
     found = [folder for name in names for folder in (root / name, *sorted(root.glob(f"*/{name}"))) if folder.is_dir()]
     return list(dict.fromkeys(found))
-
-
-def _shown(fields: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, fields)) or "no columns"
 
 
 LETTERS = ("A", "B", "C", "D")  # of MMLU's choices

@@ -41,7 +41,6 @@ class StandardTask:
         normalize: whether the papers' tables count `acc_norm`.
         shots_split: where few-shot examples come from; None where the harness has none.
         first_shots: whether they are the first ones of that split, in place of a random draw for each question.
-        folders: names that its folder may have beside `name`.
     """
 
     name: str
@@ -52,7 +51,6 @@ class StandardTask:
     normalize: bool
     shots_split: str | None = "train"
     first_shots: bool = False
-    folders: tuple[str, ...] = ()
 
 
 TASKS = {
@@ -66,17 +64,7 @@ TASKS = {
         StandardTask("arc_challenge", "allenai/ai2_arc", "ARC-Challenge", "test", read_arc, True),
         StandardTask("openbookqa", "allenai/openbookqa", "main", "test", read_openbookqa, True),
         StandardTask("mmlu", "cais/mmlu", None, "test", read_mmlu, False, "dev", True),
-        StandardTask(
-            "lambada",
-            "EleutherAI/lambada_openai",
-            "default",
-            "test",
-            read_lambada,
-            False,
-            None,
-            False,
-            ("lambada_openai",),
-        ),
+        StandardTask("lambada", "EleutherAI/lambada_openai", "default", "test", read_lambada, False, None),
     )
 }
 
@@ -95,8 +83,7 @@ SUBJECTS = (
     "world_religions",
 )  # fmt: skip
 
-SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-"""The seven tasks of the papers' tables, in their order."""
+SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # of the papers' tables
 
 
 def is_standard(name: str) -> bool:
@@ -195,7 +182,7 @@ def _rows(spec: StandardTask, subject: str | None, split: str, data_dir: str | P
     """Rows of a split, from the hub or from a folder."""
     if data_dir is None:
         return read_hub(spec.hub, subject or spec.config, split)
-    folders = folders_of(data_dir, (spec.name, *spec.folders, spec.hub.split("/")[-1]))
+    folders = folders_of(data_dir, (spec.name, spec.hub.split("/")[-1]))
     if subject is not None:
         for folder in folders:
             if (file := folder / split / f"{subject}_{split}.csv").is_file():

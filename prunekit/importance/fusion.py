@@ -14,7 +14,8 @@ from prunekit.importance.scores import Calibration, Scores, SomeGroups, layer_of
 from prunekit.importance.taylor import Taylor
 
 Weights = tuple[float, float]  # of the coarse and of the fine scores
-Rule = str | Weights | Callable[[Tensor, Tensor], Weights]
+Fusion = Callable[[Tensor, Tensor], Weights]
+Rule = str | Weights | Fusion
 
 
 def attention_weights(coarse: Tensor, fine: Tensor) -> Weights:
@@ -50,10 +51,7 @@ def uncertainty_weights(coarse: Tensor, fine: Tensor) -> Weights:
     return (f / (c + f), c / (c + f)) if c + f > 0 else (0.5, 0.5)
 
 
-RULES: dict[str, Callable[[Tensor, Tensor], Weights]] = {
-    "attention": attention_weights,
-    "uncertainty": uncertainty_weights,
-}
+RULES: dict[str, Fusion] = {"attention": attention_weights, "uncertainty": uncertainty_weights}
 
 
 class FusedScores(Scores):

@@ -55,17 +55,10 @@ class Scores(dict[str, Tensor]):
 
     def summary(self) -> pd.DataFrame:
         """One row per kind: groups, units, and the range of the scores."""
-        return (
-            self.table()
-            .groupby("kind", sort=False)
-            .agg(
-                groups=("group", "nunique"),
-                units=("unit", "size"),
-                lowest=("score", "min"),
-                median=("score", "median"),
-                highest=("score", "max"),
-            )
-        )
+        return self.table().groupby("kind", sort=False).agg(
+            groups=("group", "nunique"), units=("unit", "size"),
+            lowest=("score", "min"), median=("score", "median"), highest=("score", "max"),
+        )  # fmt: skip
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file, replacing an old one only when it is complete.
@@ -133,8 +126,7 @@ _ACROSS_SLICES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 REDUCTIONS = (*_ACROSS_SLICES, "first", "second")
 
-SliceScores = dict[tuple[str, int], Tensor]
-"""(parameter, dim) → one score an index of that dimension."""
+SliceScores = dict[tuple[str, int], Tensor]  # (parameter, dim) → one score an index of that dimension
 
 
 def check_takes_tokens(model: nn.Module) -> None:
