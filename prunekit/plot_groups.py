@@ -198,7 +198,9 @@ def plot_groups(
     width = WIDTH if ax is None else ax.get_window_extent().width / ax.figure.dpi
     placed = [(lane, place_parts(lane, width - LABEL)) for lane in lanes]
     heights = [LANE * max(1 + places[-1][2], 1.45 if lane.where else 1) for lane, places in placed]
-    ax = new_axes(sum(heights)) if ax is None else ax
+    if ax is None:
+        layout = ConstrainedLayoutEngine(h_pad=MARGIN, w_pad=MARGIN)
+        ax = plt.subplots(figsize=(WIDTH, sum(heights) + 0.45 + 2 * MARGIN), layout=layout)[1]
     for (lane, places), height, top in zip(placed, heights, np.cumsum([0, *heights]), strict=False):
         draw_lane(ax, lane, places, float(top), width, height)
     ax.set_title(f"Layer {layer}: what goes together", loc="left", fontsize=18, weight="bold")
@@ -227,12 +229,6 @@ def part_width(part: Part) -> float:
     """Inches from the left of a box to the left of the next."""
     letters = max(len(part.name) * NAME_SIZE, len(part.takes) * NOTE_SIZE) * LETTER
     return COLUMN * ceil((BOX + 2 * SHEET + 0.2 + letters) / COLUMN)
-
-
-def new_axes(height: float) -> Axes:
-    """Axes on a figure of its own, this high under the title."""
-    layout = ConstrainedLayoutEngine(h_pad=MARGIN, w_pad=MARGIN)
-    return plt.subplots(figsize=(WIDTH, height + 0.45 + 2 * MARGIN), layout=layout)[1]
 
 
 def draw_lane(ax: Axes, lane: Lane, places: Sequence[Placed], top: float, width: float, height: float) -> None:

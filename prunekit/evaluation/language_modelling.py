@@ -167,6 +167,9 @@ def measure_perplexity(
     return PerplexityResult(value, nll, n_tokens, len(read.spans), protocol, read.window, strided, separator, read.bos)
 
 
+C4_PART = "en/c4-validation.00000-of-00008.json.gz"
+
+
 @dataclass(frozen=True)
 class StandardText:
     """A published text.
@@ -192,33 +195,19 @@ TEXTS = {
     text.name: text
     for text in (
         StandardText(
-            "wikitext2",
-            {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
-            "text",
-            "\n\n",
+            "wikitext2", {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}, "text", "\n\n",
             ("wikitext2/test.txt", "wikitext2/wiki.test.raw", "wikitext2/wiki.test.tokens"),
         ),
         StandardText(
-            "ptb",
-            {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet", "split": "test"},
-            "sentence",
-            " ",
-            ("ptb/ptb.test.txt", "ptb/test.txt"),
+            "ptb", {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet", "split": "test"},
+            "sentence", " ", ("ptb/ptb.test.txt", "ptb/test.txt"),
         ),
         StandardText(
-            "c4",
-            {
-                "path": "allenai/c4",
-                "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
-                "split": "validation",
-            },
-            "text",
-            " ",
-            ("c4/validation.jsonl", "calibration/c4_demo.jsonl"),
-            1100,
+            "c4", {"path": "allenai/c4", "data_files": {"validation": C4_PART}, "split": "validation"},
+            "text", " ", ("c4/validation.jsonl", "calibration/c4_demo.jsonl"), limit=1100,
         ),
     )
-}
+}  # fmt: skip
 
 
 @checked

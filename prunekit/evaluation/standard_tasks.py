@@ -137,14 +137,11 @@ def _asked(
         question = spec.read(row)
         examples = pool[:shots] if spec.first_shots else _draw(draw, pool, shots, spec, _answered(question))
         front = description + "".join(f"{example}\n\n" for example in examples)
-        yield _behind(front, replace(question, domain=subject or question.domain))
-
-
-def _behind(front: str, question: Question) -> Question:
-    """A question with a text in front of its context."""
-    if question.contexts is None:
-        return replace(question, context=front + question.context)
-    return replace(question, contexts=tuple(front + context for context in question.contexts))
+        question = replace(question, domain=subject or question.domain)
+        if question.contexts is None:
+            yield replace(question, context=front + question.context)
+        else:
+            yield replace(question, contexts=tuple(front + context for context in question.contexts))
 
 
 def _pool(spec: StandardTask, subject: str | None, data_dir: str | Path | None, shots: int) -> list[str]:

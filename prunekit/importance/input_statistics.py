@@ -241,8 +241,8 @@ def watching_experts(modules: Mapping[str, nn.Module], note: Note) -> Iterator[N
         for module in set(modules.values()):
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
-        with _Products(running, names, note):
-            yield
+        hooks.enter_context(_Products(running, names, note))
+        yield
 
 
 class _Products(TorchFunctionMode):
