@@ -24,7 +24,6 @@ GAP = 0.16  # of the largest matrix, between two matrices
 class Place:
     """Where one parameter is drawn: its lower-left-most corner's x, its top's y, and its size, in indices."""
 
-    parameter: str
     x: float
     y: float
     rows: int
@@ -117,16 +116,16 @@ def place_row(group: CoupledGroup, shapes: dict[str, tuple[int, ...]], top: floa
             continue
         rows, columns = matrix_shape(shapes[member.parameter])
         columns = max(columns, round(gap / 4)) if len(shapes[member.parameter]) == 1 else columns
-        places[member.parameter] = Place(member.parameter, x, top, rows, columns, len(shapes[member.parameter]))
+        places[member.parameter] = Place(x, top, rows, columns, len(shapes[member.parameter]))
         x += columns + gap
     return places
 
 
 def draw_row(ax: Axes, group: CoupledGroup, places: dict[str, Place], units: Sequence[int], largest: int) -> None:
     """Draws a group's parameters with their names and sizes, then what each unit owns."""
-    for place in places.values():
+    for parameter, place in places.items():
         ax.add_patch(Rectangle((place.x, place.y), place.columns, place.rows, facecolor=PAPER, edgecolor=INK, lw=1))
-        name, _, kind = place.parameter.removesuffix(".weight").rpartition(".")
+        name, _, kind = parameter.removesuffix(".weight").rpartition(".")
         label = kind if kind != "bias" else f"{name.rpartition('.')[2]}\nbias"
         middle, below = place.x + place.columns / 2, place.y + place.rows + GAP * largest / 8
         ax.text(middle, place.y - GAP * largest / 8, label, ha="center", va="bottom", fontsize=12)

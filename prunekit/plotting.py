@@ -95,15 +95,10 @@ def plot_scores(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None
     ax.figure.colorbar(mesh, ax=ax, label=f"importance{scale} (more: keep)", pad=0.02)
     ax.set(xlabel=f"units of kind {kind}, most important first (rank)", ylabel="layer", title=f"Importance: {kind}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    label_layers(ax, grid.index)
+    step = max(1, len(grid) // 16)  # so that the numbers have room
+    ax.set_yticks(range(0, len(grid), step), [str(int(layer)) for layer in grid.index[::step]])
     ax.invert_yaxis()
     return ax
-
-
-def label_layers(ax: Axes, layers: pd.Index) -> None:
-    """Numbers on the vertical axis, each layer where there is room, else every few."""
-    step = max(1, len(layers) // 16)
-    ax.set_yticks(range(0, len(layers), step), [str(int(layer)) for layer in layers[::step]])
 
 
 @projected

@@ -34,7 +34,6 @@ class Part:
     Attributes:
         path: of the module.
         node: of the first channel of its result.
-        n_channels: of its result.
         like: argument that has the shape of its result.
         echo: True where the result is that argument, False where it is zero.
         result: place of the result in the module's output; () if it is the whole output.
@@ -44,7 +43,6 @@ class Part:
 
     path: str
     node: int
-    n_channels: int
     like: Where
     echo: bool
     result: Where
@@ -142,7 +140,7 @@ def _probe(
         node = int(planes[0].flatten()[0])
         length = len(returned) if where else 0
         like = (echoed or [alike[0][0]])[0]
-        return Part(path, node, result.numel(), like, bool(echoed), where, length, layer) if node > LOCKED else None
+        return Part(path, node, like, bool(echoed), where, length, layer) if node > LOCKED else None
 
 
 def depth_groups(trace: Trace, hidden: NDArray[np.bool_]) -> list[CoupledGroup]:

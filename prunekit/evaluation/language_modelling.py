@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from prunekit.annotations import Rule, is_real
 from prunekit.checks import Count, FilePath, Length, Model, NotNegative, Tokenizer, check_fields, checked
 from prunekit.documents import TextSource, read_documents
-from prunekit.errors import PrunekitError, reason
-from prunekit.evaluation.records import Record, folders_of
+from prunekit.errors import PrunekitError
+from prunekit.evaluation.records import Record, folders_of, load_hub
 from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.windows import PAPERS, read_spans
 
@@ -236,15 +236,7 @@ def standard_text(name: str, *, data_dir: FilePath | None = None) -> str:
 
 
 def _from_hub(text: StandardText) -> list[str]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(**text.hub)
-    except Exception as error:  # the library raises errors of a dozen kinds
-        raise PrunekitError(
-            f"cannot read {text.hub['path']!r} from the hub ({reason(error)}); without a network, give data_dir= "
-            f"(--data-dir) with {text.files[0]} in it"
-        ) from error
+    rows = load_hub(repr(text.hub["path"]), f"{text.files[0]} in it", **text.hub)
     return [Record(row, f"{text.hub['path']}, row {number}").text(text.column) for number, row in enumerate(rows)]
 
 

@@ -88,17 +88,32 @@ def read_hub(path: str, config: str | None, split: str) -> Iterator[Record]:
     Raises:
         PrunekitError: it cannot be read: no network, no such data set.
     """
+    rows = load_hub(f"{path!r} ({config or 'default'}, {split})", "the files", path, config, split=split)
+    for number, fields in enumerate(rows):
+        yield Record(fields, f"{path} ({split}), row {number}")
+
+
+def load_hub(what: str, files: str, *args: Any, **options: Any) -> Any:
+    """A data set of the hub.
+
+    Args:
+        what: it is, for messages.
+        files: that can be given in its place, for messages.
+        args: of `datasets.load_dataset`.
+        options: of the same.
+
+    Raises:
+        PrunekitError: it cannot be read: no network, no such data set.
+    """
     import datasets
 
     try:
-        rows = datasets.load_dataset(path, config, split=split)
+        return datasets.load_dataset(*args, **options)
     except Exception as error:  # the library raises errors of a dozen kinds
         raise PrunekitError(
-            f"cannot read {path!r} ({config or 'default'}, {split}) from the hub ({reason(error)}); without a "
-            "network, give data_dir= (--data-dir) with the files"
+            f"cannot read {what} from the hub ({reason(error)}); without a network, give data_dir= (--data-dir) with "
+            f"{files}"
         ) from error
-    for number, fields in enumerate(rows):
-        yield Record(fields, f"{path} ({split}), row {number}")
 
 
 def read_files(folder: Path, split: str) -> Iterator[Record] | None:

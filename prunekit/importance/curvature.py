@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.calibration import check_tokens, summed_loss
+from prunekit.calibration import check_tokens, in_batches, summed_loss
 from prunekit.checks import Positive, check_fields
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
@@ -23,7 +23,6 @@ RIDGE = 0.3
 HEAVY = 2.0  # times the median; larger token gradients are clipped to this size
 BLOCKS = 24  # parts in which the units of a large group are removed; small groups lose one at a time
 CAUTION = {"kv_head": 4.0, "query_head": 4.0}
-_TOKENS = 1024  # per forward and backward pass; logits of a large vocabulary need the most memory
 
 
 class Sums(NamedTuple):
@@ -119,10 +118,9 @@ def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) 
     """
     check_takes_tokens(model)
     tokens = check_tokens(calib, model)
-    batches = tokens.split(max(1, _TOKENS // tokens.shape[1]))
     sums: dict[str, Sums] = {}
     with evaluating(model), frozen(model), _watching(model, readers, sums), torch.enable_grad():
-        for batch in tqdm(batches, desc="curvature", unit="batch", leave=False, delay=1):
+        for batch in tqdm(in_batches(tokens), desc="curvature", unit="batch", leave=False, delay=1):
             (summed_loss(model, batch) * (batch.shape[1] - 1)).backward()  # summed over tokens
     for name in readers:
         if name not in sums or not all(bool(total.isfinite().all()) for total in sums[name]):

@@ -10,6 +10,7 @@ from prunekit.checks import Seed, check_choice, check_fields
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients, gather_gradients
+from prunekit.importance.input_statistics import wide
 from prunekit.importance.scores import (
     GRANULARITIES,
     REDUCTIONS,
@@ -105,7 +106,7 @@ def taylor_weight_scores(weight: Tensor, gradients: Gradients, name: str, order:
     Returns:
         float32 (float64 for float64 weights), shaped like `weight`.
     """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = wide(weight)
     first = weight * gradients.g[name].to(weight)
     if order == "first" or gradients.h is None:
         return first
@@ -146,8 +147,7 @@ class Magnitude:
         parameters = dict(model.named_parameters())
 
         def weight_scores(name: str) -> Tensor:
-            weight = parameters[name].detach()
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight = wide(parameters[name].detach())
             return weight.abs() if self.p == 1 else weight.square()
 
         slices = all_slice_scores(groups, weight_scores, "vector")  # no negative values: the same as "element"
