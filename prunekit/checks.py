@@ -1,8 +1,13 @@
-"""Checks of arguments by their annotations: one way for all public functions, settings and commands.
+"""Checks of arguments by their annotations, one way for all functions, settings and commands; locks between threads.
 
 `@checked` compares each argument of a function with its annotation before the function runs, and `check_fields` does
 the same for the fields of a dataclass. `Count`, `Seed`, `Model` and the other names below are annotations whose type
 alone does not say what is allowed.
+
+One model is worked on by one thread at a time: a trace replaces a model's parameters while it runs, and an ablation its
+weights, so two threads on one model would see each other's changes. Threads with models of their own run side by side,
+but for the steps that change the process: random numbers, how torch builds modules, which attention kernels it takes.
+A training holds the random numbers until it ends, so that loading a model, or another training, waits for it.
 """
 
 import os
@@ -168,6 +173,8 @@ def check_reals(**numbers: tuple[Any, float, float]) -> None:
     for name, (value, low, high) in numbers.items():
         check_value(name, value, Annotated[float, _within(low, high)])
 
+
+# --- locks --------------------------------------------------------------------------------------
 
 _GUARD = Lock()
 _OF_MODEL: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()

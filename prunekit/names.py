@@ -12,8 +12,6 @@ from prunekit.errors import PrunekitError
 
 PLAIN, PADDED, GGUF, OWN = "plain", "padded", "gguf", "prunekit"
 LAYOUTS = (PLAIN, PADDED, GGUF)  # what other programs load
-
-
 WORLD = "world"
 
 

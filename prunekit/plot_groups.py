@@ -19,6 +19,16 @@ UNIT_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
 PAPER, INK = "#ECECEC", "#666666"
 GAP = 0.16  # of the largest matrix, between two matrices
 
+# Inches, and points for letters: legible from the last row on a slide of 13.3 × 7.5 inches.
+WIDTH, LABEL, LANE, BOX, SHEET = 13.0, 2.1, 0.56, 0.38, 0.05
+MARGIN = 0.12  # round the whole, so that no letter touches the edge
+COLUMN = (WIDTH - LABEL) / 14  # parts begin at multiples of this
+NAME_SIZE, NOTE_SIZE, KIND_SIZE = 12, 11, 14
+LETTER = 0.56 / 72  # inches a point of size: the mean width of a letter
+LINES = 2  # of a lane; what does not fit is counted
+
+Placed = tuple[Part | str, float, int]  # what, where from the left, in which line of its lane
+
 
 @dataclass(frozen=True)
 class Place:
@@ -160,15 +170,7 @@ def runs(indices: Sequence[int]) -> list[tuple[int, int]]:
     return [(int(piece[0]), len(piece)) for piece in pieces]
 
 
-# Inches, and points for letters: legible from the last row on a slide of 13.3 × 7.5 inches.
-WIDTH, LABEL, LANE, BOX, SHEET = 13.0, 2.1, 0.56, 0.38, 0.05
-MARGIN = 0.12  # round the whole, so that no letter touches the edge
-COLUMN = (WIDTH - LABEL) / 14  # parts begin at multiples of this
-NAME_SIZE, NOTE_SIZE, KIND_SIZE = 12, 11, 14
-LETTER = 0.56 / 72  # inches a point of size: the mean width of a letter
-LINES = 2  # of a lane; what does not fit is counted
-
-Placed = tuple[Part | str, float, int]  # what, where from the left, in which line of its lane
+# --- a diagram of one layer ---------------------------------------------------------------------
 
 
 @projected

@@ -12,6 +12,10 @@ from prunekit.errors import PrunekitError, first_line
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"  # between documents in TinyStories and many other corpora
 JOINT = "\n"  # between documents in a stream of tokens, as in the embedded world's training
+Spans = tuple[tuple[int, int], ...]  # begin and end of each reply, in characters
+Turn = Mapping[str, Any]
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # ShareGPT's → the usual
+_MARKERS = re.compile(r"\{%-?\s*generation\b")  # what transformers' own mask of the assistant's tokens needs
 NO_TOKENIZER = (
     "a checkpoint that has no tokenizer gets one by tokenizer.json and tokenizer_config.json in its folder; where "
     "tokens were cut, that of the uncut model does not fit: plan.json lists under keep the old number of each new one"
@@ -123,11 +127,7 @@ def whole_windows(stream: Tensor, width: int, bos: int | None) -> Tensor:
     return begin_windows(stream[: n_windows * step].view(n_windows, step), bos)
 
 
-Spans = tuple[tuple[int, int], ...]  # begin and end of each reply, in characters
-Turn = Mapping[str, Any]
-
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # ShareGPT's → the usual
-_MARKERS = re.compile(r"\{%-?\s*generation\b")  # what transformers' own mask of the assistant's tokens needs
+# --- chats --------------------------------------------------------------------------------------
 
 
 class TextWithReplies(str):

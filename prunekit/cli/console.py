@@ -176,6 +176,9 @@ def _counts(text: str) -> tuple[int, ...]:
     return int(kept), int(of)
 
 
+# --- output -------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Answer:
     """Output of a verb: plain values for `--json`, or text."""

@@ -117,6 +117,9 @@ def select(module: nn.Module, chosen: Selection) -> None:
     module.register_forward_pre_hook(chosen, with_kwargs=True)
 
 
+# --- buffers ------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class Followed:
     """Memory whose numbers come from a buffer, one from one.

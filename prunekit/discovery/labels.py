@@ -142,6 +142,8 @@ def along(labels: Tensor, dims: frozenset[int] | set[int]) -> Tensor:
     return labels
 
 
+# --- components ---------------------------------------------------------------------------------
+
 Owners = tuple[Ints, Ints, Ints]  # owners, members in their order, where each owner's members start
 
 

@@ -133,7 +133,7 @@ def read_out(mode: LabelMode, func: Any, args: tuple, kwargs: dict) -> Any:
     return func(*args, **kwargs)
 
 
-# --- choices by value ------------------------------------------------------------------------------
+# --- choices by value ---------------------------------------------------------------------------
 
 
 @dataclass(eq=False)

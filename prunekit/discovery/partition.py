@@ -185,6 +185,8 @@ def _shape_reason(levels: list[Level], node: int) -> str:
     return "takes no part in what reaches the output"
 
 
+# --- head dimensions ----------------------------------------------------------------------------
+
 Pairs = tuple[Ints, Ints]
 
 

@@ -200,6 +200,8 @@ def _tie_vocabulary(mode: LabelMode, logits: Tensor | None) -> Tensor | None:
     return logits
 
 
+# --- the trace that is stored with the groups ---------------------------------------------------
+
 Structure = tuple[Any, ...]
 
 

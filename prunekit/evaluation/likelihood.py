@@ -1,4 +1,4 @@
-"""Spans of tokens to score, checks that they fit a model, and how they are packed into rows.
+"""Spans of tokens to score, how they are packed into rows, and batches of rows.
 
 The inputs of all spans, sorted, are a tree: choices of one question part where they differ, and so do questions that
 begin alike. A row holds a piece of that tree, so that shared prefixes are run only once. A token sees itself and what
@@ -15,6 +15,12 @@ from torch import Tensor, nn
 
 from prunekit.errors import PrunekitError
 from prunekit.models import device_of
+
+ROW = 128  # nodes a row; of 64, 128 and 256 the quickest on the embedded world
+WIDEST = 4096  # nodes a row at most where long beginnings are shared; a mask of that width takes 64 MiB
+GROWTH = 3  # a row grows to so many times the beginning that it would otherwise repeat: attention is quadratic
+AT_ONCE = 2048  # positions whose logits are turned into likelihoods at once
+FULL = 0.9  # of a batch's width, what its shortest row has at least: no more than a tenth is padding
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,6 @@ def check_tokens_fit(model: nn.Module, highest: int) -> None:
             f"the text holds token {highest}, but the model's vocabulary has {n_vocabulary}: "
             "this tokenizer belongs to another model; load both from the same place"
         )
-
-
-ROW = 128  # nodes a row; of 64, 128 and 256 the quickest on the embedded world
-WIDEST = 4096  # nodes a row at most where long beginnings are shared; a mask of that width takes 64 MiB
-GROWTH = 3  # a row grows to so many times the beginning that it would otherwise repeat: attention is quadratic
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +178,7 @@ def sample_rows(rows: Sequence[Row]) -> list[Row]:
     return [rows[n] for n in sorted({deepest, fullest})]
 
 
-AT_ONCE = 2048  # positions whose logits are turned into likelihoods at once
-FULL = 0.9  # of a batch's width, what its shortest row has at least: no more than a tenth is padding
+# --- batches ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
