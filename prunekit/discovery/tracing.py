@@ -202,8 +202,6 @@ def _tie_vocabulary(mode: LabelMode, logits: Tensor | None) -> Tensor | None:
 
 # --- the trace that is stored with the groups ---------------------------------------------------
 
-Structure = tuple[Any, ...]
-
 
 @dataclass(frozen=True, eq=False)
 class Traced:
@@ -211,7 +209,7 @@ class Traced:
 
     trace: Trace
     model: weakref.ref[nn.Module]
-    structure: Structure
+    structure: tuple[Any, ...]
 
     @classmethod
     def of(cls, trace: Trace, model: nn.Module) -> "Traced":
@@ -223,7 +221,7 @@ class Traced:
         return self.model() is model and self.structure == _structure(model)
 
 
-def _structure(model: nn.Module) -> Structure:
+def _structure(model: nn.Module) -> tuple[Any, ...]:
     return tuple(
         (path, id(module), tuple((name, p.shape) for name, p in module._parameters.items() if p is not None))
         for path, module in model.named_modules()

@@ -59,7 +59,8 @@ class Ablation:
         Raises:
             PrunekitError: no tokens, or a loss that is not finite.
         """
-        tokens = _tokens(self.label, model, calib)
+        check_takes_tokens(model)
+        tokens = tokens_for(self.label, calib)
         dense = mean_loss(model, tokens)
         found = {group.name: torch.zeros(group.n_units, dtype=torch.float64) for group in groups}
         bar = tqdm(total=sum(group.n_units for group in groups), desc="ablation", unit="unit", leave=False, delay=1)
@@ -103,7 +104,8 @@ def scaled_to_loss(model: nn.Module, groups: Iterable[CoupledGroup], scores: Sco
     Raises:
         PrunekitError: no tokens, scores below 0, or a loss that is not finite.
     """
-    tokens = _tokens("normalize='loss'", model, calib)
+    check_takes_tokens(model)
+    tokens = tokens_for("normalize='loss'", calib)
     for name, values in scores.items():
         if float(values.min()) < 0:
             raise PrunekitError(
@@ -117,8 +119,3 @@ def scaled_to_loss(model: nn.Module, groups: Iterable[CoupledGroup], scores: Sco
         scores[group.name] = scores[group.name] * (rise / total) if total > 0 else scores[group.name]
     scores.label = f"{scores.label}, scaled to the loss"
     return scores
-
-
-def _tokens(who: str, model: nn.Module, calib: Calibration) -> Tensor:
-    check_takes_tokens(model)
-    return tokens_for(who, calib)

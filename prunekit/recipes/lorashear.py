@@ -151,9 +151,7 @@ def _own(folder: Path) -> Path:
     """A folder that contains only files of this recipe."""
     if folder.is_file():
         raise PrunekitError(f"{str(folder)!r} is a file; give a new folder")
-    others = (
-        [path.name for path in folder.iterdir() if path.name not in (KNOWLEDGE, PRUNING)] if folder.exists() else []
-    )
+    others = {path.name for path in folder.glob("*")} - {KNOWLEDGE, PRUNING}
     if others:
-        raise PrunekitError(f"{str(folder)!r} holds {sorted(others)[0]!r}; give a new folder, or one of the same run")
+        raise PrunekitError(f"{str(folder)!r} holds {min(others)!r}; give a new folder, or one of the same run")
     return folder
