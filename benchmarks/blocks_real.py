@@ -21,7 +21,7 @@ from machine import RESULTS, apart, append, done, machine, shared
 
 import prunekit as pk
 from prunekit.account import loss_on
-from prunekit.pruning.planning import default_units
+from prunekit.pruning.plan_options import default_units
 
 WAYS = ("none", "refit", "blocks", "refit, blocks", "training")
 OPTIONS = ("steps", "batch_size", "learning_rate")

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prunekit import registration
-from prunekit.extras import SEARCH, is_installed
+from prunekit.errors import SEARCH, is_installed
 
 if TYPE_CHECKING:
     from prunekit.account import LossChange
@@ -93,123 +93,30 @@ _ROOMS = {
     "discovery": ("CoupledGroup", "Groups", "Member", "discover"),
     "errors": ("DamageWarning", "PrunekitError"),
     "evaluation": (
-        "Report",
-        "compare",
-        "compare_accuracy",
-        "cost",
-        "evaluate",
-        "generations",
-        "perplexity",
-        "standard_text",
+        "Report", "compare", "compare_accuracy", "cost", "evaluate", "generations", "perplexity", "standard_text",
         "zero_shot",
-    ),  # fmt: skip
+    ),
     "importance": (
-        "Ablation",
-        "Activation",
-        "BlockInfluence",
-        "Curvature",
-        "Fluctuation",
-        "HyWIA",
-        "Magnitude",
-        "REAP",
-        "Random",
-        "Reconstruction",
-        "RouterFrequency",
-        "Taylor",
-        "fuse",
-        "score",
-    ),  # fmt: skip
+        "Ablation", "Activation", "BlockInfluence", "Curvature", "Fluctuation", "HyWIA", "Magnitude", "REAP",
+        "Random", "Reconstruction", "RouterFrequency", "Taylor", "fuse", "score",
+    ),
     "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units", "massive_activations"),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
     "recovery": (
-        "Distillation",
-        "FullTuning",
-        "LHSPG",
-        "LoRA",
-        "Mixture",
-        "TeacherLogits",
-        "keep_logits",
-        "prune_progressively",
-        "reconstruct",
-        "recover",
-        "recover_on_mixture",
+        "Distillation", "FullTuning", "LHSPG", "LoRA", "Mixture", "TeacherLogits", "keep_logits",
+        "prune_progressively", "reconstruct", "recover", "recover_on_mixture",
     ),
-    "search": ("AccuracyPredictor", "HyperparameterSpace", "KnobSpace", "PlanSpace", "measure_pairs", "search_space"),
+    "search": (
+        "AccuracyPredictor", "HyperparameterSpace", "PlanSpace", "measure_pairs", "search_space",
+        "KnobSpace",  # the old name of HyperparameterSpace
+    ),
     "sparsity": ("SparseLLM", "SparsityReport", "sparsify"),
-}
-
-__all__ = [
-    "Ablation",
-    "AccuracyPredictor",
-    "Activation",
-    "BlockInfluence",
-    "CoupledGroup",
-    "Curvature",
-    "DamageWarning",
-    "Distillation",
-    "Fluctuation",
-    "FullTuning",
-    "Groups",
-    "HyWIA",
-    "HyperparameterSpace",
-    "KnobSpace",  # the old name of HyperparameterSpace
-    "KnowledgeDistribution",
-    "LHSPG",
-    "LoRA",
-    "LossChange",
-    "Magnitude",
-    "Member",
-    "Mixture",
-    "PlanSpace",
-    "PrunekitError",
-    "PruningPlan",
-    "REAP",
-    "Random",
-    "Reconstruction",
-    "Report",
-    "RouterFrequency",
-    "SparseLLM",
-    "SparsityReport",
-    "Taylor",
-    "TeacherLogits",
-    "calibration_set",
-    "compare",
-    "compare_accuracy",
-    "compensate",
-    "cost",
-    "discover",
-    "evaluate",
-    "export",
-    "fuse",
-    "generations",
-    "keep_logits",
-    "knowledge_distribution",
-    "knowledge_of_units",
-    "load",
-    "massive_activations",
-    "measure_pairs",
-    "perplexity",
-    "plan",
-    "plan_in_steps",
-    "prune",
-    "prune_checkpoint",
-    "prune_progressively",
-    "reconstruct",
-    "recover",
-    "recover_on_mixture",
-    "save",
-    "score",
-    "search_space",
-    "sparsify",
-    "standard_text",
-    "zero_shot",
-]
+}  # fmt: skip
 
 registration.watch()
 
-
-if not all(map(is_installed, SEARCH)):  # a star import takes what is there
-    __all__ = [name for name in __all__ if name not in _ROOMS["search"]]
+_MISSING = () if all(map(is_installed, SEARCH)) else _ROOMS["search"]  # a star import takes what is there
+__all__ = sorted(name for names in _ROOMS.values() for name in names if name not in _MISSING)
 
 
 def __getattr__(name: str) -> Any:

@@ -214,15 +214,15 @@ def closed(opening: Opening, model: Any) -> LossChange:
 
 
 def _closed(opening: Opening, model: nn.Module) -> LossChange:
-    if opening.sample is None:
-        return LossChange(opening.step, None, None, 0, opening.why)
-    try:
-        after = loss_on(model, opening.sample.tokens)
-    except KeyboardInterrupt:
-        return LossChange(opening.step, None, None, 0, "it was interrupted")
-    except Exception as error:
-        return LossChange(opening.step, None, None, 0, _failed(error))
-    return LossChange(opening.step, opening.before, after, opening.sample.tokens.numel(), opening.sample.origin)
+    step, sample, before, why = opening
+    if sample is not None:
+        try:
+            return LossChange(step, before, loss_on(model, sample.tokens), sample.tokens.numel(), sample.origin)
+        except KeyboardInterrupt:
+            why = "it was interrupted"
+        except Exception as error:
+            why = _failed(error)
+    return LossChange(step, None, None, 0, why)
 
 
 def _failed(error: Exception) -> str:

@@ -45,13 +45,13 @@ def is_real(value: object) -> bool:
         return False
 
 
-def shown(value: object) -> str:
-    """A value for a message: short, on one line, and with its type where it is long."""
+def shown(value: object, most: int = 60) -> str:
+    """A value for a message: on one line of at most so many letters, and with its type where it is longer."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # a repr of any kind
         text = "…"
-    return text if len(text) <= 60 else f"{text[:40]}… ({type(value).__name__})"
+    return text if len(text) <= most else f"{text[: most - 20]}… ({type(value).__name__})"
 
 
 class Fault(NamedTuple):

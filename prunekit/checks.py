@@ -1,23 +1,30 @@
-"""Checks of arguments by their annotations: one way for all public functions, settings and commands.
+"""Checks of arguments by their annotations, one way for all functions, settings and commands; locks between threads.
 
 `@checked` compares each argument of a function with its annotation before the function runs, and `check_fields` does
 the same for the fields of a dataclass. `Count`, `Seed`, `Model` and the other names below are annotations whose type
 alone does not say what is allowed.
+
+One model is worked on by one thread at a time: a trace replaces a model's parameters while it runs, and an ablation its
+weights, so two threads on one model would see each other's changes. Threads with models of their own run side by side,
+but for the steps that change the process: random numbers, how torch builds modules, which attention kernels it takes.
+A training holds the random numbers until it ends, so that loading a model, or another training, waits for it.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
+from threading import Lock, RLock
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from prunekit.annotations import Rule, fault_in, is_integer, is_real, shown, words_for
 from prunekit.errors import PrunekitError
-from prunekit.locks import alone
 
 LONGEST_NAME = 255  # bytes of a file's name, on nearly all systems
 LARGEST = 2**31  # what is counted is fewer
@@ -165,3 +172,25 @@ def check_reals(**numbers: tuple[Any, float, float]) -> None:
     """
     for name, (value, low, high) in numbers.items():
         check_value(name, value, Annotated[float, _within(low, high)])
+
+
+# --- locks --------------------------------------------------------------------------------------
+
+_GUARD = Lock()
+_OF_MODEL: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+# Held by whoever changes what the whole process shares. It is taken after the locks of models, never before.
+PROCESS = RLock()
+
+
+@contextmanager
+def alone(models: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which no other thread is in such a context with one of these models; it waits for that.
+
+    A thread may enter it again. All models are given at once, so that two threads cannot wait for each other.
+    """
+    with _GUARD:
+        locks = {id(lock): lock for lock in (_OF_MODEL.setdefault(model, RLock()) for model in models)}
+    with ExitStack() as stack:
+        for key in sorted(locks):
+            stack.enter_context(locks[key])
+        yield

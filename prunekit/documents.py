@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.chats import TextWithReplies, answered, written_chat
+from prunekit.annotations import shown
 from prunekit.errors import PrunekitError
 from prunekit.file_records import FORMATS, records_in
+from prunekit.text import TextWithReplies, answered, written_chat
 
 WORLD_DOCUMENTS = 2000  # about 80,000 tokens, generated in well under a second
 
@@ -61,7 +62,7 @@ def read_documents(source: TextSource, *, separator: str | None = None, tokenize
     documents = list(documents_of(source, tokenizer, separator=separator))
     texts = [document for document in documents if isinstance(document, str)]
     if len(texts) < len(documents):
-        raise PrunekitError(f"{_shown(source)} holds token ids, and text is needed here; give the text")
+        raise PrunekitError(f"{shown(source, 80)} holds token ids, and text is needed here; give the text")
     return at_least_one(texts, source)
 
 
@@ -73,11 +74,11 @@ def at_least_one(documents: list[Any], source: object) -> list[Any]:
     """
     if not documents and isinstance(source, Iterator):
         raise PrunekitError(
-            f"{_shown(source)} holds no text; where it was read before, give a list, a file or a data set: an iterator "
-            "can be read only once"
+            f"{shown(source, 80)} holds no text; where it was read before, give a list, a file or a data set: "
+            "an iterator can be read only once"
         )
     if not documents:
-        raise PrunekitError(f"{_shown(source)} holds no text; give {_ACCEPTED}")
+        raise PrunekitError(f"{shown(source, 80)} holds no text; give {_ACCEPTED}")
     return documents
 
 
@@ -171,7 +172,7 @@ def _records(source: Any) -> Iterator[tuple[str, Any]]:
         return (("", row) for row in source.to_dict("records"))
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         splits = f"; of its parts {', '.join(map(repr, source))} give one" if isinstance(source, Mapping) else ""
-        raise PrunekitError(f"cannot read documents from {_shown(source)}{splits}; give {_ACCEPTED}")
+        raise PrunekitError(f"cannot read documents from {shown(source, 80)}{splits}; give {_ACCEPTED}")
     return (("", record) for record in source)
 
 
@@ -213,7 +214,7 @@ def _documents_in(record: Any, tokenizer: Any, at: str) -> tuple[str, Sequence[D
         return "", record
     elif isinstance(record, Tensor | np.ndarray | list | tuple):
         return "", _token_rows(record, None, at)
-    fields = f"a record with {', '.join(map(str, record))}" if isinstance(record, Mapping) else _shown(record)
+    fields = f"a record with {', '.join(map(str, record))}" if isinstance(record, Mapping) else shown(record, 80)
     raise PrunekitError(f"{at}no text in {fields}; give {_ACCEPTED}")
 
 
@@ -232,7 +233,7 @@ def _token_rows(ids: Any, mask: Any, at: str) -> list[Tensor]:
         rows = kept = torch.zeros(0)
     if rows.ndim != 2 or rows.is_floating_point() or rows.dtype == torch.bool:
         raise PrunekitError(
-            f"{at}no text and no tokens in {_shown(ids)}; token ids are integers (length,) or (n, length)"
+            f"{at}no text and no tokens in {shown(ids, 80)}; token ids are integers (length,) or (n, length)"
         )
     return [row[there].long().cpu() for row, there in zip(rows, kept, strict=True)]
 
@@ -267,9 +268,3 @@ def _named(source: object) -> str:
         text = str(source)
         return text if source == "world" or _existing_file(source) else f"a text of {len(text):,} characters"
     return f"a {type(source).__name__}"
-
-
-def _shown(value: object) -> str:
-    """A value for a message: short, on one line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:60]}… ({type(value).__name__})"

@@ -1,4 +1,4 @@
-"""The exceptions and the warnings of prunekit."""
+"""The exceptions and the warnings of prunekit, and the check for optional packages."""
 
 import gzip
 import json
@@ -6,6 +6,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from safetensors import SafetensorError
@@ -79,3 +80,30 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
             found = level + 1
         frame, level = frame.f_back, level + 1  # type: ignore[assignment]
     warnings.warn(message, category, stacklevel=found)
+
+
+SEARCH = ("joblib", "lightgbm", "optuna")  # what the extra `search` brings
+
+
+def need(extra: str, *modules: str, why: str) -> None:
+    """Raise an error if an optional package is not installed.
+
+    Args:
+        extra: the name in pyproject.toml, such as `"search"`.
+        modules: the modules needed.
+        why: what needs it, for the message.
+
+    Raises:
+        MissingExtraError: names the modules that are missing, and the line that installs them.
+    """
+    missing = [module for module in modules if not is_installed(module)]
+    if missing:
+        raise MissingExtraError(f"{why} needs {' and '.join(missing)}; pip install 'prunekit[{extra}]'")
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported; it is not."""
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # where the module was taken out of sys.modules by force
+        return False

@@ -30,11 +30,7 @@ LARGEST_RESULT = 2**40  # bytes of a result file, which may hold arrays
 LARGEST = 2**28  # bytes of a text file: the largest tokenizers and reports have a tenth of it
 RESTORE = "restore it from its source"
 UNFINISHED = ".unfinished"  # how the names of temporary folders end
-_OF_DISKS = (
-    "os error",
-    "PytorchStreamWriter failed",
-    "null byte",
-)  # in errors of tokenizers and torch, which are of no kind
+_OF_DISKS = ("os error", "PytorchStreamWriter failed", "null byte")  # in errors of tokenizers and torch, of no kind
 
 
 def check_regular(path: Path, most: int = LARGEST, advice: str = RESTORE) -> None:
@@ -59,19 +55,18 @@ def check_regular(path: Path, most: int = LARGEST, advice: str = RESTORE) -> Non
         raise PrunekitError(f"{str(path)!r} has {found.st_size:,} bytes, and {most:,} are read at most; {advice}")
 
 
-def read_text(path: str | Path, writer: str | None = None, most: int = LARGEST) -> str:
+def read_text(path: str | Path, writer: str | None = None) -> str:
     """The text of a file.
 
     Args:
         path: of the file.
         writer: what wrote it, such as `"Report.save"`, for messages; None for a file from elsewhere.
-        most: bytes that are read at most.
 
     Raises:
         PrunekitError: the file is missing, too large, or it is no text.
     """
     advice = RESTORE if writer is None else f"give the path of a file that {writer} wrote"
-    check_regular(Path(path), most, advice)
+    check_regular(Path(path), LARGEST, advice)
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -98,7 +93,7 @@ def reading(path: str | Path, what: str, writer: str) -> Iterator[None]:
         raise PrunekitError(f"no {what} in {str(path)!r} ({reason(error)}); {advice}") from error
 
 
-def read_json(path: str | Path, writer: str | None = None, most: int = LARGEST) -> Any:
+def read_json(path: str | Path, writer: str | None = None) -> Any:
     """The JSON value in a file; arguments are those of `read_text`.
 
     Raises:
@@ -106,7 +101,7 @@ def read_json(path: str | Path, writer: str | None = None, most: int = LARGEST) 
     """
     advice = RESTORE if writer is None else f"give the path of a file that {writer} wrote"
     try:
-        return json.loads(read_text(path, writer, most))
+        return json.loads(read_text(path, writer))
     except (json.JSONDecodeError, RecursionError) as error:  # also lists in lists without end
         raise PrunekitError(f"{str(path)!r} is not JSON ({reason(error)}); {advice}") from error
     except PrunekitError:

@@ -1,7 +1,7 @@
 """Gathers gradients over a calibration set, in one pass for all groups."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,12 +70,17 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
     h = {name: _zeros_like(p) for name, p in chosen.items()} if second else None
     batches = tokens.split(1) if second else in_batches(tokens)
     loss = 0.0
-    collecting = _collecting(model, chosen, found, h, len(tokens))
-    with evaluating(model), collecting, _checkpointed(model), torch.enable_grad():
+    with evaluating(model), frozen(model), ExitStack() as hooks, _checkpointed(model), torch.enable_grad():
+        for name, p in chosen.items():
+            p.requires_grad_(True)
+            add = _adder(found, None if h is None else h[name], name, len(tokens))
+            hooks.callback(p.register_post_accumulate_grad_hook(add).remove)
         for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, delay=1):
             loss += _backward(model, batch) / len(tokens)
     g = {name: found[name] if name in found else _zeros_like(p) for name, p in chosen.items()}
-    _check_gradients(g)
+    for name, gradient in g.items():
+        if not bool(torch.isfinite(gradient).all()):
+            raise PrunekitError(f"the gradient of {name} is not finite: load the model in float32 or bfloat16")
     means = None if h is None else {n: t.div_(len(tokens)) for n, t in h.items()}
     return Gradients(g, means, loss, len(tokens), tokens)
 
@@ -121,28 +126,6 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _collecting(
-    model: nn.Module,
-    chosen: dict[str, nn.Parameter],
-    g: dict[str, Tensor],
-    h: dict[str, Tensor] | None,
-    n_samples: int,
-) -> Iterator[None]:
-    """A context in which every backward pass adds to `g` and `h`."""
-    handles = []
-    with frozen(model):
-        for name, p in chosen.items():
-            p.requires_grad_(True)
-            add = _adder(g, None if h is None else h[name], name, n_samples)
-            handles.append(p.register_post_accumulate_grad_hook(add))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """A context in which no parameter has or requires a gradient; restored at its end."""
     before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
@@ -171,9 +154,3 @@ def _adder(g: dict[str, Tensor], h: Tensor | None, name: str, n_samples: int) ->
             g[name] = gradient.div_(n_samples)
 
     return add
-
-
-def _check_gradients(g: dict[str, Tensor]) -> None:
-    for name, gradient in g.items():
-        if not bool(torch.isfinite(gradient).all()):
-            raise PrunekitError(f"the gradient of {name} is not finite: load the model in float32 or bfloat16")

@@ -119,16 +119,10 @@ class Layerwise:
         The model runs as it always does, but these layers all answer with `hidden`, the residual stream in front of
         layer `number`: what `run` returned for the layer before it.
         """
-        with self._standing_in(number, hidden):
-            return self._model(**{**logits_alone(self._model), **_arguments(self._batches[batch])}).logits
-
-    @contextmanager
-    def _standing_in(self, number: int, hidden: Tensor) -> Iterator[None]:
-        """A context in which layers below `number` return a given residual stream."""
         with ExitStack() as stack:
             for module, answer in zip(self._modules[:number], self._answers, strict=False):
                 stack.enter_context(_answering(module, answer.filled(hidden)))
-            yield
+            return self._model(**{**logits_alone(self._model), **_arguments(self._batches[batch])}).logits
 
     def _go_to(self, number: int) -> None:
         if number < self._next:

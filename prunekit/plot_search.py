@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from prunekit.errors import PrunekitError
-from prunekit.fronts import unbeaten
+from prunekit.evaluation.report import unbeaten
 from prunekit.plot_style import (
     MARKERS,
     METHOD_COLORS,
@@ -63,11 +63,7 @@ def plot_predictions(table: pd.DataFrame, *, of: str = "log perplexity", ax: Axe
 
 @projected
 def plot_learning(
-    table: pd.DataFrame,
-    *,
-    figure: str = "spearman",
-    levels: Mapping[str, float] | None = None,
-    ax: Axes | None = None,
+    table: pd.DataFrame, *, figure: str = "spearman", levels: Mapping[str, float] | None = None, ax: Axes | None = None
 ) -> Axes:
     """Plots a figure of the predictor by the number of training samples.
 
@@ -179,10 +175,8 @@ def _draw_rules(ax: Axes, rules: pd.DataFrame | None, cost: str, metric: str) ->
 def _note_above(ax: Axes, values: pd.Series, top: float) -> None:
     above = int((values > top).sum())
     if above:
-        told = f"{above} of {len(values)} lie above"
-        ax.text(
-            0.99, 0.98, told, transform=ax.transAxes, ha="right", va="top", fontsize="small", backgroundcolor="white"
-        )
+        style: dict[str, Any] = {"ha": "right", "va": "top", "fontsize": "small", "backgroundcolor": "white"}
+        ax.text(0.99, 0.98, f"{above} of {len(values)} lie above", transform=ax.transAxes, **style)
 
 
 def _short(value: float) -> str:
@@ -218,9 +212,8 @@ def plot_spared(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     values = wide["value"].reindex_like(ranks).to_numpy(float)
     ax = axes_or_new(ax)
     ax.grid(False)
-    mesh = ax.pcolormesh(
-        np.ma.masked_invalid(ranks.to_numpy(float)), cmap="viridis", vmin=1, vmax=len(table), edgecolor="white"
-    )
+    cells = np.ma.masked_invalid(ranks.to_numpy(float))
+    mesh = ax.pcolormesh(cells, cmap="viridis", vmin=1, vmax=len(table), edgecolor="white")
     bar = ax.figure.colorbar(mesh, ax=ax, label=f"rank among {len(table)} groups", pad=0.02)
     bar.set_ticks([1, len(table)], labels=["let go", "spare"])
     for (row, column), value in np.ndenumerate(values):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, cast
+from typing import Any, ParamSpec, cast
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -105,18 +105,11 @@ def legend_outside(ax: Axes) -> None:
     ax.set_title(ax.get_title(), loc="left")
     ax.set_title("")
     entries = sorted(zip(*ax.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] == "chance")
-    if len(entries) > 4 or sum(len(label) for _, label in entries) > LETTERS:
-        ax.legend(*zip(*entries, strict=True), loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        return
-    ax.legend(
-        *zip(*entries, strict=True),
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        ncols=len(entries),
-        frameon=False,
-        columnspacing=1,
-        handlelength=1.6,
-    )
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    if len(entries) <= 4 and sum(len(label) for _, label in entries) <= LETTERS:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(entries)}
+        place |= {"columnspacing": 1, "handlelength": 1.6}
+    ax.legend(*zip(*entries, strict=True), frameon=False, **place)
 
 
 def check_picture(path: str | Path) -> Path:

@@ -16,11 +16,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from prunekit.errors import PrunekitError
 from prunekit.lanes import layer_table
 from prunekit.plot_curves import plot_fusion, plot_mixture, plot_norms, plot_tradeoff
+from prunekit.plot_groups import plot_coupled_group, plot_groups
 from prunekit.plot_knowledge import plot_knowledge, plot_massive, plot_score_agreement, plot_units
-from prunekit.plot_lanes import plot_groups
 from prunekit.plot_search import plot_front, plot_learning, plot_predictions, plot_spared
 from prunekit.plot_sparsity import plot_ffn_errors, plot_mask, plot_sparsity, plot_zeros
-from prunekit.plot_structure import plot_coupled_group
 from prunekit.plot_style import (
     HATCHES,
     KIND_COLORS,
@@ -96,15 +95,10 @@ def plot_scores(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None
     ax.figure.colorbar(mesh, ax=ax, label=f"importance{scale} (more: keep)", pad=0.02)
     ax.set(xlabel=f"units of kind {kind}, most important first (rank)", ylabel="layer", title=f"Importance: {kind}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    label_layers(ax, grid.index)
+    step = max(1, len(grid) // 16)  # so that the numbers have room
+    ax.set_yticks(range(0, len(grid), step), [str(int(layer)) for layer in grid.index[::step]])
     ax.invert_yaxis()
     return ax
-
-
-def label_layers(ax: Axes, layers: pd.Index) -> None:
-    """Numbers on the vertical axis, each layer where there is room, else every few."""
-    step = max(1, len(layers) // 16)
-    ax.set_yticks(range(0, len(layers), step), [str(int(layer)) for layer in layers[::step]])
 
 
 @projected
@@ -136,21 +130,13 @@ def draw_bars(ax: Axes, wide: pd.DataFrame, colors: Mapping[str, str], errors: p
     """Grouped bars: one group per row, one bar per column; columns differ by colour and hatch."""
     width = 0.8 / wide.shape[1]
     places = np.arange(len(wide))
+    style: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.5}
+    style["error_kw"] = {"ecolor": "black", "elinewidth": 1.2, "capsize": 2}
     for i, name in enumerate(wide.columns):
         shift = (i - (wide.shape[1] - 1) / 2) * width
+        own = {"label": name, "color": colors[name], "hatch": HATCHES[i % len(HATCHES)]}
         spread = None if errors is None else errors[name].to_numpy(float)
-        ax.bar(
-            places + shift,
-            wide[name].to_numpy(float),
-            width,
-            yerr=spread,
-            label=name,
-            color=colors[name],
-            hatch=HATCHES[i % len(HATCHES)],
-            edgecolor="white",
-            linewidth=0.5,
-            error_kw={"ecolor": "black", "elinewidth": 1.2, "capsize": 2},
-        )
+        ax.bar(places + shift, wide[name].to_numpy(float), width, yerr=spread, **own, **style)
     step = max(1, len(wide) // 16) if pd.api.types.is_numeric_dtype(wide.index) else 1
     ax.set_xticks(places[::step], [str(label) for label in wide.index[::step]])
     ax.grid(False, axis="x")
@@ -280,18 +266,12 @@ def plot_agreement(table: pd.DataFrame, *, x: str | None = None, y: str | None =
     crowded = len(table) > 500
     by_size = sorted(table.groupby("kind", sort=False), key=lambda kind: -len(kind[1]))  # the few lie on top
     for marker, (kind, rows) in zip(MARKERS, by_size, strict=False):
-        size = 36 if not crowded or len(rows) < 200 else 8
+        style: dict[str, Any] = {"s": 36 if not crowded or len(rows) < 200 else 8, "alpha": 0.6, "lw": 0}
         points = ranks.loc[rows.index]
-        ax.scatter(
-            points[x], points[y], s=size, marker=marker, color=colors[str(kind)], alpha=0.6, label=str(kind), lw=0
-        )
+        ax.scatter(points[x], points[y], marker=marker, color=colors[str(kind)], label=str(kind), **style)
     ax.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1.2, label="same rank")
-    ax.set(
-        xlabel=f"rank by {x} (0%: cut first)",
-        ylabel=f"rank by {y} (0%: cut first)",
-        xlim=(-0.02, 1.02),
-        ylim=(-0.02, 1.02),
-    )
+    ax.set(xlabel=f"rank by {x} (0%: cut first)", ylabel=f"rank by {y} (0%: cut first)")
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     ax.set_title(f"Spearman's ρ = {ranks[x].corr(ranks[y]):.2f}")
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.yaxis.set_major_formatter(PercentFormatter(1))

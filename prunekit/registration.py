@@ -25,13 +25,13 @@ def watch() -> None:
 
 
 def _register_configuration(table: Any) -> None:
-    from prunekit.registered import PrunekitConfig
+    from prunekit.auto_classes import PrunekitConfig
 
     table.AutoConfig.register(PrunekitConfig.model_type, PrunekitConfig, exist_ok=True)
 
 
 def _register_model(table: Any) -> None:
-    from prunekit.registered import PrunekitConfig, PrunekitForCausalLM
+    from prunekit.auto_classes import PrunekitConfig, PrunekitForCausalLM
 
     table.AutoModelForCausalLM.register(PrunekitConfig, PrunekitForCausalLM, exist_ok=True)
 
@@ -43,7 +43,7 @@ def _register_classes(module: Any) -> None:
 
     @wraps(plain)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
-        from prunekit.registered import is_cut, load_as
+        from prunekit.auto_classes import is_cut, load_as
 
         if args or not is_cut(pretrained_model_name_or_path):
             return plain(cls, pretrained_model_name_or_path, *args, **options)

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from prunekit.calibration import calibration_set, mean_loss
+from prunekit.documents import read_documents
 from prunekit.errors import PrunekitError
 from prunekit.gradients import gather_gradients
 from prunekit.recovery.data import training_windows
-from prunekit.text import read_documents, tokenize
+from prunekit.text import tokenize
 
 
 @pytest.fixture(scope="module")

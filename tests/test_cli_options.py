@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from prunekit.cli import COMMANDS
-from prunekit.cli.answers import Answer
-from prunekit.cli.options import Of, described, given_to, parser_of
+from prunekit.cli.console import Answer, Of, described, given_to, parser_of
 from prunekit.errors import PrunekitError
 
 

@@ -13,8 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from prunekit import PrunekitError, discover
-from prunekit.discovery.components import levels
-from prunekit.discovery.labels import LabelGraph, varying_dims
+from prunekit.discovery.labels import LabelGraph, levels, varying_dims
 from prunekit.discovery.partition import _tangled
 from prunekit.discovery.stored_integers import Remembered, remembering
 from prunekit.discovery.tracing import trace

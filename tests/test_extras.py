@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from prunekit.errors import MissingExtraError
-from prunekit.extras import need
+from prunekit.errors import MissingExtraError, need
 
 WITHOUT = """
 import sys

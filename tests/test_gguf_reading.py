@@ -24,7 +24,7 @@ from prunekit.checkpoint import origins
 from prunekit.checkpoint.cache import is_whole
 from prunekit.checkpoint.origins import resolve
 from prunekit.cli import main
-from prunekit.model_names import PACKAGED
+from prunekit.names import PACKAGED
 
 
 def words():

@@ -12,11 +12,11 @@ from test_importance import tiny_llama
 from test_recovery import counting
 
 from prunekit import PruningPlan, discover, plan, prune
+from prunekit.digests import RECORD
 from prunekit.errors import PrunekitError
 from prunekit.recovery import LoRA
 from prunekit.recovery.lhspg import LHSPG, update_saliency
 from prunekit.recovery.progressive import prune_progressively, units_for
-from prunekit.written_files import RECORD
 
 QUICK = LoRA(r=4, alpha=8, max_steps=10, batch_size=4, learning_rate=1e-2)
 

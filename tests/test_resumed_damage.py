@@ -10,8 +10,7 @@ from test_streaming import interrupt_while_writing, write
 
 from prunekit import Magnitude, PrunekitError, prune_checkpoint
 from prunekit.checkpoint import mapped_weights
-from prunekit.fingerprint import digest_of_file
-from prunekit.written_files import check_recorded, record
+from prunekit.digests import check_recorded, digest_of_file, record
 
 
 @pytest.fixture(scope="module")

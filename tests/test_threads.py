@@ -12,7 +12,7 @@ from test_recovery import QUICK, counting
 from torch import nn
 
 import prunekit as pk
-from prunekit.locks import PROCESS, alone
+from prunekit.checks import PROCESS, alone
 from prunekit.models import empty_model
 from prunekit.recovery.training import seeded
 

@@ -9,8 +9,8 @@ from prunekit.account import LossChange
 from prunekit.errors import PrunekitError
 from prunekit.escaping import in_code, in_fence, in_markdown
 from prunekit.files import write_text
-from prunekit.layouts import GGUF, OWN, PADDED, PLAIN
 from prunekit.models import auto_class, count_parameters
+from prunekit.names import GGUF, OWN, PADDED, PLAIN
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import fit_for_grouped
 from prunekit.pruning.cuts import tokens_went

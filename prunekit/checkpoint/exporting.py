@@ -15,8 +15,8 @@ from prunekit.checks import FilePath, Network, Tokenizer, check_choice, checked
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import new_folder
-from prunekit.layouts import GGUF, LAYOUTS, PADDED
 from prunekit.models import empty_model, own_tensors
+from prunekit.names import GGUF, LAYOUTS, PADDED
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Cuts, with_width
 from prunekit.pruning.describing import plain_config, reads_back, relative_difference, tolerance, unsaid

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from prunekit.checkpoint.config_checks import check_described, check_kind, check_names, has_adapter
+from prunekit.checks import PROCESS
 from prunekit.errors import PrunekitError
 from prunekit.files import LARGEST, check_regular, read_json
-from prunekit.locks import PROCESS
 from prunekit.models import auto_class, shapes_of
 
 WHOLE = "model.safetensors"

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunekit.errors import PrunekitError, reason, warn
-from prunekit.extras import need
+from prunekit.errors import PrunekitError, need, reason, warn
 from prunekit.pruning.cuts import tokens_went
 from prunekit.pruning.describing import relative_difference, tolerance
 

@@ -37,8 +37,8 @@ from prunekit.checks import checked
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError, reason, warn
 from prunekit.files import read_text
-from prunekit.model_names import NAMES, is_world
 from prunekit.models import empty_model, shapes_of
+from prunekit.names import NAMES, is_world
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import RECORD, usable
 from prunekit.pruning.cuts import tokens_went

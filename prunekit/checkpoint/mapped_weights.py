@@ -32,6 +32,7 @@ from prunekit.checkpoint.saving import (
     write_tokenizer,
 )
 from prunekit.compat import TorchDispatchMode
+from prunekit.digests import record, recorded
 from prunekit.errors import PrunekitError
 from prunekit.files import new_folder, write_text
 from prunekit.models import empty_model, own_tensors, shapes_of
@@ -39,7 +40,6 @@ from prunekit.pruning import PruningPlan
 from prunekit.pruning.describing import describe
 from prunekit.pruning.removal import copied
 from prunekit.pruning.surgery import cut
-from prunekit.written_files import record, recorded
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 aten = torch.ops.aten

@@ -23,11 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from prunekit.annotations import shown
 from prunekit.checkpoint.cache import VARIABLE, cache_root, cached_folder, digest_of_file
 from prunekit.checkpoint.gguf import FILE, SUFFIX, GgufHeader, read_header
+from prunekit.checks import PROCESS
+from prunekit.digests import digest_of_text
 from prunekit.errors import PrunekitError, reason
-from prunekit.fingerprint import digest_of_text
-from prunekit.locks import PROCESS
-from prunekit.model_names import NAMES, packaged_file
 from prunekit.models import own_tensors
+from prunekit.names import NAMES, packaged_file
 
 FORMAT = 1  # of the cached folders; another number makes all of them anew
 MAGIC = b"GGUF"

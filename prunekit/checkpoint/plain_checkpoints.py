@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from prunekit.checkpoint.config_checks import ADAPTER, check_described, has_adapter
 from prunekit.checkpoint.folders import Stored, check_size, read_object
 from prunekit.checkpoint.origins import files_alone
+from prunekit.checks import PROCESS
 from prunekit.errors import PrunekitError, reason
-from prunekit.locks import PROCESS
 from prunekit.models import auto_class, name_model
 
 

@@ -27,8 +27,8 @@ from prunekit.checkpoint.plain_checkpoints import is_falsely_tied, load_plain
 from prunekit.checks import FilePath, Network, Tokenizer, checked
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import check_new_folder, new_folder, write_text
-from prunekit.layouts import OWN, PLAIN
 from prunekit.models import check_has_weights, empty_model, name_model, own_tensors, shapes_of
+from prunekit.names import OWN, PLAIN
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import recorded
 from prunekit.pruning.cuts import Cuts, drops_layers, tokens_went

@@ -12,10 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from prunekit.checkpoint.folders import read_object
+from prunekit.digests import check_recorded, digest_of_file, digest_of_text
 from prunekit.errors import DiskError, PrunekitError
 from prunekit.files import check_new_folder, fcntl, open_to_readers, write_text
-from prunekit.fingerprint import digest_of_file, digest_of_text
-from prunekit.written_files import check_recorded
 
 Facts = Mapping[str, Any]
 """Arguments of a run, as JSON: two runs with equal arguments give equal files."""

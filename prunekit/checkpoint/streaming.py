@@ -25,6 +25,7 @@ from prunekit.checkpoint.mapped_weights import (
 from prunekit.checkpoint.saving import check_shard_size
 from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerprint
 from prunekit.checks import FilePath, checked
+from prunekit.digests import record, recorded
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
@@ -35,7 +36,6 @@ from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
 from prunekit.pruning.plan_options import Ratio, default_units
 from prunekit.pruning.surgery import cut
-from prunekit.written_files import record, recorded
 
 MAX_SHARD_SIZE = "1GB"
 _OF_WEIGHTS = "needs the gradient of every weight, which takes more memory than the model"

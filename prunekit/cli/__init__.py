@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import import_module
 
-from prunekit.cli.answers import Answer, as_json, own_warnings, say
-from prunekit.cli.options import Parser, explained, given_to, parser_of
+from prunekit.cli.console import Answer, Parser, as_json, explained, given_to, own_warnings, parser_of, say
 from prunekit.errors import PrunekitError
 from prunekit.escaping import printable
 from prunekit.files import check_new_folder
@@ -81,12 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse, after --help
         return int(stop.code or 0)
     except PrunekitError as error:
-        return _complain(_told(error), 2)
+        say(_told(error))
+        return 2
     except BrokenPipeError:  # quietly; what is not written yet goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as stop:  # some say what was left, to go on from
-        return _complain(f"interrupted; {str(stop) or 'nothing half-written was left behind'}", 130)
+        say(f"interrupted; {str(stop) or 'nothing half-written was left behind'}")
+        return 130
 
 
 def run(verb: Callable[..., Answer | int], args: argparse.Namespace) -> int:
@@ -118,8 +119,3 @@ def _told(error: PrunekitError) -> str:
     known = isinstance(behind, PrunekitError | OSError) and "see the traceback" not in str(error)
     hint = behind is not None and not known
     return " ".join(str(error).split()) + (f" ({TRACEBACK}=1 shows the error behind this)" if hint else "")
-
-
-def _complain(message: str, code: int) -> int:
-    say(message)
-    return code

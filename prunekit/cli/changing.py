@@ -11,14 +11,13 @@ from transformers import AutoConfig
 import prunekit as pk
 from prunekit import recipes
 from prunekit.cli import inputs
-from prunekit.cli.answers import Answer, text_table
-from prunekit.cli.inputs import Loading, drawn, tell_unmeasured, text_for
-from prunekit.cli.options import Of
+from prunekit.cli.console import Answer, Of, flag, text_table
+from prunekit.cli.inputs import Drawing, Loading, Writing, drawn, measured_loss, text_for
 from prunekit.errors import PrunekitError
 from prunekit.escaping import in_code, in_markdown
 from prunekit.files import read_text
-from prunekit.layouts import GGUF
 from prunekit.models import count_parameters, empty_model, fitting_length
+from prunekit.names import GGUF
 from prunekit.recovery.data import hold_out, training_windows
 from prunekit.recovery.log import RecoveryLog
 from prunekit.sparsity.patterns import pattern_of
@@ -26,8 +25,6 @@ from prunekit.sparsity.patterns import pattern_of
 METHODS = {"lora": pk.LoRA, "full": pk.FullTuning}
 RECIPES = {name.replace("_", "-"): getattr(recipes, name) for name in recipes.__all__}
 WINDOWS = {"n_samples": 16, "seq_len": 64}  # default size of the calibration set
-Drawing = Annotated[dict[str, Any], Of(pk.calibration_set, "n_samples", "seq_len", "seed")]
-Writing = Annotated[dict[str, Any], Of(pk.save, "max_shard_size")]
 SETTINGS = ("r", "alpha", "dropout", "learning_rate", "batch_size", "epochs", "max_steps", "warmup")
 
 
@@ -74,7 +71,7 @@ def sparsify(
     sparse: Any = pk.sparsify(dense, calib, **zeros, inplace=True, held_out=held_out)
     pk.save(sparse, out, tokenizer=tokenizer, **writing)
     report: pk.SparsityReport = sparse.sparsity_report
-    tell_unmeasured(report.loss)
+    loss = measured_loss(report.loss)
     rows = [
         (number, f"{row.sparsity:.1%}", f"{row.error:.4f}" if row.error == row.error else "not measured")
         for number, row in report.by_layer().iterrows()
@@ -83,7 +80,6 @@ def sparsify(
     lines = [text_table([("layer", "zeros", "output error"), *rows]), "", repr(report), *(f"- {line}" for line in told)]
     values = {"method": report.method, "asked": report.target, "sparsity": report.sparsity}
     values |= {"left_dense": dict(report.left), "remarks": list(report.remarks)}
-    loss = None if report.loss is None else report.loss.to_dict()
     return Answer({"model": model, "out": out, **values, "loss": loss}, "\n".join(lines))
 
 
@@ -144,18 +140,16 @@ def recover(
     if "seq_len" not in settings:
         how = replace(how, seq_len=fitting_length(how.seq_len, dense.config))
     if distilling and teacher is None:
-        option = next(iter(distilling)).replace("_", "-")
-        raise PrunekitError(f"--{option} is for distillation: give --teacher DENSE too")
-    marked = {name: training[name] for name in ("train_on",) if name in training}
+        raise PrunekitError(f"{flag(next(iter(distilling)))} is for distillation: give --teacher DENSE too")
+    marked = {"train_on": training["train_on"]} if "train_on" in training else {}
     windows, held_out = hold_out(training_windows(data, tokenizer, how.seq_len, **marked))
     method_used = how if teacher is None else pk.Distillation(pk.load(teacher, **loading)[0], how, **distilling)
     recovered: Any = pk.recover(dense, method_used, windows, inplace=True, held_out=held_out, **training)
     log: RecoveryLog = recovered.recovery_log
     pk.save(recovered, out, tokenizer=tokenizer, files=_files(model, log), **writing)
-    tell_unmeasured(log.loss_change)
+    loss = measured_loss(log.loss_change)
     first, last = log.ends
     rows = [("", "first", "last", "steps"), ("loss", f"{first:.3f}", f"{last:.3f}", len(log.losses))]
-    loss = None if log.loss_change is None else log.loss_change.to_dict()
     values = {"steps": len(log.losses), "loss_first": first, "loss_last": last, "loss": loss, "method": log.method}
     text = f"{text_table(rows)}\n\n{log.trainable:,} weights trained\n{log.loss_change}"
     return Answer({"model": model, "out": out, **values}, text)
@@ -171,7 +165,7 @@ def _settings_of(method: str, preset: str | None, settings: dict[str, Any]) -> p
     if preset is not None and kind is not pk.LoRA:
         raise PrunekitError(f"--preset {preset} is for --method lora; leave out one of the two")
     if unknown := [name for name in settings if name not in signature(kind).parameters]:
-        raise PrunekitError(f"--method {method} has no --{unknown[0].replace('_', '-')}; leave one of the two out")
+        raise PrunekitError(f"--method {method} has no {flag(unknown[0])}; leave one of the two out")
     return replace(pk.LoRA.paper() if preset else kind(), **settings)
 
 
@@ -239,15 +233,15 @@ def recipe(
     if "budgets" in takes and "pruning_ratio" in settings:
         settings["budgets"] = settings.pop("pruning_ratio")
     if unknown := [option for option in settings if option not in takes]:
-        raise PrunekitError(f"recipe {name} has no --{unknown[0].replace('_', '-')}; leave it out")
+        raise PrunekitError(f"recipe {name} has no {flag(unknown[0])}; leave it out")
     if "sources" in takes and data is None:
         raise PrunekitError(f"recipe {name} trains; give --data, such as wiki=wiki.txt,code=code.txt")
     unread = [] if "calib" in takes else [*(["calibration"] if calibration else []), *drawing]
     if unread:
-        raise PrunekitError(f"recipe {name} reads no calibration text, so it has no --{unread[0].replace('_', '-')}")
+        raise PrunekitError(f"recipe {name} reads no calibration text, so it has no {flag(unread[0])}")
     if training and data is None:
-        option = next(iter(training)).replace("_", "-")
-        raise PrunekitError(f"--{option} is a setting of recovery, which reads text; give --data too, or leave it out")
+        option = flag(next(iter(training)))
+        raise PrunekitError(f"{option} is a setting of recovery, which reads text; give --data too, or leave it out")
     if "budgets" in takes and "budgets" not in settings:
         raise PrunekitError(f"how much is to go? recipe {name} needs --pruning-ratio, such as 0.35")
     if 0 in (settings.get("pruning_ratio"), settings.get("budgets"), settings.get("sparsity")):

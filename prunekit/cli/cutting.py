@@ -17,9 +17,16 @@ from prunekit.checkpoint.mapped_weights import local_folder, n_bytes
 from prunekit.checkpoint.origins import resolve
 from prunekit.checkpoint.saving import not_plain
 from prunekit.checkpoint.streaming import candidates, check_streamable
-from prunekit.cli.answers import Answer, say, text_table
-from prunekit.cli.inputs import Loading, check_drawing, drawn, held_out_windows, tell_unmeasured, text_for
-from prunekit.cli.options import Of
+from prunekit.cli.console import Answer, Of, flag, say, text_table
+from prunekit.cli.inputs import (
+    Loading,
+    Writing,
+    check_drawing,
+    drawn,
+    held_out_windows,
+    measured_loss,
+    text_for,
+)
 from prunekit.errors import PrunekitError
 from prunekit.importance import IMPORTANCES, Importance, default_importance, importance_from_name
 from prunekit.models import count_parameters
@@ -100,7 +107,7 @@ def prune(
     drawing: Annotated[dict[str, Any], Of(pk.calibration_set, "seed", **WINDOWS)],
     compensate: Annotated[Literal["weights", "bias", "both", "none"] | None, {"nargs": "?", "const": "weights"}] = None,
     streaming: bool | None = None,
-    writing: Annotated[dict[str, Any], Of(pk.save, "max_shard_size")],
+    writing: Writing,
     loading: Loading,
 ) -> Answer:
     r"""Remove the least important units of a model.
@@ -168,8 +175,7 @@ def _check(plan: str | None, making: dict[str, Any]) -> None:
     """
     given = [name for name, value in making.items() if value is not None]
     if plan is not None and given:
-        option = f"--{given[0].replace('_', '-')}"
-        raise PrunekitError(f"--plan gives the removed units already; leave out {option}, or leave out --plan")
+        raise PrunekitError(f"--plan gives the removed units already; leave out {flag(given[0])}, or leave out --plan")
     if plan is None and "pruning_ratio" not in given:
         raise PrunekitError("how much is to go? give --pruning-ratio, such as 0.2, or --plan PLAN.json")
 
@@ -202,7 +208,7 @@ def _cut(order: _Order) -> pk.PruningPlan:
     # Counted anew, since a plan may be written by hand.
     plan = replace(plan, n_parameters=before, n_parameters_kept=count_parameters(small), notes={**plan.notes, **notes})
     pk.save(small, order.out, tokenizer=None if tokens_went(small) else tokenizer, plan=plan, **order.writing)
-    tell_unmeasured(small.loss_change)
+    measured_loss(small.loss_change)
     return plan
 
 

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from prunekit.account import HOW, LossChange
 from prunekit.calibration import calibration_set
-from prunekit.checkpoint import load
-from prunekit.cli.answers import say
-from prunekit.cli.options import Of
+from prunekit.checkpoint import load, save
+from prunekit.cli.console import Of, flag, say
 from prunekit.errors import PrunekitError
-from prunekit.model_names import WORLD, is_world
 from prunekit.models import fitting_length
+from prunekit.names import WORLD, is_world
 
 Loading = Annotated[dict[str, Any], Of(load, "dtype", "device")]
+Writing = Annotated[dict[str, Any], Of(save, "max_shard_size")]
+Drawing = Annotated[dict[str, Any], Of(calibration_set, "n_samples", "seq_len", "seed")]
 GIVE = "give --calibration with a text file or 'world'"
 
 
@@ -50,7 +51,7 @@ def check_drawing(text: str | None, given: Iterable[str]) -> None:
     option = next(iter(given), None)
     if text is None and option is not None:
         raise PrunekitError(
-            f"--{option.replace('_', '-')} says how windows of a calibration text are drawn, and none is read here; "
+            f"{flag(option)} says how windows of a calibration text are drawn, and none is read here; "
             f"{GIVE}, or leave it out"
         )
 
@@ -77,10 +78,11 @@ def held_out_windows(text: str | None, tokenizer: Any, drawing: dict[str, Any], 
         raise
 
 
-def tell_unmeasured(change: LossChange | None, give: str = f"{GIVE}, of which some windows are held out") -> None:
-    """Report on standard error that the change of the loss was not measured, and how to measure it."""
+def measured_loss(change: LossChange | None) -> dict[str, Any] | None:
+    """The change of the loss for an answer; where it was not measured, standard error says how to measure it."""
     if change is None or not change.is_measured:
-        say(repr(change).replace(HOW, give))
+        say(repr(change).replace(HOW, f"{GIVE}, of which some windows are held out"))
+    return None if change is None else change.to_dict()
 
 
 def named_texts(given: str | None) -> dict[str, str]:

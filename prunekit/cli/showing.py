@@ -9,16 +9,13 @@ import matplotlib
 import prunekit as pk
 from prunekit.checkpoint.loading import load_structure
 from prunekit.checkpoint.streaming import candidates
-from prunekit.cli.answers import Answer, say, text_table
-from prunekit.cli.inputs import Loading, check_drawing, drawn, named_texts, text_for
-from prunekit.cli.options import Of
+from prunekit.cli.console import Answer, Of, flag, say, text_table
+from prunekit.cli.inputs import Drawing, Loading, check_drawing, drawn, named_texts, text_for
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import harness
-from prunekit.evaluation.language_modelling import measure_perplexity
-from prunekit.evaluation.named_tasks import named_tasks
+from prunekit.evaluation.language_modelling import TEXTS, measure_perplexity, standard_text
 from prunekit.evaluation.report import check_metrics, readable
-from prunekit.evaluation.standard_tasks import is_standard
-from prunekit.evaluation.standard_texts import TEXTS, standard_text
+from prunekit.evaluation.standard_tasks import is_standard, named_tasks
 from prunekit.files import new_folder
 from prunekit.importance import IMPORTANCES, default_importance, importance_from_name
 from prunekit.plot_style import check_picture
@@ -125,8 +122,8 @@ def evaluate(
             )
         wanted = metrics or tuple(name for name in ("perplexity", "zero_shot", "cost") if able.get(name, True))
         if reading and "perplexity" not in wanted:
-            option = next(iter(reading))
-            raise PrunekitError(f"--{option} is of perplexity, which is not measured; give --data, or leave it out")
+            option = flag(next(iter(reading)))
+            raise PrunekitError(f"{option} is of perplexity, which is not measured; give --data, or leave it out")
         limits: Any = {"limit": asking.get("limit"), "shots": asking.get("shots") or None}
         said[name] = harness.run_harness(model, tokenizer, others, **limits).headline() if others else {}
         given: dict[str, Any] = {"text": text, "tasks": questions, "perplexity_options": reading}
@@ -148,9 +145,8 @@ def _check_asking(asking: dict[str, Any], tasks: Sequence[str], data: str | None
     if asking.get("data_dir") and data not in TEXTS and not any(map(is_standard, tasks)):
         unread.append("data_dir")
     if unread:
-        option = unread[0].replace("_", "-")
         raise PrunekitError(
-            f"--{option} is of named tasks{' and texts' * (option == 'data-dir')}, and none is given; "
+            f"{flag(unread[0])} is of named tasks{' and texts' * (unread[0] == 'data_dir')}, and none is given; "
             "give --tasks, such as boolq,piqa, or leave it out"
         )
 
@@ -170,10 +166,7 @@ def _short_names(sources: Sequence[str]) -> dict[str, str]:
 def _headline(report: pk.Report) -> dict[str, Any]:
     """The headline figures, and how perplexity was measured."""
     measured = report.perplexity
-    return {
-        **report.headline(),
-        "protocol": measured and {**measured.to_dict(), "description": measured.description},
-    }
+    return {**report.headline(), "protocol": measured and {**measured.to_dict(), "description": measured.description}}
 
 
 def _side_by_side(reports: dict[str, pk.Report], said: dict[str, Any]) -> str:
@@ -198,7 +191,7 @@ def knowledge(
     kinds: tuple[str, ...] | None = None,
     measuring: Annotated[dict[str, Any], Of(pk.knowledge_distribution, "tasks", "ratios", "limit", "data_dir", "path")],
     calibration: str | None = None,
-    drawing: Annotated[dict[str, Any], Of(pk.calibration_set, "n_samples", "seq_len", "seed")],
+    drawing: Drawing,
     loading: Loading,
 ) -> Answer:
     """Show how each text domain changes without each group of units.

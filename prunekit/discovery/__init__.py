@@ -4,9 +4,8 @@ from dataclasses import replace
 
 from prunekit.checks import Network, checked
 from prunekit.discovery.groups import KINDS, CoupledGroup, Groups, Member
-from prunekit.discovery.memory import Traced
 from prunekit.discovery.partition import find_groups
-from prunekit.discovery.tracing import trace
+from prunekit.discovery.tracing import Traced, trace
 
 __all__ = ["KINDS", "CoupledGroup", "Groups", "Member", "discover"]
 

@@ -41,12 +41,7 @@ def _product(mode: LabelMode, a: Operand, b: Operand, bias: Operand | None, like
 
 
 def _with_numbers(
-    mode: LabelMode,
-    product: Tensor,
-    func: Any,
-    args: tuple,
-    factors: tuple,
-    kwargs: dict | None = None,
+    mode: LabelMode, product: Tensor, func: Any, args: tuple, factors: tuple, kwargs: dict | None = None
 ) -> Tensor:
     """Numbers of a product are zeros, as parameters are. Where no factor is, its channels add something when zeroed."""
     if all(bool(factor.any()) for factor in factors):

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prunekit.discovery.components import Sites
 from prunekit.discovery.groups import CoupledGroup, Member
-from prunekit.discovery.labels import FIRST, Ints
+from prunekit.discovery.labels import FIRST, Ints, Sites
 
 Flags = NDArray[np.bool_]
 Parts = list[tuple[int, Ints]]  # site and positions along it

@@ -1,17 +1,20 @@
-"""Constants passed to modules: which of their entries stay when channels are removed.
+"""Constants passed to modules, and buffers: which of their entries belong to which channels, and stay with them.
 
-ALiBi gives each head a slope of its own, and the model makes all of them and hands them to every layer. A layer that
-lost heads must pick the slopes of those it kept.
+ALiBi gives each head a slope of its own, and the model makes all of them and passes them to every layer. A layer that
+lost heads must pick the slopes of those it kept. A buffer, such as a router's correction bias, gets labels when
+labelled channels first meet it, and is then cut with them. Until then it is only followed: a rotary frequency that no
+channel meets in its own module stays a constant.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunekit.compat import storage_key
 from prunekit.errors import PrunekitError
 
 Where = tuple[Any, ...]  # (position or keyword, then positions inside tuples)
@@ -112,3 +115,69 @@ def select(module: nn.Module, chosen: Selection) -> None:
             hooks[key] = replace(chosen, keep=tuple(i for i in hook.keep if i in chosen.keep))
             return
     module.register_forward_pre_hook(chosen, with_kwargs=True)
+
+
+# --- buffers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """Memory whose numbers come from a buffer, one from one.
+
+    Attributes:
+        name: of the buffer.
+        entries: int64 (n,), which entry of the buffer stands at each place of the memory.
+        storage: the memory; it lives on, so that its key is given to no other.
+        own: whether it is the buffer's own memory and not a copy.
+    """
+
+    name: str
+    entries: Tensor
+    storage: torch.UntypedStorage
+    own: bool
+
+
+class Buffers:
+    """Follows the entries of buffers through views, copies, and operations with single numbers.
+
+    Attributes:
+        shapes: name → shape.
+    """
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, torch.Size] = {}
+        self._followed: dict[int, Followed] = {}
+
+    def follow(self, name: str, buffer: Tensor) -> Tensor:
+        """Begin with a buffer; very large ones stay constants."""
+        if 1 < n_stored(buffer) == buffer.numel() <= LARGEST:
+            self.shapes[name] = buffer.shape
+            self._note(buffer, name, torch.arange(buffer.numel()).view(buffer.shape), own=True)
+        return buffer
+
+    def follow_result(self, tensors: Sequence[Tensor], result: object) -> None:
+        """Go on with the result of an operation on one followed tensor, or on that and single numbers."""
+        if not self._followed or not isinstance(result, Tensor):
+            return
+        several = [tensor for tensor in tensors if tensor.numel() != 1]
+        source = self.found(several[0]) if len(several) == 1 else None
+        if source is None or several[0].numel() != result.numel() or self.found(result) is not None:
+            return
+        if several[0].squeeze().shape == result.squeeze().shape:
+            entries = _laid(source.entries, several[0]).reshape(result.shape)
+            self._note(result, source.name, entries, own=False)
+
+    def found(self, tensor: Tensor) -> Followed | None:
+        """What a tensor's memory comes from; None where that is no buffer."""
+        return self._followed.get(storage_key(tensor.untyped_storage()))
+
+    def _note(self, tensor: Tensor, name: str, entries: Tensor, *, own: bool) -> None:
+        storage = tensor.untyped_storage()
+        flat = torch.zeros(storage.nbytes() // tensor.element_size(), dtype=torch.long)
+        _laid(flat, tensor).copy_(entries)
+        self._followed[storage_key(storage)] = Followed(name, flat, storage, own)
+
+
+def _laid(flat: Tensor, tensor: Tensor) -> Tensor:
+    """Numbers of the places of some memory, in the form of a tensor that views it."""
+    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -14,18 +14,7 @@ from torch import Tensor
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 
-KINDS = (
-    "kv_head",
-    "query_head",
-    "ffn_channel",
-    "hidden",
-    "head_dim",
-    "expert",
-    "block",
-    "layer",
-    "rank",
-    "vocabulary",
-)
+KINDS = ("kv_head", "query_head", "ffn_channel", "hidden", "head_dim", "expert", "block", "layer", "rank", "vocabulary")
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,12 +176,9 @@ class Groups(Sequence[CoupledGroup]):
         """One row per kind: number of groups, fewest and most units of one, units in all, whether all are exact."""
         table = self.table().drop_duplicates("group")
         return table.groupby("kind", sort=False).agg(
-            groups=("group", "size"),
-            fewest=("n_units", "min"),
-            most=("n_units", "max"),
-            units=("n_units", "sum"),
-            exact=("exact", "all"),
-        )
+            groups=("group", "size"), fewest=("n_units", "min"), most=("n_units", "max"),
+            units=("n_units", "sum"), exact=("exact", "all"),
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the indices, as plain values for JSON: n_parameters, groups (with their members), locked."""

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from prunekit.compat import TorchDispatchMode, storage_key
 from prunekit.discovery import arithmetic, movement
-from prunekit.discovery.buffers import Buffers
-from prunekit.discovery.choices import Choice, chosen_by
-from prunekit.discovery.constants import Argument, constants_among, n_stored
+from prunekit.discovery.constants import Argument, Buffers, constants_among, n_stored
 from prunekit.discovery.integer_positions import Equation, Span
 from prunekit.discovery.labels import ARGUMENT, SCORE, LabelGraph, along, varying_dims
-from prunekit.discovery.operations import RULES, Rule, tensors_in, unknown
+from prunekit.discovery.operations import RULES, Choice, Rule, chosen_by, tensors_in, unknown
 from prunekit.discovery.parts import Part
 from prunekit.discovery.rules import Operand
 from prunekit.discovery.stored_integers import Key
@@ -102,10 +100,11 @@ class LabelMode(TorchDispatchMode):
         if plane is None:
             return tensor
         storage = tensor.untyped_storage()
-        if storage_key(storage) not in self._storages:
+        key = storage_key(storage)
+        if key not in self._storages:
             n = storage.nbytes() // tensor.element_size()
-            self._storages[storage_key(storage)] = (torch.from_numpy(np.zeros(n, np.int64)), storage)
-        flat = self._storages[storage_key(storage)][0]
+            self._storages[key] = (torch.from_numpy(np.zeros(n, np.int64)), storage)
+        flat = self._storages[key][0]
         if storage_key(plane.untyped_storage()) == storage_key(flat.untyped_storage()):
             plane = plane.clone()  # what is written in place may be its own labels, expanded
         copies = {d for d, step in enumerate(tensor.stride()) if not step}  # of one element, which has one label
@@ -120,7 +119,8 @@ class LabelMode(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage_key(storage) in self._chosen or (self.labelled(tensor) and not self.is_handed(tensor)):
                 continue
-            if self.buffers.is_own(tensor):  # which is cut itself where channels meet it
+            buffer = self.buffers.found(tensor)
+            if buffer is not None and buffer.own:  # which is cut itself where channels meet it
                 continue
             before.append((storage_key(storage), self._storages.pop(storage_key(storage), None)))
             self.trace.arguments[Argument(self.path, where, tuple(tensor.shape))] = (self.graph.n_nodes, tensor.clone())
@@ -223,10 +223,10 @@ class LabelMode(TorchDispatchMode):
         """Give labels to buffers that are about to meet labelled channels one to one."""
         entrywise = rule is not None and rule.apply in (arithmetic.pointwise, arithmetic.norm)
         for tensor in tensors:
-            found = None if self.labelled(tensor) else self.buffers.entries(tensor)
+            found = None if self.labelled(tensor) else self.buffers.found(tensor)
             if found is not None and (entrywise or (tensor.dim() == 1 and tensor.is_floating_point())):
-                name, entries, storage = found
-                self._storages[storage_key(storage)] = (self._nodes_of(name)[entries], storage)
+                labels = self._nodes_of(found.name)[found.entries]
+                self._storages[storage_key(found.storage)] = (labels, found.storage)
 
     def _see_tokens(self, func: Any, args: tuple, tensors: list[Tensor]) -> None:
         """Tokens may be numbered anew where rows are looked up by them, and nothing else is done with their numbers."""

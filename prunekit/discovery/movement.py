@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunekit.discovery.choices import chosen_by, look_up_chosen, pick
 from prunekit.discovery.labels import LOCKED, along, varying_dims
-from prunekit.discovery.operations import aten, rule, tensors_in, unknown
+from prunekit.discovery.operations import aten, chosen_by, look_up_chosen, pick, rule, tensors_in, unknown
 from prunekit.discovery.rules import Operand
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Finds whole layers and blocks: modules that leave the residual stream unchanged when their parameters are zero.
+"""Finds whole layers and blocks, each a group of one unit: modules that do nothing when their parameters are zero.
 
 The trace runs with parameters that are all zero, so its numbers are those of the zeroed model. Where hidden channels
 enter a layer they are made to differ from zero; a layer that hands them on unchanged may be taken out, and so may a
@@ -13,15 +13,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunekit.compat import untraced
 from prunekit.discovery.constants import Where, leaves
+from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.discovery.labels import LOCKED
 
 if TYPE_CHECKING:
-    from prunekit.discovery.labelling import LabelMode
+    from prunekit.discovery.labelling import LabelMode, Trace
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,6 @@ class Part:
     Attributes:
         path: of the module.
         node: of the first channel of its result.
-        n_channels: of its result.
         like: argument that has the shape of its result.
         echo: True where the result is that argument, False where it is zero.
         result: place of the result in the module's output; () if it is the whole output.
@@ -41,7 +43,6 @@ class Part:
 
     path: str
     node: int
-    n_channels: int
     like: Where
     echo: bool
     result: Where
@@ -122,11 +123,7 @@ def _channels_among(
 
 
 def _probe(
-    mode: LabelMode,
-    path: str,
-    arguments: list[tuple[Where, Tensor]],
-    returned: Any,
-    layer: str | None,
+    mode: LabelMode, path: str, arguments: list[tuple[Where, Tensor]], returned: Any, layer: str | None
 ) -> Part | None:
     with untraced():
         results = [(where[1:], t) for where, t in leaves((returned,), {}) if t.is_floating_point()]
@@ -143,4 +140,26 @@ def _probe(
         node = int(planes[0].flatten()[0])
         length = len(returned) if where else 0
         like = (echoed or [alike[0][0]])[0]
-        return Part(path, node, result.numel(), like, bool(echoed), where, length, layer) if node > LOCKED else None
+        return Part(path, node, like, bool(echoed), where, length, layer) if node > LOCKED else None
+
+
+def depth_groups(trace: Trace, hidden: NDArray[np.bool_]) -> list[CoupledGroup]:
+    """Layers and outermost blocks that pass the hidden channels unchanged when their parameters are zero.
+
+    Args:
+        trace: of the model.
+        hidden: (n_nodes,), True for hidden channels.
+    """
+    parts = [part for part in trace.parts.values() if hidden[part.node]]
+    layers = [part for part in parts if part.path == part.layer and part.echo]
+    inside = [part for part in parts if part.path != part.layer]
+    blocks = [part for part in inside if not any(part.path.startswith(f"{other.path}.") for other in inside)]
+    found = [_group(trace, part, kind) for kind, chosen in (("block", blocks), ("layer", layers)) for part in chosen]
+    return [group for group in found if group.members]
+
+
+def _group(trace: Trace, part: Part, kind: str) -> CoupledGroup:
+    """All parameters of a module, whole, as the one unit of a group."""
+    shapes = {name: shape for name, shape in trace.shapes.items() if name.startswith(f"{part.path}.")}
+    members = (Member(name, 0, torch.arange(shape[0])[None]) for name, shape in shapes.items() if shape and shape[0])
+    return CoupledGroup(f"{part.path}:{kind}", kind, 1, tuple(members), exact=True)

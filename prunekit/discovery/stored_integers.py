@@ -85,14 +85,9 @@ def _arithmetic(function: Callable[[int, int], int], reflected: bool) -> Callabl
     return method
 
 
-for _name, _function in {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "floordiv": operator.floordiv,
-}.items():
-    setattr(Remembered, f"__{_name}__", _arithmetic(_function, reflected=False))
-    setattr(Remembered, f"__r{_name}__", _arithmetic(_function, reflected=True))
+for _function in (operator.add, operator.sub, operator.mul, operator.floordiv):
+    setattr(Remembered, f"__{_function.__name__}__", _arithmetic(_function, reflected=False))
+    setattr(Remembered, f"__r{_function.__name__}__", _arithmetic(_function, reflected=True))
 
 
 def _wrap(value: Any, key: Key) -> Any:
@@ -102,10 +97,6 @@ def _wrap(value: Any, key: Key) -> Any:
         path, holder, name = key
         return type(value)(_wrap(v, (path, holder, f"{name}[{i}]")) for i, v in enumerate(value))
     return value
-
-
-def _is_width(value: Any) -> bool:
-    return type(value) is int or (type(value) in (list, tuple) and bool(value) and all(type(v) is int for v in value))
 
 
 @contextmanager
@@ -129,15 +120,12 @@ def remembering(model: nn.Module, written_out: bool = True) -> Iterator[None]:
 
 def _wrap_attributes(module: nn.Module, path: str, written_out: tuple[str, ...]) -> None:
     own = vars(module)
-    for name, value in list(own.items()):
-        if _is_width(value):
-            own[name] = _wrap(value, (path, "", name))
+    own.update({name: _wrap(value, (path, "", name)) for name, value in own.items()})
     config = own.get("config")
     if config is not None and hasattr(config, "__dict__"):
         mine = copy.copy(config)
-        for name, value in list(vars(mine).items()):
-            if type(value) is int:
-                vars(mine)[name] = _wrap(value, (path, "config", name))
+        numbers = {name: value for name, value in vars(mine).items() if type(value) is int}
+        vars(mine).update({name: _wrap(value, (path, "config", name)) for name, value in numbers.items()})
         vars(mine).update(dict.fromkeys(set(written_out) & set(vars(mine)), "eager"))
         own["config"] = mine
 

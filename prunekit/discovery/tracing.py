@@ -4,22 +4,112 @@ With batch 1 and sequence 1 every element of an activation is a channel. Paramet
 cost nothing (one zero, expanded), so a model of any size is traced without its weights.
 """
 
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.compat import offloaded
-from prunekit.discovery.choices import lock_open_choices
+from prunekit.compat import offloaded, untraced
 from prunekit.discovery.integer_positions import IntegerWatcher
 from prunekit.discovery.labelling import LabelMode, Trace
 from prunekit.discovery.labels import along, varying_dims
-from prunekit.discovery.operations import tensors_in
+from prunekit.discovery.operations import lock_open_choices, tensors_in
 from prunekit.discovery.parts import probing
 from prunekit.discovery.stored_integers import remembering
-from prunekit.discovery.trace_setup import free_parameters, labelled_arguments, module_paths, uncollected
 from prunekit.errors import PrunekitError, reason
 from prunekit.models import check_language_model, evaluating, logits_alone
+
+
+@contextmanager
+def free_parameters(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+    """A context in which parameters are expanded zeros with fresh labels per dimension, and buffers are on the CPU."""
+    fakes = {id(p): _fake_parameter(mode, name, p) for name, p in model.named_parameters()}
+    fakes |= {id(b): mode.buffers.follow(name, _own_copy(b)) for name, b in model.named_buffers()}
+    holders: list[dict[str, Any]] = [vars(m)[name] for m in model.modules() for name in ("_parameters", "_buffers")]
+    before = [(holder, dict(holder)) for holder in holders]
+    try:
+        for holder, was in before:
+            for name, value in was.items():
+                if value is not None:
+                    holder[name] = fakes[id(value)]
+        yield
+    finally:
+        for holder, was in before:
+            holder.clear()
+            holder.update(was)
+
+
+def _own_copy(buffer: Tensor) -> Tensor:
+    """A buffer on the CPU that the model may write to."""
+    return torch.zeros(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer.detach().to("cpu", copy=True)
+
+
+def _fake_parameter(mode: LabelMode, name: str, p: Tensor) -> Tensor:
+    mode.trace.shapes[name] = tuple(p.shape)
+    planes = []
+    for d, n in enumerate(p.shape):
+        labels = mode.graph.new((n,), "parameter")
+        mode.trace.offsets[name, d] = (int(labels[0]) if n else 0, n)
+        planes.append(labels.view([n if i == d else 1 for i in range(p.dim())]).expand(p.shape))
+    dtype = p.dtype if p.dtype.is_floating_point else torch.float32
+    return mode.mark_parameter(torch.zeros((), dtype=dtype).expand(p.shape), tuple(planes))
+
+
+@contextmanager
+def module_paths(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+    """A context in which the mode knows which module runs."""
+    names = {id(module): name for name, module in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        stack.append(mode.path)
+        mode.path = mode.entered = names.get(id(module), mode.path)
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+        mode.path = stack.pop()
+
+    with ExitStack() as hooks:
+        for module in model.modules():  # torch's hooks for all modules would also meet those of other threads
+            hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            hooks.callback(module.register_forward_hook(leave, prepend=True, always_call=True).remove)
+        yield
+
+
+@contextmanager
+def labelled_arguments(model: nn.Module, mode: LabelMode) -> Iterator[None]:
+    """A context in which constants passed to a module with submodules have labels inside it."""
+    stack: list[list[tuple[Any, Any]]] = []
+
+    def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        with untraced():
+            stack.append(mode.label_arguments(args, kwargs))
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+        mode.restore(stack.pop())
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if module._modules:
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """A context without garbage collection, since a trace keeps nearly all its objects."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @uncollected()
@@ -108,3 +198,31 @@ def _tie_vocabulary(mode: LabelMode, logits: Tensor | None) -> Tensor | None:
         mode.graph.unify(rows.flatten(), answers)
     mode.graph.vocabulary.append(answers)
     return logits
+
+
+# --- the trace that is stored with the groups ---------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A trace and its model; valid while the model has the same modules and shapes."""
+
+    trace: Trace
+    model: weakref.ref[nn.Module]
+    structure: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, trace: Trace, model: nn.Module) -> "Traced":
+        """Store a new trace of `model`."""
+        return cls(trace, weakref.ref(model), _structure(model))
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the model is unchanged as far as can be seen; the check after a cut catches the rest."""
+        return self.model() is model and self.structure == _structure(model)
+
+
+def _structure(model: nn.Module) -> tuple[Any, ...]:
+    return tuple(
+        (path, id(module), tuple((name, p.shape) for name, p in module._parameters.items() if p is not None))
+        for path, module in model.named_modules()
+    )

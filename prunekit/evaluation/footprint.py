@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunekit.checks import Amount, Count, Model, NotNegative, check_fields, checked
+from prunekit.checks import PROCESS, Amount, Count, Model, NotNegative, check_fields, checked
 from prunekit.compat import TorchDispatchMode, storage_key, tree_leaves
 from prunekit.errors import PrunekitError
-from prunekit.locks import PROCESS
 from prunekit.models import check_has_weights, count_parameters, device_of, evaluating, max_positions
 
 MIB = 1024**2

@@ -14,8 +14,7 @@ import yaml
 from torch import nn
 
 from prunekit.errors import PrunekitError, reason
-from prunekit.evaluation.named_tasks import named_tasks
-from prunekit.evaluation.standard_tasks import TASKS
+from prunekit.evaluation.standard_tasks import TASKS, named_tasks
 from prunekit.models import evaluating
 from prunekit.questions import Question, Task
 
@@ -38,14 +37,11 @@ class HarnessResult:
 
     def headline(self) -> dict[str, dict[str, float]]:
         """Task → metric → value, without standard errors and non-numeric values."""
-        return {
-            task: {
-                name: value
-                for name, value in values.items()
-                if isinstance(value, int | float) and "stderr" not in name and name not in ("name", "sample_len")
-            }
-            for task, values in self.metrics.items()
-        }
+
+        def is_figure(name: str, value: Any) -> bool:
+            return isinstance(value, int | float) and "stderr" not in name and name not in ("name", "sample_len")
+
+        return {task: {k: v for k, v in values.items() if is_figure(k, v)} for task, values in self.metrics.items()}
 
     def __repr__(self) -> str:
         return f"HarnessResult({self.headline()})"

@@ -1,12 +1,15 @@
-"""Perplexity of a text, with its protocol."""
+"""Perplexity of a text, with its protocol, and the texts of the papers' perplexities by name."""
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from prunekit.annotations import Rule, is_real
-from prunekit.checks import Count, Length, Model, NotNegative, Tokenizer, check_fields, checked
-from prunekit.documents import TextSource
+from prunekit.checks import Count, FilePath, Length, Model, NotNegative, Tokenizer, check_fields, checked
+from prunekit.documents import TextSource, read_documents
+from prunekit.errors import PrunekitError
+from prunekit.evaluation.records import Record, folders_of, load_hub
 from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.windows import PAPERS, read_spans
 
@@ -104,17 +107,8 @@ def perplexity(
 
     Source: see `measure_perplexity`.
     """
-    return measure_perplexity(
-        model,
-        tokenizer,
-        text_or_path,
-        window=window,
-        stride=stride,
-        protocol=protocol,
-        separator=separator,
-        bos=bos,
-        batch_size=batch_size,
-    ).value
+    options: Any = {"window": window, "stride": stride, "protocol": protocol, "separator": separator, "bos": bos}
+    return measure_perplexity(model, tokenizer, text_or_path, batch_size=batch_size, **options).value
 
 
 @checked
@@ -171,3 +165,88 @@ def measure_perplexity(
     value = math.exp(nll / n_tokens) if nll / n_tokens < 700 else math.inf
     strided = stride if stride != read.window else None
     return PerplexityResult(value, nll, n_tokens, len(read.spans), protocol, read.window, strided, separator, read.bos)
+
+
+C4_PART = "en/c4-validation.00000-of-00008.json.gz"
+
+
+@dataclass(frozen=True)
+class StandardText:
+    """A published text.
+
+    Attributes:
+        name: the name to ask for.
+        hub: arguments of `datasets.load_dataset`.
+        column: its texts there.
+        between: what stands between two texts, where they are joined.
+        files: names of its file in a folder of data, each tried in turn.
+        limit: the first so many texts; None takes all.
+    """
+
+    name: str
+    hub: dict[str, Any]
+    column: str
+    between: str
+    files: tuple[str, ...]
+    limit: int | None = None
+
+
+TEXTS = {
+    text.name: text
+    for text in (
+        StandardText(
+            "wikitext2", {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}, "text", "\n\n",
+            ("wikitext2/test.txt", "wikitext2/wiki.test.raw", "wikitext2/wiki.test.tokens"),
+        ),
+        StandardText(
+            "ptb", {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet", "split": "test"},
+            "sentence", " ", ("ptb/ptb.test.txt", "ptb/test.txt"),
+        ),
+        StandardText(
+            "c4", {"path": "allenai/c4", "data_files": {"validation": C4_PART}, "split": "validation"},
+            "text", " ", ("c4/validation.jsonl", "calibration/c4_demo.jsonl"), limit=1100,
+        ),
+    )
+}  # fmt: skip
+
+
+@checked
+def standard_text(name: str, *, data_dir: FilePath | None = None) -> str:
+    """A published text, joined as the papers join it, for `perplexity`.
+
+    Args:
+        name: `"wikitext2"` (the test set), `"ptb"` (the test set) or `"c4"` (the first 1,100 validation documents).
+        data_dir: a folder that holds `wikitext2/test.txt`, `ptb/ptb.test.txt` or `c4/validation.jsonl`; None reads
+            from the hub. A text file is read unchanged.
+
+    Returns:
+        The whole text.
+
+    Raises:
+        PrunekitError: there is no such text, or it cannot be read.
+
+    Source: the loaders of SparseGPT and Wanda (`lib/data.py`), which join WikiText-2 by empty lines, and PTB and C4 by
+    spaces. A local file may differ: `wiki.test.tokens` has `<unk>` for rare words.
+    """
+    if name not in TEXTS:
+        raise PrunekitError(f"no text {name!r}; there are {', '.join(TEXTS)}; or give a text or a file of your own")
+    text = TEXTS[name]
+    texts = _from_hub(text) if data_dir is None else _from_files(text, data_dir)
+    return text.between.join(texts[: text.limit])
+
+
+def _from_hub(text: StandardText) -> list[str]:
+    rows = load_hub(repr(text.hub["path"]), f"{text.files[0]} in it", **text.hub)
+    return [Record(row, f"{text.hub['path']}, row {number}").text(text.column) for number, row in enumerate(rows)]
+
+
+def _from_files(text: StandardText, data_dir: str | Path) -> list[str]:
+    root = Path(data_dir).expanduser()
+    folders_of(root, ())
+    found = next((root / file for file in text.files if (root / file).is_file()), None)
+    if found is None:
+        raise PrunekitError(
+            f"{text.name}: no file {root / text.files[0]}; give that ({' or '.join(text.files)}), or data_dir=None "
+            f"to read {text.hub['path']} from the hub"
+        )
+    return read_documents(found)

@@ -13,8 +13,8 @@ from prunekit.checks import Count, FilePath, Model, Part, Tokenizer, Whole, chec
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.evaluation.likelihood import Span
-from prunekit.evaluation.named_tasks import Tasks, named_tasks
 from prunekit.evaluation.sequence_scores import log_likelihoods
+from prunekit.evaluation.standard_tasks import Tasks, named_tasks
 from prunekit.models import max_positions
 from prunekit.questions import Question, Task
 
@@ -59,12 +59,9 @@ class ZeroShotResult:
         if column not in GROUPS:
             raise PrunekitError(f"no accuracy by {column!r}; group by one of {', '.join(map(repr, GROUPS))}")
         table = self.questions.groupby(column, sort=False).agg(
-            n=("hit", "size"),
-            accuracy=("hit", "mean"),
-            acc=("correct", "mean"),
-            acc_norm=("correct_norm", "mean"),
-            chance=("chance", "mean"),
-        )
+            n=("hit", "size"), accuracy=("hit", "mean"),
+            acc=("correct", "mean"), acc_norm=("correct_norm", "mean"), chance=("chance", "mean"),
+        )  # fmt: skip
         spread = (table["accuracy"] * (1 - table["accuracy"]) / table["n"]) ** 0.5
         table.insert(2, "stderr", spread)
         return table

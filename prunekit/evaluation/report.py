@@ -1,4 +1,4 @@
-"""Evaluation reports of one model, and comparisons of several."""
+"""Evaluation reports of one model, comparisons of several, and the Pareto front of a comparison."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -16,10 +16,11 @@ from prunekit.errors import PrunekitError, reason
 from prunekit.evaluation.footprint import Cost, cost
 from prunekit.evaluation.language_modelling import PerplexityResult, measure_perplexity
 from prunekit.evaluation.multiple_choice import ZeroShotResult, zero_shot
-from prunekit.evaluation.named_tasks import Tasks
+from prunekit.evaluation.standard_tasks import Tasks
 from prunekit.files import read_text, write_text, writing
 
-METRICS = ("perplexity", "zero_shot", "cost")
+PARTS: dict[str, Any] = {"perplexity": PerplexityResult, "zero_shot": ZeroShotResult, "cost": Cost}
+METRICS = tuple(PARTS)
 FORMAT = "prunekit report 1"
 HINTS = {  # argument → what to give
     "text": "text=, a text or a file (in a shell: --data), or leave perplexity out of metrics (--metrics)",
@@ -103,11 +104,9 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report, each question's answer included, as JSON."""
-        parts = {name: None if part is None else part.to_dict() for name, part in self._parts().items()}
-        return json.dumps({"format": FORMAT, **parts}, indent=1)
-
-    def _parts(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in METRICS}
+        parts = {name: getattr(self, name) for name in METRICS}
+        plain = {name: None if part is None else part.to_dict() for name, part in parts.items()}
+        return json.dumps({"format": FORMAT, **plain}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
@@ -122,12 +121,7 @@ class Report:
                 raise ValueError("it must have a format, and perplexity, zero_shot and cost, or null in their place")
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
-            readers: dict[str, Any] = {
-                "perplexity": PerplexityResult.from_dict,
-                "zero_shot": ZeroShotResult.from_dict,
-                "cost": Cost.from_dict,
-            }
-            return cls(**{name: None if value is None else readers[name](value) for name, value in fields.items()})
+            return cls(**{name: None if part is None else PARTS[name].from_dict(part) for name, part in fields.items()})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PrunekitError(
                 f"this is not a prunekit report ({reason(error)}); give a file that Report.save wrote"
@@ -151,12 +145,13 @@ class Report:
         return cls.from_json(read_text(path, "Report.save"))
 
     def __repr__(self) -> str:
-        table = self.table().assign(value=[readable(value) for value in self.table()["value"]])
-        return "Report\n" + table.to_string(index=False, header=False, justify="left")
+        return "Report\n" + self._readable().to_string(index=False, header=False, justify="left")
 
     def _repr_html_(self) -> str:
-        table = self.table()
-        return table.assign(value=[readable(value) for value in table["value"]]).to_html(index=False)
+        return self._readable().to_html(index=False)
+
+    def _readable(self) -> pd.DataFrame:
+        return self.table().assign(value=lambda table: table["value"].map(readable))
 
 
 def readable(value: float) -> str:
@@ -207,12 +202,11 @@ def evaluate(
         text = world_default(tokenizer, "validation_text", "text") if text is None else text
     if "zero_shot" in wanted:
         tasks = world_default(tokenizer, "tasks", "tasks") if tasks is None else tasks
+    size: dict[str, Any] = {"batch_size": batch_size}
     if "perplexity" in wanted and text is not None:
-        options = {"batch_size": batch_size, **(perplexity_options or {})}
-        found["perplexity"] = measure_perplexity(model, tokenizer, text, **options)
+        found["perplexity"] = measure_perplexity(model, tokenizer, text, **{**size, **(perplexity_options or {})})
     if "zero_shot" in wanted and tasks is not None:
-        options = {"batch_size": batch_size, **(zero_shot_options or {})}
-        found["zero_shot"] = zero_shot(model, tokenizer, tasks, **options)
+        found["zero_shot"] = zero_shot(model, tokenizer, tasks, **{**size, **(zero_shot_options or {})})
     if "cost" in wanted:
         found["cost"] = cost(model, **(cost_options or {}))
     return Report(**found)
@@ -293,3 +287,9 @@ def check_reports(reports: Mapping[str, Report]) -> None:
     """Raises an error for an empty comparison."""
     if not reports:
         raise PrunekitError("no report to compare; give a dictionary, name → Report")
+
+
+def unbeaten(table: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
+    """The Pareto front of a table: rows that no other row beats in two columns that are to be low, cheapest first."""
+    order = table.sort_values([cost, value])
+    return order[~(order[value] >= order[value].cummin().shift())]

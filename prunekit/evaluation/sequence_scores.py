@@ -13,15 +13,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.evaluation.batches import FULL, Batch, dtype_of, packed_batches, plain_batches
+from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import (
+    FULL,
     ROW,
     WIDEST,
+    Batch,
     Row,
     Span,
     check_batches,
+    dtype_of,
     pack,
-    require_finite,
+    packed_batches,
+    plain_batches,
     sample_rows,
     unpacked,
 )
@@ -101,6 +105,21 @@ def log_likelihoods(
             n_computed += batch.inputs["input_ids"].numel()
             bar.update(len(batch.members))
     return Likelihoods(sums, greedy, n_computed, sum(len(span.tokens) - 1 for span in spans))
+
+
+def require_finite(values: Tensor, model: nn.Module) -> None:
+    """Raises an error if a value is NaN or infinite; the message names the parameters at fault."""
+    if bool(values.isfinite().all()):
+        return
+    here = ((name, weight) for name, weight in model.named_parameters() if not weight.is_meta)  # the rest is offloaded
+    broken = [name for name, weight in here if not bool(weight.isfinite().all())]
+    shown = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
+    cause = (
+        f"the weights {shown} are NaN or infinite; load the checkpoint again or redo the step that wrote them"
+        if broken
+        else f"all weights are finite, so the activations overflow in {next(model.parameters()).dtype}; try float32"
+    )
+    raise PrunekitError(f"the model's log-likelihoods are not finite: {cause}")
 
 
 def scored_logits(model: nn.Module, batch: Batch, gathers: bool, run: Callable[[], Tensor] | None = None) -> Tensor:

@@ -1,18 +1,22 @@
 """The published tasks by name: prompts, choices and few-shot examples as in lm-evaluation-harness 0.4."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.records import Record, folders_of, read_csv, read_files, read_hub
-from prunekit.evaluation.task_rows import (
+from prunekit.evaluation.records import (
     LETTERS,
+    Record,
+    folders_of,
     read_arc,
     read_boolq,
+    read_csv,
+    read_files,
     read_hellaswag,
+    read_hub,
     read_lambada,
     read_mmlu,
     read_openbookqa,
@@ -37,7 +41,6 @@ class StandardTask:
         normalize: whether the papers' tables count `acc_norm`.
         shots_split: where few-shot examples come from; None where the harness has none.
         first_shots: whether they are the first ones of that split, in place of a random draw for each question.
-        folders: names that its folder may have beside `name`.
     """
 
     name: str
@@ -48,7 +51,6 @@ class StandardTask:
     normalize: bool
     shots_split: str | None = "train"
     first_shots: bool = False
-    folders: tuple[str, ...] = ()
 
 
 TASKS = {
@@ -62,84 +64,26 @@ TASKS = {
         StandardTask("arc_challenge", "allenai/ai2_arc", "ARC-Challenge", "test", read_arc, True),
         StandardTask("openbookqa", "allenai/openbookqa", "main", "test", read_openbookqa, True),
         StandardTask("mmlu", "cais/mmlu", None, "test", read_mmlu, False, "dev", True),
-        StandardTask(
-            "lambada",
-            "EleutherAI/lambada_openai",
-            "default",
-            "test",
-            read_lambada,
-            False,
-            None,
-            False,
-            ("lambada_openai",),
-        ),
+        StandardTask("lambada", "EleutherAI/lambada_openai", "default", "test", read_lambada, False, None),
     )
 }
 
-SUBJECTS = tuple(
-    [
-        "abstract_algebra",
-        "anatomy",
-        "astronomy",
-        "business_ethics",
-        "clinical_knowledge",
-        "college_biology",
-        "college_chemistry",
-        "college_computer_science",
-        "college_mathematics",
-        "college_medicine",
-        "college_physics",
-        "computer_security",
-        "conceptual_physics",
-        "econometrics",
-        "electrical_engineering",
-        "elementary_mathematics",
-        "formal_logic",
-        "global_facts",
-        "high_school_biology",
-        "high_school_chemistry",
-        "high_school_computer_science",
-        "high_school_european_history",
-        "high_school_geography",
-        "high_school_government_and_politics",
-        "high_school_macroeconomics",
-        "high_school_mathematics",
-        "high_school_microeconomics",
-        "high_school_physics",
-        "high_school_psychology",
-        "high_school_statistics",
-        "high_school_us_history",
-        "high_school_world_history",
-        "human_aging",
-        "human_sexuality",
-        "international_law",
-        "jurisprudence",
-        "logical_fallacies",
-        "machine_learning",
-        "management",
-        "marketing",
-        "medical_genetics",
-        "miscellaneous",
-        "moral_disputes",
-        "moral_scenarios",
-        "nutrition",
-        "philosophy",
-        "prehistory",
-        "professional_accounting",
-        "professional_law",
-        "professional_medicine",
-        "professional_psychology",
-        "public_relations",
-        "security_studies",
-        "sociology",
-        "us_foreign_policy",
-        "virology",
-        "world_religions",
-    ]
-)
+SUBJECTS = (
+    "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
+    "college_chemistry", "college_computer_science", "college_mathematics", "college_medicine", "college_physics",
+    "computer_security", "conceptual_physics", "econometrics", "electrical_engineering", "elementary_mathematics",
+    "formal_logic", "global_facts", "high_school_biology", "high_school_chemistry", "high_school_computer_science",
+    "high_school_european_history", "high_school_geography", "high_school_government_and_politics",
+    "high_school_macroeconomics", "high_school_mathematics", "high_school_microeconomics", "high_school_physics",
+    "high_school_psychology", "high_school_statistics", "high_school_us_history", "high_school_world_history",
+    "human_aging", "human_sexuality", "international_law", "jurisprudence", "logical_fallacies", "machine_learning",
+    "management", "marketing", "medical_genetics", "miscellaneous", "moral_disputes", "moral_scenarios",
+    "nutrition", "philosophy", "prehistory", "professional_accounting", "professional_law", "professional_medicine",
+    "professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology",
+    "world_religions",
+)  # fmt: skip
 
-SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-"""The seven tasks of the papers' tables, in their order."""
+SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # of the papers' tables
 
 
 def is_standard(name: str) -> bool:
@@ -193,14 +137,11 @@ def _asked(
         question = spec.read(row)
         examples = pool[:shots] if spec.first_shots else _draw(draw, pool, shots, spec, _answered(question))
         front = description + "".join(f"{example}\n\n" for example in examples)
-        yield _behind(front, replace(question, domain=subject or question.domain))
-
-
-def _behind(front: str, question: Question) -> Question:
-    """A question with a text in front of its context."""
-    if question.contexts is None:
-        return replace(question, context=front + question.context)
-    return replace(question, contexts=tuple(front + context for context in question.contexts))
+        question = replace(question, domain=subject or question.domain)
+        if question.contexts is None:
+            yield replace(question, context=front + question.context)
+        else:
+            yield replace(question, contexts=tuple(front + context for context in question.contexts))
 
 
 def _pool(spec: StandardTask, subject: str | None, data_dir: str | Path | None, shots: int) -> list[str]:
@@ -238,7 +179,7 @@ def _rows(spec: StandardTask, subject: str | None, split: str, data_dir: str | P
     """Rows of a split, from the hub or from a folder."""
     if data_dir is None:
         return read_hub(spec.hub, subject or spec.config, split)
-    folders = folders_of(data_dir, (spec.name, *spec.folders, spec.hub.split("/")[-1]))
+    folders = folders_of(data_dir, (spec.name, spec.hub.split("/")[-1]))
     if subject is not None:
         for folder in folders:
             if (file := folder / split / f"{subject}_{split}.csv").is_file():
@@ -263,3 +204,42 @@ def _missing(spec: StandardTask, subject: str | None, split: str, root: Path) ->
         f"{spec.name}: no file {folder / split}.jsonl; give that or a .parquet file, with the columns of {spec.hub}"
         f"{original}; or data_dir=None to read {spec.hub} from the hub"
     )
+
+
+Tasks = str | Mapping[str, Task] | Iterable[Task | str]
+
+
+def named_tasks(
+    tasks: Tasks, *, limit: int | None = None, data_dir: str | Path | None = None, shots: int = 0
+) -> list[Task]:
+    """The tasks as a list, with unique names and at least one question each.
+
+    Args:
+        tasks: tasks, name → task, or names as `standard_task` takes them; mixed too.
+        limit: the first so many questions of each task only.
+        data_dir: where named tasks are read from, as in `standard_task`.
+        shots: answered examples in front of each question of a named task.
+
+    Raises:
+        PrunekitError: there is no task or question, two tasks share a name, or what `standard_task` refuses.
+    """
+    given = [tasks] if isinstance(tasks, str) else list(tasks.values() if isinstance(tasks, Mapping) else tasks)
+    other = next((task for task in given if not isinstance(task, Task | str)), None)
+    if other is not None:
+        raise PrunekitError(f"{other!r:.60} is no task; give names, such as 'boolq', or Tasks")
+    options = {"limit": limit, "data_dir": data_dir, "shots": shots}
+    found = [standard_task(task, **options) if isinstance(task, str) else _first(task, limit) for task in given]  # type: ignore[arg-type]
+    names = [task.name for task in found]
+    if not found or not all(task.questions for task in found):
+        empty = [task.name for task in found if not task.questions]
+        raise PrunekitError(f"no question to ask in {empty or 'an empty set of tasks'}; give at least one a task")
+    if len(set(names)) < len(names):
+        raise PrunekitError(f"two tasks share a name in {names}; give each task its own name")
+    return found
+
+
+def _first(task: Task, limit: int | None) -> Task:
+    """A task cut to its first questions."""
+    if limit is not None and limit < 1:
+        raise PrunekitError(f"limit={limit}; a limit is at least 1 or None")
+    return task if limit is None else replace(task, questions=task.questions[:limit])

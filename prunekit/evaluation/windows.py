@@ -136,12 +136,14 @@ def cut_windows(tokens: Sequence[int], window: int, stride: int | None = None, b
         Spans with at least one scored token each.
 
     Raises:
-        PrunekitError: window or stride is outside its range.
+        PrunekitError: the stride is outside its range.
 
     Source: LLM-Pruner's evaluation (windows of 128), which drops the last short window; here it counts.
     """
     width = text_width(window, bos)
-    stride = min(check_window(window, stride), width)
+    if stride is not None and not 1 <= stride <= window:
+        raise PrunekitError(f"stride={stride}; it lies between 1 and the window, {window}, or is None for no overlap")
+    stride = min(stride or window, width)
     marks, spans, scored = window - width, [], 0
     for first in range(0, len(tokens), stride):
         piece = begin_windows(torch.tensor(tokens[first : first + width]), bos)
@@ -152,17 +154,6 @@ def cut_windows(tokens: Sequence[int], window: int, stride: int | None = None, b
         if scored >= len(tokens):
             break
     return spans
-
-
-def check_window(window: int, stride: int | None) -> int:
-    """The checked stride."""
-    if window < 2:
-        raise PrunekitError(f"window={window}; a window takes at least 2 tokens, one of context and one to score")
-    if stride is None:
-        return window
-    if not 1 <= stride <= window:
-        raise PrunekitError(f"stride={stride}; it lies between 1 and the window, {window}, or is None for no overlap")
-    return stride
 
 
 def split_documents(documents: Sequence[str], separator: str | None) -> list[Document]:

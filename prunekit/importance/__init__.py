@@ -2,14 +2,13 @@
 
 from prunekit.importance.ablation import Ablation, ablated
 from prunekit.importance.activation import Activation, BlockInfluence, Fluctuation
-from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.curvature import Curvature
 from prunekit.importance.fusion import FusedScores, HyWIA, fuse
 from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.routing import REAP, RouterFrequency
 from prunekit.importance.scores import Scores
 from prunekit.importance.scoring import IMPORTANCES, Importance, default_importance, importance_from_name, score
-from prunekit.importance.taylor import Taylor
+from prunekit.importance.taylor import Magnitude, Random, Taylor
 
 __all__ = [
     "IMPORTANCES",

@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 from prunekit.calibration import mean_loss
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients
-from prunekit.importance.scores import Scores, check_takes_tokens, tokens_for
+from prunekit.importance.scores import Calibration, Scores, SomeGroups, check_takes_tokens, tokens_for
 
 LEAST = 1e-9  # share of the loss; keeps the order of a group whose loss does not rise
 
@@ -51,25 +50,17 @@ class Ablation:
     Source: the oracle that Molchanov et al. (2017) rank their estimates by.
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: losses are those of a calibration set."""
-        return True
+    needs_calibration = True  # losses are those of a calibration set
+    label = "ablation"
 
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "ablation"
-
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), nats per token.
 
         Raises:
             PrunekitError: no tokens, or a loss that is not finite.
         """
-        tokens = _tokens(self.label, model, calib)
+        check_takes_tokens(model)
+        tokens = tokens_for(self.label, calib)
         dense = mean_loss(model, tokens)
         found = {group.name: torch.zeros(group.n_units, dtype=torch.float64) for group in groups}
         bar = tqdm(total=sum(group.n_units for group in groups), desc="ablation", unit="unit", leave=False, delay=1)
@@ -98,9 +89,7 @@ def check_scalable(importance: object, groups: Iterable[CoupledGroup]) -> None:
         )
 
 
-def scaled_to_loss(
-    model: nn.Module, groups: Iterable[CoupledGroup], scores: Scores, calib: Tensor | Gradients | None
-) -> Scores:
+def scaled_to_loss(model: nn.Module, groups: Iterable[CoupledGroup], scores: Scores, calib: Calibration) -> Scores:
     """Scores in nats per token: each group's scores are scaled to sum to the rise of the loss without the group.
 
     Each group gets one factor, so its order stays; scores of any importance become comparable across groups and
@@ -115,7 +104,8 @@ def scaled_to_loss(
     Raises:
         PrunekitError: no tokens, scores below 0, or a loss that is not finite.
     """
-    tokens = _tokens("normalize='loss'", model, calib)
+    check_takes_tokens(model)
+    tokens = tokens_for("normalize='loss'", calib)
     for name, values in scores.items():
         if float(values.min()) < 0:
             raise PrunekitError(
@@ -129,8 +119,3 @@ def scaled_to_loss(
         scores[group.name] = scores[group.name] * (rise / total) if total > 0 else scores[group.name]
     scores.label = f"{scores.label}, scaled to the loss"
     return scores
-
-
-def _tokens(who: str, model: nn.Module, calib: Tensor | Gradients | None) -> Tensor:
-    check_takes_tokens(model)
-    return tokens_for(who, calib)

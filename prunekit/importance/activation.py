@@ -10,18 +10,16 @@ from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.constants import leaves
-from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients
-from prunekit.importance.input_statistics import (
-    computing_wide,
-    members_read,
-    readers_of,
-    sums_over_inputs,
-    wide,
+from prunekit.importance.input_statistics import measuring, members_read, readers_of, sums_over_inputs, wide
+from prunekit.importance.scores import (
+    Calibration,
+    SomeGroups,
+    all_slice_scores,
+    check_takes_tokens,
+    tokens_for,
+    unit_scores,
 )
-from prunekit.importance.scores import all_slice_scores, check_takes_tokens, tokens_for, unit_scores
-from prunekit.models import evaluating
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,10 @@ class Activation:
         units, where Wanda compares the weights of one row and zeroes some.
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: activations come from a calibration set."""
-        return True
+    needs_calibration = True  # activations come from a calibration set
+    label = "activation"
 
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "activation"
-
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens.
 
         Raises:
@@ -70,19 +59,10 @@ class Fluctuation:
         `plan` ranks within a layer, or across layers by score per parameter.
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: activations come from a calibration set."""
-        return True
+    needs_calibration = True  # activations come from a calibration set
+    label = "fluctuation"
 
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "fluctuation"
-
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens.
 
         Raises:
@@ -110,8 +90,8 @@ def _variance(sums: Tensor) -> Tensor:
 
 def _scored(
     model: nn.Module,
-    groups: tuple[CoupledGroup, ...],
-    calib: Tensor | Gradients | None,
+    groups: SomeGroups,
+    calib: Calibration,
     measure: Callable[[Tensor], Tensor],
     weigh: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
@@ -144,19 +124,10 @@ class BlockInfluence:
     Source: ShortGPT (Men et al. 2024).
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: activations come from a calibration set."""
-        return True
+    needs_calibration = True  # activations come from a calibration set
+    label = "block influence"
 
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "block influence"
-
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (1,), from tokens.
 
         Raises:
@@ -175,8 +146,7 @@ class BlockInfluence:
             for group in groups:
                 layer = model.get_submodule(group.name.removesuffix(":layer"))
                 stack.callback(layer.register_forward_hook(_adder(turned, group.name), with_kwargs=True).remove)
-            for context in (evaluating(model), computing_wide(model), torch.no_grad()):
-                stack.enter_context(context)
+            stack.enter_context(measuring(model))
             for batch in in_batches(tokens):
                 model(input_ids=batch, use_cache=False)  # type: ignore[operator]
         for name, total in turned.items():

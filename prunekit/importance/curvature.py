@@ -9,21 +9,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.calibration import check_tokens, summed_loss
+from prunekit.calibration import check_tokens, in_batches, summed_loss
 from prunekit.checks import Positive, check_fields
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients, frozen
-from prunekit.importance.input_statistics import Reader, in_portions, linear_readers, wide
-from prunekit.importance.reconstruction import gram_bytes, one_reader
-from prunekit.importance.scores import Scores, check_takes_tokens, tokens_for
+from prunekit.gradients import frozen
+from prunekit.importance.input_statistics import Reader, linear_readers, wide
+from prunekit.importance.reconstruction import costs_of_units, one_reader
+from prunekit.importance.scores import Calibration, Scores, SomeGroups, check_takes_tokens, tokens_for
 from prunekit.models import evaluating
 
 RIDGE = 0.3
 HEAVY = 2.0  # times the median; larger token gradients are clipped to this size
 BLOCKS = 24  # parts in which the units of a large group are removed; small groups lose one at a time
 CAUTION = {"kv_head": 4.0, "query_head": 4.0}
-_TOKENS = 1024  # per forward and backward pass; logits of a large vocabulary need the most memory
 
 
 class Sums(NamedTuple):
@@ -67,19 +66,10 @@ class Curvature:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: activations and gradients come from a calibration set."""
-        return True
+    needs_calibration = True  # activations and gradients come from a calibration set
+    label = "curvature"
 
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "curvature"
-
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens.
 
         Raises:
@@ -87,22 +77,16 @@ class Curvature:
                 gradients that are not finite.
         """
         tokens = tokens_for("Curvature()", calib)
-        readers = linear_readers(model)
-        parameters = dict(model.named_parameters())
         kinds = {group.name: group.kind for group in groups}
-        found: dict[str, Tensor] = {}
-        read = {group.name: one_reader(group, readers, "Curvature()") for group in groups}
-        for portion in in_portions({name: gram_bytes(member) for name, member in read.items()}):
-            layers = {read[name].parameter: readers[read[name].parameter] for name in portion}
-            sums = gather_sums(model, tokens, layers)
-            for name in portion:
-                member = read[name]
-                weight = wide(parameters[member.parameter].detach())
-                weight = weight.T if layers[member.parameter].input_dim == 1 else weight
-                costs = costs_in_order(sums[member.parameter], weight, member.index, self.ridge)
-                found[name] = (costs * CAUTION.get(kinds[name], 1.0)).float()
-        ordered = {group.name: found[group.name] for group in groups}
-        return Scores(ordered, label=self.label, kinds=kinds, ranking="global")
+        costs = costs_of_units(
+            model,
+            groups,
+            "Curvature()",
+            lambda readers: gather_sums(model, tokens, readers),
+            lambda sums, weight, units: costs_in_order(sums, weight, units, self.ridge),
+        )
+        scores = {name: values * CAUTION.get(kinds[name], 1.0) for name, values in costs.items()}
+        return Scores(scores, label=self.label, kinds=kinds, ranking="global")
 
 
 def applies(model: nn.Module, groups: Iterable[CoupledGroup]) -> bool:
@@ -134,10 +118,9 @@ def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) 
     """
     check_takes_tokens(model)
     tokens = check_tokens(calib, model)
-    batches = tokens.split(max(1, _TOKENS // tokens.shape[1]))
     sums: dict[str, Sums] = {}
     with evaluating(model), frozen(model), _watching(model, readers, sums), torch.enable_grad():
-        for batch in tqdm(batches, desc="curvature", unit="batch", leave=False, delay=1):
+        for batch in tqdm(in_batches(tokens), desc="curvature", unit="batch", leave=False, delay=1):
             (summed_loss(model, batch) * (batch.shape[1] - 1)).backward()  # summed over tokens
     for name in readers:
         if name not in sums or not all(bool(total.isfinite().all()) for total in sums[name]):

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checks import check_choice, checked
-from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients
-from prunekit.importance.scores import Scores, layer_of
+from prunekit.importance.scores import Calibration, Scores, SomeGroups, layer_of
 from prunekit.importance.taylor import Taylor
 
 Weights = tuple[float, float]  # of the coarse and of the fine scores
-Rule = str | Weights | Callable[[Tensor, Tensor], Weights]
+Fusion = Callable[[Tensor, Tensor], Weights]
+Rule = str | Weights | Fusion
 
 
 def attention_weights(coarse: Tensor, fine: Tensor) -> Weights:
@@ -52,10 +51,7 @@ def uncertainty_weights(coarse: Tensor, fine: Tensor) -> Weights:
     return (f / (c + f), c / (c + f)) if c + f > 0 else (0.5, 0.5)
 
 
-RULES: dict[str, Callable[[Tensor, Tensor], Weights]] = {
-    "attention": attention_weights,
-    "uncertainty": uncertainty_weights,
-}
+RULES: dict[str, Fusion] = {"attention": attention_weights, "uncertainty": uncertainty_weights}
 
 
 class FusedScores(Scores):
@@ -143,19 +139,14 @@ class HyWIA:
         _weights(self.rule, torch.ones(2), torch.ones(2))
         Taylor(order=self.order, reduction=self.reduction)
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: gradients come from a calibration set."""
-        return True
+    needs_calibration = True  # gradients come from a calibration set
 
     @property
     def label(self) -> str:
         """Short name for tables and legends."""
         return f"HyWIA {_rule_name(self.rule)}" + ("" if self.order == "first" else f", {self.order}")
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> FusedScores:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> FusedScores:
         """Group name → (n_units,), with the fusion weights.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of linear layers, gathered in forward passes."""
+"""Statistics of the inputs of linear layers, and of experts whose matrices are stacked, gathered in forward passes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.calibration import check_tokens, in_batches
-from prunekit.compat import EXPERTS_IMPLEMENTATION
+from prunekit.compat import EXPERTS_IMPLEMENTATION, TRANSPOSED_EXPERTS, without_function_modes
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
-from prunekit.importance.expert_inputs import stacked_experts, watching_experts
 from prunekit.importance.scores import check_takes_tokens
 from prunekit.models import evaluating, written_out
 
@@ -58,7 +59,7 @@ def readers_of(model: nn.Module) -> dict[str, Reader]:
     return linear_readers(model) | experts
 
 
-def members_read(group: CoupledGroup, readers: dict[str, Reader]) -> tuple[Member, ...]:
+def members_read(group: CoupledGroup, readers: Mapping[str, Reader]) -> tuple[Member, ...]:
     """The members of a group in its consumer layers; without these, its rows in linear layers.
 
     Raises:
@@ -79,10 +80,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def sums_over_inputs(
-    model: nn.Module,
-    calib: Any,
-    readers: Mapping[str, Reader],
-    measure: Callable[[Tensor], Tensor],
+    model: nn.Module, calib: Any, readers: Mapping[str, Reader], measure: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Sums of a statistic of linear layers' inputs over all calibration tokens, in one pass.
 
@@ -107,10 +105,7 @@ def sums_over_inputs(
     n_calls = len(batches) * sum(len(reader.modules) for reader in readers.values() if not reader.n_experts)
     bar = tqdm(total=n_calls, desc="activations", unit="layer", leave=False, delay=1)
     eager = [EXPERTS_IMPLEMENTATION] if any(reader.n_experts for reader in readers.values()) else []
-    watching = _watching(readers, sums, measure, bar), written_out(model, eager), computing_wide(model)
-    with ExitStack() as contexts:
-        for context in (bar, *watching, evaluating(model), torch.no_grad()):
-            contexts.enter_context(context)
+    with bar, _watching(readers, sums, measure, bar), written_out(model, eager), measuring(model):
         for batch in batches:
             model(input_ids=batch, use_cache=False)
     for name in readers:
@@ -141,10 +136,7 @@ def in_portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 @contextmanager
 def _watching(
-    readers: Mapping[str, Reader],
-    sums: dict[str, Tensor],
-    measure: Callable[[Tensor], Tensor],
-    bar: Any,
+    readers: Mapping[str, Reader], sums: dict[str, Tensor], measure: Callable[[Tensor], Tensor], bar: Any
 ) -> Iterator[None]:
     """A context in which the statistic of every layer input is summed."""
 
@@ -169,6 +161,13 @@ def _watching(
                 hooks.callback(module.register_forward_pre_hook(adder(name), with_kwargs=True).remove)
         stacked = {name: reader.modules[0] for name, reader in readers.items() if reader.n_experts}
         hooks.enter_context(watching_experts(stacked, add_expert))
+        yield
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """A context in evaluation mode, without gradients, in which a model computes in float32 or wider."""
+    with evaluating(model), computing_wide(model), torch.no_grad():
         yield
 
 
@@ -204,3 +203,63 @@ def computing_wide(model: nn.Module) -> Iterator[None]:
         finally:
             for module, parameters in held.items():  # hooks do not run after an interrupt
                 module._parameters.update(parameters)
+
+
+Note = Callable[[str, int, Tensor], None]
+_PRODUCTS = (functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
+
+
+def stacked_experts(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Parameter name → its module and the dimension of the inputs, of stacked matrices (expert, out, in) or turned."""
+    found = {}
+    for path, module in model.named_modules():
+        turned = vars(module).get(TRANSPOSED_EXPERTS)
+        for name, p in module._parameters.items() if isinstance(turned, bool) else ():
+            if p is not None and p.dim() == 3:
+                found[f"{path}.{name}"] = (module, 1 if turned else 2)
+    return found
+
+
+@contextmanager
+def watching_experts(modules: Mapping[str, nn.Module], note: Note) -> Iterator[None]:
+    """A context that reports the inputs of every expert that runs, with eager experts.
+
+    Args:
+        modules: name of a stacked parameter → its module.
+        note: called with the name, the expert's number and its inputs (n_tokens, n_in).
+    """
+    running: list[nn.Module] = []
+    names = {(id(module), name.rpartition(".")[2]): name for name, module in modules.items()}
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        running.append(module)
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+        running.pop()
+
+    with ExitStack() as hooks:
+        for module in set(modules.values()):
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        hooks.enter_context(_Products(running, names, note))
+        yield
+
+
+class _Products(TorchFunctionMode):
+    def __init__(self, running: list[nn.Module], names: Mapping[tuple[int, str], str], note: Note) -> None:
+        super().__init__()
+        self._running, self._names, self._note = running, names, note
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if self._running and func in _PRODUCTS:
+            with without_function_modes():
+                given = (*args, *(kwargs or {}).values())
+                self._look(self._running[-1], *given[:2])
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, module: nn.Module, inputs: Tensor, weight: Tensor) -> None:
+        """Tell which slice of which parameter the weight is; they may be widened copies while the module runs."""
+        for own, p in module._parameters.items():
+            name = self._names.get((id(module), own))
+            if name and p is not None and p.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+                self._note(name, (weight.storage_offset() - p.storage_offset()) // p.stride(0), inputs.flatten(0, -2))

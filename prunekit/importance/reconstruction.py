@@ -1,7 +1,8 @@
 """Reconstruction importance: the error that remains when a unit is removed and its consumer layer re-fitted."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from prunekit.checks import Positive, check_fields
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients
 from prunekit.importance.input_statistics import (
     Reader,
     in_portions,
@@ -18,7 +18,7 @@ from prunekit.importance.input_statistics import (
     sums_over_inputs,
     wide,
 )
-from prunekit.importance.scores import tokens_for
+from prunekit.importance.scores import Calibration, SomeGroups, tokens_for
 
 RIDGE = 0.01
 
@@ -44,43 +44,58 @@ class Reconstruction:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: activations come from a calibration set."""
-        return True
+    needs_calibration = True  # activations come from a calibration set
+    label = "reconstruction"
 
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "reconstruction"
-
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens.
 
         Raises:
             PrunekitError: no tokens, a group without exactly one consumer layer, or activations that are not finite.
         """
         tokens = tokens_for("Reconstruction()", calib)
-        readers = linear_readers(model)
-        found: dict[str, Tensor] = {}
-        parameters = dict(model.named_parameters())
-        read = {group.name: one_reader(group, readers, "Reconstruction()") for group in groups}
-        for portion in in_portions({name: gram_bytes(member) for name, member in read.items()}):
-            names = {read[name].parameter: readers[read[name].parameter] for name in portion}
-            grams = sums_over_inputs(model, tokens, names, lambda x: x.T @ x)
-            for name in portion:
-                member = read[name]
-                weight = wide(parameters[member.parameter].detach())
-                weight = weight.T if names[member.parameter].input_dim == 1 else weight
-                found[name] = greedy_costs(grams[member.parameter].double(), weight.double(), member.index, self.ridge)
-        return {group.name: found[group.name].float() for group in groups}
+        return costs_of_units(
+            model,
+            groups,
+            "Reconstruction()",
+            lambda readers: sums_over_inputs(model, tokens, readers, lambda x: x.T @ x),
+            lambda gram, weight, units: greedy_costs(gram.double(), weight.double(), units, self.ridge),
+        )
 
 
-def gram_bytes(member: Member) -> int:
-    """Bytes of XᵀX in float64, for the inputs of all units of a group."""
-    return 8 * member.index.numel() ** 2
+def costs_of_units(
+    model: nn.Module,
+    groups: Iterable[CoupledGroup],
+    who: str,
+    gather: Callable[[dict[str, Reader]], Mapping[str, Any]],
+    cost: Callable[[Any, Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The cost of removing each unit, from statistics of its consumer layer; of a part of the layers at a time.
+
+    Args:
+        model: the model that the groups were discovered in.
+        groups: each with one consumer layer.
+        who: the importance, for messages.
+        gather: parameter name → linear layers, to parameter name → their statistics.
+        cost: statistics, weights (n_in, n_out) and the inputs of each unit (n_units, width) → its costs, (n_units,).
+
+    Returns:
+        Group name → float32 (n_units,).
+
+    Raises:
+        PrunekitError: a group without exactly one consumer layer, or what `gather` or `cost` raise.
+    """
+    readers, parameters = linear_readers(model), dict(model.named_parameters())
+    read = {group.name: one_reader(group, readers, who) for group in groups}
+    found: dict[str, Tensor] = {}
+    for portion in in_portions({name: 8 * member.index.numel() ** 2 for name, member in read.items()}):  # XᵀX, float64
+        sums = gather({read[name].parameter: readers[read[name].parameter] for name in portion})
+        for name in portion:
+            parameter, units = read[name].parameter, read[name].index
+            weight = wide(parameters[parameter].detach())
+            weight = weight.T if readers[parameter].input_dim == 1 else weight
+            found[name] = cost(sums[parameter], weight, units).float()
+    return {name: found[name] for name in read}
 
 
 def factor(gram: Tensor, ridge: float) -> Tensor:
@@ -139,7 +154,7 @@ def one_reader(group: CoupledGroup, readers: Mapping[str, Reader], who: str) -> 
     Raises:
         PrunekitError: not exactly one consumer layer; the message names the caller, such as `"Reconstruction()"`.
     """
-    read = [m for m in members_read(group, dict(readers)) if m.dim == readers[m.parameter].input_dim]
+    read = [m for m in members_read(group, readers) if m.dim == readers[m.parameter].input_dim]
     if len(read) != 1:
         raise PrunekitError(
             f"{group.name!r} has {len(read)} consumer layers, and {who} needs one; choose heads or FFN "

@@ -13,11 +13,8 @@ from prunekit.calibration import check_tokens, in_batches
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import Gradients
-from prunekit.importance.expert_inputs import stacked_experts
-from prunekit.importance.input_statistics import computing_wide
-from prunekit.importance.scores import check_takes_tokens, tokens_for
-from prunekit.models import evaluating
+from prunekit.importance.input_statistics import measuring, stacked_experts
+from prunekit.importance.scores import Calibration, SomeGroups, check_takes_tokens, tokens_for
 
 
 class _Routed(NamedTuple):
@@ -38,19 +35,10 @@ class REAP:
     Source: router-weighted expert activation pruning, REAP (Lasby et al. 2025).
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: tokens are routed."""
-        return True
+    needs_calibration = True  # tokens are routed
+    label = "REAP"
 
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "REAP"
-
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_experts,), from tokens.
 
         Raises:
@@ -68,19 +56,10 @@ class RouterFrequency:
     Source: the baseline that REAP (Lasby et al. 2025) compares with.
     """
 
-    @property
-    def needs_calibration(self) -> bool:
-        """True: tokens are routed."""
-        return True
+    needs_calibration = True  # tokens are routed
+    label = "router frequency"
 
-    @property
-    def label(self) -> str:
-        """Short name for tables and legends."""
-        return "router frequency"
-
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → (n_experts,), from tokens.
 
         Raises:
@@ -100,8 +79,8 @@ def _sizes(module: nn.Module, routed: _Routed, expert: int, rows: Tensor) -> Ten
 def _summed(
     who: str,
     model: nn.Module,
-    groups: tuple[CoupledGroup, ...],
-    calib: Tensor | Gradients | None,
+    groups: SomeGroups,
+    calib: Calibration,
     measure: Callable[[nn.Module, _Routed, int, Tensor], Tensor],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Group name → tokens routed to each expert, and sums of a measure over them, float64 (n_experts,)."""
@@ -127,8 +106,7 @@ def _summed(
 
     inside: set[int] = set()
     with ExitStack() as stack:
-        for context in (evaluating(model), computing_wide(model), torch.no_grad()):
-            stack.enter_context(context)
+        stack.enter_context(measuring(model))
         for name, place in places.items():
             hook = model.get_submodule(place).register_forward_hook(adder(name), with_kwargs=True)
             stack.callback(hook.remove)

@@ -15,8 +15,11 @@ from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.files import new_file, reading
+from prunekit.gradients import Gradients
 
 _FORMAT = "prunekit.scores/1"
+SomeGroups = tuple[CoupledGroup, ...]
+Calibration = Tensor | Gradients | None  # integers (n_samples, seq_len), or what was gathered over them
 
 
 class Scores(dict[str, Tensor]):
@@ -52,17 +55,10 @@ class Scores(dict[str, Tensor]):
 
     def summary(self) -> pd.DataFrame:
         """One row per kind: groups, units, and the range of the scores."""
-        return (
-            self.table()
-            .groupby("kind", sort=False)
-            .agg(
-                groups=("group", "nunique"),
-                units=("unit", "size"),
-                lowest=("score", "min"),
-                median=("score", "median"),
-                highest=("score", "max"),
-            )
-        )
+        return self.table().groupby("kind", sort=False).agg(
+            groups=("group", "nunique"), units=("unit", "size"),
+            lowest=("score", "min"), median=("score", "median"), highest=("score", "max"),
+        )  # fmt: skip
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file, replacing an old one only when it is complete.
@@ -121,17 +117,11 @@ def layer_of(name: str) -> int | None:
 
 GRANULARITIES = ("vector", "element")
 
-# Each takes the slices of a group's units (n_units, n_slices, channels) to (n_units, channels).
-_ACROSS_SLICES: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda slices: slices.sum(1),
-    "mean": lambda slices: slices.mean(1),
-    "max": lambda slices: slices.amax(1),
-    "prod": lambda slices: slices.prod(1),
-}
-REDUCTIONS = (*_ACROSS_SLICES, "first", "second")
+# Each takes the slices of a group's units (n_units, n_slices, channels) along dimension 1 to (n_units, channels).
+_FOLD: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "prod": torch.prod}
+REDUCTIONS = (*_FOLD, "first", "second")
 
-SliceScores = dict[tuple[str, int], Tensor]
-"""(parameter, dim) → one score an index of that dimension."""
+SliceScores = dict[tuple[str, int], Tensor]  # (parameter, dim) → one score an index of that dimension
 
 
 def check_takes_tokens(model: nn.Module) -> None:
@@ -223,10 +213,10 @@ def unit_scores(group: CoupledGroup, slices: SliceScores, reduction: str) -> Ten
     Source: LLM-Pruner, section 3.2. Differs: with grouped-query attention the released code folds the
         heads the other way round and gives KV head h the query heads h, h + n_kv, …, which belong to others.
     """
-    if reduction in _ACROSS_SLICES:
+    if reduction in _FOLD:
         rows = [slices[m.parameter, m.dim][m.index] for m in group.members]  # each (n_units, width)
         folded = torch.cat([r.reshape(group.n_units, -1, _n_channels(group.members)) for r in rows], 1)
-        return _ACROSS_SLICES[reduction](folded).sum(1)  # (n_units, n_slices, channels) → (n_units,)
+        return _FOLD[reduction](folded, 1).sum(1)  # (n_units, n_slices, channels) → (n_units,)
     member = _one_member(group, reduction)
     return slices[member.parameter, member.dim][member.index].sum(1)
 

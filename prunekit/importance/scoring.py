@@ -11,18 +11,17 @@ from prunekit.account import few
 from prunekit.annotations import Rule
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Network, check_choice, checked
-from prunekit.discovery.groups import CoupledGroup, Groups, Member
+from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
 from prunekit.importance.ablation import Ablation, check_scalable, scaled_to_loss
 from prunekit.importance.activation import Activation, BlockInfluence, Fluctuation
-from prunekit.importance.baselines import Magnitude, Random
 from prunekit.importance.curvature import Curvature, applies
 from prunekit.importance.fusion import HyWIA
 from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.routing import REAP, RouterFrequency
-from prunekit.importance.scores import Scores
-from prunekit.importance.taylor import Taylor
+from prunekit.importance.scores import Calibration, Scores, SomeGroups
+from prunekit.importance.taylor import Magnitude, Random, Taylor
 
 
 @runtime_checkable
@@ -37,9 +36,7 @@ class Importance(Protocol):
     def label(self) -> str:
         """Short name for tables and legends."""
 
-    def unit_scores(
-        self, model: nn.Module, groups: tuple[CoupledGroup, ...], calib: Tensor | Gradients | None
-    ) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
         """Group name → float (n_units,), higher means keep."""
 
 
@@ -112,7 +109,7 @@ def score(
     model: Network,
     groups: Groups | Iterable[CoupledGroup],
     importance: AnyImportance,
-    calib: Tensor | Gradients | None = None,
+    calib: Calibration = None,
     *,
     normalize: str | None = None,
 ) -> Scores:
@@ -159,7 +156,7 @@ def score(
     return scaled_to_loss(model, chosen, found, calib) if normalize == "loss" else found
 
 
-def _check_returned(importance: Importance, groups: tuple[CoupledGroup, ...], values: Any) -> None:
+def _check_returned(importance: Importance, groups: SomeGroups, values: Any) -> None:
     """Raise an error for an importance that does not give each group one finite number a unit."""
     wanted = {group.name: (group.n_units,) for group in groups}
     if not isinstance(values, Mapping) or values.keys() != wanted.keys():
@@ -172,8 +169,8 @@ def _check_returned(importance: Importance, groups: tuple[CoupledGroup, ...], va
             raise PrunekitError(f"{importance!r} must give {name!r} a tensor {shape} of finite scores; it gave {got}")
 
 
-def _chosen(groups: object) -> tuple[CoupledGroup, ...]:
-    chosen = tuple(groups) if isinstance(groups, Iterable) else (groups,)
+def _chosen(groups: Iterable[Any]) -> tuple[CoupledGroup, ...]:
+    chosen = tuple(groups)
     for group in chosen:
         if not isinstance(group, CoupledGroup):
             raise PrunekitError(f"{group!r:.60} is not a group; give discover(model), or a list of its groups")
@@ -189,19 +186,12 @@ def _check_belong(model: nn.Module, groups: object, chosen: tuple[CoupledGroup, 
         )
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     expected = groups.shapes if isinstance(groups, Groups) else {}
-    for group in chosen:
-        for member in group.members:
-            _check_member(group.name, member, shapes, expected)
-
-
-def _check_member(
-    name: str, member: Member, shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
-) -> None:
-    shape = shapes.get(member.parameter)
-    fits = shape is not None and member.dim < len(shape) and int(member.index.max()) < shape[member.dim]
-    if not fits or expected.get(member.parameter, shape) != shape:
-        was = expected.get(member.parameter, f"over {int(member.index.max())} long in dimension {member.dim}")
-        raise PrunekitError(
-            f"group {name!r} is not of this model: {member.parameter} is {shape or 'missing'} here and was {was} "
-            "where the group was found; call discover(model) on this model"
-        )
+    for name, member in ((group.name, member) for group in chosen for member in group.members):
+        shape, last = shapes.get(member.parameter), int(member.index.max())
+        fits = shape is not None and member.dim < len(shape) and last < shape[member.dim]
+        if not fits or expected.get(member.parameter, shape) != shape:
+            was = expected.get(member.parameter, f"over {last} long in dimension {member.dim}")
+            raise PrunekitError(
+                f"group {name!r} is not of this model: {member.parameter} is {shape or 'missing'} here and was {was} "
+                "where the group was found; call discover(model) on this model"
+            )

@@ -12,8 +12,8 @@ from prunekit.calibration import check_finite
 from prunekit.checks import Count, FilePath, Model, Tokenizer, checked
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import require_finite
-from prunekit.evaluation.named_tasks import Tasks
+from prunekit.evaluation.sequence_scores import require_finite
+from prunekit.evaluation.standard_tasks import Tasks
 from prunekit.importance.ablation import ablated
 from prunekit.knowledge.question_spans import EvaluationSet, Runner, Texts, make_evaluation_set
 from prunekit.knowledge.record import PlannedAblation, Record, fingerprint

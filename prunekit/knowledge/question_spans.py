@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens
+from prunekit.digests import bytes_of
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.discovery.parts import layer_of
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.batches import Batch
-from prunekit.evaluation.likelihood import Span, check_batches
+from prunekit.evaluation.likelihood import Batch, Span, check_batches
 from prunekit.evaluation.multiple_choice import choice_lengths, question_spans
-from prunekit.evaluation.named_tasks import Tasks, named_tasks
 from prunekit.evaluation.sequence_scores import TOLERANCE, choose_reading, scored_logits, span_sums
+from prunekit.evaluation.standard_tasks import Tasks, named_tasks
 from prunekit.evaluation.windows import read_spans
-from prunekit.fingerprint import bytes_of
 from prunekit.layerwise import Layerwise
 from prunekit.models import max_positions
 from prunekit.questions import Question, Task

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from prunekit.digests import digest_of
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.fingerprint import digest_of
 from prunekit.knowledge.measurement_files import plain
 from prunekit.knowledge.question_spans import EvaluationSet, Runner
 from prunekit.knowledge.result import KnowledgeDistribution

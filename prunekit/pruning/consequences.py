@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.discovery import Groups
-from prunekit.discovery.components import spread_death
 from prunekit.discovery.constants import Selection, Where, select
 from prunekit.discovery.integer_positions import SHAPE, Equation
 from prunekit.discovery.labelling import Trace
+from prunekit.discovery.labels import spread_death
 from prunekit.discovery.parts import list_elements
 from prunekit.discovery.stored_integers import Attribute, Key, set_attribute
 from prunekit.discovery.tracing import trace

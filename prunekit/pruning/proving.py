@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from prunekit.discovery.components import Sites, levels, roles
 from prunekit.discovery.labelling import LabelMode, Trace
+from prunekit.discovery.labels import Sites, levels, roles
 from prunekit.discovery.parts import Part
 from prunekit.discovery.stored_integers import remembering
-from prunekit.discovery.trace_setup import free_parameters, module_paths
-from prunekit.discovery.tracing import trace
+from prunekit.discovery.tracing import free_parameters, module_paths, trace
 from prunekit.errors import PrunekitError, reason
 from prunekit.models import evaluating
 from prunekit.pruning.removal import copied, drop, renamed

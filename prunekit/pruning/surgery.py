@@ -12,8 +12,7 @@ from prunekit.checks import Network, check_choice, checked
 from prunekit.discovery import Groups
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.partition import find_groups
-from prunekit.discovery.trace_setup import uncollected
-from prunekit.discovery.tracing import trace
+from prunekit.discovery.tracing import trace, uncollected
 from prunekit.errors import PrunekitError
 from prunekit.pruning.compensation import FITS
 from prunekit.pruning.compensation import compensate as refit

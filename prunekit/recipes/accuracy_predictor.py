@@ -94,11 +94,7 @@ def accuracy_predictor(
     Source: Fig. 1. Reconstructed: the bounds of the space, how architectures are drawn, and the rounds (from GBDT-NAS).
         Differs: every architecture meets the budget, and each round proposes architectures by evolution.
     """
-    from prunekit.search import (  # needs prunekit[search], the other recipes do not
-        PlanSpace,
-        known_points,
-        search_space,
-    )
+    from prunekit.search import PlanSpace, known_points, search_space  # of an extra that no other recipe needs
 
     groups = discover(model)
     kinds = [importance_from_name(each) if isinstance(each, str) else each for each in importances]

@@ -19,6 +19,7 @@ from prunekit.recovery import LoRA, recover
 
 MODES = ("block", "channel", "layer")
 ELEMENT1 = Taylor("element", "first")
+PAPER = ("block", ELEMENT1, None, "local", None, 1)  # mode, importance, layers, ranking, normalize, n_steps
 
 
 class Pruned(NamedTuple):
@@ -90,14 +91,7 @@ def llm_pruner(
     """
     check_choice("mode", mode, MODES)
     check_options(pruning_ratio)
-    if modern and (mode, importance, layers, ranking, normalize, n_steps) != (
-        "block",
-        ELEMENT1,
-        None,
-        "local",
-        None,
-        1,
-    ):
+    if modern and (mode, importance, layers, ranking, normalize, n_steps) != PAPER:
         raise PrunekitError(
             "modern=True has an importance, layers and a ranking of its own: leave mode, importance, layers, "
             "ranking, normalize and n_steps out, or set modern=False"

@@ -5,10 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from prunekit.checks import Count, FilePath, Model, Share, Tokenizer, checked
-from prunekit.discovery import Groups, discover
+from prunekit.discovery import discover
 from prunekit.errors import PrunekitError
 from prunekit.importance import Taylor, score
 from prunekit.importance.scoring import AnyImportance
@@ -102,9 +100,16 @@ def lorashear(
     pruning, *tunings = _shared_out(method, method.n_steps(len(everything)), shares)
     stages = [(stage, how) for stage, how in zip((first, second), tunings, strict=True) if how is not None]
     groups, calib = discover(model), everything.tokens[:N_CALIBRATION]
-    _check(groups, pruning_ratio, pruning, n_periods, stages, mixture)
+    split_steps(pruning.max_steps or 0 if pruning else 0, n_periods, WARMUP, 0.0)  # arguments of later steps
+    units_for(groups, pruning_ratio)
+    _check_stages(stages, mixture)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
 
-    knowledge = _distribution(model, tokenizer, groups, first, calib, importance or Taylor(), folder)
+    units, asked = groups.of_kind(*DEFAULT_KINDS), {source.name: source.validation[:N_ASKED] for source in first}
+    scores = score(model, units, importance or Taylor(), calib)
+    path = None if folder is None else folder / KNOWLEDGE
+    knowledge = knowledge_distribution(model, tokenizer, units, scores, ratios=RATIOS, text=asked, path=path)
     progress = prune_progressively(
         model,
         pruning_ratio,
@@ -131,17 +136,8 @@ def _shared_out(method: LoRA, n_steps: int, shares: tuple[float, float, float]) 
     return [replace(method, max_steps=n) if n else None for n in steps]
 
 
-def _check(
-    groups: Groups,
-    pruning_ratio: float,
-    pruning: LoRA | None,
-    n_periods: int,
-    stages: Sequence[tuple[Sequence[Source], LoRA]],
-    mixture: Mixture,
-) -> None:
-    """Raise early for invalid arguments of later steps."""
-    split_steps(pruning.max_steps or 0 if pruning else 0, n_periods, WARMUP, 0.0)
-    units_for(groups, pruning_ratio)
+def _check_stages(stages: Sequence[tuple[Sequence[Source], LoRA]], mixture: Mixture) -> None:
+    """Raise early for stages that have too few steps."""
     for stage, how in stages:
         try:
             steps_over(stage, how, mixture)
@@ -155,28 +151,7 @@ def _own(folder: Path) -> Path:
     """A folder that contains only files of this recipe."""
     if folder.is_file():
         raise PrunekitError(f"{str(folder)!r} is a file; give a new folder")
-    others = (
-        [path.name for path in folder.iterdir() if path.name not in (KNOWLEDGE, PRUNING)] if folder.exists() else []
-    )
+    others = {path.name for path in folder.glob("*")} - {KNOWLEDGE, PRUNING}
     if others:
-        raise PrunekitError(f"{str(folder)!r} holds {sorted(others)[0]!r}; give a new folder, or one of the same run")
+        raise PrunekitError(f"{str(folder)!r} holds {min(others)!r}; give a new folder, or one of the same run")
     return folder
-
-
-def _distribution(
-    model: Any,
-    tokenizer: Any,
-    groups: Groups,
-    sources: Sequence[Source],
-    calib: Tensor,
-    importance: AnyImportance,
-    folder: Path | None,
-) -> KnowledgeDistribution:
-    """Knowledge distribution over the sources."""
-    units = groups.of_kind(*DEFAULT_KINDS)
-    asked = {source.name: source.validation[:N_ASKED] for source in sources}
-    path = None if folder is None else folder / KNOWLEDGE
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    scores = score(model, units, importance, calib)
-    return knowledge_distribution(model, tokenizer, units, scores, ratios=RATIOS, text=asked, path=path)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from prunekit.account import MOST_TOKENS
-from prunekit.chats import TextWithReplies
 from prunekit.checks import check_choice
 from prunekit.documents import Reading, TextSource, at_least_one
 from prunekit.errors import PrunekitError
-from prunekit.text import DOCUMENT_SEPARATOR, JOINT, leading_bos, token_ids, whole_windows
+from prunekit.text import DOCUMENT_SEPARATOR, JOINT, TextWithReplies, leading_bos, token_ids, whole_windows
 
 IGNORED = -100  # the label of a token that is not trained on, as transformers' losses know it
 TrainOn = Literal["replies", "all"]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from prunekit.account import LossChange
 from prunekit.checks import Amount, check_value
+from prunekit.digests import RECORD, record
 from prunekit.errors import PrunekitError
 from prunekit.files import read_json, reading, write_text
 from prunekit.recovery.settings import TrainingSettings
-from prunekit.written_files import RECORD, record
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

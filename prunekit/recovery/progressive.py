@@ -13,12 +13,12 @@ from torch import Tensor
 
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Count, FilePath, Model, Share, Tokenizer, checked
+from prunekit.digests import digest_of
 from prunekit.discovery import Groups, discover
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.files import read_json, write_text
-from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, plan
 from prunekit.pruning.budgets import parameters_per_unit
 from prunekit.pruning.plan_options import DEFAULT_KINDS

@@ -13,13 +13,12 @@ from tqdm.auto import tqdm
 
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Count, FilePath, Length, Model, Positive, Tokenizer, check_value, checked
+from prunekit.digests import RECORD, check_recorded, digest_of, record, recorded
 from prunekit.documents import TextSource, is_stream
 from prunekit.errors import PrunekitError
 from prunekit.files import alone_in, new_file, read_json, reading, write_text
-from prunekit.fingerprint import digest_of
 from prunekit.models import evaluating, logits_alone
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
-from prunekit.written_files import RECORD, check_recorded, record, recorded
 
 ABOUT = "teacher.json"
 TOP_K = 64

@@ -17,14 +17,14 @@ from torch.utils.data import Dataset
 
 from prunekit.account import few, loss_on
 from prunekit.calibration import all_finite
+from prunekit.checks import PROCESS
 from prunekit.compat import LOSS_KEYWORDS
+from prunekit.digests import RECORD, check_recorded
 from prunekit.errors import PrunekitError
 from prunekit.files import writing
-from prunekit.locks import PROCESS
 from prunekit.recovery.data import TrainingWindows
 from prunekit.recovery.log import RecoveryLog, log_of, progress, whole_curve
 from prunekit.recovery.settings import TrainingSettings
-from prunekit.written_files import RECORD, check_recorded
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

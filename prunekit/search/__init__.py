@@ -1,6 +1,6 @@
 """Search for the best plan under a budget, with a predictor of the accuracy after pruning."""
 
-from prunekit.extras import SEARCH, need
+from prunekit.errors import SEARCH, need
 
 need("search", *SEARCH, why="prunekit.search")
 

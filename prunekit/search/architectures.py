@@ -13,9 +13,9 @@ from torch import Tensor
 
 from prunekit.annotations import is_real
 from prunekit.checks import Count, Whole, check_fields
+from prunekit.digests import bytes_of
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.fingerprint import bytes_of
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.plan_options import DEFAULT_KINDS, candidates_of
 from prunekit.pruning.planning import plan_without

@@ -17,11 +17,10 @@ from tqdm.auto import tqdm
 from prunekit.annotations import shown
 from prunekit.checkpoint import save
 from prunekit.checks import Count, FilePath, Seed, SharedModel, Tokenizer, check_choice, checked
+from prunekit.digests import digest_of
 from prunekit.documents import TextSource
-from prunekit.errors import PrunekitError
-from prunekit.evaluation.named_tasks import Tasks
-from prunekit.extras import need
-from prunekit.fingerprint import digest_of
+from prunekit.errors import PrunekitError, need
+from prunekit.evaluation.standard_tasks import Tasks
 from prunekit.models import check_has_weights, device_of
 from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.space import Point, Space, key_of

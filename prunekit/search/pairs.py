@@ -10,16 +10,15 @@ import pandas as pd
 from torch import nn
 
 from prunekit.checks import check_fields
+from prunekit.digests import digest_of_text
 from prunekit.documents import Document, TextSource
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.evaluation.language_modelling import perplexity
 from prunekit.evaluation.multiple_choice import zero_shot
-from prunekit.evaluation.named_tasks import Tasks, named_tasks
-from prunekit.evaluation.report import world_default
+from prunekit.evaluation.report import unbeaten, world_default
+from prunekit.evaluation.standard_tasks import Tasks, named_tasks
 from prunekit.evaluation.windows import read_texts
-from prunekit.fingerprint import digest_of_text
-from prunekit.fronts import unbeaten
 from prunekit.questions import Task
 from prunekit.search.hyperparameters import Hyperparameter, Range
 from prunekit.search.space import Point, Space

@@ -12,9 +12,9 @@ import pandas as pd
 from scipy.stats import kendalltau, spearmanr
 
 from prunekit.checks import Count, Length, Positive, Seed, check_fields, check_integers, check_reals, check_value
+from prunekit.digests import digest_of_text
 from prunekit.errors import PrunekitError
 from prunekit.files import read_json, reading, write_text
-from prunekit.fingerprint import digest_of_text
 from prunekit.search.pairs import Pairs
 from prunekit.search.space import Point, Space
 

@@ -12,7 +12,7 @@ import pandas as pd
 from prunekit.checks import Count, FilePath, Seed, SharedModel, Tokenizer, Whole, check_integers, checked
 from prunekit.documents import TextSource
 from prunekit.escaping import html_paragraph
-from prunekit.evaluation.named_tasks import Tasks
+from prunekit.evaluation.standard_tasks import Tasks
 from prunekit.search.campaign import Campaign, drawn
 from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checkpoint import load
+from prunekit.digests import digest_of
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
-from prunekit.fingerprint import digest_of
 from prunekit.pruning import PruningPlan, prune, surgery
 from prunekit.search.pairs import Metric
 from prunekit.search.space import CarryOut

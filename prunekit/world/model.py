@@ -21,7 +21,7 @@ def load() -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from prunekit.locks import PROCESS
+    from prunekit.checks import PROCESS
 
     with PROCESS:
         model = AutoModelForCausalLM.from_pretrained(DATA, dtype=torch.float32)

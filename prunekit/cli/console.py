@@ -1,14 +1,21 @@
-"""Options of the command line, read from the signatures, types and docstrings of the functions that take them."""
+"""Options of a verb, read from the signatures, types and docstrings of the functions that take them, and its output."""
 
 import argparse
+import json
+import logging
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import Parameter, getdoc, signature
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from prunekit.cli.answers import Answer
 from prunekit.errors import PrunekitError
+from prunekit.escaping import printable
 
 SECTIONS = r"^(?:Args|Attributes|Example|Raises|Returns|Source):$"
 
@@ -26,6 +33,11 @@ class Of:
 
     def __init__(self, source: Callable[..., Any], *names: str, **defaults: Any) -> None:
         self.source, self.names, self.defaults = source, (*names, *defaults), defaults
+
+
+def flag(name: str) -> str:
+    """The option of a shell for a parameter."""
+    return f"--{name.replace('_', '-')}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,7 +122,7 @@ def _add(place: Any, parameter: Parameter, told: str, extras: Mapping[str, Any])
     options |= {**_reading(parameter.annotation), "default": argparse.SUPPRESS, **extras}
     required = default is Parameter.empty
     if parameter.kind is Parameter.KEYWORD_ONLY:
-        flags = (f"--{name.replace('_', '-')}", *options.pop("flags", ()))
+        flags = (flag(name), *options.pop("flags", ()))
         place.add_argument(*flags, dest=name, required=required, **options)
     else:
         place.add_argument(name, **{"metavar": name.upper()} | ({} if required else {"nargs": "?"}) | options)
@@ -162,3 +174,87 @@ def _counts(text: str) -> tuple[int, ...]:
     if not (kept.isdecimal() and of.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEPT:OF, such as 2:4")
     return int(kept), int(of)
+
+
+# --- output -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Output of a verb: plain values for `--json`, or text."""
+
+    values: dict[str, Any]
+    text: str
+
+
+def as_json(value: Any) -> str:
+    """Strict JSON; a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def text_table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows of cells as lines, the first column to the left, the others to the right; the first row is the head."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
+    return "\n".join(lines)
+
+
+def say(message: object) -> None:
+    """One line on standard error."""
+    print(f"prunekit: {printable(str(message))}", file=sys.stderr)
+
+
+@contextmanager
+def own_warnings() -> Iterator[None]:
+    """A context that prints prunekit's warnings and log on standard error and hides those of libraries."""
+    from transformers.utils import logging as library
+
+    from prunekit.checkpoint.gguf import NoVocabulary
+    from prunekit.errors import DamageWarning
+
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    with warnings.catch_warnings(), _own_log():
+        warnings.simplefilter("ignore")
+        for kind in (DamageWarning, NoVocabulary):
+            warnings.simplefilter("always", kind)
+        warnings.showwarning = lambda message, *_, **__: say(message)
+        yield
+
+
+@contextmanager
+def _own_log() -> Iterator[None]:
+    """A context that prints each line of prunekit's log once, when all went well: an error is a single line."""
+    logger, handler = logging.getLogger("prunekit"), _Kept()
+    level, handled_above = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+        for message in handler.said:
+            say(message)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = handled_above
+
+
+class _Kept(logging.Handler):
+    """Keeps each line of a log once, such as what was read for several models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said[record.getMessage()] = None

@@ -1,6 +1,6 @@
-"""Short names of models: the embedded model, and real models installed as Python packages.
+"""Short names of models, and names of checkpoint layouts. Nothing here imports torch.
 
-A folder of the same name wins over the name. Nothing here imports torch, so that a command line can name them at once.
+A model is the embedded one, or a real one installed as a Python package; a folder of the same name wins over the name.
 """
 
 import os
@@ -10,6 +10,8 @@ from pathlib import Path
 
 from prunekit.errors import PrunekitError
 
+PLAIN, PADDED, GGUF, OWN = "plain", "padded", "gguf", "prunekit"
+LAYOUTS = (PLAIN, PADDED, GGUF)  # what other programs load
 WORLD = "world"
 
 

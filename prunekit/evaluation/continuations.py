@@ -14,6 +14,8 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import check_tokens_fit
 from prunekit.models import device_of, evaluating, max_positions
 
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
+
 
 @dataclass(frozen=True, eq=False)
 class Generations:
@@ -66,22 +68,16 @@ def generations(
         PrunekitError: there is no model or prompt, a prompt is empty or leaves no room, or the tokenizer does not fit.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check(models, texts, max_new_tokens)
+    if not models or "prompt" in models:
+        raise PrunekitError('models: give at least one, by name: {"dense": model, "cut": small}; "prompt" is no name')
+    bad = next((text for text in texts if not isinstance(text, str) or not text), None)
+    if not texts or bad is not None:
+        raise PrunekitError(f"prompts: {bad!r:.60}; give at least one text that is not empty")
     encoded = [tokenizer(text, return_tensors="pt", verbose=False)["input_ids"] for text in texts]
     columns = {
         name: [_continue(model, tokenizer, ids, max_new_tokens) for ids in encoded] for name, model in models.items()
     }
     return Generations(pd.DataFrame({"prompt": texts, **columns}), max_new_tokens)
-
-
-def _check(models: Mapping[str, nn.Module], texts: list[Any], max_new_tokens: int) -> None:
-    if not isinstance(models, Mapping) or not models or "prompt" in models:
-        raise PrunekitError('models: give at least one, by name: {"dense": model, "cut": small}; "prompt" is no name')
-    bad = next((text for text in texts if not isinstance(text, str) or not text), None)
-    if not texts or bad is not None:
-        raise PrunekitError(f"prompts: {bad!r:.60}; give at least one text that is not empty")
-    if max_new_tokens < 1:
-        raise PrunekitError(f"max_new_tokens={max_new_tokens}; it is at least 1")
 
 
 def _continue(model: nn.Module, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int) -> str:
@@ -94,17 +90,8 @@ def _continue(model: nn.Module, tokenizer: Any, ids: torch.Tensor, max_new_token
             "takes; shorten the prompt or give a smaller max_new_tokens"
         )
     ids = ids.to(device_of(model))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens}
     with evaluating(model), torch.no_grad():
-        written = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            num_beams=1,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
+        written = model.generate(**options, **GREEDY, use_cache=True, pad_token_id=pad)  # type: ignore[operator]
     return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
