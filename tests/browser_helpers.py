@@ -1,7 +1,7 @@
 """JupyterLab in a real browser: a server of its own on a copy of the notebooks, and what is on its page.
 
-Debian's Chromium is driven by playwright. JupyterLab's own application object (`--expose-app-in-browser`) runs cells and
-says what state they are in. What a reader sees, and only that, is looked up on the page.
+An installed Chromium is driven by playwright. JupyterLab's own object (`--expose-app-in-browser`) runs cells and says
+what state they are in. What a reader sees is looked up on the page.
 """
 
 import json
@@ -15,13 +15,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import nbformat
 
 from prunekit.cli.notebooks import copy_series
 
@@ -38,13 +37,15 @@ SETTINGS = {  # no question about news; every cell is on the page, not only thos
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
 }
-ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
+RED = '[data-mime-type="application/vnd.jupyter.stderr"]'  # exceptions, and what is written to standard error
+TRACEBACK = "Traceback (most recent call last)"
 WIDGET = ".widget-interact"
 OPEN = """async name => {
   const app = window.jupyterapp;
   await app.restored;
   const panel = await app.commands.execute('docmanager:open', {path: name});
-  await panel.revealed; await panel.sessionContext.ready;
+  await panel.revealed;
+  await panel.sessionContext.ready;
   window.book = panel;
 }"""
 RUN = """async last => {
@@ -187,7 +188,7 @@ class Book:
 
     def problems(self) -> list[str]:
         """Every error that a reader can see, in a cell's output or inside a widget."""
-        return [text[:2000] for text in self.page.locator(ERROR).all_inner_texts()]
+        return [text[-2000:] for text in self.page.locator(RED).all_inner_texts() if TRACEBACK in text]
 
     def cell(self, number: int) -> Any:
         """A cell on the page."""
@@ -197,6 +198,34 @@ class Book:
         """What `interact` made, in order."""
         return self.page.locator(WIDGET).all()
 
+    def fold_faults(self) -> list[str]:
+        """Click on every folded answer: it must be closed before, and show its text after."""
+        faults = []
+        for place in self.page.locator(".jp-RenderedMarkdown details").all():
+            name, inside = place.locator("summary").inner_text(), place.locator("p, ul, ol, table").first
+            if place.get_attribute("open") is not None or inside.is_visible():
+                faults.append(f"{name!r} is open before it is clicked")
+            place.locator("summary").click()
+            if not inside.is_visible():
+                faults.append(f"{name!r} does not open")
+        return faults
+
+    def answer(self, number: int, source: str, seconds: float = 60) -> str:
+        """Type something in place of a cell's source, run the cell, and return what it prints."""
+        self.cell(number).locator(".cm-content").click()
+        self.page.keyboard.press("Control+a")
+        self.page.keyboard.insert_text(source)
+        assert self.state()["cells"][number]["source"] == source  # it was typed into this cell
+        count = self.state()["cells"][number]["count"]
+        self.page.keyboard.press("Shift+Enter")
+        self.page.wait_for_function(
+            "([i, count]) => ![null, count].includes(window.book.content.model.toJSON().cells[i].execution_count)",
+            arg=[number, count],
+            timeout=1000 * seconds,
+        )
+        self.idle()
+        return self.cell(number).locator(".jp-OutputArea").last.inner_text()
+
     def idle(self) -> None:
         """Wait until the kernel has done what it was asked."""
         self.page.wait_for_timeout(150)
@@ -204,22 +233,69 @@ class Book:
         self.page.wait_for_timeout(150)
 
 
+# --- controls ---------------------------------------------------------------------------------------------------------
+
 SHOWN = """widget => {
-  const area = widget.querySelector('.jp-OutputArea') ?? widget.querySelector('.widget-output');
-  if (!area) return '';
-  return area.innerText + [...area.querySelectorAll('img')].map(image => image.src).join();
+  const area = widget.querySelector('.jp-OutputArea');
+  return area ? area.innerText + [...area.querySelectorAll('img')].map(image => image.src).join() : '';
 }"""
+PATIENCE = 4  # seconds that a widget has to answer a move
 
 
-def move_controls(book: Book, widget: Any) -> dict[str, int]:
-    """Move every control of a widget through its values; control → how many different answers it showed."""
-    counts = {}
-    for number, slider in enumerate(widget.locator(".noUi-handle").all()):
-        seen = {widget.evaluate(SHOWN)}
-        for key in ["ArrowLeft"] * 12 + ["ArrowRight"] * 12:
-            before = slider.get_attribute("aria-valuenow")
-            slider.press(key)
-            book.idle()
-            seen.add(widget.evaluate(SHOWN))
-        counts[f"slider {number}"] = len(seen)
-    return counts
+@dataclass
+class Control:
+    """What came of moving one control: its label, the values it took, and how many different answers it got."""
+
+    label: str
+    values: int
+    answers: int
+
+
+def move_controls(book: Book, widget: Any) -> list[Control]:
+    """Move each control of a widget through all its values by arrow keys, choices and clicks."""
+    found = []
+    for row in widget.locator("xpath=./div[not(contains(@class, 'widget-output'))]").all():
+        label = row.locator("label").first.inner_text()
+        moves = list(_moves(row))
+        answers = {_answer(book, widget, move) for move in moves}
+        found.append(Control(label, len(moves), len(answers)))
+    return found
+
+
+def _moves(row: Any) -> Iterator[Callable[[], object]]:
+    """Functions that each move the control on by one value; after them it has had every value."""
+    if row.locator("select").count():
+        names = row.locator("option").all_inner_texts()
+        yield from (partial(row.locator("select").select_option, name) for name in [*names[1:], names[0]])
+    elif (handle := row.locator(".noUi-handle")).count():
+        first, last, now = (float(handle.get_attribute(f"aria-value{name}")) for name in ("min", "max", "now"))
+        yield from (partial(handle.press, "ArrowLeft") for _ in range(round(now - first)))
+        yield from (partial(handle.press, "ArrowRight") for _ in range(round(last - first)))
+    else:
+        yield from (button.click for button in row.locator("button").all())
+
+
+def _answer(book: Book, widget: Any, move: Callable[[], object]) -> str:
+    before = widget.evaluate(SHOWN)
+    move()
+    until = time.monotonic() + PATIENCE
+    while (now := widget.evaluate(SHOWN)) == before and time.monotonic() < until:
+        book.page.wait_for_timeout(100)
+    book.idle()
+    return widget.evaluate(SHOWN) if now != before else before
+
+
+def widget_faults(book: Book) -> list[str]:
+    """Move every control of every widget; what went wrong, one line each: errors, and controls that change nothing."""
+    faults = []
+    for number, widget in enumerate(book.widgets()):
+        known = book.problems()
+        controls = move_controls(book, widget)
+        faults += [f"widget {number}: {text}" for text in book.problems()[len(known) :]]
+        faults += [
+            f"widget {number}: {control.label!r} changes nothing"
+            for control in controls
+            if control.values < 2 or control.answers < 2
+        ]
+        faults += [] if controls else [f"widget {number} has no controls"]
+    return faults

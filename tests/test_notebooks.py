@@ -13,11 +13,14 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-import tour
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from strip_notebooks import stripped
+
+from prunekit.cli import tour
+from prunekit.cli.notebooks import SERIES as SERIES_NAMES
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-SERIES = sorted(FOLDER.glob(tour.SERIES))
+SERIES = sorted(FOLDER.glob(SERIES_NAMES))
 EXERCISES = sorted((FOLDER / "exercises").glob("ex_[0-9][0-9].py"))
 CELLS = 25  # at least
 LINES = 12  # of a code cell; aim at 3 to 10
@@ -37,7 +40,7 @@ def form_faults(text, number):
     book = nbformat.reads(text, as_version=4)
     code, prose = ([cell for cell in book.cells if cell.cell_type == kind] for kind in ("code", "markdown"))
     return [
-        *(["not stripped: python tools/tour.py --strip"] if tour.stripped(text) != text else []),
+        *(["not stripped: python tools/strip_notebooks.py"] if stripped(text) != text else []),
         *([f"{len(book.cells)} cells, less than {CELLS}"] if len(book.cells) < CELLS else []),
         *id_faults(text),
         *opening_faults(book.cells[0]),
@@ -131,8 +134,8 @@ SPOILED = ["outputs", "count", "cells", "title", "hardware", "import sys; sys.pa
 @pytest.mark.parametrize("what", [*SPOILED, "%pip install x", "x = 1\n" * LINES], ids=lambda what: what[:12].strip())
 def test_form_faults_are_seen(what):
     book = well_formed()
-    assert not form_faults(tour.stripped(nbformat.writes(book)), "07")
-    text = tour.stripped(nbformat.writes(book))
+    assert not form_faults(stripped(nbformat.writes(book)), "07")
+    text = stripped(nbformat.writes(book))
     book = nbformat.reads(text, as_version=4)
     spoil(what, book)
     assert form_faults(nbformat.writes(book) + "\n", "07")
@@ -140,7 +143,7 @@ def test_form_faults_are_seen(what):
 
 @pytest.mark.filterwarnings("ignore::nbformat.warnings.DuplicateCellId")
 def test_form_wants_ids_exercise_and_assertion():
-    text = tour.stripped(nbformat.writes(well_formed()))
+    text = stripped(nbformat.writes(well_formed()))
     assert form_faults(text, "08") and form_faults(text.replace("assert True", "pass"), "07")
     assert form_faults(text.replace('"id": "c3"', '"id": "c2"'), "07")
 
@@ -158,7 +161,7 @@ def test_form_wants_ids_exercise_and_assertion():
 def test_form_wants_answers_folded(old, new):
     book = well_formed()
     book.cells[-1].source = book.cells[-1].source.replace(old, new, 1)
-    assert form_faults(tour.stripped(nbformat.writes(book)), "07")
+    assert form_faults(stripped(nbformat.writes(book)), "07")
 
 
 def test_form_series_begins_at_zero_and_has_no_number_twice():

@@ -113,7 +113,9 @@ def copy_series(target: Path) -> Path:
             if not copy.exists():
                 shutil.copyfile(path, copy)
     except OSError as error:
-        raise PrunekitError(f"cannot copy the series to {str(target)!r}: {error.strerror}; name another folder") from error
+        raise PrunekitError(
+            f"cannot copy the series to {str(target)!r}: {error.strerror}; name another folder"
+        ) from error
     print(f"the series is in {str(target / 'notebooks')!r}; files that were there before stay as they were")
     return target / "notebooks"
 
