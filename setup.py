@@ -7,7 +7,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-PARTS = ("notebooks/*.ipynb", "notebooks/exercises/*.py", "benchmarks/results/*.csv")  # as in prunekit/cli/notebooks.py
+# As in prunekit/cli/notebooks.py; tests/test_setup.py holds them equal.
+PARTS = ("notebooks/*.ipynb", "notebooks/exercises/*.py", "benchmarks/results/*.csv", "docs/guide.md")
 
 
 class BuildWithSeries(build_py):

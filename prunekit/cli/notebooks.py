@@ -12,7 +12,8 @@ from prunekit.errors import PrunekitError
 
 SERIES = "[0-9][0-9]_*.ipynb"
 OWN = "prunekit-series"  # the copy that is made where there is no clone
-PARTS = ("notebooks/*.ipynb", "notebooks/exercises/*.py", "benchmarks/results/*.csv")  # of the series, as in the clone
+# Of the series, in the layout of the clone.
+PARTS = ("notebooks/*.ipynb", "notebooks/exercises/*.py", "benchmarks/results/*.csv", "docs/guide.md")
 SHIPPED = Path(__file__).parents[1] / "series"  # of a wheel: setup.py puts the parts there
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # one thread a kernel: models this small are faster so
 
