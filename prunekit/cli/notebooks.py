@@ -2,11 +2,11 @@
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
 
 from prunekit.errors import PrunekitError
 
@@ -20,12 +20,12 @@ QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # one thread a k
 
 def lab(
     folder: str | None = None,
-    options: Annotated[tuple[str, ...], {"nargs": "*"}] = (),
     *,
     no_browser: bool = False,
     port: int | None = None,
     allow_root: bool = False,
     copy_to: str | None = None,
+    jupyter: str | None = None,
 ) -> int:
     """Open JupyterLab on the notebook series.
 
@@ -37,29 +37,26 @@ def lab(
     Example:
         prunekit lab
         prunekit lab path/to/notebooks --no-browser --port 8899
-        prunekit lab --allow-root -- --ServerApp.ip=0.0.0.0
+        prunekit lab --allow-root --jupyter="--ServerApp.ip=0.0.0.0 --debug"
 
     Args:
         folder: of the series.
-        options: of JupyterLab, after `--`; they are passed on.
         no_browser: print the address, open no browser.
         port: of the server, by default 8888 or the next that is free.
         allow_root: start as the user root too, as in most containers.
         copy_to: a folder; copy the series there first, and open the copy.
+        jupyter: more options, which are passed on to JupyterLab; in quotes, after `=`.
     """
-    if folder is not None and folder.startswith("-"):  # options of JupyterLab, and no folder
-        folder, options = None, (folder, *options)
     if folder is not None and copy_to is not None:
         raise PrunekitError(f"{folder!r} and --copy-to {copy_to!r}: give a folder to open or one to copy to, not both")
     if importlib.util.find_spec("jupyterlab") is None:
         raise PrunekitError("JupyterLab is not installed in this environment; pip install jupyterlab")
-    root = "--allow-root" in options or "--ServerApp.allow_root=True" in options
-    if _is_root() and not allow_root and not root:
+    if _is_root() and not allow_root:
         raise PrunekitError("JupyterLab does not start as the user root by itself; prunekit lab --allow-root")
     series = find_folder(folder) if copy_to is None else copy_series(Path(copy_to))
     given = [*(["--no-browser"] if no_browser else []), *(["--allow-root"] if allow_root else [])]
     given += [f"--ServerApp.port={port}"] if port else []
-    command = [sys.executable, "-m", "jupyterlab", str(series), *_first_page(series), *given, *options]
+    command = [sys.executable, "-m", "jupyterlab", str(series), *_first_page(series), *given, *shlex.split(jupyter or "")]
     return subprocess.call(command, env={**QUIET, **os.environ})
 
 
