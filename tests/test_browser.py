@@ -36,12 +36,13 @@ ANSWERS = {  # notebook → the cell of a stub, and what a reader may write
     "03_prune_to_a_budget": (
         "exercise-stub",
         "def keep_units(scores, fraction, round_to):\n"
-        "    gone = int(len(scores) * fraction) // round_to * round_to\n"
-        "    return scores.argsort()[gone:].sort().values\n"
+        "    n = len(scores) - int(len(scores) * fraction)\n"
+        "    n = min(len(scores), -(-n // round_to) * round_to)\n"
+        "    return scores.argsort(descending=True)[:n].sort().values\n"
         "print(ex_03.check_keep_units(keep_units))",
     ),
     "07_map_knowledge": (
-        "exercise-stub",
+        "exercise",
         "import math\n"
         "def unprunable_groups(table, gamma):\n"
         "    change = table[table['ratio'] < 1].groupby('group')['change'].mean().sort_values(ascending=False)\n"

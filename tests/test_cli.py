@@ -276,7 +276,7 @@ def test_lab_starts_on_the_folder(tmp_path, lab_calls, monkeypatch):
     assert main(["lab", str(tmp_path), "--no-browser", "--port", "8899", "--jupyter=--ServerApp.ip=::1 --debug"]) == 0
     ((command, env),) = lab_calls
     assert command[:4] == [sys.executable, "-m", "jupyterlab", str(tmp_path)]
-    options = ["--LabApp.default_url=/lab/tree/00_start_here.ipynb", "--no-browser", "--ServerApp.port=8899"]
+    options = ["--no-browser", "--ServerApp.port=8899", "--LabApp.default_url=/lab/tree/00_start_here.ipynb"]
     assert command[4:] == [*options, "--ServerApp.ip=::1", "--debug"] and env["OMP_NUM_THREADS"] == "1"
 
 
