@@ -2,6 +2,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
+LAB_ARGS ?=
 BIN := .venv/bin
 GEMMA := build/real/gemma-3-270m-q4_k_m.gguf
 
@@ -11,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup real lab tour book test fast test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor lint clean
+.PHONY: help setup real lab tour book test fast test-browser test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -21,11 +22,11 @@ setup: .venv/.installed ## install everything into .venv
 real: setup .venv/.real $(GEMMA) ## get two real models: SmolLM2-135M as "smollm2", Gemma 3 270M (its own terms of use apply) in build/real
 	@$(BIN)/python -c 'import sys; from prunekit.checkpoint.origins import resolve; [resolve(name) for name in sys.argv[1:]]' smollm2 $(GEMMA)
 
-lab: setup ## open JupyterLab on the notebook series
-	$(BIN)/jupyter lab notebooks
+lab: setup ## open JupyterLab on the notebook series; LAB_ARGS=--allow-root in a container
+	$(BIN)/prunekit lab notebooks $(LAB_ARGS)
 
 tour: setup ## run the series headless: build/notebooks/*.html and build/summary.md
-	$(BIN)/python tools/tour.py
+	$(BIN)/prunekit tour notebooks
 
 book: tour ## run the series, then build README, docs and notebooks as one HTML site with search: build/book/html
 	$(BIN)/python tools/book.py
@@ -33,11 +34,14 @@ book: tour ## run the series, then build README, docs and notebooks as one HTML 
 test: setup ## run every test and every notebook
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
 
+test-browser: .venv/.browser ## open JupyterLab in Chromium, run notebooks, move every control: four minutes on two cores
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m browser --durations=5 tests/test_browser.py $(PYTEST_ARGS)
+
 fast: setup ## run all tests but the slow ones, in less than three minutes on two cores
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not browser" $(PYTEST_ARGS)
 
 test-oldest: .venv-oldest/.installed ## run the quick tests with the oldest versions that pyproject.toml promises
-	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not browser" $(PYTEST_ARGS)
 
 bench: .venv/.bench ## time prunekit against Torch-Pruning, naive loops and textbook solvers, and a small part of bench-quality
 	$(BIN)/python benchmarks/run.py
@@ -95,10 +99,15 @@ clean: ## remove what was built; .venv stays
 	  || { echo "prunekit needs Python 3.11 or newer: install it, or say where it is: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 	  || { echo "prunekit needs Python's venv module: apt install python3-venv, then make again" >&2; exit 1; }
-	@rm -f $@ .venv/.bench
+	@rm -f $@ .venv/.bench .venv/.browser
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,harness]'
+	@touch $@
+
+# Only the Python package: the browser is the system's own.
+.venv/.browser: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	@touch $@
 
 .venv/.bench: .venv/.installed

@@ -62,10 +62,11 @@ def plot_tradeoff(table: pd.DataFrame, *, y: str = "perplexity", ax: Axes | None
 
 
 def _draw(ax: Axes, found: pd.DataFrame, name: str, color: str, number: int) -> None:
-    """Draws a median with its range; curves differ by marker and dash, not only colour."""
+    """Draws a median, with its range as a band where it is given; curves differ by marker and dash, not only colour."""
     marker, dash = MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
     ax.plot(found.index, found["median"], dash, label=name, color=color, marker=marker, linewidth=2.2, markersize=8)
-    ax.fill_between(found.index, found["min"], found["max"], color=color, alpha=0.15, linewidth=0)
+    if "min" in found:
+        ax.fill_between(found.index, found["min"], found["max"], color=color, alpha=0.15, linewidth=0)
 
 
 @projected
@@ -78,7 +79,8 @@ def plot_fusion(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax: where to draw; None is a new figure.
 
     Returns:
-        The axes: layers across, coarse / (coarse + fine) up, with a line where both weigh the same.
+        The axes: layers across, coarse / (coarse + fine) up, with a line where both weigh the same. Curves are medians
+        of the rows of a layer, and upright lines their ranges.
 
     Raises:
         PrunekitError: the table is empty or has not these columns.
@@ -90,9 +92,12 @@ def plot_fusion(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     colors = colors_of(rows["rule"], of_rules) if by_rule else colors_of(rows["kind"], KIND_COLORS)
     numbers = {kind: number for number, kind in enumerate(rows["kind"].unique())}
     ax = axes_or_new(ax)
-    for name, curve in rows.groupby(["rule", "kind"] if by_rule else ["kind"], sort=False):
+    curves = list(rows.groupby(["rule", "kind"] if by_rule else ["kind"], sort=False))
+    for number, (name, curve) in enumerate(curves):
         found = curve.groupby("layer")["share"].agg(["median", "min", "max"])
-        _draw(ax, found, ", ".join(name), colors[name[0]], numbers[name[-1]])
+        _draw(ax, found[["median"]], ", ".join(name), colors[name[0]], numbers[name[-1]])
+        beside = found.index + 0.08 * (number - (len(curves) - 1) / 2)  # so that ranges do not hide each other
+        ax.vlines(beside, found["min"], found["max"], color=colors[name[0]], linewidth=2)
     ax.axhline(0.5, color="black", linewidth=1.2, linestyle="--", label="both alike")
     ax.set(xlabel="layer", ylabel="weight of the coarse estimate", ylim=(-0.02, 1.02), title="Fusion across depth")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -27,7 +27,8 @@ def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes 
         ax: where to draw; None is a new figure.
 
     Returns:
-        The axes: domains across, groups down by layer, the change as colour: orange and hatched is worse.
+        The axes: domains across, groups down by layer, the change as colour: orange and hatched is worse. The colours
+        are the same at all ratios of the table.
 
     Raises:
         PrunekitError: the table has not these columns, or not this ratio.
@@ -42,7 +43,7 @@ def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes 
     whole = table["kind"].isin(["block", "layer"])
     rows = table[at | whole]
     names = [f"{_layer(layer)}{_short(group, kind)}" for group, kind, layer in _keys(rows)]
-    ax = _changes(rows, names, ax)
+    ax = _changes(rows, names, ax, over=table)
     ax.set_ylabel("layer and kind")
     ax.set_title(f"What is lost with each group, {ratio:.0%} of it ablated", loc="left")
     return ax
@@ -159,18 +160,19 @@ def _label(table: pd.DataFrame) -> str:
     return found
 
 
-def _changes(rows: pd.DataFrame, names: list[str], ax: Axes | None) -> Axes:
-    """Draws a heatmap of changes, coloured by the direction that is worse for the measure."""
+def _changes(rows: pd.DataFrame, names: list[str], ax: Axes | None, over: pd.DataFrame | None = None) -> Axes:
+    """Draws a heatmap of changes, coloured by the direction that is worse; the scale is that of all of `over`."""
     by = _label(rows)
     ordered = rows.assign(name=names).sort_values("layer", kind="stable", na_position="first")
     layers = ordered.drop_duplicates("name")["layer"].to_numpy(float)
     grid = ordered.pivot_table(index="name", columns=by, values="change", sort=False, dropna=False)
     falls = bool((rows["measure"] == "accuracy").all())
     grid = 100 * grid if falls else grid
-    finite = np.abs(grid.to_numpy(float))
+    finite = np.abs((rows if over is None else over)["change"].to_numpy(float)) * (100 if falls else 1)
     most = float(np.max(finite[np.isfinite(finite)], initial=0)) or 1.0
     unit = "accuracy (points)" if falls else "loss (nats)"
-    ax = _heat(axes_or_new(ax), grid.clip(-most, most), most, f"change of {unit}", worse=-1 if falls else 1)
+    label = f"change of {unit}; /// is worse by {most / 4:.2g} or more"
+    ax = _heat(axes_or_new(ax), grid.clip(-most, most), most, label, worse=-1 if falls else 1)
     for edge in np.flatnonzero(np.diff(layers)):
         ax.axhline(edge + 0.5, color="0.6", linewidth=0.8)
     ax.set_xlabel(by)

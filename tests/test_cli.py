@@ -15,7 +15,7 @@ from prunekit import discover, load
 from prunekit.cli import main
 from prunekit.pruning import PruningPlan
 
-COMMANDS = ("discover", "prune", "recover", "evaluate", "export", "lab")
+COMMANDS = ("discover", "prune", "recover", "evaluate", "export", "lab", "tour")
 
 
 @pytest.fixture(scope="module")
@@ -261,12 +261,54 @@ def test_module_is_the_command():
     assert done.stderr.startswith("prunekit: ") and done.stderr.count("\n") == 1 and "--help" in done.stderr
 
 
-def test_lab_starts_on_the_folder(tmp_path, monkeypatch):
-    (tmp_path / "00_start_here.ipynb").write_text("{}")
+@pytest.fixture
+def lab_calls(monkeypatch):
+    """JupyterLab is not started: its commands and environments are kept. Nobody is root."""
     calls = []
-    monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)
-    assert main(["lab", str(tmp_path), "--no-browser", "--port", "8899"]) == 0
-    assert calls == [[sys.executable, "-m", "jupyterlab", str(tmp_path), "--no-browser", "--ServerApp.port=8899"]]
+    monkeypatch.setattr("subprocess.call", lambda command, env: calls.append((command, env)) or 0)
+    monkeypatch.setattr("os.geteuid", lambda: 1000, raising=False)
+    return calls
+
+
+def test_lab_starts_on_the_folder(tmp_path, lab_calls, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "00_start_here.ipynb").write_text("{}")
+    assert main(["lab", str(tmp_path), "--no-browser", "--port", "8899", "--jupyter=--ServerApp.ip=::1 --debug"]) == 0
+    ((command, env),) = lab_calls
+    assert command[:4] == [sys.executable, "-m", "jupyterlab", str(tmp_path)]
+    options = ["--no-browser", "--ServerApp.port=8899", "--LabApp.default_url=/lab/tree/00_start_here.ipynb"]
+    assert command[4:] == [*options, "--ServerApp.ip=::1", "--debug"] and env["OMP_NUM_THREADS"] == "1"
+
+
+def test_lab_as_root_says_what_to_type(tmp_path, lab_calls, monkeypatch, capsys):
+    (tmp_path / "00_start_here.ipynb").write_text("{}")
+    monkeypatch.setattr("os.geteuid", lambda: 0, raising=False)
+    assert main(["lab", str(tmp_path)]) == 2 and "prunekit lab --allow-root" in capsys.readouterr().err
+    assert main(["lab", str(tmp_path), "--allow-root"]) == 0 and "--allow-root" in lab_calls[0][0]
+
+
+def test_lab_copies_the_series_and_keeps_what_is_there(tmp_path, lab_calls, capsys):
+    mine = tmp_path / "mine/notebooks/00_start_here.ipynb"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    assert main(["lab", "--copy-to", str(tmp_path / "mine"), "--no-browser"]) == 0
+    assert lab_calls[0][0][3] == str(mine.parent) and mine.read_text() == "{}"
+    assert (mine.parent / "exercises/ex_00.py").is_file()
+    assert (tmp_path / "mine/benchmarks/results/real_smollm2.csv").is_file()
+    assert main(["lab", "here", "--copy-to", "there"]) == 2 and "not both" in capsys.readouterr().err
+
+
+def test_lab_from_a_wheel_opens_a_copy_in_the_current_folder(tmp_path, lab_calls, monkeypatch):
+    """A wheel has the series beside the package's modules, and no clone around it."""
+    shipped = tmp_path / "site/prunekit/series"
+    (shipped / "notebooks").mkdir(parents=True)
+    (shipped / "notebooks/00_start_here.ipynb").write_text("{}")
+    monkeypatch.setattr("prunekit.cli.notebooks.SHIPPED", shipped)
+    monkeypatch.setattr("prunekit.cli.notebooks._clone", lambda: tmp_path / "site")
+    monkeypatch.chdir(tmp_path)
+    assert main(["lab"]) == main(["lab"]) == 0
+    assert [command[3] for command, _ in lab_calls] == ["prunekit-series/notebooks"] * 2
+    assert (tmp_path / "prunekit-series/notebooks/00_start_here.ipynb").is_file()
 
 
 @pytest.mark.slow

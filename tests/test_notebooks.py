@@ -10,12 +10,17 @@ import runpy
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
-import tour
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from strip_notebooks import stripped
+
+from prunekit.cli import tour
+from prunekit.cli.notebooks import SERIES as SERIES_NAMES
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-SERIES = sorted(FOLDER.glob(tour.SERIES))
+SERIES = sorted(FOLDER.glob(SERIES_NAMES))
 EXERCISES = sorted((FOLDER / "exercises").glob("ex_[0-9][0-9].py"))
 CELLS = 25  # at least
 LINES = 12  # of a code cell; aim at 3 to 10
@@ -35,7 +40,7 @@ def form_faults(text, number):
     book = nbformat.reads(text, as_version=4)
     code, prose = ([cell for cell in book.cells if cell.cell_type == kind] for kind in ("code", "markdown"))
     return [
-        *(["not stripped: python tools/tour.py --strip"] if tour.stripped(text) != text else []),
+        *(["not stripped: python tools/strip_notebooks.py"] if stripped(text) != text else []),
         *([f"{len(book.cells)} cells, less than {CELLS}"] if len(book.cells) < CELLS else []),
         *id_faults(text),
         *opening_faults(book.cells[0]),
@@ -129,8 +134,8 @@ SPOILED = ["outputs", "count", "cells", "title", "hardware", "import sys; sys.pa
 @pytest.mark.parametrize("what", [*SPOILED, "%pip install x", "x = 1\n" * LINES], ids=lambda what: what[:12].strip())
 def test_form_faults_are_seen(what):
     book = well_formed()
-    assert not form_faults(tour.stripped(nbformat.writes(book)), "07")
-    text = tour.stripped(nbformat.writes(book))
+    assert not form_faults(stripped(nbformat.writes(book)), "07")
+    text = stripped(nbformat.writes(book))
     book = nbformat.reads(text, as_version=4)
     spoil(what, book)
     assert form_faults(nbformat.writes(book) + "\n", "07")
@@ -138,7 +143,7 @@ def test_form_faults_are_seen(what):
 
 @pytest.mark.filterwarnings("ignore::nbformat.warnings.DuplicateCellId")
 def test_form_wants_ids_exercise_and_assertion():
-    text = tour.stripped(nbformat.writes(well_formed()))
+    text = stripped(nbformat.writes(well_formed()))
     assert form_faults(text, "08") and form_faults(text.replace("assert True", "pass"), "07")
     assert form_faults(text.replace('"id": "c3"', '"id": "c2"'), "07")
 
@@ -156,7 +161,7 @@ def test_form_wants_ids_exercise_and_assertion():
 def test_form_wants_answers_folded(old, new):
     book = well_formed()
     book.cells[-1].source = book.cells[-1].source.replace(old, new, 1)
-    assert form_faults(tour.stripped(nbformat.writes(book)), "07")
+    assert form_faults(stripped(nbformat.writes(book)), "07")
 
 
 def test_form_series_begins_at_zero_and_has_no_number_twice():
@@ -211,6 +216,107 @@ def test_exercise_problems_are_seen(tmp_path, check, problems):
     path = tmp_path / "ex_99.py"
     path.write_text(f"def check_a(f): {check}\ndef solution_a(): return 2\ndef stub_a(): return 1\n")
     assert len(list(exercise_problems(path))) == problems
+
+
+def odd_answers(solution):
+    """What readers write: answers that are right in another form, and others that must get a hint."""
+
+    def as_array(*arguments):
+        return np.asarray(solution(*arguments))
+
+    def as_tensor(*arguments):
+        return torch.as_tensor(solution(*arguments))
+
+    def forgets(*arguments):
+        solution(*arguments)
+
+    def stops(*arguments):
+        return undefined  # noqa: F821
+
+    def says(*arguments):
+        return "text"
+
+    return [as_array, as_tensor], [forgets, stops, says, lambda *arguments: [[1, 2], [3]], 5]
+
+
+@each_exercise
+def test_checks_take_arrays_and_tensors_and_give_hints_in_place_of_tracebacks(path):
+    defined = runpy.run_path(str(path))
+    for name in [name.removeprefix("check_") for name in defined if name.startswith("check_")]:
+        right, wrong = odd_answers(defined[f"solution_{name}"])
+        check, words = defined[f"check_{name}"], isinstance(defined[f"solution_{name}"], str)
+        told = [check(answer) for answer in right if path.stem != "ex_07" or answer.__name__ == "as_array"]
+        assert all(text.startswith(RIGHT) for text in told) and not words, told
+        told = [check(answer) for answer in wrong]
+        assert not any(text.startswith(RIGHT) or len(text) < 20 for text in told), told
+        assert "nothing" in told[0] and "undefined" in told[1] and "return undefined" in told[1]
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+SCOPES = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def names_of(source):
+    """The names that a cell reads before it binds them, and those that it binds; functions read what they need."""
+    read, bound = set(), set()
+    for statement in ast.parse(source).body:
+        loaded, stored, inner = used_in(statement)
+        loops = isinstance(statement, ast.For | ast.With)  # these bind before they read
+        read |= (loaded | inner) - bound - (stored if loops else set())
+        bound |= stored
+    return read, bound
+
+
+def used_in(node):
+    """Names loaded and stored in a statement, and those that functions and comprehensions in it take from outside."""
+    loaded, stored, inner = set(), set(), set()
+    for child in ast.iter_child_nodes(node):
+        one, two, three = used_in(child)
+        loaded, stored, inner = loaded | one, stored | two, inner | three
+    if isinstance(node, ast.Name):
+        (stored if isinstance(node.ctx, ast.Store) else loaded).add(node.id)
+    elif isinstance(node, ast.arg):
+        stored.add(node.arg)
+    elif isinstance(node, ast.alias):
+        stored.add((node.asname or node.name).split(".")[0])
+    if not isinstance(node, SCOPES):
+        return loaded, stored, inner
+    name = {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
+    return set(), name, (loaded | inner) - stored  # what is stored inside is local
+
+
+def rebound(sources):
+    """Names that a cell reads, that an earlier cell gave it and a later one gives anew: number, number, names."""
+    cells = [names_of(source) for source in sources]
+    for number, (read, _) in enumerate(cells):
+        before = set().union(*(given for _, given in cells[:number]))
+        for later in range(number + 1, len(cells)):
+            if names := read & before & cells[later][1]:
+                yield number, later, sorted(names)
+
+
+@each_notebook
+def test_form_no_cell_rebinds_what_an_earlier_cell_reads(path):
+    """Else a widget that is moved after Run All, and a cell that is run again, work with another cell's value."""
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert not list(rebound(sources))
+
+
+@pytest.mark.parametrize(
+    ("sources", "found"),
+    [
+        (["t = 1", "def show(x): print(t)", "t = 2"], [(1, 2, ["t"])]),  # a widget's callback
+        (["t = 1", "print(t)", "for t in (): pass"], [(1, 2, ["t"])]),
+        (["t = 1", "t = t + 1", "t = 0"], [(1, 2, ["t"])]),
+        (["t = 1", "print(t)", "u = [t for t in ()]\ndef f(t): return t"], []),
+        (["t = 1", "t = 2\nprint(t)", "t = 3"], []),
+        (["t = 1", "def f():\n    t = 2\n    return t", "t = 3"], []),
+    ],
+)
+def test_rebinding_is_seen(sources, found):
+    assert list(rebound(sources)) == found
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

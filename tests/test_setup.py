@@ -88,6 +88,20 @@ def test_environment_asks_for_the_same_python():
     assert f"python{PROJECT['requires-python']}" in text["dependencies"]
 
 
+# --- the wheel --------------------------------------------------------------------------------------------------------
+
+
+def test_a_wheel_carries_all_that_the_series_reads():
+    from prunekit.cli.notebooks import PARTS
+
+    assert f"PARTS = {PARTS}".replace("'", '"') in (ROOT / "setup.py").read_text()
+    shipped = {path for part in PARTS for path in ROOT.glob(part)}
+    for book in sorted(ROOT.glob("notebooks/*.ipynb")):
+        wanted = re.findall(r"\"\.\./([\w/.]+)\\?\"", book.read_text().replace('\\"', '"'))
+        lacking = {name for name in wanted if not any(name in path.as_posix() for path in shipped)} - {"build"}
+        assert not lacking, f"{book.name} reads {lacking}"
+
+
 # --- make -------------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +138,7 @@ def test_help_is_the_default_and_lists_every_target():
             "book",
             "test",
             "fast",
+            "test-browser",
             "test-oldest",
             "bench",
             "bench-quality",
@@ -133,7 +148,7 @@ def test_help_is_the_default_and_lists_every_target():
     )
 
 
-@pytest.mark.parametrize("target", ["real", "lab", "tour", "book", "test", "bench", "bench-quality", "lint"])
+@pytest.mark.parametrize("target", ["real", "lab", "tour", "book", "test", "test-browser", "bench", "lint"])
 def test_every_target_sets_up_first(bare, target):
     planned = make(bare, "-n", target).stdout
     assert "-m venv .venv" in planned
@@ -183,6 +198,7 @@ def test_second_call_does_not_set_up_again_until_the_lock_changes(bare):
 def test_ci_runs_lint_and_test_with_the_real_models():
     script = (ROOT / ".ci/run").read_text()
     assert "set -euo pipefail" in script and re.findall(r"^make (\w+)$", script, re.M) == ["lint", "real", "test"]
+    assert script.index("make test\n") < script.index("test-browser")
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 

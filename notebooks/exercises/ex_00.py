@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from exercises.answers import forgiving
+
 Share = Callable[[Sequence[float], Sequence[float], Sequence[float]], float | None]
 
 
@@ -16,6 +18,7 @@ def solution_share_won_back(dense: Sequence[float], cut: Sequence[float], recove
     return (sum(recovered) - sum(cut)) / lost
 
 
+@forgiving()
 def check_share_won_back(answer: Share) -> str:
     """Text that begins with ✓ where the answer is right, else a hint at the mistake."""
     dense, cut, recovered = [1.0, 0.8], [0.6, 0.79], [0.8, 0.81]
@@ -31,7 +34,7 @@ def check_share_won_back(answer: Share) -> str:
         0.22 / 1.39: "Divide by what was lost (dense less cut), not by what was left.",
         0.22 / 2: "This is what came back, in points of accuracy. Divide by what was lost.",
     }
-    hints = [text for value, text in known.items() if abs(got - value) < 1e-9]
+    hints = [text for value, text in known.items() if abs(got - value) < 1e-6]
     return (
         hints[0]
         if hints

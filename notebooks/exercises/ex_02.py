@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from exercises.answers import forgiving
 from torch import Tensor
 
 
@@ -17,6 +18,7 @@ def solution_slice_score(w: Tensor, g: Tensor, granularity: str) -> Tensor:
     return change.sum().abs() if granularity == "vector" else change.abs().sum()
 
 
+@forgiving()
 def check_slice_score(answer: Callable[[Tensor, Tensor, str], Tensor]) -> str:
     """Text that begins with ✓ where the answer is right, else a hint at the mistake."""
     w, g = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, 1.0, -1.0])  # w·g = 1, -2, -3

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from exercises.answers import forgiving
 from torch import Tensor
 
 KeepUnits = Callable[[Tensor, float, int], list[int]]
@@ -23,6 +24,7 @@ def solution_keep_units(scores: Tensor, fraction: float, round_to: int) -> list[
     return sorted(scores.argsort(descending=True)[:n_kept].tolist())
 
 
+@forgiving()
 def check_keep_units(keep_units: KeepUnits) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     found = keep_units(SCORES, 0.2, 1)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import pandas as pd
+from exercises.answers import forgiving
 
 RATIOS = (0.25, 0.5)
 CHANGES = {  # group: change in sums at .25, .5 and 1, then the same in facts
@@ -38,6 +39,7 @@ def solution_unprunable_groups(table: pd.DataFrame, gamma: float) -> list[str]:
     return change.sort_values(ascending=False).index[:n].tolist()
 
 
+@forgiving()
 def check_unprunable_groups(answer: Answer) -> str:
     """Text that begins with ✓ where the answer is right, else a hint at the mistake."""
     found, everything = answer(TABLE, 0.3), answer(TABLE, 1.0)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from exercises.answers import forgiving, tensors
 from torch import Tensor
 
 Pruner = Callable[[Tensor, Tensor, int, int], Tensor]
@@ -33,6 +34,7 @@ def solution_wanda_pattern(weight: Tensor, squares: Tensor, kept: int, of: int) 
     return weight.masked_fill(torch.zeros_like(runs, dtype=torch.bool).scatter(2, lowest, True).flatten(1, 2), 0)
 
 
+@forgiving(tensors)
 def check_wanda_pattern(prune: Pruner) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     weight = WEIGHT.clone()

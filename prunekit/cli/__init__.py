@@ -32,6 +32,7 @@ COMMANDS = {  # verb → the module that it is a function of, and its line in th
     "knowledge": ("showing", "Show how each text domain changes without each group of units."),
     "export": ("changing", "Write a checkpoint for programs without prunekit."),
     "lab": ("notebooks", "Open JupyterLab on the notebook series."),
+    "tour": ("tour", "Run the notebook series without a browser, and sum it up."),
 }
 
 

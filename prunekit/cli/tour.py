@@ -1,11 +1,10 @@
-"""The tour: run the notebook series headless, keep what it showed, print what it measured: `python tools/tour.py`.
+"""The tour: run the notebook series headless, keep what it showed, print what it measured: `prunekit tour`.
 
 Each notebook runs in a kernel of this very interpreter, up to two at a time, and becomes one HTML file. The first
 notebook writes what it measured to `summary.json` in the build folder (environment variable `PRUNEKIT_BUILD`) as
 `{"dense": {metric: number}, "cut": {…}, "recovered": {…}}`; the tour prints that as one table.
 """
 
-import argparse
 import json
 import math
 import os
@@ -32,10 +31,11 @@ from nbconvert.filters import strip_ansi
 from tqdm.auto import tqdm
 from traitlets import Type
 
+from prunekit.cli.notebooks import QUIET, SERIES, find_series
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 
-SERIES = "[0-9][0-9]_*.ipynb"
+JOBS = min(2, os.cpu_count() or 1)
 STAGES = ("dense", "cut", "recovered")
 CELL_TIMEOUT = 600  # seconds: a notebook takes less than 120 in all
 WIDGETS = "application/vnd.jupyter.widget-state+json"
@@ -109,7 +109,7 @@ class _Running:
 
 def kernel_environment(build: Path) -> dict[str, str]:
     """What a kernel finds in its environment: one thread, and where built things go."""
-    defaults = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    defaults = {**QUIET, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # plots go inline
     return {**defaults, **inherited, "PRUNEKIT_BUILD": str(build.resolve())}
 
@@ -234,18 +234,18 @@ def run_series(paths: Sequence[Path], build: Path, jobs: int = 2) -> list[Outcom
             raise
 
 
-def find_series(folder: Path) -> list[Path]:
+def find_notebooks(folder: Path) -> list[Path]:
     """The notebooks of a series, in order."""
     paths = sorted(folder.glob(SERIES))
     if not paths:
-        raise PrunekitError(f"no notebooks {SERIES} in {folder}; run this from the root of the repository")
+        raise PrunekitError(f"no notebooks {SERIES} in {folder}; name their folder: prunekit tour FOLDER")
     return paths
 
 
 def default_folder() -> Path:
-    """`notebooks` where we stand, or else that of this checkout."""
+    """`notebooks` where we stand, or else the series that comes with prunekit."""
     here = Path("notebooks")
-    return here if here.is_dir() else Path(__file__).parents[1] / "notebooks"
+    return here if here.is_dir() else find_series() / "notebooks"
 
 
 # --- the summary ------------------------------------------------------------------------------------------------------
@@ -293,31 +293,31 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-# --- the form that is committed ---------------------------------------------------------------------------------------
-
-
-def stripped(text: str) -> str:
-    """A notebook's JSON without what running it left: outputs, counts, widget state, most metadata."""
-    book = nbformat.reads(text, as_version=4)
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    book.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
-    for cell in book.cells:
-        cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in ("tags",) if key in cell.metadata})
-        if cell.cell_type == "code":
-            cell.update(outputs=[], execution_count=None)
-    return nbformat.writes(book) + "\n"
-
-
-def strip(path: Path) -> bool:
-    """Strip a notebook in place; True where that changed it."""
-    before = path.read_text(encoding="utf-8")
-    after = stripped(before)
-    if changed := after != before:
-        _write(path, after)
-    return changed
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
+
+
+def tour(folder: str | None = None, *, build: str = os.environ.get("PRUNEKIT_BUILD", "build"), jobs: int = JOBS) -> int:
+    """Run the notebook series without a browser, and sum up what it measured.
+
+    Each notebook becomes one HTML file with its pictures, in the folder of results. Where
+    prunekit was installed without a clone of its repository, the series comes from the package.
+    Exit code 1 says that a notebook failed.
+
+    Example:
+        prunekit tour
+        prunekit tour path/to/notebooks --build results --jobs 1
+
+    Args:
+        folder: of the series, by default `notebooks`, or else that which comes with prunekit.
+        build: folder of results.
+        jobs: notebooks that run at a time, each on one thread.
+    """
+    if jobs < 1:
+        raise PrunekitError(f"jobs={jobs} is not allowed; give a whole number from 1 on")
+    try:
+        return run_tour(find_notebooks(Path(folder) if folder else default_folder()), Path(build), jobs)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what was finished stands in {Path(build) / 'notebooks'}") from None
 
 
 def run_tour(paths: Sequence[Path], build: Path, jobs: int) -> int:
@@ -326,52 +326,16 @@ def run_tour(paths: Sequence[Path], build: Path, jobs: int) -> int:
     outcomes = run_series(paths, build, jobs)
     problems = [problem for outcome in outcomes for problem in outcome.problems]
     if problems:
-        return _complain("\n\n".join(["these notebooks failed, so nothing is summed up", *problems]), 1)
+        return _complain("\n\n".join(["these notebooks failed, so nothing is summed up", *problems]))
     try:
         table = summary_table(read_summary(build / "summary.json", began), outcomes)
     except PrunekitError as error:
-        return _complain(str(error), 1)
+        return _complain(str(error))
     _write(build / "summary.md", table)
     print(f"\n{table}\n{len(outcomes)} notebooks in {time.time() - began:.0f} s; see {build / 'notebooks'}")
     return 0
 
 
-def _complain(message: str, code: int) -> int:
+def _complain(message: str) -> int:
     print(f"tour: {message}", file=sys.stderr)
-    return code
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
-def _existing(text: str) -> Path:
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
-    return Path(text)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when all went well, 1 for a notebook that failed, 2 for bad input, 130 when interrupted."""
-    parser = argparse.ArgumentParser(description="Run the notebook series headless, and sum it up.")
-    parser.add_argument("--notebooks", type=Path, default=default_folder(), help="folder of the series")
-    parser.add_argument("--build", type=Path, default=Path(os.environ.get("PRUNEKIT_BUILD", "build")), help="output")
-    parser.add_argument("--jobs", type=_positive, default=min(2, os.cpu_count() or 1), help="notebooks at a time")
-    parser.add_argument(
-        "--strip", type=_existing, nargs="+", metavar="NOTEBOOK", help="strip these of outputs, run nothing"
-    )
-    args = parser.parse_args(argv)
-    try:
-        if args.strip:
-            return int(any([strip(path) for path in args.strip]))
-        return run_tour(find_series(args.notebooks), args.build, args.jobs)
-    except PrunekitError as error:
-        return _complain(str(error), 2)
-    except KeyboardInterrupt:
-        return _complain(f"interrupted; what was finished stands in {args.build / 'notebooks'}", 130)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return 1
