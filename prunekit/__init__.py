@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         standard_text,
         zero_shot,
     )
+    from prunekit.explorer import explore
     from prunekit.importance import (
         REAP,
         Ablation,
@@ -54,9 +55,15 @@ if TYPE_CHECKING:
     )
     from prunekit.knowledge import (
         KnowledgeDistribution,
+        ablate,
+        ask,
+        attention_pattern,
+        compare_knowledge,
+        exciting_tokens,
         knowledge_distribution,
         knowledge_of_units,
         massive_activations,
+        needs,
     )
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
     from prunekit.recovery import (
@@ -103,6 +110,7 @@ _ROOMS = {
         "standard_text",
         "zero_shot",
     ),  # fmt: skip
+    "explorer": ("explore",),
     "importance": (
         "Ablation",
         "Activation",
@@ -119,7 +127,18 @@ _ROOMS = {
         "fuse",
         "score",
     ),  # fmt: skip
-    "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units", "massive_activations"),
+    "knowledge": (
+        "KnowledgeDistribution",
+        "ablate",
+        "ask",
+        "attention_pattern",
+        "compare_knowledge",
+        "exciting_tokens",
+        "knowledge_distribution",
+        "knowledge_of_units",
+        "massive_activations",
+        "needs",
+    ),  # fmt: skip
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
     "recovery": (
         "Distillation",
@@ -172,13 +191,19 @@ __all__ = [
     "SparsityReport",
     "Taylor",
     "TeacherLogits",
+    "ablate",
+    "ask",
+    "attention_pattern",
     "calibration_set",
     "compare",
     "compare_accuracy",
+    "compare_knowledge",
     "compensate",
     "cost",
     "discover",
     "evaluate",
+    "exciting_tokens",
+    "explore",
     "export",
     "fuse",
     "generations",
@@ -188,6 +213,7 @@ __all__ = [
     "load",
     "massive_activations",
     "measure_pairs",
+    "needs",
     "perplexity",
     "plan",
     "plan_in_steps",

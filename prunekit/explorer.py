@@ -106,7 +106,7 @@ def explore(
     prompt = first.contexts[0] if first.contexts else first.context
     panels["Attention"] = attention_panel(model, tokenizer, n_layers, n_heads, prompt)
     if text is not None:
-        panels["Channel"] = channel_panel(exciting_tokens(model, tokenizer, chosen, text))
+        panels["Channel"] = channel_panel(exciting_tokens(model, tokenizer, chosen, text), chosen)
     return Explorer(panels)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -22,7 +23,7 @@ from prunekit.knowledge.question_needs import needs
 from prunekit.plot_lab import plot_answers, plot_attention, plot_exciting, plot_moved, plot_needs
 from prunekit.questions import Question
 
-FIGURE, DOTS = (7.6, 4.3), 100  # inches and dots an inch: 760 × 430 on the screen
+FIGURE, DOTS = (10, 5.625), 80  # inches and dots an inch: 800 × 450 on the screen
 SHOWN = 6  # rows of a table beside a picture
 WIDE = widgets.Layout(width="32em")
 Redraw = Callable[[], tuple[str, Callable[[Axes], Any]]]
@@ -77,21 +78,29 @@ class Panel:
 
 def png(plot: Callable[[Axes], Any]) -> bytes:
     """A picture of what a plot function draws on new axes, in a figure that pyplot does not know."""
-    figure = Figure(figsize=FIGURE, dpi=DOTS, layout="constrained")
-    plot(figure.subplots())
     written = io.BytesIO()
-    figure.savefig(written, format="png")
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=1.2):
+        figure = Figure(figsize=FIGURE, dpi=DOTS, layout="constrained")
+        plot(figure.subplots())
+        figure.savefig(written, format="png")
     return written.getvalue()
 
 
 def html_table(table: pd.DataFrame) -> str:
     """The first rows of a table as HTML, in the colours of the page; texts are escaped."""
-    return str(table.head(SHOWN).to_html(index=False, escape=True, border=0, float_format="{:.2f}".format, na_rep="all"))
+    return str(
+        table.head(SHOWN).to_html(index=False, escape=True, border=0, float_format="{:.2f}".format, na_rep="all")
+    )
 
 
 def _text(name: str, value: str, hint: str = "") -> widgets.Text:
     return widgets.Text(
-        value, description=name, placeholder=hint, continuous_update=False, layout=WIDE, style={"description_width": "8em"}
+        value,
+        description=name,
+        placeholder=hint,
+        continuous_update=False,
+        layout=WIDE,
+        style={"description_width": "8em"},
     )
 
 
@@ -116,7 +125,9 @@ def question_panel(
     panel = Panel(controls, redraw, note="<p>Type a question and its answer (Enter), or pick a domain.</p>")
     if asked:
         domain = _choice("domain", list(asked))
-        number = widgets.BoundedIntText(0, 0, len(asked[domain.value]) - 1, description="number", continuous_update=False)
+        number = widgets.BoundedIntText(
+            0, 0, len(asked[domain.value]) - 1, description="number", continuous_update=False
+        )
 
         def pick(_change: Any) -> None:
             several = asked[domain.value]
@@ -156,7 +167,8 @@ def ablation_panel(
             answers["cut"] = ask(model, tokenizer, value["prompt"], choices)
         table = side_by_side_answers(answers)
         said = "".join(
-            f"<p>{name}: {escape(value['prompt'])} <b>{escape(one.continuation)}</b></p>" for name, one in answers.items()
+            f"<p>{name}: {escape(value['prompt'])} <b>{escape(one.continuation)}</b></p>"
+            for name, one in answers.items()
         )
         return said, lambda ax: plot_answers(table, ax=ax)
 
@@ -232,17 +244,17 @@ def attention_panel(model: Any, tokenizer: Any, n_layers: int, n_heads: int, tex
     return panel
 
 
-def channel_panel(found: ExcitingTokens) -> Panel:
+def channel_panel(found: ExcitingTokens, groups: Sequence[CoupledGroup]) -> Panel:
     """A group and a unit → the tokens that excite it, from one pass that was made before."""
 
     def redraw() -> tuple[str, Callable[[Axes], Any]]:
         group, unit = (panel.controls[name].value for name in ("group", "unit"))
         table = found.table(group, unit)
-        title = f"{group.rpartition('.')[0].rpartition('.')[2] or group}: unit {unit}"
-        shown = table[["token", "activation"]]
-        return html_table(shown), lambda ax: plot_exciting(table, title=title, ax=ax)
+        title = f"{names[group]}, unit {unit}"
+        return html_table(table[["token", "after", "activation"]]), lambda ax: plot_exciting(table, title=title, ax=ax)
 
     unit = widgets.BoundedIntText(0, 0, 10**9, description="unit", continuous_update=False)
-    panel = Panel({"group": _choice("group", list(found.places)), "unit": unit}, redraw)
+    names = {group.name: f"layer {group.layer}, {group.kind}" for group in groups}
+    panel = Panel({"group": _choice("group", [(label, name) for name, label in names.items()]), "unit": unit}, redraw)
     panel.update()
     return panel

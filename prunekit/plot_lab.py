@@ -1,9 +1,11 @@
-"""Plots of the knowledge lab: what a question needs, answers side by side, attention, exciting tokens, moved knowledge."""
+"""Plots of the knowledge lab: what a question needs, answers, attention, exciting tokens, and models compared."""
+
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from prunekit.errors import PrunekitError
 from prunekit.plot_style import (
@@ -56,7 +58,12 @@ def plot_needs(
     finite = rows["fall"].clip(*_finite_limits(rows["fall"]))
     for number, kind in enumerate(kinds):
         mine = (rows["kind"] == kind).to_numpy()
-        style = {"color": colors[kind], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white", "linewidth": 0.5}
+        style: dict[str, Any] = {
+            "color": colors[kind],
+            "hatch": HATCHES[number % len(HATCHES)],
+            "edgecolor": "white",
+            "linewidth": 0.5,
+        }
         ax.barh(np.flatnonzero(mine), finite[mine], label=kind, **style)
     if {"low", "high"} <= {*rows}:
         ends = np.abs(rows[["low", "high"]].to_numpy(float) - finite.to_numpy(float)[:, None]).T
@@ -70,6 +77,10 @@ def plot_needs(
     ax.set_title(title)
     legend_outside(ax)
     return ax
+
+
+def _bars(color: str, number: int) -> dict[str, Any]:
+    return {"color": color, "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white", "linewidth": 0.5}
 
 
 def unit_name(layer: object, unit: object) -> str:
@@ -105,10 +116,17 @@ def plot_answers(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for number, name in enumerate(models):
         shares = table[table["model"] == name].groupby("choice", sort=False)["probability"].first().reindex(choices)
         places = np.arange(len(choices)) + (number - (len(models) - 1) / 2) * height
-        style = {"color": colors[name], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white", "linewidth": 0.5}
+        style: dict[str, Any] = {
+            "color": colors[name],
+            "hatch": HATCHES[number % len(HATCHES)],
+            "edgecolor": "white",
+            "linewidth": 0.5,
+        }
         ax.barh(places, shares.fillna(0), height, label=name, **style)
         for place, share in zip(places, shares, strict=True):
-            ax.text(0.01 + (0 if np.isnan(share) else share), place, "" if np.isnan(share) else f"{share:.1%}", va="center")
+            ax.text(
+                0.01 + (0 if np.isnan(share) else share), place, "" if np.isnan(share) else f"{share:.1%}", va="center"
+            )
     ax.set_yticks(range(len(choices)), [label_text(choice) for choice in choices])
     ax.set(xlabel="probability", ylabel="choice", xlim=(0, 1.12), title="The answer")
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
@@ -208,7 +226,7 @@ def plot_moved(table: pd.DataFrame, *, moved: bool = False, ax: Axes | None = No
     by = next((name for name in DOMAIN if name in table), None)
     if by is None or table[by].nunique() != 1:
         raise PrunekitError("the table holds several domains or none; give the rows of one: table.query('domain == …')")
-    table = table.assign(unit=table["unit"] if "unit" in table else None)
+    table = table.assign(unit=table.get("unit"))
     table = table.sort_values(["kind", "layer", "unit"], ascending=[False, True, True], kind="stable")
     models = list(dict.fromkeys(table.sort_index()["model"]))
     ax = axes_or_new(ax)
@@ -219,7 +237,12 @@ def plot_moved(table: pd.DataFrame, *, moved: bool = False, ax: Axes | None = No
         rows = scale * table[table["model"] == name][list(columns)].to_numpy(float)
         x = np.arange(len(rows)) + (number - (len(drawn) - 1) / 2) * 0.6 / len(drawn)
         errors = np.abs(rows[:, [1, 2]] - rows[:, [0]]).T
-        style = {"color": colors[name], "marker": MARKERS[models.index(name) % len(MARKERS)], "markersize": 8, "capsize": 3}
+        style: dict[str, Any] = {
+            "color": colors[name],
+            "marker": MARKERS[models.index(name) % len(MARKERS)],
+            "markersize": 8,
+            "capsize": 3,
+        }
         ax.errorbar(x, rows[:, 0], yerr=errors, linestyle="none", elinewidth=1.8, label=name, **style)
     ax.axhline(0, color="black", linewidth=1)
     ax.set_xticks(range(len(places)), [unit_name(layer, unit).removesuffix(" all") for _, layer, unit in places])
@@ -239,7 +262,9 @@ def _name_kinds(ax: Axes, kinds: list[str]) -> None:
         if start:
             ax.axvline(start - 0.5, color="0.5", linewidth=0.8, linestyle=":")
         if len(starts) <= 6:
-            ax.text((start + end - 1) / 2, 0.99, kinds[start], transform=ax.get_xaxis_transform(), ha="center", va="top")
+            ax.text(
+                (start + end - 1) / 2, 0.99, kinds[start], transform=ax.get_xaxis_transform(), ha="center", va="top"
+            )
 
 
 def label_text(text: object, *, end: bool = False) -> str:

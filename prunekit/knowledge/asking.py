@@ -42,7 +42,9 @@ class Answers:
         return str(self.table.loc[self.table["probability"].idxmax(), "choice"])
 
     def __repr__(self) -> str:
-        rows = (f"{choice!r} {p:.0%}" for choice, p in zip(self.table["choice"], self.table["probability"], strict=True))
+        rows = (
+            f"{choice!r} {p:.0%}" for choice, p in zip(self.table["choice"], self.table["probability"], strict=True)
+        )
         return f"Answers({self.prompt!r} → {self.continuation!r}; {', '.join(rows)})"
 
     def _repr_html_(self) -> str:
@@ -83,7 +85,9 @@ def ask(
         return Answers(prompt, _next_tokens(model, tokenizer, prompt), str(written))
     texts = tuple(choices)
     if not texts:
-        raise PrunekitError("choices=[] is empty; give at least one continuation, or None for the likeliest next tokens")
+        raise PrunekitError(
+            "choices=[] is empty; give at least one continuation, or None for the likeliest next tokens"
+        )
     spans = spans_of(model, tokenizer, Question(prompt, texts, 0, ""))
     with evaluating(model), torch.no_grad():
         sums = span_sums_of(model, spans)[:, 0]

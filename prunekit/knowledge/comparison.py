@@ -29,9 +29,9 @@ def compare_knowledge(
     have). All models answer the same questions, so the interval of `moved` is that of paired differences.
 
     Args:
-        distributions: name → `KnowledgeDistribution`, one or more, of the same questions and with the same ablations; the first is
-            the one that the others are compared with. Units of a cut model have new numbers, so compare whole groups
-            (`ratios=(1.0,)`), or single units of models with the same plan.
+        distributions: name → `KnowledgeDistribution`, one or more, of the same questions and with the same ablations;
+            the first is the one that the others are compared with. Units of a cut model have new numbers, so compare
+            whole groups (`ratios=(1.0,)`), or single units of models with the same plan.
         by: what makes a domain.
         measure: `"loss"` in nats, or `"accuracy"` in [0, 1].
         n_resamples: number of bootstrap samples.
@@ -56,7 +56,9 @@ def compare_knowledge(
     labels = first.questions[by].where(first.questions["chance"].notna() | (measure == "loss"))
     domains = list(labels.dropna().unique())
     if not domains:
-        raise PrunekitError(f"no question with {measure} has a {by}; give another of {', '.join(BY)}, or measure='loss'")
+        raise PrunekitError(
+            f"no question with {measure} has a {by}; give another of {', '.join(BY)}, or measure='loss'"
+        )
     parts = []
     for number, key in enumerate(domains):
         rows = np.flatnonzero(labels == key)
@@ -72,7 +74,7 @@ def _check_comparable(distributions: Mapping[str, KnowledgeDistribution]) -> Non
     for other, each in others:
         if not first.questions[["context", "right", "domain"]].equals(each.questions[["context", "right", "domain"]]):
             raise PrunekitError(
-                f"{name!r} and {other!r} were asked different questions; measure both with the same tasks, text and limit"
+                f"{name!r} and {other!r} were asked different questions; measure both with the same tasks and text"
             )
 
 

@@ -1,6 +1,6 @@
 """The tokens of a text at which heads and channels are most active."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -150,8 +150,8 @@ class _Best:
         flat = x.detach().float().flatten(0, -2).cpu()
         if len(flat) != len(self._places_now):
             raise PrunekitError(
-                f"the consumer layer of {self.group.name!r} does not read every token once (a layer of experts?); leave "
-                "this group out"
+                f"the consumer layer of {self.group.name!r} does not read every token once (a layer of experts?); "
+                "leave this group out"
             )
         own = flat[:, self._index]  # (tokens, n_units, width)
         now = (own[..., 0] if own.shape[-1] == 1 else own.norm(dim=-1)).T  # (n_units, tokens)

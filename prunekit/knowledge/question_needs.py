@@ -218,4 +218,3 @@ def _table(rows: Sequence[_Row], dense: float, values: Sequence[float]) -> pd.Da
     )
     found["fall"] = found["dense"] - found["value"]
     return found.sort_values("fall", ascending=False, kind="stable", ignore_index=True)
-
