@@ -88,9 +88,12 @@ def png(plot: Callable[[Axes], Any]) -> bytes:
 
 def html_table(table: pd.DataFrame) -> str:
     """The first rows of a table as HTML, in the colours of the page; texts are escaped."""
-    return str(
-        table.head(SHOWN).to_html(index=False, escape=True, border=0, float_format="{:.2f}".format, na_rep="all")
-    )
+    shown = table.head(SHOWN).copy()
+    for name in shown:
+        if pd.api.types.is_float_dtype(shown[name]):
+            shown[name] = [f"{value:.2f}".replace("-0.00", "0.00") for value in shown[name]]
+        shown[name] = shown[name].astype(object).where(shown[name].notna(), "all")
+    return str(shown.to_html(index=False, escape=True, border=0))
 
 
 def _text(name: str, value: str, hint: str = "") -> widgets.Text:

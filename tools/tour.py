@@ -35,7 +35,7 @@ from traitlets import Type
 from prunekit.errors import PrunekitError
 from prunekit.files import write_text
 
-SERIES = "[0-9][0-9]_*.ipynb"
+SERIES = "[0-9][0-9]*_*.ipynb"  # 07b_… too
 STAGES = ("dense", "cut", "recovered")
 CELL_TIMEOUT = 600  # seconds: a notebook takes less than 120 in all
 WIDGETS = "application/vnd.jupyter.widget-state+json"
