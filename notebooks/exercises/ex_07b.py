@@ -1,4 +1,4 @@
-"""Exercises of notebook 07b: rank what an answer needs, ablate by the mean, and a bootstrap interval of a difference."""
+"""Exercises of notebook 07b: rank what an answer needs, ablate by the mean, a bootstrap interval of a difference."""
 
 from collections.abc import Callable, Mapping
 
@@ -135,7 +135,7 @@ def check_moved_interval(answer: Interval) -> str:
         return "The interval has no width: draw the questions with replacement (rng.choice does), not a permutation."
     if width > 0.6 * apart or 0.3 * apart < width < 0.45 * apart:
         return (
-            "The interval is far too wide: both models answer the same questions, and a hard question is hard for both. "
+            "The interval is far too wide: both models answer the same questions, and hard ones are hard for both. "
             "Resample the differences of the same questions, not each model apart."
         )
     middle = float((second - first).mean())
