@@ -1,6 +1,7 @@
 """The knowledge lab as one widget: questions, ablations, domains, models side by side, attention, channels."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from prunekit import world
 from prunekit.calibration import calibration_set
-from prunekit.checks import Model, Tokenizer, Whole, checked
+from prunekit.checks import FilePath, Model, Tokenizer, Whole, checked
 from prunekit.discovery import discover
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.discovery.parts import outermost_elements
@@ -56,6 +57,7 @@ def explore(
     *,
     groups: Iterable[CoupledGroup] | None = None,
     tasks: Tasks | None = None,
+    data_dir: FilePath | None = None,
     known: KnowledgeDistribution | None = None,
     compared: pd.DataFrame | None = None,
     text: Tensor | TextSource | None = None,
@@ -64,8 +66,8 @@ def explore(
     """The knowledge lab, a widget: which units a question needs, what a cut of any set of units changes, and why.
 
     Everything that needs many questions is measured before and given (`known`, `compared`), or is one pass of the text
-    when the lab is made; while a control moves, one question is asked. On the embedded world a move takes some tenths
-    of a second, on SmolLM2 with all its layers tens of seconds on a CPU: give it some of the groups.
+    when the lab is made; while a control moves, one question is asked. That takes .1 to .2 seconds of a CPU core on the
+    embedded world, and about six for a short question to all layers of SmolLM2: there, give some of the groups.
 
     Args:
         model: a causal language model of transformers; unchanged by all that the lab does.
@@ -73,6 +75,7 @@ def explore(
         groups: heads and FFN channels discovered in the model; None takes its KV heads and FFN channels.
         tasks: tasks or names of published ones, as for `zero_shot`: their questions can be picked by domain. None takes
             the embedded world's for its tokenizer, else none.
+        data_dir: the folder from which published tasks are read, as for `zero_shot`; None reads from the hub.
         known: what `knowledge_of_units` or `knowledge_distribution` measured on this model: shows what each domain
             needs.
         compared: what `compare_knowledge` returned for several models: shows whether knowledge moved.
@@ -92,7 +95,7 @@ def explore(
         tasks = {name: task for name, task in world.tasks().items() if name != "boolq"}
     if text is None and is_world:
         text = "\n".join(world.validation_text().splitlines()[:LINES])
-    asked = _by_domain(tasks)
+    asked = _by_domain(tasks, data_dir)
     first = next(iter(asked.values()))[0] if asked else Question("1 plus 1 is", (" 2", " 3"), 0, "")
     panels = {"Question": question_panel(model, tokenizer, chosen, asked, channels)}
     if known is not None:
@@ -119,9 +122,9 @@ def _chosen(model: Any, groups: Iterable[CoupledGroup] | None) -> list[CoupledGr
     return sorted(chosen, key=lambda group: CONSUMED.index(group.kind))
 
 
-def _by_domain(tasks: Tasks | None) -> dict[str, list[Question]]:
+def _by_domain(tasks: Tasks | None, data_dir: str | Path | None) -> dict[str, list[Question]]:
     found: dict[str, list[Question]] = {}
-    for task in named_tasks(tasks) if tasks is not None else []:
+    for task in named_tasks(tasks, data_dir=data_dir) if tasks is not None else []:
         for question in task.questions:
             found.setdefault(question.domain, []).append(question)
     return found

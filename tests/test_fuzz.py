@@ -530,8 +530,8 @@ def calls(tmp_path_factory):
         "explore": Call(
             pk.explore,
             {
-                **reading, "groups": units[:2], "tasks": [task], "known": known, "compared": None, "text": CALIB,
-                "channels": 0,
+                **reading, "groups": units[:2], "tasks": [task], "data_dir": None, "known": known, "compared": None,
+                "text": CALIB, "channels": 0,
             },
         ),
         "fuse": Call(pk.fuse, {"coarse": scores, "fine": scores, "rule": "attention"}),

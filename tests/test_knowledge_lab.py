@@ -243,6 +243,16 @@ def test_a_patch_goes_by_position_with_a_cache_too(small):
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
 
 
+def test_a_patched_model_goes_on_as_it_does_without_a_cache(small):
+    model, tokenizer, groups = small
+    with pk.ablate(model, groups, some_units(groups), mode="patch", tokens=ids_of(tokenizer, "a dog ran a")):
+        said = pk.ask(model, tokenizer, "the cat", max_new_tokens=6).continuation
+        ids = ids_of(tokenizer, "the cat")
+        for _ in range(6):
+            ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], 1)
+    assert said == tokenizer.decode(ids[0, -6:], skip_special_tokens=True)
+
+
 def test_a_patch_goes_by_position_in_packed_rows(small):
     model, tokenizer, groups = small
     task = choice_task(48)
@@ -292,6 +302,8 @@ def test_units_are_named_by_layer_and_number(small):
                 units_named(text, heads)
         else:
             assert units_named(text, heads) == {}  # a range that holds nothing
+    with pytest.raises(PrunekitError, match="layer 0 has 2 groups of this kind"):
+        units_named("0.1", [heads[0], heads[0]])
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -461,3 +473,22 @@ def test_incomparable_distributions_are_refused():
     assert len(pk.compare_knowledge({"a": one, "b": broken}, measure="accuracy")) == 24
     with pytest.raises(PrunekitError, match="no distributions"):
         pk.compare_knowledge({})
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_real_model_needs_the_head_that_every_text_needs(smollm2):
+    """Head 1.1 of SmolLM2, as `benchmarks/results/needs_smollm2.csv` has it; and the zeroed weights agree."""
+    model, tokenizer = smollm2
+    groups = pk.discover(model)
+    some = [group for group in groups.of_kind("kv_head", "ffn_channel") if group.layer in (0, 1, 11)]
+    table = pk.needs(model, tokenizer, "The capital of France is", " Paris", groups=some)
+    best = table[table["kind"] == "kv_head"].iloc[0]
+    assert (best["layer"], best["unit"]) == (1, 1) and best["fall"] > 5
+    with ablated(model, groups[best["group"]], [1]):
+        value = pk.ask(model, tokenizer, "The capital of France is", [" Paris"]).table["log_likelihood"][0]
+    assert best["value"] == pytest.approx(value, abs=1e-3)
+    pattern = pk.attention_pattern(model, tokenizer, "The capital of France is", 5, 8)
+    np.testing.assert_allclose(pattern.sum(axis=1), 1, atol=1e-4)

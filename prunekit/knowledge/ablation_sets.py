@@ -71,15 +71,17 @@ def units_named(text: str, groups: Iterable[CoupledGroup]) -> dict[str, list[int
 
     Args:
         text: what a user typed; nothing between two commas is skipped.
-        groups: groups of one kind, one of each layer.
+        groups: groups of one kind.
 
     Returns:
         The units in ascending order, each once; {} for an empty text.
 
     Raises:
-        PrunekitError: something else stands there, or there is no such layer or unit.
+        PrunekitError: something else stands there, there is no such layer or unit, or a layer has several groups.
     """
-    by_layer = {str(group.layer): group for group in groups}
+    by_layer: dict[str, list[CoupledGroup]] = {}
+    for group in groups:
+        by_layer.setdefault(str(group.layer), []).append(group)
     found: dict[str, set[int]] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         layer, _, units = (piece.strip() for piece in part.partition("."))
@@ -89,7 +91,12 @@ def units_named(text: str, groups: Iterable[CoupledGroup]) -> dict[str, list[int
             raise PrunekitError(f"{part!r} names no units; write layer.unit, such as 2.1, 6.0-3 or 7.all")
         if layer not in by_layer:
             raise PrunekitError(f"{part!r}: no such layer; there are {', '.join(by_layer)}")
-        group = by_layer[layer]
+        group, *others = by_layer[layer]
+        if others:
+            raise PrunekitError(
+                f"{part!r}: layer {layer} has {len(others) + 1} groups of this kind, such as {group.name!r}; ablate "
+                "them by name: ablate(model, groups, {name: units})"
+            )
         numbers = range(group.n_units) if units == "all" else range(int(ends[0]), int(ends[1]) + 1)
         check_units(group, [*numbers[:1], *numbers[-1:]] if numbers else [int(ends[0])])
         found.setdefault(group.name, set()).update(numbers)
