@@ -32,7 +32,7 @@ def test_every_solution_is_on_the_page_with_hints_and_effort(page):
 
 
 def test_every_question_is_there_with_its_answer_unfolded(page):
-    for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"):
+    for path in NOTEBOOKS.glob("[0-9][0-9]*_*.ipynb"):
         *_, cell = (c for c in nbformat.read(path, 4).cells if c.source.startswith("## Questions to answer"))
         questions = re.findall(r"^\*\*\d\.\*\* .+$", cell.source, re.M)
         assert questions and all(question in page for question in questions)
@@ -47,9 +47,9 @@ def test_a_heading_keeps_the_effort_that_it_states():
 
 def test_every_prediction_of_the_notebooks_has_a_row_for_the_teacher():
     text = (PAGES / "predictions.md").read_text()
-    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]*_*.ipynb")):
         asked = sum(len(re.findall(r"\*\*Predict\b", cell.source)) for cell in nbformat.read(path, 4).cells)
-        part = re.search(rf"^## {path.name[:2]} .*?(?=^## |\Z)", text, re.M | re.S)
+        part = re.search(rf"^## {path.name.split('_')[0]} .*?(?=^## |\Z)", text, re.M | re.S)
         found = len(re.findall(r"^### ", part[0], re.M)) if part else 0
         assert found == asked, f"{path.name} asks for {asked} predictions, predictions.md has {found}"
 

@@ -42,7 +42,7 @@ def check_torch() -> str:
 
     (torch.ones(8, 8) @ torch.ones(8, 8)).sum().item()
     threads = torch.get_num_threads()
-    advice = "" if threads == 1 else "; if cells are slow, set OMP_NUM_THREADS=1 before you start Jupyter"
+    advice = "" if threads == 1 else "; `prunekit lab` starts notebooks with one, which is faster here"
     return f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores{advice}"
 
 
@@ -82,7 +82,7 @@ def main() -> int:
         try:
             line = f"✓ {check()}"
         except ImportError as error:
-            line = f"✗ {error}; run: pip install -e '.[search,gguf]' in the folder of prunekit"
+            line = f"✗ {error}; install prunekit with its extras: pip install 'prunekit[search,gguf]'"
         except (
             Exception
         ) as error:  # whatever is wrong with an installation is to be shown, not to stop the other checks

@@ -1,8 +1,4 @@
-"""Printable answers to exercises and questions: `python tools/teaching.py` writes build/teaching/answers.md.
-
-The book has the same page. Exercises and questions come from the notebooks, solutions and hints from
-`notebooks/exercises`; only estimates of effort are written here.
-"""
+"""Printable answers, made from the notebooks and their exercises: `python tools/teaching.py`. The book has them too."""
 
 import argparse
 import ast
@@ -36,7 +32,7 @@ def exercises_of(book: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
         if cell.cell_type == "markdown" and found:
             heading = found[1]
         elif cell.cell_type == "code":
-            for name in re.findall(r"\bex_\d\d\.check_(\w+)\(", cell.source):
+            for name in re.findall(r"\bex_\w+\.check_(\w+)\(", cell.source):
                 yield name, heading
 
 
@@ -95,13 +91,13 @@ def questions_of(book: nbformat.NotebookNode) -> str:
 def answers(notebooks: Path) -> str:
     """The page, in Markdown; its links are for the folder docs/teaching."""
     parts = [INTRODUCTION]
-    for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted(notebooks.glob("[0-9][0-9]*_*.ipynb")):
         book = nbformat.read(path, as_version=4)
         title = book.cells[0].source.splitlines()[0].removeprefix("# ")
         parts.append(f"## [{title}](../../notebooks/{path.name})\n")
         for name, heading in exercises_of(book):
             parts.append(f"### {with_effort(name, heading)}\n")
-            parts.append(solution_and_hints(notebooks / "exercises" / f"ex_{path.name[:2]}.py", name))
+            parts.append(solution_and_hints(notebooks / "exercises" / f"ex_{path.name.split('_')[0]}.py", name))
         parts.append(questions_of(book) + "\n")
     return "\n".join(parts)
 
