@@ -1,5 +1,6 @@
 """The teacher's kit: printable answers that cannot go stale, slides by rule, and the check of a computer."""
 
+import json
 import re
 
 import check_setup
@@ -83,5 +84,53 @@ def test_it_reports_what_is_missing_and_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(check_setup, "CHECKS", (check_setup.check_python, missing, lambda: "the last one"))
     assert check_setup.main() == 1
     said = capsys.readouterr().out.splitlines()
-    assert "install 3.11" in said[0] and "pip install" in said[1] and said[2] == "✓ the last one"
+    assert "install 3.11" in said[0] and "with the extras" in said[1] and said[2] == "✓ the last one"
     assert said[3].startswith("2 of 3 checks failed")
+
+
+def test_plans_name_sections_that_are_there():
+    text = (PAGES / "plans.md").read_text()
+    stops = re.findall(r"(?<=\| )(\d\d), “(.+?)”", text)
+    assert len(stops) > 12
+    for number, section in stops:
+        (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
+        headings = [re.sub(r"[^\w ]", "", line) for c in nbformat.read(path, 4).cells for line in c.source.splitlines()]
+        assert any(line.strip().startswith(re.sub(r"[^\w ]", "", section)) for line in headings), (number, section)
+
+
+def test_the_minutes_of_a_plan_go_up_and_its_breaks_fit():
+    for plan in re.split(r"^## ", (PAGES / "plans.md").read_text(), flags=re.M):
+        minutes = [int(found) for found in re.findall(r"^\| (\d+) \|", plan, re.M)]
+        assert minutes == sorted(minutes)
+        for start, length, after in re.findall(r"^\| (\d+) \| \w+, (\d+) \|.*\n\| (\d+)", plan, re.M):
+            assert int(start) + int(length) == int(after)
+
+
+def test_the_figures_of_the_five_rules_stand_in_the_results():
+    results = (teaching.ROOT / "docs/results.md").read_text()
+    rows = re.findall(
+        r"^\| [^|]+ \| ([^|]+) \|", (PAGES / "cheat_sheet.md").read_text().split("## Five rules")[1], re.M
+    )
+    figures = [
+        found for row in rows for found in re.findall(r"\d+\.\d+|\b\d{2,3}\b(?!%)", row.replace("WikiText-2", ""))
+    ]
+    assert len(figures) > 12
+    assert not [figure for figure in figures if not re.search(rf"(?<![\d.]){figure}(?!\d)", results)]
+
+
+def test_the_pipe_of_the_cheat_sheet_is_that_of_the_readme():
+    lines = [
+        [
+            re.sub(r"\s+#.*", "", line)
+            for line in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)[0].splitlines()
+        ]
+        for page in (PAGES / "cheat_sheet.md", teaching.ROOT / "README.md")
+    ]
+    assert set(lines[0]) <= set(lines[1])
+
+
+def test_the_devcontainer_is_json_and_sets_up_by_make():
+    found = json.loads((teaching.ROOT / ".devcontainer/devcontainer.json").read_text())
+    assert found["postCreateCommand"] == "make setup" and found["image"].startswith(
+        "mcr.microsoft.com/devcontainers/python:"
+    )
