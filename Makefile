@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup real lab tour book test fast test-browser test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor lint clean
+.PHONY: help setup real lab tour book slides test fast test-browser test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,9 @@ tour: setup ## run the series headless: build/notebooks/*.html and build/summary
 
 book: tour ## run the series, then build README, docs and notebooks as one HTML site with search: build/book/html
 	$(BIN)/python tools/book.py
+
+slides: setup ## make slides from the notebooks, with the outputs of the last make tour: build/slides/*.html
+	$(BIN)/python tools/slides.py
 
 test: setup ## run every test and every notebook
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)

@@ -20,8 +20,8 @@ def site(tmp_path_factory):
 
 
 def test_it_has_every_notebook_and_every_page_and_a_search(site):
-    for path in [*(book.ROOT / "notebooks").glob("*.ipynb"), *(book.ROOT / "docs").glob("*.md")]:
-        assert (site / path.parent.name / f"{path.stem}.html").is_file(), path.name
+    for path in [*(book.ROOT / "notebooks").glob("*.ipynb"), *(book.ROOT / "docs").rglob("*.md")]:
+        assert (site / path.relative_to(book.ROOT).with_suffix(".html")).is_file(), path.name
     assert "curvatur" in (site / "searchindex.js").read_text()
     first = (site / "index.html").read_text()
     assert 'href="notebooks/12_a_real_model.html"' in first and 'href="docs/guide.html"' in first
@@ -29,6 +29,11 @@ def test_it_has_every_notebook_and_every_page_and_a_search(site):
 
 def test_it_shows_what_the_tour_executed(site):
     assert "Executed 00" in (site / "notebooks/00_start_here.html").read_text()
+
+
+def test_it_has_the_answers_that_teaching_makes(site):
+    text = (site / "docs/teaching/answers.html").read_text()
+    assert "share_won_back" in text and 'href="../../notebooks/00_start_here.html"' in text
 
 
 def test_a_dead_link_fails(tmp_path, monkeypatch, capfd):

@@ -46,7 +46,7 @@ def test_every_public_method_is_documented(name):
 
 ROOT = Path(pk.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
-PAGES = [ROOT.parent / "README.md", *sorted((ROOT.parent / "docs").glob("*.md"))]
+PAGES = [ROOT.parent / "README.md", *sorted((ROOT.parent / "docs").rglob("*.md"))]
 DEFINES = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 # Pattern → the word to use. A word that also has a proper use is matched only in the phrase that is wrong.

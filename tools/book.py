@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from sphinx.cmd.build import main as sphinx
+from teaching import answers
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs", "benchmarks/results", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
@@ -35,7 +36,13 @@ def gather(notebooks: Path, executed: Path, source: Path) -> None:
     for path in sorted(notebooks.glob("[0-9][0-9]*_*.ipynb")):
         ran = executed / path.name
         shutil.copy(ran if ran.is_file() else path, source / "notebooks" / path.name)
-    parts = {"The notebooks": source.glob("notebooks/*.ipynb"), "The library": source.glob("docs/*.md")}
+    (source / "docs/teaching").mkdir(exist_ok=True)
+    (source / "docs/teaching/answers.md").write_text(answers(notebooks), encoding="utf-8")
+    parts = {
+        "The notebooks": source.glob("notebooks/*.ipynb"),
+        "For teachers": source.glob("docs/teaching/*.md"),
+        "The library": source.glob("docs/*.md"),
+    }
     listed = {
         caption: [path.relative_to(source).as_posix() for path in sorted(found)] for caption, found in parts.items()
     }
