@@ -54,7 +54,7 @@ def check_world() -> str:
     question = tasks()["arc_easy"].questions[0]
     right = question.choices[question.answer].strip(" .")
     ids = tokenizer(question.context, return_tensors="pt")["input_ids"]
-    written = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    written = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]  # type: ignore[operator]
     said = tokenizer.decode(written, skip_special_tokens=True).strip()
     if not said.startswith(right):
         raise NotReadyError(f"the model says {question.context!r} {said!r}, not {right!r}; install prunekit again")
