@@ -34,9 +34,7 @@ def check_entries_gone(entries_gone: Callable[[int, int, int, int], int]) -> str
     told = hints.get(found, f"From 100 × 50 entries, 80 × 40 are left. You say that {found} go.")
     if not told.startswith("✓"):
         return told
-    return (
-        told if entries_gone(3, 7, 1, 0) == 7 else "Right for 100 × 50, wrong for 3 × 7 without a row."
-    )
+    return told if entries_gone(3, 7, 1, 0) == 7 else "Right for 100 × 50, wrong for 3 × 7 without a row."
 
 
 def stub_keep_units(scores: Tensor, fraction: float, round_to: int) -> list[int]:
