@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         standard_text,
         zero_shot,
     )
+    from prunekit.explorer import explore
     from prunekit.importance import (
         REAP,
         Ablation,
@@ -54,9 +55,15 @@ if TYPE_CHECKING:
     )
     from prunekit.knowledge import (
         KnowledgeDistribution,
+        ablate,
+        ask,
+        attention_pattern,
+        compare_knowledge,
+        exciting_tokens,
         knowledge_distribution,
         knowledge_of_units,
         massive_activations,
+        needs,
     )
     from prunekit.pruning import PruningPlan, compensate, plan, plan_in_steps, prune
     from prunekit.recovery import (
@@ -96,11 +103,15 @@ _ROOMS = {
         "Report", "compare", "compare_accuracy", "cost", "evaluate", "generations", "perplexity", "standard_text",
         "zero_shot",
     ),
+    "explorer": ("explore",),
     "importance": (
         "Ablation", "Activation", "BlockInfluence", "Curvature", "Fluctuation", "HyWIA", "Magnitude", "REAP",
         "Random", "Reconstruction", "RouterFrequency", "Taylor", "fuse", "score",
     ),
-    "knowledge": ("KnowledgeDistribution", "knowledge_distribution", "knowledge_of_units", "massive_activations"),
+    "knowledge": (
+        "KnowledgeDistribution", "ablate", "ask", "attention_pattern", "compare_knowledge", "exciting_tokens",
+        "knowledge_distribution", "knowledge_of_units", "massive_activations", "needs",
+    ),
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
     "recovery": (
         "Distillation", "FullTuning", "LHSPG", "LoRA", "Mixture", "TeacherLogits", "keep_logits",

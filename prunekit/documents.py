@@ -115,6 +115,8 @@ class Reading:
     """
 
     def __init__(self, source: TextSource, tokenizer: Any = None, *, separator: str | None = None) -> None:
+        if separator == "":
+            raise PrunekitError("separator='' splits nothing; name the marker between documents, or give None")
         self.columns: dict[str, None] = {}  # in the order in which they were met
         self.n_documents = 0
         self._source = source

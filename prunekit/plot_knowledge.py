@@ -171,7 +171,7 @@ def _changes(rows: pd.DataFrame, names: list[str], ax: Axes | None, over: pd.Dat
     finite = np.abs((rows if over is None else over)["change"].to_numpy(float)) * (100 if falls else 1)
     most = float(np.max(finite[np.isfinite(finite)], initial=0)) or 1.0
     unit = "accuracy (points)" if falls else "loss (nats)"
-    label = f"change of {unit}; /// is worse by {most / 4:.2g} or more"
+    label = f"change of {unit}\n(hatched: worse by {most / 4:.2g} or more)"
     ax = _heat(axes_or_new(ax), grid.clip(-most, most), most, label, worse=-1 if falls else 1)
     for edge in np.flatnonzero(np.diff(layers)):
         ax.axhline(edge + 0.5, color="0.6", linewidth=0.8)

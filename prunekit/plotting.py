@@ -18,6 +18,7 @@ from prunekit.lanes import layer_table
 from prunekit.plot_curves import plot_fusion, plot_mixture, plot_norms, plot_tradeoff
 from prunekit.plot_groups import plot_coupled_group, plot_groups
 from prunekit.plot_knowledge import plot_knowledge, plot_massive, plot_score_agreement, plot_units
+from prunekit.plot_lab import plot_answers, plot_attention, plot_exciting, plot_moved, plot_needs
 from prunekit.plot_search import plot_front, plot_learning, plot_predictions, plot_spared
 from prunekit.plot_sparsity import plot_ffn_errors, plot_mask, plot_sparsity, plot_zeros
 from prunekit.plot_style import (
@@ -38,7 +39,10 @@ __all__ = [
     "layer_table",
     "plot_accuracy",
     "plot_agreement",
+    "plot_answers",
+    "plot_attention",
     "plot_coupled_group",
+    "plot_exciting",
     "plot_ffn_errors",
     "plot_front",
     "plot_fusion",
@@ -49,6 +53,8 @@ __all__ = [
     "plot_mask",
     "plot_massive",
     "plot_mixture",
+    "plot_moved",
+    "plot_needs",
     "plot_norms",
     "plot_plan",
     "plot_predictions",

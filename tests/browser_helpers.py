@@ -107,6 +107,10 @@ def lab(root: Path) -> Iterator[Lab]:
     token, port = secrets.token_hex(8), free_port()
     options = [f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", "--no-browser", "--allow-root"]
     options += ["--ServerApp.ip=127.0.0.1", "--expose-app-in-browser", "--LabApp.news_url=None"]
+    options += [
+        "--MappingKernelManager.cull_idle_timeout=300",
+        "--ServerApp.shutdown_no_activity_timeout=300",
+    ]  # if killed
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     environment |= {**places, "PRUNEKIT_BUILD": str(root / "build"), "PYTHONPATH": str(Path(__file__).parents[1])}
     environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -69,7 +69,7 @@ def test_no_sentence_of_ours_ends_in_words_of_others():
     found = [line for module in sorted(PACKAGE.rglob("*.py")) for line in pasted(module)]
     allowed = {
         "checkpoint/loading.py",  # a PrunekitError, beside whose kinds others are caught
-        "chats.py",  # the words of the chat template, which its author wrote for users
+        "text.py",  # the words of the chat template, which its author wrote for users
         "checks.py",  # Python's own words for arguments that a function does not take
     }
     assert not [line for line in found if line.split(":")[0] not in allowed]

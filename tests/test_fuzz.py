@@ -295,6 +295,23 @@ SENSE: dict[str, Callable[[Any], bool]] = {
     "evaluate.tasks": lambda v: True,
     "knowledge_of_units.text": lambda v: v is None or is_empty(v) or is_prose(v),
     "knowledge_distribution.text": lambda v: v is None or is_empty(v) or is_prose(v),
+    "ablate.groups": NEVER,
+    "needs.groups": NEVER,
+    "needs.question": is_prose,
+    "needs.choices": one_of(None),
+    "needs.channels": is_integer(0, 2**31),
+    "exciting_tokens.groups": NEVER,
+    "attention_pattern.head": is_integer(0, 4),
+    "attention_pattern.layer": is_integer(0, 2),
+    "ask.prompt": is_prose,
+    "ask.choices": lambda v: v is None or v == ["word"],
+    "distributions": NEVER,
+    "n_resamples": COUNT,
+    "explore.text": none_or(is_prose),
+    "explore.channels": is_integer(0, 2**31),
+    "known": one_of(None),
+    "compared": one_of(None),
+    "top": COUNT,
     # another default stands for None
     "recover_on_mixture.method": one_of(None),
     "prune_progressively.method": one_of(None),
@@ -336,6 +353,7 @@ def calls(tmp_path_factory):
     small = pk.prune(model, plan, measure=False)
     pk.save(model, root / "model", tokenizer=tokenizer)
     report = pk.evaluate(model, tokenizer, ["zero_shot"], tasks=[task])
+    known = pk.knowledge_of_units(model, tokenizer, units[:1], tasks=[task], limit=2)
     space = HyperparameterSpace({"a": Range(0.0, 1.0)}, build=_as_it_is)
     quick = pk.LoRA(max_steps=1, batch_size=2, seq_len=16)
     adapted = attach(copy.deepcopy(model), quick)
@@ -490,6 +508,31 @@ def calls(tmp_path_factory):
         ),
         "massive_activations": Call(
             pk.massive_activations, {"model": model, "groups": groups, "tokens": CALIB, "layer": None}
+        ),
+        "ablate": Call(
+            pk.ablate,
+            {"model": model, "groups": units, "units": {units[0].name: [0]}, "mode": "mean", "tokens": CALIB},
+        ),
+        "ask": Call(pk.ask, {**reading, "prompt": "the cat", "choices": [" sat", " ran"], "max_new_tokens": 2}),
+        "needs": Call(
+            pk.needs,
+            {
+                **reading, "question": "the cat", "answer": " sat", "groups": units[:2], "choices": [" sat", " ran"],
+                "measure": "answer", "channels": 1,
+            },
+        ),
+        "attention_pattern": Call(pk.attention_pattern, {**reading, "text": "the cat", "layer": 1, "head": 0}),
+        "exciting_tokens": Call(pk.exciting_tokens, {**reading, "groups": units[:1], "text": TEXT, "top": 3}),
+        "compare_knowledge": Call(
+            pk.compare_knowledge,
+            {"distributions": {"a": known}, "by": "domain", "measure": "loss", "n_resamples": 20, "seed": 0},
+        ),
+        "explore": Call(
+            pk.explore,
+            {
+                **reading, "groups": units[:2], "tasks": [task], "data_dir": None, "known": known, "compared": None,
+                "text": CALIB, "channels": 0,
+            },
         ),
         "fuse": Call(pk.fuse, {"coarse": scores, "fine": scores, "rule": "attention"}),
         "calibration_set": Call(

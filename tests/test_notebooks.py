@@ -21,7 +21,8 @@ from prunekit.cli.notebooks import SERIES as SERIES_NAMES
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SERIES = sorted(FOLDER.glob(SERIES_NAMES))
-EXERCISES = sorted((FOLDER / "exercises").glob("ex_[0-9][0-9].py"))
+EXERCISES = sorted((FOLDER / "exercises").glob("ex_[0-9][0-9]*.py"))
+NAME = re.compile(r"(\d\d[a-z]?)_[a-z_]+")  # NN_verb_object, or NNb_verb_object for a notebook between two others
 CELLS = 25  # at least
 LINES = 12  # of a code cell; aim at 3 to 10
 OPENING = ("objectives", "time", "hardware", "prerequisites")
@@ -30,6 +31,10 @@ RIGHT = "✓"  # how a check's answer begins when the exercise is solved
 
 each_notebook = pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
 each_exercise = pytest.mark.parametrize("path", EXERCISES, ids=lambda path: path.stem)
+
+
+def number_of(path):
+    return NAME.fullmatch(path.stem)[1]
 
 
 # --- form -------------------------------------------------------------------------------------------------------------
@@ -97,7 +102,7 @@ def exercise_faults(code, number):
 
 @each_notebook
 def test_form(path):
-    faults = form_faults(path.read_text(encoding="utf-8"), path.name[:2])
+    faults = form_faults(path.read_text(encoding="utf-8"), number_of(path))
     assert not faults, "\n".join([path.name, *faults])
 
 
@@ -166,7 +171,7 @@ def test_form_wants_answers_folded(old, new):
 
 def test_form_series_begins_at_zero_and_has_no_number_twice():
     """Numbers may be left out for notebooks to come."""
-    numbers = [path.name[:2] for path in SERIES]
+    numbers = [number_of(path) for path in SERIES]
     assert numbers[0] == "00" and len(set(numbers)) == len(numbers)
 
 
@@ -190,7 +195,7 @@ def exercise_problems(path):
 
 @each_notebook
 def test_notebook_has_an_exercise_file(path):
-    assert (FOLDER / "exercises" / f"ex_{path.name[:2]}.py").is_file()
+    assert (FOLDER / "exercises" / f"ex_{number_of(path)}.py").is_file()
 
 
 @each_exercise

@@ -456,3 +456,12 @@ def test_what_is_asked_for_by_name_is_cut_or_refused():
     for ratio, kinds in (({"expert": 0.5, "ffn_channel": 0.2}, None), (0.25, ["expert"])):
         with pytest.raises(PrunekitError, match="this model has no groups of the kind 'expert'; it has kv_head, "):
             plan(GROUPS_GQA, scores, ratio, of="units", kinds=kinds)
+
+
+def test_a_plan_names_what_it_cuts_and_takes_out():
+    keep = {"h.0.mlp:ffn_channel#2": [0], "h.1:layer": [], "h.2.mlp:block": [], "wte:vocabulary": [0, 1]}
+    made = PruningPlan(
+        keep, {"h.0.mlp:ffn_channel#2": 3, "h.1:layer": 1, "h.2.mlp:block": 1, "wte:vocabulary": 2}, 9, 5
+    )
+    assert made.cut_groups("ffn_channel") == ["h.0.mlp:ffn_channel#2"] and not made.takes_tokens
+    assert made.removed_parts == ["h.1", "h.2.mlp"] and made.removed_layers == ["h.1"]

@@ -33,7 +33,7 @@ def gather(notebooks: Path, executed: Path, source: Path) -> None:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     (source / "notebooks").mkdir()
-    for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted(notebooks.glob("[0-9][0-9]*_*.ipynb")):
         ran = executed / path.name
         shutil.copy(ran if ran.is_file() else path, source / "notebooks" / path.name)
     (source / "docs/teaching").mkdir(exist_ok=True)

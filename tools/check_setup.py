@@ -6,7 +6,6 @@ It needs half a minute. Run it with the Python in which prunekit is installed.
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, cast
 
 NEEDED = (3, 11)
 MEMORY = 2.0  # GB that are free; notebook 12 with its real model needs 4
@@ -55,7 +54,7 @@ def check_world() -> str:
     question = tasks()["arc_easy"].questions[0]
     right = question.choices[question.answer].strip(" .")
     ids = tokenizer(question.context, return_tensors="pt")["input_ids"]
-    written = cast(Any, model).generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    written = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]  # type: ignore[operator]
     said = tokenizer.decode(written, skip_special_tokens=True).strip()
     if not said.startswith(right):
         raise NotReadyError(f"the model says {question.context!r} {said!r}, not {right!r}; install prunekit again")

@@ -1,9 +1,41 @@
-"""Exercises of notebook 01: a norm's factor after a cut, and the query heads of a key-value head."""
+"""Exercises of notebook 01: channels of one head, a norm's factor after a cut, query heads of a key-value head."""
 
 import math
 from collections.abc import Callable
 
 from exercises.answers import forgiving
+
+
+def stub_pairs_within_heads(n_channels: int, d_head: int) -> list[tuple[int, int]]:
+    """Pairs (i, j) of channel numbers, so that all channels of one head are joined, and no others."""
+    return []
+
+
+def solution_pairs_within_heads(n_channels: int, d_head: int) -> list[tuple[int, int]]:
+    """Each channel with the first one of its head."""
+    return [(i, i - i % d_head) for i in range(n_channels) if i % d_head]
+
+
+@forgiving()
+def check_pairs_within_heads(answer: Callable[[int, int], list[tuple[int, int]]]) -> str:
+    """Text that begins with ✓ where the answer is right, else a hint at the mistake."""
+    n_channels, d_head = 12, 3
+    head = list(range(n_channels))  # the least channel that each is joined with
+    for i, j in answer(n_channels, d_head):
+        if not (0 <= i < n_channels and 0 <= j < n_channels):
+            return f"The pair ({i}, {j}) names a channel that is not there: they are numbered 0 to {n_channels - 1}."
+        head = [min(head[i], head[j]) if h in (head[i], head[j]) else h for h in head]
+    if head == [i - i % d_head for i in range(n_channels)]:
+        return "✓ Right: a chain or a star within each head joins its channels, and no pair leads to another head."
+    if head == list(range(n_channels)):
+        return "No two different channels are joined yet, so each channel would be a unit of its own."
+    if head == [i % (n_channels // d_head) for i in range(n_channels)]:
+        return "You joined channels of the same place in all heads. The channels of one head stand side by side."
+    if len(set(head)) == 1:
+        return "All channels are joined into one unit: a pair leads from one head to the next. Stop at the head's end."
+    return (
+        f"With 12 channels in heads of 3 your pairs make {len(set(head))} units; channels 0, 1, 2 are the first head."
+    )
 
 
 def stub_norm_factor(n_before: int, n_after: int) -> float:

@@ -32,9 +32,7 @@ def check_divergence(divergence: Divergence) -> str:
     if not isinstance(found, Tensor):
         return f"The function returned {found!r}: does it end with `return` and a tensor?"
     if found.shape != (3,):
-        return (
-            f"For logits of shape (3, 5) the result has shape {tuple(found.shape)}; sum over the last dimension."
-        )
+        return f"For logits of shape (3, 5) the result has shape {tuple(found.shape)}; sum over the last dimension."
     if torch.allclose(found, solution_divergence(teacher, student)):
         return "✓ Right: the teacher's probability says how much each token counts."
     if torch.allclose(found, stub_divergence(teacher, student)):
@@ -96,7 +94,5 @@ def check_guess(guess: object) -> str:
     if said == BETWEEN:
         return "✓ Right: half of each loss, and a student between the two, in perplexity and in distance."
     if said == GUESSES[0]:
-        return (
-            "Look at its distance: the loss on the text pulls it away from the dense model."
-        )
+        return "Look at its distance: the loss on the text pulls it away from the dense model."
     return "Look at its perplexity beside that of 'all weights on text': only half of its loss asks for that."

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prunekit.errors import PrunekitError
 
-SERIES = "[0-9][0-9]_*.ipynb"
+SERIES = "[0-9][0-9]*_*.ipynb"  # 07b_… too
 OWN = "prunekit-series"  # the copy that is made where there is no clone
 # Of the series, in the layout of the clone.
 PARTS = ("notebooks/*.ipynb", "notebooks/exercises/*.py", "benchmarks/results/*.csv", "docs/guide.md")

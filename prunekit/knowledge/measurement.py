@@ -72,7 +72,7 @@ def knowledge_distribution(
     Source: LoRAShear (Chen et al. 2023, arXiv 2310.18356), Alg. 3, which measures perplexity on one set. Here each
     question and window is kept, so that changes can be read by domain.
     """
-    chosen = _check_groups(model, groups)
+    chosen = check_groups(model, groups)
     _check_ratios(ratios)
     plan = [row for group in chosen for row in _shares(group, _check_scores(group, scores), ratios)]
     check_finite(model)
@@ -112,7 +112,7 @@ def knowledge_of_units(
     Raises:
         PrunekitError: what `knowledge_distribution` raises.
     """
-    chosen = _check_groups(model, groups)
+    chosen = check_groups(model, groups)
     plan = [
         PlannedAblation(group, (unit,), {**_told(group), "ratio": 1 / group.n_units, "n_ablated": 1, "unit": unit})
         for group in chosen
@@ -127,7 +127,7 @@ def _told(group: CoupledGroup) -> dict[str, Any]:
     return {"group": group.name, "kind": group.kind, "layer": group.layer}
 
 
-def _check_groups(model: nn.Module, groups: Iterable[CoupledGroup]) -> list[CoupledGroup]:
+def check_groups(model: nn.Module, groups: Iterable[CoupledGroup]) -> list[CoupledGroup]:
     """The groups, without repeats, checked against the model."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
     given = list(groups) if isinstance(groups, Iterable) else [groups]

@@ -177,8 +177,5 @@ def _reply_labels(text: TextWithReplies, tokenizer: Any, joint: str) -> list[int
         )
     told = tokenizer(text + joint, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     pairs = zip(told["input_ids"], told["offset_mapping"], strict=True)
-    return [ids if _overlap(span, text.replies) else IGNORED for ids, span in pairs]
-
-
-def _overlap(span: tuple[int, int], replies: tuple[tuple[int, int], ...]) -> bool:
-    return any(span[0] < end and begin < span[1] for begin, end in replies)
+    spans = text.replies
+    return [t if any(start < end and begin < stop for begin, end in spans) else IGNORED for t, (start, stop) in pairs]

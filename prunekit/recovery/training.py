@@ -6,7 +6,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,9 +86,7 @@ def train(
 
     logs: list[dict[str, float]] = []
     rows = _Rows(windows, objective)
-    with ExitStack() as stack:
-        stack.enter_context(_config_kept(model))
-        folder = str(resume.folder) if resume else stack.enter_context(tempfile.TemporaryDirectory())
+    with nullcontext(str(resume.folder)) if resume else tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(objective)(
             model=model,
             args=_arguments(method, len(rows), folder, resume.every if resume else None),
@@ -216,19 +214,9 @@ def _arguments(method: TrainingSettings, n_windows: int, folder: str, every: int
 
 
 @contextmanager
-def _config_kept(model: Any) -> Iterator[None]:
-    """A context that restores the KV cache setting that the Trainer turns off."""
-    use_cache = getattr(model.config, "use_cache", None)
-    try:
-        yield
-    finally:
-        model.config.use_cache = use_cache
-
-
-@contextmanager
-def flags_kept(model: nn.Module) -> Iterator[None]:
-    """A context that restores trainable flags, modes and device, and removes gradients."""
-    device, mode = next(model.parameters()).device, model.training
+def flags_kept(model: Any) -> Iterator[None]:
+    """A context that restores trainable flags, modes, device and use of the KV cache, and removes gradients."""
+    device, mode, use_cache = next(model.parameters()).device, model.training, getattr(model.config, "use_cache", None)
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
@@ -237,6 +225,7 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
             parameter.grad = None
         model.train(mode)
+        model.config.use_cache = use_cache  # the Trainer turns it off
         if next(model.parameters()).device != device:
             model.to(device)
 

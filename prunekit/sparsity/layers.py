@@ -96,7 +96,7 @@ def prune_alone(matrix: Matrix, pattern: Pattern, note: str | None = None) -> di
     """Prune a matrix in place by magnitude; returns its row."""
     before = matrix.weight.clone()
     after = zeroed_lowest(before, before.abs(), pattern)
-    return _write(matrix, after, _row(matrix, "magnitude", before, after, None, note=note))
+    return _written(matrix, "magnitude", before, after, None, note=note)
 
 
 class _Local:
@@ -123,7 +123,7 @@ class _Local:
         else:  # of SparseLLM, what lies in no FFN
             factor, method = self._factor(matrix), "sparsegpt"
             after, damping = solve(before, factor, pattern), factor.damping
-        return _write(matrix, after, _row(matrix, method, before, after, sums.gram, damping=damping))
+        return _written(matrix, method, before, after, sums.gram, damping=damping)
 
     def _factor(self, matrix: Matrix) -> Factor:
         leader = self._reading.leaders.get(matrix, matrix)
@@ -145,17 +145,15 @@ def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Ma
         _tensors(found, reading), settings.n_sequences, patterns, settings.alternation, damping=settings.damping
     )
     afters = {matrix: before.clone() for matrix, before in befores.items()}
-    inner: list[tuple[Rows | None, Tensor | None]] = [(found.up, done.up), (found.gate, done.gate)]
-    for rows, weight in inner:
-        if rows is not None and weight is not None:
-            afters[rows.matrix][rows.rows] = weight
+    afters[found.up.matrix][found.up.rows] = done.up
+    if found.gate is not None and done.gate is not None:
+        afters[found.gate.matrix][found.gate.rows] = done.gate
     afters[found.down] = done.down
     table = {}
     for matrix, before in befores.items():
         read = sums[matrix]
         gram = None if read is None else read.gram
-        row = _row(matrix, "sparsellm", before, afters[matrix], gram, damping=done.damping)
-        table[matrix] = _write(matrix, afters[matrix], row)
+        table[matrix] = _written(matrix, "sparsellm", before, afters[matrix], gram, damping=done.damping)
     table[found.down] |= {"ffn_error": list(done.errors), "kept": done.kept}
     return table
 
@@ -197,20 +195,18 @@ def _of_expert(rows: Rows, expert: int | None, known: Mapping[tuple[str, int | N
     return replace(rows, matrix=known[rows.matrix.parameter, expert])
 
 
-def _write(matrix: Matrix, after: Tensor, row: dict[str, Any]) -> dict[str, Any]:
-    matrix.weight.copy_(after.to(matrix.tensor.dtype))
-    return row
-
-
-def _row(
+def _written(
     matrix: Matrix, method: str, before: Tensor, after: Tensor, gram: Tensor | None, *, damping: float | None = None,
     note: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    return {
+    """Write a pruned weight into the model; returns its row of the report."""
+    row = {
         "matrix": matrix.name, "method": method, "n_weights": after.numel(), "n_zeros": int((after == 0).sum()),
         "error": None if gram is None else _relative_error(before, after, gram), "ffn_error": None, "kept": None,
         "damping": damping, "note": note,
     }  # fmt: skip
+    matrix.weight.copy_(after.to(matrix.tensor.dtype))  # of which `before` may be a view
+    return row
 
 
 def _relative_error(before: Tensor, after: Tensor, gram: Tensor) -> float:
