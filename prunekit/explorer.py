@@ -6,10 +6,10 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
+import torch
 from torch import Tensor
 
 from prunekit import world
-from prunekit.calibration import calibration_set
 from prunekit.checks import FilePath, Model, Tokenizer, Whole, checked
 from prunekit.discovery import discover
 from prunekit.discovery.groups import CoupledGroup
@@ -28,7 +28,7 @@ from prunekit.explorer_panels import (
 )
 from prunekit.knowledge.ablation_sets import CONSUMED
 from prunekit.knowledge.comparison import domain_needs
-from prunekit.knowledge.exciting import exciting_tokens
+from prunekit.knowledge.exciting import ExcitingTokens, exciting_tokens
 from prunekit.knowledge.measurement import check_groups
 from prunekit.knowledge.result import BY, KnowledgeDistribution
 from prunekit.plot_style import require_columns
@@ -36,6 +36,7 @@ from prunekit.questions import Question
 
 KINDS = ("kv_head", "ffn_channel")
 LINES = 40  # of the world's held-out text
+WINDOWS = 8  # of a text, of which the mean ablation takes the mean
 
 
 class Explorer(widgets.Tab):
@@ -100,16 +101,18 @@ def explore(
     panels = {"Question": question_panel(model, tokenizer, chosen, asked, channels)}
     if known is not None:
         panels["Domain"] = domain_panel(domain_needs(known))
-    calib = _calibration(text, tokenizer)
-    panels["Ablate"] = ablation_panel(model, tokenizer, chosen, first, calib)
+    excited = None if text is None else exciting_tokens(model, tokenizer, chosen, text)
+    panels["Ablate"] = ablation_panel(
+        model, tokenizer, chosen, first, None if excited is None else _calibration(excited)
+    )
     if compared is not None:
         panels["Compare"] = comparison_panel(compared, _check_compared(compared))
     config: Any = model.config.get_text_config()
     n_layers, n_heads = len(outermost_elements(model)), int(getattr(config, "num_attention_heads", 1))
     prompt = first.contexts[0] if first.contexts else first.context
     panels["Attention"] = attention_panel(model, tokenizer, n_layers, n_heads, prompt)
-    if text is not None:
-        panels["Channel"] = channel_panel(exciting_tokens(model, tokenizer, chosen, text), chosen)
+    if excited is not None:
+        panels["Channel"] = channel_panel(excited, chosen)
     return Explorer(panels)
 
 
@@ -130,10 +133,10 @@ def _by_domain(tasks: Tasks | None, data_dir: str | Path | None) -> dict[str, li
     return found
 
 
-def _calibration(text: Tensor | TextSource | None, tokenizer: Any) -> Tensor | None:
-    if text is None or isinstance(text, Tensor):
-        return text
-    return calibration_set(text, tokenizer, n_samples=8, seq_len=32)
+def _calibration(excited: ExcitingTokens) -> Tensor:
+    """The first windows of the text, those as long as the first one: what a mean ablation averages over."""
+    first, *others = excited.windows
+    return torch.tensor([first, *(window for window in others if len(window) == len(first))][:WINDOWS])
 
 
 def _check_compared(compared: pd.DataFrame) -> str:

@@ -73,12 +73,13 @@ def plot_ffn_errors(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     require_columns(table, ("layer", "matrix", "iteration", "error", "kept"), "SparsityReport.ffn_errors()")
     ax = axes_or_new(ax)
     low, high = int(table["layer"].min()), int(table["layer"].max())
-    scale: Any = ScalarMappable(Normalize(low, max(high, low + 1)), "viridis")
+    top = low + 1.15 * max(high - low, 1)  # the last layer is not as yellow as to be lost on white
+    scale: Any = ScalarMappable(Normalize(low, top), "viridis")
     few = table["matrix"].nunique() <= LINES
     for number, (_, curve) in enumerate(table.groupby("matrix", sort=False)):
         layer = int(curve["layer"].iloc[0])
         style: dict[str, Any] = {"color": scale.to_rgba(layer), "linewidth": 2, "markersize": 8}
-        style |= {"marker": MARKERS[number % len(MARKERS)], "label": f"layer {layer}" if few else None}
+        style |= {"marker": (*MARKERS, "<")[number % (len(MARKERS) + 1)], "label": f"layer {layer}" if few else None}
         ax.plot(curve["iteration"], curve["error"], **style)
     kept = table[table["kept"]]
     ring: dict[str, Any] = {"s": 260, "facecolors": "none", "edgecolors": "black", "linewidths": 1.8, "zorder": 3}

@@ -174,7 +174,7 @@ class Book:
         """The place of a cell."""
         return [cell["id"] for cell in self.state()["cells"]].index(cell_id)
 
-    def run(self, last: int | None = None, seconds: float = 600) -> None:
+    def run(self, last: int | None = None, seconds: float = 1200) -> None:
         """Run all cells, or those up to number `last`, and wait for the end; a cell that failed ends it too."""
         cells = self.state()["cells"]
         last = len(cells) - 1 if last is None else last

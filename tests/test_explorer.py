@@ -116,6 +116,9 @@ def test_a_model_without_questions_and_text_has_the_panels_that_need_neither(mad
     panel = lab.panels["Ablate"]
     panel.controls["mode"].value = "mean"
     assert "mode=&#x27;mean&#x27; needs tokens" in panel.message.value
+    short = pk.explore(model, tokenizer, groups=groups, text="the cat").panels["Ablate"]
+    short.controls["mode"].value = "mean"
+    assert not short.message.value
     with pytest.raises(PrunekitError, match="the lab takes kv_head, query_head, ffn_channel"):
         pk.explore(model, tokenizer, groups=pk.discover(model).of_kind("layer"))
     with pytest.raises(PrunekitError, match="compare_knowledge"):

@@ -169,6 +169,13 @@ def test_form_wants_answers_folded(old, new):
     assert form_faults(stripped(nbformat.writes(book)), "07")
 
 
+@each_notebook
+def test_form_small_models_run_on_one_thread(path):
+    """In VS Code and plain JupyterLab too: two notebooks at once on all threads did not end in eight minutes."""
+    real = path.name.startswith("12_")  # its model is large enough for more
+    assert real or "torch.set_num_threads(1)" in path.read_text(encoding="utf-8")
+
+
 def test_form_series_begins_at_zero_and_has_no_number_twice():
     """Numbers may be left out for notebooks to come."""
     numbers = [number_of(path) for path in SERIES]

@@ -1,4 +1,4 @@
-"""Exercise of notebook 03: choose the units of one group that stay."""
+"""Exercises of notebook 03: entries that a matrix loses, and the units of one group that stay."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,32 @@ from torch import Tensor
 KeepUnits = Callable[[Tensor, float, int], list[int]]
 
 SCORES = torch.tensor([0.9, 0.1, 0.5, 0.3, 0.8, 0.2, 0.7, 0.4, 0.6, 0.0])
+
+
+def stub_entries_gone(n_rows: int, n_columns: int, rows_gone: int, columns_gone: int) -> int:
+    """What the notebook starts from: both savings added up."""
+    return rows_gone * n_columns + columns_gone * n_rows
+
+
+def solution_entries_gone(n_rows: int, n_columns: int, rows_gone: int, columns_gone: int) -> int:
+    """Entries before minus entries after; what lies in a row and a column that go is gone once."""
+    return n_rows * n_columns - (n_rows - rows_gone) * (n_columns - columns_gone)
+
+
+@forgiving()
+def check_entries_gone(entries_gone: Callable[[int, int, int, int], int]) -> str:
+    """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
+    found = entries_gone(100, 50, 20, 10)
+    hints = {
+        1800: "✓ Right: entries in a row *and* a column that go are gone only once.",
+        2000: "Entries that lie in a row and in a column that go are counted twice: there are 20 · 10 of them.",
+        3200: "That many entries stay. How many go?",
+        200: "These are the entries where rows and columns that go meet. All other entries of these rows go too.",
+    }
+    told = hints.get(found, f"From 100 × 50 entries, 80 × 40 are left. You say that {found} go.")
+    if not told.startswith("✓"):
+        return told
+    return told if entries_gone(3, 7, 1, 0) == 7 else "Right for 100 × 50, wrong for 3 × 7 without a row."
 
 
 def stub_keep_units(scores: Tensor, fraction: float, round_to: int) -> list[int]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from exercises.answers import forgiving, tensors
 from torch import Tensor
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -24,6 +25,7 @@ def solution_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tenso
     return (p.exp() * (p - q)).sum(-1)
 
 
+@forgiving(tensors)
 def check_divergence(divergence: Divergence) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     generator = torch.Generator().manual_seed(0)
@@ -54,6 +56,7 @@ def solution_gigabytes(n_tokens: float, top_k: int) -> float:
     return 8 * top_k * n_tokens / 1e9
 
 
+@forgiving()
 def check_gigabytes(gigabytes: Gigabytes) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     found = gigabytes(1e6, 32)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from exercises.answers import forgiving, tensors
 from torch import Tensor
 
 BlockInfluence = Callable[[Tensor, Tensor], Tensor]
@@ -21,6 +22,7 @@ def solution_block_influence(before: Tensor, after: Tensor) -> Tensor:
     return 1 - torch.cosine_similarity(before, after, dim=-1).mean()
 
 
+@forgiving(tensors)
 def check_block_influence(block_influence: BlockInfluence) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     generator = torch.Generator().manual_seed(0)
@@ -52,6 +54,7 @@ def solution_layers_to_remove(n_layers: int, share: float) -> int:
     return math.ceil(n_layers * (1 - share) - 1e-9)
 
 
+@forgiving()
 def check_layers_to_remove(layers_to_remove: Layers) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     for n_layers, share, right in ((30, 0.5, 15), (8, 0.75, 2), (30, 0.82, 6), (8, 0.9, 1), (30, 1.0, 0)):

@@ -14,13 +14,16 @@ from prunekit.checks import Count, Model, Tokenizer, checked
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.windows import read_spans
+from prunekit.evaluation.likelihood import check_tokens_fit
+from prunekit.evaluation.windows import read_texts
 from prunekit.importance.input_statistics import Reader, linear_readers
 from prunekit.knowledge.ablation_sets import CONSUMED, changing_inputs, consumed
 from prunekit.knowledge.measurement import check_groups
-from prunekit.models import device_of, evaluating
+from prunekit.models import device_of, evaluating, max_positions
+from prunekit.text import begin_windows, leading_bos, text_width, tokenize
 
 TOKENS_A_BATCH = 1024
+WINDOW = 128  # tokens
 BEFORE, AFTER = 8, 3  # tokens of context that are shown
 
 
@@ -163,10 +166,15 @@ class _Best:
 
 
 def _windows(model: nn.Module, tokenizer: Any, text: Tensor | TextSource) -> list[list[int]]:
+    """Windows of a text, of 128 tokens or what the model takes, the last one shorter; BOS first where it is added."""
     if isinstance(text, Tensor):
         rows: list[list[int]] = check_tokens(text, model).tolist()
         return rows
-    return [list(span.tokens) for span in read_spans(model, tokenizer, text).spans]
+    first = leading_bos(tokenizer)
+    stream = tokenize(read_texts(text, "windows", None, tokenizer), tokenizer, bos=first)
+    check_tokens_fit(model, int(stream.max()))
+    width = text_width(min(WINDOW, max_positions(model) or WINDOW), first)
+    return [begin_windows(part, first).tolist() for part in stream.split(width)]
 
 
 def _batches(windows: list[list[int]]) -> list[tuple[int, Tensor]]:

@@ -1,0 +1,79 @@
+"""Exercises of notebook 03b: the re-fit of one layer, and a bias that replaces what was pruned."""
+
+from collections.abc import Callable
+
+import torch
+from exercises.answers import forgiving, tensors
+from torch import Tensor
+
+Refit = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Bias = Callable[[Tensor, Tensor], Tensor]
+
+
+def stub_refit_layer(x: Tensor, w: Tensor, x_gone: Tensor, w_gone: Tensor, strength: float) -> Tensor:
+    """What the notebook starts from: the weights as they were."""
+    return w
+
+
+def solution_refit_layer(x: Tensor, w: Tensor, x_gone: Tensor, w_gone: Tensor, strength: float) -> Tensor:
+    """W plus the regularised least-squares fit of what is missing."""
+    gram = x.T @ x
+    ridge = strength * torch.diag(gram.diagonal())
+    return w + torch.linalg.solve(gram + ridge, x.T @ (x_gone @ w_gone))
+
+
+@forgiving(tensors)
+def check_refit_layer(refit_layer: Refit) -> str:
+    """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
+    x, w, x_gone, w_gone = _layer()
+    found, right = (f(x, w, x_gone, w_gone, 0.1) for f in (refit_layer, solution_refit_layer))
+    if found.shape != w.shape:
+        return f"The result is {tuple(found.shape)}, and W is {tuple(w.shape)}: return new weights of this shape."
+    if torch.allclose(found, right):
+        return "✓ Right: the formula of the text, and `torch.linalg.solve` needs no inverse."
+    wrong = {
+        "the weights are as they were: add the fit of what is missing": w,
+        "this is the fit alone: add the old weights W": right - w,
+        "λ is missing: without it the fit follows the noise of the calibration set": _fit(x, w, x_gone @ w_gone, 0.0),
+        "the fit must be added, not subtracted": 2 * w - right,
+        "D is the diagonal of XᵀX, not the identity": w
+        + torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (x_gone @ w_gone)),
+    }
+    hints = [hint for hint, value in wrong.items() if torch.allclose(found, value)]
+    return f"The shape is right, and {hints[0]}." if hints else "Solve (XᵀX + λD) Δ = Xᵀ (X_p W_p), then return W + Δ."
+
+
+def stub_bias(x_gone: Tensor, w_gone: Tensor) -> Tensor:
+    """What the notebook starts from: the mean over outputs."""
+    return (x_gone @ w_gone).mean(1)
+
+
+def solution_bias(x_gone: Tensor, w_gone: Tensor) -> Tensor:
+    """The mean over tokens."""
+    return (x_gone @ w_gone).mean(0)
+
+
+@forgiving(tensors)
+def check_bias(bias: Bias) -> str:
+    """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
+    _, w, x_gone, w_gone = _layer()
+    found, right = bias(x_gone, w_gone), solution_bias(x_gone, w_gone)
+    if found.shape == right.shape and torch.allclose(found, right):
+        return "✓ Right: one number for each output, the mean over tokens of what is missing."
+    if found.shape == (len(x_gone),):
+        return "There is one number for each token here. A bias has one for each output: take the mean over tokens."
+    if found.shape == right.shape and torch.allclose(found, -right):
+        return "The sign is turned round: the bias is added in place of what went."
+    return f"The result is {tuple(found.shape)} and should be ({w.shape[1]},): the mean of x_gone @ w_gone."
+
+
+def _layer() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((40, 5), (5, 3), (40, 2), (2, 3))
+    x, w, x_gone, w_gone = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return x, w, x_gone + x[:, :2], w_gone
+
+
+def _fit(x: Tensor, w: Tensor, missing: Tensor, strength: float) -> Tensor:
+    gram = x.T @ x
+    return w + torch.linalg.solve(gram + strength * torch.diag(gram.diagonal()), x.T @ missing)
