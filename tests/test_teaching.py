@@ -134,3 +134,16 @@ def test_the_devcontainer_is_json_and_sets_up_by_make():
     assert found["postCreateCommand"] == "make setup" and found["image"].startswith(
         "mcr.microsoft.com/devcontainers/python:"
     )
+
+
+def test_the_minutes_of_a_track_are_those_of_its_notebooks():
+    rows = re.findall(
+        r"^\| (core|explorer|researcher) \|[^|]+\| ([^|]+) \| (\d+) \|", (PAGES / "plans.md").read_text(), re.M
+    )
+    assert len(rows) == 3
+    for track, numbers, minutes in rows:
+        paths = [path for number in re.findall(r"\d\db?", numbers) for path in NOTEBOOKS.glob(f"{number}_*.ipynb")]
+        times = [
+            re.search(r"\*\*Time\.?\*\* (\d+) minutes", nbformat.read(path, 4).cells[0].source)[1] for path in paths
+        ]
+        assert sum(map(int, times)) == int(minutes), track
