@@ -56,15 +56,8 @@ def lab(
     series = find_folder(folder) if copy_to is None else copy_series(Path(copy_to))
     given = [*(["--no-browser"] if no_browser else []), *(["--allow-root"] if allow_root else [])]
     given += [f"--ServerApp.port={port}"] if port else []
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        str(series),
-        *_first_page(series),
-        *given,
-        *shlex.split(jupyter or ""),
-    ]
+    given += [*_first_page(series), *shlex.split(jupyter or "")]
+    command = [sys.executable, "-m", "jupyterlab", str(series), *given]
     return subprocess.call(command, env={**QUIET, **os.environ})
 
 

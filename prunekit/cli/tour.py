@@ -297,7 +297,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def tour(folder: str | None = None, *, build: str = os.environ.get("PRUNEKIT_BUILD", "build"), jobs: int = JOBS) -> int:
-    """Run the notebook series without a browser, and sum up what it measured.
+    """Run the notebook series without a browser, and sum it up.
 
     Each notebook becomes one HTML file with its pictures, in the folder of results. Where
     prunekit was installed without a clone of its repository, the series comes from the package.
