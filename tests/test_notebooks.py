@@ -16,7 +16,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from strip_notebooks import stripped
 
-from prunekit.cli import tour
+from prunekit.cli import notebook_runs, tour
 from prunekit.cli.notebooks import SERIES as SERIES_NAMES
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -337,7 +337,7 @@ def test_rebinding_is_seen(sources, found):
 @pytest.mark.slow
 @each_notebook
 def test_notebook_runs(path, tmp_path):
-    outcome = tour.run_notebook(path, tmp_path)
+    outcome = notebook_runs.run_notebook(path, tmp_path)
     assert not outcome.problems, "\n".join(outcome.problems)
     assert (tmp_path / "notebooks" / f"{path.stem}.html").stat().st_size > 10_000
     if path.name.startswith("00_"):

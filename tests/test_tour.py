@@ -13,7 +13,7 @@ import pytest
 import strip_notebooks
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from prunekit.cli import main, tour
+from prunekit.cli import main, notebook_runs, tour
 from prunekit.errors import PrunekitError
 
 METRICS = {"perplexity": 3.5, "boolq": 0.91, "parameters": 3_400_000, "macs": 6.8e6, "latency_ms": 12.345}
@@ -63,13 +63,13 @@ def test_kernel_is_this_interpreter_in_the_notebooks_folder(tmp_path, write, mon
         f"assert os.environ['PRUNEKIT_BUILD'] == {str(tmp_path / 'build')!r}",
         "assert os.environ['OMP_NUM_THREADS'] and os.environ['OMP_WAIT_POLICY']",
     )
-    assert tour.run_notebook(path, tmp_path / "build").problems == ()
+    assert notebook_runs.run_notebook(path, tmp_path / "build").problems == ()
 
 
 def test_html_shows_text_and_pictures_inline_and_the_notebook_stays_as_it_was(tmp_path, write):
     path = write("00_plot.ipynb", "print(6 * 7)", "import matplotlib.pyplot as plt\nplt.plot([1, 2]);")
     before = path.read_bytes()
-    outcome = tour.run_notebook(path, tmp_path / "build")
+    outcome = notebook_runs.run_notebook(path, tmp_path / "build")
     html = (tmp_path / "build/notebooks/00_plot.html").read_text()
     assert outcome.problems == () and outcome.seconds > 0
     assert ">42\n" in html and "data:image/png;base64," in html
@@ -79,7 +79,7 @@ def test_html_shows_text_and_pictures_inline_and_the_notebook_stays_as_it_was(tm
 
 def test_failing_cell_is_named_with_its_error(tmp_path, write):
     path = write("03_fail.ipynb", "x = 1", "x / 0", "print('not reached')")
-    (problem,) = tour.run_notebook(path, tmp_path / "build").problems
+    (problem,) = notebook_runs.run_notebook(path, tmp_path / "build").problems
     assert problem.startswith("03_fail.ipynb, cell 3: ZeroDivisionError: division by zero")
     assert "\x1b" not in problem and "x / 0" in problem
     assert not (tmp_path / "build/notebooks/03_fail.html").exists()
@@ -87,23 +87,23 @@ def test_failing_cell_is_named_with_its_error(tmp_path, write):
 
 def test_exception_hidden_in_a_widget_is_a_problem(tmp_path, write):
     path = write("04_hide.ipynb", "print('fine')", INTERACT.format(body="raise ValueError('hidden')"))
-    (problem,) = tour.run_notebook(path, tmp_path / "build").problems
+    (problem,) = notebook_runs.run_notebook(path, tmp_path / "build").problems
     assert problem.startswith("04_hide.ipynb, a widget of cell 3: ValueError: hidden")
 
 
 def test_widget_that_works_is_no_problem(tmp_path, write):
     path = write("04_show.ipynb", INTERACT.format(body="print('x is', x)"))
-    assert tour.run_notebook(path, tmp_path / "build").problems == ()
+    assert notebook_runs.run_notebook(path, tmp_path / "build").problems == ()
 
 
 def test_expected_exception_is_no_problem(tmp_path, write):
     path = write("05_expect.ipynb", "raise ValueError('on purpose')", tags=["raises-exception"])
-    assert tour.run_notebook(path, tmp_path / "build").problems == ()
+    assert notebook_runs.run_notebook(path, tmp_path / "build").problems == ()
 
 
 def test_kernel_that_dies_is_a_problem(tmp_path, write):
     path = write("06_die.ipynb", "import os; os._exit(1)")
-    (problem,) = tour.run_notebook(path, tmp_path / "build").problems
+    (problem,) = notebook_runs.run_notebook(path, tmp_path / "build").problems
     assert "06_die.ipynb" in problem and "DeadKernel" in problem
 
 
@@ -201,7 +201,7 @@ def test_strip_removes_what_running_left_and_keeps_ids(tmp_path):
     cell = new_code_cell("1 + 1", id="keep-me", execution_count=3, metadata={"scrolled": True, "tags": ["slow"]})
     cell.outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=3)]
     path = tmp_path / "00_x.ipynb"
-    nbformat.write(new_notebook(cells=[cell], metadata={"widgets": {tour.WIDGETS: {"state": {}}}}), path)
+    nbformat.write(new_notebook(cells=[cell], metadata={"widgets": {notebook_runs.WIDGETS: {"state": {}}}}), path)
     assert strip_notebooks.main([str(path)]) == 1  # as hooks do: 1 says that something was changed
     (left,) = nbformat.read(path, as_version=4).cells
     assert (left.outputs, left.execution_count, left.id) == ([], None, "keep-me")

@@ -291,8 +291,7 @@ def _remarks(order: _Order, plan: pk.PruningPlan) -> list[str]:
     """Remarks on the folder: tokens with new ids, or a format that is not plain."""
     told = [f"nothing goes of {plan.notes['whole']}"] if "whole" in plan.notes else []
     told += [f"{RENUMBERED} ({LISTED}): no tokenizer is saved"] if plan.takes_tokens else []
-    widths = not_plain(read_config(Path(order.out)))
-    if not widths:
+    if not (widths := not_plain(read_config(Path(order.out)))):
         return told
     asked = order.plan or order.planning.get("of") == "units" or order.planning.get("ranking") == "global"
     uneven = not asked and bool((plan.table().groupby("kind")["kept"].nunique() > 1).any())
