@@ -47,7 +47,29 @@ def differences(a, b):
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
-# number, name → {mistake: a part of the hint}; the answers are what learners write
+def refit(x, missing, strength):
+    gram = x.T @ x
+    return torch.linalg.solve(gram + strength * torch.diag(gram.diagonal()), x.T @ missing)
+
+
+def damage(table, share, how="mean", up=math.ceil):
+    change = table.groupby("group")["change"].agg(how).sort_values(ascending=False)
+    return change.index[: up(share * len(change))].tolist()
+
+
+def pattern(scores, weight, n_zeros, of):
+    """Weights with so many zeros in every `of` of a row."""
+    runs = scores.unflatten(1, (-1, of))
+    zeros = torch.zeros_like(runs, dtype=torch.bool).scatter(2, runs.topk(n_zeros, largest=False).indices, True)
+    return weight.masked_fill(zeros.flatten(1, 2), 0)
+
+
+def divergence(first, second):
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+# (number, name) → (what a learner writes, a part of the hint; `|` separates parts of which one must be there)
 MISTAKES = {
     ("00", "channel_parameters"): [
         (lambda d_model, d_ff: d_model, "one row of one matrix"),
@@ -207,6 +229,101 @@ MISTAKES = {
         (lambda ub, cb, ua, ca: math.log(cb / ca) / math.log(cb / ub), "same moment"),
         (lambda ub, cb, ua, ca: math.log(cb / ub) - math.log(ca / ua), "Which share"),
         (lambda ub, cb, ua, ca: ca / ua, "ratio of gaps"),
+    ],
+    ("01", "pairs_within_heads"): [
+        (lambda n, d: [(i, i) for i in range(n)], "No two different"),
+        (lambda n, d: [(i, i + 1) for i in range(n - 1)], "one head to the next"),
+        (lambda n, d: [(i, i % (n // d)) for i in range(n)], "same place in all heads"),
+        (lambda n, d: [(i, i + 1) for i in range(n)], "not there"),
+    ],
+    ("01", "norm_factor"): [
+        (lambda before, after: math.sqrt(after / before), "Upside down: the cut"),
+        (lambda before, after: before / after, "square root too"),
+        (lambda before, after: after / before, "Upside down, and"),
+        (lambda before, after: 1.0, "changes nothing"),
+    ],
+    ("01", "query_rows"): [
+        (lambda u, heads, kv, d: list(range(u * d, (u + 1) * d)), "query head 1 alone"),
+        (lambda u, heads, kv, d: [h * d + i for h in range(u, heads, kv) for i in range(d)], "stride apart"),
+        (lambda u, heads, kv, d: list(range(u * heads // kv, (u + 1) * heads // kv)), "numbers of heads"),
+    ],
+    ("03", "entries_gone"): [
+        (lambda rows, columns, r, c: r * columns + c * rows, "counted twice"),
+        (lambda rows, columns, r, c: (rows - r) * (columns - c), "many entries stay"),
+        (lambda rows, columns, r, c: r * c, "meet"),
+    ],
+    ("03", "keep_units"): [
+        (lambda scores, fraction, to: lowest((-scores).tolist(), round(len(scores) * fraction)), "what goes"),
+        (
+            lambda scores, fraction, to: lowest(scores.tolist(), len(scores) - int(len(scores) * fraction)),
+            "lowest first",
+        ),
+        (
+            lambda scores, fraction, to: sorted(
+                lowest((-scores).tolist(), (len(scores) - int(len(scores) * fraction)) // to * to)
+            ),
+            "round up",
+        ),
+        (lambda scores, fraction, to: lowest((-scores).tolist(), 8), "wrong order"),
+    ],
+    ("03b", "refit_layer"): [
+        (lambda x, w, x_gone, w_gone, strength: w, "as they were"),
+        (lambda x, w, x_gone, w_gone, strength: refit(x, x_gone @ w_gone, strength), "fit alone"),
+        (lambda x, w, x_gone, w_gone, strength: w + refit(x, x_gone @ w_gone, 0.0), "λ is missing"),
+        (lambda x, w, x_gone, w_gone, strength: w - refit(x, x_gone @ w_gone, strength), "not subtracted"),
+    ],
+    ("03b", "bias"): [
+        (lambda x_gone, w_gone: (x_gone @ w_gone).mean(1), "each token"),
+        (lambda x_gone, w_gone: -(x_gone @ w_gone).mean(0), "turned round"),
+        (lambda x_gone, w_gone: x_gone.mean(0), "should be"),
+    ],
+    ("07", "unprunable_groups"): [
+        (lambda table, share: damage(table[table["ratio"] < 1], share)[::-1], "largest damage comes first"),
+        (lambda table, share: damage(table, share), "without ratio 1"),
+        (lambda table, share: damage(table[table["ratio"] < 1], share, "max"), "not one value"),
+        (lambda table, share: damage(table[table["ratio"] < 1], share, up=int), "rounded up"),
+    ],
+    ("09", "wanda_pattern"): [
+        (lambda w, squares, kept, of: pattern(w.abs(), w, kept, of), "you keep three"),
+        (lambda w, squares, kept, of: pattern(w.abs(), w, of - kept, of), "squares is not used"),
+        (lambda w, squares, kept, of: pattern(w.abs() * squares, w, of - kept, of), "take the root"),
+    ],
+    ("10", "front"): [
+        (lambda costs, values: list(range(len(costs)))[::-1], "begin with the cheapest"),
+        (lambda costs, values: lowest(costs, len(costs))[2:], "cheapest one of all"),
+        (lambda costs, values: lowest(list(zip(costs, values, strict=True)), len(costs)), "cheaper and better"),
+    ],
+    ("11", "filling"): [
+        (lambda widths, d_model: sum(max(widths) - n for n in widths), "How many numbers"),
+        (lambda widths, d_model: sum(max(widths) - n for n in widths) * d_model, "three matrices"),
+        (lambda widths, d_model: 3 * d_model * sum(widths), "parameters left"),
+        (lambda widths, d_model: 3 * d_model * len(widths) * max(widths), "as a whole"),
+    ],
+    ("12", "real_cost"): [
+        (lambda scores, losses, k: sum(sorted(losses)[:k]), "smallest losses"),
+        (lambda scores, losses, k: sum(sorted(scores)[:k]), "added up scores"),
+        (lambda scores, losses, k: sum(losses), "all heads"),
+        (lambda scores, losses, k: sum(losses[i] for i in lowest(scores, len(scores))[-k:]), "highest scores"),
+    ],
+    ("13", "divergence"): [
+        (lambda teacher, student: (teacher.softmax(-1) * (teacher - student)).sum(-1), "not log-probabilities"),
+        (lambda teacher, student: divergence(student, teacher), "weights in the sum"),
+        (lambda teacher, student: -divergence(teacher, student), "never negative"),
+    ],
+    ("13", "gigabytes"): [
+        (lambda places, k: 8 * places / 1e9, "not one"),
+        (lambda places, k: 8 * k * places / 1e6, "megabytes"),
+        (lambda places, k: 4 * k * places / 1e9, "4 bytes"),
+    ],
+    ("14", "block_influence"): [
+        (lambda a, b: 1 - torch.cosine_similarity(a.mean((0, 1)), b.mean((0, 1)), dim=-1), "average the streams"),
+        (lambda a, b: torch.cosine_similarity(a, b, dim=-1).mean(), "mean cosine"),
+        (lambda a, b: 1 - torch.cosine_similarity(a, b, dim=-1), "average over all tokens"),
+    ],
+    ("14", "layers_to_remove"): [
+        (lambda layers, share: int(layers * (1 - share)), "Round up"),
+        (lambda layers, share: round(layers * share - 0.01), "stay"),
+        (lambda layers, share: layers, "solve"),
     ],
 }
 CASES = [

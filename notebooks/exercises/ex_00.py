@@ -38,8 +38,8 @@ def check_channel_parameters(answer: Size) -> str:
         120: "A row of gate_proj has d_model numbers, not d_ff. The same holds for the two other parts.",
     }
     return hints.get(got) or (
-        f"For d_model={d_model} and d_ff={d_ff} you have {got!r}. Add up the lengths of one row of gate_proj, one row of "
-        "up_proj and one column of down_proj."
+        f"For d_model={d_model} and d_ff={d_ff} you have {got!r}. Add up the lengths of one row of gate_proj, one row "
+        "of up_proj and one column of down_proj."
     )
 
 
@@ -100,6 +100,7 @@ def check_share_won_back(answer: Share) -> str:
         0.19 / 0.41: "This is the share that is still missing. What came back is recovered less cut.",
         0.22 / 1.39: "Divide by what was lost (dense less cut), not by what was left.",
         0.22 / 2: "This is what came back, in points of accuracy. Divide by what was lost.",
+        0.22: "This is what came back, in points of accuracy. Divide by what was lost, 0.41.",
     }
     hints = [text for value, text in known.items() if abs(got - value) < 1e-6]
     return (

@@ -38,7 +38,7 @@ def check_unit_score(answer: UnitScore) -> str:
         return (
             "Here slices cancel each other: 4 and 3 came out as opposite signs. Take the absolute value of each slice."
         )
-    if got["vector", "sum"] == 15:
+    if got["vector", "sum"] == got["element", "sum"] == 15:
         return (
             "Both granularities give 15. One takes the absolute value before the sum over a slice, the other after it."
         )
@@ -46,8 +46,8 @@ def check_unit_score(answer: UnitScore) -> str:
         return "Both formulas are there, the wrong way round: in which of them may contributions cancel?"
     if (got["vector", "sum"], got["element", "sum"]) != (9, 15):
         return (
-            f"For w·g = {SLICES} the sums are {got['vector', 'sum']:g} (vector) and {got['element', 'sum']:g} (element) by "
-            "your function. One slice scores |1 - 2 - 3| = 4 or 1 + 2 + 3 = 6."
+            f"For w·g = {SLICES} the sums are {got['vector', 'sum']:g} (vector), {got['element', 'sum']:g} (element) "
+            "by your function. One slice scores |1 - 2 - 3| = 4 or 1 + 2 + 3 = 6."
         )
     if got["vector", "max"] == 9 or got["vector", "prod"] == 9:
         return "The sum is right, and the reduction is not used: `max` takes the largest slice, `prod` multiplies them."
@@ -78,7 +78,7 @@ def check_beyond_chance(answer: BeyondChance) -> str:
     got = answer(0.8, 0.5)
     hints = {
         0.6: "✓ Right: 80% in common, where chance gives 50%, is three fifths of the way to the same plan.",
-        0.3: "This is 0 at chance, as it should be. But the same plan gets 0.5, and should get 1: divide by the whole way.",
+        0.3: "This is 0 at chance, as it should be. But the same plan gets 0.5 and not 1: divide by the whole way.",
         1.6: "A ratio to chance is 1 at chance, and has another largest value for each budget. Subtract chance first.",
         0.4: "This is what is missing from the same plan, so it is 1 at chance. The scale should run the other way.",
         0.375: "You divide by what is in common. Divide by the whole way, from chance to the same plan.",
@@ -92,7 +92,7 @@ def check_beyond_chance(answer: BeyondChance) -> str:
     return (
         close[0]
         if close
-        else f"For 80% in common at 50% kept you have {got:.4g}. Chance is 50%, the same plan 100%: how far between them?"
+        else f"For 80% in common at 50% kept you have {got:.4g}. Chance is 50%, the same plan 100%: how far is it?"
     )
 
 
@@ -124,5 +124,5 @@ def check_interaction(answer: Interaction) -> str:
     return (
         close[0]
         if close
-        else f"For losses 2.0 (dense), 2.3, 2.1 and 3.0 (both) you have {got:.4g}. Alone the units cost 0.3 and 0.1, both 1.0."
+        else f"For losses 2.0 (dense), 2.3, 2.1 and 3.0 (both) you get {got:.4g}. Alone they cost 0.3, 0.1, both 1.0."
     )

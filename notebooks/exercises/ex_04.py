@@ -1,4 +1,4 @@
-"""Exercises of notebook 04: where LoRA stops being small, how far a warm-up gets, and the nearest change of low rank."""
+"""Exercises of notebook 04: when LoRA is small, how far a warm-up gets, and the nearest change of low rank."""
 
 import math
 from collections.abc import Callable
