@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="no Chromium here; on Debian: apt-get install chromium"),
 ]
 
-WIDGETS = {"07_map_knowledge": 1, "00_start_here": 0, "03_prune_to_a_budget": 1, "01_discover_coupled_structures": 1}
+WIDGETS = {"07_map_knowledge": 1, "00_start_here": 1, "03_prune_to_a_budget": 1, "01_discover_coupled_structures": 1}
 ANSWERS = {  # notebook → the cell of a stub, and what a reader may write
     "00_start_here": (
         "exercise-stub",

@@ -70,3 +70,10 @@ def forgiving(form: Callable[[Any], Any] = numbers) -> Callable[[Callable[[Answe
 def _stopped(error: BaseException | None) -> str:
     line = traceback.extract_tb(error.__traceback__)[-1].line if error is not None else ""
     return f"Your function stops with {type(error).__name__}: {error}" + (f"; in the line: {line}" if line else "")
+
+
+def hint_for(got: Any, hints: dict[float, str], otherwise: str) -> str:
+    """The text for the first number that `got` is close to, or else the general one."""
+    if isinstance(got, bool) or not isinstance(got, int | float):
+        return otherwise
+    return next((text for value, text in hints.items() if abs(got - value) < 1e-6 * max(1.0, abs(value))), otherwise)
