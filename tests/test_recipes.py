@@ -226,7 +226,9 @@ def test_lorashear_never_trains_on_what_it_measures_on(model, tokenizer, monkeyp
     held, trained = [], []
     real_loss, real_train, real_recover = mixture.mean_loss, progressive.train, mixture.recover
     monkeypatch.setattr(mixture, "mean_loss", lambda m, t: held.append(t) or real_loss(m, t))
-    monkeypatch.setattr(progressive, "train", lambda m, t, *a, **o: trained.append(t) or real_train(m, t, *a, **o))
+    monkeypatch.setattr(
+        progressive, "train", lambda m, t, *a, **o: trained.append(t.tokens) or real_train(m, t, *a, **o)
+    )
     monkeypatch.setattr(
         mixture, "recover", lambda m, how, t, **o: trained.append(t.tokens) or real_recover(m, how, t, **o)
     )

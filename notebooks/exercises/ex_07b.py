@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from exercises.answers import forgiving, tensors
 from torch import Tensor
 
 Ranker = Callable[[float, Mapping[str, float], float], list[str]]
@@ -27,13 +28,11 @@ def solution_needed_units(dense: float, without: Mapping[str, float], least: flo
     return sorted((unit for unit, fall in falls.items() if fall >= least), key=lambda unit: -falls[unit])
 
 
+@forgiving()
 def check_needed_units(answer: Ranker) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
-    try:
-        found = list(answer(DENSE, dict(WITHOUT), 1.0))
-        every = list(answer(DENSE, dict(WITHOUT), -10.0))
-    except Exception as error:
-        return f"Your function raises {type(error).__name__}: {error}. It takes a number, a dictionary and a number."
+    found = list(answer(DENSE, dict(WITHOUT), 1.0))
+    every = list(answer(DENSE, dict(WITHOUT), -10.0))
     right = solution_needed_units(DENSE, WITHOUT, 1.0)
     if "2.1" not in found:
         return "Unit 2.1 is missing: the log-probability falls from -0.5 to -7.5 without it. The fall is dense − value."
@@ -68,13 +67,11 @@ def solution_mean_ablated(inputs: Tensor, calibration: Tensor, units: list[int])
     return found
 
 
+@forgiving(tensors)
 def check_mean_ablated(answer: Averager) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     inputs, units = INPUTS.clone(), [1, 4]
-    try:
-        found = answer(inputs, CALIBRATION.clone(), units)
-    except Exception as error:
-        return f"Your function raises {type(error).__name__}: {error}. Inputs are (batch, seq, features)."
+    found = answer(inputs, CALIBRATION.clone(), units)
     if not isinstance(found, Tensor) or found.shape != INPUTS.shape:
         return "Return a tensor in the shape of the inputs, (batch, seq, features): here (1, 4, 6)."
     if not torch.equal(inputs, INPUTS):
@@ -120,13 +117,11 @@ def solution_moved_interval(first: np.ndarray, second: np.ndarray, n_resamples: 
     return float(low), float(high)
 
 
+@forgiving()
 def check_moved_interval(answer: Interval) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     first, second = _sample(0)
-    try:
-        low, high = (float(end) for end in answer(first.copy(), second.copy(), 500, 0))
-    except Exception as error:
-        return f"Your function raises {type(error).__name__}: {error}. Return two numbers: low, high."
+    low, high = (float(end) for end in answer(first.copy(), second.copy(), 500, 0))
     width, right = high - low, 2 * 1.96 * float((second - first).std()) / len(first) ** 0.5
     apart = 2 * 1.96 * float((first.var() + second.var()) ** 0.5) / len(first) ** 0.5
     if not low < high:

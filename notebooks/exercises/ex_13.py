@@ -1,5 +1,6 @@
 """Exercises of notebook 13: a divergence from logits, the size of kept predictions, and a student of both goals."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -59,24 +60,17 @@ def solution_gigabytes(n_tokens: float, top_k: int) -> float:
 @forgiving()
 def check_gigabytes(gigabytes: Gigabytes) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
-    found = gigabytes(1e6, 32)
-    try:
-        value = float(found)
-    except (TypeError, ValueError):
-        return f"The function returned {found!r}: it should return a number of gigabytes."
-    if abs(value - 0.256) < 1e-9:
-        return "✓ Right: bytes grow with the number of places and with the tokens kept at each."
-    wrong = {
-        0.008: "every place keeps top_k tokens, not one",
-        0.128: "each kept token has an id of 4 bytes and a log-probability of 4 bytes",
-        256.0: "that is megabytes: divide by 1e9",
-        2.56e8: "that is bytes: divide by 1e9",
-        2.048: "8 is the number of bytes already; no bits are asked for",
+    value = float(gigabytes(1e6, 32))
+    hints = {
+        0.256: "✓ Right: bytes grow with the number of places and with the tokens kept at each.",
+        0.008: "Every place keeps top_k tokens, not one.",
+        0.128: "Each kept token has an id of 4 bytes and a log-probability of 4 bytes.",
+        256.0: "That is megabytes: divide by 1e9.",
+        2.56e8: "That is bytes: divide by 1e9.",
+        2.048: "8 is the number of bytes already; no bits are asked for.",
     }
-    for size, hint in wrong.items():
-        if abs(value - size) < 1e-6 * max(1.0, size):
-            return f"For a million tokens and top_k=32 you get {value:g}: {hint}."
-    return f"For a million tokens and top_k=32 you get {value:g}, and it is 0.256: 8 bytes · top_k · places."
+    known = [hint for size, hint in hints.items() if math.isclose(value, size, rel_tol=1e-6)]
+    return known[0] if known else f"For a million tokens and top_k=32 you get {value:g}: take 8 bytes · top_k · places."
 
 
 def stub_guess() -> str:
@@ -89,9 +83,10 @@ def solution_guess() -> str:
     return BETWEEN
 
 
-def check_guess(guess: object) -> str:
+@forgiving()
+def check_guess(guess: Callable[[], str]) -> str:
     """`✓ …` where the guess fits what was measured, or else a hint."""
-    said = guess() if callable(guess) else guess
+    said = guess()
     if said not in GUESSES:
         return f"{said!r} is no guess of the list: choose one of {', '.join(map(repr, GUESSES))}."
     if said == BETWEEN:

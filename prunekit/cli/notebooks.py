@@ -51,9 +51,10 @@ def lab(
         raise PrunekitError(f"{folder!r} and --copy-to {copy_to!r}: give a folder to open or one to copy to, not both")
     if importlib.util.find_spec("jupyterlab") is None:
         raise PrunekitError("JupyterLab is not installed in this environment; pip install jupyterlab")
+    series = find_folder(folder) if folder is not None else None
     if _is_root() and not allow_root:
         raise PrunekitError("JupyterLab does not start as the user root by itself; prunekit lab --allow-root")
-    series = find_folder(folder) if copy_to is None else copy_series(Path(copy_to))
+    series = series or (find_folder(None) if copy_to is None else copy_series(Path(copy_to)))
     given = [*(["--no-browser"] if no_browser else []), *(["--allow-root"] if allow_root else [])]
     given += [f"--ServerApp.port={port}"] if port else []
     given += [*_first_page(series), *shlex.split(jupyter or "")]
