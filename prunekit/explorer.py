@@ -75,7 +75,7 @@ def explore(
         tokenizer: the model's own tokenizer.
         groups: heads and FFN channels discovered in the model; None takes its KV heads and FFN channels.
         tasks: tasks or names of published ones, as for `zero_shot`: their questions can be picked by domain. None takes
-            the embedded world's for its tokenizer, else none.
+            the embedded world's for its tokenizer, but for its boolq, which its model answers by chance; else none.
         data_dir: the folder from which published tasks are read, as for `zero_shot`; None reads from the hub.
         known: what `knowledge_of_units` or `knowledge_distribution` measured on this model: shows what each domain
             needs.
@@ -90,6 +90,8 @@ def explore(
     Raises:
         PrunekitError: groups of another model or kind, tasks that cannot be read, or a `compared` of another form.
     """
+    if data_dir is not None and tasks is None:
+        raise PrunekitError(f"data_dir={data_dir!r} is read for tasks=, such as tasks=['piqa']; give both, or neither")
     chosen = _chosen(model, groups)
     is_world = world.is_world_tokenizer(tokenizer)
     if tasks is None and is_world:

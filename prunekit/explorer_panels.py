@@ -20,7 +20,7 @@ from prunekit.knowledge.asking import ask, side_by_side_answers
 from prunekit.knowledge.attention import attention_pattern
 from prunekit.knowledge.exciting import ExcitingTokens
 from prunekit.knowledge.question_needs import needs
-from prunekit.plot_lab import plot_answers, plot_attention, plot_exciting, plot_moved, plot_needs
+from prunekit.plot_lab import label_text, plot_answers, plot_attention, plot_exciting, plot_moved, plot_needs
 from prunekit.questions import Question
 
 FIGURE, DOTS = (10, 5.625), 80  # inches and dots an inch: 800 × 450 on the screen
@@ -56,6 +56,7 @@ class Panel:
         """Draw anew from what the controls say."""
         if self._waits:
             return
+        self.failures.outputs = ()
         with self.failures:
             try:
                 words, plot = self._redraw()
@@ -63,6 +64,9 @@ class Panel:
             except PrunekitError as error:
                 self.message.value = f"<p role='alert'><b>{escape(str(error))}</b></p>"
                 return
+            except Exception:  # shown below, and no earlier answer beside it
+                self.message.value, self.words.value, self.picture.value = "", "", b""
+                raise
             self.message.value, self.words.value = "", words
 
     def fill(self, **values: Any) -> None:
@@ -92,7 +96,7 @@ def html_table(table: pd.DataFrame) -> str:
     for name in shown:
         if pd.api.types.is_float_dtype(shown[name]):
             shown[name] = [f"{value:.2f}".replace("-0.00", "0.00") for value in shown[name]]
-        shown[name] = shown[name].astype(object).where(shown[name].notna(), "all")
+        shown[name] = shown[name].astype(object).where(shown[name].notna(), "all" if name == "unit" else "–")
     return str(shown.to_html(index=False, escape=True, border=0))
 
 
@@ -175,11 +179,11 @@ def ablation_panel(
         )
         return said, lambda ax: plot_answers(table, ax=ax)
 
-    written = _written(first)
-    head = next(iter(kinds))
+    written, head = _written(first), next(iter(kinds))
+    choices = "" if first.contexts else "|".join(first.choices)  # with contexts, all choices are one text
     controls = {
         "prompt": _text("prompt", written["question"]),
-        "choices": _text("choices", "|".join(first.choices), "with spaces:  yes.| no.  (empty: next tokens)"),
+        "choices": _text("choices", choices, "with spaces:  yes.| no.  (empty: next tokens)"),
         **{kind: _text(kind, "0.0" if kind == head else "", "layer.unit: 2.1, 6.0-3, 7.all") for kind in kinds},
         "mode": widgets.ToggleButtons(options=["zero", "mean", "patch"], description="ablate by"),
         "other prompt": _text("other prompt", written["question"], "for patch: as many tokens as the prompt"),
@@ -203,7 +207,7 @@ def domain_panel(tables: Mapping[Any, pd.DataFrame]) -> Panel:
         domain = panel.controls["domain"].value
         table = tables[domain]
         return html_table(table[["kind", "layer", "unit", "fall", "low", "high"]]), lambda ax: plot_needs(
-            table, most=12, title=f"What {domain} needs", ax=ax
+            table, most=12, title=f"What {label_text(domain)} needs", ax=ax
         )
 
     panel = Panel({"domain": _choice("domain", list(tables))}, redraw)

@@ -58,13 +58,7 @@ def plot_needs(
     finite = rows["fall"].clip(*_finite_limits(rows["fall"]))
     for number, kind in enumerate(kinds):
         mine = (rows["kind"] == kind).to_numpy()
-        style: dict[str, Any] = {
-            "color": colors[kind],
-            "hatch": HATCHES[number % len(HATCHES)],
-            "edgecolor": "white",
-            "linewidth": 0.5,
-        }
-        ax.barh(np.flatnonzero(mine), finite[mine], label=kind, **style)
+        ax.barh(np.flatnonzero(mine), finite[mine], label=kind, **_bars(colors[kind], number))
     if {"low", "high"} <= {*rows}:
         ends = np.abs(rows[["low", "high"]].to_numpy(float) - finite.to_numpy(float)[:, None]).T
         ax.errorbar(finite, range(len(rows)), xerr=ends, linestyle="none", color="black", elinewidth=1.2, capsize=2)
@@ -116,13 +110,8 @@ def plot_answers(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for number, name in enumerate(models):
         shares = table[table["model"] == name].groupby("choice", sort=False)["probability"].first().reindex(choices)
         places = np.arange(len(choices)) + (number - (len(models) - 1) / 2) * height
-        style: dict[str, Any] = {
-            "color": colors[name],
-            "hatch": HATCHES[number % len(HATCHES)],
-            "edgecolor": "white",
-            "linewidth": 0.5,
-        }
-        ax.barh(places, shares.fillna(0), height, label=name, **style)
+        bars = _bars(colors[name], number)
+        ax.barh(places, shares.fillna(0), height, label=label_text(name), **bars)
         for place, share in zip(places, shares, strict=True):
             ax.text(
                 0.01 + (0 if np.isnan(share) else share), place, "" if np.isnan(share) else f"{share:.1%}", va="center"
@@ -226,6 +215,8 @@ def plot_moved(table: pd.DataFrame, *, moved: bool = False, ax: Axes | None = No
     by = next((name for name in DOMAIN if name in table), None)
     if by is None or table[by].nunique() != 1:
         raise PrunekitError("the table holds several domains or none; give the rows of one: table.query('domain == …')")
+    if "ratio" in table and table["ratio"].nunique() > 1:
+        raise PrunekitError("the table holds several ratios; give the rows of one: table.query('ratio == 1')")
     table = table.assign(unit=table.get("unit"))
     table = table.sort_values(["kind", "layer", "unit"], ascending=[False, True, True], kind="stable")
     models = list(dict.fromkeys(table.sort_index()["model"]))
@@ -272,4 +263,4 @@ def label_text(text: object, *, end: bool = False) -> str:
     line = " ".join(str(text).split())
     if len(line) > WIDEST:
         line = f"… {line[-WIDEST:].partition(' ')[2] or line[-WIDEST:]}" if end else f"{line[:WIDEST]}…"
-    return line.replace("\\", "\\\\").replace("$", r"\$")
+    return line.replace("$", r"\$")

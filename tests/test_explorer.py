@@ -12,7 +12,7 @@ from plot_helpers import closed_figures, is_labelled_and_drawn_where_told  # noq
 
 import prunekit as pk
 from prunekit import PrunekitError
-from prunekit.knowledge import needs, side_by_side_answers
+from prunekit.knowledge import domain_needs, needs, side_by_side_answers
 from prunekit.plot_lab import label_text, plot_answers, plot_attention, plot_exciting, plot_moved, plot_needs
 
 
@@ -191,3 +191,37 @@ def test_a_difference_keeps_the_colour_and_marker_of_its_model(made):
     lines = [line for line in both.lines if line.get_marker() == "s"]
     alone = [line for line in moved.lines if line.get_marker() == "s"]
     assert lines and alone and lines[0].get_color() == alone[0].get_color()
+
+
+def test_groups_ablated_in_part_are_not_taken_for_whole_ones(made):
+    model, tokenizer, tasks, *_, groups = made
+    scores = pk.score(model, groups, pk.Magnitude())
+    ratios = {"half": (0.5,), "both": (0.5, 1.0)}
+    known = {
+        name: pk.knowledge_distribution(model, tokenizer, groups, scores, ratios=several, tasks=tasks)
+        for name, several in ratios.items()
+    }
+    assert all(len(table) == len(groups) for table in domain_needs(known["both"]).values())
+    with pytest.raises(PrunekitError, match="as a whole"):
+        domain_needs(known["half"])
+    with pytest.raises(PrunekitError, match="known"):
+        domain_needs(pd.DataFrame())
+    compared = pk.compare_knowledge({"dense": known["both"]}, n_resamples=10)
+    with pytest.raises(PrunekitError, match="several ratios"):
+        plot_moved(compared[compared["domain"] == compared["domain"].iloc[0]])
+
+
+def test_questions_with_contexts_have_no_choices_and_a_folder_needs_tasks(made):
+    model, tokenizer, *_ = made
+    lab = pk.explore(model, tokenizer, tasks=[partial_task(4)])
+    assert lab.panels["Ablate"].controls["choices"].value == ""
+    with pytest.raises(PrunekitError, match="tasks="):
+        pk.explore(model, tokenizer, data_dir="somewhere")
+
+
+def test_a_failure_goes_when_the_next_move_works(made, monkeypatch):
+    model, tokenizer, *_ = made
+    panel = pk.explore(model, tokenizer).panels["Question"]
+    panel.failures.outputs = ({"output_type": "stream", "name": "stderr", "text": "an earlier one"},)
+    panel.update()
+    assert panel.failures.outputs == () and panel.picture.value

@@ -448,14 +448,14 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     """Changes drawn around a known mean: the 95% intervals of 200 ablations hold it 9 times in 10 or more."""
     rng = np.random.default_rng(0)
     template = by_hand(ONE)
-    ablations = pd.DataFrame([{**template.ablations.iloc[0], "ratio": number / 200} for number in range(200)])
+    ablations = pd.DataFrame([{**template.ablations.iloc[0], "ratio": number / 200} for number in range(1, 201)])
     questions = pd.concat([template.questions.iloc[[0]]] * 60, ignore_index=True)
     loss = 1 + rng.normal(0.3, 1.0, size=(200, 60))
     found = type(template)(ablations, questions, loss < 2, loss, np.ones(60, dtype=bool), np.ones(60), True, True)
     table = pk.compare_knowledge({"dense": found}, n_resamples=400)
     assert 0.88 < ((table["low"] < 0.3) & (table["high"] > 0.3)).mean() < 0.99
-    needed = domain_needs(found)["a"]
-    assert needed["fall"].is_monotonic_decreasing and (needed["low"] <= needed["fall"]).all()
+    needed = domain_needs(found)["a"]  # the group that was ablated as a whole; those ablated in part are left out
+    assert len(needed) == 1 and (needed["low"] <= needed["fall"]).all()
 
 
 def test_incomparable_distributions_are_refused():
@@ -492,3 +492,11 @@ def test_a_real_model_needs_the_head_that_every_text_needs(smollm2):
     assert best["value"] == pytest.approx(value, abs=1e-3)
     pattern = pk.attention_pattern(model, tokenizer, "The capital of France is", 5, 8)
     np.testing.assert_allclose(pattern.sum(axis=1), 1, atol=1e-4)
+
+
+def test_small_groups_name_each_unit_once_and_long_questions_are_refused(small):
+    model, tokenizer, groups = small
+    table = pk.needs(model, tokenizer, "who ran?", " a cat", groups=groups.of_kind("ffn_channel"), channels=5)
+    assert not table.duplicated(["group", "unit"]).any()
+    with pytest.raises(PrunekitError, match="shorten it"):
+        pk.needs(model, tokenizer, "who ran? " * 2000, " a cat", groups=groups)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from prunekit.errors import PrunekitError
-from prunekit.recovery import LoRA, RecoveryLog, recover
+from prunekit.recovery import FullTuning, LoRA, RecoveryLog, recover
 from prunekit.recovery.data import training_windows
 from prunekit.recovery.lora import attach, find_targets
 
@@ -361,3 +361,12 @@ def test_weights_that_are_not_finite_are_named():
         model.model.norm.weight[0] = math.nan
     with pytest.raises(PrunekitError, match="model.norm.weight has NaN"):
         recover(model, QUICK, counting())
+
+
+@pytest.mark.parametrize("method", [QUICK, FullTuning(max_steps=2)])
+def test_a_finished_training_keeps_its_curve_whatever_fails_afterwards(tmp_path, monkeypatch, method):
+    """The last measurement fails here, as an interrupt would end it."""
+    monkeypatch.setattr("prunekit.recovery.fine_tuning.closed", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recover(tiny_llama(), method, counting(), output_dir=tmp_path / "out")
+    assert RecoveryLog.load(tmp_path / "out" / "recovery_log.json").losses

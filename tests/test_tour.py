@@ -207,3 +207,17 @@ def test_strip_removes_what_running_left_and_keeps_ids(tmp_path):
     assert (left.outputs, left.execution_count, left.id) == ([], None, "keep-me")
     assert left.metadata == {"tags": ["slow"]} and "widgets" not in path.read_text()
     assert strip_notebooks.main([str(path)]) == 0
+
+
+def test_what_is_no_notebook_is_a_problem_of_its_own(tmp_path):
+    path = tmp_path / "07_cut_off.ipynb"
+    path.write_text('{"cells": [')
+    (problem,) = notebook_runs.run_notebook(path, tmp_path / "build").problems
+    assert problem.startswith("07_cut_off.ipynb is no notebook that can be read")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"dense": [1]}'])
+def test_a_summary_of_another_form_is_refused(tmp_path, text):
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(PrunekitError, match=r"summary\.json"):
+        tour.read_summary(tmp_path / "summary.json")

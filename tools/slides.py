@@ -48,7 +48,10 @@ def main() -> int:
     parser.add_argument("numbers", nargs="*", default=[""], help="numbers of notebooks, such as 00 07; default: all")
     numbers, folder = parser.parse_args().numbers, Path(os.environ.get("PRUNEKIT_BUILD", "build"))
     (folder / "slides").mkdir(parents=True, exist_ok=True)
-    for path in sorted(path for number in numbers for path in (ROOT / "notebooks").glob(f"{number}*_*.ipynb")):
+    paths = sorted(path for number in numbers for path in (ROOT / "notebooks").glob(f"{number}*_*.ipynb"))
+    if not paths:
+        parser.error(f"no notebook begins with {' or '.join(numbers)}; give numbers such as 00 or 07b")
+    for path in paths:
         ran = folder / "notebooks" / path.name
         book = nbformat.read(ran if ran.is_file() else path, as_version=4)
         (out := folder / "slides" / f"{path.stem}.html").write_text(slides(book), encoding="utf-8")

@@ -118,8 +118,11 @@ def run_notebook(path: Path, build: Path, running: Running | None = None) -> Out
     running = running or Running()
     running.check()
     build.mkdir(parents=True, exist_ok=True)
-    book = nbformat.read(path, as_version=4)
     began = time.monotonic()
+    try:
+        book = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError) as error:
+        return Outcome(path.stem, 0.0, (f"{path.name} is no notebook that can be read: {error}",))
     with tqdm(total=len(book.cells), desc=path.stem, leave=False, disable=None, unit="cell") as bar:
         crash = _execute(_client(book, path, bar, running), kernel_environment(build), running)
     problems = find_problems(book, path.name) or tuple(f"{path.name}: {line}" for line in crash)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from prunekit.errors import PrunekitError
+from prunekit.files import new_file
 
 SERIES = "[0-9][0-9]*_*.ipynb"  # 07b_… too
 OWN = "prunekit-series"  # the copy that is made where there is no clone
@@ -56,8 +57,11 @@ def lab(
         raise PrunekitError("JupyterLab does not start as the user root by itself; prunekit lab --allow-root")
     series = series or (find_folder(None) if copy_to is None else copy_series(Path(copy_to)))
     given = [*(["--no-browser"] if no_browser else []), *(["--allow-root"] if allow_root else [])]
-    given += [f"--ServerApp.port={port}"] if port else []
-    given += [*_first_page(series), *shlex.split(jupyter or "")]
+    given += [f"--ServerApp.port={port}"] if port is not None else []
+    try:
+        given += [*_first_page(series), *shlex.split(jupyter or "")]
+    except ValueError as error:
+        raise PrunekitError(f"--jupyter={jupyter!r}: {error}; write it as a shell would take it") from error
     command = [sys.executable, "-m", "jupyterlab", str(series), *given]
     return subprocess.call(command, env={**QUIET, **os.environ})
 
@@ -68,7 +72,8 @@ def find_folder(given: str | None) -> Path:
     Raises:
         PrunekitError: the folder is missing, or contains no notebook.
     """
-    places = [Path(given)] if given else [Path("notebooks"), _clone() / "notebooks", Path(OWN) / "notebooks"]
+    clone = [] if SHIPPED.is_dir() else [_clone() / "notebooks"]  # beside a wheel lie other people's packages
+    places = [Path(given)] if given else [Path("notebooks"), *clone, Path(OWN) / "notebooks"]
     for place in places:
         if list(place.glob("*.ipynb")):
             return place
@@ -111,7 +116,8 @@ def copy_series(target: Path) -> Path:
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.exists():
-                shutil.copyfile(path, copy)
+                with new_file(copy) as beside:
+                    shutil.copyfile(path, beside)
     except OSError as error:
         raise PrunekitError(
             f"cannot copy the series to {str(target)!r}: {error.strerror}; name another folder"

@@ -5,7 +5,6 @@ notebook writes what it measured to `summary.json` in the build folder (environm
 `{"dense": {metric: number}, "cut": {…}, "recovered": {…}}`; the tour prints that as one table.
 """
 
-import json
 import math
 import os
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from prunekit.cli.notebook_runs import Outcome, run_series, write_whole
 from prunekit.cli.notebooks import SERIES, find_series
 from prunekit.errors import PrunekitError
+from prunekit.files import read_json
 
 JOBS = min(2, os.cpu_count() or 1)
 STAGES = ("dense", "cut", "recovered")
@@ -50,7 +50,9 @@ def read_summary(path: Path, since: float = 0.0) -> dict[str, dict[str, float]]:
     """
     if not path.exists() or path.stat().st_mtime < since - 1:
         raise PrunekitError(f"{path} was not written in this tour: the first notebook must write what it measured")
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_json(path, "the first notebook")
+    if not isinstance(summary, dict) or not all(isinstance(summary.get(stage, {}), dict) for stage in STAGES):
+        raise PrunekitError(f"{path} needs {{stage: {{metric: number}}}} for each of {STAGES}")
     for stage in STAGES:
         bad = {name: value for name, value in summary.get(stage, {"": None}).items() if not _is_number(value)}
         if bad or set(summary[stage]) != set(summary["dense"]):

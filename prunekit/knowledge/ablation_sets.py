@@ -159,9 +159,14 @@ def _places(model: nn.Module, chosen: list[tuple[CoupledGroup, list[int]]], mode
     return found
 
 
+def _sum_and_count(x: Tensor) -> Tensor:
+    """Sums of inputs (rows, features), and the number of rows: an expert's layer reads a part of the tokens."""
+    return torch.cat([x.sum(0), x.new_tensor([len(x)])])
+
+
 def _averages(model: nn.Module, where: Places, tokens: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Parameter → a function that puts the mean in place of some inputs."""
-    sums = sums_over_inputs(model, tokens, {name: reader for name, (reader, _) in where.items()}, lambda x: x.sum(0))
+    sums = sums_over_inputs(model, tokens, {name: reader for name, (reader, _) in where.items()}, _sum_and_count)
 
     def averaged(index: Tensor, mean: Tensor) -> Callable[[Tensor], Tensor]:
         def change(x: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ def _averages(model: nn.Module, where: Places, tokens: Tensor) -> dict[str, Call
 
         return change
 
-    return {name: averaged(index, sums[name] / tokens.numel()) for name, (_, index) in where.items()}
+    return {name: averaged(index, sums[name][:-1] / sums[name][-1].clamp_min(1)) for name, (_, index) in where.items()}
 
 
 @contextmanager

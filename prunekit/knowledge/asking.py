@@ -119,6 +119,8 @@ def spans_of(model: nn.Module, tokenizer: Any, question: Question) -> list[Span]
     if any(len(span) == 0 for span in question.choices):
         raise PrunekitError("a choice is empty; write what the model should say, such as ' Paris'")
     spans = question_spans(tokenizer, question, max_positions(model), "the question")
+    if any(span.n_cut for span in spans):
+        raise PrunekitError(f"the question has more than the {max_positions(model)} tokens of the model; shorten it")
     check_batches(model, spans, batch_size=1)
     return spans
 

@@ -144,13 +144,15 @@ def _interval(prefix: str, means: np.ndarray) -> dict[str, np.ndarray]:
     return {f"{prefix}low": low, f"{prefix}high": high}
 
 
+@checked
 def domain_needs(
     known: KnowledgeDistribution, by: Literal["domain", "task", "tier", "hops"] = "domain"
 ) -> dict[Any, pd.DataFrame]:
     """What each domain needs, by a distribution that was measured before: the mean rise of its loss, with intervals.
 
     Args:
-        known: a distribution of single units (`knowledge_of_units`) or of whole groups.
+        known: a distribution of single units (`knowledge_of_units`) or of whole groups; groups that were ablated in
+            part are left out.
         by: what makes a domain.
 
     Returns:
@@ -158,9 +160,13 @@ def domain_needs(
         of the loss), low and high (95% interval of fall), measure.
 
     Raises:
-        PrunekitError: what `compare_knowledge` raises.
+        PrunekitError: what `compare_knowledge` raises, or groups that were ablated in part alone.
     """
     table = compare_knowledge({"dense": known}, by=by)
+    if "unit" not in table:
+        table = table[table["ratio"] == 1]
+        if table.empty:
+            raise PrunekitError("no group was ablated as a whole; measure knowledge_distribution with ratios=(1.0,)")
     found = table.assign(
         unit=pd.array(table["unit"] if "unit" in table else [None] * len(table), dtype="Int64"),
         dense=-table["intact"], value=-table["intact"] - table["change"], fall=table["change"], measure="domain",

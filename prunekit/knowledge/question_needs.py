@@ -179,7 +179,8 @@ def _in_one_batch(
 def _picked_channels(model: nn.Module, groups: Sequence[CoupledGroup], span: Span, n: int) -> list[_Row]:
     """The channels whose removal changes the answer's log-probability most, by a first-order estimate."""
     readers = linear_readers(model)
-    ffns = [group for group in groups if group.kind == "ffn_channel" and consumed(group, readers)]
+    large = [group for group in groups if group.kind == "ffn_channel" and group.n_units > SINGLE]  # others: each unit
+    ffns = [group for group in large if consumed(group, readers)]
     gates: dict[str, Tensor] = {}  # parameter of a consumer layer → factors of its inputs, all 1
 
     def gating(name: str) -> Callable[[Tensor], Tensor]:

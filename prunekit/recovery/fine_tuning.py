@@ -102,14 +102,18 @@ def recover(
     changed: Any = model if inplace else copy.deepcopy(model)
     prepared = _adapted(changed, how, keep, output_dir) if isinstance(how, LoRA) else _unfrozen(changed, keep)
     with seeded(how.seed), flags_kept(changed), prepared as trained:
-        log = train(trained, windows, how, objective=objective)
+        log = replace(train(trained, windows, how, objective=objective), method=repr(method))
+    folder = Path(output_dir) if output_dir is not None and _writes() else None
+    if folder is not None:  # before anything that may fail: a training that is finished is not lost
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=isinstance(how, LoRA))  # which has written its adapter there
+        log.save(folder / "recovery_log.json")
     check_finite(changed)
     vars(changed).pop("loss_change", None)
-    log = replace(log, method=repr(method), loss_change=None if opening is None else closed(opening, changed))
-    if output_dir is not None and _writes():
-        with writing(Path(output_dir)):
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-        log.save(Path(output_dir) / "recovery_log.json")
+    if opening is not None:
+        log = replace(log, loss_change=closed(opening, changed))
+        if folder is not None:
+            log.save(folder / "recovery_log.json")
     changed.recovery_log = log  # type: ignore[assignment]
     renew_report(changed, TRAINED)
     return changed.eval()
