@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from traitlets import Type
 
 from prunekit.cli.notebooks import QUIET
+from prunekit.errors import reason
 from prunekit.files import write_text
 
 CELL_TIMEOUT = 600  # seconds: a notebook takes less than 120 in all
@@ -122,7 +123,7 @@ def run_notebook(path: Path, build: Path, running: Running | None = None) -> Out
     try:
         book = nbformat.read(path, as_version=4)
     except (OSError, ValueError, nbformat.ValidationError) as error:
-        return Outcome(path.stem, 0.0, (f"{path.name} is no notebook that can be read: {error}",))
+        return Outcome(path.stem, 0.0, (f"{path.name} is no notebook that can be read: {reason(error)}",))
     with tqdm(total=len(book.cells), desc=path.stem, leave=False, disable=None, unit="cell") as bar:
         crash = _execute(_client(book, path, bar, running), kernel_environment(build), running)
     problems = find_problems(book, path.name) or tuple(f"{path.name}: {line}" for line in crash)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, reason
 from prunekit.files import new_file
 
 SERIES = "[0-9][0-9]*_*.ipynb"  # 07b_… too
@@ -61,7 +61,7 @@ def lab(
     try:
         given += [*_first_page(series), *shlex.split(jupyter or "")]
     except ValueError as error:
-        raise PrunekitError(f"--jupyter={jupyter!r}: {error}; write it as a shell would take it") from error
+        raise PrunekitError(f"--jupyter={jupyter!r}: {reason(error)}; write it as a shell would take it") from error
     command = [sys.executable, "-m", "jupyterlab", str(series), *given]
     return subprocess.call(command, env={**QUIET, **os.environ})
 
