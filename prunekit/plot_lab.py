@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from prunekit.errors import PrunekitError
+from prunekit.knowledge.result import BY
 from prunekit.plot_style import (
     HATCHES,
     KIND_COLORS,
@@ -26,7 +27,6 @@ FALLS = {
     "choices": "fall of the log of the answer's share among the choices (nats)",
     "domain": "mean rise of the loss (nats; 95% interval)",
 }
-DOMAIN = ("domain", "task", "tier", "hops")
 
 
 @projected
@@ -110,8 +110,7 @@ def plot_answers(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for number, name in enumerate(models):
         shares = table[table["model"] == name].groupby("choice", sort=False)["probability"].first().reindex(choices)
         places = np.arange(len(choices)) + (number - (len(models) - 1) / 2) * height
-        bars = _bars(colors[name], number)
-        ax.barh(places, shares.fillna(0), height, label=label_text(name), **bars)
+        ax.barh(places, shares.fillna(0), height, label=label_text(name), **_bars(colors[name], number))
         for place, share in zip(places, shares, strict=True):
             ax.text(
                 0.01 + (0 if np.isnan(share) else share), place, "" if np.isnan(share) else f"{share:.1%}", va="center"
@@ -212,7 +211,7 @@ def plot_moved(table: pd.DataFrame, *, moved: bool = False, ax: Axes | None = No
     """
     columns = ("moved", "moved_low", "moved_high") if moved else ("change", "low", "high")
     require_columns(table, ("model", "kind", "layer", "measure", *columns), "compare_knowledge(...)")
-    by = next((name for name in DOMAIN if name in table), None)
+    by = next((name for name in BY if name in table), None)
     if by is None or table[by].nunique() != 1:
         raise PrunekitError("the table holds several domains or none; give the rows of one: table.query('domain == …')")
     if "ratio" in table and table["ratio"].nunique() > 1:

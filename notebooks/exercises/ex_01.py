@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from exercises.answers import forgiving
+from exercises.answers import forgiving, hint_for
 
 
 def stub_pairs_within_heads(n_channels: int, d_head: int) -> list[tuple[int, int]]:
@@ -59,17 +59,11 @@ def check_norm_factor(answer: Callable[[int, int], float]) -> str:
         0.25: "Upside down, and the square root of the mean is missing: the cut model's gains must grow.",
         1.0: "A factor of 1 changes nothing. Compare sqrt(sum / n_before) with sqrt(sum / n_after) for the same sum.",
     }
-    known = [
-        text for value, text in hints.items() if isinstance(got, int | float) and math.isclose(got, value, rel_tol=1e-6)
-    ]
-    return (
-        known[0]
-        if known
-        else (
-            f"From 400 channels to 100 your factor is {got!r}. In the zeroed model x is divided by sqrt(sum / 400), "
-            "in the cut one by sqrt(sum / 100): what makes them equal?"
-        )
+    otherwise = (
+        f"From 400 channels to 100 your factor is {got!r}. In the zeroed model x is divided by sqrt(sum / 400), "
+        "in the cut one by sqrt(sum / 100): what makes them equal?"
     )
+    return hint_for(got, hints, otherwise)
 
 
 def stub_query_rows(u: int, n_heads: int, n_kv: int, d_head: int) -> list[int]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from exercises.answers import forgiving
+from exercises.answers import forgiving, hint_for
 from torch import Tensor
 
 KeepUnits = Callable[[Tensor, float, int], list[int]]
@@ -31,7 +31,7 @@ def check_entries_gone(entries_gone: Callable[[int, int, int, int], int]) -> str
         3200: "That many entries stay. How many go?",
         200: "These are the entries where rows and columns that go meet. All other entries of these rows go too.",
     }
-    told = hints.get(found, f"From 100 × 50 entries, 80 × 40 are left. You say that {found} go.")
+    told = hint_for(found, hints, f"From 100 × 50 entries, 80 × 40 are left. You say that {found} go.")
     if not told.startswith("✓"):
         return told
     return told if entries_gone(3, 7, 1, 0) == 7 else "Right for 100 × 50, wrong for 3 × 7 without a row."

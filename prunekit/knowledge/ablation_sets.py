@@ -98,16 +98,16 @@ def units_named(text: str, groups: Iterable[CoupledGroup]) -> dict[str, list[int
                 "them by name: ablate(model, groups, {name: units})"
             )
         numbers = range(group.n_units) if units == "all" else range(int(ends[0]), int(ends[1]) + 1)
-        check_units(group, [*numbers[:1], *numbers[-1:]] if numbers else [int(ends[0])])
+        check_units(group.name, group.n_units, [*numbers[:1], *numbers[-1:]] if numbers else [int(ends[0])])
         found.setdefault(group.name, set()).update(numbers)
     return {name: sorted(units) for name, units in found.items() if units}
 
 
-def check_units(group: CoupledGroup, units: Iterable[int]) -> None:
+def check_units(name: str, n_units: int, units: Iterable[int]) -> None:
     """Raises an error for a unit that a group does not have."""
-    bad = next((unit for unit in units if not 0 <= unit < group.n_units), None)
+    bad = next((unit for unit in units if not 0 <= unit < n_units), None)
     if bad is not None:
-        raise PrunekitError(f"{group.name!r} has no unit {bad:,}; its units are 0 to {group.n_units - 1}")
+        raise PrunekitError(f"{name!r} has no unit {bad:,}; its units are 0 to {n_units - 1}")
 
 
 def _chosen(groups: list[CoupledGroup], units: Mapping[str, Iterable[int]]) -> list[tuple[CoupledGroup, list[int]]]:
@@ -117,7 +117,7 @@ def _chosen(groups: list[CoupledGroup], units: Mapping[str, Iterable[int]]) -> l
             raise PrunekitError(f"no group is called {name!r}; these are {', '.join(by_name)}")
     chosen = [(by_name[name], sorted(set(several))) for name, several in units.items()]
     for group, several in chosen:
-        check_units(group, several)
+        check_units(group.name, group.n_units, several)
     if not any(several for _, several in chosen):
         raise PrunekitError("no units are named; give group name → units, such as {groups[0].name: [0, 2]}")
     return [(group, several) for group, several in chosen if several]

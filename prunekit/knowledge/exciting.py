@@ -17,7 +17,7 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import check_tokens_fit
 from prunekit.evaluation.windows import read_texts
 from prunekit.importance.input_statistics import Reader, linear_readers
-from prunekit.knowledge.ablation_sets import CONSUMED, changing_inputs, consumed
+from prunekit.knowledge.ablation_sets import CONSUMED, changing_inputs, check_units, consumed
 from prunekit.knowledge.measurement import check_groups
 from prunekit.models import device_of, evaluating, max_positions
 from prunekit.text import begin_windows, leading_bos, text_width, tokenize
@@ -62,9 +62,7 @@ class ExcitingTokens:
         """
         if group not in self.places:
             raise PrunekitError(f"no activations of {group!r} were measured; there are {', '.join(self.places)}")
-        n_units = len(self.places[group])
-        if not 0 <= unit < n_units:
-            raise PrunekitError(f"{group!r} has no unit {unit}; its units are 0 to {n_units - 1}")
+        check_units(group, len(self.places[group]), [unit])
         pairs = zip(self.activations[group][unit].tolist(), self.places[group][unit].tolist(), strict=True)
         return pd.DataFrame([self._row(value, *divmod(place, self.width)) for value, place in pairs])
 

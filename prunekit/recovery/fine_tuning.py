@@ -14,7 +14,7 @@ from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import FilePath, Length, Model, Tokenizer, checked
 from prunekit.documents import TextSource, is_stream, logger
 from prunekit.errors import PrunekitError, warn
-from prunekit.files import new_folder, writing
+from prunekit.files import new_folder
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.distillation import Distillation
 from prunekit.recovery.lora import LoRA, attach, detach
@@ -26,6 +26,7 @@ from prunekit.sparsity.zero_masks import keep_zeros as zeros_kept
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LOG = "recovery_log.json"
 MANY_ZEROS = 0.05  # share of zeros that does not occur by chance
 
 
@@ -100,20 +101,21 @@ def recover(
     objective = method.objective(windows, model) if isinstance(method, Distillation) else None
     opening = opened("recover", model, sample) if measure else None
     changed: Any = model if inplace else copy.deepcopy(model)
-    prepared = _adapted(changed, how, keep, output_dir) if isinstance(how, LoRA) else _unfrozen(changed, keep)
+    prepared: Any = _adapted(changed, how, keep) if isinstance(how, LoRA) else _unfrozen(changed, keep)
     with seeded(how.seed), flags_kept(changed), prepared as trained:
         log = replace(train(trained, windows, how, objective=objective), method=repr(method))
-    folder = Path(output_dir) if output_dir is not None and _writes() else None
-    if folder is not None:  # before anything that may fail: a training that is finished is not lost
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=isinstance(how, LoRA))  # which has written its adapter there
-        log.save(folder / "recovery_log.json")
+        folder = Path(output_dir) if output_dir is not None and _writes() else None
+        if folder is not None:  # before anything that may fail: a training that is finished is not lost
+            with new_folder(folder) as beside:
+                if isinstance(how, LoRA):
+                    trained.save_pretrained(str(beside), safe_serialization=True)
+                log.save(beside / LOG)
     check_finite(changed)
     vars(changed).pop("loss_change", None)
     if opening is not None:
         log = replace(log, loss_change=closed(opening, changed))
         if folder is not None:
-            log.save(folder / "recovery_log.json")
+            log.save(folder / LOG)
     changed.recovery_log = log  # type: ignore[assignment]
     renew_report(changed, TRAINED)
     return changed.eval()
@@ -147,8 +149,8 @@ def _zeros_stay(model: nn.Module, asked: Any) -> bool:
 
 
 @contextmanager
-def _adapted(model: nn.Module, method: LoRA, keep_zeros: bool, output_dir: FilePath | None) -> Iterator[Any]:
-    """A context in which a model has LoRA pairs: merged and saved at its end, dropped after an error.
+def _adapted(model: nn.Module, method: LoRA, keep_zeros: bool) -> Iterator[Any]:
+    """A context in which a model has LoRA pairs: merged at its end, dropped after an error.
 
     Source: LLM-Pruner, section 3.3. That zeros are kept is not of that paper; see `masked_adapters`.
     """
@@ -156,9 +158,6 @@ def _adapted(model: nn.Module, method: LoRA, keep_zeros: bool, output_dir: FileP
     try:
         with masked_adapters(adapted) if keep_zeros else nullcontext():
             yield adapted
-            if output_dir is not None and _writes():
-                with new_folder(output_dir) as beside:
-                    adapted.save_pretrained(str(beside), safe_serialization=True)
             detach(adapted, merge=True)  # while the masks hold
     except BaseException:
         detach(adapted, merge=False)
