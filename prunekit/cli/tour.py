@@ -65,10 +65,14 @@ def _is_number(value: object) -> bool:
 
 
 def summary_table(summary: dict[str, dict[str, float]], outcomes: Sequence[Outcome]) -> str:
-    """Markdown: one row a metric with a column a stage, then one row a notebook with its seconds."""
+    """Markdown: one row a metric with a column a stage, then one row a notebook with what it took, and their sum."""
     measured = [(name, *(_show(summary[stage][name]) for stage in STAGES)) for name in summary["dense"]]
-    times = [(outcome.name, f"{outcome.seconds:.1f}") for outcome in outcomes]
-    return "\n\n".join([_table([("", *STAGES), *measured]), _table([("notebook", "seconds"), *times])]) + "\n"
+    costs = [(o.name, o.seconds, o.cpu_seconds, o.peak_mb, o.n_words) for o in outcomes]
+    seconds, cpu_seconds, peaks, words = list(zip(*costs, strict=True))[1:]
+    costs.append(("all (memory: the most)", sum(seconds), sum(cpu_seconds), max(peaks), sum(words)))
+    rows = [(name, *(f"{value:,.0f}" for value in values)) for name, *values in costs]
+    head = ("notebook", "seconds", "CPU seconds", "peak MiB", "words")
+    return "\n\n".join([_table([("", *STAGES), *measured]), _table([head, *rows])]) + "\n"
 
 
 def _show(value: float) -> str:
