@@ -6,6 +6,7 @@ import statistics
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,46 @@ def pattern(scores, weight, n_zeros, of):
 def divergence(first, second):
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
+
+
+def mean_of(values):
+    return statistics.mean(list(values))
+
+
+def attention_of(coarse, fine, *, scaled=True, counted=True, mean_of=0):
+    both = torch.stack([coarse, fine]).double()
+    both = both / both.mean(1, keepdim=True) if scaled else both
+    return torch.softmax(both @ both.T / (both.shape[1] if counted else 1), -1).mean(mean_of).tolist()
+
+
+def falls(dense, without, least):
+    return sorted((u for u, value in without.items() if dense - value >= least), key=lambda u: without[u])
+
+
+def mean_ablated(inputs, calibration, units, *, copy=True):
+    found = inputs.clone() if copy else inputs
+    found[..., list(units)] = calibration.flatten(0, -2).mean(0)[list(units)]
+    return found
+
+
+def bootstrap(first, second, n, seed, *, apart=False, replace=True, ends=(0.025, 0.975)):
+    """Limits for the mean of first − second."""
+    rng = np.random.default_rng(seed)
+    if apart:
+        means = [rng.choice(first, len(first)).mean() - rng.choice(second, len(second)).mean() for _ in range(n)]
+    else:
+        means = [rng.choice(first - second, len(first), replace=replace).mean() for _ in range(n)]
+    return [float(np.quantile(means, end)) for end in ends]
+
+
+def half_space(x, update, remaining, stays):
+    trial = x + update - (x + update) @ x / (x.norm() * remaining) * x / x.norm()
+    return trial if stays(trial) else torch.zeros_like(x)
+
+
+def mixed(gaps, tau, beta):
+    powers = [math.exp(gap / tau) for gap in gaps]
+    return [(1 - beta) * power / sum(powers) + beta / len(gaps) for power in powers]
 
 
 # (number, name) → (what a learner writes, a part of the hint; `|` separates parts of which one must be there)
@@ -324,6 +365,116 @@ MISTAKES = {
         (lambda layers, share: int(layers * (1 - share)), "Round up"),
         (lambda layers, share: round(layers * share - 0.01), "stay"),
         (lambda layers, share: layers, "solve"),
+    ],
+    ("06", "equal_totals"): [
+        (lambda coarse, fine: (0.2, 0.8), "wrong way round"),
+        (lambda coarse, fine: (0.5, 0.5), "make them equal"),
+        (lambda coarse, fine: (1 / float(coarse.mean()), 1 / float(fine.mean())), "divide both by their sum"),
+        (lambda coarse, fine: float(fine.mean() / (coarse + fine).mean()), "return two numbers"),
+    ],
+    ("06", "attention_rule"): [
+        (lambda coarse, fine: attention_of(coarse, fine, mean_of=1), "Half each"),
+        (lambda coarse, fine: attention_of(coarse, fine, scaled=False), "divide each by its mean"),
+        (lambda coarse, fine: attention_of(coarse, fine)[::-1], "wrong way round"),
+        (lambda coarse, fine: attention_of(coarse, fine, counted=False), "number of units"),
+    ],
+    ("06", "mean_excess"): [
+        (
+            lambda fused, coarse, fine: mean_of(f - min(c, e) for f, c, e in zip(fused, coarse, fine, strict=True)),
+            "the logarithm of each",
+        ),
+        (
+            lambda fused, coarse, fine: mean_of(math.log(f / c) for f, c in zip(fused, coarse, strict=True)),
+            "with coarse alone",
+        ),
+        (
+            lambda fused, coarse, fine: mean_of(math.log(f / e) for f, e in zip(fused, fine, strict=True)),
+            "with fine alone",
+        ),
+        (
+            lambda fused, coarse, fine: mean_of(
+                math.log(f / max(c, e)) for f, c, e in zip(fused, coarse, fine, strict=True)
+            ),
+            "worse estimate",
+        ),
+        (
+            lambda fused, coarse, fine: (
+                -mean_of(math.log(f / min(c, e)) for f, c, e in zip(fused, coarse, fine, strict=True))
+            ),
+            "sign",
+        ),
+        (
+            lambda fused, coarse, fine: (
+                3 * mean_of(math.log(f / min(c, e)) for f, c, e in zip(fused, coarse, fine, strict=True))
+            ),
+            "sum over",
+        ),
+    ],
+    ("07b", "needed_units"): [
+        (
+            lambda dense, without, least: [unit for unit, value in without.items() if value - dense >= least],
+            "dense − value",
+        ),
+        (lambda dense, without, least: falls(dense, without, least + 0.8), "is it ≥ least"),
+        (lambda dense, without, least: falls(dense, without, least)[::-1], "the order is not"),
+        (lambda dense, without, least: falls(dense, without, 1.0), "use `least`"),
+    ],
+    ("07b", "mean_ablated"): [
+        (lambda inputs, calibration, units: mean_ablated(inputs, calibration, units, copy=False), "inputs.clone()"),
+        (lambda inputs, calibration, units: mean_ablated(inputs, calibration, range(6)), "only to [..., units]"),
+        (lambda inputs, calibration, units: mean_ablated(inputs, 0 * calibration, units), "zero ablation"),
+        (lambda inputs, calibration, units: mean_ablated(inputs, calibration[:1], units), "mean is not right"),
+    ],
+    ("07b", "moved_interval"): [
+        (lambda first, second, n, seed: bootstrap(second, first, n, seed, apart=True), "not each model apart"),
+        (lambda first, second, n, seed: bootstrap(first, second, n, seed), "which way round"),
+        (lambda first, second, n, seed: bootstrap(second, first, n, seed, ends=(0.25, 0.75)), "2.5% on each side"),
+        (lambda first, second, n, seed: bootstrap(second, first, n, seed)[::-1], "lower limit comes first"),
+        (lambda first, second, n, seed: bootstrap(second, first, n, seed, replace=False), "with replacement"),
+    ],
+    ("08", "update_of_unit"): [
+        (lambda a, b, scale, dim, index: scale * b @ a, "update of all of W"),
+        (lambda a, b, scale, dim, index: scale * b @ a[:, index], "One row|A row needs"),
+        (lambda a, b, scale, dim, index: b[index] @ a if dim == 0 else b @ a[:, index], "γ is missing"),
+        (lambda a, b, scale, dim, index: scale * (b[0] @ a if dim == 0 else b @ a[:, 0]), "that part of γBA"),
+    ],
+    ("08", "half_space_step"): [
+        (lambda x, update, remaining: x - x / remaining, "update is missing"),
+        (lambda x, update, remaining: x + update - update @ x / x.norm() / remaining * x / x.norm(), "2.4, 3.2"),
+        (lambda x, update, remaining: x + update - x / remaining, "a part of (x + update)"),
+        (lambda x, update, remaining: half_space(x, update, remaining, lambda trial: True), "turns x round"),
+        (lambda x, update, remaining: half_space(x, update, remaining, lambda trial: trial @ x > -1e-9), "last step"),
+    ],
+    ("08", "patch"): [
+        (lambda gone, after, back, back_after: gone - after, "take their logarithms"),
+        (lambda gone, after, back, back_after: math.log(gone / after), "subtract the gain with the units back"),
+        (lambda gone, after, back, back_after: math.log(back / back_after), "must be subtracted"),
+        (lambda gone, after, back, back_after: math.log(after / gone) - math.log(back_after / back), "sign"),
+        (lambda gone, after, back, back_after: math.log(gone / after) + math.log(back / back_after), "do not add"),
+    ],
+    ("08b", "gap"): [
+        (lambda cut, dense, n: mean_of((c - d) / k for c, d, k in zip(cut, dense, n, strict=True)), "counts as much"),
+        (lambda cut, dense, n: sum(cut) - sum(dense), "divide by their number"),
+        (lambda cut, dense, n: (sum(cut) - sum(dense)) / len(n), "not of documents"),
+        (lambda cut, dense, n: (sum(dense) - sum(cut)) / sum(n), "sign"),
+        (lambda cut, dense, n: sum(cut) / sum(n), "subtract that of the dense"),
+    ],
+    ("08b", "shares"): [
+        (lambda gaps, tau, beta: [gap / sum(gaps) for gap in gaps], "in proportion"),
+        (lambda gaps, tau, beta: mixed(gaps, 1.0, beta), "τ is missing"),
+        (lambda gaps, tau, beta: mixed(gaps, 1 / tau, beta), "do not multiply"),
+        (lambda gaps, tau, beta: mixed(gaps, tau, 0.0), "β is missing"),
+        (lambda gaps, tau, beta: mixed(gaps, tau, 1 - beta), "wrong way round"),
+        (lambda gaps, tau, beta: mixed(gaps, -tau, beta), "sign"),
+        (lambda gaps, tau, beta: [1.2 * share for share in mixed(gaps, tau, beta)], "not to 1"),
+        (lambda gaps, tau, beta: mixed([max(gap, 0) for gap in gaps], tau, beta), "below zero"),
+    ],
+    ("08b", "judge"): [
+        (lambda before, after: [mean_of(after), max(after)], "gaps after training"),
+        (lambda before, after: [mean_of(after) - mean_of(before), max(after) - max(before)], "sign"),
+        (lambda before, after: [max(before) - max(after), mean_of(before) - mean_of(after)], "wrong way round"),
+        (lambda before, after: [sum(before) - sum(after), max(before) - max(after)], "mean before minus mean after"),
+        (lambda before, after: [mean_of(before) - mean_of(after), before[0] - after[0]], "worst before"),
     ],
 }
 CASES = [

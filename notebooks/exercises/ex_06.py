@@ -66,7 +66,7 @@ def check_attention_rule(answer: Callable[[Tensor, Tensor], tuple[float, float]]
     if abs(a + b - 1) > 1e-4:
         return f"Your weights {a:.3f} and {b:.3f} do not sum up to 1; each row of the softmax does: is it along rows?"
     if abs(a - 0.5) < 1e-4:
-        return "Half each, and it would be so for all scores: rows of a softmax always sum up to 1. Take its columns."
+        return "Half each, as for all scores: a softmax sums up to 1 where it runs. Run it along rows, average columns."
     return _compare(a, answer)
 
 
@@ -115,11 +115,10 @@ def check_mean_excess(answer: Excess) -> str:
             f - c for f, c, _ in pairs
         )
         / 3,
-        "which estimate is better must be asked in every draw, and not of the means": means[0] - min(means[1:]),
         "this compares with the worse estimate: the better one has the lower perplexity": means[0]
         - sum(max(c, e) for _, c, e in zip(*log, strict=True)) / 3,
         "this compares with coarse alone: take the better one of the two in each draw": means[0] - means[1],
-        "this compares with fine alone: take the better one of the two in each draw": means[0] - means[2],
+        "this compares with fine alone, the better one in the mean: ask it anew in each draw": means[0] - means[2],
         "the sign is turned round: fused minus the better one, so that below 0 is a gain": -right,
         "this is the sum over draws: take the mean": 3 * right,
     }
