@@ -177,8 +177,8 @@ def plot_loss(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def draw_curve(ax: Axes, curve: pd.DataFrame, name: str, color: str, marker: str) -> None:
-    """One loss curve; behind its running mean where it has more than 40 steps."""
-    many = len(curve) > 40
+    """One loss curve; behind its running mean where it has more than 20 steps."""
+    many = len(curve) > 20
     window = max(5, len(curve) // 20)
     style: dict[str, Any] = {"color": color, "marker": marker, "markevery": max(1, len(curve) // 12)}
     if not many:

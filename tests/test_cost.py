@@ -19,8 +19,9 @@ def macs_by_hand(batch=1):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_macs_are_those_counted_by_hand(attention):
     model = llama(attn_implementation=attention)
-    assert cost(model, seq_len=SEQ, repeats=1).macs == macs_by_hand()
-    assert cost(model, seq_len=SEQ, batch_size=3, repeats=1).macs == macs_by_hand(3)
+    rotary = SEQ * D_HEAD // 2  # older versions of transformers make the angles by a matrix product
+    assert cost(model, seq_len=SEQ, repeats=1).macs - macs_by_hand() in (0, rotary)
+    assert cost(model, seq_len=SEQ, batch_size=3, repeats=1).macs - macs_by_hand(3) in (0, rotary, 3 * rotary)
 
 
 def test_narrower_layers_cost_less():

@@ -53,6 +53,15 @@ def refit(x, missing, strength):
     return torch.linalg.solve(gram + strength * torch.diag(gram.diagonal()), x.T @ missing)
 
 
+def ridge_everywhere(x, missing, strength):
+    gram = x.T @ x
+    return torch.linalg.solve(gram + strength * torch.diag(gram), x.T @ missing)
+
+
+def best_kept(scores, n):
+    return sorted(lowest((-scores).tolist(), n))
+
+
 def damage(table, share, how="mean", up=math.ceil):
     change = table.groupby("group")["change"].agg(how).sort_values(ascending=False)
     return change.index[: up(share * len(change))].tolist()
@@ -276,6 +285,7 @@ MISTAKES = {
         (lambda n, d: [(i, i + 1) for i in range(n - 1)], "one head to the next"),
         (lambda n, d: [(i, i % (n // d)) for i in range(n)], "same place in all heads"),
         (lambda n, d: [(i, i + 1) for i in range(n)], "not there"),
+        (lambda n, d: [(i, i + d) for i in range(n - d)], "different heads"),
     ],
     ("01", "norm_factor"): [
         (lambda before, after: math.sqrt(after / before), "Upside down: the cut"),
@@ -306,16 +316,23 @@ MISTAKES = {
             "round up",
         ),
         (lambda scores, fraction, to: lowest((-scores).tolist(), 8), "wrong order"),
+        (
+            lambda scores, fraction, to: best_kept(scores, -(-round(len(scores) * (1 - fraction)) // to) * to),
+            "3 go and 7",
+        ),
     ],
     ("03b", "refit_layer"): [
         (lambda x, w, x_gone, w_gone, strength: w, "as they were"),
         (lambda x, w, x_gone, w_gone, strength: refit(x, x_gone @ w_gone, strength), "fit alone"),
         (lambda x, w, x_gone, w_gone, strength: w + refit(x, x_gone @ w_gone, 0.0), "λ is missing"),
         (lambda x, w, x_gone, w_gone, strength: w - refit(x, x_gone @ w_gone, strength), "not subtracted"),
+        (lambda x, w, x_gone, w_gone, strength: refit(x, x @ w + x_gone @ w_gone, strength), "shrinks W too"),
+        (lambda x, w, x_gone, w_gone, strength: w + ridge_everywhere(x, x_gone @ w_gone, strength), "a second time"),
     ],
     ("03b", "bias"): [
         (lambda x_gone, w_gone: (x_gone @ w_gone).mean(1), "each token"),
         (lambda x_gone, w_gone: -(x_gone @ w_gone).mean(0), "turned round"),
+        (lambda x_gone, w_gone: (x_gone @ w_gone).sum(0), "sum over tokens"),
         (lambda x_gone, w_gone: x_gone.mean(0), "should be"),
     ],
     ("07", "unprunable_groups"): [

@@ -1,11 +1,13 @@
 """Models that are no plain checkpoint of a language model: what is taken, and what is refused with the next step."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
 from evaluation_helpers import byte_tokenizer, choice_task, llama
 from families import FAMILIES, logits, plan_keeping
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
@@ -59,6 +61,8 @@ def test_offloaded_weights_are_evaluated_as_in_memory(places, tmp_path):
     """accelerate brings them when their module runs; only weights that nothing brings are refused."""
     llama(num_hidden_layers=3).save_pretrained(tmp_path / "m")
     here = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    if "" in places and Version(version("accelerate")) < Version("1.15"):
+        pytest.skip("accelerate before 1.15 refuses to offload a whole model")
     away = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map=places, offload_folder=tmp_path / "off")
     assert any(p.is_meta for p in away.parameters())
     options = {"text": "the sea. " * 40, "tasks": [choice_task(6)], "perplexity_options": {"window": 32}}

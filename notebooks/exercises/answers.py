@@ -72,6 +72,11 @@ def _stopped(error: BaseException | None) -> str:
     return f"Your function stops with {type(error).__name__}: {error}" + (f"; in the line: {line}" if line else "")
 
 
+def shown(value: Any) -> str:
+    """A number as a reader would write it, anything else as it is."""
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+
+
 def hint_for(got: Any, hints: dict[float, str], otherwise: str) -> str:
     """The text for the first number that `got` is close to, or else the general one."""
     if isinstance(got, bool) or not isinstance(got, int | float):

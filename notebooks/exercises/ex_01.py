@@ -33,9 +33,10 @@ def check_pairs_within_heads(answer: Callable[[int, int], list[tuple[int, int]]]
         return "You joined channels of the same place in all heads. The channels of one head stand side by side."
     if len(set(head)) == 1:
         return "All channels are joined into one unit: a pair leads from one head to the next. Stop at the head's end."
-    return (
-        f"With 12 channels in heads of 3 your pairs make {len(set(head))} units; channels 0, 1, 2 are the first head."
-    )
+    told = f"With 12 channels in heads of 3 your pairs make {len(set(head))} units"
+    if head == [i % d_head for i in range(n_channels)]:
+        return f"{told}: you joined channels that have the same place in different heads. Join those of one head."
+    return f"{told}; channels 0, 1, 2 are the first head, 3, 4, 5 the second."
 
 
 def stub_norm_factor(n_before: int, n_after: int) -> float:

@@ -73,6 +73,8 @@ def _check_rounding(keep_units: KeepUnits) -> str:
         return "Five units rounded to a multiple of 4 became four: round up, or more goes than was asked for."
     if found != [0, 2, 3, 4, 5, 6, 7, 8]:
         return f"With round_to=4 and half of ten units to go, eight stay (five, rounded up); you keep {found}."
+    if len(keep_units(SCORES, 0.35, 1)) != 7:
+        return "35% of ten units are 3.5. At most that much may go, so 3 go and 7 stay: round what stays up."
     if keep_units(SCORES, 0.0, 4) != list(range(10)):
         return "Nothing is to be removed, yet the answer is not all ten units: there are no twelve to round up to."
     return "✓ Right: lowest scores go, the width is rounded up, and the order is kept. That is a local plan."

@@ -26,6 +26,7 @@ def solution_refit_layer(x: Tensor, w: Tensor, x_gone: Tensor, w_gone: Tensor, s
 def check_refit_layer(refit_layer: Refit) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     x, w, x_gone, w_gone = _layer()
+    gram, missing = x.T @ x, x_gone @ w_gone
     found, right = (f(x, w, x_gone, w_gone, 0.1) for f in (refit_layer, solution_refit_layer))
     if found.shape != w.shape:
         return f"The result is {tuple(found.shape)}, and W is {tuple(w.shape)}: return new weights of this shape."
@@ -34,10 +35,15 @@ def check_refit_layer(refit_layer: Refit) -> str:
     wrong = {
         "the weights are as they were: add the fit of what is missing": w,
         "this is the fit alone: add the old weights W": right - w,
-        "λ is missing: without it the fit follows the noise of the calibration set": _fit(x, w, x_gone @ w_gone, 0.0),
+        "λ is missing: without it the fit follows the noise of the calibration set": _fit(x, w, missing, 0.0),
         "the fit must be added, not subtracted": 2 * w - right,
+        "the ridge is one number in all places: `torch.diag` of a matrix takes out its diagonal as a vector, so apply "
+        "it a second time to make a matrix": w + torch.linalg.solve(gram + 0.1 * gram.diagonal(), x.T @ missing),
+        "this fits all of Y, so that the ridge shrinks W too: fit only what is missing, and add W": _fit(
+            x, torch.zeros_like(w), x @ w + missing, 0.1
+        ),
         "D is the diagonal of XᵀX, not the identity": w
-        + torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (x_gone @ w_gone)),
+        + torch.linalg.solve(gram + 0.1 * torch.eye(x.shape[1], dtype=x.dtype), x.T @ missing),
     }
     hints = [hint for hint, value in wrong.items() if torch.allclose(found, value)]
     return f"The shape is right, and {hints[0]}." if hints else "Solve (XᵀX + λD) Δ = Xᵀ (X_p W_p), then return W + Δ."
@@ -62,6 +68,8 @@ def check_bias(bias: Bias) -> str:
         return "✓ Right: one number for each output, the mean over tokens of what is missing."
     if found.shape == (len(x_gone),):
         return "There is one number for each token here. A bias has one for each output: take the mean over tokens."
+    if found.shape == right.shape and torch.allclose(found, len(x_gone) * right):
+        return "The shape is right, but this is the sum over tokens: divide by their number."
     if found.shape == right.shape and torch.allclose(found, -right):
         return "The sign is turned round: the bias is added in place of what went."
     return f"The result is {tuple(found.shape)} and should be ({w.shape[1]},): the mean of x_gone @ w_gone."

@@ -48,7 +48,7 @@ def check_largest_rank(answer: LargestRank) -> str:
         return (
             "At 10 × 7, r = 4 has 68 numbers and the matrix 70, so 4 is still smaller: round down, and only then ask."
         )
-    return "✓ Right: from half of the smaller side on, at the latest, two thin matrices are no longer small."
+    return "✓ Right: r·(in + out) < in·out. For a square matrix the limit is half of the side; for a long one, more."
 
 
 def stub_peak_rate(n_windows: int, batch_size: int, epochs: int, warmup: int, rate: float) -> float:

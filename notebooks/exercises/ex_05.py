@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from exercises.answers import forgiving, hint_for
+from exercises.answers import forgiving, hint_for, shown
 
 Share = Callable[[Sequence[float], int], float]
 Pick = Callable[[Sequence[float], Sequence[str], bool], int]
@@ -37,7 +37,7 @@ def check_right_share(answer: Share) -> str:
             1.0: "You divide by the right choice or by the largest one. Divide by the sum over all choices.",
             1 / 3: "This is chance, one over the number of choices. The likelihoods should count.",
         },
-        f"For likelihoods 0.3, 0.1 and 0.2 you have {got!r}; the share of the first is 0.3 / 0.6.",
+        f"For likelihoods 0.3, 0.1 and 0.2 you have {shown(got)}; the share of the first is 0.3 / 0.6.",
     )
     if told:
         return told
@@ -119,7 +119,7 @@ def check_paired_error(answer: PairedError) -> str:
             math.sqrt(0.125 * 0.875 / 8): "A difference can be -1, 0 or 1, so p(1-p) does not hold. Take the standard "
             "deviation.",
         },
-        f"For the differences 0 0 0 1 1 0 0 -1 you have {got!r}: take their standard deviation, then divide by √8.",
+        f"For the differences 0 0 0 1 1 0 0 -1 you have {shown(got)}: take their deviation, then divide by √8.",
     )
     if told:
         return told
