@@ -1,7 +1,8 @@
 """What is left of a model at equal size: perplexity and zero-shot accuracy of many ways to prune it, over seeds.
 
 Every row is a real cut: scored and re-fitted on one calibration set, drawn by the seed, to one fraction of the model's
-parameters, before and (with the first seed) after the same recovery. Rows are appended as they are measured, each with
+parameters, before and (with the first seed) after the same recovery, which the dense model has too, as the control of
+all others. Rows are appended as they are measured, each with
 its commit, so a run that was stopped goes on where it was. `--report` only draws what there is and prints medians.
 
 The embedded world is measured on its validation text and tasks, stories260K on the last fifth of a sample of
@@ -37,7 +38,7 @@ class Method(NamedTuple):
     """A way to prune: what is scored, how units compete, and what is re-fitted."""
 
     importance: Any
-    ranking: str = "local"
+    ranking: str | None = "local"  # None: as the scores say
     normalize: str | None = None
     fit: str | None = None
 
@@ -54,6 +55,7 @@ def methods(seed: int) -> dict[str, Method]:
         "element, re-fit": Method(pk.Taylor("element"), fit="weights"),
         "reconstruction, re-fit": Method(pk.Reconstruction(), fit="weights"),
         "reconstruction, re-fit, global": Method(pk.Reconstruction(), "global", "loss", "weights"),
+        "default": Method(pk.Curvature(), None, fit="weights"),
     }
 
 
@@ -138,6 +140,9 @@ def measure(
     for seed, stage in [*((seed, "untuned") for seed in seeds), (seeds[0], "recovered")]:
         sizes = {"n_samples": N_SAMPLES, "seq_len": SEQ_LEN, "seed": seed}
         calib = pk.calibration_set(subject.training, subject.tokenizer, **sizes)
+        if stage == "recovered" and ("dense", seed, 0.0, stage) not in done:
+            trained = pk.recover(subject.model, RECOVERY, subject.training, tokenizer=subject.tokenizer)
+            yield row_of("dense", seed, 0.0, stage, 0.0) | measured(subject, trained)
         scores: dict[str, Any] = {}
         for ratio, (label, method) in product(ratios, methods(seed).items()):
             if (label, seed, ratio, stage) in done:
@@ -180,7 +185,7 @@ def draw(name: str, path: Path) -> None:
     table = pd.read_csv(path)
     fig, axes = plt.subplots(2, 2, figsize=(16, 11), layout="constrained", sharex=True)
     for column, stage in enumerate(("untuned", "recovered")):
-        rows = table[(table["stage"] == stage) | (table["method"] == "dense")]
+        rows = table[table["stage"] == stage]
         for line, measure in enumerate(("perplexity", "mean_accuracy")):
             ax = plot_tradeoff(rows, y=measure, ax=axes[line, column])
             ax.set_title(f"{name}, {stage}", loc="left")
