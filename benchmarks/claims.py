@@ -77,7 +77,7 @@ SHORT = (
     "Recovery here reads 41,000 tokens (SmolLM2) or takes 60 steps (world); in the paper, 50,000 instructions twice."
 )
 FAR_MORE = "The paper trains for far more tokens; here LoRAShear has the same few for shrinking and for recovery."
-CHANCE = "A hundred questions a task vary by about two points by chance, and few tokens of recovery favour no score."
+CHANCE = "A hundred questions a task vary by about two points by chance, and recovery was measured once."
 TOY = "The models are toys trained on the world, pruned in all layers; SmolLM2 was not measured with SparseGPT."
 SEARCH = "The baseline here is LLM-Pruner's selection at 20%, and 40 candidates on SmolLM2 are far fewer than 525."
 
