@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup real lab tour book slides test fast test-browser test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor lint clean
+.PHONY: help setup real lab tour book slides test fast test-browser test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor scoreboard lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,10 @@ bench: .venv/.bench ## time prunekit against Torch-Pruning, naive loops and text
 
 bench-quality: setup ## what is left at equal size, many ways over seeds: an hour; goes on where it was
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quality.py --models world --methods dense default --table default --ratios 0.2 0.5
+
+scoreboard: setup ## from all stored figures: every recipe beside the default, and which of the papers' claims hold here (seconds)
+	$(BIN)/python benchmarks/scoreboard.py
 
 bench-sparsity: setup ## zeros by four methods on the world and on an OPT, over seeds: hours; goes on where it was
 	PYTHONPATH=tools $(BIN)/python benchmarks/sparsity_world.py world

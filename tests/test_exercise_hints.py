@@ -492,6 +492,22 @@ MISTAKES = {
         (lambda before, after: [max(before) - max(after), mean_of(before) - mean_of(after)], "wrong way round"),
         (lambda before, after: [sum(before) - sum(after), max(before) - max(after)], "mean before minus mean after"),
         (lambda before, after: [mean_of(before) - mean_of(after), before[0] - after[0]], "worst before"),
+    ("15", "times_control"): [
+        (lambda recovered, dense, control: recovered / dense, "before training"),
+        (lambda recovered, dense, control: control / recovered, "Upside down"),
+        (lambda recovered, dense, control: recovered - control, "depends on the text"),
+    ],
+    ("15", "share_that_holds"): [
+        (lambda found: found.count("holds") / len(found), "in the denominator"),
+        (lambda found: found.count("holds"), "number of claims"),
+        (lambda found: sum(x != "does not hold" for x in found) / len(found), "counts as one that holds"),
+        (lambda found: sum("hold" in x for x in found) / len(found), "that was measured"),
+    ],
+    ("15", "is_clear"): [
+        (lambda claimed, beside: sum(claimed) < sum(beside), "means say yes"),
+        (lambda claimed, beside: all(x < y for x, y in zip(claimed, beside, strict=True)), "seed by seed"),
+        (lambda claimed, beside: min(claimed) > max(beside), "every value"),
+        (lambda claimed, beside: max(claimed) < min(beside) or min(claimed) > max(beside), "wrong way round"),
     ],
 }
 CASES = [

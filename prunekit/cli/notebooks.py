@@ -1,4 +1,4 @@
-"""`prunekit lab`: the notebook series in a browser; where the series lies, and a copy of it to work on."""
+"""`prunekit lab` and `scoreboard`: the notebook series in a browser, and stored results; where both lie, and a copy."""
 
 import importlib.util
 import os
@@ -6,8 +6,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+
+from prunekit.cli.console import Answer, text_table
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import new_file
 
@@ -17,6 +22,63 @@ OWN = "prunekit-series"  # the copy that is made where there is no clone
 PARTS = ("notebooks/*.ipynb", "notebooks/exercises/*.py", "benchmarks/results/*.csv", "docs/guide.md")
 SHIPPED = Path(__file__).parents[1] / "series"  # of a wheel: setup.py puts the parts there
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # one thread a kernel: models this small are faster so
+
+SHOWN = {  # column of the scoreboard → as what it is printed
+    "kept": "kept", "cut_perplexity": "as cut", "cut_times_dense": "÷ dense", "cut_tasks": "tasks",
+    "recovered_perplexity": "recovered", "recovered_times_control": "÷ control", "recovered_tasks": "tasks",
+    "cut_seconds": "seconds",
+}  # fmt: skip
+
+
+def scoreboard(*, ledger: bool = False) -> Answer:
+    """Show what each recipe leaves, or which of the papers' claims hold here.
+
+    The figures were measured before and come with prunekit. They are of SmolLM2-135M and
+    of the small world. Perplexity stands beside its ratio to the dense model, which was
+    trained in the same way if the cut model was. Tasks are mean accuracies, seconds those
+    of the fastest run. What is empty was not measured; --json has all columns.
+
+    Example:
+        prunekit scoreboard
+        prunekit scoreboard --ledger
+        prunekit scoreboard --json
+
+    Args:
+        ledger: show the headline claims of the five papers, each with the same comparison here.
+    """
+    path = find_series() / "benchmarks" / "results" / ("ledger.csv" if ledger else "scoreboard.csv")
+    try:
+        table = pd.read_csv(path)
+        text = _claims(table) if ledger else _scores(table)
+    except (OSError, ValueError, KeyError) as error:
+        raise PrunekitError(f"no stored table in {str(path)!r}: {reason(error)}; install prunekit again") from error
+    return Answer({path.stem: table.to_dict("records")}, text)
+
+
+def _scores(table: pd.DataFrame) -> str:
+    """A line for each recipe."""
+    names = (table["model"] + " " + table["recipe"]).tolist()
+    cells = [["" if pd.isna(cell) else f"{cell:.4g}" for cell in row] for row in table[[*SHOWN]].to_numpy()]
+    rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
+    return text_table([("perplexity:", *SHOWN.values()), *rows])
+
+
+def _claims(table: pd.DataFrame) -> str:
+    """A paragraph for each claim."""
+    return "\n\n".join(
+        textwrap.fill(
+            f"{row['paper']}: {row['claim']} {row['paper_figure']} ({row['paper_model']}). "
+            f"SmolLM2: {_here(row, 'smollm2')}. World: {_here(row, 'world')}. {row['why']}",
+            100,
+        )
+        for row in table.to_dict("records")
+    )
+
+
+def _here(row: dict[str, Any], model: str) -> str:
+    """A direction, and the figures from which it follows, where there are any."""
+    direction, claimed, beside = (row[f"{model}_{name}"] for name in ("direction", "claimed", "beside"))
+    return direction if pd.isna(claimed) else f"{direction}, {claimed:.4g} against {beside:.4g}"
 
 
 def lab(
