@@ -492,6 +492,7 @@ MISTAKES = {
         (lambda before, after: [max(before) - max(after), mean_of(before) - mean_of(after)], "wrong way round"),
         (lambda before, after: [sum(before) - sum(after), max(before) - max(after)], "mean before minus mean after"),
         (lambda before, after: [mean_of(before) - mean_of(after), before[0] - after[0]], "worst before"),
+    ],
     ("15", "times_control"): [
         (lambda recovered, dense, control: recovered / dense, "before training"),
         (lambda recovered, dense, control: control / recovered, "Upside down"),
