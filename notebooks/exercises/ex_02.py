@@ -121,6 +121,8 @@ def check_interaction(answer: Interaction) -> str:
         0.8: "You compare with the mean of the two alone. Compare with their sum.",
     }
     close = [hint for value, hint in hints.items() if abs(got - value) < 1e-6]
+    if close[:1] == [hints[0.6]] and abs(answer(2.0, 2.5, 2.5, 2.6) + 0.4) > 1e-6:
+        return "The sign is lost: if one is of no use without the other, the interaction is negative. Take no |…|."
     return (
         close[0]
         if close

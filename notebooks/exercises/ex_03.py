@@ -54,6 +54,8 @@ def solution_keep_units(scores: Tensor, fraction: float, round_to: int) -> list[
 def check_keep_units(keep_units: KeepUnits) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     found = keep_units(SCORES, 0.2, 1)
+    if any(unit != int(unit) for unit in found):
+        return "These are scores. Return the numbers of the units that stay: 0, 2, 3, …"
     if len(found) == 2:
         return "Two of ten units are left: `fraction` is what goes, not what stays."
     if len(found) != 8:

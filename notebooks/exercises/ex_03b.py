@@ -27,7 +27,11 @@ def check_refit_layer(refit_layer: Refit) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     x, w, x_gone, w_gone = _layer()
     gram, missing = x.T @ x, x_gone @ w_gone
-    found, right = (f(x, w, x_gone, w_gone, 0.1) for f in (refit_layer, solution_refit_layer))
+    right = solution_refit_layer(x, w, x_gone, w_gone, 0.1)
+    given = w.clone()
+    found = refit_layer(x, given, x_gone, w_gone, 0.1)
+    if not torch.equal(given, w):
+        return "The w that you were given has changed: return a new tensor, w + Δ in place of w += Δ."
     if found.shape != w.shape:
         return f"The result is {tuple(found.shape)}, and W is {tuple(w.shape)}: return new weights of this shape."
     if torch.allclose(found, right):
@@ -72,6 +76,8 @@ def check_bias(bias: Bias) -> str:
         return "The shape is right, but this is the sum over tokens: divide by their number."
     if found.shape == right.shape and torch.allclose(found, -right):
         return "The sign is turned round: the bias is added in place of what went."
+    if found.shape == right.shape:
+        return f"The shape is right. The first output misses {right[0]:.3f} a token; you have {found[0]:.3f}."
     return f"The result is {tuple(found.shape)} and should be ({w.shape[1]},): the mean of x_gone @ w_gone."
 
 

@@ -76,6 +76,8 @@ def check_pick(pick: Pick) -> str:
         return "`normalize` is False here, so length must not count: −4 beats −6."
     if pick(*uneven, True) != 0:
         return "−6 over fifteen characters is more likely *per character* than −4 over two: divide before you compare."
+    if pick([-6.0, -5.0], [" extraordinarily", " a b"], True) != 0:
+        return "−6 over fifteen characters beats −5 over three: count characters, not words."
     if pick([-4.0, -2.9], [" ab", "      a"], True) != 0:
         return "White space in front counts as length in your answer: −4 over two letters beats −2.9 over one."
     return "✓ Right: acc takes the sums, acc_norm the sums per character."

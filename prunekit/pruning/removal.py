@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 
 from prunekit.discovery.constants import leaves
 from prunekit.discovery.parts import Part
@@ -169,7 +169,8 @@ def layer_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:
 def _computed_lists(config: Any, n_layers: int) -> Iterator[tuple[str, Any]]:
     """As `layer_lists`, of what is no field but follows from others, such as a period."""
     for name, member in inspect.getmembers_static(type(config)):
-        value = _answer(config, name) if isinstance(member, property) else None
+        own = isinstance(member, property) and not hasattr(PreTrainedConfig, name)  # all families have deprecated ones
+        value = _answer(config, name) if own else None
         if isinstance(value, (list, tuple)) and len(value) == n_layers:
             yield name, value
 
