@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunekit.calibration import check_finite
 from prunekit.checkpoint.cards import renumbered, write_texts
-from prunekit.checkpoint.gguf import check_family, write_gguf
+from prunekit.checkpoint.gguf_writing import check_family, fits_by_layer, write_gguf
 from prunekit.checkpoint.saving import SHARD, check_saving, write_plain, write_tokenizer
 from prunekit.checks import FilePath, Network, Tokenizer, check_choice, checked
 from prunekit.discovery import Groups, discover
@@ -46,8 +46,8 @@ def export(
         model: a model, cut or not; adapters merged.
         out: a folder that does not exist yet. It is complete or not written.
         layout: `"plain"` for a checkpoint that plain `transformers` loads, for cuts that the family's configuration
-            can say. `"padded"` fills any other up to even widths with zeros. `"gguf"` writes `model.gguf` for
-            llama.cpp, for what is plain.
+            can say. `"padded"` fills any other up to even widths with zeros. `"gguf"` writes `model.gguf` of a LLaMA
+            for llama.cpp, whose layers may have different numbers of heads and channels.
         tokenizer: as for `save`, and so are `plan`, `report`, `files` and `max_shard_size`.
         plan: by which the model was cut.
         report: evaluation report of the model.
@@ -70,7 +70,7 @@ def export(
     with new_folder(out) as folder:
         write_tokenizer(model, folder, tokenizer)
         if layout == GGUF:
-            remarks += write_gguf(even, config, folder)
+            remarks += write_gguf(even, folder, plain=config is not None)
         else:
             write_plain(even, config, folder, max_shard_size)
         write_texts(even, folder, layout, plan, report, files, unsaid=filled, remarks=remarks)
@@ -78,7 +78,7 @@ def export(
 
 
 def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:
-    """A model of even widths, a configuration that says them, and which had to be filled up for that."""
+    """The model to write, its configuration, and the widths that its family cannot say: filled up, or in GGUF alone."""
     config = plain_config(model)
     if config is not None:
         return model, config, []
@@ -88,6 +88,8 @@ def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:
         return padded, padded.config, unsaid(cuts)
     if cuts.biases:
         raise PrunekitError(f"{type(model).__name__} has biases, for which its configuration has no field; {KEEP}")
+    if layout == GGUF and fits_by_layer(cuts):
+        return model, None, unsaid(cuts)
     raise PrunekitError(
         f"the configuration of {type(model).__name__} has no fields for these widths ({'; '.join(unsaid(cuts))}); "
         "export with layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves"
