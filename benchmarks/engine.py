@@ -8,8 +8,8 @@ SmolLM2 is exported as GGUF in float32 as it is; with a fifth of the FFN channel
 the token of highest probability, on one thread. Engines and models run in turn, and the fastest of some rounds counts.
 
 Columns: `same` of `tokens` are those that both chose, up to the first in a prompt that differs; `gap`, where one
-differs, is by how much transformers' two highest logits differ there, at most; `llamacpp` and `transformers` are tokens a
-second that each writes, and the second includes the time for its prompts.
+differs, is by how much transformers' two highest logits differ there, at most. The rates are tokens that are written a
+second of CPU time and of the clock, the time for the prompts included; on a busy machine the first is the better one.
 """
 
 import argparse
@@ -54,12 +54,19 @@ def cuts_of(model: Any, tokenizer: Any, ratio: float, windows: int) -> dict[str,
 
 
 @torch.no_grad()
-def continued(model: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float]:
-    """Tokens that follow each prompt in transformers, whatever ends a text, and tokens a second."""
+def continued(model: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Tokens that follow each prompt in transformers, whatever ends a text, and their CPU and wall seconds."""
     options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    began = time.perf_counter()
-    found = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
-    return found, sum(map(len, found)) / (time.perf_counter() - began)
+    began = time.process_time(), time.perf_counter()
+    tokens = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
+    return {"tokens": tokens, "seconds": (time.process_time() - began[0], time.perf_counter() - began[1])}
+
+
+def rates(name: str, runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Tokens a second of CPU time and of the clock, of the fastest run."""
+    found = [[sum(map(len, run["tokens"])) / seconds for seconds in run["seconds"]] for run in runs]
+    cpu, clock = (round(max(column), 1) for column in zip(*found, strict=True))
+    return {f"{name}_cpu": cpu, f"{name}_clock": clock}
 
 
 def n_same(a: list[int], b: list[int]) -> int:
@@ -86,7 +93,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--windows", type=int, default=16, help="of calibration")
-    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "engine_smollm2.csv")
     args = parser.parse_args()
@@ -98,23 +105,22 @@ def main() -> None:
     model, tokenizer = pk.load(args.model, dtype="float32")
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     models = cuts_of(model, tokenizer, args.ratio, args.windows)
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in models}
+    ours: dict[str, list[dict[str, Any]]] = {way: [] for way in models}
+    theirs: dict[str, list[dict[str, Any]]] = {way: [] for way in models}
     with tempfile.TemporaryDirectory() as folder:
         files = {
             way: pk.export(cut, Path(folder, way), layout="gguf", tokenizer=tokenizer) / "model.gguf"
             for way, cut in models.items()
         }
         for way in [way for _ in range(args.rounds) for way in models]:
-            ours, rate = continued(models[way], prompts, args.new_tokens)
-            theirs = ask(PYTHON, files[way], prompts, args.new_tokens)
-            found[way].append({**theirs, "ours": ours, "rate": rate})
-        for way, runs in found.items():
+            ours[way].append(continued(models[way], prompts, args.new_tokens))
+            theirs[way].append(ask(PYTHON, files[way], prompts, args.new_tokens))
+        for way, cut in models.items():
             ratio = 0.0 if way == "dense" else args.ratio
-            row = {"engine": runs[0]["version"], "model": Path(args.model).name, "way": way, "ratio": ratio}
-            row |= {"parameters": models[way].num_parameters(), "megabytes": round(files[way].stat().st_size / 1e6, 1)}
-            row |= compared(models[way], prompts, runs[0]["ours"], runs[0]["tokens"])
-            speeds = {"llamacpp": max(max(r["rates"]) for r in runs), "transformers": max(r["rate"] for r in runs)}
-            row |= {"rounds": args.rounds, **{name: round(speed, 1) for name, speed in speeds.items()}}
+            row = {"engine": theirs[way][0]["version"], "model": Path(args.model).name, "way": way, "ratio": ratio}
+            row |= {"parameters": cut.num_parameters(), "megabytes": round(files[way].stat().st_size / 1e6, 1)}
+            row |= compared(cut, prompts, ours[way][0]["tokens"], theirs[way][0]["tokens"])
+            row |= {"rounds": args.rounds, **rates("llamacpp", theirs[way]), **rates("transformers", ours[way])}
             append({**told, **row}, args.out)
 
 

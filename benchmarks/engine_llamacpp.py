@@ -1,8 +1,8 @@
 """llama.cpp on one GGUF file, run inside an environment of its own; `ask` is the other side of it.
 
-Reads what is asked (the file, prompts as token ids, how many tokens, how often) from a JSON file. Writes the tokens
-that follow, and the tokens a second, to another. The cache holds float32 and attention is the plain one, so that only
-the order of sums differs from transformers.
+Reads what is asked (the file, prompts as token ids, how many tokens) from a JSON file. Writes the tokens that follow,
+and what they took in CPU and wall seconds, to another. The cache holds float32 and attention is the plain one, so that
+only the order of sums differs from transformers.
 """
 
 import importlib.metadata
@@ -11,11 +11,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 
-def ask(python: Path, file: Path, prompts: list[list[int]], new_tokens: int, repeats: int = 1) -> dict[str, Any]:
+def ask(python: Path, file: Path, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
     """What llama.cpp computes on one thread.
 
     Args:
@@ -23,14 +25,13 @@ def ask(python: Path, file: Path, prompts: list[list[int]], new_tokens: int, rep
         file: with a vocabulary, without which llama.cpp's server stops.
         prompts: token ids.
         new_tokens: that follow each prompt; fewer where the model ends.
-        repeats: how often all prompts are timed, after once that does not count.
 
     Returns:
-        `version`; `tokens`, those that follow each prompt; `rates`, tokens a second of each repeat.
+        `version`; `tokens`, those that follow each prompt; `seconds`, of CPU and by the clock, prompts included.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder, "given.json"), Path(folder, "found.json")
-        asked = {"file": str(file), "prompts": prompts, "new_tokens": new_tokens, "repeats": repeats}
+        asked = {"file": str(file), "prompts": prompts, "new_tokens": new_tokens}
         given.write_text(json.dumps(asked))
         done = subprocess.run([python, __file__, given, found], env=_environment(), capture_output=True, text=True)
         if not found.is_file():
@@ -58,25 +59,14 @@ def server(file: str, context: int) -> Any:
     return llama.Server(params)
 
 
-def complete(engine: Any, prompt: list[int], new_tokens: int, **more: Any) -> dict[str, Any]:
+def complete(engine: Any, prompt: list[int], new_tokens: int) -> dict[str, Any]:
     """llama.cpp's answer of the tokens of highest probability that follow a prompt."""
-    asked = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "cache_prompt": False, **more}
-    answer: dict[str, Any] = engine.handle_completions(asked)
-    if "choices" not in answer:
-        raise RuntimeError(f"llama.cpp refuses: {answer}")
-    return answer
-
-
-def tokens_after(engine: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    """Their ids, which it tells with their probabilities."""
-    chosen = complete(engine, prompt, new_tokens, logprobs=1)["choices"][0]["logprobs"]["content"]
-    return [token["id"] for token in chosen]
-
-
-def rate(engine: Any, prompts: list[list[int]], new_tokens: int) -> float:
-    """Tokens a second that it writes, without the time for the prompts."""
-    timings = [complete(engine, ids, new_tokens)["timings"] for ids in prompts]
-    return 1000 * sum(t["predicted_n"] for t in timings) / sum(t["predicted_ms"] for t in timings)
+    asked = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "cache_prompt": False, "return_tokens": True}
+    head = {"Content-Type": "application/json"}
+    question = urllib.request.Request(f"{engine.listening_address}/completion", json.dumps(asked).encode(), head)
+    with urllib.request.urlopen(question) as answer:
+        found: dict[str, Any] = json.load(answer)
+        return found
 
 
 def main() -> None:
@@ -84,12 +74,12 @@ def main() -> None:
     asked = json.loads(given.read_text())
     prompts, new_tokens = asked["prompts"], asked["new_tokens"]
     engine = server(asked["file"], max(map(len, prompts)) + new_tokens + 8)
-    told = {
-        "version": f"xllamacpp {importlib.metadata.version('xllamacpp')}",
-        "tokens": [tokens_after(engine, ids, new_tokens) for ids in prompts],  # the first run also reads the file
-        "rates": [rate(engine, prompts, new_tokens) for _ in range(asked["repeats"])],
-    }
-    found.write_text(json.dumps(told))
+    complete(engine, prompts[0], 2)  # the first run also reads the file
+    began = time.process_time(), time.perf_counter()
+    tokens = [complete(engine, ids, new_tokens)["tokens"] for ids in prompts]
+    seconds = time.process_time() - began[0], time.perf_counter() - began[1]
+    version = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
+    found.write_text(json.dumps({"version": version, "tokens": tokens, "seconds": seconds}))
 
 
 if __name__ == "__main__":
