@@ -34,16 +34,21 @@ _KINDS = {  # dtype → GGUF's name for a matrix, and for a file, of it
 }
 
 
+_FIELDS = ("embedding_length", "attention.head_count", "attention.head_count_kv", "feed_forward_length")  # as in Widths
+
+
 @dataclass(frozen=True)
 class Widths:
-    """Widths of a LLaMA, one a layer.
+    """Widths of a LLaMA.
 
     Attributes:
+        hidden: of the residual stream. The others are numbers of each layer.
         heads: query heads.
         kv_heads: KV heads.
         channels: FFN channels.
     """
 
+    hidden: int
     heads: list[int]
     kv_heads: list[int]
     channels: list[int]
@@ -55,6 +60,7 @@ class Widths:
         projected = [(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.up_proj) for layer in layers]
         heads, kv_heads, channels = (list(column) for column in zip(*projected, strict=True))
         return cls(
+            model.get_input_embeddings().weight.shape[1],
             [q.out_features // size for q in heads],
             [k.out_features // size for k in kv_heads],
             [up.out_features for up in channels],
@@ -142,7 +148,7 @@ def _names(gguf: Any, model: Any) -> dict[str, str | None]:
 
 def _check_shapes(model: Any, widths: Widths, architecture: str) -> None:
     """Raise an error where a parameter is not what the widths imply, or has no place."""
-    hidden, size = model.config.hidden_size, model.config.head_dim
+    hidden, size = widths.hidden, model.config.head_dim
     for number, (heads, kv_heads, channels) in enumerate(
         zip(widths.heads, widths.kv_heads, widths.channels, strict=True)
     ):
@@ -162,8 +168,8 @@ def _check_shapes(model: Any, widths: Widths, architecture: str) -> None:
         odd = sorted(found.items() ^ wanted.items())
         if odd:
             raise PrunekitError(
-                f"GGUF's {architecture!r} has no {odd[0][0]} of shape {odd[0][1]} in layer {number}; {_PLAIN_INSTEAD}, "
-                "or keep the checkpoint that prunekit saves"
+                f"GGUF's {architecture!r} has no {odd[0][0]} of shape {odd[0][1]} in layer {number}; export with "
+                "layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves"
             )
 
 
@@ -171,7 +177,7 @@ def _add_sizes(writer: Any, config: Any, widths: Widths) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(len(widths.heads))
-    writer.add_embedding_length(config.hidden_size)
+    writer.add_embedding_length(widths.hidden)
     one = (lambda counts: counts[0]) if widths.even else list
     writer.add_feed_forward_length(one(widths.channels))
     writer.add_head_count(one(widths.heads))
@@ -224,8 +230,9 @@ def _read_by_tensors(model: Any, folder: Path) -> Any:
     reader = gguf.GGUFReader(folder / FILE)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     architecture, n_layers = reader.fields["general.architecture"].contents(), len(model.model.layers)
-    told = (reader.fields[f"{architecture}.{key}"].contents() for key in _COUNTS)
-    widths = Widths(*(list(counts) if isinstance(counts, Iterable) else [counts] * n_layers for counts in told))
+    hidden, *told = (reader.fields[f"{architecture}.{key}"].contents() for key in _FIELDS)
+    by_layer = (list(counts) if isinstance(counts, Iterable) else [counts] * n_layers for counts in told)
+    widths = Widths(hidden, *by_layer)
     again, state = copy.deepcopy(model).float(), {}
     for name, wanted in _names(gguf, model).items():
         found = torch.from_numpy(gguf.dequantize(stored[wanted].data, stored[wanted].tensor_type).copy())
@@ -233,6 +240,3 @@ def _read_by_tensors(model: Any, folder: Path) -> Any:
         state[name] = found if heads is None else _halved(found, heads)
     again.load_state_dict(state, strict=False)
     return again
-
-
-_COUNTS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")  # in the order of Widths
