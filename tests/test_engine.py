@@ -7,7 +7,7 @@ import torch
 from evaluation_helpers import llama
 from families import plan_keeping
 from shared import ROOT
-from test_gguf import halved, uneven, words
+from test_gguf import SCALED, halved, uneven, words
 
 import prunekit as pk
 
@@ -62,11 +62,13 @@ def fewer_of_all():
         uneven,
         two_of_three_heads,
         fewer_of_all,
+        lambda: halved(llama(head_dim=8, rope_parameters=SCALED["linear"])),
+        lambda: uneven(rope_parameters=SCALED["llama3"]),
     ],
-    ids=["dense", "tied", "even", "uneven", "odd heads", "of all kinds"],
+    ids=["dense", "tied", "even", "uneven", "odd heads", "of all kinds", "linear rope", "uneven, rope of LLaMA 3"],
 )
 def test_a_tiny_model_gives_the_same_tokens(make, tmp_path):
-    prompts = [[5, 6, 7], [100, 200, 30, 40, 50], [9]]
+    prompts = [[5, 6, 7], [100, 200, 30, 40, 50], [9], list(range(60, 120))]  # the last beyond a rope's first range
     model = make()
     model.resize_token_embeddings(260)
     check_same(model, words(), prompts, tmp_path / "out")

@@ -34,9 +34,9 @@ def halved(model):
     return pk.prune(model, plan_keeping(groups, keep))
 
 
-def uneven():
+def uneven(**changes):
     """Other numbers of heads and channels in each layer."""
-    model = llama(head_dim=8, num_hidden_layers=3, num_key_value_heads=4, num_attention_heads=8)
+    model = llama(head_dim=8, num_hidden_layers=3, num_key_value_heads=4, num_attention_heads=8, **changes)
     groups = pk.discover(model)
     keep = {g.name: list(range(1, g.n_units - g.layer)) for g in groups.of_kind("kv_head", "ffn_channel")}
     return pk.prune(model, plan_keeping(groups, keep))
@@ -101,6 +101,25 @@ def test_heads_that_transformers_cannot_count_are_counted_in_gguf(tmp_path):
     fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["general.architecture"].contents() == "llama"  # as wide in every layer
     assert fields["llama.attention.head_count"].contents() == 3
+
+
+LONG = {"rope_theta": 10_000.0, "factor": 4.0}
+SCALED = {
+    "linear": {"rope_type": "linear", **LONG},
+    "llama3": {"rope_type": "llama3", **LONG, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", SCALED)
+def test_a_scaled_rope_is_a_tensor_of_factors(rope, tmp_path):
+    small = halved(llama(head_dim=8, rope_parameters=SCALED[rope]))
+    pk.export(small, tmp_path / "out", layout="gguf")  # which compares logits
+    factors = {t.name: t.data for t in GGUFReader(tmp_path / "out" / "model.gguf").tensors}["rope_freqs.weight"]
+    assert factors.max() == pytest.approx(4) and factors.min() == pytest.approx(4 if rope == "linear" else 1)
+    assert f"(rope '{rope}') llama.cpp reads" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(PrunekitError, match=r"would be left out, perhaps rope_freqs\.weight"):
+        pk.load(tmp_path / "out")
 
 
 def _damaged(*given):
@@ -219,7 +238,7 @@ def _without_gguf(monkeypatch):
 
 
 def _long_rope():
-    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     return llama(rope_parameters=scaled)
 
 
@@ -243,9 +262,12 @@ def _narrow_heads():
         (_without_blocks, r"\(self_attn: 1 went; mlp: 1 went\); export with layout='padded'"),
         (_narrow_heads, r"\(head_dim: .* in each layer\); export with layout='padded'"),
         (lambda: llama(hidden_act="gelu"), "has hidden_act='silu', and this model has 'gelu'"),
-        (lambda: same_cut("qwen3", False), "'llama' with rope 'default' only, and this is 'qwen3'"),
-        (lambda: same_cut("gpt2", True), "'llama' with rope 'default' only, and this is 'gpt2'"),  # not its widths
-        (_long_rope, "rope 'default' only, and this is 'llama' with rope 'linear'"),
+        (
+            lambda: same_cut("qwen3", False),
+            "'llama' with a rope of 'default', 'linear', 'llama3' only, and this is 'qwen3'",
+        ),
+        (lambda: same_cut("gpt2", True), "only, and this is 'gpt2'"),  # not its widths
+        (_long_rope, "only, and this is 'llama' with rope 'dynamic'"),
         (lambda: FAMILIES["llama_gqa"].model(), "GGUF has no torch.float64; convert the model"),
         (lambda: same_cut("llama_biased", False), "gives other logits .* such as biases"),
     ],

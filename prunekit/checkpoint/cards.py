@@ -41,9 +41,9 @@ _FORMS = {  # layout → its description, and the Python that loads it
         'import prunekit as pk\n\nmodel, tokenizer = pk.load("THIS FOLDER")',
     ),
 }
-_GGUF_ALONE = (  # of widths that transformers cannot say
-    "`model.gguf` holds the weights in llama.cpp's form. Its widths ({unsaid}) stand there layer by layer, which "
-    "llama.cpp reads and `transformers` does not.",
+_GGUF_ALONE = (
+    "`model.gguf` holds the weights in llama.cpp's form. What it says of the model ({unsaid}) llama.cpp reads and "
+    "`transformers` does not.",
     "import xllamacpp  # or any other program with llama.cpp\n\nparams = xllamacpp.CommonParams()\n"
     'params.model.path = "THIS FOLDER/model.gguf"\nserver = xllamacpp.Server(params)',
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunekit.calibration import check_finite
 from prunekit.checkpoint.cards import renumbered, write_texts
-from prunekit.checkpoint.gguf_writing import check_family, fits_by_layer, write_gguf
+from prunekit.checkpoint.gguf_writing import ROPES, check_family, fits_by_layer, rope_type, write_gguf
 from prunekit.checkpoint.saving import SHARD, check_saving, write_plain, write_tokenizer
 from prunekit.checks import FilePath, Network, Tokenizer, check_choice, checked
 from prunekit.discovery import Groups, discover
@@ -78,10 +78,11 @@ def export(
 
 
 def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:
-    """The model to write, its configuration, and the widths that its family cannot say: filled up, or in GGUF alone."""
+    """The model to write, the configuration that transformers reads, and what is filled up, or said by GGUF alone."""
     config = plain_config(model)
+    scaled = [f"rope {rope_type(model.config)!r}"] if layout == GGUF and rope_type(model.config) != ROPES[0] else []
     if config is not None:
-        return model, config, []
+        return model, None if scaled else config, scaled
     cuts = Cuts.of(model)
     if layout == PADDED:
         padded = padded_model(model, cuts)
@@ -89,7 +90,7 @@ def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:
     if cuts.biases:
         raise PrunekitError(f"{type(model).__name__} has biases, for which its configuration has no field; {KEEP}")
     if layout == GGUF and fits_by_layer(cuts):
-        return model, None, unsaid(cuts)
+        return model, None, unsaid(cuts) + scaled
     raise PrunekitError(
         f"the configuration of {type(model).__name__} has no fields for these widths ({'; '.join(unsaid(cuts))}); "
         "export with layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves"

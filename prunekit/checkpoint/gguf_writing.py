@@ -2,6 +2,7 @@
 
 An even model is written as GGUF's `llama`, which transformers reads too. One with other numbers of heads or channels in
 each layer is written as `deci`, the architecture of Llama-Nemotron: it computes the same and has a list for each width.
+A rope that scales frequencies, as LLaMA 3's does, is a tensor of factors, by which llama.cpp divides.
 """
 
 import copy
@@ -25,6 +26,8 @@ from prunekit.pruning.plans import kind_in
 
 FAMILY, BY_LAYER = "llama", "deci"  # architectures of GGUF; the first is transformers' name too
 ACTIVATION = "silu"
+ROPES = ("default", "linear", "llama3")  # others change with the length of the text, or scale the scores
+_FACTORS = "rope_freqs.weight"
 _PLAIN_INSTEAD = "export with layout='plain' (in a shell: --layout plain)"
 _WIDTHS = {"kv_head", "query_head", "ffn_channel", "hidden", "vocabulary"}  # kinds whose cut changes these and no more
 _KINDS = {  # dtype → GGUF's name for a matrix, and for a file, of it
@@ -83,8 +86,7 @@ def write_gguf(model: Any, folder: Path, *, plain: bool) -> list[str]:
     Args:
         model: whose weights to write.
         folder: to write into.
-        plain: its own configuration says its widths, so that transformers reads it back; else it is compared tensor by
-            tensor.
+        plain: transformers reads it back; else its weights are put into a copy of the model.
 
     Returns:
         Remarks on the file: why it has no vocabulary, which is also a warning.
@@ -105,6 +107,9 @@ def write_gguf(model: Any, folder: Path, *, plain: bool) -> list[str]:
     for name, tensor in model.named_parameters():
         heads = widths.of_rows(name)
         _add_tensor(gguf, writer, names[name], name, tensor if heads is None else _interleaved(tensor, heads))
+    if rope_type(model.config) != ROPES[0]:
+        factors = _frequencies(model) / model.model.rotary_emb.inv_freq.cpu()
+        writer.add_tensor(_FACTORS, factors.float().numpy())
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
@@ -119,11 +124,11 @@ def check_family(model: Any) -> None:
         PrunekitError: another family, a rope, an activation function or a dtype that cannot be said.
     """
     config = model.config
-    rope = config.to_dict().get("rope_parameters") or {}
-    if config.model_type != FAMILY or rope.get("rope_type") != "default":
-        what = f"{config.model_type!r} with rope {rope.get('rope_type')!r}"
+    if config.model_type != FAMILY or rope_type(config) not in ROPES:
+        what = f"{config.model_type!r} with rope {rope_type(config)!r}"
+        ropes = ", ".join(map(repr, ROPES))
         raise PrunekitError(
-            f"a GGUF file is written of {FAMILY!r} with rope 'default' only, and this is {what}; {_PLAIN_INSTEAD}"
+            f"a GGUF file is written of {FAMILY!r} with a rope of {ropes} only, and this is {what}; {_PLAIN_INSTEAD}"
         )
     if config.hidden_act != ACTIVATION:
         raise PrunekitError(
@@ -133,6 +138,19 @@ def check_family(model: Any) -> None:
     if model.dtype not in _KINDS:
         known = ", ".join(map(str, _KINDS))
         raise PrunekitError(f"GGUF has no {model.dtype}; convert the model to one of {known}")
+
+
+def rope_type(config: Any) -> str | None:
+    """How a family's rotary embedding is scaled, in transformers' words."""
+    found: str | None = (config.to_dict().get("rope_parameters") or {}).get("rope_type")
+    return found
+
+
+def _frequencies(model: Any) -> Tensor:
+    """Of the rope before it is scaled, (head size / 2,)."""
+    size = model.config.head_dim
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    return 1.0 / float(model.config.rope_parameters["rope_theta"]) ** exponents
 
 
 def fits_by_layer(cuts: Cuts) -> bool:
@@ -239,4 +257,7 @@ def _read_by_tensors(model: Any, folder: Path) -> Any:
         heads = widths.of_rows(name)
         state[name] = found if heads is None else _halved(found, heads)
     again.load_state_dict(state, strict=False)
+    if _FACTORS in stored:
+        factors = torch.from_numpy(stored[_FACTORS].data.copy())
+        again.model.rotary_emb.inv_freq = (_frequencies(model) / factors).to(model.device)
     return again
