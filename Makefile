@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup real lab tour book slides test fast test-browser test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor scoreboard lint clean
+.PHONY: help setup real lab tour book slides test fast test-browser test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor bench-engine scoreboard lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -90,6 +90,9 @@ bench-beyond: real ## what the papers do not have: solved budgets, experts by ro
 bench-llmcompressor: setup .venv-llmcompressor/.installed ## all of benchmarks/sparsity.py, beside llm-compressor from an environment of its own
 	$(BIN)/python benchmarks/sparsity.py --full
 
+bench-engine: real .venv-llamacpp/.installed ## SmolLM2 dense and cut in llama.cpp, from an environment of its own: same tokens, and how fast: five minutes
+	$(BIN)/python benchmarks/engine.py
+
 lint: setup ## check style, types and the form of the notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -145,6 +148,13 @@ $(GEMMA): | .venv/.installed
 	$(PYTHON) -m venv .venv-llmcompressor
 	.venv-llmcompressor/bin/python -m pip install --disable-pip-version-check torch==2.13.0
 	.venv-llmcompressor/bin/python -m pip install --disable-pip-version-check llmcompressor==0.14.0.1 torch==2.13.0
+	@touch $@
+
+# An environment of its own, of one package: llama.cpp ready-built, 34 MB, which needs nothing else.
+.venv-llamacpp/.installed:
+	@rm -rf .venv-llamacpp
+	$(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/python -m pip install --disable-pip-version-check --only-binary :all: xllamacpp==2026.10.11549
 	@touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt

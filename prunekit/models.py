@@ -104,6 +104,18 @@ def check_has_weights(model: nn.Module, *, brought: bool = False) -> None:
     )
 
 
+def check_all_or_none(model: nn.Module) -> None:
+    """Raise an error for a model of which some weights are in memory and some are not.
+
+    A model without any is a structure, and can be cut as one. With half of them torch would add numbers to nothing.
+
+    Raises:
+        PrunekitError: as `check_has_weights`.
+    """
+    if not all(parameter.is_meta for parameter in model.parameters()):
+        check_has_weights(model)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

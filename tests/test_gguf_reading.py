@@ -14,9 +14,7 @@ import torch
 from evaluation_helpers import TEXT, llama
 from families import logits, relative_difference
 from shared import ROOT
-from test_gguf import _without_gguf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from test_gguf import _without_gguf, words
 
 import prunekit as pk
 from prunekit import PrunekitError
@@ -25,16 +23,6 @@ from prunekit.checkpoint.cache import is_whole
 from prunekit.checkpoint.origins import resolve
 from prunekit.cli import main
 from prunekit.names import PACKAGED
-
-
-def words():
-    """One token a byte, and two merges, without which no file has a vocabulary that transformers reads."""
-    vocabulary = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
-    merges = [("t", "h"), ("th", "e")]
-    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(vocabulary)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def tiny(seed=0):

@@ -41,6 +41,12 @@ _FORMS = {  # layout → its description, and the Python that loads it
         'import prunekit as pk\n\nmodel, tokenizer = pk.load("THIS FOLDER")',
     ),
 }
+_GGUF_ALONE = (
+    "`model.gguf` holds the weights in llama.cpp's form. What it says of the model ({unsaid}) llama.cpp reads and "
+    "`transformers` does not.",
+    "import xllamacpp  # or any other program with llama.cpp\n\nparams = xllamacpp.CommonParams()\n"
+    'params.model.path = "THIS FOLDER/model.gguf"\nserver = xllamacpp.Server(params)',
+)
 _NOT_FILLED = "A plain checkpoint of its family; nothing had to be filled up."
 RENUMBERED = "its tokens were renumbered"
 LISTED = "plan.json lists, under keep, the old number of each new one"
@@ -74,7 +80,7 @@ def model_card(
         remarks: more sentences about it.
     """
     parameters = count_parameters(model)
-    sentence, loader = _FORMS[layout]
+    sentence, loader = _GGUF_ALONE if layout == GGUF and unsaid else _FORMS[layout]
     loader = loader.replace("AutoModelForCausalLM", auto_class(model.config).__name__)
     sentence = _NOT_FILLED if layout == PADDED and not unsaid else sentence.format(unsaid="; ".join(unsaid))
     family = f"`{type(model).__name__}`, {parameters:,} parameters. {sentence}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunekit.calibration import check_finite
 from prunekit.checkpoint.cards import renumbered, write_texts
-from prunekit.checkpoint.gguf import check_family, write_gguf
+from prunekit.checkpoint.gguf_writing import ROPES, check_family, fits_by_layer, rope_type, write_gguf
 from prunekit.checkpoint.saving import SHARD, check_saving, write_plain, write_tokenizer
 from prunekit.checks import FilePath, Network, Tokenizer, check_choice, checked
 from prunekit.discovery import Groups, discover
@@ -46,8 +46,8 @@ def export(
         model: a model, cut or not; adapters merged.
         out: a folder that does not exist yet. It is complete or not written.
         layout: `"plain"` for a checkpoint that plain `transformers` loads, for cuts that the family's configuration
-            can say. `"padded"` fills any other up to even widths with zeros. `"gguf"` writes `model.gguf` for
-            llama.cpp, for what is plain.
+            can say. `"padded"` fills any other up to even widths with zeros. `"gguf"` writes `model.gguf` of a LLaMA
+            for llama.cpp, whose layers may have different numbers of heads and channels.
         tokenizer: as for `save`, and so are `plan`, `report`, `files` and `max_shard_size`.
         plan: by which the model was cut.
         report: evaluation report of the model.
@@ -70,7 +70,7 @@ def export(
     with new_folder(out) as folder:
         write_tokenizer(model, folder, tokenizer)
         if layout == GGUF:
-            remarks += write_gguf(even, config, folder)
+            remarks += write_gguf(even, folder, plain=config is not None)
         else:
             write_plain(even, config, folder, max_shard_size)
         write_texts(even, folder, layout, plan, report, files, unsaid=filled, remarks=remarks)
@@ -78,16 +78,19 @@ def export(
 
 
 def _even(model: Any, layout: str) -> tuple[Any, Any, list[str]]:
-    """A model of even widths, a configuration that says them, and which had to be filled up for that."""
+    """The model to write, the configuration that transformers reads, and what is filled up, or said by GGUF alone."""
     config = plain_config(model)
+    scaled = [f"rope {rope_type(model.config)!r}"] if layout == GGUF and rope_type(model.config) != ROPES[0] else []
     if config is not None:
-        return model, config, []
+        return model, None if scaled else config, scaled
     cuts = Cuts.of(model)
     if layout == PADDED:
         padded = padded_model(model, cuts)
         return padded, padded.config, unsaid(cuts)
     if cuts.biases:
         raise PrunekitError(f"{type(model).__name__} has biases, for which its configuration has no field; {KEEP}")
+    if layout == GGUF and fits_by_layer(cuts):
+        return model, None, unsaid(cuts) + scaled
     raise PrunekitError(
         f"the configuration of {type(model).__name__} has no fields for these widths ({'; '.join(unsaid(cuts))}); "
         "export with layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves"

@@ -1,43 +1,22 @@
-"""GGUF, llama.cpp's form of a model: reads the header of a file before any weight, and writes a plain LLaMA as one.
+"""Reads the header of a GGUF file, llama.cpp's form of a model, before any weight.
 
-A file holds names and values of settings, a vocabulary, and tensors, most of them quantized in blocks. Only the `llama`
-architecture is written, which knows one width: `prunekit.export` passes an even model, and it is checked by reading it
-back.
+A file holds names and values of settings, a vocabulary, and tensors, most of them quantized in blocks.
 """
 
-import io
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from prunekit.errors import PrunekitError, need, reason, warn
-from prunekit.pruning.cuts import tokens_went
-from prunekit.pruning.describing import relative_difference, tolerance
+from prunekit.errors import PrunekitError, need, reason
 
 SUFFIX = ".gguf"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _RESTORE = "restore it from its source"
 FILE = "model.gguf"
-ARCHITECTURE = "llama"
-_PLAIN_INSTEAD = "export with layout='plain' (in a shell: --layout plain)"
-_SPLITTINGS = {  # regular expression of a Split, None for the one that ByteLevel has built in → llama.cpp's name
-    None: "gpt-2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+": "llama-bpe",
-}
-_KINDS = {  # dtype → GGUF's name for a matrix, and for a file, of it
-    torch.float32: ("F32", "ALL_F32"),
-    torch.float16: ("F16", "MOSTLY_F16"),
-    torch.bfloat16: ("BF16", "MOSTLY_BF16"),
-}
 
 
 @dataclass(frozen=True)
@@ -117,175 +96,3 @@ def _can_be_dequantized(gguf: Any, kind: Any) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-class NoVocabulary(UserWarning):
-    """A GGUF file was written without the words of its tokens."""
-
-
-def write_gguf(model: Any, config: Any, folder: Path) -> list[str]:
-    """Write `model.gguf`, with the vocabulary of the tokenizer that stands in the folder already.
-
-    Args:
-        model: whose weights to write.
-        config: a plain configuration that says its widths.
-        folder: to write into.
-
-    Returns:
-        Remarks on the file: why it has no vocabulary, which is also a warning.
-
-    Raises:
-        PrunekitError: the gguf package is missing, GGUF's `llama` cannot hold this model, or what is read back gives
-            other logits.
-    """
-    gguf = gguf_package("layout='gguf'")
-    writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURE)
-    _add_sizes(writer, config)
-    writer.add_file_type(gguf.LlamaFileType[_KINDS[model.dtype][1]])
-    remarks = _add_vocabulary(gguf, writer, folder, model)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.named_parameters():
-        _add_tensor(gguf, writer, names.get_name(name, (".weight", ".bias")), name, _interleaved(name, tensor, config))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
-    _prove(model, folder)
-    return remarks
-
-
-def check_family(model: Any) -> None:
-    """Raise an error for a model that GGUF's `llama` cannot express, whatever its widths.
-
-    Raises:
-        PrunekitError: another family, a rope or a dtype that cannot be said.
-    """
-    config = model.config
-    rope = config.to_dict().get("rope_parameters") or {}
-    if config.model_type != ARCHITECTURE or rope.get("rope_type") != "default":
-        what = f"{config.model_type!r} with rope {rope.get('rope_type')!r}"
-        raise PrunekitError(f"a GGUF file is written of {ARCHITECTURE!r} with rope 'default' only, and this is {what}")
-    if model.dtype not in _KINDS:
-        known = ", ".join(map(str, _KINDS))
-        raise PrunekitError(f"GGUF has no {model.dtype}; convert the model to one of {known}")
-
-
-def _add_sizes(writer: Any, config: Any) -> None:
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(config.head_dim)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-
-
-def _interleaved(name: str, tensor: Tensor, config: Any) -> Tensor:
-    """Query and key rows in llama.cpp's order: rotary pairs stand side by side, not half a head apart."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None:
-        return tensor
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)  # (head, half, pair) → (head, pair, half)
-
-
-def _add_tensor(gguf: Any, writer: Any, wanted: str | None, name: str, tensor: Tensor) -> None:
-    if wanted is None:
-        raise PrunekitError(f"GGUF's {ARCHITECTURE!r} has no place for {name}; this model cannot be written")
-    kind = gguf.GGMLQuantizationType[_KINDS[tensor.dtype][0] if tensor.dim() > 1 else "F32"]
-    data = gguf.quants.quantize(tensor.detach().float().cpu().numpy(), kind)
-    writer.add_tensor(wanted, data, raw_dtype=kind)
-
-
-def _add_vocabulary(gguf: Any, writer: Any, folder: Path, model: Any) -> list[str]:
-    """The words of a BPE tokenizer, or none and the reason, with a warning."""
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    lacking = _lacking(tokenizer, model)
-    if tokenizer is None or lacking:
-        writer.add_tokenizer_model("none")
-        remark = f"{FILE} holds no vocabulary: {lacking}"
-        warn(remark, NoVocabulary)
-        return [f"{remark}."]
-    by_bytes = _by_bytes(tokenizer)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
-    words, kinds = _words(gguf.TokenType, tokenizer, model.config.vocab_size)
-    writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
-    writer.add_tokenizer_pre(_splitting(tokenizer) if by_bytes else "default")  # of SentencePiece, it is not read
-    writer.add_token_list(words)
-    writer.add_token_types(kinds)
-    if by_bytes:
-        writer.add_token_merges(merges)
-    else:  # a score in a merge's place: what is merged first scores highest
-        rank = {merge.replace(" ", "", 1): number for number, merge in reversed(list(enumerate(merges)))}
-        writer.add_token_scores([-float(rank.get(word, len(merges))) for word in words])
-    gguf.SpecialVocab(folder, special_token_types=("bos", "eos", "unk", "pad"), n_vocab=len(words)).add_to_gguf(
-        writer, quiet=True
-    )
-    return []
-
-
-def _lacking(tokenizer: dict[str, Any] | None, model: Any) -> str | None:
-    """Why the file of a model cannot hold a tokenizer's words; None where it can."""
-    if tokenizer is None:
-        return "there is no tokenizer.json; give it token ids"
-    own = ("NORMAL", "BYTE")  # others were added to an uncut model's words, and are left out
-    numbers = [number for number, _, kind in _numbered(tokenizer) if kind in own or tokens_went(model)]
-    if max(numbers, default=-1) >= model.config.vocab_size:
-        return (
-            f"the tokenizer has tokens beyond the {model.config.vocab_size} of this model, so it is another's, such as "
-            "that of the model before tokens went; give it token ids in their new numbers"
-        )
-    advice = "give it token ids, made with the tokenizer.json beside"
-    if tokenizer["model"]["type"] != "BPE":
-        return f"llama.cpp is not known to read a {tokenizer['model']['type']} tokenizer; {advice}"
-    if _by_bytes(tokenizer) and _splitting(tokenizer) is None:
-        return f"llama.cpp is not known to split texts as this tokenizer does; {advice}"
-    return None
-
-
-def _by_bytes(tokenizer: dict[str, Any]) -> bool:
-    return not tokenizer["model"].get("byte_fallback")
-
-
-def _splitting(tokenizer: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how a byte-level tokenizer splits a text into words; None where it has none."""
-    whole = tokenizer.get("pre_tokenizer") or {}
-    *splits, last = whole.get("pretokenizers", [whole])
-    found = [split.get("pattern", {}).get("Regex", "") for split in splits] + [None] * last.get("use_regex", True)
-    level = last.get("type") == "ByteLevel" and not last["add_prefix_space"] and not tokenizer.get("normalizer")
-    return _SPLITTINGS.get(found[0]) if level and len(found) == 1 else None
-
-
-def _numbered(tokenizer: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
-    """Number, word and kind of every token; what was added comes last and counts."""
-    vocabulary = tokenizer["model"].get("vocab", {})
-    if isinstance(vocabulary, list):  # Unigram: words with scores, by their numbers
-        vocabulary = {word: number for number, (word, _) in enumerate(vocabulary)}
-    for word, number in vocabulary.items():
-        yield number, word, "BYTE" if len(word) == 6 and word.startswith("<0x") else "NORMAL"
-    for added in tokenizer.get("added_tokens", []):
-        yield added["id"], added["content"], "CONTROL" if added["special"] else "USER_DEFINED"
-
-
-def _words(types: Any, tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every word by its number, with its kind; numbers that the tokenizer leaves open are unused."""
-    found = {number: (word, types[kind]) for number, word, kind in _numbered(tokenizer)}
-    rows = [found.get(number, (f"<unused {number}>", types.UNUSED)) for number in range(size)]
-    return [word for word, _ in rows], [int(kind) for _, kind in rows]
-
-
-def _prove(model: Any, folder: Path) -> None:
-    try:
-        with redirect_stderr(io.StringIO()):  # the reader's own progress
-            again = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
-    except Exception as error:  # whatever the reader refuses
-        raise PrunekitError(f"the GGUF file cannot be read back ({reason(error)}); {_PLAIN_INSTEAD}") from error
-    difference = relative_difference(again, model)
-    if not difference <= tolerance(model.dtype):
-        raise PrunekitError(
-            f"read back from GGUF this model gives other logits (by a factor of {difference:.1g}): it has parts that "
-            f"GGUF's {ARCHITECTURE!r} does not know, such as biases; {_PLAIN_INSTEAD}"
-        )

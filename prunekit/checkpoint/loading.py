@@ -47,6 +47,7 @@ from prunekit.world import load as load_world
 
 _VOCABULARIES = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
 _BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_DEVICES = "give 'cpu', or 'cuda' where there is a GPU"
 _SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads *.model with
 
 
@@ -166,15 +167,18 @@ def known_device(device: torch.device | str) -> torch.device:
     """The device that is meant.
 
     Raises:
-        PrunekitError: torch knows none of that name, or this machine has none.
+        PrunekitError: torch knows none of that name, or this machine has none, or it holds no weights.
     """
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except Exception as error:  # torch raises several kinds, by device
         raise PrunekitError(
-            f"device={str(device)!r} cannot be used: torch knows none of that name, or this machine has none; give "
-            "'cpu', or 'cuda' where there is a GPU"
+            f"device={str(device)!r} cannot be used: torch knows none of that name, or this machine has none; "
+            f"{_DEVICES}"
         ) from error
+    if found.type == "meta":
+        raise PrunekitError(f"device='meta' cannot be used: it keeps shapes and no weights; {_DEVICES}")
+    return found
 
 
 def load_structure(source: str | Path) -> Any:

@@ -273,7 +273,7 @@ def export(
     Writes a folder that loads without prunekit, proved to give the same logits:
     plain for what the family's own configuration can say; padded fills layers of
     uneven widths up to even ones with zeros; gguf writes model.gguf for llama.cpp,
-    for what is plain. OUT is complete or not written.
+    of a LLaMA, whose layers may differ in heads and channels. OUT is complete or not written.
 
     Example:
         prunekit export small/ --layout padded --out even/

@@ -170,6 +170,8 @@ def on_device(model: nn.Module, device: str | torch.device | None) -> nn.Module:
             f"device={str(device)!r} cannot be used here: torch knows none of that name, or this machine has none; "
             "try device='cpu'"
         ) from error
+    if wanted.type == "meta":
+        raise PrunekitError("device='meta' cannot be used here: it computes nothing; try device='cpu'")
     return copy.deepcopy(model).to(wanted)
 
 

@@ -14,6 +14,7 @@ from prunekit.discovery.labelling import Trace
 from prunekit.discovery.partition import find_groups
 from prunekit.discovery.tracing import trace, uncollected
 from prunekit.errors import PrunekitError
+from prunekit.models import check_all_or_none
 from prunekit.pruning.compensation import FITS
 from prunekit.pruning.compensation import compensate as refit
 from prunekit.pruning.configurations import own_configurations, record, usable
@@ -95,8 +96,8 @@ def prune(
         `LossChange`: what the cut did to the loss. `DamageWarning` says where that is much.
 
     Raises:
-        PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through, or what
-            `compensate` raises; nothing was changed then.
+        PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through; some weights
+            are not in memory (offloaded, or on the meta device); or what `compensate` raises. Nothing was changed then.
     """
     if compensate is not None:
         if inplace:
@@ -142,6 +143,7 @@ def _opened(model: nn.Module, plan: PruningPlan, held_out: Tensor | None, compen
 
 @uncollected()
 def _prune(model: nn.Module, plan: PruningPlan, inplace: bool) -> _Pruned:
+    check_all_or_none(model)
     if plan.groups is not None and plan.groups.traced is not None and plan.groups.traced.is_of(model):
         with suppress(PrunekitError):  # where a module's code was changed since, the proof fails: trace it anew
             return _prune_traced(model, plan.groups.traced.trace, plan.groups, plan, inplace)
