@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from families import COMMON, GQA, SIZED, continued, logits, plan_keeping, relative_difference, zero_units
-from transformers import AutoConfig, AutoModelForCausalLM
+from families import COMMON, FAMILIES, GQA, SIZED, continued, logits, plan_keeping, relative_difference, zero_units
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from prunekit import PrunekitError, discover, load, prune, save
 
@@ -77,3 +77,15 @@ def test_a_model_whose_cache_never_ran_is_cut_and_saved(tmp_path):
     assert relative_difference(logits(small), logits(zeroed)) < 1e-5
     save(small, tmp_path / "small")
     assert torch.equal(logits(load(tmp_path / "small")[0]), logits(small))
+
+
+def test_nothing_deprecated_of_a_configuration_is_read(monkeypatch):
+    """Such a property says so on the screen, and the reader of a notebook takes it for a mistake of theirs."""
+    for name in ("torch_dtype", "use_return_dict"):
+        if hasattr(PreTrainedConfig, name):
+            monkeypatch.setattr(PreTrainedConfig, name, property(lambda self: pytest.fail("read")))
+    model = FAMILIES["llama_gqa"].model()
+    groups = discover(model)
+    (first, *_) = groups.of_kind("layer")
+    small = prune(model, plan_keeping(groups, {first.name: []}))
+    assert len(small.model.layers) == len(model.model.layers) - 1
