@@ -72,7 +72,7 @@ ALONE = "rise of the loss (nats) if one layer is cut alone, mean over layers"
 PERPLEXITY = "perplexity: WikiText-2; of the world, its own text"
 SEVEN = "mean accuracy of the papers' seven tasks"
 SPARED = "LLM-Pruner (taylor, ends spared)"
-SMALL = "Both models here are 50 to 2,000 times smaller, and the world's text is far easier."
+SMALL = "Both models here are 50 to 9,000 times smaller, and the world's text is far easier."
 SHORT = (
     "Recovery here reads 41,000 tokens (SmolLM2) or takes 60 steps (world); in the paper, 50,000 instructions twice."
 )

@@ -135,6 +135,8 @@ MISTAKES = {
         (lambda a, t: sum(x == y for x, y in zip(a, t, strict=True)) / len(a), "the share"),
     ],
     ("00", "share_won_back"): [
+        (lambda dense, cut, back: max(0.0, (sum(back) - sum(cut)) / (sum(dense) - sum(cut))), "below 0"),
+        (lambda dense, cut, back: min(1.0, (sum(back) - sum(cut)) / (sum(dense) - sum(cut))), "above 1"),
         (lambda d, c, r: sum(r) / sum(d), "did nothing should score 0"),
         (lambda d, c, r: sum(r) - sum(c), "in points"),
         (lambda d, c, r: (sum(d) - sum(r)) / (sum(d) - sum(c)), "still missing"),
@@ -172,6 +174,7 @@ MISTAKES = {
         (lambda n, batch, epochs, warmup, rate: rate * (steps_of(n, batch, epochs) - 1) / warmup, "does not rise"),
     ],
     ("04", "nearest_of_rank"): [
+        (lambda change, rank: change.zero_(), "has changed"),
         (lambda change, rank: svd_of(change, rank, 0), "values are missing"),
         (lambda change, rank: svd_of(change, rank, 2), "in it twice"),
         (lambda change, rank: change - svd_of(change, rank), "left over"),
@@ -288,6 +291,7 @@ MISTAKES = {
         (lambda n, d: [(i, i + d) for i in range(n - d)], "different heads"),
     ],
     ("01", "norm_factor"): [
+        (lambda before, after: math.isqrt(before // after), "round nothing"),
         (lambda before, after: math.sqrt(after / before), "Upside down: the cut"),
         (lambda before, after: before / after, "square root too"),
         (lambda before, after: after / before, "Upside down, and"),
@@ -304,6 +308,7 @@ MISTAKES = {
         (lambda rows, columns, r, c: r * c, "meet"),
     ],
     ("03", "keep_units"): [
+        (lambda scores, fraction, to: best_kept(scores.neg_().neg(), 8), "have changed"),
         (lambda scores, fraction, to: lowest((-scores).tolist(), round(len(scores) * fraction)), "what goes"),
         (
             lambda scores, fraction, to: lowest(scores.tolist(), len(scores) - int(len(scores) * fraction)),
@@ -505,6 +510,7 @@ MISTAKES = {
         (lambda found: sum("hold" in x for x in found) / len(found), "that was measured"),
     ],
     ("15", "is_clear"): [
+        (lambda claimed, beside: max(claimed) <= min(beside), "the ranges touch"),
         (lambda claimed, beside: sum(claimed) < sum(beside), "means say yes"),
         (lambda claimed, beside: all(x < y for x, y in zip(claimed, beside, strict=True)), "seed by seed"),
         (lambda claimed, beside: min(claimed) > max(beside), "every value"),

@@ -5,7 +5,7 @@ is `forgiving` returns a text in each of these cases, and never shows a tracebac
 """
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import wraps
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -25,10 +25,10 @@ class _FormError(Exception):
 
 
 def numbers(value: Any) -> Any:
-    """Python numbers and lists in place of tensors, arrays, ranges, tuples, generators and pandas' values."""
+    """Python numbers and lists in place of tensors, arrays, ranges, tuples, sets, generators and pandas' values."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, Iterator):
+    if isinstance(value, Iterator | Set):
         value = list(value)
     return [numbers(part) for part in value] if isinstance(value, list | tuple | range) else value
 
@@ -56,7 +56,7 @@ def _fits(value: Any, asked: Any) -> bool:
     if asked is Tensor:  # of one number too
         return isinstance(value, Tensor | int | float)
     if asked in (int, float, bool):
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and not (asked is float and isinstance(value, bool))
     parts = get_args(asked)
     if not isinstance(value, list) or (get_origin(asked) is tuple and len(value) != len(parts)):
         return False
@@ -118,7 +118,8 @@ def _told(check: Callable[[Answer], str], answer: Answer, form: Callable[[Any], 
         return _stopped(stopped.__cause__, given)
     except _FormError:
         what = type(returned[-1]).__name__
-        return f"Your function returns {returned[-1]!r:.60}, of type {what}: return {FORMS[asked]}."
+        wanted = "one number" if asked is Tensor and form is numbers else FORMS[asked]
+        return f"Your function returns {returned[-1]!r:.60}, of type {what}: return {wanted}."
     except Exception:  # the check could not work with what it got
         told = f"The check cannot use {returned[-1]!r:.60}, which your function returns; return {FORMS[asked]}."
     nothing = any(value is None for value in returned) and "returns nothing" not in told
@@ -127,7 +128,10 @@ def _told(check: Callable[[Answer], str], answer: Answer, form: Callable[[Any], 
 
 def _stopped(error: BaseException | None, given: tuple[Any, ...]) -> str:
     line = traceback.extract_tb(error.__traceback__)[-1].line if error is not None else ""
-    arguments = ", ".join(f"{value!r:.40}" for value in given)
+    shapes = [
+        f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) and v.dim() else f"{v!r:.40}" for v in given
+    ]
+    arguments = ", ".join(shapes)
     told = f"Your function, called with ({arguments}), stops with {type(error).__name__}: {error}"
     return told + (f"; in the line: {line}" if line else "")
 

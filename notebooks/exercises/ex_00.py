@@ -103,6 +103,11 @@ def check_share_won_back(answer: Share) -> str:
         0.22: "This is what came back, in points of accuracy. Divide by what was lost, 0.41.",
     }
     hints = [text for value, text in known.items() if abs(got - value) < 1e-6]
+    if hints and hints[0].startswith("✓"):
+        if abs(answer([1.0, 0.9], [0.8, 0.8], [0.7, 0.7]) + 2 / 3) > 1e-6:
+            return "If recovery makes it worse, the share is below 0: here -0.67. Do not cut it off, and take no |…|."
+        if abs(answer([0.9] * 3, [0.6, 0.8, 0.7], [0.9, 1.0, 1.0]) - 4 / 3) > 1e-6:
+            return "If the small model ends up better than the dense one, the share is above 1. Add up all tasks."
     return (
         hints[0]
         if hints

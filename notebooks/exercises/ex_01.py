@@ -64,6 +64,8 @@ def check_norm_factor(answer: Callable[[int, int], float]) -> str:
         f"From 400 channels to 100 your factor is {got!r}. In the zeroed model x is divided by sqrt(sum / 400), "
         "in the cut one by sqrt(sum / 100): what makes them equal?"
     )
+    if abs(got - 2.0) < 1e-6 and abs(answer(192, 144) - math.sqrt(192 / 144)) > 1e-6:
+        return "Right from 400 to 100, wrong from 192 to 144, where the factor is 1.1547: round nothing."
     return hint_for(got, hints, otherwise)
 
 

@@ -53,7 +53,10 @@ def solution_keep_units(scores: Tensor, fraction: float, round_to: int) -> list[
 @forgiving()
 def check_keep_units(keep_units: KeepUnits) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
-    found = keep_units(SCORES, 0.2, 1)
+    given = SCORES.clone()
+    found = keep_units(given, 0.2, 1)
+    if not torch.equal(given, SCORES):
+        return "The scores that you were given have changed: work on a copy, or sort without changing them."
     if any(unit != int(unit) for unit in found):
         return "These are scores. Return the numbers of the units that stay: 0, 2, 3, …"
     if len(found) == 2:
@@ -75,6 +78,8 @@ def _check_rounding(keep_units: KeepUnits) -> str:
         return "Five units rounded to a multiple of 4 became four: round up, or more goes than was asked for."
     if found != [0, 2, 3, 4, 5, 6, 7, 8]:
         return f"With round_to=4 and half of ten units to go, eight stay (five, rounded up); you keep {found}."
+    if keep_units(SCORES - 1, 0.5, 1) != [0, 2, 4, 6, 8]:
+        return "Scores may be negative: with 1 subtracted from each, the order is the same. Take no |…|."
     if len(keep_units(SCORES, 0.35, 1)) != 7:
         return "35% of ten units are 3.5. At most that much may go, so 3 go and 7 stay: round what stays up."
     if keep_units(SCORES, 0.0, 4) != list(range(10)):

@@ -109,7 +109,10 @@ def solution_nearest_of_rank(change: Tensor, rank: int) -> Tensor:
 def check_nearest_of_rank(answer: OfRank) -> str:
     """`✓ …` where the answer is right, or else a hint at the first thing that is not."""
     change = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = answer(change, 2)
+    given = change.clone()
+    found = answer(given, 2)
+    if not torch.equal(given, change):
+        return "The matrix that you were given has changed: return a new one."
     left, sizes, right = torch.linalg.svd(change, full_matrices=False)
     if found.shape != change.shape:
         return f"The result is {tuple(found.shape)}. Multiply the parts again, to the shape {tuple(change.shape)}."

@@ -76,6 +76,7 @@ CLEAR_CASES = (  # claimed, beside, the answer, and a hint where the reader's is
     ([3.6, 3.5, 3.7], [4.8, 4.7, 4.9], True, "here every value of the first list is below all of the second."),
     ([4.5, 4.4, 5.0], [4.8, 4.7, 4.9], False, "the means say yes, and 5.0 is above 4.7: the ranges overlap."),
     ([3.6, 3.5, 4.75], [4.8, 4.7, 4.9], False, "seed by seed it is lower, but 4.75 is above 4.7: the ranges overlap."),
+    ([3.6, 3.5, 4.7], [4.8, 4.7, 4.9], False, "4.7 stands on both sides: the ranges touch, so nothing lies between."),
     ([5.1, 4.6, 5.2], [4.8, 4.7, 4.9], False, "only the best value of the first list is lower. Take its worst one."),
     ([4.8, 4.7, 4.9], [3.6, 3.5, 3.7], False, "the ranges lie apart, but the wrong way round: lower is better."),
 )
