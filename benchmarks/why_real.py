@@ -11,14 +11,19 @@ Losses are in nats per token, on windows of 128 tokens of C4 that no score has s
   lowest scores), and the rank correlation of their L2 scores with activation and curvature.
 - results/sentences_smollm2.csv: how the dense model, that cut, and the shell's default cut of 20% go on.
 - results/map_smollm2.csv: the rise of the loss, text by text, with half of each group of heads or channels zeroed.
+- results/cut_smollm2.csv: the loss before and after the default cut of 10%, calibrated on eight windows of this
+  project's guide: on held-out windows of the guide, and on those of C4.
+
+Names of tables make these alone: `python benchmarks/why_real.py cut`.
 """
 
+import argparse
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import cached_property
 
 import pandas as pd
-from machine import RESULTS, apart, machine, save, shared
+from machine import HERE, RESULTS, apart, machine, save, shared
 from recovery_real import cut_model
 from torch import Tensor
 
@@ -133,23 +138,44 @@ def knowledge_map(found: Evidence) -> list[dict]:
     return known.table().round(5).to_dict("records")
 
 
+def cut(found: Evidence) -> list[dict]:
+    guide = HERE.parent / "docs" / "guide.md"
+    calib, held = (
+        pk.calibration_set(guide, found.tokenizer, n_samples=8, seq_len=128, seed=0, held_out=out)
+        for out in (False, True)
+    )
+    scores = pk.score(found.model, found.units, pk.Curvature(), calib)
+    small = pk.prune(found.model, pk.plan(found.groups, scores, 0.1), compensate=calib, held_out=held)
+    losses = {
+        "this project's guide": (small.loss_change.before, small.loss_change.after),
+        "C4": (found.dense, loss_on(small, found.held)),
+    }
+    return [
+        {"text": text, "calibrated_on": "this project's guide", "before": round(b, 4), "after": round(a, 4)}
+        for text, (b, a) in losses.items()
+    ]
+
+
 TABLES: dict[str, Callable[[Evidence], list[dict]]] = {
     "heads": heads,
     "layers": layers,
     "ffns": ffns,
     "sentences": sentences,
     "map": knowledge_map,
+    "cut": cut,
 }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", default=list(TABLES), help=f"of {', '.join(TABLES)}; all by default")
     machine()
     found = None
-    for name, measure in TABLES.items():
+    for name in parser.parse_args().tables:
         path = RESULTS / f"{name}_smollm2.csv"
         if not path.exists():
             found = found or Evidence()
-            save(measure(found), path)
+            save(TABLES[name](found), path)
             print(f"wrote {path.name}", flush=True)
 
 

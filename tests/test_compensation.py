@@ -12,7 +12,7 @@ from torch import nn
 from prunekit import PrunekitError, PruningPlan, discover, export, load, prune, save
 from prunekit.pruning import compensation, surgery
 from prunekit.pruning.compensation import _grams, _run_once, compensate
-from prunekit.pruning.least_squares import RIDGES, fit_sums
+from prunekit.pruning.least_squares import RIDGES, choose, fit_sums
 
 HALF = 0.5
 
@@ -104,10 +104,8 @@ def test_the_ridge_is_the_one_that_leaves_least_on_held_out_windows(monkeypatch)
     )
     errors = {r: judge.error(judge.lack_after(learnt.solved(r))) for r in RIDGES}
     assert row["error_after"] == pytest.approx(min(errors.values())) and row["ridge"] == min(errors, key=errors.get)
-    assert torch.equal(
-        small.get_submodule(path).weight.detach().T,
-        weight[plan.keep[group.name]] + (learnt + judge).solved(row["ridge"]),
-    )
+    expected = weight[plan.keep[group.name]] + (learnt + judge).solved(row["ridge"])
+    torch.testing.assert_close(small.get_submodule(path).weight.detach().T, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_layers_keep_their_weights_where_the_held_out_loss_rises(monkeypatch):
@@ -135,6 +133,23 @@ def test_a_layer_whose_held_out_error_does_not_fall_keeps_its_weights(monkeypatc
     opposed, other = (fit_sums(gram, torch.ones(2, 1).double(), torch.tensor([0]), None, False) for gram in grams)
     kept = compensation.choose(opposed, other, "weights", None)
     assert kept.change is None and kept.before == kept.after and kept.ridge != kept.ridge
+
+
+@pytest.mark.parametrize("fit", ["weights", "bias", "both"])
+@pytest.mark.parametrize("n_pruned", [1, 3, 9])
+def test_fewer_directions_than_outputs_are_solved_for_and_nothing_else_changes(n_pruned, fit):
+    torch.manual_seed(5)
+    n, weight = 12, torch.randn(12, 7).double()
+    mixed = torch.randn(3, n)  # so that the inputs that are left know of the others
+    drawn = [torch.randn(rows, 3) @ mixed + torch.randn(rows, n) / 4 + 1 for rows in (400, 200)]
+    sums = [(z := torch.cat([x, torch.ones(len(x), 1)], 1).double()).T @ z for x in drawn]
+    learnt, judge = (fit_sums(gram, weight, torch.arange(n - n_pruned), None, fit != "weights") for gram in sums)
+    assert (learnt.basis is None) == (n_pruned >= 7)
+    for other in (judge, None):
+        found = choose(learnt, other, fit, None)
+        plain = choose(*(each and replace(each, basis=None) for each in (learnt, other)), fit, None)
+        assert found.change.shape == (n - n_pruned + (fit != "weights"), 7)
+        torch.testing.assert_close(found, plain, equal_nan=True)
 
 
 @pytest.mark.parametrize(("n", "held"), [(1, None), (2, [1]), (3, [2]), (4, [3]), (9, [3, 7])])

@@ -79,6 +79,28 @@ def test_a_unit_costs_what_the_loss_rises_by_after_the_best_re_fit():
     torch.testing.assert_close(found, torch.tensor([expected[u] for u in range(5)]).double())
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_what_is_kept_up_to_date_equals_a_fit_from_scratch_after_each_portion(width):
+    torch.manual_seed(4)
+    n = 2 * BLOCKS + 3  # two units go at a time
+    x, weight, g = torch.randn(400, n * width), torch.randn(n * width, 5), torch.randn(40, 5)
+    sums = Sums((x.T @ x / 400).double(), (g.T @ g / 40).double())
+    units, weight, damped = torch.arange(n * width).view(n, width), weight.double(), raised(sums.gram, 0.1)
+    expected, left, highest = torch.zeros(n).double(), list(range(n)), 0.0
+    while left:
+        stay = units[left].flatten()
+        gone = torch.tensor([i for i in range(n * width) if i not in set(stay.tolist())], dtype=torch.long)
+        inverse = torch.linalg.inv(damped[stay][:, stay])
+        fitted = (weight[stay] + inverse @ damped[stay][:, gone] @ weight[gone]).unflatten(0, (-1, width))
+        blocks = [inverse[i : i + width, i : i + width].inverse() for i in range(0, len(stay), width)]
+        costs = [float(((w.T @ block @ w) * sums.gradients).sum() / 2) for w, block in zip(fitted, blocks, strict=True)]
+        for i in sorted(range(len(left)), key=costs.__getitem__)[:2]:
+            expected[left[i]] = max(highest, costs[i] * n / len(left))
+        chosen = [left[i] for i in sorted(range(len(left)), key=costs.__getitem__)[:2]]
+        highest, left = float(expected[chosen].max()), [u for u in left if u not in chosen]
+    torch.testing.assert_close(costs_in_order(sums, weight, units, 0.1), expected)
+
+
 def test_heads_are_blocks_and_channels_that_are_doubles_cost_next_to_nothing():
     torch.manual_seed(2)
     x, weight = torch.randn(200, 6).double(), torch.randn(6, 4).double()

@@ -182,18 +182,20 @@ def costs_in_order(sums: Sums, weight: Tensor, units: Tensor, ridge: float) -> T
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(raised(gram, ridge)))
     order = units.flatten().to(gram.device)  # inputs by unit; inputs of no unit always stay
     inverse, weight = inverse[order][:, order], weight[order].double()
+    bent = weight @ curve  # kept up to date like the weight, which is cheaper than a product with G in each step
     left, costs, highest = torch.arange(n), torch.zeros(n, dtype=torch.float64), 0.0
     step = max(1, n // BLOCKS)
     while len(left):
-        cost = _costs(inverse, weight, curve, width)
+        cost = _costs(inverse, weight, bent, width)
         chosen = cost.argsort(stable=True)[: min(step, len(left))].cpu()
         scaled = cost.cpu()[chosen] * (n / len(left))
         costs[left[chosen]] = scaled.clamp_min(highest)
         highest = float(costs[left[chosen]].max())
         stays = torch.ones(len(left), dtype=torch.bool)
         stays[chosen] = False
-        inverse, weight = _without(inverse, weight, chosen, stays, width)
         left = left[stays]
+        if len(left):
+            inverse, weight, bent = _without(inverse, weight, bent, chosen, stays, width)
     return costs
 
 
@@ -204,19 +206,23 @@ def raised(gram: Tensor, ridge: float) -> Tensor:
     return gram + torch.diag(ridge * diagonal + least)
 
 
-def _costs(inverse: Tensor, weight: Tensor, curve: Tensor, width: int) -> Tensor:
-    """½ tr(W_uᵀ [(A⁻¹)_uu]⁻¹ W_u G) of each remaining unit, (n_left,)."""
+def _costs(inverse: Tensor, weight: Tensor, bent: Tensor, width: int) -> Tensor:
+    """½ tr(W_uᵀ [(A⁻¹)_uu]⁻¹ W_u G) of each remaining unit, (n_left,); `bent` is W G."""
     if width == 1:
-        return ((weight @ curve) * weight).sum(1) / inverse.diagonal() / 2
+        return (bent * weight).sum(1) / inverse.diagonal() / 2
     blocks = inverse.unflatten(0, (-1, width)).unflatten(2, (-1, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    rows = weight.unflatten(0, (-1, width))  # (n_left, width, n_out)
+    rows, turned = (each.unflatten(0, (-1, width)) for each in (weight, bent))  # (n_left, width, n_out)
     within = torch.stack([torch.cholesky_inverse(torch.linalg.cholesky(block)) for block in blocks])
-    return ((within @ rows @ curve) * rows).sum((1, 2)) / 2
+    return ((within @ turned) * rows).sum((1, 2)) / 2
 
 
-def _without(inverse: Tensor, weight: Tensor, chosen: Tensor, stays: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """A⁻¹ and W after removing some units and re-fitting the rest."""
+def _without(
+    inverse: Tensor, weight: Tensor, bent: Tensor, chosen: Tensor, stays: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A⁻¹, W and W G after removing some units and re-fitting the rest."""
     inputs = torch.arange(len(weight)).view(-1, width)
     gone, rest = inputs[chosen].flatten().to(weight.device), inputs[stays].flatten().to(weight.device)
-    taken = torch.cholesky_solve(inverse[gone], torch.linalg.cholesky(inverse[gone][:, gone])).T  # (n_in, n_gone)
-    return (inverse - taken @ inverse[gone])[rest][:, rest], (weight - taken @ weight[gone])[rest]
+    lower = torch.linalg.cholesky(inverse[gone][:, gone])
+    taken = torch.cholesky_solve(inverse[gone][:, rest], lower).T  # (n_rest, n_gone)
+    fitted = (each[rest].addmm(taken, each[gone], alpha=-1) for each in (weight, bent))
+    return inverse[rest][:, rest].addmm_(taken, inverse[gone][:, rest], alpha=-1), *fitted

@@ -1,7 +1,7 @@
 """Least squares of one linear layer from sums over tokens, with the ridge chosen on held-out tokens."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ class Fit:
         biased: whether there is a bias.
         lack: ‖R‖² before the fit.
         size: ‖Y‖² of the dense outputs.
+        basis: (n_out, n_pruned), orthonormal columns that span the rows of R, where fewer inputs were pruned than
+            there are outputs; else None.
     """
 
     gram: Tensor
@@ -31,11 +33,12 @@ class Fit:
     biased: bool
     lack: float
     size: float
+    basis: Tensor | None = None
 
     def __add__(self, other: "Fit") -> "Fit":
         """The sums over both sets of tokens."""
         lack, size = self.lack + other.lack, self.size + other.size
-        return Fit(self.gram + other.gram, self.cross + other.cross, self.biased, lack, size)
+        return Fit(self.gram + other.gram, self.cross + other.cross, self.biased, lack, size, self.basis)
 
     def solved(self, ridge: float) -> Tensor:
         """The ridge solution: the change of the weights (n_in, n_out) that reduces R; the bias has no ridge."""
@@ -47,6 +50,10 @@ class Fit:
         centred.diagonal().add_(rounding * self.gram.diagonal()[:-1].sum())
         change = torch.cholesky_solve(self.cross[:-1] - torch.outer(inputs, rest) / n, _factor(centred, ridge))
         return torch.cat([change, (rest - inputs @ change)[None] / n])
+
+    def within(self, basis: Tensor) -> "Fit":
+        """The same least squares in the coordinates of R's rows: fewer columns, and the same errors."""
+        return replace(self, cross=self.cross @ basis, basis=None)
 
     def constant(self) -> Tensor:
         """The change (n_in, n_out) of the bias alone: the mean of R."""
@@ -90,11 +97,20 @@ def fit_sums(gram: Tensor, weight: Tensor, inputs: Tensor | None, outputs: Tenso
     lacking = weight[gone]  # (n_pruned, n_out)
     lack = float((lacking * (gram[gone][:, gone] @ lacking)).sum())
     size = float((weight * (gram[:n, :n] @ weight)).sum())
-    return Fit(gram[stays][:, stays], gram[stays][:, gone] @ lacking, biased, lack, size)
+    basis = torch.linalg.qr(lacking.T).Q if len(lacking) < lacking.shape[1] else None
+    return Fit(gram[stays][:, stays], gram[stays][:, gone] @ lacking, biased, lack, size, basis)
 
 
 def choose(found: Fit, judge: Fit | None, fit: str, ridge: float | None) -> Choice:
     """The change with the smallest error on held-out tokens; without these, that of the given ridge."""
+    if found.basis is None:
+        return _chosen(found, judge, fit, ridge)
+    basis = found.basis  # R = X_p W_p has no more directions than inputs were pruned, and so has the change
+    taken = _chosen(found.within(basis), None if judge is None else judge.within(basis), fit, ridge)
+    return taken if taken.change is None else taken._replace(change=taken.change @ basis.T)
+
+
+def _chosen(found: Fit, judge: Fit | None, fit: str, ridge: float | None) -> Choice:
     if judge is None:
         taken = RIDGE if ridge is None else ridge
         change = found.constant() if fit == "bias" else found.solved(taken)

@@ -225,16 +225,15 @@ class Slots:
 
     def cost(self, table: CostTable, units: np.ndarray) -> float:
         """Cost after removing units; fractions of a unit are interpolated."""
-        stacked, floor = self._stacked[table.name], units.astype(int)
-        rows = np.arange(len(floor))
-        below, above = stacked[rows, floor], stacked[rows, np.minimum(floor + 1, self.n_units)]
+        savings, floor = self._savings[table.name], units.astype(int)
+        below, above = savings[self._first + floor], savings[self._first + np.minimum(floor + 1, self.n_units)]
         return float(table.total - (below + (units - floor) * (above - below)).sum())
 
     def _scaled(self, weights: np.ndarray, limits: Limits, least: np.ndarray, most: np.ndarray) -> np.ndarray | None:
         """Numbers of units before rounding, for the smallest factor that meets all limits."""
 
         def at(factor: float) -> np.ndarray:
-            return np.clip(factor * weights * self.n_units, least, most)
+            return np.minimum(np.maximum(factor * weights * self.n_units, least), most)  # twice as fast as np.clip
 
         if not self.met(most, limits):
             return None
@@ -259,10 +258,14 @@ class Slots:
         return -self._excess(units, limits) <= max(TOLERANCE, self._unit_costs.min()) or not units.any()
 
     @cached_property
-    def _stacked(self) -> dict[str, np.ndarray]:
-        """Cost name → savings of each group, (n, largest n_units + 1)."""
-        width = int(self.n_units.max()) + 1
-        return {t.name: np.stack([np.resize(t.of_group(name), width) for name in self.names]) for t in self.tables}
+    def _savings(self) -> dict[str, np.ndarray]:
+        """Cost name → savings by the number of units removed, all groups in one row; each begins at `_first`."""
+        return {t.name: np.concatenate([t.of_group(name) for name in self.names]) for t in self.tables}
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        """Where the savings of each group begin, (n,)."""
+        return np.cumsum(self.n_units + 1) - (self.n_units + 1)
 
     @cached_property
     def _large(self) -> np.ndarray:
