@@ -224,5 +224,5 @@ def _without(
     gone, rest = inputs[chosen].flatten().to(weight.device), inputs[stays].flatten().to(weight.device)
     lower = torch.linalg.cholesky(inverse[gone][:, gone])
     taken = torch.cholesky_solve(inverse[gone][:, rest], lower).T  # (n_rest, n_gone)
-    fitted = (each[rest].addmm(taken, each[gone], alpha=-1) for each in (weight, bent))
-    return inverse[rest][:, rest].addmm_(taken, inverse[gone][:, rest], alpha=-1), *fitted
+    weight, bent = (each[rest].addmm(taken, each[gone], alpha=-1) for each in (weight, bent))
+    return inverse[rest][:, rest].addmm_(taken, inverse[gone][:, rest], alpha=-1), weight, bent
