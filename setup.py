@@ -8,7 +8,13 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # As in prunekit/cli/notebooks.py; tests/test_setup.py holds them equal.
-PARTS = ("notebooks/*.ipynb", "notebooks/exercises/*.py", "benchmarks/results/*.csv", "docs/guide.md")
+PARTS = (
+    "notebooks/*.ipynb",
+    "notebooks/exercises/*.py",
+    "benchmarks/results/*.csv",
+    "benchmarks/results/*.safetensors",
+    "docs/guide.md",
+)
 
 
 class BuildWithSeries(build_py):

@@ -19,7 +19,13 @@ from prunekit.files import new_file
 SERIES = "[0-9][0-9]*_*.ipynb"  # 07b_… too
 OWN = "prunekit-series"  # the copy that is made where there is no clone
 # Of the series, in the layout of the clone.
-PARTS = ("notebooks/*.ipynb", "notebooks/exercises/*.py", "benchmarks/results/*.csv", "docs/guide.md")
+PARTS = (
+    "notebooks/*.ipynb",
+    "notebooks/exercises/*.py",
+    "benchmarks/results/*.csv",
+    "benchmarks/results/*.safetensors",
+    "docs/guide.md",
+)
 SHIPPED = Path(__file__).parents[1] / "series"  # of a wheel: setup.py puts the parts there
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # one thread a kernel: models this small are faster so
 
