@@ -1,6 +1,7 @@
 """Dynamic fine-tuning: what is drawn follows what was lost."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,15 +40,18 @@ def models():
 def test_the_source_that_lost_most_gets_most(models):
     dense, forgetful = models
     before = {name: p.clone() for name, p in forgetful.named_parameters()}
-    recovered = recover_on_mixture(forgetful, dense, SOURCES, QUICK, Mixture(n_rounds=2, temperature=0.2))
+    longer = replace(
+        QUICK, r=8, alpha=16, max_steps=160
+    )  # in eight steps the gap falls on one processor, and rises on another
+    recovered = recover_on_mixture(forgetful, dense, SOURCES, longer, Mixture(n_rounds=2, temperature=0.2))
     table = recovered.mixture_log.table()
     first = table[table["round"] == 1].set_index("source")
     assert first.loc["threes", "gap"] > first.loc["ones", "gap"] + 0.5
     assert first.loc["threes", "n_windows"] > 2 * first.loc["ones", "n_windows"] > 0
-    assert table.groupby("round")["n_windows"].sum().tolist() == [16, 16, 0]
+    assert table.groupby("round")["n_windows"].sum().tolist() == [320, 320, 0]
     last = table[table["round"] == 3].set_index("source")
-    assert last.loc["threes", "gap"] < first.loc["threes", "gap"]
-    assert len(recovered.recovery_log.losses) == 8
+    assert last.loc["threes", "gap"] < first.loc["threes", "gap"] - 0.1
+    assert len(recovered.recovery_log.losses) == 160
     assert all(torch.equal(p, before[name]) for name, p in forgetful.named_parameters())
 
 
