@@ -19,6 +19,7 @@ __all__ = ["TorchDispatchMode", "tree_leaves"]  # and what stands below
 
 EXPERTS_IMPLEMENTATION = "_experts_implementation_internal"  # attributes of a transformers configuration
 ATTENTION_IMPLEMENTATION = "_attn_implementation_internal"
+INITIALISED = "_is_hf_initialized"  # attribute of a parameter: transformers leaves its values as they are
 TRANSPOSED_EXPERTS = "is_transposed"  # attribute of a module of stacked experts: whether they are (expert, in, out)
 LOSS_KEYWORDS = "model_accepts_loss_kwargs"  # of a Trainer: whether it divides the loss by the number of labels
 JOURNAL_KEY = "op_code"  # with which each line of optuna's journal begins

@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from prunekit.checks import PROCESS
-from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION, class_names, offloaded
+from prunekit.compat import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION, INITIALISED, class_names, offloaded
 from prunekit.errors import PrunekitError
 
 _OTHER_TASKS = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE")
@@ -159,6 +159,8 @@ def _without_parameters() -> Iterator[None]:
 
         def register(module: nn.Module, name: str, parameter: Any) -> None:
             (empty if get_ident() == own else plain)(module, name, parameter)
+            if get_ident() == own and parameter is not None:  # there is nothing to fill with random numbers
+                setattr(getattr(module, name), INITIALISED, True)
 
         nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
         yield

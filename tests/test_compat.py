@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Trainer
 
 from prunekit import compat
+from prunekit.models import empty_model
 
 
 class Noting(compat.TorchDispatchMode):
@@ -173,3 +174,12 @@ def test_lines_of_a_journal_begin_with_the_key(tmp_path):
     optuna.create_study(storage=optuna.storages.JournalStorage(backend))
     assert all(compat.JOURNAL_KEY in json.loads(line) for line in (tmp_path / "journal.log").read_text().splitlines())
     assert (tmp_path / "journal.log").read_text().startswith(f'{{"{compat.JOURNAL_KEY}"')
+
+
+def test_an_empty_model_is_not_filled_with_random_numbers():
+    """Else transformers draws each parameter of a model without memory, which took most of the time of building one."""
+    config = FAMILIES["llama_gqa"].model().config
+    with Noting() as operators:
+        empty = empty_model(config)
+    drawn = [func for func in operators.seen if func is torch.ops.aten.normal_.default]
+    assert len(drawn) <= 1 < len(list(empty.parameters()))  # torch itself draws the embedding
