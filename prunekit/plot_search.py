@@ -88,7 +88,7 @@ def plot_learning(
     for dash, (name, level) in zip(DASHES * len(levels or {}), (levels or {}).items(), strict=False):
         ax.axhline(level, color="black", linestyle=dash, linewidth=1.8, label=name)
     ax.set(xlabel="training samples", ylabel=f"{FIGURES.get(figure, figure)}, on held-out samples")
-    ax.set_title("Learning curve of the predictor")
+    ax.set_title("Learning curve")
     ax.set_xticks(found.index if len(found) <= TICKS else MaxNLocator(TICKS, integer=True).tick_values(*ax.get_xlim()))
     legend_outside(ax)
     return ax
