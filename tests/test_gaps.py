@@ -193,7 +193,8 @@ def test_factors_in_weights_are_factors_of_the_residual_stream(name, tied, monke
     model.config.tie_word_embeddings = tied
     model.tie_weights()
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(20)  # so that the epsilon of norms is nothing
+        for parameter in (p for p in model.parameters() if p.dim() == 2 and p.std() < 0.1):
+            parameter.mul_(15)  # so that layers do something, and the epsilon of norms nothing
     monkeypatch.setattr("prunekit.pruning.gap_factors.judged", lambda rows, *_: table_of(rows))
     tokens, plan = tokens_of(model), plan_without(model, 1, 2, 4)
     plain = pk.prune(model, plan, measure=False)
@@ -202,7 +203,7 @@ def test_factors_in_weights_are_factors_of_the_residual_stream(name, tied, monke
     layers = list(small.compensation.module)
     assert [path.split(".")[-1] for path in layers] == ["0", "1"] and first != 1 != second
     expected = turned(plain, dict(zip(layers, (first, second), strict=True)))
-    assert relative(logits(small), expected) < 1e-4 < relative(logits(plain), expected)
+    assert relative(logits(small), expected) < 1e-3 < 0.1 * relative(logits(plain), expected)
     assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in plain.parameters())
 
 
