@@ -361,7 +361,7 @@ def test_hidden_states_come_nearer_to_the_teachers_through_the_plan(training):
         for share in (0.7, 0.0)
     )
     was, now, plain = (apart(dense, model, tokens, (1, 2, 3), channels) for model in (small, with_, without))
-    assert now < 0.7 * was and now < 0.8 * plain
+    assert now < 0.7 * was and now < 0.85 * plain
 
 
 def test_the_difference_is_that_of_the_stream_behind_each_gap():
@@ -385,7 +385,7 @@ def test_the_difference_is_that_of_the_stream_behind_each_gap():
 def test_hidden_states_of_a_copy_are_no_difference_and_nothing_is_learnt():
     dense = tiny_llama()
     trained = recover(copy.deepcopy(dense), Distillation(dense, SHORT, hidden_share=1.0), counting())
-    assert trained.recovery_log.losses == [0.0] * 3 and same(trained, weights_of(dense))
+    assert trained.recovery_log.losses == (0.0, 0.0, 0.0) and same(trained, weights_of(dense))
 
 
 def test_tokens_that_are_not_trained_on_do_not_count_for_hidden_states():
