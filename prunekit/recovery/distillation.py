@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -117,7 +117,8 @@ class Distillation:
             return dict(zip(("ids", "log_probabilities"), kept[number], strict=True))
 
         def loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-            with _streams(model) if hidden else nullcontext([]) as streams:
+            noting: AbstractContextManager[list[Tensor]] = _streams(model) if hidden else nullcontext([])
+            with noting as streams:
                 logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
             given = inputs["labels"], inputs["ids"], inputs["log_probabilities"]
             found = self.loss(logits, *given, kept.temperature)
