@@ -183,10 +183,11 @@ def _solved(
     sizes = [len(rise) for rise in rises]
     n, starts = sum(sizes), np.cumsum([0, *sizes])
     last = starts[1:] - 1  # where a layer or block goes
-    entries = [*zip(np.repeat(np.arange(len(sizes)), sizes), range(n), strict=True), *((g, last[w]) for g, w in inside)]
+    entries = list(zip(np.repeat(np.arange(len(sizes)), sizes).tolist(), range(n), strict=True))
+    entries += [(g, int(last[w])) for g, w in inside]
     rules = [LinearConstraint(_ones(entries, (len(sizes), n)), 1, 1)]
     for wholes in stay:
-        rules.append(LinearConstraint(_ones([(0, last[w]) for w in wholes], (1, n)), -np.inf, len(wholes) - 1))
+        rules.append(LinearConstraint(_ones([(0, int(last[w])) for w in wholes], (1, n)), -np.inf, len(wholes) - 1))
     saved = np.stack([np.concatenate(costs[b.name]) / b.table.total for b in limits])
     wanted = np.array([1 - b.high / b.table.total for b in limits])
     for slack in (0.0, _SLACK):  # the program may miss a limit by a little
