@@ -1,7 +1,9 @@
-"""Whole layers out of a real model: one choice or one at a time, with and without a map into the layer before each gap.
+"""Whole layers out of a real model: one choice or one at a time, with and without a correction of each gap.
 
 Layers go by block influence on C4, the lowest first: all by one measurement, or each by the influence measured without
-those before. Then the cut model as it is, and with what the gaps added fitted on the same text (`prune(compensate=)`);
+those before. Then the cut model as it is, and with what the gaps added made up for on the same text
+(`prune(compensate=, gaps=)`): by a linear map into the layer in front, or by one factor a gap. `blocks` takes as many
+attention and as many FFN blocks in place of layers, each kind by its own influence;
 beside them, a cut of heads and channels with as many parameters gone: the default, re-fitted. Perplexity is that of
 the first characters of WikiText-2 and PTB, in windows of 128; the time is one forward pass of 512 tokens. Rows are
 appended as they are measured: what stands in the table is not run again.
@@ -19,6 +21,7 @@ from machine import RESULTS, append, done, machine, shared
 
 import prunekit as pk
 from prunekit.pruning.plan_options import default_units
+from prunekit.pruning.planning import plan_without
 
 TEXTS = {"wikitext2": "wikitext2/test.txt", "ptb": "ptb/ptb.test.txt"}
 UNITS = {"of": "units", "kinds": ("layer",)}
@@ -41,6 +44,14 @@ class Bench:
     def one_at_a_time(self, n: int) -> pk.PruningPlan:
         return pk.plan_in_steps(self.model, self.influence, n / len(self.layers), self.calib, n_steps=n, **UNITS)
 
+    def blocks(self, n: int) -> pk.PruningPlan:
+        every = pk.score(self.model, self.groups.of_kind("block"), self.influence, self.calib)
+        gone = {}
+        for end in (".self_attn:block", ".mlp:block"):
+            names = sorted((name for name in every if name.endswith(end)), key=lambda name: float(every[name]))
+            gone |= dict.fromkeys(names[:n], (0,))
+        return plan_without(self.groups, gone, {})
+
     def width(self, n: int) -> pk.PruningPlan:
         return pk.plan(self.groups, self.scores(), round(self.once(n).pruning_ratio, 4))
 
@@ -48,12 +59,14 @@ class Bench:
         return pk.score(self.model, default_units(self.groups), pk.Curvature(), self.calib)
 
 
-WAYS = {  # way → how layers are chosen, and whether what went is fitted
-    "once": (Bench.once, False),
-    "once, map": (Bench.once, True),
-    "one at a time": (Bench.one_at_a_time, False),
-    "one at a time, map": (Bench.one_at_a_time, True),
-    "width (default)": (Bench.width, True),
+WAYS = {  # way → how layers are chosen, and how what went is made up for
+    "once": (Bench.once, None),
+    "once, map": (Bench.once, "map"),
+    "once, magnitude": (Bench.once, "magnitude"),
+    "one at a time": (Bench.one_at_a_time, None),
+    "one at a time, map": (Bench.one_at_a_time, "map"),
+    "blocks": (Bench.blocks, None),
+    "width (default)": (Bench.width, "map"),
 }
 
 
@@ -83,10 +96,11 @@ def main() -> None:
             continue
         began, small, gone = time.perf_counter(), bench.model, []
         if way != "dense":
-            choose, fits = WAYS[way]
+            choose, gaps = WAYS[way]
             plan = choose(bench, n)
-            small = pk.prune(bench.model, plan, compensate=bench.calib if fits else None, measure=False)
-            gone = [bench.groups[name].layer for name, units in plan.keep.items() if not units]
+            fitted = {} if gaps is None else {"compensate": bench.calib, "gaps": gaps}
+            small = pk.prune(bench.model, plan, measure=False, **fitted)
+            gone = [bench.groups[name].layer for name, units in plan.keep.items() if not units]  # of blocks, twice
         row = {"way": way, "layers": n, "gone": " ".join(map(str, gone)), "n_samples": args.n_samples}
         row |= {"kept": round(sum(p.numel() for p in small.parameters()) / bench.groups.n_parameters, 4)}
         row |= {"seconds": round(time.perf_counter() - began, 1), "forward_ms": forward_ms(small)}

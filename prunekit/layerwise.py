@@ -100,10 +100,13 @@ class Layerwise:
         alike = all(map(_same_others, plain.calls, turned.calls))
         return cls(model, layers, batches, passages) if alike else None
 
-    def run(self, number: int, batch: int) -> Tensor:
-        """Output of a layer for one batch, (batch, seq, d_model); moves all batches in front of it."""
+    def run(self, number: int, batch: int, hidden: Tensor | None = None) -> Tensor:
+        """Output of a layer for one batch, (batch, seq, d_model); moves all batches in front of it.
+
+        `hidden` is another residual stream to run it on.
+        """
         self._go_to(number)
-        args, kwargs = self._calls[batch][number].filled(self._hidden[batch])
+        args, kwargs = self._calls[batch][number].filled(self._hidden[batch] if hidden is None else hidden)
         result = first_float(self._modules[number](*args, **kwargs))
         assert result is not None  # it was followed there
         return result

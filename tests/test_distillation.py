@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import prunekit as pk
 from prunekit import Distillation, FullTuning, LoRA, PrunekitError, TeacherLogits, keep_logits, recover
+from prunekit.pruning.planning import plan_without
 from prunekit.recovery import teacher_logits
 from prunekit.recovery.data import IGNORED, TrainingWindows
 from prunekit.sparsity.zero_masks import share_of_zeros
@@ -322,3 +323,92 @@ def test_a_shard_that_is_gone_is_named_and_computed_again(tmp_path, monkeypatch)
 def test_more_tokens_than_there_are_is_all_of_them():
     kept = keep_logits(tiny_llama(), counting(), top_k=1000)
     assert kept[0][0].shape == (11, 50) and Distillation(kept, top_k=1000).top_k == 1000
+
+
+def deep(n_layers=4):
+    config = tiny_llama().config.to_dict() | {"num_hidden_layers": n_layers}
+    torch.manual_seed(0)
+    return type(tiny_llama())(tiny_llama().config.__class__(**config)).float().eval()
+
+
+def plan_of(model, n_hidden, *layers):
+    """A plan that takes whole layers and hidden channels."""
+    groups = pk.discover(model)
+    hidden = groups.of_kind("hidden")[0]
+    gone = {f"model.layers.{number}:layer": [0] for number in layers} | {hidden.name: range(0, n_hidden * 3, 3)}
+    return plan_without(groups, gone, {})
+
+
+@torch.no_grad()
+def apart(dense, small, tokens, behind, channels):
+    """How far hidden states are apart, worked out from what transformers returns beside logits."""
+    theirs, ours = (m(input_ids=tokens, output_hidden_states=True).hidden_states for m in (dense, small))
+    parts = []
+    for number, layer in enumerate(behind[:-1]):  # behind the last layer transformers gives the normed stream
+        target, found = theirs[layer + 1][:, :-1, channels], ours[number + 1][:, :-1]
+        parts.append(((found - target).square().sum(-1) / target.square().sum(-1)).mean())
+    return float(torch.stack(parts).mean())
+
+
+@pytest.mark.parametrize("training", [LONG, LoRA(r=4, max_steps=40, batch_size=8, learning_rate=1e-2)])
+def test_hidden_states_come_nearer_to_the_teachers_through_the_plan(training):
+    dense, tokens = deep(), counting()
+    plan = plan_of(dense, 3, 1)
+    small = pk.prune(dense, plan, measure=False)
+    channels = [channel for channel in range(16) if channel not in (0, 3, 6)]
+    with_, without = (
+        recover(small, Distillation(dense, training, hidden_share=share, plan=plan if share else None), tokens)
+        for share in (0.7, 0.0)
+    )
+    was, now, plain = (apart(dense, model, tokens, (1, 2, 3), channels) for model in (small, with_, without))
+    assert now < 0.7 * was and now < 0.85 * plain
+
+
+def test_the_difference_is_that_of_the_stream_behind_each_gap():
+    dense, tokens = deep(), counting(4)
+    plan = plan_of(dense, 3, 1)
+    small = pk.prune(dense, plan, measure=False)
+    how = FullTuning(max_steps=1, batch_size=4, learning_rate=1e-9)
+    trained = recover(small, Distillation(dense, how, hidden_share=1.0, plan=plan), tokens)
+    channels, seen = [channel for channel in range(16) if channel not in (0, 3, 6)], {}
+    for model, numbers in ((dense, (1, 2, 3)), (small, (0, 1, 2))):
+        seen[model] = []
+        for number in numbers:
+            model.model.layers[number].register_forward_hook(lambda m, a, y, into=seen[model]: into.append(y[:, :-1]))
+        with torch.no_grad():
+            model(tokens)
+    pairs = [(h, t[..., channels]) for h, t in zip(seen[small], seen[dense], strict=True)]
+    wanted = [((h - t).square().sum(-1) / t.square().sum(-1)).mean() for h, t in pairs]
+    assert trained.recovery_log.losses[0] == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-5)
+
+
+def test_hidden_states_of_a_copy_are_no_difference_and_nothing_is_learnt():
+    dense = tiny_llama()
+    trained = recover(copy.deepcopy(dense), Distillation(dense, SHORT, hidden_share=1.0), counting())
+    assert trained.recovery_log.losses == (0.0, 0.0, 0.0) and same(trained, weights_of(dense))
+
+
+def test_tokens_that_are_not_trained_on_do_not_count_for_hidden_states():
+    dense, tokens = tiny_llama(), counting(4)
+    small, labels = pruned(dense), counting(4)
+    labels[:, 6:] = IGNORED
+    how = FullTuning(max_steps=1, batch_size=4)
+    short = recover(small, Distillation(dense, how, hidden_share=1.0), tokens[:, :6])
+    masked = recover(small, Distillation(dense, how, hidden_share=1.0), TrainingWindows(tokens, labels))
+    assert short.recovery_log.losses[0] == pytest.approx(masked.recovery_log.losses[0], rel=1e-5)
+
+
+def test_hidden_states_that_cannot_be_compared_are_refused(tmp_path):
+    dense, tokens = deep(), counting()
+    plan = plan_of(dense, 3, 1)
+    small = pk.prune(dense, plan, measure=False)
+    with pytest.raises(PrunekitError, match=r"has 3 layers of 13 hidden channels, and 4 of 16 of the teacher's"):
+        recover(small, Distillation(dense, SHORT, hidden_share=0.5), tokens)
+    read = pk.PruningPlan.load(plan.save(tmp_path / "plan.json"))
+    assert recover(small, Distillation(dense, SHORT, hidden_share=0.5, plan=read), tokens)
+    with pytest.raises(PrunekitError, match="the plan is of another dense model; give the one by which the teacher"):
+        recover(small, Distillation(tiny_llama(), SHORT, hidden_share=0.5, plan=plan), tokens)
+    with pytest.raises(PrunekitError, match="plan= is for hidden states; give hidden_share too"):
+        Distillation(dense, SHORT, plan=plan)
+    with pytest.raises(PrunekitError, match=r"hidden_share=0.5 compares hidden states, and of this teacher only"):
+        Distillation(keep_logits(dense, tokens), SHORT, hidden_share=0.5)

@@ -249,6 +249,7 @@ SENSE: dict[str, Callable[[Any], bool]] = {
     "Distillation.top_k": none_or(is_integer(1)),
     "Distillation.kl": NEVER,
     "Distillation.text_share": one_of(0, 1, 0.5, True),
+    "Distillation.hidden_share": one_of(0, 1, 0.5, True),
     "evaluate.metrics": NEVER,
     "knowledge_distribution.ratios": lambda v: isinstance(v, np.ndarray),
     "LoRA.warmup": is_number(0, 1e300),

@@ -1,8 +1,10 @@
 """Gaps of removed layers: the map is merged exactly, helps where it can, and is left out where it cannot."""
 
+import copy
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from families import FAMILIES, logits
@@ -11,8 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import prunekit as pk
+from prunekit import PrunekitError
 from prunekit.calibration import mean_loss
 from prunekit.pruning.compensation import split_windows
+from prunekit.pruning.gap_factors import rescale
 from prunekit.pruning.gaps import _apply, _sums, gaps_of
 from prunekit.pruning.least_squares import choose
 
@@ -164,5 +168,131 @@ def test_layers_go_one_at_a_time_by_the_influence_measured_without_those_before(
         small = pk.prune(model, plan_without(model, *gone), measure=False)
     assert sorted(gone) == [int(name.split(".")[2].split(":")[0]) for name, units in plan.keep.items() if not units]
     assert torch.equal(logits(pk.prune(model, plan, measure=False)), logits(small))
-    with pytest.raises(pk.PrunekitError, match="includes blocks, or layers with others"):
+    with pytest.raises(pk.PrunekitError, match="has whole layers or blocks with others"):
         pk.plan_in_steps(model, pk.BlockInfluence(), 0.3, tokens, n_steps=2, kinds=("layer", "ffn_channel"))
+
+
+def turned(model, factors):
+    """Logits where the residual stream behind layers is multiplied by factors: layer → factor."""
+    hooks = [
+        model.get_submodule(path).register_forward_hook(
+            lambda _module, _args, result, by=by: result * by if isinstance(result, torch.Tensor) else (result[0] * by,)
+        )
+        for path, by in factors.items()
+    ]
+    found = logits(model)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_factors_in_weights_are_factors_of_the_residual_stream(name, tied, monkeypatch):
+    model = deep(name, n_layers=6)
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.dim() == 2 and p.std() < 0.1):
+            parameter.mul_(15)  # so that layers do something, and the epsilon of norms nothing
+    monkeypatch.setattr("prunekit.pruning.gap_factors.judged", lambda rows, *_: table_of(rows))
+    tokens, plan = tokens_of(model), plan_without(model, 1, 2, 4)
+    plain = pk.prune(model, plan, measure=False)
+    small = pk.prune(model, plan, compensate=tokens, gaps="magnitude", measure=False)
+    first, second = small.compensation.factor
+    layers = list(small.compensation.module)
+    assert [path.split(".")[-1] for path in layers] == ["0", "1"] and first != 1 != second
+    expected = turned(plain, dict(zip(layers, (first, second), strict=True)))
+    assert relative(logits(small), expected) < 1e-3 < 0.1 * relative(logits(plain), expected)
+    assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+def table_of(rows):
+    return pd.DataFrame(rows, columns=["module", "inputs", "ridge", "error_before", "error_after"])
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_the_factor_is_the_mean_over_channels_of_how_the_stream_grew():
+    model, seen = deep(), {}
+    for number in (0, 2):
+        model.model.layers[number].register_forward_hook(
+            lambda _module, _args, result, number=number: seen.setdefault(number, []).append(result)
+        )
+    tokens = tokens_of(model)
+    learnt, _ = split_windows(tokens)
+    with torch.no_grad():
+        model(learnt)
+    front, behind = (torch.cat(seen[number]).abs().mean((0, 1)) for number in (0, 2))
+    table = pk.prune(model, plan_without(model, 1, 2), compensate=tokens, gaps="magnitude", measure=False).compensation
+    assert table.factor[0] == pytest.approx(float((behind / front).mean()), rel=1e-5)
+    assert table.inputs[0] == 16 and table.ridge.isna().all()
+
+
+class Tripling(nn.Module):
+    """A layer that only makes the residual stream larger, which a factor makes up for exactly."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden, **options):
+        return self.layer(hidden, **options) * 0 + hidden * 3
+
+
+def test_a_layer_that_only_scales_is_made_up_for_and_what_raises_the_loss_is_taken_back():
+    model, outcomes = deep(), set()
+    plan = plan_without(model, 1)
+    plain = pk.prune(model, plan, measure=False)
+    before = {name: p.clone() for name, p in plain.named_parameters()}
+    model.model.layers[1] = Tripling(model.model.layers[1])
+    for seed in range(8):
+        small, tokens = copy.deepcopy(plain), tokens_of(model, seed=seed)
+        table, held = rescale(small, model, plan, tokens), split_windows(tokens)[1]
+        assert table.factor[0] == pytest.approx(3, rel=1e-5)
+        assert table.error_before[0] == pytest.approx(4 / 9, rel=1e-5)
+        was, now = table.attrs["loss"]
+        assert (was, now) == pytest.approx((mean_loss(plain, held), mean_loss(model, held)), abs=1e-4)
+        outcomes.add(now <= was)
+        if now <= was:
+            assert relative(logits(small), logits(model)) < 1e-4 and table.error_after[0] < 1e-9
+        else:
+            assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
+            assert table.error_after[0] == table.error_before[0]
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "mixtral"])
+def test_a_factor_that_weights_cannot_take_leaves_all_gaps(name):
+    model = deep(name)
+    plan, tokens = plan_without(model, 1), tokens_of(model)
+    small = pk.prune(model, plan, compensate=tokens, gaps="magnitude", measure=False)
+    assert list(small.compensation.module) == ["model.layers.1"] and small.compensation.factor.isna().all()
+    assert torch.equal(logits(small), logits(pk.prune(model, plan, measure=False)))
+
+
+def test_factors_of_half_precision_and_of_gaps_at_the_ends():
+    model = deep(n_layers=5).to(torch.bfloat16)
+    plan, tokens = plan_without(model, 0, 2, 4), tokens_of(model)
+    table = pk.prune(model, plan, compensate=tokens, gaps="magnitude", measure=False).compensation
+    assert list(table.module) == ["model.layers.0", "model.layers.1", "model.layers.0"]
+    assert list(table.factor.isna()) == [False, False, True]
+    hidden = pk.discover(model).of_kind("hidden")[0]
+    narrow = plan_without(model, 2, **{hidden.name: list(range(hidden.n_units // 2))})
+    table = pk.prune(model, narrow, compensate=tokens, gaps="magnitude", measure=False).compensation
+    assert table.factor.isna().all()
+
+
+def test_a_factor_without_a_gap_is_refused():
+    model = deep()
+    layers, tokens = plan_without(model, 2), tokens_of(model)
+    ffn = pk.discover(model).of_kind("ffn_channel")[0]
+    scores = {ffn.name: torch.ones(ffn.n_units)}
+    units = pk.plan(pk.discover(model), scores, 0.3, of="units", kinds=("ffn_channel",), protect_layers=(1, 2, 3))
+    for plan, calib in ((layers, None), (units, tokens)):
+        with pytest.raises(PrunekitError, match="gaps='magnitude' makes up for whole layers that go"):
+            pk.prune(model, plan, compensate=calib, gaps="magnitude")
+    with pytest.raises(PrunekitError, match="gaps='both' is not allowed"):
+        pk.prune(model, layers, compensate=tokens, gaps="both")

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from other_families import EVERYONE
+from test_gaps import deep
 from test_importance import tiny_llama
 from test_recovery import counting
 
@@ -175,6 +176,76 @@ def test_damages_of_a_mixture_are_those_of_its_logits():
     assert all(np.allclose(found[name], again[name], atol=1e-6) for name in heads)
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_with_whole_layers_no_choice_that_meets_the_budget_does_less_damage(seed):
+    """Groups 0 and 1 lie in layer 4, groups 2 and 3 in layer 5; one layer stays."""
+    rng = np.random.default_rng(seed)
+    rises = [np.concatenate([[0], rng.random(2).cumsum()]) for _ in range(4)] + [np.array([0, 2.5]) for _ in range(2)]
+    saved = [np.concatenate([[0], rng.random(2).cumsum()]) for _ in range(4)]
+    saved += [np.array([0, saved[0][-1] + saved[1][-1] + 0.5]), np.array([0, saved[2][-1] + saved[3][-1] + 0.5])]
+    table = CostTable("cost", 10.0, {str(g): each for g, each in enumerate(saved)})
+    limit = table.at_most(10 - float(rng.random() * 6))
+    inside, stay = [(0, 4), (1, 4), (2, 5), (3, 5)], [[4, 5]]
+
+    def counted(choice):
+        """None where a layer is gone, whatever else was chosen there."""
+        return [None if g < 4 and choice[4 + g // 2] else i for g, i in enumerate(choice)]
+
+    def total(values, choice):
+        return sum(v[i] for v, i in zip(values, choice, strict=True) if i is not None)
+
+    choices = [counted((*c, a, b)) for c in product(range(3), repeat=4) for a, b in ((0, 0), (0, 1), (1, 0))]
+    possible = [total(rises, c) for c in choices if 10 - total(saved, c) <= limit.high + 1e-9]
+    if not possible:
+        least = 10 - max(total(saved, c) for c in choices)
+        with pytest.raises(PrunekitError, match=f"at best each alone can reach cost {least:,.6g};"):
+            _solved(rises, {"cost": saved}, [limit], inside, stay)
+        return
+    found = _solved(rises, {"cost": saved}, [limit], inside, stay)
+    assert found == counted([0 if i is None else i for i in found]) and 10 - total(saved, found) <= limit.high + 1e-9
+    assert total(rises, found) == pytest.approx(min(possible), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["layer", "block"])
+def test_depth_and_width_share_a_budget(kind):
+    model = deep(n_layers=4)
+    groups = pk.discover(model)
+    kinds = ("kv_head", "ffn_channel", kind)
+    scores = pk.score(model, groups.of_kind(*kinds), pk.Magnitude())
+    with torch.no_grad():  # one layer that does nothing, and one whose FFN does not
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+        for number in (1, 2):
+            model.model.layers[number].mlp.down_proj.weight.zero_()
+    tables = [parameter_table(groups), mac_table(model, groups, kinds=kinds)]
+    limits = [table.at_most(0.6 * table.total) for table in tables]
+    plan = solve_in_steps(model, groups, scores, limits, counting(8), n_steps=2, shares=(0.5, 1.0))
+    assert ("model.layers.1" if kind == "layer" else "model.layers.1.self_attn") in plan.removed_parts
+    widths = [name for name, units in plan.keep.items() if 0 < len(units) < plan.n_units[name]]
+    assert widths and not [name for name in widths if name.startswith(tuple(f"{path}." for path in plan.removed_parts))]
+    small = pk.prune(model, plan, measure=False)
+    assert sum(p.numel() for p in small.parameters()) == plan.n_parameters_kept <= 0.6 * tables[0].total
+    assert tables[1].measure(small) <= 0.6 * tables[1].total
+    assert plan.notes["costs"]["macs"] == pytest.approx(tables[1].measure(small))
+
+
+def test_a_layer_that_went_before_stays_gone_and_one_stays():
+    model = deep(n_layers=3)
+    groups = pk.discover(model)
+    scores = {**pk.score(model, groups.of_kind("ffn_channel", "layer"), pk.Magnitude())}
+    layers = [g.name for g in groups.of_kind("layer")]
+    first = plan_without(groups, {layers[1]: [0]}, {})
+    dear = {name: values * (1000 if name in layers else 1) for name, values in scores.items()}
+    then = solve_budgets(groups, dear, first.pruning_ratio + 0.05, after=first)
+    assert then.removed_layers == ["model.layers.1"] and not then.cut_groups("hidden")
+    assert not [name for name in then.cut_groups("ffn_channel") if name.startswith("model.layers.1.")]
+    damages = measure_damages(model, groups, scores, counting(8), around=first)
+    assert not damages["model.layers.1.mlp:ffn_channel"].any() and not damages[layers[1]].any()
+    cheap = {name: values * (1e-6 if name in layers else 1) for name, values in scores.items()}
+    most = solve_budgets(groups, cheap, plan_without(groups, {n: [0] for n in layers[:2]}, {}).pruning_ratio)
+    assert len(most.removed_layers) == 2
+
+
 def test_what_cannot_be_is_refused_by_name(model, groups, scores):
     table = parameter_table(groups)
     with pytest.raises(
@@ -187,7 +258,7 @@ def test_what_cannot_be_is_refused_by_name(model, groups, scores):
     with pytest.raises(PrunekitError, match="scores have 'x', which is no group of this model"):
         solve_budgets(groups, {"x": torch.ones(2)}, 0.1)
     with pytest.raises(PrunekitError, match="is inexact, or a single unit"):
-        solve_budgets(groups, {g.name: torch.ones(g.n_units) for g in groups.of_kind("layer")}, 0.1)
+        solve_budgets(groups, {g.name: torch.ones(g.n_units) for g in groups.of_kind("hidden")}, 0.1)
     name = next(iter(scores))
     with pytest.raises(PrunekitError, match=rf"damages of {name!r} have shape \(2,\); give 5 finite numbers"):
         solve_budgets(groups, scores, 0.1, damages={name: [0.0, 1.0]})

@@ -3,14 +3,19 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens, in_batches
+from prunekit.discovery import CoupledGroup, discover
 from prunekit.discovery.constants import leaves
+from prunekit.discovery.parts import layer_of, list_elements
 from prunekit.errors import PrunekitError
+from prunekit.importance.ablation import ablated
 from prunekit.importance.input_statistics import measuring, members_read, readers_of, sums_over_inputs, wide
 from prunekit.importance.scores import (
     Calibration,
@@ -119,9 +124,15 @@ def _scored(
 
 @dataclass(frozen=True)
 class BlockInfluence:
-    """1 − cos(x, f(x)) of a layer f, averaged over calibration tokens; near 0 if the layer hardly changes its input.
+    """1 − cos(x, y) of a layer or block, averaged over calibration tokens; near 0 if it hardly turns the stream.
 
-    Source: ShortGPT (Men et al. 2024).
+    x is the residual stream in front of it and y that behind it. Of a layer these are its input and output. Of the
+    blocks inside a layer, attention and FFN, they are the layer's output with this block and all later ones ablated,
+    and with the later ones alone ablated; so whatever the layer does to a block's output counts with it. Each block
+    costs one more run of its layer.
+
+    Source: ShortGPT (Men et al. 2024) for layers; He et al., "What matters in transformers? Not all attention is
+        needed" (2024), Eq. 2 to 5, for blocks.
     """
 
     needs_calibration = True  # activations come from a calibration set
@@ -131,37 +142,71 @@ class BlockInfluence:
         """Group name → (1,), from tokens.
 
         Raises:
-            PrunekitError: no tokens, a group that is no whole layer, or activations that are not finite.
+            PrunekitError: no tokens, a group that is no whole layer or block, or activations that are not finite.
         """
         tokens = tokens_for("BlockInfluence()", calib)
         for group in groups:
-            if group.kind != "layer":
+            if group.kind not in ("layer", "block"):
                 raise PrunekitError(
-                    f"{group.name!r} is not a whole layer, so it has no block influence; choose groups.of_kind('layer')"
+                    f"{group.name!r} is no whole layer or block, so it has no block influence; choose "
+                    "groups.of_kind('layer') or groups.of_kind('block')"
                 )
         check_takes_tokens(model)
         tokens = check_tokens(tokens, model)
         turned: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            for group in groups:
-                layer = model.get_submodule(group.name.removesuffix(":layer"))
-                stack.callback(layer.register_forward_hook(_adder(turned, group.name), with_kwargs=True).remove)
+            for path, blocks in _by_layer(model, groups).items():
+                watch = partial(_add_turns, turned, model, path, blocks)
+                stack.callback(model.get_submodule(path).register_forward_hook(watch, with_kwargs=True).remove)
             stack.enter_context(measuring(model))
             for batch in in_batches(tokens):
                 model(input_ids=batch, use_cache=False)  # type: ignore[operator]
         for name, total in turned.items():
             if not bool(total.isfinite()):
                 raise PrunekitError(
-                    f"the input or output of {name.removesuffix(':layer')} is not finite; check the weights"
+                    f"the input or output of {name.rpartition(':')[0]} is not finite; check the weights"
                 )
-        return {name: (total / tokens.numel())[None] for name, total in turned.items()}
+        return {group.name: (turned[group.name] / tokens.numel())[None] for group in groups}
 
 
-def _adder(turned: dict[str, Tensor], name: str) -> Any:
-    def add(_module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
-        after = next(tensor for _, tensor in leaves((result,), {}))
-        before = next(t for _, t in leaves(args, kwargs) if t.shape == after.shape and t.is_floating_point())
-        cosines = torch.cosine_similarity(wide(before), wide(after), dim=-1)
-        turned[name] = turned.get(name, torch.zeros((), dtype=torch.float64)) + (1 - cosines).double().sum().cpu()
+def _by_layer(model: nn.Module, groups: SomeGroups) -> dict[str, list[CoupledGroup]]:
+    """Layer → all its blocks, in the order in which they run, where one of them is scored; else without blocks."""
+    found: dict[str, list[CoupledGroup]] = {g.name.removesuffix(":layer"): [] for g in groups if g.kind == "layer"}
+    if any(group.kind == "block" for group in groups):
+        layers, every = list_elements(model), discover(model)
+        inside = {g.name: layer_of(g.name.removesuffix(":block"), layers) or "" for g in every.of_kind("block")}
+        asked = {inside[every[group.name].name] for group in groups if group.kind == "block"}
+        found |= {path: [every[name] for name in inside if inside[name] == path] for path in asked}
+    return found
 
-    return add
+
+def _add_turns(
+    turned: dict[str, Tensor],
+    model: nn.Module,
+    path: str,
+    blocks: list[CoupledGroup],
+    layer: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    result: Any,
+) -> None:
+    """Add 1 − cos of a layer, and of each of its blocks, over the tokens of one call."""
+
+    def without(later: list[CoupledGroup]) -> Tensor:
+        with ExitStack() as stack:
+            for block in later:
+                stack.enter_context(ablated(model, block, [0]))
+            return _stream(layer.forward(*args, **kwargs))
+
+    behind = _stream(result)
+    before = next(t for _, t in leaves(args, kwargs) if t.shape == behind.shape and t.is_floating_point())
+    streams = [*(without(blocks[number:]) for number in range(len(blocks))), behind]
+    pairs = {block.name: pair for block, pair in zip(blocks, pairwise(streams), strict=True)}
+    for name, (x, y) in {f"{path}:layer": (before, behind), **pairs}.items():
+        turn = (1 - torch.cosine_similarity(wide(x), wide(y), dim=-1)).double().sum().cpu()
+        turned[name] = turned.get(name, torch.zeros((), dtype=torch.float64)) + turn
+
+
+def _stream(result: Any) -> Tensor:
+    """The residual stream in what a layer returns."""
+    return next(tensor for _, tensor in leaves((result,), {}))

@@ -232,22 +232,22 @@ class SavedWeights:
                 module.bias.copy_(bias)
 
 
-def groups_of(plan: PruningPlan, model: nn.Module, step: str) -> Groups:
+def groups_of(plan: PruningPlan, model: nn.Module, advice: str) -> Groups:
     """The groups of the dense model that a plan is of.
 
     Raises:
-        PrunekitError: the plan is of another model; names the order of the step's arguments.
+        PrunekitError: the plan is of another model; ends with the advice.
     """
     groups = discover(model) if plan.groups is None else plan.groups  # a plan that was read from a file has none
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if shapes != dict(groups.shapes) or any(name not in groups for name in plan.keep):
-        raise PrunekitError(f"the plan is of another dense model; the order is {step}(small, model, plan, calib)")
+        raise PrunekitError(f"the plan is of another dense model; {advice}")
     return groups
 
 
 def _kept(plan: PruningPlan, model: nn.Module) -> dict[tuple[str, int], Tensor]:
     """(path, dim of its weight) → the indices that stay, where some go."""
-    groups = groups_of(plan, model, "compensate")
+    groups = groups_of(plan, model, "the order is compensate(small, model, plan, calib)")
     if plan.takes_tokens:
         raise PrunekitError(
             "the plan removes tokens, but calib has the old token ids: re-fit first, then cut the vocabulary"

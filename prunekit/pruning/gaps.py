@@ -1,6 +1,7 @@
 """Bridges gaps of removed layers by a linear map that is merged into the layer in front of each gap."""
 
 import math
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -81,9 +82,13 @@ def bridge(small: nn.Module, model: nn.Module, plan: PruningPlan, calib: Tensor)
             if choice.change is not None:
                 old.change(path, partial(_apply, change=choice.change))
             rows.append((path, found.cross.shape[1], *choice[1:]))
-    table = judged(rows, small, old, before, held)
-    fitted = getattr(small, "compensation", None)  # of units, before
-    small.compensation = table if fitted is None else pd.concat([fitted, table], ignore_index=True)  # type: ignore
+    return noted(small, judged(rows, small, old, before, held))
+
+
+def noted(small: Any, table: pd.DataFrame) -> pd.DataFrame:
+    """The table, once it stands behind what was fitted before."""
+    fitted = getattr(small, "compensation", None)  # of units
+    small.compensation = table if fitted is None else pd.concat([fitted, table], ignore_index=True)
     return table
 
 
@@ -98,21 +103,30 @@ def gaps_of(model: nn.Module, plan: PruningPlan, window: Tensor) -> tuple[list[G
     """
     found: list[Gap] = []
     left: list[str] = []
+    narrows = bool(plan.cut_groups("hidden"))
+    for before, last in spans_of(model, plan):
+        writer = None if before is None or narrows else _writer(model, before, window)
+        if before is None or writer is None:
+            left.append(last)
+        else:
+            found.append(Gap(before, last, writer))
+    return found, left
+
+
+def spans_of(model: nn.Module, plan: PruningPlan) -> list[tuple[str | None, str]]:
+    """For each run of layers that go, the last layer in front of it and the last of it."""
+    found: list[tuple[str | None, str]] = []
     before: str | None = None
     last: str | None = None
-    narrows, gone = bool(plan.cut_groups("hidden")), plan.removed_layers
+    gone = plan.removed_layers
     for path in [*outermost_elements(model), None]:
         if path in gone:
             last = path
             continue
         if last is not None:
-            writer = None if before is None or narrows else _writer(model, before, window)
-            if before is None or writer is None:
-                left.append(last)
-            else:
-                found.append(Gap(before, last, writer))
+            found.append((before, last))
         before, last = path, None
-    return found, left
+    return found
 
 
 def counterparts(small: nn.Module, model: nn.Module, plan: PruningPlan) -> dict[str, str]:
@@ -135,19 +149,28 @@ def _apply(module: Any, change: Tensor) -> None:
 def _sums(model: nn.Module, gaps: list[Gap], tokens: Tensor) -> list[Fit]:
     """The sums of each gap's least squares over all tokens."""
     fits: dict[int, Fit] = {}
+
+    def add(seen: dict[str, Tensor]) -> None:
+        for number, gap in enumerate(gaps):
+            written, before, after = (seen[path].flatten(0, -2) for path in (gap.writer, gap.before, gap.last))
+            fit = _fit(written, before, after, model.get_submodule(gap.writer).bias is not None)
+            fits[number] = fit if number not in fits else fits[number] + fit
+
+    watch(model, {path for gap in gaps for path in (gap.before, gap.last, gap.writer)}, tokens, add)
+    return list(fits.values())
+
+
+def watch(model: Any, paths: Collection[str], tokens: Tensor, note: Callable[[dict[str, Tensor]], None]) -> None:
+    """Give the outputs of some modules for each batch of tokens."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        for path in {path for gap in gaps for path in (gap.before, gap.last, gap.writer)}:
+        for path in paths:
             stack.callback(model.get_submodule(path).register_forward_hook(_keeping(seen, path)).remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(computing_wide(model))
         for batch in tqdm(in_batches(tokens), desc="gaps", leave=False, delay=1):
-            model(input_ids=batch, use_cache=False)  # type: ignore[operator]
-            for number, gap in enumerate(gaps):
-                written, before, after = (seen[path].flatten(0, -2) for path in (gap.writer, gap.before, gap.last))
-                fit = _fit(written, before, after, model.get_submodule(gap.writer).bias is not None)
-                fits[number] = fit if number not in fits else fits[number] + fit
-    return list(fits.values())
+            model(input_ids=batch, use_cache=False)
+            note(seen)
 
 
 def _fit(written: Tensor, before: Tensor, after: Tensor, biased: bool) -> Fit:

@@ -123,8 +123,12 @@ def candidates_of(
         for m in g.members:
             other = owner.setdefault((m.parameter, m.dim), g)
             if other.kind != g.kind:
+                advice = (
+                    "; search.solve_budgets chooses among both" if {"layer", "block"} & {g.kind, other.kind} else ""
+                )
                 raise PrunekitError(
-                    f"{g.name!r} and {other.name!r} cut the same rows of {m.parameter}; give kinds that do not overlap"
+                    f"{g.name!r} and {other.name!r} cut the same rows of {m.parameter}; give kinds that do not "
+                    f"overlap{advice}"
                 )
     return found
 

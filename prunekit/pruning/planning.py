@@ -150,8 +150,8 @@ def plan_in_steps(
         n_steps: 1 or more. A step that is too small for a unit is passed over; its share goes with the next.
         normalize: as for `score`.
         groups: what `discover(model)` returned, where it was called before; None discovers.
-        options: of `plan`. Of whole parts, layers alone (`kinds=("layer",)`): with `BlockInfluence` and as many steps
-            as layers they go one at a time, each chosen by the influence measured without those before. No blocks.
+        options: of `plan`. Of whole parts, layers alone (`kinds=("layer",)`) or blocks alone: with `BlockInfluence` and
+            as many steps as go, they go one at a time, each chosen by the influence measured without those before.
 
     Returns:
         One plan for the dense model. What went in a step stays gone.
@@ -165,8 +165,8 @@ def plan_in_steps(
     kinds = tuple(check_options(pruning_ratio, **options))
     if "vocabulary" in kinds and calib is not None:
         raise PrunekitError("kinds has vocabulary, after which calib would name other tokens; take tokens in one step")
-    if set(kinds) & set(WHOLE_KINDS) and kinds != ("layer",):
-        raise PrunekitError(f"kinds={kinds} includes blocks, or layers with others; remove those by a separate plan")
+    if set(kinds) & set(WHOLE_KINDS) and len(kinds) > 1:
+        raise PrunekitError(f"kinds={kinds} has whole layers or blocks with others; remove those by a separate plan")
     groups = discover(model) if groups is None else groups
     alike = {group.name: torch.ones(group.n_units) for group in groups}
     chosen, small = plan(groups, alike, _part(pruning_ratio, 0.0), **options), model

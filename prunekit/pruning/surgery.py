@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from prunekit.pruning.compensation import compensate as refit
 from prunekit.pruning.configurations import own_configurations, record, usable
 from prunekit.pruning.consequences import Consequences, apply_to, consequences_of
 from prunekit.pruning.describing import describe
+from prunekit.pruning.gap_factors import rescale
 from prunekit.pruning.gaps import bridge
 from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.proving import Change, check_scales, parameters_in, try_without, verify
@@ -66,6 +67,7 @@ def prune(
     inplace: bool = False,
     compensate: Tensor | None = None,
     fit: str = "weights",
+    gaps: Literal["map", "magnitude"] = "map",
     held_out: Tensor | None = None,
     measure: bool = True,
 ) -> nn.Module:
@@ -82,8 +84,11 @@ def prune(
         compensate: integers (n_samples, seq_len), on which what reads the pruned units is re-fitted, as
             `prunekit.compensate` does; None to leave it as it is. Not with `inplace`. Where whole layers or blocks
             go too, the target of the re-fit is the model without them. What removed layers added to the residual stream
-            is then fitted by the last layer in front of them (`prunekit.pruning.gaps.bridge`).
+            is then made up for, as `gaps` says.
         fit: what of it, as in `prunekit.compensate`: `"weights"`, `"bias"` or `"both"`.
+        gaps: `"map"` lets the last layer in front of removed ones take over what they added
+            (`prunekit.pruning.gaps.bridge`); `"magnitude"` makes up for its size alone, by one factor a gap
+            (`prunekit.pruning.gap_factors.rescale`).
         held_out: integers (n, seq_len) on which the loss is measured before and after, about 1,024 of these tokens;
             `calibration_set(..., held_out=True)` draws some. None takes windows that the plan's scores (or else the
             re-fit) were computed from; without them nothing is measured.
@@ -108,6 +113,10 @@ def prune(
         raise PrunekitError(
             f"fit={fit!r} says what is re-fitted on the tokens of compensate=; give these, or leave it out"
         )
+    if gaps != "map" and (compensate is None or not plan.removed_layers):
+        raise PrunekitError(
+            f"gaps={gaps!r} makes up for whole layers that go, on the tokens of compensate=; give both, or leave it out"
+        )
     check_measure(measure, held_out)
     if held_out is not None:
         check_tokens(held_out, model)
@@ -116,7 +125,7 @@ def prune(
     if compensate is not None and pruned.plan.keep:
         refit(*pruned, compensate, fit=fit)
     if compensate is not None and plan.removed_layers:
-        bridge(pruned.small, model, plan, compensate)
+        {"map": bridge, "magnitude": rescale}[gaps](pruned.small, model, plan, compensate)
     describe(pruned.small, pruned.plan.groups)
     if opening is not None:
         closed(opening, pruned.small)

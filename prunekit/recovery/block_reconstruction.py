@@ -245,7 +245,7 @@ def _check_models(small: nn.Module, model: nn.Module) -> None:
 
 def _removed_layers(plan: PruningPlan, model: nn.Module) -> list[str]:
     """Paths of the layers that a plan takes out."""
-    groups_of(plan, model, "reconstruct")
+    groups_of(plan, model, "the order is reconstruct(small, model, plan, calib)")
     if plan.takes_tokens:
         raise PrunekitError(
             "the plan removes tokens, but calib has the old token ids: reconstruct first, then cut the vocabulary"

@@ -1,6 +1,8 @@
 """Distillation: trains a pruned model to predict what the model before pruning predicts."""
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checks import Count, Model, Part, Positive, check_fields
+from prunekit.discovery.parts import outermost_elements
 from prunekit.errors import PrunekitError
+from prunekit.importance.input_statistics import wide
+from prunekit.layerwise import fewest_logits, first_float
+from prunekit.models import evaluating
+from prunekit.pruning.compensation import groups_of
+from prunekit.pruning.plans import PruningPlan
 from prunekit.recovery.data import IGNORED, TrainingWindows
 from prunekit.recovery.lora import LoRA
 from prunekit.recovery.settings import FullTuning
@@ -26,6 +34,10 @@ class Distillation:
     two distributions over the next token: of the teacher, p, and of the model, q, both with logits divided by T. Of p
     only the likeliest tokens are kept; all others are one entry, in q too, so it is at most the whole divergence.
 
+    With `hidden_share`, that share of the loss is the difference of hidden states: ‖h − h_teacher‖² / ‖h_teacher‖² of
+    the residual stream behind each layer of the model, the mean over layers and over the tokens that are trained on.
+    Behind the last layer in front of removed ones, h_teacher is the stream behind these: what the next layer reads.
+
     Attributes:
         teacher: the model before pruning, or what `keep_logits` kept of it, which needs no room beside the model. A
             model reads the data once, and its predictions are kept in memory: `8 * top_k` bytes a token.
@@ -34,13 +46,18 @@ class Distillation:
         temperature: T; None takes 1, or that of the predictions kept.
         text_share: share of the plain loss on the text, from 0 to 1.
         top_k: tokens that are kept at every place; None takes 64, or as many as were kept.
+        hidden_share: share of the difference of hidden states, from 0 to 1; above 0 the teacher runs at every step too,
+            so it must be a model.
+        plan: by which the teacher was cut, which says which of its layers and hidden channels the model has; None where
+            it has all of them. Used with `hidden_share` alone.
 
     Raises:
         PrunekitError: a value that cannot be.
 
     Source: Hinton et al., "Distilling the knowledge in a neural network" (2015), section 2; for pruned language models
         Muralidharan et al., "Compact language models via pruning and knowledge distillation" (2024). Differs: p is cut
-        to its likeliest tokens and a remainder; hidden states are not compared.
+        to its likeliest tokens and a remainder. Muralidharan et al. compare hidden states by their mean squared error
+        through a learnt projection; here a kept channel is compared with itself, relative to the size of the token.
     """
 
     teacher: Model | TeacherLogits = field(repr=False)
@@ -49,10 +66,19 @@ class Distillation:
     temperature: Positive | None = None
     text_share: Part = 0.0
     top_k: Count | None = None
+    hidden_share: Part = 0.0
+    plan: PruningPlan | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.plan is not None and not self.hidden_share:
+            raise PrunekitError("Distillation: plan= is for hidden states; give hidden_share too, or leave it out")
         if isinstance(self.teacher, TeacherLogits):
+            if self.hidden_share:
+                raise PrunekitError(
+                    f"Distillation: hidden_share={self.hidden_share} compares hidden states, and of this teacher only "
+                    "predictions were kept; give the model before pruning itself"
+                )
             kept = {"temperature": self.teacher.temperature, "top_k": self.teacher[0][0].shape[1]}
             for name, value in kept.items():
                 every = name == "top_k" and value == self.teacher.vocabulary  # all there are were kept
@@ -66,7 +92,8 @@ class Distillation:
         """What the Trainer minimises for a model on these windows.
 
         Raises:
-            PrunekitError: a teacher that is the model itself, has another vocabulary, or read other windows.
+            PrunekitError: a teacher that is the model itself, has another vocabulary, read other windows, or has other
+                layers or hidden channels than the plan says.
         """
         if self.teacher is model:
             raise PrunekitError("the teacher is the model itself: give the model before pruning")
@@ -84,12 +111,21 @@ class Distillation:
                 "recover the same data, tokenizer, seq_len and train_on"
             )
 
+        hidden = _HiddenStates(self.teacher, self.plan, model) if self.hidden_share else None
+
         def row(number: int) -> dict[str, Tensor]:
             return dict(zip(("ids", "log_probabilities"), kept[number], strict=True))
 
         def loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-            return self.loss(logits, inputs["labels"], inputs["ids"], inputs["log_probabilities"], kept.temperature)
+            noting: AbstractContextManager[list[Tensor]] = _streams(model) if hidden else nullcontext([])
+            with noting as streams:
+                logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+            given = inputs["labels"], inputs["ids"], inputs["log_probabilities"]
+            found = self.loss(logits, *given, kept.temperature)
+            if hidden is None:
+                return found
+            apart = hidden.difference(streams, inputs["input_ids"], inputs["labels"])
+            return self.hidden_share * apart + (1 - self.hidden_share) * found
 
         return Objective(row, loss)
 
@@ -121,6 +157,70 @@ class Distillation:
             return divergence
         plain = nn.functional.cross_entropy(logits, labels[:, 1:][trained])
         return self.text_share * plain + (1 - self.text_share) * divergence
+
+
+class _HiddenStates:
+    """The residual stream of a teacher, where the layers and hidden channels of a cut model have theirs."""
+
+    def __init__(self, teacher: Any, plan: PruningPlan | None, model: Any) -> None:
+        layers, gone = outermost_elements(teacher), plan.removed_layers if plan else []
+        stay = [number for number, path in enumerate(layers) if path not in gone]
+        self._teacher, self._channels = teacher, _channels(teacher, plan)
+        self._behind = [number - 1 for number in (*stay[1:], len(layers))]
+        width = model.get_input_embeddings().weight.shape[1]
+        wanted, found = (len(stay), len(self._channels)), (len(outermost_elements(model)), width)
+        if wanted != found:
+            raise PrunekitError(
+                f"the model has {found[0]} layers of {found[1]} hidden channels, and {wanted[0]} of {wanted[1]} of the "
+                "teacher's are to be compared; give the plan by which the teacher was cut, Distillation(…, plan=plan)"
+            )
+
+    def difference(self, streams: list[Tensor], tokens: Tensor, labels: Tensor) -> Tensor:
+        """‖h − h_teacher‖² / ‖h_teacher‖², the mean over layers and tokens that are trained on."""
+        with torch.no_grad(), evaluating(self._teacher), _streams(self._teacher) as targets:
+            tokens = tokens.to(self._teacher.get_input_embeddings().weight.device)
+            self._teacher(input_ids=tokens, use_cache=False, **fewest_logits(self._teacher, tokens))
+        parts = []
+        for stream, number in zip(streams, self._behind, strict=True):
+            trained = (labels[:, 1:] != IGNORED).to(stream.device)
+            h, target = (wide(x[:, :-1].to(stream.device)[trained]) for x in (stream, targets[number]))
+            target = target[:, self._channels.to(stream.device)]
+            size = target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)
+            parts.append(((h - target).square().sum(-1) / size).mean().to(streams[-1].device))
+        return torch.stack(parts).mean()
+
+
+@contextmanager
+def _streams(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A context in which the residual stream behind each layer is noted; peft's wrapper may be around the model."""
+    found: list[Tensor] = []
+
+    def note(_module: nn.Module, _args: Any, result: Any) -> None:
+        stream = first_float(result)
+        assert stream is not None  # layers return one
+        found.append(stream)
+
+    if isinstance(model, nn.DataParallel):
+        raise PrunekitError("hidden states are compared in one process a device: start it with torchrun or accelerate")
+    with ExitStack() as hooks:
+        for path in outermost_elements(model):
+            hooks.callback(model.get_submodule(path).register_forward_hook(note).remove)
+        yield found
+
+
+def _channels(teacher: Any, plan: PruningPlan | None) -> Tensor:
+    """The channels of the teacher's residual stream that a plan keeps."""
+    embedding = teacher.get_input_embeddings().weight
+    groups = None if plan is None else groups_of(plan, teacher, "give the one by which the teacher was cut")
+    if plan is None or groups is None or not plan.cut_groups("hidden"):
+        return torch.arange(embedding.shape[1])
+    names = [name for name, p in teacher.named_parameters() if p is embedding]
+    for cut in plan.cut_groups("hidden"):
+        for member in (m for m in groups[cut].members if m.parameter in names and m.dim == 1):
+            return member.owned_by(plan.keep[cut])
+    raise PrunekitError(
+        "the plan cuts hidden channels, and they are not those of the embedding; leave out hidden_share"
+    )
 
 
 def _rest(log_probabilities: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from prunekit.search.architectures import PlanSpace
 from prunekit.search.campaign import measure_pairs
 from prunekit.search.cost_tables import cache_table, check_table, latency_table, mac_table, weight_table
 from prunekit.search.costs import Budget, CostTable, parameter_table
+from prunekit.search.damages import measure_damages
 from prunekit.search.hyperparameters import Choice, Range
 from prunekit.search.pairs import Metric, Pairs
 from prunekit.search.predictor import AccuracyPredictor, Trees, agreement, cross_validate, learning_curve
 from prunekit.search.proposals import known_points, refined
 from prunekit.search.search_rounds import Found, search_space
-from prunekit.search.solving import measure_damages, solve_budgets, solve_in_steps
+from prunekit.search.solving import solve_budgets, solve_in_steps
 from prunekit.search.space import HyperparameterSpace, KnobSpace, Space
 
 __all__ = [
