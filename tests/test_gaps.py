@@ -296,3 +296,14 @@ def test_a_factor_without_a_gap_is_refused():
             pk.prune(model, plan, compensate=calib, gaps="magnitude")
     with pytest.raises(PrunekitError, match="gaps='both' is not allowed"):
         pk.prune(model, layers, compensate=tokens, gaps="both")
+
+
+def test_blocks_alone_leave_nothing_to_compensate():
+    """Else what was asked for would be dropped in silence."""
+    model = deep()
+    groups = pk.discover(model)
+    scores = {group.name: torch.ones(1) for group in groups.of_kind("block")}
+    plan = pk.plan(groups, scores, 0.25, of="units", kinds=("block",))
+    with pytest.raises(PrunekitError, match="whole attention or FFN blocks alone, so leave it out"):
+        pk.prune(model, plan, compensate=tokens_of(model))
+    assert pk.prune(model, plan).num_parameters() < model.num_parameters()

@@ -107,6 +107,11 @@ def prune(
     if compensate is not None:
         if inplace:
             raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")
+        if plan.removed_parts and all(name.endswith(":block") or not plan.removed(name) for name in plan.keep):
+            raise PrunekitError(
+                "compensate= re-fits what reads pruned units, and makes up for whole layers; this plan takes whole "
+                "attention or FFN blocks alone, so leave it out"
+            )
         check_tokens(compensate, model)
     check_choice("fit", fit, FITS)
     if compensate is None and fit != "weights":
