@@ -134,13 +134,9 @@ def scored_logits(model: nn.Module, batch: Batch, gathers: bool, run: Callable[[
     run = run or (lambda: model(**batch.inputs, use_cache=False).logits)
     if not gathers:
         return run().flatten(0, 1)[batch.places]
-    hook = model.get_output_embeddings().register_forward_pre_hook(  # type: ignore[operator, union-attr]
-        lambda _head, given: (given[0].flatten(0, 1)[batch.places][None], *given[1:])
-    )
-    try:
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    with head.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1)[batch.places][None], *given[1:])):
         return run()[0]
-    finally:
-        hook.remove()
 
 
 def choose_reading(model: nn.Module, spans: Sequence[Span], tokens_a_batch: int, *, runs: int = 1) -> Reading:

@@ -16,7 +16,6 @@ from prunekit.calibration import check_tokens, in_batches
 from prunekit.compat import EXPERTS_IMPLEMENTATION, TRANSPOSED_EXPERTS, without_function_modes
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
-from prunekit.importance.scores import check_takes_tokens
 from prunekit.models import evaluating, written_out
 
 ROOM = 2**31  # bytes of statistics held at once
@@ -98,7 +97,6 @@ def sums_over_inputs(
         PrunekitError: a model that does not take tokens as those of transformers do, bad tokens, or an input that
             is not finite.
     """
-    check_takes_tokens(model)
     tokens = check_tokens(calib, model)
     batches = in_batches(tokens)
     sums: dict[str, Tensor] = {}
