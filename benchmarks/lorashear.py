@@ -30,7 +30,7 @@ import prunekit as pk
 from prunekit import world
 from prunekit.questions import Task
 from prunekit.recipes import lorashear
-from prunekit.recipes.llm_pruner import spared_layers
+from prunekit.recipes.one_shot import spared_layers
 from prunekit.recovery.lhspg import importance_saliency
 from prunekit.recovery.mixture import Mixture
 from prunekit.recovery.progressive import Progressed, prune_progressively

@@ -20,7 +20,7 @@ from machine import RESULTS, apart, append, done, machine, shared
 import prunekit as pk
 from prunekit.account import loss_on
 from prunekit.pruning.plan_options import default_units
-from prunekit.recipes.llm_pruner import spared_layers
+from prunekit.recipes.one_shot import spared_layers
 
 TEXTS = {
     "wikitext2": "wikitext2/test.txt",

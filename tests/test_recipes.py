@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import prunekit as pk
 from prunekit import PrunekitError
 from prunekit.recipes import hywia, llm_pruner, lorashear, sparsellm
-from prunekit.recipes.llm_pruner import middle_layers
+from prunekit.recipes.one_shot import middle_layers
 from prunekit.recovery.sources import join, open_sources, shuffle
 
 CALIB = torch.randint(0, 96, (8, 16), generator=torch.Generator().manual_seed(4))

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunekit.checkpoint.gguf import FILE, gguf_package
-from prunekit.checkpoint.gguf_vocabulary import add_vocabulary
+from prunekit.checkpoint.gguf import FILE, add_vocabulary, gguf_package
 from prunekit.errors import PrunekitError, reason
 from prunekit.pruning.cuts import Cuts
 from prunekit.pruning.describing import relative_difference, tolerance

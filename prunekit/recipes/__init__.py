@@ -1,9 +1,7 @@
-"""Recipes: published pruning systems built from the primitives, one per module."""
+"""Recipes: published pruning systems built from the primitives."""
 
 from prunekit.recipes.accuracy_predictor import accuracy_predictor
-from prunekit.recipes.hywia import hywia
-from prunekit.recipes.llm_pruner import llm_pruner
 from prunekit.recipes.lorashear import lorashear
-from prunekit.recipes.sparsellm import sparsellm
+from prunekit.recipes.one_shot import hywia, llm_pruner, sparsellm
 
 __all__ = ["accuracy_predictor", "hywia", "llm_pruner", "lorashear", "sparsellm"]

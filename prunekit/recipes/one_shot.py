@@ -1,4 +1,4 @@
-"""LLM-Pruner (Ma, Fang and Wang, NeurIPS 2023): discover coupled structures, score them, cut, recover with LoRA."""
+"""Recipes that remove all at once, before any training: LLM-Pruner, HyWIA and SparseLLM."""
 
 import math
 from collections.abc import Iterable
@@ -8,14 +8,20 @@ from torch import Tensor
 
 from prunekit.checks import Count, Model, Share, Tokenizer, check_choice, checked
 from prunekit.discovery import Groups, discover
+from prunekit.discovery.parts import outermost_elements
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
-from prunekit.importance import Curvature, Taylor
+from prunekit.gradients import gather_gradients
+from prunekit.importance import Curvature, FusedScores, HyWIA, Taylor, fuse, score
+from prunekit.importance.fusion import Rule
 from prunekit.importance.scoring import AnyImportance
-from prunekit.pruning import PruningPlan, plan_in_steps, prune
-from prunekit.pruning.plan_options import check_options, default_units
+from prunekit.pruning import PruningPlan, plan, plan_in_steps, prune
+from prunekit.pruning.plan_options import DEFAULT_KINDS, check_options, default_units
 from prunekit.pruning.planning import plan_without
-from prunekit.recovery import LoRA, recover
+from prunekit.recovery import FullTuning, LoRA, recover
+from prunekit.sparsity import SparseLLM, SparsityReport, sparsify
+
+# --- LLM-Pruner (Ma, Fang and Wang, NeurIPS 2023) ---------------------------------------------------------------------
 
 MODES = ("block", "channel", "layer")
 ELEMENT1 = Taylor("element", "first")
@@ -158,3 +164,137 @@ def _first_layers(groups: Groups, pruning_ratio: float) -> PruningPlan:
     gone = layers[len(layers) - min(round(pruning_ratio * len(layers)), len(layers) - 1) :]
     notes = {"pruning_ratio": pruning_ratio, "of": "units", "importance": "the first layers stay"}
     return plan_without(groups, {layer.name: [0] if layer in gone else [] for layer in layers}, notes)
+
+
+# --- HyWIA (Liu et al., arXiv 2403.10799; AAAI 2025) ------------------------------------------------------------------
+
+
+class Fused(NamedTuple):
+    """The result of the recipe.
+
+    Attributes:
+        model: the smaller one, recovered where there were data to recover with.
+        plan: by which it was cut.
+        scores: fused; `scores.weight_table()` has the weights of both estimates, one row per group.
+    """
+
+    model: Any
+    plan: PruningPlan
+    scores: FusedScores
+
+
+@checked
+def hywia(
+    model: Model,
+    calib: Tensor,
+    pruning_ratio: Share = 0.25,
+    *,
+    rule: Rule = "attention",
+    order: str = "first",
+    layers: Iterable[int] | None = None,
+    data: Tensor | TextSource | None = None,
+    tokenizer: Tokenizer | None = None,
+    recovery: LoRA | None = None,
+) -> Fused:
+    """Prunes as HyWIA does: two estimates per group, adaptive fusion, plan, prune, recover.
+
+    Args:
+        model: the dense model; unchanged.
+        calib: integers (n_samples, seq_len).
+        pruning_ratio: share of the heads and FFN channels of `layers` that is removed.
+        rule: how the weights of a group's two estimates are found, as in `fuse`.
+        order: of both estimates, as in `Taylor`.
+        layers: those that are cut; None as in `llm_pruner`.
+        data: to recover with, as for `recover`; None leaves the model untuned.
+        tokenizer: needed where `data` is text.
+        recovery: how; None is LLM-Pruner's, `LoRA.paper()`.
+
+    Returns:
+        The smaller model, the plan, and the scores with their weights.
+
+    Raises:
+        PrunekitError: what `fuse`, `score`, `plan`, `prune` and `recover` raise.
+
+    Source: the paper's four steps. Reconstructed: the fusion rule, which the paper does not write out.
+    """
+    HyWIA(rule, order)  # checks it before anything is computed
+    check_options(pruning_ratio, of="units")
+    groups = discover(model)
+    spared = spared_layers(groups, layers)
+    units = groups.of_kind(*DEFAULT_KINDS)
+    names = {member.parameter for group in units for member in group.members}
+    gradients = gather_gradients(model, calib, names, second=order != "first")  # one pass for both estimates
+    coarse, fine = (score(model, units, Taylor(granularity, order), gradients) for granularity in ("vector", "element"))
+    scores = fuse(coarse, fine, rule)
+    chosen = plan(groups, scores, pruning_ratio, of="units", protect_layers=spared)
+    small = prune(model, chosen)
+    if data is not None:
+        small = recover(small, recovery or LoRA.paper(), data, tokenizer=tokenizer, inplace=True)
+    return Fused(small, chosen, scores)
+
+
+# --- SparseLLM (Bai et al., NeurIPS 2024, arXiv 2402.17946) -----------------------------------------------------------
+
+
+class Sparsified(NamedTuple):
+    """The result of the recipe.
+
+    Attributes:
+        model: with zeros, recovered where there were data to recover with; its shapes are those it had.
+        report: what was done to each matrix, and how the error of each FFN fell; from before recovery.
+    """
+
+    model: Any
+    report: SparsityReport
+
+
+@checked
+def sparsellm(
+    model: Model,
+    calib: Tensor,
+    sparsity: float | str | None = None,
+    *,
+    pattern: tuple[int, int] | None = None,
+    n_iterations: Count = 4,
+    faithful: bool = False,
+    half_depth: bool = False,
+    allocation: str = "uniform",
+    data: Tensor | TextSource | None = None,
+    tokenizer: Tokenizer | None = None,
+    recovery: LoRA | FullTuning | None = None,
+) -> Sparsified:
+    """Sparsifies layer by layer: attention by SparseGPT, FFNs by SparseLLM's alternation.
+
+    Args:
+        model: the dense model; unchanged.
+        calib: integers (n_samples, seq_len). The paper has 128 samples of 2048 tokens of C4, the released code 64 or
+            32 samples.
+        sparsity: fraction of zeros in each matrix, or `"2:4"`.
+        pattern: (kept, of) in place of it.
+        n_iterations: T of the alternation.
+        faithful: as the released code computes; see `SparseLLM`.
+        half_depth: only the first half of the layers, as behind the paper's tables; figures of such models do not
+            compare with those of whole depth.
+        allocation: `"uniform"`, or `"global"`, one budget over all matrices, which the paper has not.
+        data: to recover with, zeros staying zero, as for `recover`; None, as in the paper, leaves the model untuned.
+        tokenizer: needed where `data` is text.
+        recovery: how; None is `LoRA()`.
+
+    Returns:
+        The sparse model and the report.
+
+    Raises:
+        PrunekitError: what `sparsify` and `recover` raise.
+
+    Source: the paper's Alg. 1. Differs: where and why, see `SparseLLM`; `faithful=True` computes what the code does.
+    """
+    layers = range((len(outermost_elements(model)) + 1) // 2) if half_depth else None
+    method = SparseLLM(n_iterations=n_iterations, faithful=faithful)
+    sparse = sparsify(
+        model,  # type: ignore[arg-type]
+        calib, method, sparsity, pattern=pattern, allocation=allocation, layers=layers,
+    )  # fmt: skip
+    report: SparsityReport = sparse.sparsity_report  # type: ignore[assignment]
+    if data is not None:
+        sparse = recover(sparse, recovery or LoRA(), data, tokenizer=tokenizer, keep_zeros=True, inplace=True)
+    return Sparsified(sparse, report)
