@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunekit.checks import Count, Model, Tokenizer, Whole, checked
 from prunekit.discovery.parts import outermost_elements
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.continuations import generations
+from prunekit.evaluation.language_modelling import generations
 from prunekit.evaluation.likelihood import Span, check_batches, check_tokens_fit
 from prunekit.evaluation.multiple_choice import encode, question_spans
 from prunekit.layerwise import fewest_logits
