@@ -15,6 +15,7 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.sequence_scores import require_finite
 from prunekit.evaluation.standard_tasks import Tasks
 from prunekit.importance.ablation import ablated
+from prunekit.importance.scoring import groups_of_model
 from prunekit.knowledge.question_spans import EvaluationSet, Runner, Texts, make_evaluation_set
 from prunekit.knowledge.record import PlannedAblation, Record, fingerprint
 from prunekit.knowledge.result import KnowledgeDistribution
@@ -129,26 +130,7 @@ def _told(group: CoupledGroup) -> dict[str, Any]:
 
 def check_groups(model: nn.Module, groups: Iterable[CoupledGroup]) -> list[CoupledGroup]:
     """The groups, without repeats, checked against the model."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    given = list(groups) if isinstance(groups, Iterable) else [groups]
-    for one in given:
-        if not isinstance(one, CoupledGroup):
-            raise PrunekitError(f"{one!r:.60} is no group; give discover(model), or some of it as a list")
-    found = list({group.name: group for group in given}.values())
-    if not found:
-        raise PrunekitError(
-            "there are no groups to ablate; discover(model) finds them, and its .locked lists the reasons where it "
-            "finds none"
-        )
-    for group in found:
-        for member in group.members:
-            shape = shapes.get(member.parameter, ())
-            if member.dim >= len(shape) or int(member.index.max()) >= shape[member.dim]:
-                raise PrunekitError(
-                    f"group {group.name!r} is not of this model, where {member.parameter} is "
-                    f"{tuple(shape) or 'missing'}; call discover(model) on this model"
-                )
-    return found
+    return list({group.name: group for group in groups_of_model(model, groups, "ablate")}.values())
 
 
 def _check_ratios(ratios: Sequence[float]) -> None:
