@@ -20,6 +20,7 @@ from prunekit.knowledge.question_spans import EvaluationSet, Runner, Texts, make
 from prunekit.knowledge.record import PlannedAblation, Record, fingerprint
 from prunekit.knowledge.result import KnowledgeDistribution
 from prunekit.models import evaluating
+from prunekit.pruning.plan_options import check_scores
 
 POSITIONS = 1024  # per forward pass; more is slower on a CPU, since less fits into its cache
 
@@ -75,7 +76,7 @@ def knowledge_distribution(
     """
     chosen = check_groups(model, groups)
     _check_ratios(ratios)
-    plan = [row for group in chosen for row in _shares(group, _check_scores(group, scores), ratios)]
+    plan = [row for group in chosen for row in _shares(group, _scores_of(group, scores), ratios)]
     check_finite(model)
     questions = make_evaluation_set(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
     return _measure(model, plan, questions, path, tokens_a_batch)
@@ -139,19 +140,12 @@ def _check_ratios(ratios: Sequence[float]) -> None:
         raise PrunekitError(f"ratios={ratios!r}; give fractions of a group's units above 0 and at most 1, one or more")
 
 
-def _check_scores(group: CoupledGroup, scores: Mapping[str, Tensor]) -> Tensor:
+def _scores_of(group: CoupledGroup, scores: Mapping[str, Tensor]) -> Tensor:
     """Scores of a group, float64 on the CPU; zeros for a group of one unit without scores."""
-    if group.name not in scores:
-        if group.n_units == 1:
-            return torch.zeros(1, dtype=torch.float64)
-        raise PrunekitError(f"no scores of {group.name!r}; score these groups: score(model, groups, importance, calib)")
-    values = torch.as_tensor(scores[group.name]).detach().to("cpu", torch.float64)
-    if values.shape != (group.n_units,) or not bool(values.isfinite().all()):
-        raise PrunekitError(
-            f"the scores of {group.name!r} have shape {tuple(values.shape)} and {int((~values.isfinite()).sum())} "
-            f"values that are not finite; give ({group.n_units},) finite ones: score this model anew"
-        )
-    return values
+    if group.name not in scores and group.n_units == 1:
+        return torch.zeros(1, dtype=torch.float64)
+    check_scores(group, scores)
+    return scores[group.name].detach().to("cpu", torch.float64)
 
 
 def _shares(group: CoupledGroup, scores: Tensor, ratios: Sequence[float]) -> Iterator[PlannedAblation]:

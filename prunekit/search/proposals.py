@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from prunekit.checks import check_integers
+from prunekit.checks import Whole, check_value
 from prunekit.errors import PrunekitError
 from prunekit.pruning import PruningPlan, plan
 from prunekit.search.architectures import PlanSpace
@@ -137,7 +137,7 @@ def refined(space: Space, predictor: AccuracyPredictor, pairs: Pairs, n: int = 2
         Reconstructed: its features are operations, of which there is one or not; ours are mostly shares, so a third of
         a range stands for a feature.
     """
-    check_integers(n=(n, 0))
+    check_value("n", n, Whole)
     points = [point for point in pairs.points if all(space.holds(name, point[name]) for name in space.knobs)]
     if not points:
         return space, []
