@@ -25,7 +25,7 @@ import prunekit as pk
 from prunekit.evaluation import zero_shot
 from prunekit.importance.scoring import importance_from_name
 from prunekit.pruning import PruningPlan
-from prunekit.recipes.accuracy_predictor import IMPORTANCES
+from prunekit.recipes.in_rounds import IMPORTANCES
 from prunekit.recipes.one_shot import spared_layers
 from prunekit.search import Pairs, agreement, cross_validate, known_points, learning_curve
 from prunekit.world import documents, tasks, validation_text

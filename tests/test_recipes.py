@@ -240,7 +240,7 @@ def test_lorashear_never_trains_on_what_it_measures_on(model, tokenizer, monkeyp
 
 @pytest.mark.slow
 def test_lorashear_goes_on_where_it_was_stopped(model, tokenizer, tmp_path, monkeypatch):
-    module = import_module("prunekit.recipes.lorashear")
+    module = import_module("prunekit.recipes.in_rounds")
     given = (model, tokenizer, sources(), 0.2)
     straight = lorashear(*given, **SHEARING)
 
