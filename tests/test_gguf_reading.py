@@ -19,9 +19,9 @@ from test_gguf import _without_gguf, words
 import prunekit as pk
 from prunekit import PrunekitError
 from prunekit.checkpoint import origins
-from prunekit.digests import is_whole
 from prunekit.checkpoint.origins import resolve
 from prunekit.cli import main
+from prunekit.digests import is_whole
 from prunekit.names import PACKAGED
 
 

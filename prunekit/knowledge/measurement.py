@@ -1,4 +1,4 @@
-"""Measures a knowledge distribution: ablates one group or unit at a time, evaluates the model, and keeps the results."""
+"""Measures a knowledge distribution: ablates a group or unit at a time, evaluates the model, and keeps the results."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
