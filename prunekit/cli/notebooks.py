@@ -69,7 +69,7 @@ def lab(
     if importlib.util.find_spec("jupyterlab") is None:
         raise PrunekitError("JupyterLab is not installed in this environment; pip install jupyterlab")
     series = find_folder(folder) if folder is not None else None
-    if _is_root() and not allow_root:
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and not allow_root:
         raise PrunekitError("JupyterLab does not start as the user root by itself; prunekit lab --allow-root")
     series = series or (find_folder(None) if copy_to is None else copy_series(Path(copy_to)))
     given = [*(["--no-browser"] if no_browser else []), *(["--allow-root"] if allow_root else [])]
@@ -144,10 +144,6 @@ def copy_series(target: Path) -> Path:
 
 def _clone() -> Path:
     return Path(__file__).parents[2]
-
-
-def _is_root() -> bool:
-    return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 def _first_page(series: Path) -> list[str]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from html import escape
 from typing import Annotated, Any
 
 import pandas as pd
@@ -199,13 +198,9 @@ class Generations:
 
     def _repr_html_(self) -> str:
         """An HTML table with escaped cells that keep their line breaks."""
-        style = 'style="text-align: left; vertical-align: top; white-space: pre-wrap"'
-        head = "".join(f"<th {style}>{escape(str(name))}</th>" for name in self.table)
-        rows = [
-            "".join(f"<td {style}>{escape(str(cell))}</td>" for cell in row)
-            for row in self.table.itertuples(index=False)
-        ]
-        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+        shown = self.table.style.hide(axis="index").format(escape="html").format_index(escape="html", axis=1)
+        style = "text-align: left; vertical-align: top; white-space: pre-wrap"
+        return shown.set_table_styles([{"selector": "th, td", "props": style}]).to_html()
 
 
 @checked

@@ -201,14 +201,9 @@ def attention_pattern(model: Model, tokenizer: Tokenizer, text: str, layer: Whol
     weights = _weights(model, torch.tensor([ids], device=device_of(model)), layer)
     if head >= len(weights):
         raise PrunekitError(f"head={head} is not in layer {layer}, whose query heads are 0 to {len(weights) - 1}")
-    names = token_labels(tokenizer, ids)
+    names = [f"{place} {tokenizer.decode([token]).strip() or '␣'}" for place, token in enumerate(ids)]  # no two alike
     index, columns = pd.Index(names, name="reads"), pd.Index(names, name="is read")
     return pd.DataFrame(weights[head].numpy(), index=index, columns=columns)
-
-
-def token_labels(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Position and text of each token, such as `"3 Anna"`; no two labels are equal."""
-    return [f"{place} {tokenizer.decode([token]).strip() or '␣'}" for place, token in enumerate(ids)]
 
 
 def _weights(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
