@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunekit.annotations import is_real
+from prunekit.annotations import is_real, readable
 from prunekit.cli.notebook_runs import QUIET, Outcome, run_series, write_whole
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import new_file, read_json
@@ -187,17 +187,13 @@ def read_summary(path: Path, since: float = 0.0) -> dict[str, dict[str, float]]:
 
 def summary_table(summary: dict[str, dict[str, float]], outcomes: Sequence[Outcome]) -> str:
     """Markdown: one row a metric with a column a stage, then one row a notebook with what it took, and their sum."""
-    measured = [(name, *(_show(summary[stage][name]) for stage in STAGES)) for name in summary["dense"]]
+    measured = [(name, *(readable(summary[stage][name]) for stage in STAGES)) for name in summary["dense"]]
     costs = [(o.name, o.seconds, o.cpu_seconds, o.peak_mb, o.n_words) for o in outcomes]
     seconds, cpu_seconds, peaks, words = list(zip(*costs, strict=True))[1:]
     costs.append(("all (memory: the most)", sum(seconds), sum(cpu_seconds), max(peaks), sum(words)))
     rows = [(name, *(f"{value:,.0f}" for value in values)) for name, *values in costs]
     head = ("notebook", "seconds", "CPU seconds", "peak MiB", "words")
     return "\n\n".join([_table([("", *STAGES), *measured]), _table([head, *rows])]) + "\n"
-
-
-def _show(value: float) -> str:
-    return f"{int(value):,}" if value == int(value) and abs(value) >= 10 else f"{value:.4g}"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import matplotlib
 
 import prunekit as pk
+from prunekit.annotations import readable
 from prunekit.checkpoint.loading import load_structure
 from prunekit.checkpoint.streaming import candidates
 from prunekit.cli.console import Answer, Of, flag, say, text_table
@@ -14,7 +15,7 @@ from prunekit.cli.inputs import Drawing, Loading, check_drawing, drawn, named_te
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import harness
 from prunekit.evaluation.language_modelling import measure_perplexity
-from prunekit.evaluation.report import check_metrics, readable
+from prunekit.evaluation.report import check_metrics
 from prunekit.evaluation.standard_tasks import is_standard, named_tasks
 from prunekit.evaluation.windows import TEXTS, standard_text
 from prunekit.files import new_folder

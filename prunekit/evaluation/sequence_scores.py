@@ -21,7 +21,7 @@ from prunekit.evaluation.likelihood import (
     Batch,
     Row,
     Span,
-    check_batches,
+    check_spans_fit,
     dtype_of,
     pack,
     packed_batches,
@@ -90,10 +90,9 @@ def log_likelihoods(
         progress: name of the progress bar; None shows none.
 
     Raises:
-        PrunekitError: batch_size is below 1, a token is outside the model's vocabulary, or the model's answer is not
-            finite.
+        PrunekitError: a token is outside the model's vocabulary, or the model's answer is not finite.
     """
-    check_batches(model, spans, batch_size)
+    check_spans_fit(model, spans)
     sums, greedy = torch.zeros(len(spans), dtype=torch.float64), torch.zeros(len(spans), dtype=torch.bool)
     bar = tqdm(total=len(spans), desc=progress, disable=progress is None, leave=False, delay=1)
     with evaluating(model), torch.no_grad(), bar:
