@@ -102,7 +102,7 @@ def test_what_has_no_router_is_refused_by_name(monkeypatch):
         pk.score(model, EVERYONE["mixtral"].groups().of_kind("kv_head"), REAP(), TOKENS)
     with pytest.raises(PrunekitError, match="calib"):
         pk.score(model, groups, REAP())
-    monkeypatch.setattr("prunekit.importance.activation.stacked_experts", lambda _model: {})
+    monkeypatch.setattr("prunekit.importance.routing.stacked_experts", lambda _model: {})
     with pytest.raises(PrunekitError, match="are not stacked in one module, so their router's choice is not seen"):
         pk.score(model, groups, REAP(), TOKENS)
 

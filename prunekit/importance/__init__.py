@@ -1,10 +1,11 @@
 """Importance scores: one per unit, from weights, gradients or activations."""
 
 from prunekit.importance.ablation import Ablation, ablated
-from prunekit.importance.activation import REAP, Activation, BlockInfluence, Fluctuation, RouterFrequency
+from prunekit.importance.activation import Activation, BlockInfluence, Fluctuation
 from prunekit.importance.curvature import Curvature
 from prunekit.importance.fusion import FusedScores, HyWIA, fuse
 from prunekit.importance.reconstruction import Reconstruction
+from prunekit.importance.routing import REAP, RouterFrequency
 from prunekit.importance.scores import Scores
 from prunekit.importance.scoring import IMPORTANCES, Importance, default_importance, importance_from_name, score
 from prunekit.importance.taylor import Magnitude, Random, Taylor

@@ -15,10 +15,11 @@ from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.gradients import Gradients
 from prunekit.importance.ablation import Ablation, check_scalable, scaled_to_loss
-from prunekit.importance.activation import REAP, Activation, BlockInfluence, Fluctuation, RouterFrequency
+from prunekit.importance.activation import Activation, BlockInfluence, Fluctuation
 from prunekit.importance.curvature import Curvature, applies
 from prunekit.importance.fusion import HyWIA
 from prunekit.importance.reconstruction import Reconstruction
+from prunekit.importance.routing import REAP, RouterFrequency
 from prunekit.importance.scores import Calibration, Scores, SomeGroups
 from prunekit.importance.taylor import Magnitude, Random, Taylor
 from prunekit.models import shapes_of
