@@ -96,8 +96,8 @@ class LossChange:
             raise PrunekitError(f"{fields!r:.80} is no loss change; give what LossChange.to_dict returned") from None
         if found.n_tokens == 0:
             return replace(found, before=None, after=None)
-        infinite = {name: math.inf for name in ("before", "after") if fields[name] is None}
-        return replace(found, **infinite)
+        before, after = (math.inf if loss is None else loss for loss in (found.before, found.after))
+        return replace(found, before=before, after=after)
 
     def __repr__(self) -> str:
         if not self.is_measured:
