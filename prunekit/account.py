@@ -1,13 +1,13 @@
 """The change of a model's loss by a step (`LossChange`), with a warning if the loss rises by much."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from prunekit.calibration import check_tokens, mean_loss
+from prunekit.checks import NotNegative, Whole, check_fields
 from prunekit.errors import DamageWarning, PrunekitError, warn
 
 LIMIT = math.log(1.5)  # nats per token; a rise above it is warned of: half as much perplexity again
@@ -36,9 +36,9 @@ class LossChange:
     """
 
     step: str
-    before: float | None
-    after: float | None
-    n_tokens: int
+    before: NotNegative | None
+    after: NotNegative | None
+    n_tokens: Whole
     tokens_from: str
 
     @property
@@ -89,17 +89,15 @@ class LossChange:
         Raises:
             PrunekitError: the fields are not those of a loss change.
         """
-        kinds: dict[str, Any] = {
-            "step": str, "before": int | float | None, "after": int | float | None, "n_tokens": int, "tokens_from": str,
-        }  # fmt: skip
-        known = isinstance(fields, Mapping) and set(fields) == set(kinds)
-        if not known or not all(isinstance(fields[name], kind) for name, kind in kinds.items()):
-            raise PrunekitError(f"{fields!r:.80} is no loss change; give what LossChange.to_dict returned")
-        if any(loss is not None and not 0 <= loss < math.inf for loss in (fields["before"], fields["after"])):
-            raise PrunekitError(f"{fields!r:.80} has losses that cannot be; give what LossChange.to_dict returned")
-        unmeasured = fields["n_tokens"] == 0
-        losses = {n: None if unmeasured else math.inf if fields[n] is None else fields[n] for n in ("before", "after")}
-        return cls(**{**fields, **losses})
+        try:
+            found = cls(**fields)
+            check_fields(found)
+        except (TypeError, PrunekitError):
+            raise PrunekitError(f"{fields!r:.80} is no loss change; give what LossChange.to_dict returned") from None
+        if found.n_tokens == 0:
+            return replace(found, before=None, after=None)
+        before, after = (math.inf if loss is None else loss for loss in (found.before, found.after))
+        return replace(found, before=before, after=after)
 
     def __repr__(self) -> str:
         if not self.is_measured:

@@ -62,6 +62,11 @@ class Fault(NamedTuple):
     annotation: Any
 
 
+def readable(value: float) -> str:
+    """A figure as text: whole and large ones with separated thousands, others with four significant digits."""
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 10_000 else f"{value:.4g}"
+
+
 def fault_in(name: str, value: Any, annotation: Any) -> Fault | None:
     """The first thing in a value that its annotation does not allow."""
     origin, inside = get_origin(annotation), get_args(annotation)

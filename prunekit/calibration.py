@@ -123,7 +123,10 @@ def check_tokens(calib: Tensor, model: nn.Module) -> Tensor:
             the model takes, or a model without weights in memory.
     """
     if not hasattr(model, "get_input_embeddings"):
-        raise PrunekitError(f"a {type(model).__name__} is not a transformers model, so it cannot run on tokens")
+        raise PrunekitError(
+            f"a {type(model).__name__} is not a transformers model, so it cannot run on tokens; give one (an "
+            "importance that reads none takes any model, such as Magnitude())"
+        )
     check_has_weights(model)
     if not isinstance(calib, Tensor) or calib.is_floating_point() or calib.dtype == torch.bool or calib.ndim != 2:
         given = f"{calib.dtype} {tuple(calib.shape)}" if isinstance(calib, Tensor) else type(calib).__name__

@@ -36,10 +36,6 @@ def _from(least: int) -> Rule:
     return Rule(lambda value: is_integer(value) and least <= value < LARGEST, f"an integer of {least} or more")
 
 
-def _within(low: float, high: float) -> Rule:
-    return Rule(lambda value: is_real(value) and low <= value < high, f"a number in [{low:g}, {high:g})")
-
-
 def _is_network(value: object) -> bool:
     wrapped = isinstance(value, nn.DataParallel | nn.parallel.DistributedDataParallel)
     return isinstance(value, nn.Module) and not wrapped and any(True for _ in value.parameters())
@@ -152,26 +148,6 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     allowed = tuple(allowed)
     if not any(type(value) is type(each) and value == each for each in allowed):
         raise PrunekitError(f"{name}={shown(value)} is unknown; allowed: {', '.join(map(repr, allowed))}")
-
-
-def check_integers(**numbers: tuple[Any, int]) -> None:
-    """Check integers, given as name → (value, lower bound).
-
-    Raises:
-        PrunekitError: a value that is no integer, or smaller.
-    """
-    for name, (value, least) in numbers.items():
-        check_value(name, value, Annotated[int, _from(least)])
-
-
-def check_reals(**numbers: tuple[Any, float, float]) -> None:
-    """Check real numbers, given as name → (value, lower bound, exclusive upper bound).
-
-    Raises:
-        PrunekitError: a value that is no finite number, or outside.
-    """
-    for name, (value, low, high) in numbers.items():
-        check_value(name, value, Annotated[float, _within(low, high)])
 
 
 # --- locks --------------------------------------------------------------------------------------

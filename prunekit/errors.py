@@ -49,10 +49,6 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}, see the traceback"
 
 
-def _os_reason(error: Any) -> str:
-    return str(error.strerror or "")  # the system's own words; libraries leave it empty
-
-
 def first_line(error: Exception) -> str:
     """The first line of an error's message that says something."""
     return next((line for line in str(error).splitlines() if line.strip()), "")
@@ -62,7 +58,7 @@ _REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Cal
     (json.JSONDecodeError, lambda error: f"no JSON from line {error.lineno}, column {error.colno} on"),
     (UnicodeError, lambda _: "it is not written in UTF-8"),
     ((gzip.BadGzipFile, EOFError, zlib.error), lambda _: "it is cut short or damaged"),
-    (OSError, _os_reason),
+    (OSError, lambda error: str(error.strerror or "")),  # the system's own words; libraries leave it empty
     (ConnectionError, lambda _: "the network or the hub does not answer"),
     (RecursionError, lambda _: "it is nested too deep"),
     (MemoryError, lambda _: "there is not enough memory"),

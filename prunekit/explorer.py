@@ -30,8 +30,8 @@ from prunekit.knowledge.ablation_sets import CONSUMED
 from prunekit.knowledge.comparison import domain_needs
 from prunekit.knowledge.exciting import ExcitingTokens, exciting_tokens
 from prunekit.knowledge.measurement import check_groups
-from prunekit.knowledge.result import BY, KnowledgeDistribution
-from prunekit.plot_style import require_columns
+from prunekit.knowledge.result import KnowledgeDistribution
+from prunekit.plot_style import domain_column, require_columns
 from prunekit.questions import Question
 
 KINDS = ("kv_head", "ffn_channel")
@@ -108,7 +108,9 @@ def explore(
         model, tokenizer, chosen, first, None if excited is None else _calibration(excited)
     )
     if compared is not None:
-        panels["Compare"] = comparison_panel(compared, _check_compared(compared))
+        columns = ("model", "kind", "layer", "moved", "moved_low", "moved_high")
+        require_columns(compared, columns, "compare_knowledge(...)")
+        panels["Compare"] = comparison_panel(compared, domain_column(compared, "compare_knowledge(...)"))
     config: Any = model.config.get_text_config()
     n_layers, n_heads = len(outermost_elements(model)), int(getattr(config, "num_attention_heads", 1))
     prompt = first.contexts[0] if first.contexts else first.context
@@ -139,12 +141,3 @@ def _calibration(excited: ExcitingTokens) -> Tensor:
     """The first windows of the text, those as long as the first one: what a mean ablation averages over."""
     first, *others = excited.windows
     return torch.tensor([first, *(window for window in others if len(window) == len(first))][:WINDOWS])
-
-
-def _check_compared(compared: pd.DataFrame) -> str:
-    """The column of domains in a comparison."""
-    require_columns(compared, ("model", "kind", "layer", "moved", "moved_low", "moved_high"), "compare_knowledge(...)")
-    by = next((name for name in BY if name in compared), None)
-    if by is None:
-        raise PrunekitError(f"compared= has no column of {', '.join(BY)}; give compare_knowledge(...)")
-    return by

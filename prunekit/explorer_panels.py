@@ -16,8 +16,7 @@ from torch import Tensor
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.knowledge.ablation_sets import ablate, units_named
-from prunekit.knowledge.asking import ask, side_by_side_answers
-from prunekit.knowledge.attention import attention_pattern
+from prunekit.knowledge.asking import ask, attention_pattern, side_by_side_answers
 from prunekit.knowledge.exciting import ExcitingTokens
 from prunekit.knowledge.question_needs import needs
 from prunekit.plot_lab import label_text, plot_answers, plot_attention, plot_exciting, plot_moved, plot_needs
@@ -26,7 +25,8 @@ from prunekit.questions import Question
 FIGURE, DOTS = (10, 5.625), 80  # inches and dots an inch: 800 × 450 on the screen
 SHOWN = 6  # rows of a table beside a picture
 WIDE = widgets.Layout(width="32em")
-Redraw = Callable[[], tuple[str, Callable[[Axes], Any]]]
+Drawn = tuple[str, Callable[[Axes], Any]]  # words, and what draws the picture
+Redraw = Callable[[dict[str, Any]], Drawn]  # values of the controls by name →
 
 
 class Panel:
@@ -51,6 +51,7 @@ class Panel:
         self.box = widgets.VBox([widgets.HTML(note), rows, self.message, beside, self.failures])
         for control in controls.values():
             control.observe(self.update, names="value")
+        self.update()
 
     def update(self, _change: Any = None) -> None:
         """Draw anew from what the controls say."""
@@ -59,7 +60,7 @@ class Panel:
         self.failures.outputs = ()
         with self.failures:
             try:
-                words, plot = self._redraw()
+                words, plot = self._redraw({name: control.value for name, control in self.controls.items()})
                 self.picture.value = png(plot)
             except PrunekitError as error:
                 self.message.value = f"<p role='alert'><b>{escape(str(error))}</b></p>"
@@ -120,9 +121,8 @@ def question_panel(
 ) -> Panel:
     """A question, typed or picked from a domain → the units that its answer needs."""
 
-    def redraw() -> tuple[str, Callable[[Axes], Any]]:
-        question, answer = panel.controls["question"].value, panel.controls["answer"].value
-        table = needs(model, tokenizer, question, answer, groups=groups, channels=channels)
+    def redraw(value: dict[str, Any]) -> Drawn:
+        table = needs(model, tokenizer, value["question"], value["answer"], groups=groups, channels=channels)
         shown = table[["kind", "layer", "unit", "fall"]]
         said = f"<p>log-probability of the answer, nothing ablated: {table['dense'].iloc[0]:.2f} nats</p>"
         return said + html_table(shown), lambda ax: plot_needs(table, most=12, ax=ax)
@@ -145,7 +145,6 @@ def question_panel(
             control.observe(pick, names="value")
         panel.controls |= {"domain": domain, "number": number}
         panel.box.children = (panel.box.children[0], widgets.HBox([domain, number]), *panel.box.children[1:])
-    panel.update()
     return panel
 
 
@@ -160,8 +159,7 @@ def ablation_panel(
     """Any set of units, ablated in one of three ways → the answer of the dense and of the ablated model."""
     kinds = {kind: [group for group in groups if group.kind == kind] for kind in dict.fromkeys(g.kind for g in groups)}
 
-    def redraw() -> tuple[str, Callable[[Axes], Any]]:
-        value = {name: control.value for name, control in panel.controls.items()}
+    def redraw(value: dict[str, Any]) -> Drawn:
         choices = [choice for choice in value["choices"].split("|") if choice.strip()] or None
         units: dict[str, list[int]] = {}
         for kind, several in kinds.items():
@@ -188,9 +186,7 @@ def ablation_panel(
         "mode": widgets.ToggleButtons(options=["zero", "mean", "patch"], description="ablate by"),
         "other prompt": _text("other prompt", written["question"], "for patch: as many tokens as the prompt"),
     }
-    panel = Panel(controls, redraw, note="<p>Name units, ablate them, and ask again.</p>")
-    panel.update()
-    return panel
+    return Panel(controls, redraw, note="<p>Name units, ablate them, and ask again.</p>")
 
 
 def _tokens(mode: str, tokenizer: Any, other: str, calib: Tensor | None) -> Tensor | None:
@@ -203,65 +199,53 @@ def _tokens(mode: str, tokenizer: Any, other: str, calib: Tensor | None) -> Tens
 def domain_panel(tables: Mapping[Any, pd.DataFrame]) -> Panel:
     """A domain → the units that it needs, from tables that were measured before (`domain_needs`)."""
 
-    def redraw() -> tuple[str, Callable[[Axes], Any]]:
-        domain = panel.controls["domain"].value
-        table = tables[domain]
-        return html_table(table[["kind", "layer", "unit", "fall", "low", "high"]]), lambda ax: plot_needs(
-            table, most=12, title=f"What {label_text(domain)} needs", ax=ax
-        )
+    def redraw(value: dict[str, Any]) -> Drawn:
+        table, title = tables[value["domain"]], f"What {label_text(value['domain'])} needs"
+        shown = html_table(table[["kind", "layer", "unit", "fall", "low", "high"]])
+        return shown, lambda ax: plot_needs(table, most=12, title=title, ax=ax)
 
-    panel = Panel({"domain": _choice("domain", list(tables))}, redraw)
-    panel.update()
-    return panel
+    return Panel({"domain": _choice("domain", list(tables))}, redraw)
 
 
 def comparison_panel(compared: pd.DataFrame, by: str) -> Panel:
     """A domain → what it loses with each group in each model, with intervals (`compare_knowledge`)."""
 
-    def redraw() -> tuple[str, Callable[[Axes], Any]]:
-        domain, moved = (panel.controls[name].value for name in ("domain", "draw"))
-        rows = compared[compared[by] == domain]
+    def redraw(value: dict[str, Any]) -> Drawn:
+        rows = compared[compared[by] == value["domain"]]
         apart = rows[(rows["moved_low"] > 0) | (rows["moved_high"] < 0)]
         strongest = apart.loc[apart["moved"].abs().sort_values(ascending=False).index]
         said = f"<p>{len(apart)} intervals of the difference exclude 0:</p>" if len(apart) else "<p>No difference.</p>"
         shown = html_table(strongest[["model", "kind", "layer", "moved", "moved_low", "moved_high"]])
-        return said + (shown if len(apart) else ""), lambda ax: plot_moved(rows, moved=moved, ax=ax)
+        return said + (shown if len(apart) else ""), lambda ax: plot_moved(rows, moved=value["draw"], ax=ax)
 
     draw = widgets.ToggleButtons(options=[("change", False), ("difference from the first", True)], description="draw")
-    panel = Panel({"domain": _choice("domain", list(compared[by].unique())), "draw": draw}, redraw)
-    panel.update()
-    return panel
+    return Panel({"domain": _choice("domain", list(compared[by].unique())), "draw": draw}, redraw)
 
 
 def attention_panel(model: Any, tokenizer: Any, n_layers: int, n_heads: int, text: str) -> Panel:
     """A layer and a head → its attention pattern on a text."""
 
-    def redraw() -> tuple[str, Callable[[Axes], Any]]:
-        words, layer, head = (panel.controls[name].value for name in ("text", "layer", "head"))
-        pattern = attention_pattern(model, tokenizer, words, layer, head)
-        return "", lambda ax: plot_attention(pattern, title=f"layer {layer}, query head {head}", ax=ax)
+    def redraw(value: dict[str, Any]) -> Drawn:
+        pattern = attention_pattern(model, tokenizer, value["text"], value["layer"], value["head"])
+        title = f"layer {value['layer']}, query head {value['head']}"
+        return "", lambda ax: plot_attention(pattern, title=title, ax=ax)
 
     controls = {
         "text": _text("text", text),
         "layer": widgets.IntSlider(0, 0, n_layers - 1, description="layer", continuous_update=False),
         "head": widgets.IntSlider(0, 0, n_heads - 1, description="query head", continuous_update=False),
     }
-    panel = Panel(controls, redraw)
-    panel.update()
-    return panel
+    return Panel(controls, redraw)
 
 
 def channel_panel(found: ExcitingTokens, groups: Sequence[CoupledGroup]) -> Panel:
     """A group and a unit → the tokens that excite it, from one pass that was made before."""
 
-    def redraw() -> tuple[str, Callable[[Axes], Any]]:
-        group, unit = (panel.controls[name].value for name in ("group", "unit"))
-        table = found.table(group, unit)
-        title = f"{names[group]}, unit {unit}"
+    def redraw(value: dict[str, Any]) -> Drawn:
+        table = found.table(value["group"], value["unit"])
+        title = f"{names[value['group']]}, unit {value['unit']}"
         return html_table(table[["token", "after", "activation"]]), lambda ax: plot_exciting(table, title=title, ax=ax)
 
     unit = widgets.BoundedIntText(0, 0, 10**9, description="unit", continuous_update=False)
     names = {group.name: f"layer {group.layer}, {group.kind}" for group in groups}
-    panel = Panel({"group": _choice("group", [(label, name) for name, label in names.items()]), "unit": unit}, redraw)
-    panel.update()
-    return panel
+    return Panel({"group": _choice("group", [(label, name) for name, label in names.items()]), "unit": unit}, redraw)

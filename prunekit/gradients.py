@@ -76,7 +76,9 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
             add = _adder(found, None if h is None else h[name], name, len(tokens))
             hooks.callback(p.register_post_accumulate_grad_hook(add).remove)
         for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, delay=1):
-            loss += _backward(model, batch) / len(tokens)
+            summed = summed_loss(model, batch)
+            summed.backward()
+            loss += summed.item() / len(tokens)
     g = {name: found[name] if name in found else _zeros_like(p) for name, p in chosen.items()}
     for name, gradient in g.items():
         if not bool(torch.isfinite(gradient).all()):
@@ -99,13 +101,6 @@ def _chosen(model: nn.Module, parameters: Iterable[str]) -> dict[str, nn.Paramet
 def _zeros_like(parameter: Tensor) -> Tensor:
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-
-
-def _backward(model: nn.Module, batch: Tensor) -> float:
-    """Backward through the summed loss of a batch's samples; the sum."""
-    loss = summed_loss(model, batch)
-    loss.backward()
-    return loss.item()
 
 
 @contextmanager

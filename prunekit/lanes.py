@@ -1,13 +1,12 @@
 """The parts of one layer that one unit of each group owns, as a table and as lanes of the diagram."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 
 import pandas as pd
 
-from prunekit.discovery.groups import KINDS, CoupledGroup, Groups, Member
+from prunekit.discovery.groups import KINDS, CoupledGroup, Groups, Member, layer_in
 from prunekit.errors import PrunekitError
 from prunekit.pruning.budgets import WHOLE_KINDS
 
@@ -128,7 +127,7 @@ def layer_lanes(groups: Groups, layer: int, kinds: Sequence[str]) -> list[Lane]:
     if not chosen:
         there = dict.fromkeys(group.kind for group in groups if group.layer in (layer, None))
         raise PrunekitError(f"layer {layer} has no group of kind {', '.join(kinds)}; it has {', '.join(there)}")
-    names = short_names({module_of(name) for name in groups.shapes if number_in(name) in (layer, None)})
+    names = short_names({module_of(name) for name in groups.shapes if layer_in(name) in (layer, None)})
     parts = {key: [parts_of(group, groups, layer, names) for group in same] for key, same in chosen.items()}
     own = {key: same[0].name.rpartition(":")[2] for key, same in chosen.items()}
     return [Lane(own[key], *key, tuple(filter(None, found))) for key, found in parts.items() if any(found)]
@@ -138,7 +137,7 @@ def where(group: CoupledGroup) -> str:
     """The place of a group that belongs to no single layer."""
     if group.layer is not None:
         return ""
-    inside = any(number_in(member.parameter) is not None for member in group.members)
+    inside = any(layer_in(member.parameter) is not None for member in group.members)
     return "through all layers" if inside else "outside the layers"
 
 
@@ -148,8 +147,8 @@ def parts_of(group: CoupledGroup, groups: Groups, layer: int, names: dict[str, s
         path = group.name.rpartition(":")[0].rpartition(".")[2]
         name = f"layer {path}" if path.isdigit() else path
         return (Part(name, (), 0, tuple(range(len({m.parameter for m in group.members})))),)
-    here = [m for m in group.members if number_in(m.parameter) == layer]
-    drawn = here or [m for m in group.members if number_in(m.parameter) is None]
+    here = [m for m in group.members if layer_in(m.parameter) == layer]
+    drawn = here or [m for m in group.members if layer_in(m.parameter) is None]
     return merged([(names[module_of(m.parameter)], m) for m in drawn], groups, group.n_units // 4)
 
 
@@ -169,12 +168,6 @@ def merged(named: Sequence[tuple[str, Member]], groups: Groups, unit: int) -> tu
 def module_of(parameter: str) -> str:
     """A parameter's name without ".weight"."""
     return parameter.removesuffix(".weight").removesuffix(".bias")
-
-
-def number_in(name: str) -> int | None:
-    """The first number in a dotted path: the layer."""
-    found = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(found[1]) if found else None
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

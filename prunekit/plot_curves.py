@@ -6,6 +6,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from prunekit.checks import check_choice
+from prunekit.discovery.groups import kind_in, layer_in
 from prunekit.plot_style import (
     HATCHES,
     KIND_COLORS,
@@ -130,7 +131,7 @@ def plot_norms(table: pd.DataFrame, *, kind: str | None = None, ax: Axes | None 
         PrunekitError: the table is empty, or has not these columns or no such kind.
     """
     require_columns(table, ("period", "step", "group", "unit", "norm"), "LHSPG.history()")
-    kinds = table["group"].str.extract(r"([a-z_]+)(?:#\d+)?$", expand=False)
+    kinds = table["group"].map(kind_in)
     kind = kind or str(kinds.mode()[0])
     rows = table[kinds == kind]
     require_columns(rows, (), f"a kind out of {', '.join(sorted(set(kinds)))}")
@@ -156,7 +157,7 @@ def _draw_paths(ax: Axes, rows: pd.DataFrame) -> None:
     """Draws one line per unit, coloured by layer."""
     wide = rows.pivot_table(index=["group", "unit", "period"], columns="step", values="norm")
     wide = wide.iloc[:: max(1, len(wide) // MOST)]
-    layers = wide.index.get_level_values("group").str.extract(r"(?:^|\.)(\d+)(?:\.|:)", expand=False).astype(float)
+    layers = wide.index.get_level_values("group").to_series().map(layer_in).astype(float)
     paths = [list(row.dropna().items()) for _, row in wide.iterrows()]
     crowded = len(paths) > 50
     lines = LineCollection(paths, cmap="viridis", linewidths=0.8 if crowded else 2.2, alpha=0.6 if crowded else 0.9)

@@ -8,12 +8,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from prunekit.errors import PrunekitError
-from prunekit.plot_style import METHOD_COLORS, axes_or_new, projected, require_columns
+from prunekit.plot_style import METHOD_COLORS, axes_or_new, domain_column, projected, require_columns
 
 GIVEN = "KnowledgeDistribution.table()"
 COLORS = "PuOr"  # dark at both ends, of which the orange one is always the worse
 HATCH = "///"  # over what has become worse, so that it shows without colour
-LABELS = ("domain", "task", "tier", "hops")
 
 
 @projected
@@ -96,7 +95,7 @@ def plot_score_agreement(table: pd.DataFrame, *, kind: str = "all", ax: Axes | N
     require_columns(table, ("score", "kind", "spearman"), "KnowledgeDistribution.agreement(scores)")
     rows = table[table["kind"] == kind]
     require_columns(rows, (), f"a kind out of {', '.join(table['kind'].unique())}")
-    by = _label(table)
+    by = domain_column(table, GIVEN)
     grid = rows.pivot_table(index="score", columns=by, values="spearman", sort=False, dropna=False)
     ax = _heat(axes_or_new(ax), grid, 1.0, "Spearman's ρ with the real change", worse=None)
     for (row, column), value in np.ndenumerate(grid.to_numpy(float)):
@@ -153,16 +152,9 @@ def _short(group: str, kind: str) -> str:
     return f"{kind} {group.rpartition(':')[0].rpartition('.')[2]}" if kind == "block" else kind
 
 
-def _label(table: pd.DataFrame) -> str:
-    found = next((column for column in LABELS if column in table), None)
-    if found is None:
-        raise PrunekitError(f"the table has no column domain, task, tier or hops; give {GIVEN}")
-    return found
-
-
 def _changes(rows: pd.DataFrame, names: list[str], ax: Axes | None, over: pd.DataFrame | None = None) -> Axes:
     """Draws a heatmap of changes, coloured by the direction that is worse; the scale is that of all of `over`."""
-    by = _label(rows)
+    by = domain_column(rows, GIVEN)
     ordered = rows.assign(name=names).sort_values("layer", kind="stable", na_position="first")
     layers = ordered.drop_duplicates("name")["layer"].to_numpy(float)
     grid = ordered.pivot_table(index="name", columns=by, values="change", sort=False, dropna=False)

@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from prunekit.errors import PrunekitError
-from prunekit.knowledge.result import BY
 from prunekit.plot_style import (
     HATCHES,
     KIND_COLORS,
     MARKERS,
     axes_or_new,
     colors_of,
+    domain_column,
     legend_outside,
     projected,
     require_columns,
@@ -211,9 +211,9 @@ def plot_moved(table: pd.DataFrame, *, moved: bool = False, ax: Axes | None = No
     """
     columns = ("moved", "moved_low", "moved_high") if moved else ("change", "low", "high")
     require_columns(table, ("model", "kind", "layer", "measure", *columns), "compare_knowledge(...)")
-    by = next((name for name in BY if name in table), None)
-    if by is None or table[by].nunique() != 1:
-        raise PrunekitError("the table holds several domains or none; give the rows of one: table.query('domain == …')")
+    by = domain_column(table, "compare_knowledge(...)")
+    if table[by].nunique() != 1:
+        raise PrunekitError("the table holds several domains; give the rows of one: table.query('domain == …')")
     if "ratio" in table and table["ratio"].nunique() > 1:
         raise PrunekitError("the table holds several ratios; give the rows of one: table.query('ratio == 1')")
     table = table.assign(unit=table.get("unit"))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from prunekit.errors import PrunekitError
 from prunekit.files import new_file, writing
 
+DOMAINS = ("domain", "task", "tier", "hops")  # columns by which questions are put together
 PICTURES = (".png", ".pdf", ".svg")
 
 # Okabe and Ito's palette, safe for colour-blind readers, and some of Tol's where it ends.
@@ -95,6 +96,14 @@ def require_columns(table: pd.DataFrame, columns: Iterable[str], source: str) ->
     missing = [column for column in columns if column not in table.columns]
     if missing or table.empty:
         raise PrunekitError(f"the table is empty or has no {', '.join(missing) or 'rows'}; give {source}")
+
+
+def domain_column(table: pd.DataFrame, source: str) -> str:
+    """The column that names the domains, tasks, tiers or hops of a table; raises an error where there is none."""
+    found = next((column for column in DOMAINS if column in table), None)
+    if found is None:
+        raise PrunekitError(f"the table has no column {', '.join(DOMAINS)}; give {source}")
+    return found
 
 
 def legend_outside(ax: Axes) -> None:

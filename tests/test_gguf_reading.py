@@ -19,9 +19,9 @@ from test_gguf import _without_gguf, words
 import prunekit as pk
 from prunekit import PrunekitError
 from prunekit.checkpoint import origins
-from prunekit.checkpoint.cache import is_whole
 from prunekit.checkpoint.origins import resolve
 from prunekit.cli import main
+from prunekit.digests import is_whole
 from prunekit.names import PACKAGED
 
 
@@ -246,7 +246,7 @@ def test_a_cache_that_cannot_be_written_is_named(file, tmp_path, monkeypatch):
 
 
 def test_the_cache_is_where_the_system_keeps_caches(monkeypatch, tmp_path):
-    from prunekit.checkpoint.cache import cache_root
+    from prunekit.digests import cache_root
 
     monkeypatch.delenv("PRUNEKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

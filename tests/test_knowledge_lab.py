@@ -368,7 +368,7 @@ def test_attention_of_a_cut_model_and_what_is_refused(small):
 
 def test_a_layer_without_attention_is_refused_by_name(small, monkeypatch):
     model, tokenizer, _ = small
-    monkeypatch.setattr("prunekit.knowledge.attention.written_out", lambda _model: pytest.MonkeyPatch.context())
+    monkeypatch.setattr("prunekit.knowledge.asking.written_out", lambda _model: pytest.MonkeyPatch.context())
     with pytest.raises(PrunekitError, match="layer 0 of this LlamaForCausalLM returns no attention weights"):
         pk.attention_pattern(model, tokenizer, "the cat", 0, 0)
 

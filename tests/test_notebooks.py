@@ -16,7 +16,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from strip_notebooks import stripped
 
-from prunekit.cli import notebook_runs, tour
+from prunekit.cli import notebook_runs, notebooks
 from prunekit.cli.notebooks import SERIES as SERIES_NAMES
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -343,4 +343,4 @@ def test_notebook_runs(path, tmp_path):
     assert not outcome.problems, "\n".join(outcome.problems)
     assert (tmp_path / "notebooks" / f"{path.stem}.html").stat().st_size > 10_000
     if path.name.startswith("00_"):
-        assert set(tour.read_summary(tmp_path / "summary.json")) >= set(tour.STAGES)
+        assert set(notebooks.read_summary(tmp_path / "summary.json")) >= set(notebooks.STAGES)

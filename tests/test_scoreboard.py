@@ -1,15 +1,12 @@
-"""The scoreboard and the ledger: made from the stored tables alone, and what `prunekit scoreboard` prints of them."""
+"""The scoreboard and the ledger: made from the stored tables alone."""
 
 import importlib
-import json
 import re
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
-
-from prunekit.cli import main, notebooks
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "benchmarks" / "results"
@@ -144,44 +141,3 @@ def test_the_counts_in_the_results_are_those_of_the_ledger():
         directions = table[f"{model}_direction"]
         counts += [(directions != "not measured").sum(), (directions == "holds").sum()]
     assert [int(count) for count in found.groups()] == counts
-
-
-# --- the verb ---------------------------------------------------------------------------------------------------------
-
-
-def test_help_lists_the_verb_and_ends_with_an_example(capsys):
-    assert main(["--help"]) == main(["scoreboard", "--help"]) == 0
-    out = capsys.readouterr().out
-    assert "    scoreboard\n" in out and "\nexample:\n  prunekit scoreboard" in out
-
-
-def test_the_verb_prints_every_recipe(capsys):
-    assert main(["scoreboard"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(pd.read_csv(STORED / "scoreboard.csv")) and max(map(len, lines)) <= 100
-    assert "÷ control" in lines[0] and any(line.startswith("SmolLM2 default, 20%") for line in lines)
-
-
-def test_the_verb_prints_every_claim_with_its_direction(capsys):
-    assert main(["scoreboard", "--ledger"]) == 0
-    claims = capsys.readouterr().out.strip().split("\n\n")
-    assert len(claims) == len(pd.read_csv(STORED / "ledger.csv"))
-    assert all("SmolLM2: " in " ".join(claim.split()) and "World: " in " ".join(claim.split()) for claim in claims)
-
-
-@pytest.mark.parametrize("arguments", [[], ["--ledger"]])
-def test_the_verb_as_json_has_null_where_nothing_was_measured(arguments, capsys):
-    assert main(["scoreboard", *arguments, "--json"]) == 0
-    (rows,) = json.loads(capsys.readouterr().out).values()
-    assert len(rows) > 20 and any(None in row.values() for row in rows)
-
-
-@pytest.mark.parametrize("content", [None, "", "model,recipe\n"])
-def test_tables_that_cannot_be_read_are_refused_by_name(content, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(notebooks, "find_series", lambda: tmp_path)
-    (tmp_path / "benchmarks/results").mkdir(parents=True)
-    if content is not None:
-        (tmp_path / "benchmarks/results/scoreboard.csv").write_text(content)
-    assert main(["scoreboard"]) == 2
-    said = capsys.readouterr().err
-    assert "scoreboard.csv" in said and said.count("\n") == 1

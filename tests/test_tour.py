@@ -13,7 +13,7 @@ import pytest
 import strip_notebooks
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from prunekit.cli import main, notebook_runs, tour
+from prunekit.cli import main, notebook_runs, notebooks
 from prunekit.errors import PrunekitError
 
 METRICS = {"perplexity": 3.5, "boolq": 0.91, "parameters": 3_400_000, "macs": 6.8e6, "latency_ms": 12.345}
@@ -161,16 +161,16 @@ def test_summary_holds_numbers_only(tmp_path, wrong):
     path = tmp_path / "summary.json"
     path.write_text(json.dumps(SUMMARY).replace("3.5", wrong, 1))
     with pytest.raises(PrunekitError, match="perplexity"):
-        tour.read_summary(path)
+        notebooks.read_summary(path)
 
 
-@pytest.mark.parametrize("stage", tour.STAGES)
+@pytest.mark.parametrize("stage", notebooks.STAGES)
 def test_summary_needs_all_stages_with_the_same_metrics(tmp_path, stage):
     path = tmp_path / "summary.json"
     for broken in ({**SUMMARY, stage: {"perplexity": 1.0}}, {k: v for k, v in SUMMARY.items() if k != stage}):
         path.write_text(json.dumps(broken))
         with pytest.raises(PrunekitError, match="same metrics"):
-            tour.read_summary(path)
+            notebooks.read_summary(path)
 
 
 @pytest.mark.parametrize("bad", [["--jobs", "0"], ["--jobs", "two"], ["--strip"]])
@@ -232,4 +232,4 @@ def test_what_is_no_notebook_is_a_problem_of_its_own(tmp_path):
 def test_a_summary_of_another_form_is_refused(tmp_path, text):
     (tmp_path / "summary.json").write_text(text)
     with pytest.raises(PrunekitError, match=r"summary\.json"):
-        tour.read_summary(tmp_path / "summary.json")
+        notebooks.read_summary(tmp_path / "summary.json")

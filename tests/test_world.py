@@ -10,7 +10,7 @@ from world_tokenizer import build_tokenizer
 
 from prunekit import world
 from prunekit.errors import PrunekitError
-from prunekit.world import lore, scenes, tables
+from prunekit.world import lore, tables
 
 SEVEN = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 FURTHER = ["facts_rare", "arithmetic", "agreement", "copying"]
@@ -78,8 +78,8 @@ def test_training_never_shows_a_sentence_that_is_asked():
 def test_training_never_shows_a_held_out_scene():
     shown = " ".join(world.documents(6000, seed=1))
     for opening, actor, script in ((0, "boy", 0), (1, "girl", 1), (2, "miner", 11)):
-        held_out = scenes.script_held_out(opening, actor, script)
-        assert (scenes.script_text(opening, actor, script) in shown) != held_out
+        held_out = lore.script_held_out(opening, actor, script)
+        assert (lore.script_text(opening, actor, script) in shown) != held_out
     for q in world.tasks()["winogrande"].questions:
         assert all(context + choice not in shown for context, choice in zip(q.contexts, q.choices, strict=True))
     for q in world.tasks()["agreement"].questions:

@@ -19,6 +19,7 @@ from prunekit.checkpoint.config_checks import check_config
 from prunekit.checkpoint.folders import Stored, check_dtypes, check_size, read_config, read_object, stored_tensors
 from prunekit.checkpoint.plain_checkpoints import check_floats
 from prunekit.discovery import Groups, discover
+from prunekit.discovery.groups import layer_in
 from prunekit.errors import PrunekitError, reason
 from prunekit.models import empty_model, name_model, own_tensors
 from prunekit.pruning import PruningPlan
@@ -219,13 +220,8 @@ def _skipped(left: dict[str, list[int]], layer: int) -> list[str]:
     """The blocks of a layer that went, by their own names."""
     gone = [name.partition(":") for name, units in left.items() if not units]
     return sorted(
-        kind if kind == "layer" else path.rpartition(".")[2] for path, _, kind in gone if _layer(path) == layer
+        kind if kind == "layer" else path.rpartition(".")[2] for path, _, kind in gone if layer_in(path) == layer
     )
-
-
-def _layer(path: str) -> int | None:
-    """The number in a path, as in `CoupledGroup.layer`."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
 def check_widths(saved: dict[str, Any], groups: Groups) -> None:

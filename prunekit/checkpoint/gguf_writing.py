@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunekit.checkpoint.gguf import FILE, gguf_package
-from prunekit.checkpoint.gguf_vocabulary import add_vocabulary
+from prunekit.checkpoint.gguf import FILE, add_vocabulary, gguf_package
+from prunekit.discovery.groups import kind_in
 from prunekit.errors import PrunekitError, reason
 from prunekit.pruning.cuts import Cuts
 from prunekit.pruning.describing import relative_difference, tolerance
-from prunekit.pruning.plans import kind_in
 
 FAMILY, BY_LAYER = "llama", "deci"  # architectures of GGUF; the first is transformers' name too
 ACTIVATION = "silu"

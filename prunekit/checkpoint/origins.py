@@ -21,10 +21,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunekit.annotations import shown
-from prunekit.checkpoint.cache import VARIABLE, cache_root, cached_folder, digest_of_file
 from prunekit.checkpoint.gguf import FILE, SUFFIX, GgufHeader, read_header
 from prunekit.checks import PROCESS
-from prunekit.digests import digest_of_text
+from prunekit.digests import VARIABLE, cache_root, cached_folder, digest_of_text, sha256_of
 from prunekit.errors import PrunekitError, reason
 from prunekit.models import own_tensors
 from prunekit.names import NAMES, packaged_file
@@ -130,8 +129,8 @@ def _check_magic(path: Path) -> None:
 
 
 def _key(path: Path) -> str:
-    digests = [f"{file.name} {digest_of_file(file)}" for file in _tokenizer_files(path)]
-    facts = [f"{FORMAT}", version("transformers"), digest_of_file(path), *digests]
+    digests = [f"{file.name} {sha256_of(file)}" for file in _tokenizer_files(path)]
+    facts = [f"{FORMAT}", version("transformers"), sha256_of(path), *digests]
     return digest_of_text("\n".join(facts))[:32]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from prunekit.annotations import shown
 from prunekit.checkpoint.folders import read_object
 from prunekit.digests import check_recorded, digest_of_file, digest_of_text
 from prunekit.errors import DiskError, PrunekitError
@@ -53,8 +54,8 @@ class Work:
             before = self._noted(path) if path.is_file() else now
             for name in [name for name in now if now[name] != before.get(name)][:1]:
                 raise PrunekitError(
-                    f"{str(self.root)!r} holds an unfinished run with another {name}: {_short(before.get(name))}, now "
-                    f"{_short(now[name])}; give what it was given to go on, or remove that folder to begin anew"
+                    f"{str(self.root)!r} holds an unfinished run with another {name}: {shown(before.get(name))}, now "
+                    f"{shown(now[name])}; give what it was given to go on, or remove that folder to begin anew"
                 )
 
     def _noted(self, path: Path) -> dict[str, Any]:
@@ -160,11 +161,6 @@ def _unwritable(folder: Path, error: OSError) -> PrunekitError:
     return PrunekitError(
         f"cannot write to {str(folder)!r} ({error.strerror}); choose an output folder where you may write"
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def facts_of_files(folder: Path) -> dict[str, list[int | str]]:

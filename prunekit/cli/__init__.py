@@ -31,9 +31,8 @@ COMMANDS = {  # verb → the module that it is a function of, and its line in th
     "evaluate": ("showing", "Measure models, side by side."),
     "knowledge": ("showing", "Show how each text domain changes without each group of units."),
     "export": ("changing", "Write a checkpoint for programs without prunekit."),
-    "scoreboard": ("notebooks", "Show what each recipe leaves, or which of the papers' claims hold here."),
     "lab": ("notebooks", "Open JupyterLab on the notebook series."),
-    "tour": ("tour", "Run the notebook series without a browser, and sum it up."),
+    "tour": ("notebooks", "Run the notebook series without a browser, and sum it up."),
 }
 
 

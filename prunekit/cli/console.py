@@ -218,7 +218,7 @@ def own_warnings() -> Iterator[None]:
     """A context that prints prunekit's warnings and log on standard error and hides those of libraries."""
     from transformers.utils import logging as library
 
-    from prunekit.checkpoint.gguf_vocabulary import NoVocabulary
+    from prunekit.checkpoint.gguf import NoVocabulary
     from prunekit.errors import DamageWarning
 
     library.set_verbosity_error()

@@ -26,10 +26,10 @@ from nbconvert.filters import strip_ansi
 from tqdm.auto import tqdm
 from traitlets import Type
 
-from prunekit.cli.notebooks import QUIET
 from prunekit.errors import reason
 from prunekit.files import write_text
 
+QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # one thread a kernel: models this small are faster so
 CELL_TIMEOUT = 600  # seconds: a notebook takes less than 120 in all
 WIDGETS = "application/vnd.jupyter.widget-state+json"
 VIEW = "application/vnd.jupyter.widget-view+json"

@@ -1,4 +1,9 @@
-"""`prunekit lab` and `scoreboard`: the notebook series in a browser, and stored results; where both lie, and a copy."""
+"""`prunekit lab` and `tour`: the notebook series in a browser, or run without one and summed up; where it lies.
+
+Of the tour, each notebook runs in a kernel of this very interpreter, up to two at a time, and becomes one HTML file.
+The first notebook writes what it measured to `summary.json` in the build folder (environment variable
+`PRUNEKIT_BUILD`) as `{"dense": {metric: number}, "cut": {…}, "recovered": {…}}`; the tour prints that as one table.
+"""
 
 import importlib.util
 import os
@@ -6,15 +11,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-import textwrap
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
-
-from prunekit.cli.console import Answer, text_table
+from prunekit.annotations import is_real, readable
+from prunekit.cli.notebook_runs import QUIET, Outcome, run_series, write_whole
 from prunekit.errors import PrunekitError, reason
-from prunekit.files import new_file
+from prunekit.files import new_file, read_json
 
 SERIES = "[0-9][0-9]*_*.ipynb"  # 07b_… too
 OWN = "prunekit-series"  # the copy that is made where there is no clone
@@ -26,65 +30,9 @@ PARTS = (
     "benchmarks/results/*.safetensors",
     "docs/guide.md",
 )
+JOBS = min(2, os.cpu_count() or 1)
+STAGES = ("dense", "cut", "recovered")
 SHIPPED = Path(__file__).parents[1] / "series"  # of a wheel: setup.py puts the parts there
-QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # one thread a kernel: models this small are faster so
-
-SHOWN = {  # column of the scoreboard → as what it is printed
-    "kept": "kept", "cut_perplexity": "as cut", "cut_times_dense": "÷ dense", "cut_tasks": "tasks",
-    "recovered_perplexity": "recovered", "recovered_times_control": "÷ control", "recovered_tasks": "tasks",
-    "cut_seconds": "seconds",
-}  # fmt: skip
-
-
-def scoreboard(*, ledger: bool = False) -> Answer:
-    """Show what each recipe leaves, or which of the papers' claims hold here.
-
-    The figures were measured before and come with prunekit. They are of SmolLM2-135M and
-    of the small world. Perplexity stands beside its ratio to the dense model, which was
-    trained in the same way if the cut model was. Tasks are mean accuracies, seconds those
-    of the fastest run. What is empty was not measured; --json has all columns.
-
-    Example:
-        prunekit scoreboard
-        prunekit scoreboard --ledger
-        prunekit scoreboard --json
-
-    Args:
-        ledger: show the headline claims of the five papers, each with the same comparison here.
-    """
-    path = find_series() / "benchmarks" / "results" / ("ledger.csv" if ledger else "scoreboard.csv")
-    try:
-        table = pd.read_csv(path)
-        text = _claims(table) if ledger else _scores(table)
-    except (OSError, ValueError, KeyError) as error:
-        raise PrunekitError(f"no stored table in {str(path)!r}: {reason(error)}; install prunekit again") from error
-    return Answer({path.stem: table.to_dict("records")}, text)
-
-
-def _scores(table: pd.DataFrame) -> str:
-    """A line for each recipe."""
-    names = (table["model"] + " " + table["recipe"]).tolist()
-    cells = [["" if pd.isna(cell) else f"{cell:.4g}" for cell in row] for row in table[[*SHOWN]].to_numpy()]
-    rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
-    return text_table([("perplexity:", *SHOWN.values()), *rows])
-
-
-def _claims(table: pd.DataFrame) -> str:
-    """A paragraph for each claim."""
-    return "\n\n".join(
-        textwrap.fill(
-            f"{row['paper']}: {row['claim']} {row['paper_figure']} ({row['paper_model']}). "
-            f"SmolLM2: {_here(row, 'smollm2')}. World: {_here(row, 'world')}. {row['why']}",
-            100,
-        )
-        for row in table.to_dict("records")
-    )
-
-
-def _here(row: dict[str, Any], model: str) -> str:
-    """A direction, and the figures from which it follows, where there are any."""
-    direction, claimed, beside = (row[f"{model}_{name}"] for name in ("direction", "claimed", "beside"))
-    return direction if pd.isna(claimed) else f"{direction}, {claimed:.4g} against {beside:.4g}"
 
 
 def lab(
@@ -121,7 +69,7 @@ def lab(
     if importlib.util.find_spec("jupyterlab") is None:
         raise PrunekitError("JupyterLab is not installed in this environment; pip install jupyterlab")
     series = find_folder(folder) if folder is not None else None
-    if _is_root() and not allow_root:
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and not allow_root:
         raise PrunekitError("JupyterLab does not start as the user root by itself; prunekit lab --allow-root")
     series = series or (find_folder(None) if copy_to is None else copy_series(Path(copy_to)))
     given = [*(["--no-browser"] if no_browser else []), *(["--allow-root"] if allow_root else [])]
@@ -198,11 +146,105 @@ def _clone() -> Path:
     return Path(__file__).parents[2]
 
 
-def _is_root() -> bool:
-    return hasattr(os, "geteuid") and os.geteuid() == 0
-
-
 def _first_page(series: Path) -> list[str]:
     """The first notebook opens, in place of the launcher."""
     names = sorted(path.name for path in series.glob(SERIES))
     return [f"--LabApp.default_url=/lab/tree/{names[0]}"] if names else []
+
+
+# --- the tour ---------------------------------------------------------------------------------------------------------
+
+
+def find_notebooks(folder: Path) -> list[Path]:
+    """The notebooks of a series, in order."""
+    paths = sorted(folder.glob(SERIES))
+    if not paths:
+        raise PrunekitError(f"no notebooks {SERIES} in {folder}; name their folder: prunekit tour FOLDER")
+    return paths
+
+
+def read_summary(path: Path, since: float = 0.0) -> dict[str, dict[str, float]]:
+    """What the first notebook measured: stage → metric → number.
+
+    Args:
+        path: `summary.json`.
+        since: seconds since the epoch; an older file is of another tour and does not count.
+
+    Raises:
+        PrunekitError: the file is missing, old, or does not hold numbers for all three stages.
+    """
+    if not path.exists() or path.stat().st_mtime < since - 1:
+        raise PrunekitError(f"{path} was not written in this tour: the first notebook must write what it measured")
+    summary = read_json(path, "the first notebook")
+    if not isinstance(summary, dict) or not all(isinstance(summary.get(stage, {}), dict) for stage in STAGES):
+        raise PrunekitError(f"{path} needs {{stage: {{metric: number}}}} for each of {STAGES}")
+    for stage in STAGES:
+        bad = {name: value for name, value in summary.get(stage, {"": None}).items() if not is_real(value)}
+        if bad or set(summary[stage]) != set(summary["dense"]):
+            raise PrunekitError(f"{path} needs the same metrics, as numbers, for each of {STAGES}: see {stage!r} {bad}")
+    return summary
+
+
+def summary_table(summary: dict[str, dict[str, float]], outcomes: Sequence[Outcome]) -> str:
+    """Markdown: one row a metric with a column a stage, then one row a notebook with what it took, and their sum."""
+    measured = [(name, *(readable(summary[stage][name]) for stage in STAGES)) for name in summary["dense"]]
+    costs = [(o.name, o.seconds, o.cpu_seconds, o.peak_mb, o.n_words) for o in outcomes]
+    seconds, cpu_seconds, peaks, words = list(zip(*costs, strict=True))[1:]
+    costs.append(("all (memory: the most)", sum(seconds), sum(cpu_seconds), max(peaks), sum(words)))
+    rows = [(name, *(f"{value:,.0f}" for value in values)) for name, *values in costs]
+    head = ("notebook", "seconds", "CPU seconds", "peak MiB", "words")
+    return "\n\n".join([_table([("", *STAGES), *measured]), _table([head, *rows])]) + "\n"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
+    rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def tour(folder: str | None = None, *, build: str = os.environ.get("PRUNEKIT_BUILD", "build"), jobs: int = JOBS) -> int:
+    """Run the notebook series without a browser, and sum it up.
+
+    Each notebook becomes one HTML file with its pictures, in the folder of results. Where
+    prunekit was installed without a clone of its repository, the series comes from the package.
+    Exit code 1 says that a notebook failed.
+
+    Example:
+        prunekit tour
+        prunekit tour path/to/notebooks --build results --jobs 1
+
+    Args:
+        folder: of the series, by default `notebooks`, or else that which comes with prunekit.
+        build: folder of results.
+        jobs: notebooks that run at a time, each on one thread.
+    """
+    if jobs < 1:
+        raise PrunekitError(f"jobs={jobs} is not allowed; give a whole number from 1 on")
+    here = Path("notebooks")
+    series = Path(folder) if folder else here if here.is_dir() else find_series() / "notebooks"
+    try:
+        return run_tour(find_notebooks(series), Path(build), jobs)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what was finished stands in {Path(build) / 'notebooks'}") from None
+
+
+def run_tour(paths: Sequence[Path], build: Path, jobs: int) -> int:
+    """Run the series, print the summary; 0 where every notebook ran and the summary is there, else 1."""
+    began = time.time()
+    outcomes = run_series(paths, build, jobs)
+    problems = [problem for outcome in outcomes for problem in outcome.problems]
+    if problems:
+        return _complain("\n\n".join(["these notebooks failed, so nothing is summed up", *problems]))
+    try:
+        table = summary_table(read_summary(build / "summary.json", began), outcomes)
+    except PrunekitError as error:
+        return _complain(str(error))
+    write_whole(build / "summary.md", table)
+    print(f"\n{table}\n{len(outcomes)} notebooks in {time.time() - began:.0f} s; see {build / 'notebooks'}")
+    return 0
+
+
+def _complain(message: str) -> int:
+    print(f"tour: {message}", file=sys.stderr)
+    return 1

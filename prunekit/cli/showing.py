@@ -7,15 +7,17 @@ from typing import Annotated, Any
 import matplotlib
 
 import prunekit as pk
+from prunekit.annotations import readable
 from prunekit.checkpoint.loading import load_structure
 from prunekit.checkpoint.streaming import candidates
 from prunekit.cli.console import Answer, Of, flag, say, text_table
 from prunekit.cli.inputs import Drawing, Loading, check_drawing, drawn, named_texts, text_for
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import harness
-from prunekit.evaluation.language_modelling import TEXTS, measure_perplexity, standard_text
-from prunekit.evaluation.report import check_metrics, readable
+from prunekit.evaluation.language_modelling import measure_perplexity
+from prunekit.evaluation.report import check_metrics
 from prunekit.evaluation.standard_tasks import is_standard, named_tasks
+from prunekit.evaluation.windows import TEXTS, standard_text
 from prunekit.files import new_folder
 from prunekit.importance import IMPORTANCES, default_importance, importance_from_name
 from prunekit.plot_style import check_picture

@@ -145,7 +145,7 @@ def _kind(levels: list[Level], number: int, node: int, members: list[Member]) ->
         return "vocabulary"
     if levels[0].chosen[unit]:
         return "expert"
-    if levels[0].embedded[unit] or _spans_layers(members):
+    if levels[0].embedded[unit] or len({_layer_of(m.parameter) for m in members}) > 1:
         return "hidden"
     return "ffn_channel" if levels[0].nonlinear[unit] else "rank"
 
@@ -153,10 +153,6 @@ def _kind(levels: list[Level], number: int, node: int, members: list[Member]) ->
 def _layer_of(parameter: str) -> str | None:
     numbers = [i for i, part in enumerate(parameter.split(".")) if part.isdigit()]
     return ".".join(parameter.split(".")[: numbers[0] + 1]) if numbers else None
-
-
-def _spans_layers(members: list[Member]) -> bool:
-    return len({_layer_of(m.parameter) for m in members}) > 1
 
 
 def _prefix(members: list[Member]) -> str:

@@ -17,6 +17,17 @@ from prunekit.escaping import html_paragraph
 KINDS = ("kv_head", "query_head", "ffn_channel", "hidden", "head_dim", "expert", "block", "layer", "rank", "vocabulary")
 
 
+def layer_in(name: str) -> int | None:
+    """The layer in the name of a group, a parameter or a module: the first number in its path; None without one."""
+    found = re.search(r"(?:^|\.)(\d+)(?:[.:]|$)", name)
+    return int(found[1]) if found else None
+
+
+def kind_in(name: str) -> str:
+    """The kind in a group's name."""
+    return name.rpartition(":")[2].partition("#")[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
     """One parameter dimension that takes part in a group.
@@ -68,8 +79,7 @@ class CoupledGroup:
     @property
     def layer(self) -> int | None:
         """First number in the group's module path; None where it belongs to no layer."""
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|:|$)", self.name)
-        return int(found.group(1)) if found else None
+        return layer_in(self.name)
 
     def __repr__(self) -> str:
         mark = "" if self.exact else ", inexact"

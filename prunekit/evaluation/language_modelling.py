@@ -1,17 +1,22 @@
-"""Perplexity of a text, with its protocol, and the texts of the papers' perplexities by name."""
+"""Perplexity of a text, with its protocol, and greedy continuations of prompts by several models."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
+import torch
+from torch import nn
+
 from prunekit.annotations import Rule, is_real
-from prunekit.checks import Count, FilePath, Length, Model, NotNegative, Tokenizer, check_fields, checked
-from prunekit.documents import TextSource, read_documents
+from prunekit.checks import Count, Length, Model, NotNegative, Tokenizer, check_fields, checked
+from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.records import Record, folders_of, load_hub
+from prunekit.evaluation.likelihood import check_tokens_fit
 from prunekit.evaluation.sequence_scores import log_likelihoods
 from prunekit.evaluation.windows import PAPERS, read_spans
+from prunekit.models import device_of, evaluating, max_positions
 
 
 @dataclass(frozen=True)
@@ -167,86 +172,82 @@ def measure_perplexity(
     return PerplexityResult(value, nll, n_tokens, len(read.spans), protocol, read.window, strided, separator, read.bos)
 
 
-C4_PART = "en/c4-validation.00000-of-00008.json.gz"
+# --- continuations ----------------------------------------------------------------------------------------------------
+
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
 
 
-@dataclass(frozen=True)
-class StandardText:
-    """A published text.
+@dataclass(frozen=True, eq=False)
+class Generations:
+    """Continuations of prompts.
 
     Attributes:
-        name: the name to ask for.
-        hub: arguments of `datasets.load_dataset`.
-        column: its texts there.
-        between: what stands between two texts, where they are joined.
-        files: names of its file in a folder of data, each tried in turn.
-        limit: the first so many texts; None takes all.
+        table: one row per prompt: a column `prompt`, and one column per model with its continuation.
+        max_new_tokens: tokens at most.
     """
 
-    name: str
-    hub: dict[str, Any]
-    column: str
-    between: str
-    files: tuple[str, ...]
-    limit: int | None = None
+    table: pd.DataFrame
+    max_new_tokens: int
 
+    def __repr__(self) -> str:
+        blocks = [
+            "\n".join([row["prompt"], *(f"  {name}: {row[name]!r}" for name in self.table.columns[1:])])
+            for row in self.table.to_dict("records")
+        ]
+        return "\n".join(blocks)
 
-TEXTS = {
-    text.name: text
-    for text in (
-        StandardText(
-            "wikitext2", {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}, "text", "\n\n",
-            ("wikitext2/test.txt", "wikitext2/wiki.test.raw", "wikitext2/wiki.test.tokens"),
-        ),
-        StandardText(
-            "ptb", {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet", "split": "test"},
-            "sentence", " ", ("ptb/ptb.test.txt", "ptb/test.txt"),
-        ),
-        StandardText(
-            "c4", {"path": "allenai/c4", "data_files": {"validation": C4_PART}, "split": "validation"},
-            "text", " ", ("c4/validation.jsonl", "calibration/c4_demo.jsonl"), limit=1100,
-        ),
-    )
-}  # fmt: skip
+    def _repr_html_(self) -> str:
+        """An HTML table with escaped cells that keep their line breaks."""
+        shown = self.table.style.hide(axis="index").format(escape="html").format_index(escape="html", axis=1)
+        style = "text-align: left; vertical-align: top; white-space: pre-wrap"
+        return shown.set_table_styles([{"selector": "th, td", "props": style}]).to_html()
 
 
 @checked
-def standard_text(name: str, *, data_dir: FilePath | None = None) -> str:
-    """A published text, joined as the papers join it, for `perplexity`.
+def generations(
+    models: Mapping[str, Model], tokenizer: Tokenizer, prompts: str | Iterable[str], *, max_new_tokens: Count = 40
+) -> Generations:
+    """Greedy continuations of each prompt by each model.
 
     Args:
-        name: `"wikitext2"` (the test set), `"ptb"` (the test set) or `"c4"` (the first 1,100 validation documents).
-        data_dir: a folder that holds `wikitext2/test.txt`, `ptb/ptb.test.txt` or `c4/validation.jsonl`; None reads
-            from the hub. A text file is read unchanged.
+        models: name → causal language model of `transformers`, such as `{"dense": model, "cut": small}`; all of one
+            tokenizer.
+        tokenizer: the models' own tokenizer.
+        prompts: texts to go on from, or one; each is encoded as the tokenizer does by itself (with BOS where it adds
+            one).
+        max_new_tokens: tokens to write at most; a model stops earlier at its end-of-sequence token.
 
     Returns:
-        The whole text.
+        A `Generations`, whose `table` has one column a model.
 
     Raises:
-        PrunekitError: there is no such text, or it cannot be read.
-
-    Source: the loaders of SparseGPT and Wanda (`lib/data.py`), which join WikiText-2 by empty lines, and PTB and C4 by
-    spaces. A local file may differ: `wiki.test.tokens` has `<unk>` for rare words.
+        PrunekitError: there is no model or prompt, a prompt is empty or leaves no room, or the tokenizer does not fit.
     """
-    if name not in TEXTS:
-        raise PrunekitError(f"no text {name!r}; there are {', '.join(TEXTS)}; or give a text or a file of your own")
-    text = TEXTS[name]
-    texts = _from_hub(text) if data_dir is None else _from_files(text, data_dir)
-    return text.between.join(texts[: text.limit])
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not models or "prompt" in models:
+        raise PrunekitError('models: give at least one, by name: {"dense": model, "cut": small}; "prompt" is no name')
+    bad = next((text for text in texts if not isinstance(text, str) or not text), None)
+    if not texts or bad is not None:
+        raise PrunekitError(f"prompts: {bad!r:.60}; give at least one text that is not empty")
+    encoded = [tokenizer(text, return_tensors="pt", verbose=False)["input_ids"] for text in texts]
+    columns = {
+        name: [_continue(model, tokenizer, ids, max_new_tokens) for ids in encoded] for name, model in models.items()
+    }
+    return Generations(pd.DataFrame({"prompt": texts, **columns}), max_new_tokens)
 
 
-def _from_hub(text: StandardText) -> list[str]:
-    rows = load_hub(repr(text.hub["path"]), f"{text.files[0]} in it", **text.hub)
-    return [Record(row, f"{text.hub['path']}, row {number}").text(text.column) for number, row in enumerate(rows)]
-
-
-def _from_files(text: StandardText, data_dir: str | Path) -> list[str]:
-    root = Path(data_dir).expanduser()
-    folders_of(root, ())
-    found = next((root / file for file in text.files if (root / file).is_file()), None)
-    if found is None:
+def _continue(model: nn.Module, tokenizer: Any, ids: torch.Tensor, max_new_tokens: int) -> str:
+    """The continuation of one prompt by one model, integers (1, seq)."""
+    check_tokens_fit(model, int(ids.max()))
+    limit = max_positions(model)
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise PrunekitError(
-            f"{text.name}: no file {root / text.files[0]}; give that ({' or '.join(text.files)}), or data_dir=None "
-            f"to read {text.hub['path']} from the hub"
+            f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} more are beyond the {limit} that this model "
+            "takes; shorten the prompt or give a smaller max_new_tokens"
         )
-    return read_documents(found)
+    ids = ids.to(device_of(model))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens}
+    with evaluating(model), torch.no_grad():
+        written = model.generate(**options, **GREEDY, use_cache=True, pad_token_id=pad)  # type: ignore[operator]
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)

@@ -43,10 +43,8 @@ class Span:
         return len(self.tokens) - self.start
 
 
-def check_batches(model: nn.Module, spans: Sequence[Span], batch_size: int) -> None:
-    """Raises an error for spans that a model cannot take."""
-    if batch_size < 1:
-        raise PrunekitError(f"batch_size={batch_size}; it is a number of rows, at least 1")
+def check_spans_fit(model: nn.Module, spans: Sequence[Span]) -> None:
+    """Raises an error for spans with a token outside the model's vocabulary."""
     check_tokens_fit(model, max((max(span.tokens) for span in spans), default=0))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from prunekit.annotations import readable
 from prunekit.checks import Count, Model, Tokenizer, checked
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError, reason
@@ -152,11 +153,6 @@ class Report:
 
     def _readable(self) -> pd.DataFrame:
         return self.table().assign(value=lambda table: table["value"].map(readable))
-
-
-def readable(value: float) -> str:
-    """A figure as text, with separated thousands or four significant digits."""
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 10_000 else f"{value:.4g}"
 
 
 @checked

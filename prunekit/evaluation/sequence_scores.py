@@ -21,7 +21,7 @@ from prunekit.evaluation.likelihood import (
     Batch,
     Row,
     Span,
-    check_batches,
+    check_spans_fit,
     dtype_of,
     pack,
     packed_batches,
@@ -90,10 +90,9 @@ def log_likelihoods(
         progress: name of the progress bar; None shows none.
 
     Raises:
-        PrunekitError: batch_size is below 1, a token is outside the model's vocabulary, or the model's answer is not
-            finite.
+        PrunekitError: a token is outside the model's vocabulary, or the model's answer is not finite.
     """
-    check_batches(model, spans, batch_size)
+    check_spans_fit(model, spans)
     sums, greedy = torch.zeros(len(spans), dtype=torch.float64), torch.zeros(len(spans), dtype=torch.bool)
     bar = tqdm(total=len(spans), desc=progress, disable=progress is None, leave=False, delay=1)
     with evaluating(model), torch.no_grad(), bar:
@@ -134,13 +133,9 @@ def scored_logits(model: nn.Module, batch: Batch, gathers: bool, run: Callable[[
     run = run or (lambda: model(**batch.inputs, use_cache=False).logits)
     if not gathers:
         return run().flatten(0, 1)[batch.places]
-    hook = model.get_output_embeddings().register_forward_pre_hook(  # type: ignore[operator, union-attr]
-        lambda _head, given: (given[0].flatten(0, 1)[batch.places][None], *given[1:])
-    )
-    try:
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    with head.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1)[batch.places][None], *given[1:])):
         return run()[0]
-    finally:
-        hook.remove()
 
 
 def choose_reading(model: nn.Module, spans: Sequence[Span], tokens_a_batch: int, *, runs: int = 1) -> Reading:

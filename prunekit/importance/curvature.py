@@ -16,7 +16,7 @@ from prunekit.errors import PrunekitError
 from prunekit.gradients import frozen
 from prunekit.importance.input_statistics import Reader, linear_readers, wide
 from prunekit.importance.reconstruction import costs_of_units, one_reader
-from prunekit.importance.scores import Calibration, Scores, SomeGroups, check_takes_tokens, tokens_for
+from prunekit.importance.scores import Calibration, Scores, SomeGroups, tokens_for
 from prunekit.models import evaluating
 
 RIDGE = 0.3
@@ -116,7 +116,6 @@ def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) 
     Raises:
         PrunekitError: bad tokens, or a loss, activation or gradient that is not finite.
     """
-    check_takes_tokens(model)
     tokens = check_tokens(calib, model)
     sums: dict[str, Sums] = {}
     with evaluating(model), frozen(model), _watching(model, readers, sums), torch.enable_grad():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.checks import check_choice, checked
+from prunekit.discovery.groups import layer_in
 from prunekit.errors import PrunekitError
-from prunekit.importance.scores import Calibration, Scores, SomeGroups, layer_of
+from prunekit.importance.scores import Calibration, Scores, SomeGroups
 from prunekit.importance.taylor import Taylor
 
 Weights = tuple[float, float]  # of the coarse and of the fine scores
@@ -65,7 +66,7 @@ class FusedScores(Scores):
 
     def weight_table(self) -> pd.DataFrame:
         """One row per group: group, kind, layer, coarse, fine."""
-        rows = [(name, self.kinds[name], layer_of(name), *self.weights[name]) for name in self]
+        rows = [(name, self.kinds[name], layer_in(name), *self.weights[name]) for name in self]
         return pd.DataFrame(rows, columns=["group", "kind", "layer", "coarse", "fine"])
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from prunekit.calibration import check_tokens, in_batches
 from prunekit.compat import EXPERTS_IMPLEMENTATION, TRANSPOSED_EXPERTS, without_function_modes
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
-from prunekit.importance.scores import check_takes_tokens
 from prunekit.models import evaluating, written_out
 
 ROOM = 2**31  # bytes of statistics held at once
@@ -98,7 +97,6 @@ def sums_over_inputs(
         PrunekitError: a model that does not take tokens as those of transformers do, bad tokens, or an input that
             is not finite.
     """
-    check_takes_tokens(model)
     tokens = check_tokens(calib, model)
     batches = in_batches(tokens)
     sums: dict[str, Tensor] = {}
@@ -206,7 +204,6 @@ def computing_wide(model: nn.Module) -> Iterator[None]:
 
 
 Note = Callable[[str, int, Tensor], None]
-_PRODUCTS = (functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
 
 
 def stacked_experts(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
@@ -237,29 +234,58 @@ def watching_experts(modules: Mapping[str, nn.Module], note: Note) -> Iterator[N
     def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
         running.pop()
 
+    def look(weight: Tensor, inputs: Tensor, *_: Any) -> None:
+        """Tell which slice of which parameter the weight is; they may be widened copies while the module runs."""
+        for own, p in running[-1]._parameters.items() if running and weight.dim() == 2 else ():
+            name = names.get((id(running[-1]), own))
+            if name and p is not None and p.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+                note(name, (weight.storage_offset() - p.storage_offset()) // p.stride(0), inputs.flatten(0, -2))
+
     with ExitStack() as hooks:
         for module in set(modules.values()):
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
-        hooks.enter_context(_Products(running, names, note))
+        hooks.enter_context(Products(look))
         yield
 
 
-class _Products(TorchFunctionMode):
-    def __init__(self, running: list[nn.Module], names: Mapping[tuple[int, str], str], note: Note) -> None:
+class _Operands(NamedTuple):
+    """Argument positions of activations, weight and bias, and whether the weight is (in, out)."""
+
+    inputs: int
+    weight: int
+    bias: int | None
+    in_out: bool
+
+
+_PRODUCTS: dict[Any, _Operands] = {
+    functional.linear: _Operands(0, 1, 2, False),
+    torch.addmm: _Operands(1, 2, 0, True),
+    **{f: _Operands(0, 1, None, True) for f in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)},
+    **{f: _Operands(0, 1, None, True) for f in (torch.bmm, Tensor.bmm)},
+}
+
+
+class Products(TorchFunctionMode):
+    """A context that reports every product with a parameter: weight, inputs, outputs, bias, whether (in, out)."""
+
+    def __init__(self, note: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], None]) -> None:
         super().__init__()
-        self._running, self._names, self._note = running, names, note
+        self._note = note
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if self._running and func in _PRODUCTS:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        where = _PRODUCTS.get(func)
+        if where is not None:
             with without_function_modes():
-                given = (*args, *(kwargs or {}).values())
-                self._look(self._running[-1], *given[:2])
-        return func(*args, **(kwargs or {}))
+                bias = _argument(args, kwargs, where.bias, "bias") if where.bias is not None else None
+                weight = _argument(args, kwargs, where.weight, "weight")
+                inputs = _argument(args, kwargs, where.inputs, "input")
+                if isinstance(weight, Tensor) and isinstance(inputs, Tensor):
+                    self._note(weight, inputs, result, bias, where.in_out)
+        return result
 
-    def _look(self, module: nn.Module, inputs: Tensor, weight: Tensor) -> None:
-        """Tell which slice of which parameter the weight is; they may be widened copies while the module runs."""
-        for own, p in module._parameters.items():
-            name = self._names.get((id(module), own))
-            if name and p is not None and p.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
-                self._note(name, (weight.storage_offset() - p.storage_offset()) // p.stride(0), inputs.flatten(0, -2))
+
+def _argument(args: tuple, kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name)

@@ -14,7 +14,7 @@ from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.importance.input_statistics import measuring, stacked_experts
-from prunekit.importance.scores import Calibration, SomeGroups, check_takes_tokens, tokens_for
+from prunekit.importance.scores import Calibration, SomeGroups, tokens_for
 
 
 class _Routed(NamedTuple):
@@ -84,7 +84,6 @@ def _summed(
     measure: Callable[[nn.Module, _Routed, int, Tensor], Tensor],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Group name → tokens routed to each expert, and sums of a measure over them, float64 (n_experts,)."""
-    check_takes_tokens(model)
     tokens = check_tokens(tokens_for(who, calib), model)
     places = {group.name: _place(model, group) for group in groups}
     found = {g.name: (torch.zeros(g.n_units).double(), torch.zeros(g.n_units).double()) for g in groups}
@@ -108,8 +107,7 @@ def _summed(
     with ExitStack() as stack:
         stack.enter_context(measuring(model))
         for name, place in places.items():
-            hook = model.get_submodule(place).register_forward_hook(adder(name), with_kwargs=True)
-            stack.callback(hook.remove)
+            stack.enter_context(model.get_submodule(place).register_forward_hook(adder(name), with_kwargs=True))
         for batch in tqdm(in_batches(tokens), desc="experts", unit="batch", leave=False, delay=1):
             model(input_ids=batch, use_cache=False)  # type: ignore[operator]
     return found

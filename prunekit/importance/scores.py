@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunekit.checks import check_choice, check_value
-from prunekit.discovery.groups import CoupledGroup, Member
+from prunekit.discovery.groups import CoupledGroup, Member, layer_in
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.files import new_file, reading
@@ -47,7 +47,7 @@ class Scores(dict[str, Tensor]):
     def table(self) -> pd.DataFrame:
         """One row per unit: group, kind, layer, unit, score."""
         rows = [
-            (name, self.kinds[name], layer_of(name), unit, score)
+            (name, self.kinds[name], layer_in(name), unit, score)
             for name, values in self.items()
             for unit, score in enumerate(values.tolist())
         ]
@@ -108,11 +108,6 @@ def _checked(name: str, values: Tensor, kinds: Mapping[str, str]) -> Tensor:
     if name not in kinds or values.dim() != 1 or not values.is_floating_point() or not bool(values.isfinite().all()):
         raise PrunekitError(f"{name!r} has no kind, or scores that are not finite numbers, one a unit")
     return values
-
-
-def layer_of(name: str) -> int | None:
-    """Layer number in a group's name."""
-    return CoupledGroup(name, "", 0, (), True).layer
 
 
 GRANULARITIES = ("vector", "element")

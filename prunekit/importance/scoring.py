@@ -22,6 +22,7 @@ from prunekit.importance.reconstruction import Reconstruction
 from prunekit.importance.routing import REAP, RouterFrequency
 from prunekit.importance.scores import Calibration, Scores, SomeGroups
 from prunekit.importance.taylor import Magnitude, Random, Taylor
+from prunekit.models import shapes_of
 
 
 @runtime_checkable
@@ -137,8 +138,7 @@ def score(
     check_choice("normalize", normalize, (None, "loss"))
     if importance.needs_calibration and calib is None:
         raise PrunekitError(f"{importance!r} needs a calibration set: score(model, groups, importance, calib)")
-    chosen = _chosen(groups)
-    _check_belong(model, groups, chosen)
+    chosen = groups_of_model(model, groups, "score")
     if normalize is not None:
         check_scalable(importance, chosen)
     check_finite(model)
@@ -169,22 +169,28 @@ def _check_returned(importance: Importance, groups: SomeGroups, values: Any) -> 
             raise PrunekitError(f"{importance!r} must give {name!r} a tensor {shape} of finite scores; it gave {got}")
 
 
-def _chosen(groups: Iterable[Any]) -> tuple[CoupledGroup, ...]:
+def groups_of_model(model: nn.Module, groups: Iterable[Any], task: str) -> tuple[CoupledGroup, ...]:
+    """The groups, checked to be of this model.
+
+    Args:
+        model: the model at hand.
+        groups: what was given as its groups.
+        task: what they are for, such as `"score"`, for the message.
+
+    Raises:
+        PrunekitError: there are none, something else than a group, or groups of parameters that the model does not have
+            in that shape.
+    """
     chosen = tuple(groups)
     for group in chosen:
         if not isinstance(group, CoupledGroup):
             raise PrunekitError(f"{group!r:.60} is not a group; give discover(model), or a list of its groups")
-    return chosen
-
-
-def _check_belong(model: nn.Module, groups: object, chosen: tuple[CoupledGroup, ...]) -> None:
-    """Raise an error for groups whose parameters the model does not have in that shape."""
     if not chosen:
         raise PrunekitError(
-            "there are no groups to score; discover(model) finds them, and its .locked lists the reasons where it "
+            f"there are no groups to {task}; discover(model) finds them, and its .locked lists the reasons where it "
             "finds none"
         )
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = shapes_of(model)
     expected = groups.shapes if isinstance(groups, Groups) else {}
     for name, member in ((group.name, member) for group in chosen for member in group.members):
         shape, last = shapes.get(member.parameter), int(member.index.max())
@@ -195,3 +201,4 @@ def _check_belong(model: nn.Module, groups: object, chosen: tuple[CoupledGroup, 
                 f"group {name!r} is not of this model: {member.parameter} is {shape or 'missing'} here and was {was} "
                 "where the group was found; call discover(model) on this model"
             )
+    return chosen

@@ -17,7 +17,6 @@ from prunekit.importance.scores import (
     Calibration,
     SomeGroups,
     all_slice_scores,
-    check_takes_tokens,
     unit_scores,
 )
 
@@ -85,7 +84,6 @@ class Taylor:
         names = dict.fromkeys(member.parameter for group in groups for member in group.members)
         second = self.order != "first"
         if not isinstance(calib, Gradients):
-            check_takes_tokens(model)
             return gather_gradients(model, calib, names, second=second)  # type: ignore[arg-type]
         missing = [name for name in names if name not in calib.g]
         if missing or (second and calib.h is None):

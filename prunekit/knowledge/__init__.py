@@ -1,8 +1,7 @@
 """Knowledge of a model: its distribution under ablation, what one question needs, and what heads and channels do."""
 
 from prunekit.knowledge.ablation_sets import ablate
-from prunekit.knowledge.asking import Answers, ask, side_by_side_answers
-from prunekit.knowledge.attention import attention_pattern
+from prunekit.knowledge.asking import Answers, ask, attention_pattern, side_by_side_answers
 from prunekit.knowledge.comparison import compare_knowledge, domain_needs
 from prunekit.knowledge.exciting import ExcitingTokens, exciting_tokens
 from prunekit.knowledge.massive import MassiveActivations, massive_activations

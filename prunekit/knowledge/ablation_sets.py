@@ -198,11 +198,8 @@ def changing_inputs(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
         name = next(iter(kwargs))
         return args, {**kwargs, name: change(kwargs[name])}
 
-    handle = module.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(enter, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -229,12 +226,8 @@ def _patched(model: nn.Module, where: Places, tokens: Tensor) -> Iterator[None]:
         return change
 
     changes = {name: patched(index, record[name]) for name, (_, index) in where.items()}
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with _replaced(where, changes):
-            yield
-    finally:
-        handle.remove()
+    with model.register_forward_pre_hook(note, with_kwargs=True), _replaced(where, changes):
+        yield
 
 
 def _positions(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -1,6 +1,7 @@
-"""Asks a model one question: the likelihood of each choice, the likeliest next tokens, and a greedy continuation."""
+"""What a model makes of one prompt: how likely each choice is, how it goes on, and what one of its heads attends to."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -9,16 +10,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from prunekit.checks import Count, Model, Tokenizer, checked
+from prunekit.checks import Count, Model, Tokenizer, Whole, checked
+from prunekit.discovery.parts import outermost_elements
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.continuations import generations
-from prunekit.evaluation.likelihood import Span, check_batches
+from prunekit.evaluation.language_modelling import generations
+from prunekit.evaluation.likelihood import Span, check_spans_fit, check_tokens_fit
 from prunekit.evaluation.multiple_choice import encode, question_spans
 from prunekit.layerwise import fewest_logits
-from prunekit.models import device_of, evaluating, max_positions
+from prunekit.models import device_of, evaluating, max_positions, written_out
 from prunekit.questions import Question
 
 NEXT = 5  # of the likeliest next tokens, where no choices are given
+LONGEST = 256  # tokens of a text whose attention is shown: the pattern has the square of that many entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +124,7 @@ def spans_of(model: nn.Module, tokenizer: Any, question: Question) -> list[Span]
     spans = question_spans(tokenizer, question, max_positions(model), "the question")
     if any(span.n_cut for span in spans):
         raise PrunekitError(f"the question has more than the {max_positions(model)} tokens of the model; shorten it")
-    check_batches(model, spans, batch_size=1)
+    check_spans_fit(model, spans)
     return spans
 
 
@@ -163,3 +166,65 @@ def _next_tokens(model: nn.Module, tokenizer: Any, prompt: str) -> pd.DataFrame:
     return pd.DataFrame(
         {"choice": said, "log_likelihood": top.values.tolist(), "probability": top.values.exp().tolist()}
     )
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@checked
+def attention_pattern(model: Model, tokenizer: Tokenizer, text: str, layer: Whole, head: Whole) -> pd.DataFrame:
+    """The attention weights of one query head: how much each token of a text reads from each token before it.
+
+    The eager implementation of attention is used for this call alone, since others do not return weights.
+
+    Args:
+        model: a causal language model of transformers; unchanged afterwards.
+        tokenizer: the model's own tokenizer.
+        text: a text of at most 256 tokens.
+        layer: number of the layer, from 0.
+        head: number of the query head in that layer, from 0. With grouped-query attention, several query heads share a
+            KV head.
+
+    Returns:
+        A square table of weights in [0, 1]: one row per token that reads, one column per token that is read. Rows sum
+        to 1. Labels are position and token, such as `"3 Anna"`.
+
+    Raises:
+        PrunekitError: an empty or too long text, no such layer or head, or a layer that returns no attention weights.
+    """
+    check_prompt(text)
+    ids = encode(tokenizer, text, special=True)
+    check_tokens_fit(model, max(ids))
+    limit = min(LONGEST, max_positions(model) or LONGEST)
+    if len(ids) > limit:
+        raise PrunekitError(f"the text has {len(ids)} tokens, and at most {limit} are shown; shorten it")
+    weights = _weights(model, torch.tensor([ids], device=device_of(model)), layer)
+    if head >= len(weights):
+        raise PrunekitError(f"head={head} is not in layer {layer}, whose query heads are 0 to {len(weights) - 1}")
+    names = [f"{place} {tokenizer.decode([token]).strip() or '␣'}" for place, token in enumerate(ids)]  # no two alike
+    index, columns = pd.Index(names, name="reads"), pd.Index(names, name="is read")
+    return pd.DataFrame(weights[head].numpy(), index=index, columns=columns)
+
+
+def _weights(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
+    """Attention weights (heads, seq, seq) of one layer, float32 on the CPU."""
+    layers = outermost_elements(model)
+    if layer >= len(layers):
+        raise PrunekitError(f"layer={layer} is not in the model, whose layers are 0 to {len(layers) - 1}")
+    found: list[Tensor] = []
+
+    def attend(_module: nn.Module, _args: Any, result: Any) -> None:
+        for value in result if isinstance(result, tuple) else ():
+            if isinstance(value, Tensor) and value.ndim == 4 and value.shape[-2:] == (ids.shape[1], ids.shape[1]):
+                found.append(value[0].detach().float().cpu())
+
+    with evaluating(model), written_out(model), torch.no_grad(), ExitStack() as hooks:
+        for part in model.get_submodule(layers[layer]).modules():
+            hooks.enter_context(part.register_forward_hook(attend))
+        model(input_ids=ids, use_cache=False)
+    if not found:
+        raise PrunekitError(
+            f"layer {layer} of this {type(model).__name__} returns no attention weights: it has no attention, or its "
+            "family does not return them; choose another layer or model"
+        )
+    return found[0]

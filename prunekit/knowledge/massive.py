@@ -15,7 +15,7 @@ from prunekit.discovery.constants import leaves
 from prunekit.discovery.groups import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
 from prunekit.importance.input_statistics import linear_readers, sums_over_inputs, wide
-from prunekit.importance.scores import check_takes_tokens
+from prunekit.knowledge.ablation_sets import consumed
 from prunekit.models import evaluating, written_out
 
 TIMES = 100  # a token is massive where one of its activations is so many times the layer's median |h|
@@ -78,7 +78,6 @@ def massive_activations(
     Source: Sun et al. (2024), "Massive Activations in Large Language Models"; Xiao et al. (2023) for the attention on
         the first token. The split by units is ours.
     """
-    check_takes_tokens(model)
     tokens = check_tokens(tokens, model)
     whole = groups.of_kind("layer")
     paths = {group.layer: group.name.removesuffix(":layer") for group in whole}
@@ -92,14 +91,12 @@ def massive_activations(
     if tokens.shape[1] <= FIRST:
         raise PrunekitError(f"samples have {tokens.shape[1]} tokens; give more than {FIRST} a sample")
     peaks = {number: _Peak() for number in paths}
-    with ExitStack() as stack:
-        for context in (evaluating(model), written_out(model), torch.no_grad()):
-            stack.enter_context(context)
+    with evaluating(model), written_out(model), torch.no_grad(), ExitStack() as hooks:
         for number, path in paths.items():
             module = model.get_submodule(path)
-            stack.callback(module.register_forward_hook(peaks[number].see).remove)
+            hooks.enter_context(module.register_forward_hook(peaks[number].see))
             for part in module.modules():
-                stack.callback(part.register_forward_hook(peaks[number].attend).remove)
+                hooks.enter_context(part.register_forward_hook(peaks[number].attend))
         for batch in in_batches(tokens):
             model(input_ids=batch, use_cache=False)
     table = pd.DataFrame({number: peak.told() for number, peak in peaks.items()}).T.rename_axis("layer")
@@ -166,18 +163,13 @@ def written_by(
         PrunekitError: no linear layer consumes a unit of these groups, or what it reads is not finite.
     """
     readers = linear_readers(model)
-    consumed = [
-        (group.name, member)
-        for group in groups
-        for member in group.members
-        if member.parameter in readers and member.dim == readers[member.parameter].input_dim
-    ]
-    if not consumed:
+    read = [(group.name, member) for group in groups for member in consumed(group, readers)]
+    if not read:
         raise PrunekitError("no linear layer consumes heads or FFN channels there; give groups of discover(model)")
-    wanted = {member.parameter: readers[member.parameter] for _, member in consumed}
+    wanted = {member.parameter: readers[member.parameter] for _, member in read}
     inputs = sums_over_inputs(model, tokens, wanted, lambda x: x[position])  # of one sample: parameter → (n_in,)
     rows: list[tuple[str, int, float]] = []
-    for name, member in consumed:
+    for name, member in read:
         weight = wide(model.get_parameter(member.parameter).detach()).select(1 - member.dim, channel)  # (n_in,)
         written = (inputs[member.parameter] * weight)[member.index.to(weight.device)].sum(dim=1)
         rows += [(name, unit, value) for unit, value in enumerate(written.tolist())]

@@ -1,26 +1,134 @@
-"""Measures a knowledge distribution: ablates one group or unit at a time and evaluates the model."""
+"""Measures a knowledge distribution: ablates a group or unit at a time, evaluates the model, and keeps the results."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunekit.calibration import check_finite
 from prunekit.checks import Count, FilePath, Model, Tokenizer, checked
+from prunekit.digests import digest_of
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.sequence_scores import require_finite
 from prunekit.evaluation.standard_tasks import Tasks
 from prunekit.importance.ablation import ablated
+from prunekit.importance.scoring import groups_of_model
+from prunekit.knowledge.measurement_files import plain
 from prunekit.knowledge.question_spans import EvaluationSet, Runner, Texts, make_evaluation_set
-from prunekit.knowledge.record import PlannedAblation, Record, fingerprint
 from prunekit.knowledge.result import KnowledgeDistribution
 from prunekit.models import evaluating
+from prunekit.pruning.plan_options import check_scores
 
 POSITIONS = 1024  # per forward pass; more is slower on a CPU, since less fits into its cache
+Outcomes = tuple[np.ndarray, np.ndarray]  # correctness and loss, (n_questions,) each
+Key = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedAblation:
+    """Units of a group to ablate, and their row in the table."""
+
+    group: CoupledGroup
+    units: tuple[int, ...]
+    told: dict[str, Any]
+
+    @property
+    def key(self) -> Key:
+        """Equal for rows that share one measurement."""
+        return self.group.name, self.units
+
+
+class Record:
+    """The measurements of all ablations so far.
+
+    Attributes:
+        plan: one per row of the result; rows with the same units share a measurement.
+        measured: the measurements so far.
+    """
+
+    def __init__(
+        self, plan: Sequence[PlannedAblation], questions: EvaluationSet, path: str | Path | None, mark: str
+    ) -> None:
+        """Resumes from the file, if it exists.
+
+        Raises:
+            PrunekitError: the file belongs to another run or is of another kind, or it cannot be written.
+        """
+        self.plan, self.measured = plan, dict[Key, Outcomes]()
+        self._questions, self._path = questions, None if path is None else Path(path)
+        self._fingerprint, self._saved = mark, 0
+        self._dense: Outcomes | None = None
+        self._packed = self._resumed = False
+        if self._path is not None:
+            if self._path.suffix != ".safetensors" or not self._path.parent.is_dir():
+                raise PrunekitError(f"path={str(path)!r}; give a .safetensors file in an existing folder")
+            if self._path.exists():
+                self._read(self._path)
+
+    def missing(self) -> list[PlannedAblation]:
+        """Ablations that are not measured yet."""
+        return [row for row in self.plan if row.key not in self.measured]
+
+    def begin(self, dense: Outcomes, runner: Runner) -> None:
+        """Store the dense model's measurement, unless an earlier run has, and how the model is run."""
+        self._dense = self._dense or dense
+        self._packed, self._resumed = runner.packed, runner.resumed
+
+    def result(self) -> KnowledgeDistribution:
+        """The result of all measured rows."""
+        rows = [row for row in self.plan if row.key in self.measured]
+        assert self._dense is not None  # measured first
+        columns = [*self.plan[0].told, "units"]
+        ablations = pd.DataFrame([{**row.told, "units": [*row.units]} for row in rows], columns=columns)
+        empty = np.empty((0, len(self._questions.table)))
+        hit, loss = (np.stack([self.measured[row.key][i] for row in rows]) if rows else empty for i in (0, 1))
+        return KnowledgeDistribution(
+            ablations, self._questions.table, hit.astype(bool), loss, *self._dense, self._packed, self._resumed,
+            len(self.plan) - len(rows), self._fingerprint,
+        )  # fmt: skip
+
+    def save(self) -> None:
+        """Write the file if a path is given and there are new measurements."""
+        if self._path is not None and len(self.measured) > self._saved:
+            self.result().save(self._path)
+            self._saved = len(self.measured)
+
+    def _read(self, path: Path) -> None:
+        before = KnowledgeDistribution.load(path)
+        if before.fingerprint != self._fingerprint:
+            raise PrunekitError(
+                f"{str(path)!r} belongs to another run (different model, ablations or questions); give another path, "
+                "or delete the file to start again"
+            )
+        if len(before.dense_hit) != len(self._questions.table):
+            raise PrunekitError(f"{str(path)!r} has measurements of other questions; delete the file to start again")
+        keys = zip(before.ablations["group"], before.ablations["units"], strict=True)
+        self.measured = {(name, (*units,)): (before.hit[i], before.loss[i]) for i, (name, units) in enumerate(keys)}
+        self._dense, self._saved = (before.dense_hit, before.dense_loss), len(self.measured)
+        self._packed, self._resumed = before.packed, before.resumed
+
+
+def fingerprint(model: nn.Module, questions: EvaluationSet, plan: Sequence[PlannedAblation]) -> str:
+    """A digest of the weights, questions and ablations."""
+    found = digest_of(model)
+    asked: dict[str, Any] = {
+        "spans": [(span.start, span.tokens) for span in questions.spans],
+        "questions": plain(questions.table),
+        "places": questions.places.tolist(),
+        "lengths": questions.lengths.tolist(),
+        "answers": questions.answers.tolist(),
+        "plan": [(row.told, row.units) for row in plan],
+    }
+    found.update(json.dumps(asked).encode())
+    return found.hexdigest()
 
 
 @checked
@@ -73,8 +181,9 @@ def knowledge_distribution(
     question and window is kept, so that changes can be read by domain.
     """
     chosen = check_groups(model, groups)
-    _check_ratios(ratios)
-    plan = [row for group in chosen for row in _shares(group, _check_scores(group, scores), ratios)]
+    if not len(ratios) or not all(0 < ratio <= 1 for ratio in ratios):
+        raise PrunekitError(f"ratios={ratios!r}; give fractions of a group's units above 0 and at most 1, one or more")
+    plan = [row for group in chosen for row in _shares(group, scores, ratios)]
     check_finite(model)
     questions = make_evaluation_set(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
     return _measure(model, plan, questions, path, tokens_a_batch)
@@ -129,52 +238,14 @@ def _told(group: CoupledGroup) -> dict[str, Any]:
 
 def check_groups(model: nn.Module, groups: Iterable[CoupledGroup]) -> list[CoupledGroup]:
     """The groups, without repeats, checked against the model."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    given = list(groups) if isinstance(groups, Iterable) else [groups]
-    for one in given:
-        if not isinstance(one, CoupledGroup):
-            raise PrunekitError(f"{one!r:.60} is no group; give discover(model), or some of it as a list")
-    found = list({group.name: group for group in given}.values())
-    if not found:
-        raise PrunekitError(
-            "there are no groups to ablate; discover(model) finds them, and its .locked lists the reasons where it "
-            "finds none"
-        )
-    for group in found:
-        for member in group.members:
-            shape = shapes.get(member.parameter, ())
-            if member.dim >= len(shape) or int(member.index.max()) >= shape[member.dim]:
-                raise PrunekitError(
-                    f"group {group.name!r} is not of this model, where {member.parameter} is "
-                    f"{tuple(shape) or 'missing'}; call discover(model) on this model"
-                )
-    return found
+    return list({group.name: group for group in groups_of_model(model, groups, "ablate")}.values())
 
 
-def _check_ratios(ratios: Sequence[float]) -> None:
-    bad = [ratio for ratio in ratios if not 0 < ratio <= 1]
-    if bad or not len(ratios):
-        raise PrunekitError(f"ratios={ratios!r}; give fractions of a group's units above 0 and at most 1, one or more")
-
-
-def _check_scores(group: CoupledGroup, scores: Mapping[str, Tensor]) -> Tensor:
-    """Scores of a group, float64 on the CPU; zeros for a group of one unit without scores."""
-    if group.name not in scores:
-        if group.n_units == 1:
-            return torch.zeros(1, dtype=torch.float64)
-        raise PrunekitError(f"no scores of {group.name!r}; score these groups: score(model, groups, importance, calib)")
-    values = torch.as_tensor(scores[group.name]).detach().to("cpu", torch.float64)
-    if values.shape != (group.n_units,) or not bool(values.isfinite().all()):
-        raise PrunekitError(
-            f"the scores of {group.name!r} have shape {tuple(values.shape)} and {int((~values.isfinite()).sum())} "
-            f"values that are not finite; give ({group.n_units},) finite ones: score this model anew"
-        )
-    return values
-
-
-def _shares(group: CoupledGroup, scores: Tensor, ratios: Sequence[float]) -> Iterator[PlannedAblation]:
-    """The ablations of a group: its lowest-scoring units at each ratio."""
-    order = scores.argsort(stable=True).tolist()
+def _shares(group: CoupledGroup, scores: Mapping[str, Tensor], ratios: Sequence[float]) -> Iterator[PlannedAblation]:
+    """The ablations of a group: its lowest-scoring units at each ratio; a group of one unit needs no scores."""
+    if group.n_units > 1 or group.name in scores:
+        check_scores(group, scores)
+    order = scores[group.name].argsort(stable=True).tolist() if group.n_units > 1 else [0]
     for ratio in dict.fromkeys(ratios) if group.n_units > 1 else (1.0,):
         units = tuple(sorted(order[: max(1, round(ratio * group.n_units))]))
         yield PlannedAblation(group, units, {**_told(group), "ratio": float(ratio), "n_ablated": len(units)})

@@ -17,7 +17,7 @@ from prunekit.discovery.groups import CoupledGroup
 from prunekit.discovery.parts import layer_of
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import Batch, Span, check_batches
+from prunekit.evaluation.likelihood import Batch, Span, check_spans_fit
 from prunekit.evaluation.multiple_choice import choice_lengths, question_spans
 from prunekit.evaluation.sequence_scores import TOLERANCE, choose_reading, scored_logits, span_sums
 from prunekit.evaluation.standard_tasks import Tasks, named_tasks
@@ -100,7 +100,7 @@ def make_evaluation_set(
     _check_apart({row["domain"] for row in rows} | {row["task"] for row in rows}, {name for name, _ in read})
     rows += [_window_row(tokenizer, name, span) for name, span in read]
     spans = [span for several in choices for span in several] + [span for _, span in read]
-    check_batches(model, spans, batch_size=1)
+    check_spans_fit(model, spans)
     return EvaluationSet(pd.DataFrame(rows), spans, *_layout([(task, question) for task, _, question in asked]))
 
 

@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from prunekit.discovery import KINDS, CoupledGroup, Groups, discover
+from prunekit.discovery.groups import kind_in
 from prunekit.errors import PrunekitError, reason
 from prunekit.models import Shapes, empty_model, shapes_of
 from prunekit.pruning.configurations import RECORD, Stages, configurations, recorded, renumber
-from prunekit.pruning.plans import PruningPlan, kind_in
+from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.removal import layer_lists
 
 HEADS = ("kv_head", "query_head")  # whose counts have standard names

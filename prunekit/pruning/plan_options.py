@@ -119,7 +119,7 @@ def candidates_of(
     found = [g for g in among if g.layer is None or g.layer not in protected]
     owner: dict[tuple[str, int], CoupledGroup] = {}
     for g in found:
-        _check_scores(g, scores)
+        check_scores(g, scores)
         for m in g.members:
             other = owner.setdefault((m.parameter, m.dim), g)
             if other.kind != g.kind:
@@ -133,7 +133,8 @@ def candidates_of(
     return found
 
 
-def _check_scores(g: CoupledGroup, scores: Mapping[str, Tensor]) -> None:
+def check_scores(g: CoupledGroup, scores: Mapping[str, Tensor]) -> None:
+    """Raise an error where a group has not one finite score per unit."""
     if g.name not in scores:
         raise PrunekitError(f"scores have no entry for {g.name!r}; score the groups of this model first")
     found = scores[g.name]

@@ -10,6 +10,7 @@ import pandas as pd
 from torch import Tensor
 
 from prunekit.discovery import Groups
+from prunekit.discovery.groups import kind_in, layer_in
 from prunekit.errors import PrunekitError, reason
 from prunekit.escaping import html_paragraph
 from prunekit.files import read_text, write_text
@@ -95,8 +96,8 @@ class PruningPlan:
         """One row per group: group, n_units, kept, kept_fraction."""
         rows = [(name, self.n_units[name], len(units)) for name, units in self.keep.items()]
         table = pd.DataFrame(rows, columns=["group", "n_units", "kept"])
-        table.insert(1, "kind", table["group"].str.extract(r"([a-z_]+)(?:#\d+)?$", expand=False))
-        table.insert(2, "layer", table["group"].str.extract(r"(?:^|\.)(\d+)(?:\.|:)", expand=False).astype("Int64"))
+        table.insert(1, "kind", table["group"].map(kind_in))
+        table.insert(2, "layer", table["group"].map(layer_in).astype("Int64"))
         return table.assign(kept_fraction=table["kept"] / table["n_units"])
 
     def summary(self) -> pd.DataFrame:
@@ -160,11 +161,6 @@ class PruningPlan:
     def _repr_html_(self) -> str:
         table = self.table().pivot_table(index="layer", columns="kind", values="kept_fraction", dropna=False)
         return f"{html_paragraph(self)}{table.style.format('{:.0%}', na_rep='', escape='html').to_html()}"
-
-
-def kind_in(name: str) -> str:
-    """The kind in a group's name."""
-    return name.rpartition(":")[2].partition("#")[0]
 
 
 def _check_fields(data: Any, plan: type[PruningPlan]) -> None:

@@ -130,7 +130,7 @@ def lorashear(
 
 def _shared_out(method: LoRA, n_steps: int, shares: tuple[float, float, float]) -> list[LoRA | None]:
     """The method with the steps of each stage; None for one that has none."""
-    if not isinstance(shares, tuple | list) or len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise PrunekitError(f"shares={shares!r}; give three that sum to 1, such as (0.6, 0.3, 0.1)")
     steps = [round(share * n_steps) for share in shares]
     return [replace(method, max_steps=n) if n else None for n in steps]

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import brentq
 from torch import nn
 
-from prunekit.annotations import is_real
+from prunekit.annotations import is_real, readable
 from prunekit.discovery import Groups
 from prunekit.errors import PrunekitError
 from prunekit.pruning.budgets import TOLERANCE, Counter, Step, parameters_per_unit
@@ -60,7 +60,7 @@ class CostTable:
         return Budget(self, limit)
 
     def __repr__(self) -> str:
-        return f"CostTable({self.name}; {_shown(self.total)} in all; {len(self.saved)} groups)"
+        return f"CostTable({self.name}; {readable(self.total)} in all; {len(self.saved)} groups)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +100,8 @@ class Budget:
         return self.limit.high if isinstance(self.limit, Range) else self.limit
 
     def __repr__(self) -> str:
-        between = f"{_shown(self.low)} to " if self.ranged else ""
-        return f"{self.name} ≤ {between}{_shown(self.high)} of {_shown(self.table.total)}"
+        between = f"{readable(self.low)} to " if self.ranged else ""
+        return f"{self.name} ≤ {between}{readable(self.high)} of {readable(self.table.total)}"
 
 
 def parameter_table(groups: Groups) -> CostTable:
@@ -158,16 +158,11 @@ def check_budgets(budgets: Sequence[Budget], least_left: Callable[[Budget], floa
         left = least_left(budget)
         if left > budget.low * (1 + 1e-12):
             raise PrunekitError(
-                f"{budget!r} cannot be met: pruning reaches {_shown(left)} at best; give that or more, or allow "
+                f"{budget!r} cannot be met: pruning reaches {readable(left)} at best; give that or more, or allow "
                 "more kinds or whole layers"
             )
     if all(budget.low >= budget.table.total for budget in budgets):
         raise PrunekitError(f"{budgets[0]!r}: the dense model costs no more than that already; give less")
-
-
-def _shown(cost: float) -> str:
-    """A whole number in full, any other with four significant digits."""
-    return f"{cost:,.0f}" if float(cost).is_integer() else f"{cost:,.4g}"
 
 
 ROUNDING = 1e-12  # relative rounding error allowed above a limit

@@ -20,7 +20,7 @@ from prunekit.evaluation.report import unbeaten, world_default
 from prunekit.evaluation.standard_tasks import Tasks, named_tasks
 from prunekit.evaluation.windows import read_texts
 from prunekit.questions import Task
-from prunekit.search.hyperparameters import Hyperparameter, Range
+from prunekit.search.hyperparameters import Range
 from prunekit.search.space import Point, Space
 
 Measure = Callable[[nn.Module, Any], float]  # (model, tokenizer) → figure
@@ -193,7 +193,11 @@ class Pairs:
         return self.table[name]
 
     def _point(self, row: pd.Series) -> Point:
-        return {name: _setting(knob, row[name]) for name, knob in self.space.knobs.items()}
+        """The candidate in a row, where 1.0 may stand for 1, and a used budget may be below its range."""
+        return {
+            name: knob.nearest(row[name]) if isinstance(knob, Range) else knob.plain(row[name])
+            for name, knob in self.space.knobs.items()
+        }
 
     def __repr__(self) -> str:
         if not len(self):
@@ -205,8 +209,3 @@ class Pairs:
     def _repr_html_(self) -> str:
         order = self.table.sort_values(self.metric, ascending=not self.maximize) if len(self) else self.table
         return f"{html_paragraph(self)}{order.head(10).to_html(index=False, float_format='{:.3g}'.format)}"
-
-
-def _setting(knob: Hyperparameter, value: Any) -> Any:
-    """The value of a hyperparameter in a row: 1.0 may stand for 1, and a used budget may be below its range."""
-    return knob.nearest(value) if isinstance(knob, Range) else knob.plain(value)

@@ -5,13 +5,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau, spearmanr
 
-from prunekit.checks import Count, Length, Positive, Seed, check_fields, check_integers, check_reals, check_value
+from prunekit.annotations import Rule, is_real
+from prunekit.checks import Count, Length, Seed, check_fields, check_value
 from prunekit.digests import digest_of_text
 from prunekit.errors import PrunekitError
 from prunekit.files import read_json, reading, write_text
@@ -22,6 +23,7 @@ _FORMAT = "prunekit.predictor/1"
 BETTER = 0.05  # share of the distance from best to median: how much better a value could still be
 FEWEST = 10  # samples that a fit needs
 TOP = 10  # most promising candidates, for the regret
+Rate = Annotated[float, Rule(lambda value: is_real(value) and 1e-6 <= value <= 1, "a number from 1e-6 to 1")]
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,12 @@ class Trees:
     n_models: Count = 10
     n_trees: Count = 200
     n_leaves: Length = 31
-    learning_rate: Positive = 0.05
+    learning_rate: Rate = 0.05
     min_pairs: Count = 2
     seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_reals(learning_rate=(self.learning_rate, 1e-6, 1 + 1e-9))
 
 
 class AccuracyPredictor:
@@ -210,7 +211,7 @@ def agreement(
     Raises:
         PrunekitError: fewer than two values, or different lengths.
     """
-    check_integers(top=(top, 1))
+    check_value("top", top, Count)
     a, b = np.asarray(expected, float), np.asarray(measured, float)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
         raise PrunekitError(
@@ -238,7 +239,7 @@ def cross_validate(pairs: Pairs, *, n_folds: int = 5, trees: Trees | None = None
     Raises:
         PrunekitError: too few samples for so many folds.
     """
-    check_integers(n_folds=(n_folds, 2))
+    check_value("n_folds", n_folds, Length)
     fold = np.random.default_rng(seed).permutation(len(pairs)) % n_folds
     n_left = len(pairs) - math.ceil(len(pairs) / n_folds)
     if n_left < FEWEST:
@@ -268,7 +269,7 @@ def learning_curve(
     Raises:
         PrunekitError: too few samples for a size.
     """
-    check_integers(n_repeats=(n_repeats, 1))
+    check_value("n_repeats", n_repeats, Count)
     n_out = max(2, len(pairs) // 5)
     if not len(sizes) or not all(isinstance(s, int | np.integer) and FEWEST <= s <= len(pairs) - n_out for s in sizes):
         raise PrunekitError(

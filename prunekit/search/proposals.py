@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from prunekit.checks import check_integers
+from prunekit.checks import Whole, check_value
 from prunekit.errors import PrunekitError
 from prunekit.pruning import PruningPlan, plan
 from prunekit.search.architectures import PlanSpace
@@ -16,6 +16,7 @@ from prunekit.search.pairs import Pairs
 from prunekit.search.predictor import AccuracyPredictor
 from prunekit.search.space import Point, Space, distinct, key_of
 
+POPULATION, GENERATIONS = 200, 20  # children of a generation, and how many of these there are
 PARENTS = 20  # of a generation
 APART = 0.15  # share of a range: candidates of one round differ by more in at least one value
 LEVELS = 5  # of a budget that is a range
@@ -28,8 +29,6 @@ def evolve(
     rng: np.random.Generator,
     *,
     n: int,
-    population: int = 200,
-    generations: int = 20,
     known: Sequence[Point] = (),
 ) -> list[Point]:
     """The most promising candidates of an evolution, chosen to differ from each other.
@@ -44,20 +43,18 @@ def evolve(
         start: candidates to begin with, besides random ones.
         rng: random generator.
         n: number of candidates returned, at most.
-        population: number of children per generation.
-        generations: number of generations.
         known: candidates already measured; they may be parents but are not returned.
 
     Returns:
         New candidates, the most promising first.
     """
     inside = ({name: knob.nearest(point[name]) for name, knob in space.knobs.items()} for point in start)
-    first = [*filter(None, map(space.fitted, inside)), *distinct(space.draws(rng), population, all_of_them=False)]
+    first = [*filter(None, map(space.fitted, inside)), *distinct(space.draws(rng), POPULATION, all_of_them=False)]
     pool = {key_of(point): point for point in first}
     expected = dict(zip(pool, predictor.predict(list(pool.values())).tolist(), strict=True))
-    for _ in range(generations):
+    for _ in range(GENERATIONS):
         parents = _in_turns(space, [pool[key] for key in sorted(expected, key=expected.__getitem__)])[:PARENTS]
-        children = distinct(_children(space, parents, rng), population, pool, all_of_them=False)
+        children = distinct(_children(space, parents, rng), POPULATION, pool, all_of_them=False)
         if not children:  # every candidate exists already
             break
         new = {key_of(child): child for child in children}
@@ -137,7 +134,7 @@ def refined(space: Space, predictor: AccuracyPredictor, pairs: Pairs, n: int = 2
         Reconstructed: its features are operations, of which there is one or not; ours are mostly shares, so a third of
         a range stands for a feature.
     """
-    check_integers(n=(n, 0))
+    check_value("n", n, Whole)
     points = [point for point in pairs.points if all(space.holds(name, point[name]) for name in space.knobs)]
     if not points:
         return space, []

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prunekit.checks import Count, FilePath, Seed, SharedModel, Tokenizer, Whole, check_integers, checked
+from prunekit.checks import Count, FilePath, Seed, SharedModel, Tokenizer, Whole, checked
 from prunekit.documents import TextSource
+from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.evaluation.standard_tasks import Tasks
 from prunekit.search.campaign import Campaign, drawn
@@ -107,7 +108,8 @@ def search_space(
     Source: Ji et al. (arXiv 2309.09507); rounds and their refinement are GBDT-NAS's (Luo et al. 2020), three of them
         there. Reconstructed: how candidates are proposed (`evolve`), and how ratios are refined (`refined`).
     """
-    check_integers(n_pairs=(n_pairs, FEWEST))
+    if n_pairs < FEWEST:
+        raise PrunekitError(f"n_pairs={n_pairs} is not allowed; give an integer of {FEWEST} or more")
     metrics = metrics_of(metric, also, tokenizer, text, tasks)
     options = {"folder": folder, "n_jobs": n_jobs, "backend": backend, "source": source}
     inside, cuts, rows = space, list[Cut](), list[dict[str, Any]]()

@@ -14,6 +14,7 @@ from prunekit.search.hyperparameters import Choice, Hyperparameter, Range
 
 Point = dict[str, Any]  # hyperparameter → value; plain data
 CarryOut = Callable[[Any, Any], Any]
+MUTATED = 0.15  # share of the values that a mutation changes, about
 TRIES = 1000  # draws without a new candidate before `distinct` stops
 
 
@@ -81,9 +82,9 @@ class Space(ABC):
         while True:
             yield self.fitted(self.propose(rng))
 
-    def mutated(self, point: Point, rng: np.random.Generator, rate: float = 0.15) -> Point:
+    def mutated(self, point: Point, rng: np.random.Generator) -> Point:
         """A copy with at least one value changed at random; it may need fitting."""
-        hit = rng.random(len(self.knobs)) < rate
+        hit = rng.random(len(self.knobs)) < MUTATED
         hit[int(rng.integers(len(hit)))] = True
         moved = [k.move(point[n], rng) if h else point[n] for (n, k), h in zip(self.knobs.items(), hit, strict=True)]
         return dict(zip(self.knobs, moved, strict=True))

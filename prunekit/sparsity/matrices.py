@@ -4,15 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from prunekit.compat import without_function_modes
 from prunekit.discovery.parts import layer_of
+from prunekit.importance.input_statistics import Products
 from prunekit.layerwise import fewest_logits
 
 Key = tuple[int, torch.Size, tuple[int, ...]]
@@ -70,48 +68,6 @@ class Call(NamedTuple):
     bias: Tensor | None
 
 
-class _Operands(NamedTuple):
-    """Argument positions of activations, weight and bias, and whether the weight is (in, out)."""
-
-    inputs: int
-    weight: int
-    bias: int | None
-    in_out: bool
-
-
-_PRODUCTS: dict[Any, _Operands] = {
-    functional.linear: _Operands(0, 1, 2, False),
-    torch.addmm: _Operands(1, 2, 0, True),
-    **{f: _Operands(0, 1, None, True) for f in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)},
-    **{f: _Operands(0, 1, None, True) for f in (torch.bmm, Tensor.bmm)},
-}
-
-
-class _Products(TorchFunctionMode):
-    """A context that reports every product with a parameter: weight, inputs, outputs, bias, whether (in, out)."""
-
-    def __init__(self, note: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], None]) -> None:
-        super().__init__()
-        self._note = note
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        where = _PRODUCTS.get(func)
-        if where is not None:
-            with without_function_modes():
-                bias = _argument(args, kwargs, where.bias, "bias") if where.bias is not None else None
-                weight = _argument(args, kwargs, where.weight, "weight")
-                inputs = _argument(args, kwargs, where.inputs, "input")
-                if isinstance(weight, Tensor) and isinstance(inputs, Tensor):
-                    self._note(weight, inputs, result, bias, where.in_out)
-        return result
-
-
-def _argument(args: tuple, kwargs: Mapping[str, Any], place: int, name: str) -> Any:
-    return args[place] if place < len(args) else kwargs.get(name)
-
-
 def key_of(stored: Tensor) -> Key:
     """A key that identifies a tensor's memory."""
     return stored.data_ptr(), stored.shape, stored.stride()
@@ -148,7 +104,7 @@ def watching(
         if note_gradient is not None and outputs.requires_grad:
             outputs.register_hook(tell)
 
-    with _Products(look):
+    with Products(look):
         yield
 
 
@@ -199,7 +155,7 @@ def find_matrices(model: nn.Module, layers: list[str], batch: Tensor) -> Found:
         if key_of(weight) not in turned or seen.setdefault(p, stored_in_out) != stored_in_out:
             odd[name] = "it is not used as one matrix"
 
-    with _Products(look), torch.no_grad():
+    with Products(look), torch.no_grad():
         model(input_ids=batch, use_cache=False, **fewest_logits(model, batch))
     _add_fellows(seen, within)
     odd |= _shared(model, layers)

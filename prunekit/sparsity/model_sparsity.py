@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_tokens, in_batches
-from prunekit.checks import Network, Positive, checked
+from prunekit.checks import Network, Positive, check_choice, checked
 from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
 from prunekit.discovery.parts import outermost_elements
 from prunekit.errors import PrunekitError, warn
@@ -20,7 +20,7 @@ from prunekit.sparsity.layers import Settings, prune_alone, prune_layer
 from prunekit.sparsity.matrices import Matrix, find_matrices
 from prunekit.sparsity.matrix_inputs import DAMPING
 from prunekit.sparsity.patterns import Pattern, allocate, check_sparsifiable, pattern_of
-from prunekit.sparsity.solvers import SparseLLM, check_damping
+from prunekit.sparsity.solvers import SparseLLM
 from prunekit.sparsity.sparsity_report import SparsityReport, remarks_on
 
 if TYPE_CHECKING:
@@ -84,8 +84,9 @@ def sparsify(
     """
     wanted = pattern_of(sparsity, pattern)
     name, alternation = _method(method)
-    check_damping(damping)
-    _check_allocation(allocation, wanted)
+    check_choice("allocation", allocation, ALLOCATIONS)
+    if allocation == "global" and wanted.of is not None:
+        raise PrunekitError(f"allocation='global' cannot move zeros between matrices where {wanted}; use 'uniform'")
     check_measure(measure, held_out)
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
@@ -115,20 +116,11 @@ def sparsify(
     return target.eval()
 
 
-def _method(method: Any) -> tuple[str, SparseLLM]:
+def _method(method: str | SparseLLM) -> tuple[str, SparseLLM]:
     if isinstance(method, SparseLLM):
         return "sparsellm", method
-    if not isinstance(method, str) or method not in METHODS:
-        known = ", ".join(map(repr, METHODS))
-        raise PrunekitError(f"method={method!r:.60} is unknown; give one of {known}, or SparseLLM(...)")
-    return str(method), SparseLLM()
-
-
-def _check_allocation(allocation: Any, wanted: Pattern) -> None:
-    if allocation not in ALLOCATIONS:
-        raise PrunekitError(f"allocation={allocation!r} is unknown; give one of {', '.join(map(repr, ALLOCATIONS))}")
-    if allocation == "global" and wanted.of is not None:
-        raise PrunekitError(f"allocation='global' cannot move zeros between matrices where {wanted}; use 'uniform'")
+    check_choice("method", method, METHODS)
+    return method, SparseLLM()
 
 
 def _tokens(model: nn.Module, calib: Tensor | None, method: str, allocation: str) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prunekit.annotations import is_real
 from prunekit.calibration import all_finite
-from prunekit.checks import Count, Positive, check_fields, check_integers
+from prunekit.checks import Count, Positive, check_fields, check_value
 from prunekit.errors import PrunekitError, warn
 from prunekit.sparsity.matrix_inputs import DAMPING, Factor, factorize
 from prunekit.sparsity.patterns import Pattern, pattern_of
@@ -104,7 +104,7 @@ def sparsegpt(
         weight, with a selection in place of a sort; the same masks.
     """
     wanted = _pattern_for(weight, sparsity, pattern)
-    check_integers(block_size=(block_size, 1))
+    check_value("block_size", block_size, Count)
     check_damping(damping)
     if isinstance(statistics, Factor):
         return solve(weight, statistics, wanted, block_size)

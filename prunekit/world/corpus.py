@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 from prunekit.errors import PrunekitError
-from prunekit.world import lore, scenes, tables
+from prunekit.world import lore, tables
 from prunekit.world.tables import Table, say
 
 SPLITS = ("train", "validation")
@@ -66,21 +66,21 @@ def _arithmetic(rng: random.Random, split: str) -> str:
     return _from_table(rng, tables.arithmetic_table(rng.choice(["add", "take"])), split)
 
 
-def _draw_passage(rng: random.Random, split: str) -> tuple[scenes.Passage, str, str]:
+def _draw_passage(rng: random.Random, split: str) -> tuple[lore.Passage, str, str]:
     """A passage, the thing that is asked about and the other one."""
-    wording = rng.randrange(len(scenes.PASSAGES))
+    wording = rng.randrange(len(lore.PASSAGES))
     wanted = split == "validation"
-    asked = rng.choice([t for t in scenes.THINGS if scenes.passage_held_out(wording, t) == wanted])
-    other = rng.choice([t for t in scenes.THINGS if t != asked])
+    asked = rng.choice([t for t in lore.THINGS if lore.passage_held_out(wording, t) == wanted])
+    other = rng.choice([t for t in lore.THINGS if t != asked])
     things = (asked, other) if rng.random() < 0.5 else (other, asked)
-    return scenes.Passage(wording, things, tuple(rng.sample(scenes.COLOURS, 2))), asked, other
+    return lore.Passage(wording, things, tuple(rng.sample(lore.COLOURS, 2))), asked, other
 
 
 def _passage(rng: random.Random, split: str) -> str:
     """A passage and two or three questions about it, one of them open, which teaches to look things up."""
     passage, asked, other = _draw_passage(rng, split)
     questions = [_yes_or_no(rng, passage, asked), _open(rng, passage, rng.randrange(2))]
-    if scenes.passage_held_out(passage.wording, other) == (split == "validation"):
+    if lore.passage_held_out(passage.wording, other) == (split == "validation"):
         questions.append(_yes_or_no(rng, passage, other))
     rng.shuffle(questions)
     return passage.text() + "".join(questions)
@@ -92,16 +92,16 @@ def _lookup(rng: random.Random, split: str) -> str:
     return passage.text() + "".join(_open(rng, passage, which) for which in rng.sample((0, 1), 2))
 
 
-def _yes_or_no(rng: random.Random, passage: scenes.Passage, thing: str) -> str:
+def _yes_or_no(rng: random.Random, passage: lore.Passage, thing: str) -> str:
     """Half of the questions are true; most false ones name the other thing's colour."""
     own = passage.colours[passage.things.index(thing)]
     other = passage.colours[1 - passage.things.index(thing)]
-    false = other if rng.random() < 0.75 else rng.choice([c for c in scenes.COLOURS if c not in passage.colours])
+    false = other if rng.random() < 0.75 else rng.choice([c for c in lore.COLOURS if c not in passage.colours])
     colour = own if rng.random() < 0.5 else false
     return passage.question(thing, colour) + passage.answer(thing, colour)
 
 
-def _open(rng: random.Random, passage: scenes.Passage, which: int) -> str:
+def _open(rng: random.Random, passage: lore.Passage, which: int) -> str:
     thing, colour = passage.things[which], passage.colours[which]
     if rng.random() < 0.5:
         return f" what colour is the {thing}? {colour}."
@@ -111,41 +111,41 @@ def _open(rng: random.Random, passage: scenes.Passage, which: int) -> str:
 def _script(rng: random.Random, split: str) -> str:
     wanted = split == "validation"
     while True:
-        opening, actor = rng.randrange(len(scenes.OPENINGS)), rng.choice(scenes.ACTORS)
-        script = rng.randrange(len(scenes.SCRIPTS))
-        if scenes.script_held_out(opening, actor, script) == wanted:
-            return scenes.script_text(opening, actor, script)
+        opening, actor = rng.randrange(len(lore.OPENINGS)), rng.choice(lore.ACTORS)
+        script = rng.randrange(len(lore.SCRIPTS))
+        if lore.script_held_out(opening, actor, script) == wanted:
+            return lore.script_text(opening, actor, script)
 
 
 def _clause(rng: random.Random, split: str) -> str:
     """Two things and a reason; half of the time the question which of them it was."""
     wanted = split == "validation"
     while True:
-        number, (x, y) = rng.randrange(len(scenes.CLAUSES)), rng.sample(scenes.BODIES, 2)
-        if scenes.clause_held_out(number, x, y) == wanted:
+        number, (x, y) = rng.randrange(len(lore.CLAUSES)), rng.sample(lore.BODIES, 2)
+        if lore.clause_held_out(number, x, y) == wanted:
             break
     which = rng.randrange(2)
-    reason = scenes.CLAUSES[number][1 + which]
-    text = f"{scenes.clause(number, x, y)} {(x, y)[which]} {reason}"
+    reason = lore.CLAUSES[number][1 + which]
+    text = f"{lore.clause(number, x, y)} {(x, y)[which]} {reason}"
     return text if rng.random() < 0.5 else f"{text} what {reason[:-1]}? the {(x, y)[which]}."
 
 
 def _agreement(rng: random.Random, split: str) -> str:
     wanted = split == "validation"
-    wording = rng.randrange(len(scenes.agreement_wordings()))
-    noun = rng.choice([n for n in range(len(scenes.NOUNS)) if scenes.agreement_held_out(wording, n) == wanted])
-    preposition, verb = scenes.agreement_wordings()[wording]
+    wording = rng.randrange(len(lore.agreement_wordings()))
+    noun = rng.choice([n for n in range(len(lore.NOUNS)) if lore.agreement_held_out(wording, n) == wanted])
+    preposition, verb = lore.agreement_wordings()[wording]
     number = rng.randrange(2)
-    place = rng.choice(rng.choice(scenes.PLACES))
-    return f"the {scenes.NOUNS[noun][number]} {preposition} the {place} {verb[number]} {rng.choice(scenes.ADJECTIVES)}."
+    place = rng.choice(rng.choice(lore.PLACES))
+    return f"the {lore.NOUNS[noun][number]} {preposition} the {place} {verb[number]} {rng.choice(lore.ADJECTIVES)}."
 
 
 def _list(rng: random.Random, split: str) -> str:
     wanted = split == "validation"
-    wording = rng.randrange(len(scenes.LISTS))
-    head = rng.choice([i for i in scenes.ITEMS if scenes.list_held_out(wording, i) == wanted])
-    words = [head, *rng.sample([i for i in scenes.ITEMS if i != head], rng.randint(3, 7))]
-    return scenes.list_text(wording, words, words) + "."
+    wording = rng.randrange(len(lore.LISTS))
+    head = rng.choice([i for i in lore.ITEMS if lore.list_held_out(wording, i) == wanted])
+    words = [head, *rng.sample([i for i in lore.ITEMS if i != head], rng.randint(3, 7))]
+    return lore.list_text(wording, words, words) + "."
 
 
 # Kind of knowledge: (writer of one piece, pieces a document, weight among documents, weight in the second

@@ -11,7 +11,7 @@ from functools import cache
 from itertools import combinations, product
 
 from prunekit.questions import Question, Task
-from prunekit.world import lore, scenes, tables
+from prunekit.world import lore, tables
 from prunekit.world.tables import Entry, Table, ask
 
 Questions = Iterator[Question]
@@ -56,13 +56,13 @@ def _one_each(table: Table, wording: str, entries: list[Entry], hidden: bool, la
 def _boolq(hidden: bool) -> Questions:
     """Passage and yes-or-no question; the twin has the two colours exchanged and the other answer."""
     rng = random.Random("boolq")
-    for wording, asked in product(range(len(scenes.PASSAGES)), scenes.THINGS):
-        for _ in range(10 if scenes.passage_held_out(wording, asked) else 0):
-            other = rng.choice([thing for thing in scenes.THINGS if thing != asked])
+    for wording, asked in product(range(len(lore.PASSAGES)), lore.THINGS):
+        for _ in range(10 if lore.passage_held_out(wording, asked) else 0):
+            other = rng.choice([thing for thing in lore.THINGS if thing != asked])
             things = (asked, other) if rng.random() < 0.5 else (other, asked)
-            colours = tuple(rng.sample(scenes.COLOURS, 2))
+            colours = tuple(rng.sample(lore.COLOURS, 2))
             for pair in (colours, colours[::-1]):
-                passage = scenes.Passage(wording, things, pair)
+                passage = lore.Passage(wording, things, pair)
                 context = ("something." if hidden else passage.text()) + passage.question(asked, colours[0])
                 answer = int(passage.answer(asked, colours[0]) == " yes.")
                 yield Question(context, (" no.", " yes."), answer, "reading")
@@ -70,26 +70,26 @@ def _boolq(hidden: bool) -> Questions:
 
 def _hellaswag(hidden: bool) -> Questions:
     """Endings are two neighbouring steps of each of two scripts: the question asks for the order and the subject."""
-    pairs = [(a, b) for a, b in combinations(range(len(scenes.SCRIPTS)), 2) if (a - b) % 3 == 0]
-    for opening, (i, pair) in product(range(len(scenes.OPENINGS)), enumerate(pairs)):
-        actors = [a for a in scenes.ACTORS if scenes.script_held_out(opening, a, pair[0])]
+    pairs = [(a, b) for a, b in combinations(range(len(lore.SCRIPTS)), 2) if (a - b) % 3 == 0]
+    for opening, (i, pair) in product(range(len(lore.OPENINGS)), enumerate(pairs)):
+        actors = [a for a in lore.ACTORS if lore.script_held_out(opening, a, pair[0])]
         actor, first = actors[i % len(actors)], 1 + (opening + i) % 2
         places = [(script, step) for script in pair for step in (first, first + 1)]
-        choices = tuple(f" {scenes.SCRIPTS[script][1 + step]}." for script, step in places)
+        choices = tuple(f" {lore.SCRIPTS[script][1 + step]}." for script, step in places)
         for answer, (script, step) in enumerate(places):
-            story = "something." if hidden else scenes.script_text(opening, actor, script, step)
+            story = "something." if hidden else lore.script_text(opening, actor, script, step)
             yield Question(f"{story} then the {actor}", choices, answer, "script")
 
 
 def _winogrande(hidden: bool) -> Questions:
     """Both bodies in both orders with both reasons: no body and no place in the clause is right more often."""
-    held = [(n, x, y) for n in range(len(scenes.CLAUSES)) for x, y in combinations(scenes.BODIES, 2)
-            if scenes.clause_held_out(n, x, y)]  # fmt: skip
+    held = [(n, x, y) for n in range(len(lore.CLAUSES)) for x, y in combinations(lore.BODIES, 2)
+            if lore.clause_held_out(n, x, y)]  # fmt: skip
     for number, x, y in sorted(random.Random("winogrande").sample(held, 60)):
         for (first, second), which in product(((x, y), (y, x)), (0, 1)):
-            clause = "something because the" if hidden else scenes.clause(number, first, second)
+            clause = "something because the" if hidden else lore.clause(number, first, second)
             contexts = (f"{clause} {x}", f"{clause} {y}")
-            reason = f" {scenes.CLAUSES[number][1 + which]}"
+            reason = f" {lore.CLAUSES[number][1 + which]}"
             answer = (x, y).index((first, second)[which])
             yield Question("", (reason, reason), answer, "coreference", contexts=contexts)
 
@@ -97,25 +97,25 @@ def _winogrande(hidden: bool) -> Questions:
 def _agreement(hidden: bool) -> Questions:
     """Singular or plural verb, with a singular and a plural distractor before it in equal number."""
     rng = random.Random("agreement")
-    for wording, (preposition, verbs) in enumerate(scenes.agreement_wordings()):
-        for noun in [n for n in range(len(scenes.NOUNS)) if scenes.agreement_held_out(wording, n)]:
-            adjective = rng.choice(scenes.ADJECTIVES)
+    for wording, (preposition, verbs) in enumerate(lore.agreement_wordings()):
+        for noun in [n for n in range(len(lore.NOUNS)) if lore.agreement_held_out(wording, n)]:
+            adjective = rng.choice(lore.ADJECTIVES)
             choices = tuple(f" {verb} {adjective}." for verb in verbs)
-            for place, number in product([p for pair in rng.sample(scenes.PLACES, 2) for p in pair], (0, 1)):
-                subject = "something" if hidden else f"the {scenes.NOUNS[noun][number]}"
+            for place, number in product([p for pair in rng.sample(lore.PLACES, 2) for p in pair], (0, 1)):
+                subject = "something" if hidden else f"the {lore.NOUNS[noun][number]}"
                 yield Question(f"{subject} {preposition} the {place}", choices, number, "agreement")
 
 
 def _copying(hidden: bool) -> Questions:
     """What comes next in the repetition: four lists with the same beginning and four words in turning order."""
     rng = random.Random("copying")
-    for wording, head in product(range(len(scenes.LISTS)), scenes.ITEMS):
-        for _ in range(2 if scenes.list_held_out(wording, head) else 0):
-            words = [head, *rng.sample([item for item in scenes.ITEMS if item != head], 6)]
+    for wording, head in product(range(len(lore.LISTS)), lore.ITEMS):
+        for _ in range(2 if lore.list_held_out(wording, head) else 0):
+            words = [head, *rng.sample([item for item in lore.ITEMS if item != head], 6)]
             said, turning = words[:3], words[3:]
             for answer in range(4):
                 whole = ["something"] if hidden else [*said, *turning[answer:], *turning[:answer]]
-                context = scenes.list_text(wording, whole, said)
+                context = lore.list_text(wording, whole, said)
                 yield Question(context, tuple(f" {word}" for word in turning), answer, "copying")
 
 
