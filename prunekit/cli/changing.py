@@ -18,6 +18,7 @@ from prunekit.escaping import in_code, in_markdown
 from prunekit.files import read_text
 from prunekit.models import count_parameters, empty_model, fitting_length
 from prunekit.names import GGUF
+from prunekit.processes import this_process
 from prunekit.recovery.data import hold_out, training_windows
 from prunekit.recovery.log import RecoveryLog
 from prunekit.sparsity.patterns import pattern_of
@@ -100,7 +101,7 @@ def recover(
     settings: Annotated[
         dict[str, Any], Of(pk.LoRA, *SETTINGS, "targets", "seq_len", "seed"), Of(pk.FullTuning, "weight_decay")
     ],
-    training: Annotated[dict[str, Any], Of(pk.recover, "train_on", "keep_zeros")],
+    training: Annotated[dict[str, Any], Of(pk.recover, "train_on", "keep_zeros", "folder")],
     teacher: str | None = None,
     distilling: Annotated[dict[str, Any], Of(pk.Distillation, "kl", "temperature", "text_share", "top_k")],
     writing: Writing,
@@ -114,13 +115,14 @@ def recover(
     (at most 1,024 tokens) is held out, to measure the loss before and after. Where
     sparsity.json reports zeros in the weights, they stay zero. With --teacher DENSE the
     model learns to predict what the model before pruning predicts. OUT is complete or
-    not there.
+    not there. accelerate launch and torchrun run it in several processes.
 
     Example:
         prunekit recover small/ --data text.txt --out recovered/
         prunekit recover small/ --data world --r 8 --epochs 2 --out recovered/
         prunekit recover small/ --data text.txt --method full --dtype float32 --out recovered/
         prunekit recover small/ --data text.txt --teacher dense/ --out distilled/
+        torchrun --nproc_per_node 2 -m prunekit recover small/ --data text.txt --out recovered/
 
     Args:
         model: a checkpoint folder, a .gguf file, a hub id, "world" or "smollm2".
@@ -136,6 +138,7 @@ def recover(
         loading: options of `load`.
     """
     how = _settings_of(method, preset, settings)
+    this_process()  # of several, each calls its own GPU "cuda"
     dense, tokenizer = pk.load(model, **loading)
     if "seq_len" not in settings:
         how = replace(how, seq_len=fitting_length(how.seq_len, dense.config))
@@ -146,7 +149,8 @@ def recover(
     method_used = how if teacher is None else pk.Distillation(pk.load(teacher, **loading)[0], how, **distilling)
     recovered: Any = pk.recover(dense, method_used, windows, inplace=True, held_out=held_out, **training)
     log: RecoveryLog = recovered.recovery_log
-    pk.save(recovered, out, tokenizer=tokenizer, files=_files(model, log), **writing)
+    if this_process().is_main_process:
+        pk.save(recovered, out, tokenizer=tokenizer, files=_files(model, log), **writing)
     loss = measured_loss(log.loss_change)
     first, last = log.ends
     rows = [("", "first", "last", "steps"), ("loss", f"{first:.3f}", f"{last:.3f}", len(log.losses))]
