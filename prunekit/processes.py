@@ -42,7 +42,9 @@ def check_shards(whole: Iterable[str] = ()) -> None:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise PrunekitError("FSDP's first version flattens weights; give accelerate launch --fsdp_version 2")
     for what in whole:
-        raise PrunekitError(f"{what} needs each weight whole, and FSDP shares them out; give --multi_gpu in place of it")
+        raise PrunekitError(
+            f"{what} needs each weight whole, and FSDP shares them out; give --multi_gpu in place of it"
+        )
 
 
 def _is_on(name: str) -> bool:

@@ -2,16 +2,13 @@
 
 import copy
 import dataclasses
-import json
 import math
 import random
-import re
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from shared import in_two_processes
 from test_calibration import tokenizer, words  # noqa: F401
 from test_importance import tiny_llama
 from torch import nn
@@ -332,27 +329,6 @@ def test_an_interrupt_leaves_the_model_without_adapters(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         recover(model, QUICK, counting(), inplace=True)
     assert same(model, before) and all(p.requires_grad for p in model.parameters())
-
-
-TWO_PROCESSES = """
-import os, sys
-from test_recovery import counting, loss_of, uneven_llama
-from prunekit.recovery import LoRA, recover
-model, data = uneven_llama(), counting()
-recovered = recover(model, LoRA(max_steps=6, batch_size=8, learning_rate=2e-2), data, output_dir=sys.argv[1])
-total = sum(p.double().sum().item() for p in recovered.parameters())
-print(f"RESULT {loss_of(recovered, data) / loss_of(model, data):.4f} {total:.9f}", flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_model_together(tmp_path):
-    (tmp_path / "work.py").write_text(TWO_PROCESSES)
-    said = in_two_processes(tmp_path / "work.py", str(tmp_path / "out"))
-    results = re.findall(r"RESULT ([\d.]+) ([\d.]+)", said)
-    assert len(results) == 2, said
-    assert results[0] == results[1] and float(results[0][0]) < 0.9
-    assert json.loads((tmp_path / "out" / "recovery_log.json").read_text())["losses"]
 
 
 def test_weights_that_are_not_finite_are_named():

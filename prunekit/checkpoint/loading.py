@@ -73,8 +73,8 @@ def load(
             converted once, to a folder in the user's cache, which the environment variable PRUNEKIT_CACHE moves.
         dtype: of the weights, such as `"float32"`; `"auto"` is the checkpoint's own.
         device: where they lie, such as `"cuda"`.
-        device_map: spreads the model as `transformers` does, in place of `device`: `"auto"` fills the GPUs, then memory,
-            then the disk; or module → device, `"cpu"` or `"disk"`. Where some weights lie elsewhere than the module
+        device_map: spreads the model as `transformers` does, in place of `device`: `"auto"` fills the GPUs, then the
+            memory, then the disk; or module → device, `"cpu"` or `"disk"`. Where weights lie elsewhere than their module
             runs, the model can be evaluated, and whatever needs all weights at once refuses it.
         offload_folder: for weights on the disk that cannot be read from the checkpoint's own files.
         trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.

@@ -99,7 +99,9 @@ def recover(
     _check_length(seq_len, data)
     how = method.training if isinstance(method, Distillation) else method
     if folder is not None and not isinstance(how, LoRA):
-        raise PrunekitError("folder= keeps checkpoints of LoRA's pairs, not of a whole model; leave it out, or give a LoRA")
+        raise PrunekitError(
+            "folder= keeps checkpoints of LoRA's pairs, not of a whole model; leave it out, or give a LoRA"
+        )
     check_shards(["folder="] if folder is not None else [])
     check_finite(model)
     keep = _zeros_stay(model, keep_zeros)
