@@ -159,7 +159,10 @@ def _filled_and_spread(model: Any, folder: Path, dtype: torch.dtype | str, sprea
     try:
         return load_checkpoint_and_dispatch(model, folder, no_split_module_classes=whole, dtype=wanted, **spread)
     except Exception as error:  # of accelerate and safetensors, of several kinds
-        raise PrunekitError(f"{str(folder)!r} cannot be spread by this device_map ({reason(error)})") from error
+        raise PrunekitError(
+            f"device_map={spread['device_map']!r} cannot spread the model of {str(folder)!r} ({reason(error)}); give "
+            "each module a place, and offload_folder= for weights on the disk"
+        ) from error
 
 
 def _fill(model: Any, stored: dict[str, Stored], mapped: bool) -> None:

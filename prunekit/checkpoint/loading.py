@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -48,6 +48,7 @@ from prunekit.world import load as load_world
 
 _VOCABULARIES = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
 _BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"] | Mapping[str, Any]
 _SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads *.model with
 
 
@@ -57,7 +58,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
-    device_map: str | Mapping[str, Any] | None = None,
+    device_map: DeviceMap | None = None,
     offload_folder: FilePath | None = None,
     trust_remote_code: bool = False,
     merge_adapter: bool = False,
@@ -74,8 +75,8 @@ def load(
         dtype: of the weights, such as `"float32"`; `"auto"` is the checkpoint's own.
         device: where they lie, such as `"cuda"`.
         device_map: spreads the model as `transformers` does, in place of `device`: `"auto"` fills the GPUs, then the
-            memory, then the disk; or module → device, `"cpu"` or `"disk"`. Where weights lie elsewhere than their module
-            runs, the model can be evaluated, and whatever needs all weights at once refuses it.
+            memory, then the disk; or module → device, `"cpu"` or `"disk"`. Where weights lie elsewhere than where their
+            module runs, the model can be evaluated, and whatever needs all weights at once refuses it.
         offload_folder: for weights on the disk that cannot be read from the checkpoint's own files.
         trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
         merge_adapter: the folder holds an adapter of peft, which is merged into its base model: the weights beside it,
@@ -120,7 +121,7 @@ def _spread(device: torch.device, device_map: Any, offload_folder: Any, whole: b
     """Options of `transformers` that spread a model; none where it lies on one device.
 
     Raises:
-        PrunekitError: an option that spreading excludes, or one of spreading without it.
+        PrunekitError: an option that spreading excludes, one of spreading without it, or a device that is not there.
     """
     if device_map is None and offload_folder is not None:
         raise PrunekitError("offload_folder= is for weights that device_map= puts on the disk; give both, or neither")
@@ -128,6 +129,9 @@ def _spread(device: torch.device, device_map: Any, offload_folder: Any, whole: b
         raise PrunekitError(f"device='{device}' and device_map= both say where weights lie; leave out one")
     if device_map is not None and whole:
         raise PrunekitError("the embedded model, and one with merge_adapter=True, load whole; leave out device_map=")
+    for place in device_map.values() if isinstance(device_map, Mapping) else ():
+        if place != "disk":
+            known_device(place)
     return {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
 
 

@@ -115,14 +115,13 @@ def recover(
     (at most 1,024 tokens) is held out, to measure the loss before and after. Where
     sparsity.json reports zeros in the weights, they stay zero. With --teacher DENSE the
     model learns to predict what the model before pruning predicts. OUT is complete or
-    not there. accelerate launch and torchrun run it in several processes.
+    not there. torchrun and accelerate launch run it in several processes.
 
     Example:
         prunekit recover small/ --data text.txt --out recovered/
         prunekit recover small/ --data world --r 8 --epochs 2 --out recovered/
         prunekit recover small/ --data text.txt --method full --dtype float32 --out recovered/
         prunekit recover small/ --data text.txt --teacher dense/ --out distilled/
-        torchrun --nproc_per_node 2 -m prunekit recover small/ --data text.txt --out recovered/
 
     Args:
         model: a checkpoint folder, a .gguf file, a hub id, "world" or "smollm2".
@@ -177,8 +176,7 @@ def _files(model: str, log: RecoveryLog) -> dict[str, str]:
     """The loss curve, and what stood beside the pruned model: its plan, and its card with a section added."""
     folder, (first, last) = Path(model), log.ends
     pruned = any((folder / name).is_file() for name in ("plan.json", "sparsity.json"))
-    here = [name for name in ("plan.json", "README.md") if pruned and (folder / name).is_file()]
-    carried = {name: read_text(folder / name) for name in here}
+    carried = {n: read_text(folder / n) for n in ("plan.json", "README.md") if pruned and (folder / n).is_file()}
     section = (
         f"\n## Recovered\n\n{in_code(log.method)} on {log.n_tokens:,} tokens, {len(log.losses)} steps: "
         f"loss {first:.3f} → {last:.3f} (`recovery.json`). Before and after: {in_markdown(log.loss_change)}.\n"
@@ -244,8 +242,9 @@ def recipe(
     if unread:
         raise PrunekitError(f"recipe {name} reads no calibration text, so it has no {flag(unread[0])}")
     if training and data is None:
-        option = flag(next(iter(training)))
-        raise PrunekitError(f"{option} is a setting of recovery, which reads text; give --data too, or leave it out")
+        raise PrunekitError(
+            f"{flag(next(iter(training)))} is a setting of recovery, which reads text; give --data too, or leave it out"
+        )
     if "budgets" in takes and "budgets" not in settings:
         raise PrunekitError(f"how much is to go? recipe {name} needs --pruning-ratio, such as 0.35")
     if 0 in (settings.get("pruning_ratio"), settings.get("budgets"), settings.get("sparsity")):

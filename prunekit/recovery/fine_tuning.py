@@ -52,9 +52,9 @@ def recover(
 ) -> "PreTrainedModel":
     """Trains a model after pruning to recover its quality.
 
-    Runs where the Trainer finds itself: CPU, one or several GPUs, or several processes that `accelerate launch` or
-    `torchrun` starts (docs/scaling.md), which share each step's windows out; the first alone writes files, and all return
-    the same model. The same seed and data give the same weights on the same machine, and the caller's random numbers are
+    Runs where the Trainer finds itself: CPU, one or several GPUs, or several processes of `accelerate launch` or
+    `torchrun` (docs/scaling.md): they share out each step's windows, the first alone writes files, and all return the
+    same model. The same seed and data give the same weights on the same machine, and the caller's random numbers are
     not disturbed.
 
     Args:
@@ -74,9 +74,9 @@ def recover(
         inplace: change `model` itself, which needs no second copy of the weights.
         output_dir: a folder that does not exist yet, for the loss curve (JSON) and LoRA's adapter (safetensors), which
             holds A and B alone: where zeros were kept, peft without `masked_adapters` would fill them with it.
-        folder: for checkpoints of LoRA's training, one a tenth of the steps; a training that was stopped goes on from
-            there when called again with the same model, data and arguments. (Of predictions kept, whether the teacher is
-            the same cannot be seen.)
+        folder: for checkpoints of LoRA's training, one every tenth of the steps; a training that was stopped goes on
+            from there when called again with the same model, data and arguments. (Whether kept predictions are of the
+            same teacher cannot be seen.)
         held_out: integers (n, seq_len) that are not trained on, on which the loss is measured before and after, about
             1,024 of these tokens. None takes the first windows of the data: training lowers the loss there more than
             elsewhere, and the account says so.
