@@ -31,7 +31,8 @@ def check_shards(whole: Iterable[str] = ()) -> None:
         whole: what is asked for that needs each weight whole, in words.
 
     Raises:
-        PrunekitError: DeepSpeed, FSDP in its first version, or one of `whole` with FSDP.
+        PrunekitError: DeepSpeed, FSDP in its first version or where one process alone loads, or one of `whole` with
+            FSDP.
     """
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         raise PrunekitError(
@@ -41,6 +42,11 @@ def check_shards(whole: Iterable[str] = ()) -> None:
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise PrunekitError("FSDP's first version flattens weights; give accelerate launch --fsdp_version 2")
+    if _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise PrunekitError(
+            "with FSDP's efficient loading only the first process has weights; give accelerate launch "
+            "--fsdp_cpu_ram_efficient_loading false"
+        )
     for what in whole:
         raise PrunekitError(
             f"{what} needs each weight whole, and FSDP shares them out; give --multi_gpu in place of it"

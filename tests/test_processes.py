@@ -29,7 +29,8 @@ LORA = pk.LoRA(r=4, dropout=0.0, learning_rate=2e-2, **SIX)
 FULL = pk.FullTuning(learning_rate=5e-3, **SIX)
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 SETTLED = ("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
-FSDP = ("-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2", *SETTLED)
+SHARDS = ("--use_fsdp", "--fsdp_version=2", "--fsdp_cpu_ram_efficient_loading=false")
+FSDP = ("-m", "accelerate.commands.launch", "--num_processes=2", *SHARDS, *SETTLED)
 
 
 def sparse():
@@ -85,6 +86,9 @@ def work(folder, how, *names):
         except PrunekitError as error:
             found = {"refused": str(error)}
         (place / f"{name} {rank}.json").write_text(json.dumps(found))
+    if how == "together":
+        options = {"data": "world", "out": place / "cli", "max-steps": 2, "batch-size": 2, "seq-len": 16, "r": 2}
+        assert main(["recover", "world", *(f"--{name}={value}" for name, value in options.items())]) == 0
 
 
 def stop_before(step, last, rank):
@@ -162,6 +166,7 @@ def test_two_processes_give_what_one_gives_and_go_on_after_one_was_killed(script
     assert done.returncode == 0, done.stderr
     for name in WORK:
         check_same(found(tmp_path, name), alone[name])
+    assert (tmp_path / "cli" / "recovery.json").is_file() and done.stdout.count("weights trained") == 1
     assert RecoveryLog.load(tmp_path / "lora out" / "recovery_log.json").losses
 
 
@@ -179,6 +184,10 @@ def test_weights_that_fsdp_shares_out_come_back_whole(script, tmp_path, alone):
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed's shards cannot be put together"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP's first version"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "--fsdp_cpu_ram_efficient_loading false",
+        ),
     ],
 )
 def test_shards_that_cannot_come_back_are_refused_before_anything(asked, message, monkeypatch):
