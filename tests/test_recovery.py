@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from prunekit.errors import PrunekitError
-from prunekit.recovery import FullTuning, LoRA, RecoveryLog, recover
+from prunekit.recovery import Distillation, FullTuning, LoRA, RecoveryLog, recover
 from prunekit.recovery.data import training_windows
 from prunekit.recovery.lora import attach, find_targets
 
@@ -329,6 +329,30 @@ def test_an_interrupt_leaves_the_model_without_adapters(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         recover(model, QUICK, counting(), inplace=True)
     assert same(model, before) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_training_that_ended_is_taken_up_and_another_one_is_refused(tmp_path, monkeypatch):
+    """Its checkpoints are those of the same model, data, method and teacher; whole models keep none."""
+    run = tmp_path / "run"
+    distilling = Distillation(tiny_llama(), QUICK)
+    first = recover(uneven_llama(), distilling, counting(), keep_zeros=False, folder=run)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
+    monkeypatch.setattr("transformers.Trainer.train", None)
+    again = recover(uneven_llama(), distilling, counting(), keep_zeros=False, folder=run, inplace=True)
+    assert same(again, weights_of(first)) and again.recovery_log.losses == first.recovery_log.losses
+    for method in (QUICK, dataclasses.replace(distilling, teacher=uneven_llama())):
+        with pytest.raises(PrunekitError, match="holds something else than this run"):
+            recover(uneven_llama(), method, counting(), keep_zeros=False, folder=run)
+    with pytest.raises(PrunekitError, match="folder= keeps checkpoints of LoRA's pairs, not of whole models"):
+        recover(tiny_llama(), FullTuning(max_steps=2), counting(), folder=tmp_path / "full")
+    assert not (tmp_path / "full").exists()
+
+
+def test_windows_that_processes_cannot_share_out_evenly_are_said(monkeypatch, caplog):
+    monkeypatch.setattr("prunekit.recovery.training.n_processes", lambda: 3)
+    with caplog.at_level("WARNING", "prunekit"):
+        recover(tiny_llama(), QUICK, counting())
+    assert "4 windows a step cannot be shared out evenly among 3 processes: a step takes 3" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_named():

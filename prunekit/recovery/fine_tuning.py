@@ -100,7 +100,7 @@ def recover(
     how = method.training if isinstance(method, Distillation) else method
     if folder is not None and not isinstance(how, LoRA):
         raise PrunekitError(
-            "folder= keeps checkpoints of LoRA's pairs, not of a whole model; leave it out, or give a LoRA"
+            "folder= keeps checkpoints of LoRA's pairs, not of whole models; leave it out, or give LoRA()"
         )
     check_shards(["folder="] if folder is not None else [])
     check_finite(model)
