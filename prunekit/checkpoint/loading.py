@@ -101,7 +101,8 @@ def load(
     if is_world(source):
         model, tokenizer = load_world()
         return in_dtype(model, dtype).to(device), tokenizer
-    given, source, how = source, resolve(source), {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    given, source = source, resolve(source)
+    how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if os.path.lexists(source):
         model = _load_folder(Path(source), how, spread)
     elif Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
