@@ -27,7 +27,7 @@ class Resume(NamedTuple):
 
 
 def digest_of_run(model: nn.Module, windows: TrainingWindows, run: list[Any]) -> str:
-    """What tells a run from others.
+    """What distinguishes a run from others.
 
     Args:
         model: before the training, without adapters.
