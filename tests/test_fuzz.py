@@ -169,6 +169,8 @@ SENSE: dict[str, Callable[[Any], bool]] = {
     "shots": is_integer(0, 1000),
     "data_dir": lambda v: v is None or is_text(v) or isinstance(v, Path),  # read where a task is named
     "device": one_of(None, 0),
+    "device_map": one_of(None),
+    "offload_folder": one_of(None),
     "repeats": COUNT,
     "path": one_of(None),
     "tokens_a_batch": COUNT,
@@ -416,7 +418,8 @@ def calls(tmp_path_factory):
             pk.recover,
             {
                 "method": quick, "data": CALIB, "train_on": "replies", "keep_zeros": False, "tokenizer": tokenizer,
-                "seq_len": 16, "inplace": False, "output_dir": None, "held_out": None, "measure": False,
+                "seq_len": 16, "inplace": False, "output_dir": None, "folder": None, "held_out": None,
+                "measure": False,
             },
             {"model": lambda: copy.deepcopy(model)},
         ),
@@ -458,7 +461,11 @@ def calls(tmp_path_factory):
             {"out": new},
         ),
         "load": Call(
-            pk.load, {"source": root / "model", "dtype": "auto", "device": "cpu", "trust_remote_code": False}
+            pk.load,
+            {
+                "source": root / "model", "dtype": "auto", "device": "cpu", "device_map": None, "offload_folder": None,
+                "trust_remote_code": False,
+            },
         ),
         "prune_checkpoint": Call(
             pk.prune_checkpoint,

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from prunekit.annotations import Rule
 from prunekit.checkpoint.cards import LISTED, SPARSITY
 from prunekit.checkpoint.config_checks import check_config
 from prunekit.checkpoint.cut_checkpoints import (
@@ -48,7 +49,8 @@ from prunekit.world import load as load_world
 
 _VOCABULARIES = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
 _BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"] | Mapping[str, Any]
+_PLACES = Rule(lambda value: isinstance(value, Mapping) and len(value) > 0, "a dictionary, name of a module → device")
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"] | Annotated[Mapping[str, Any], _PLACES]
 _SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads *.model with
 
 
