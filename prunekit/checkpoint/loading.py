@@ -49,7 +49,14 @@ from prunekit.world import load as load_world
 
 _VOCABULARIES = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
 _BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-_PLACES = Rule(lambda value: isinstance(value, Mapping) and len(value) > 0, "a dictionary, name of a module → device")
+
+
+def _names_places(value: object) -> bool:
+    places = list(value.values()) if isinstance(value, Mapping) else []
+    return len(places) > 0 and all(isinstance(place, str | int | torch.device) for place in places)
+
+
+_PLACES = Rule(_names_places, "a dictionary, name of a module → device")
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"] | Annotated[Mapping[str, Any], _PLACES]
 _SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads *.model with
 
