@@ -18,6 +18,7 @@ from prunekit.errors import PrunekitError
 
 _OTHER_TASKS = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MULTIPLE_CHOICE")
 _OTHER_HEADS = {name for task in _OTHER_TASKS for name in class_names(task).values()}
+_DEVICES = "give 'cpu', or 'cuda' where there is a GPU"
 Shapes = dict[str, tuple[int, ...]]
 
 # The eager implementations of attention and experts run on any device, one after the other.
@@ -58,6 +59,24 @@ def device_of(model: nn.Module) -> torch.device:
     check_has_weights(model, brought=True)
     here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
     return next(here, torch.device("cpu"))
+
+
+def known_device(device: torch.device | str) -> torch.device:
+    """The device that is meant.
+
+    Raises:
+        PrunekitError: torch knows none of that name, or this machine has none, or it holds no weights.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except Exception as error:  # torch raises several kinds, by device
+        raise PrunekitError(
+            f"device={str(device)!r} cannot be used: torch knows none of that name, or this machine has none; "
+            f"{_DEVICES}"
+        ) from error
+    if found.type == "meta":
+        raise PrunekitError(f"device='meta' cannot be used: it keeps shapes and no weights; {_DEVICES}")
+    return found
 
 
 def name_model(model: Any, source: str) -> None:

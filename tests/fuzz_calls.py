@@ -103,7 +103,8 @@ def working_calls(root: Path) -> dict[str, Call]:
             pk.recover,
             {
                 "method": quick, "data": CALIB, "train_on": "replies", "keep_zeros": False, "tokenizer": tokenizer,
-                "seq_len": 16, "inplace": False, "output_dir": None, "held_out": None, "measure": False,
+                "seq_len": 16, "inplace": False, "output_dir": None, "folder": None, "held_out": None,
+                "measure": False,
             },
             {"model": lambda: copy.deepcopy(model)},
         ),
@@ -145,7 +146,11 @@ def working_calls(root: Path) -> dict[str, Call]:
             {"out": new},
         ),
         "load": Call(
-            pk.load, {"source": root / "model", "dtype": "auto", "device": "cpu", "trust_remote_code": False}
+            pk.load,
+            {
+                "source": root / "model", "dtype": "auto", "device": "cpu", "device_map": None, "offload_folder": None,
+                "trust_remote_code": False,
+            },
         ),
         "prune_checkpoint": Call(
             pk.prune_checkpoint,

@@ -126,6 +126,8 @@ SENSE: dict[str, Callable[[Any], bool]] = {
     "shots": is_integer(0, 1000),
     "data_dir": none_or(is_place),  # read where a task is named
     "device": one_of(None, 0),
+    "device_map": one_of(None),
+    "offload_folder": one_of(None),
     "repeats": COUNT,
     "path": one_of(None),
     "tokens_a_batch": COUNT,

@@ -46,11 +46,4 @@ def run_script(script: Path, *given: str, launcher: tuple[str, ...] = ()) -> sub
     paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     environment = os.environ | paths | {"GLOO_SOCKET_IFNAME": "lo"}  # else gloo looks this machine's name up
     command = [sys.executable, *launcher, str(script), *given]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def in_two_processes(script: Path, *given: str) -> str:
-    """What a script says that torchrun runs twice; both end well."""
-    done = run_script(script, *given, launcher=("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"))
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

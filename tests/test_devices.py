@@ -126,6 +126,47 @@ def test_weights_that_are_elsewhere_are_refused_and_nothing_is_touched(make, mes
     check_untouched(model, before)
 
 
+def test_load_spreads_a_model_and_reads_the_disk_in_place(folder, tmp_path):
+    model, _ = pk.load(folder, device_map={**IN_MEMORY, "model.layers.1": "disk"})
+    assert sum(p.is_meta for p in model.parameters()) == 9
+    assert evaluated(model) == evaluated(in_memory(folder))
+    with pytest.raises(PrunekitError, match=OFFLOADED):
+        pk.save(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("device_map", ["auto", {**IN_MEMORY, "model.layers.1": "disk"}])
+def test_load_spreads_an_uneven_cut(device_map, folder, tmp_path):
+    model = in_memory(folder)
+    groups = pk.discover(model)
+    uneven = {g.name: list(range(1 + n, g.n_units)) for n, g in enumerate(groups.of_kind("ffn_channel"))}
+    small = pk.prune(model, plan_keeping(groups, uneven), measure=False)
+    pk.save(small, tmp_path / "small")
+    spread, _ = pk.load(tmp_path / "small", device_map=device_map, offload_folder=tmp_path / "beside")
+    assert any(p.is_meta for p in spread.parameters()) == (device_map != "auto")
+    assert evaluated(spread) == evaluated(small)
+    if device_map != "auto":
+        with pytest.raises(
+            PrunekitError, match="cannot spread the model of .* offload_folder= for weights on the disk"
+        ):
+            pk.load(tmp_path / "small", device_map=device_map)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "everywhere"}, "device_map='everywhere' is not allowed; give 'auto'"),
+        ({"device_map": {"": "cuda:99"}}, "device='cuda:99' cannot be used"),
+        ({"device_map": {"model": "disk", "lm_head": "meta"}}, "device='meta' cannot be used"),
+        ({"offload_folder": "beside"}, "offload_folder= is for weights that device_map= puts on the disk"),
+        ({"device_map": "auto", "merge_adapter": True}, "load whole; leave out device_map="),
+        ({"device_map": "auto", "source": "world"}, "load whole; leave out device_map="),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(options, message, folder):
+    with pytest.raises(PrunekitError, match=message):
+        pk.load(**{"source": folder, **options})
+
+
 @pytest.mark.parametrize("make", [hooked, offloaded])
 def test_a_spread_model_is_evaluated_as_in_memory(make, folder):
     assert evaluated(make(folder)) == evaluated(in_memory(folder))

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from contextlib import nullcontext
 from functools import cache
 
@@ -12,7 +11,6 @@ from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from shared import in_two_processes
 from test_importance import tiny_llama
 from test_recovery import QUICK, counting, loss_of, same, tiny_gpt2, weights_of
 from torch import nn
@@ -432,26 +430,3 @@ def test_progressive_pruning_leaves_a_report_that_is_true():
     done = prune_progressively(model, 0.1, counting(), LoRA(max_steps=12, batch_size=4))
     assert current_report(done.model) == done.model.sparsity_report
     assert done.model.sparsity_report.sparsity < 0.3 and TRAINED in done.model.sparsity_report.remarks
-
-
-TWO_PROCESSES = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_keeping_zeros import *
-common = {"max_steps": 6, "batch_size": 8}
-for method in (LoRA(learning_rate=2e-2, **common), FullTuning(learning_rate=5e-3, **common)):
-    model, data = sparse(), counting()
-    recovered = recover(model, method, data)
-    total = sum(p.double().sum().item() for p in recovered.parameters())
-    kept = keeps(recovered, zeros_of(model))
-    print(f"RESULT {loss_of(recovered, data) / loss_of(model, data):.4f} {kept} {total:.9f}", flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_keep_zeros_together(tmp_path):
-    (tmp_path / "work.py").write_text(TWO_PROCESSES)
-    said = in_two_processes(tmp_path / "work.py", str(tmp_path))
-    results = re.findall(r"RESULT ([\d.]+) (True|False) ([\d.]+)", said)
-    assert len(results) == 4 and len(set(results)) == 2, said
-    assert all(float(ratio) < 0.97 and kept == "True" for ratio, kept, _ in results), said

@@ -2,12 +2,11 @@
 
 import json
 import math
-import re
 import signal
 
 import pytest
 import torch
-from shared import in_two_processes, run_script
+from shared import run_script
 from test_importance import tiny_llama
 from test_recovery import counting
 
@@ -280,14 +279,3 @@ def test_a_killed_run_goes_on(tmp_path):
     done, straight = sheared(folder=folder), sheared()
     assert done.plan == straight.plan
     assert all(torch.equal(a, b) for a, b in zip(done.model.parameters(), straight.model.parameters(), strict=True))
-
-
-@pytest.mark.slow
-def test_two_processes_prune_the_same_units(tmp_path):
-    """As `accelerate launch` and `torchrun` run it: both end with the same weights and the asked number of zeros."""
-    (tmp_path / "work.py").write_text(WORK)
-    said = in_two_processes(tmp_path / "work.py", str(tmp_path / "run"), "whole")
-    results = re.findall(r"RESULT (-?[\d.]+) (\d+)", said)
-    assert len(results) == 2, said
-    assert results[0] == results[1]
-    assert int(results[0][1]) == sum(units_for(discover(tiny_llama()), 0.2).values())

@@ -2,23 +2,20 @@
 
 import copy
 import dataclasses
-import json
 import math
 import random
-import re
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from shared import in_two_processes
 from test_calibration import tokenizer, words  # noqa: F401
 from test_importance import tiny_llama
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from prunekit.errors import PrunekitError
-from prunekit.recovery import FullTuning, LoRA, RecoveryLog, recover
+from prunekit.recovery import Distillation, FullTuning, LoRA, RecoveryLog, recover
 from prunekit.recovery.data import training_windows
 from prunekit.recovery.lora import attach, find_targets
 
@@ -334,25 +331,28 @@ def test_an_interrupt_leaves_the_model_without_adapters(monkeypatch):
     assert same(model, before) and all(p.requires_grad for p in model.parameters())
 
 
-TWO_PROCESSES = """
-import os, sys
-from test_recovery import counting, loss_of, uneven_llama
-from prunekit.recovery import LoRA, recover
-model, data = uneven_llama(), counting()
-recovered = recover(model, LoRA(max_steps=6, batch_size=8, learning_rate=2e-2), data, output_dir=sys.argv[1])
-total = sum(p.double().sum().item() for p in recovered.parameters())
-print(f"RESULT {loss_of(recovered, data) / loss_of(model, data):.4f} {total:.9f}", flush=True)
-"""
+def test_a_training_that_ended_is_taken_up_and_another_one_is_refused(tmp_path, monkeypatch):
+    """Its checkpoints are those of the same model, data, method and teacher; whole models keep none."""
+    run = tmp_path / "run"
+    distilling = Distillation(tiny_llama(), QUICK)
+    first = recover(uneven_llama(), distilling, counting(), keep_zeros=False, folder=run)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
+    monkeypatch.setattr("transformers.Trainer.train", None)
+    again = recover(uneven_llama(), distilling, counting(), keep_zeros=False, folder=run, inplace=True)
+    assert same(again, weights_of(first)) and again.recovery_log.losses == first.recovery_log.losses
+    for method in (QUICK, dataclasses.replace(distilling, teacher=uneven_llama())):
+        with pytest.raises(PrunekitError, match="holds something else than this run"):
+            recover(uneven_llama(), method, counting(), keep_zeros=False, folder=run)
+    with pytest.raises(PrunekitError, match="folder= keeps checkpoints of LoRA's pairs, not of whole models"):
+        recover(tiny_llama(), FullTuning(max_steps=2), counting(), folder=tmp_path / "full")
+    assert not (tmp_path / "full").exists()
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_model_together(tmp_path):
-    (tmp_path / "work.py").write_text(TWO_PROCESSES)
-    said = in_two_processes(tmp_path / "work.py", str(tmp_path / "out"))
-    results = re.findall(r"RESULT ([\d.]+) ([\d.]+)", said)
-    assert len(results) == 2, said
-    assert results[0] == results[1] and float(results[0][0]) < 0.9
-    assert json.loads((tmp_path / "out" / "recovery_log.json").read_text())["losses"]
+def test_windows_that_processes_cannot_share_out_evenly_are_said(monkeypatch, caplog):
+    monkeypatch.setattr("prunekit.recovery.training.n_processes", lambda: 3)
+    with caplog.at_level("WARNING", "prunekit"):
+        recover(tiny_llama(), QUICK, counting())
+    assert "4 windows a step cannot be shared out evenly among 3 processes: a step takes 3" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_named():

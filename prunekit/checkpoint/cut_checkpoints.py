@@ -6,11 +6,12 @@ one.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import load_checkpoint_and_dispatch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
@@ -34,13 +35,21 @@ LEAST_PART_LEFT = 1000  # a record may say that the uncut model was this many ti
 MOST_STAGES = 100  # cuts on record: each is made again, which takes a trace
 
 
-def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = False, **options: Any) -> Any:
+def load_cut(
+    folder: Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    mapped: bool = False,
+    spread: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
     """The model of a folder with `model_type: "prunekit"`, an object of its family's own class.
 
     Args:
         folder: that `save` wrote.
         dtype: of the weights; the checkpoint's own by default.
         mapped: parameters are views of the mapped files and cost no memory; else copies.
+        spread: options of accelerate that spread the weights over devices, `device_map` and `offload_folder`.
         options: for building the model, such as `attn_implementation`.
 
     Raises:
@@ -50,12 +59,16 @@ def load_cut(folder: Path, dtype: torch.dtype | str = "auto", *, mapped: bool = 
     _check_record(folder, saved)
     stored = stored_tensors(folder)
     model, groups = _build(folder, saved, stored, options)
-    _fill(model, folder, stored, mapped)
+    _check_fit(model, folder, stored)
+    if spread:
+        model = _filled_and_spread(model, folder, dtype, spread)
+    else:
+        _fill(model, stored, mapped)
     if os.path.lexists(folder / "generation_config.json"):
         model.generation_config = _generation(folder / "generation_config.json")
     name_model(model, str(folder))
     model = usable(in_dtype(model, dtype)).eval()
-    if not mapped:  # it would be read from disk, every weight of it
+    if not (mapped or spread):  # it would be read from disk, every weight of it
         describe(model, groups)
     return model
 
@@ -137,13 +150,28 @@ def known_dtype(dtype: torch.dtype | str) -> Any:
     return wanted
 
 
-def _fill(model: Any, folder: Path, stored: dict[str, Stored], mapped: bool) -> None:
+def _filled_and_spread(model: Any, folder: Path, dtype: torch.dtype | str, spread: Mapping[str, Any]) -> Any:
+    """An empty model with its weights where a device map wants them, each read once.
+
+    Raises:
+        PrunekitError: the map does not fit the model or this machine.
+    """
+    whole, wanted = list(model._no_split_modules or ()), None if dtype == "auto" else known_dtype(dtype)
+    try:
+        return load_checkpoint_and_dispatch(model, folder, no_split_module_classes=whole, dtype=wanted, **spread)
+    except Exception as error:  # of accelerate and safetensors, of several kinds
+        raise PrunekitError(
+            f"device_map={spread['device_map']!r} cannot spread the model of {str(folder)!r} ({reason(error)}); give "
+            "each module a place, and offload_folder= for weights on the disk"
+        ) from error
+
+
+def _fill(model: Any, stored: dict[str, Stored], mapped: bool) -> None:
     """Give an empty model its weights, file by file; tied ones are stored once.
 
     Unless they stay mapped, they are copied to memory of torch's own: a mapped file is aligned otherwise, and on some
     processors other kernels would then compute other last digits than before the model was saved.
     """
-    _check_fit(model, folder, stored)
     for file in sorted({tensor.file for tensor in stored.values()}):
         weights = {name: tensor if mapped else tensor.clone() for name, tensor in load_file(file).items()}
         model.load_state_dict(weights, strict=False, assign=True)

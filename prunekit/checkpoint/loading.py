@@ -3,15 +3,17 @@
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from prunekit.annotations import Rule
 from prunekit.checkpoint.cards import LISTED, SPARSITY
 from prunekit.checkpoint.config_checks import check_config
 from prunekit.checkpoint.cut_checkpoints import (
@@ -33,11 +35,11 @@ from prunekit.checkpoint.plain_checkpoints import (
     load_plain,
     merge_adapter_of,
 )
-from prunekit.checks import checked
+from prunekit.checks import FilePath, checked
 from prunekit.discovery import discover
 from prunekit.errors import PrunekitError, reason, warn
 from prunekit.files import read_text
-from prunekit.models import empty_model, shapes_of
+from prunekit.models import empty_model, known_device, shapes_of
 from prunekit.names import NAMES, is_world
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import RECORD, usable
@@ -47,7 +49,15 @@ from prunekit.world import load as load_world
 
 _VOCABULARIES = ("tokenizer*", "*.model", "vocab.json", "vocab.txt")
 _BESIDE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-_DEVICES = "give 'cpu', or 'cuda' where there is a GPU"
+
+
+def _names_places(value: object) -> bool:
+    places = list(value.values()) if isinstance(value, Mapping) else []
+    return len(places) > 0 and all(isinstance(place, str | int | torch.device) for place in places)
+
+
+_PLACES = Rule(_names_places, "a dictionary, name of a module → device")
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"] | Annotated[Mapping[str, Any], _PLACES]
 _SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads *.model with
 
 
@@ -57,6 +67,8 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
+    device_map: DeviceMap | None = None,
+    offload_folder: FilePath | None = None,
     trust_remote_code: bool = False,
     merge_adapter: bool = False,
 ) -> tuple[nn.Module, Any]:
@@ -71,6 +83,10 @@ def load(
             converted once, to a folder in the user's cache, which the environment variable PRUNEKIT_CACHE moves.
         dtype: of the weights, such as `"float32"`; `"auto"` is the checkpoint's own.
         device: where they lie, such as `"cuda"`.
+        device_map: spreads the model as `transformers` does, in place of `device`: `"auto"` fills the GPUs, then the
+            memory, then the disk; or module → device, `"cpu"` or `"disk"`. Where weights lie elsewhere than where their
+            module runs, the model can be evaluated, and whatever needs all weights at once refuses it.
+        offload_folder: for weights on the disk that cannot be read from the checkpoint's own files.
         trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
         merge_adapter: the folder holds an adapter of peft, which is merged into its base model: the weights beside it,
             or the model that it names. Without this such a folder is refused.
@@ -84,6 +100,7 @@ def load(
             device that is not there.
     """
     dtype, device = known_dtype(dtype), known_device(device)
+    spread = _spread(device, device_map, offload_folder, merge_adapter or is_world(source))
     if merge_adapter:
         with base_of_adapter(source) as base:
             trusted = trust_remote_code and Path(base).is_dir()  # of a repository that the user did not name, no code
@@ -94,18 +111,38 @@ def load(
         model, tokenizer = load_world()
         return in_dtype(model, dtype).to(device), tokenizer
     given, source = source, resolve(source)
+    how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if os.path.lexists(source):
-        model = _load_folder(Path(source), dtype, trust_remote_code)
+        model = _load_folder(Path(source), how, spread)
     elif Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
         raise PrunekitError(
             f"{str(source)!r} does not exist; give a checkpoint folder, a .gguf file, a hub id, or {NAMES}"
         )
     else:
-        model = load_plain(str(source), dtype, trust_remote_code)
+        model = load_plain(str(source), **how, **spread)
     tokenizer = load_tokenizer(str(source), trust_remote_code, model.config)
     _check_numbers(Path(given), model, tokenizer)  # what prunekit wrote beside a GGUF file is not in the cache
     _read_sparsity(Path(given) / SPARSITY, model)
-    return usable(model).eval().to(device), tokenizer
+    model = usable(model).eval()
+    return model if spread else model.to(device), tokenizer
+
+
+def _spread(device: torch.device, device_map: Any, offload_folder: Any, whole: bool) -> dict[str, Any]:
+    """Options of `transformers` that spread a model; none where it lies on one device.
+
+    Raises:
+        PrunekitError: an option that spreading excludes, one of spreading without it, or a device that is not there.
+    """
+    if device_map is None and offload_folder is not None:
+        raise PrunekitError("offload_folder= is for weights that device_map= puts on the disk; give both, or neither")
+    if device_map is not None and device.type != "cpu":
+        raise PrunekitError(f"device='{device}' and device_map= both say where weights lie; leave out one")
+    if device_map is not None and whole:
+        raise PrunekitError("the embedded model, and one with merge_adapter=True, load whole; leave out device_map=")
+    for place in device_map.values() if isinstance(device_map, Mapping) else ():
+        if place != "disk":
+            known_device(place)
+    return {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
 
 
 def _read_sparsity(path: Path, model: Any) -> None:
@@ -121,7 +158,7 @@ def _read_sparsity(path: Path, model: Any) -> None:
         ) from error
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+def _load_folder(folder: Path, how: dict[str, Any], spread: dict[str, Any]) -> Any:
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "is a link that leads nowhere"
         raise PrunekitError(
@@ -129,9 +166,9 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
         )
     config = read_config(folder)
     if config.get("model_type") == MODEL_TYPE:
-        return load_cut(folder, dtype)
+        return load_cut(folder, how["dtype"], spread=spread)
     try:
-        return _load_whole(folder, config, dtype, trust_remote_code)
+        return _load_whole(folder, config, {**how, **spread})
     except PrunekitError as error:
         if RECORD not in config:
             raise
@@ -141,12 +178,12 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
         ) from error
 
 
-def _load_whole(folder: Path, config: dict[str, Any], dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+def _load_whole(folder: Path, config: dict[str, Any], how: dict[str, Any]) -> Any:
     stored = stored_tensors(folder)
     check_dtypes(folder, stored)
-    check_config(str(folder), config, trust_remote_code)
+    check_config(str(folder), config, how["trust_remote_code"])
     check_plain_size(folder, stored)
-    model = load_plain(str(folder), dtype, trust_remote_code)
+    model = load_plain(str(folder), **how)
     check_floats(folder, model, stored)
     return model
 
@@ -161,24 +198,6 @@ def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:
             f"the tokens of {str(folder)!r} were renumbered ({LISTED}), and its tokenizer has {len(tokenizer)} for "
             f"{size}: it is the uncut model's; take its files away, or put one there that has the new numbers"
         )
-
-
-def known_device(device: torch.device | str) -> torch.device:
-    """The device that is meant.
-
-    Raises:
-        PrunekitError: torch knows none of that name, or this machine has none, or it holds no weights.
-    """
-    try:
-        found = torch.empty(0, device=device).device
-    except Exception as error:  # torch raises several kinds, by device
-        raise PrunekitError(
-            f"device={str(device)!r} cannot be used: torch knows none of that name, or this machine has none; "
-            f"{_DEVICES}"
-        ) from error
-    if found.type == "meta":
-        raise PrunekitError(f"device='meta' cannot be used: it keeps shapes and no weights; {_DEVICES}")
-    return found
 
 
 def load_structure(source: str | Path) -> Any:

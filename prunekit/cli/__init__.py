@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(verb: Callable[..., Answer | int], args: argparse.Namespace) -> int:
     """Call a verb with what was given, and print its answer; what writes a folder says how long that took."""
     began = time.monotonic()
+    _check_processes(verb.__name__)
     given = given_to(verb, args)
     writes = "out" in given
     if writes:
@@ -102,6 +103,8 @@ def run(verb: Callable[..., Answer | int], args: argparse.Namespace) -> int:
         answer = verb(**given)
     if not isinstance(answer, Answer):
         return answer
+    if int(os.environ.get("RANK", 0)):  # of several processes, the first speaks
+        return 0
     seconds = time.monotonic() - began
     if args.json:
         print(as_json(answer.values | ({"seconds": round(seconds, 1)} if writes else {})))
@@ -110,6 +113,16 @@ def run(verb: Callable[..., Answer | int], args: argparse.Namespace) -> int:
         print(printable(head + answer.text))
     sys.stdout.flush()  # here, where a closed pipe is met, not at exit
     return 0
+
+
+def _check_processes(verb: str) -> None:
+    """Raise an error where several processes would do the same work and write the same files."""
+    several = int(os.environ.get("WORLD_SIZE", 1))
+    if several > 1 and verb != "recover":
+        raise PrunekitError(
+            f"{several} processes were started (WORLD_SIZE), and {verb} is the work of one; run it without accelerate "
+            "launch or torchrun, which are for recover"
+        )
 
 
 def _told(error: PrunekitError) -> str:

@@ -18,6 +18,7 @@ from prunekit.escaping import in_code, in_markdown
 from prunekit.files import read_text
 from prunekit.models import count_parameters, empty_model, fitting_length
 from prunekit.names import GGUF
+from prunekit.processes import this_process
 from prunekit.recovery.data import hold_out, training_windows
 from prunekit.recovery.log import RecoveryLog
 from prunekit.sparsity.patterns import pattern_of
@@ -100,7 +101,7 @@ def recover(
     settings: Annotated[
         dict[str, Any], Of(pk.LoRA, *SETTINGS, "targets", "seq_len", "seed"), Of(pk.FullTuning, "weight_decay")
     ],
-    training: Annotated[dict[str, Any], Of(pk.recover, "train_on", "keep_zeros")],
+    training: Annotated[dict[str, Any], Of(pk.recover, "train_on", "keep_zeros", "folder")],
     teacher: str | None = None,
     distilling: Annotated[dict[str, Any], Of(pk.Distillation, "kl", "temperature", "text_share", "top_k")],
     writing: Writing,
@@ -114,7 +115,7 @@ def recover(
     (at most 1,024 tokens) is held out, to measure the loss before and after. Where
     sparsity.json reports zeros in the weights, they stay zero. With --teacher DENSE the
     model learns to predict what the model before pruning predicts. OUT is complete or
-    not there.
+    not there. torchrun and accelerate launch run it in several processes.
 
     Example:
         prunekit recover small/ --data text.txt --out recovered/
@@ -136,6 +137,7 @@ def recover(
         loading: options of `load`.
     """
     how = _settings_of(method, preset, settings)
+    this_process()  # of several, each calls its own GPU "cuda"
     dense, tokenizer = pk.load(model, **loading)
     if "seq_len" not in settings:
         how = replace(how, seq_len=fitting_length(how.seq_len, dense.config))
@@ -146,7 +148,8 @@ def recover(
     method_used = how if teacher is None else pk.Distillation(pk.load(teacher, **loading)[0], how, **distilling)
     recovered: Any = pk.recover(dense, method_used, windows, inplace=True, held_out=held_out, **training)
     log: RecoveryLog = recovered.recovery_log
-    pk.save(recovered, out, tokenizer=tokenizer, files=_files(model, log), **writing)
+    if this_process().is_main_process:
+        pk.save(recovered, out, tokenizer=tokenizer, files=_files(model, log), **writing)
     loss = measured_loss(log.loss_change)
     first, last = log.ends
     rows = [("", "first", "last", "steps"), ("loss", f"{first:.3f}", f"{last:.3f}", len(log.losses))]
@@ -173,8 +176,7 @@ def _files(model: str, log: RecoveryLog) -> dict[str, str]:
     """The loss curve, and what stood beside the pruned model: its plan, and its card with a section added."""
     folder, (first, last) = Path(model), log.ends
     pruned = any((folder / name).is_file() for name in ("plan.json", "sparsity.json"))
-    here = [name for name in ("plan.json", "README.md") if pruned and (folder / name).is_file()]
-    carried = {name: read_text(folder / name) for name in here}
+    carried = {n: read_text(folder / n) for n in ("plan.json", "README.md") if pruned and (folder / n).is_file()}
     section = (
         f"\n## Recovered\n\n{in_code(log.method)} on {log.n_tokens:,} tokens, {len(log.losses)} steps: "
         f"loss {first:.3f} → {last:.3f} (`recovery.json`). Before and after: {in_markdown(log.loss_change)}.\n"
@@ -240,8 +242,9 @@ def recipe(
     if unread:
         raise PrunekitError(f"recipe {name} reads no calibration text, so it has no {flag(unread[0])}")
     if training and data is None:
-        option = flag(next(iter(training)))
-        raise PrunekitError(f"{option} is a setting of recovery, which reads text; give --data too, or leave it out")
+        raise PrunekitError(
+            f"{flag(next(iter(training)))} is a setting of recovery, which reads text; give --data too, or leave it out"
+        )
     if "budgets" in takes and "budgets" not in settings:
         raise PrunekitError(f"how much is to go? recipe {name} needs --pruning-ratio, such as 0.35")
     if 0 in (settings.get("pruning_ratio"), settings.get("budgets"), settings.get("sparsity")):

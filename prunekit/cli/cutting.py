@@ -247,7 +247,7 @@ def _cut_streamed(order: _Order) -> pk.PruningPlan:
         KeyboardInterrupt: says where the finished part lies.
     """
     for name in {**order.in_memory, **order.loading}:
-        raise PrunekitError(f"--{name} needs the whole model in memory; leave it out, or give --no-streaming")
+        raise PrunekitError(f"{flag(name)} needs the whole model in memory; leave it out, or give --no-streaming")
     folder, how = local_folder(order.model), order.plan or order.method or pk.Curvature()
     calib = drawing = None
     if order.calibration and not (isinstance(how, Importance) and how.needs_calibration):

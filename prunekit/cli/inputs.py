@@ -13,7 +13,7 @@ from prunekit.errors import PrunekitError
 from prunekit.models import fitting_length
 from prunekit.names import WORLD, is_world
 
-Loading = Annotated[dict[str, Any], Of(load, "dtype", "device")]
+Loading = Annotated[dict[str, Any], Of(load, "dtype", "device", "device_map", "offload_folder")]
 Writing = Annotated[dict[str, Any], Of(save, "max_shard_size")]
 Drawing = Annotated[dict[str, Any], Of(calibration_set, "n_samples", "seq_len", "seed")]
 GIVE = "give --calibration with a text file or 'world'"

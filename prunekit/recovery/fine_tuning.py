@@ -1,6 +1,7 @@
 """`recover`: trains a pruned model and returns it with its log."""
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import FilePath, Length, Model, Tokenizer, checked
+from prunekit.digests import digest_of
 from prunekit.documents import TextSource, is_stream, logger
 from prunekit.errors import PrunekitError, warn
 from prunekit.files import new_folder
+from prunekit.processes import check_shards, this_process
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.distillation import Distillation
 from prunekit.recovery.lora import LoRA, attach, detach
+from prunekit.recovery.resuming import digest_of_run, open_run
 from prunekit.recovery.settings import FullTuning, train_all
 from prunekit.recovery.training import flags_kept, seeded, train
 from prunekit.sparsity.zero_masks import TRAINED, masked_adapters, renew_report, share_of_zeros
@@ -42,13 +46,16 @@ def recover(
     seq_len: Length | None = None,
     inplace: bool = False,
     output_dir: FilePath | None = None,
+    folder: FilePath | None = None,
     held_out: Tensor | None = None,
     measure: bool = True,
 ) -> "PreTrainedModel":
     """Trains a model after pruning to recover its quality.
 
-    Runs where the Trainer finds itself: CPU, one or several GPUs, or `torchrun`. The same seed and data give
-    the same weights on the same machine, and the caller's random numbers are not disturbed.
+    Runs where the Trainer finds itself: CPU, one or several GPUs, or several processes of `accelerate launch` or
+    `torchrun` (docs/scaling.md): they share out each step's windows, the first alone writes files, and all return the
+    same model. The same seed and data give the same weights on the same machine, and the caller's random numbers are
+    not disturbed.
 
     Args:
         model: a causal LM, its layers as uneven as they may be.
@@ -67,6 +74,9 @@ def recover(
         inplace: change `model` itself, which needs no second copy of the weights.
         output_dir: a folder that does not exist yet, for the loss curve (JSON) and LoRA's adapter (safetensors), which
             holds A and B alone: where zeros were kept, peft without `masked_adapters` would fill them with it.
+        folder: for checkpoints of LoRA's training, one every tenth of the steps; a training that was stopped goes on
+            from there when called again with the same model, data and arguments. (Whether kept predictions are of the
+            same teacher cannot be seen.)
         held_out: integers (n, seq_len) that are not trained on, on which the loss is measured before and after, about
             1,024 of these tokens. None takes the first windows of the data: training lowers the loss there more than
             elsewhere, and the account says so.
@@ -87,9 +97,15 @@ def recover(
         raise PrunekitError(f"output_dir {str(output_dir)!r} exists already: give a new folder")
     check_measure(measure, held_out)
     _check_length(seq_len, data)
+    how = method.training if isinstance(method, Distillation) else method
+    if folder is not None and not isinstance(how, LoRA):
+        raise PrunekitError(
+            "folder= keeps checkpoints of LoRA's pairs, not of whole models; leave it out, or give LoRA()"
+        )
+    check_shards(["folder="] if folder is not None else [])
     check_finite(model)
     keep = _zeros_stay(model, keep_zeros)
-    how = method.training if isinstance(method, Distillation) else method
+    check_shards(["keep_zeros=True"] if keep else [])
     length = how.seq_len if seq_len is None else seq_len
     enough = how.most_windows if is_stream(data) else None
     windows = training_windows(data, tokenizer, length, train_on=train_on, enough=enough)
@@ -97,16 +113,20 @@ def recover(
     windows = replace(windows, tokens=tokens, labels=labels)
     for remark in how.unheeded(len(windows)):
         logger.warning(remark)
+    if folder is not None:  # a number of steps is what tells whether a checkpoint is the last
+        how = replace(how, max_steps=how.n_steps(len(windows)))
     sample = seen_sample(windows.tokens, "the training") if held_out is None else held_out_sample(held_out, model)
     objective = method.objective(windows, model) if isinstance(method, Distillation) else None
+    digest = "" if folder is None else _digest(model, windows, method, keep)
     opening = opened("recover", model, sample) if measure else None
     changed: Any = model if inplace else copy.deepcopy(model)
     prepared: Any = _adapted(changed, how, keep) if isinstance(how, LoRA) else _unfrozen(changed, keep)
     with seeded(how.seed), flags_kept(changed), prepared as trained:
-        log = replace(train(trained, windows, how, objective=objective), method=repr(method))
-        folder = Path(output_dir) if output_dir is not None and _writes() else None
-        if folder is not None:  # before anything that may fail: a training that is finished is not lost
-            with new_folder(folder) as beside:
+        resume = None if folder is None else open_run(Path(folder), math.ceil(how.n_steps(len(windows)) / 10), digest)
+        log = replace(train(trained, windows, how, objective=objective, resume=resume), method=repr(method))
+        out = Path(output_dir) if output_dir is not None and this_process().is_main_process else None
+        if out is not None:  # before anything that may fail: a training that is finished is not lost
+            with new_folder(out) as beside:
                 if isinstance(how, LoRA):
                     trained.save_pretrained(str(beside), safe_serialization=True)
                 log.save(beside / LOG)
@@ -114,8 +134,8 @@ def recover(
     vars(changed).pop("loss_change", None)
     if opening is not None:
         log = replace(log, loss_change=closed(opening, changed))
-        if folder is not None:
-            log.save(folder / LOG)
+        if out is not None:
+            log.save(out / LOG)
     changed.recovery_log = log  # type: ignore[assignment]
     renew_report(changed, TRAINED)
     return changed.eval()
@@ -172,8 +192,7 @@ def _unfrozen(model: nn.Module, keep_zeros: bool) -> Iterator[nn.Module]:
         yield model
 
 
-def _writes() -> bool:
-    """Whether this is the process that writes, the first one."""
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
+def _digest(model: nn.Module, windows: TrainingWindows, method: LoRA | FullTuning | Distillation, keep: bool) -> str:
+    teacher = getattr(method, "teacher", None)
+    dense = digest_of(teacher).hexdigest() if isinstance(teacher, nn.Module) else None
+    return digest_of_run(model, windows, [repr(method), keep, dense])

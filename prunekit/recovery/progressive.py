@@ -1,7 +1,6 @@
 """Progressive pruning: units shrink to zero during LoRA training (LHSPG)."""
 
 import copy
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Count, FilePath, Model, Share, Tokenizer, checked
-from prunekit.digests import digest_of
 from prunekit.discovery import Groups, discover
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
-from prunekit.files import read_json, write_text
+from prunekit.processes import check_shards
 from prunekit.pruning import PruningPlan, plan
 from prunekit.pruning.budgets import parameters_per_unit
 from prunekit.pruning.plan_options import DEFAULT_KINDS
@@ -26,7 +24,8 @@ from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
-from prunekit.recovery.training import Resume, flags_kept, newest_checkpoint, seeded, train
+from prunekit.recovery.resuming import Resume, digest_of_run, newest_checkpoint, open_run
+from prunekit.recovery.training import flags_kept, seeded, train
 from prunekit.sparsity.zero_masks import TRAINED, renew_report
 
 
@@ -118,6 +117,7 @@ def prune_progressively(
         steps are ours.
     """
     method = method or LoRA()
+    check_shards(["progressive pruning"])
     check_finite(model)
     windows = training_windows(data, tokenizer, method.seq_len, train_on=train_on)
     tokens, labels = check_tokens(windows.tokens, model).cpu(), windows.labels.long().cpu()
@@ -137,7 +137,8 @@ def prune_progressively(
             warmup_steps=warmup_steps, period_steps=period_steps,
         )  # fmt: skip
         run = [repr(method), wanted, sorted(names), n_periods, [warmup_steps, period_steps]]
-        resume = None if folder is None else _open(Path(folder), period_steps, run, windows, model)
+        digest = digest_of_run(model, windows, run)
+        resume = None if folder is None else open_run(Path(folder), period_steps, digest)
         log = _train(adapted, windows, method, optimizer, resume)
         small: Any = detach(adapted, merge=True)
     small.eval().recovery_log = log
@@ -212,42 +213,3 @@ def split_steps(n_steps: int, n_periods: int, warmup: float, rest: float) -> tup
             "after; give fewer periods, or a method with more max_steps or epochs"
         )
     return n_steps - round(rest * n_steps) - n_periods * period, period
-
-
-def _open(folder: Path, every: int, run: list[Any], windows: TrainingWindows, model: Any) -> Resume:
-    """A folder for checkpoints, new or of the same run; a note in it identifies the run.
-
-    Raises:
-        PrunekitError: what stands there belongs to another run.
-    """
-    from accelerate import PartialState
-
-    digest = digest_of(model)
-    digest.update(json.dumps([*run, list(windows.tokens.shape)]).encode())
-    for values in (windows.tokens, windows.labels):
-        digest.update(values.cpu().numpy().tobytes())
-    note = folder / "run.json"
-    if folder.is_file():
-        raise PrunekitError(f"{str(folder)!r} is a file; give a new folder")
-    with PartialState().main_process_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        told = _told(note) if note.exists() else None
-        if told != digest.hexdigest() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise PrunekitError(
-                f"{str(folder)!r} holds something else than this run; give a new folder, or the same model, data and "
-                "arguments"
-            )
-        write_text(note, json.dumps(digest.hexdigest()))
-    return Resume(folder, every)
-
-
-def _told(note: Path) -> Any:
-    """What a note says.
-
-    Raises:
-        PrunekitError: it is damaged.
-    """
-    try:
-        return read_json(note)
-    except PrunekitError as error:
-        raise PrunekitError(f"{error}, or delete the folder {str(note.parent)!r} to begin anew") from None

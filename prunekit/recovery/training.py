@@ -1,8 +1,7 @@
 """Runs the transformers Trainer over windows of tokens and cleans up after it."""
 
-import json
+import copy
 import math
-import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,17 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from prunekit.account import few, loss_on
 from prunekit.calibration import all_finite
 from prunekit.checks import PROCESS
 from prunekit.compat import LOSS_KEYWORDS
-from prunekit.digests import RECORD, check_recorded
+from prunekit.documents import logger
 from prunekit.errors import PrunekitError
 from prunekit.files import writing
+from prunekit.processes import is_sharded, n_processes
 from prunekit.recovery.data import TrainingWindows
 from prunekit.recovery.log import RecoveryLog, log_of, progress, whole_curve
+from prunekit.recovery.resuming import Resume, checked_checkpoint, steps_of, take_up
 from prunekit.recovery.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -42,18 +44,6 @@ class Objective(NamedTuple):
 
     row: Callable[[int], dict[str, Tensor]]
     loss: Callable[[Any, dict[str, Tensor]], Tensor]
-
-
-class Resume(NamedTuple):
-    """The place from which an interrupted training resumes.
-
-    Attributes:
-        folder: of the Trainer's own checkpoints; the newest is kept, and taken up where there is one.
-        every: optimiser steps between two.
-    """
-
-    folder: Path
-    every: int
 
 
 def train(
@@ -86,9 +76,10 @@ def train(
 
     logs: list[dict[str, float]] = []
     rows = _Rows(windows, objective)
+    trained = copy.deepcopy(model) if is_sharded() else model  # FSDP shares out the weights of what it trains, for good
     with nullcontext(str(resume.folder)) if resume else tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(objective)(
-            model=model,
+            model=trained,
             args=_arguments(method, len(rows), folder, resume.every if resume else None),
             train_dataset=rows,
             data_collator=default_data_collator,
@@ -98,16 +89,26 @@ def train(
         # The Trainer would divide by seq_len labels where the model predicts seq_len - 1 of them.
         setattr(trainer, LOSS_KEYWORDS, False)
         trainer.remove_callback(PrinterCallback)
-        newest = _checked_checkpoint(resume.folder) if resume else None
-        if newest is not None and _steps_of(newest) >= (method.max_steps or math.inf):
-            history = _take_up(model, optimizer, newest)  # the Trainer would make one step more
+        newest = checked_checkpoint(resume.folder) if resume else None
+        if newest is not None and steps_of(newest) >= (method.max_steps or math.inf):
+            history = take_up(model, optimizer, newest)  # the Trainer would make one step more
         else:
             with writing(Path(folder), whole=False):
                 trainer.train(resume_from_checkpoint=newest)
             history = trainer.state.log_history
+    if trained is not model:
+        _bring_back(trained, model)
     log = log_of(model, windows.tokens, method, whole_curve(history, logs))
     _check_outcome(model, windows.tokens, method)
     return log
+
+
+@torch.no_grad()
+def _bring_back(sharded: nn.Module, model: nn.Module) -> None:
+    """Give a model what was trained in its copy, put together from the shards of all processes."""
+    for parameter, shard in zip(model.parameters(), sharded.parameters(), strict=True):
+        if parameter.requires_grad:
+            parameter.copy_(shard.full_tensor() if isinstance(shard, DTensor) else shard)
 
 
 class _Rows(Dataset):
@@ -148,46 +149,16 @@ def _check_outcome(model: nn.Module, tokens: Tensor, method: TrainingSettings) -
         )
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint in a folder; the record of its files is written last."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{RECORD}")]
-    return max(map(str, whole), key=_steps_of, default=None)
-
-
-def _checked_checkpoint(folder: Path) -> str | None:
-    """The checkpoint to go on from.
-
-    Raises:
-        PrunekitError: one of its files was changed, cut short or removed.
-    """
-    newest = newest_checkpoint(folder)
-    if newest is not None:
-        advice = f"delete the folder {newest!r} to begin anew, or give the files as they were"
-        check_recorded(Path(newest) / RECORD, Path(newest), advice)
-    return newest
-
-
-def _steps_of(checkpoint: str) -> int:
-    return int(checkpoint.rpartition("-")[2])
-
-
-def _take_up(model: Any, optimizer: torch.optim.Optimizer | None, checkpoint: str) -> list[dict[str, float]]:
-    """Adapters and optimiser of a training that is finished; its history."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    device = str(next(model.parameters()).device)
-    set_peft_model_state_dict(model, load_peft_weights(checkpoint, device=device))
-    if optimizer is not None:
-        optimizer.load_state_dict(torch.load(Path(checkpoint) / "optimizer.pt", map_location=device, weights_only=True))
-    history: list[dict[str, float]] = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
-    return history
-
-
 def _arguments(method: TrainingSettings, n_windows: int, folder: str, every: int | None) -> "TrainingArguments":
     from transformers import TrainingArguments
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun and accelerate launch set it
-    batch = max(1, method.windows_a_step(n_windows) // processes)
+    wanted = method.windows_a_step(n_windows)
+    batch = max(1, wanted // n_processes())
+    if batch * n_processes() != wanted:
+        logger.warning(
+            f"batch_size: {wanted} windows a step cannot be shared out evenly among {n_processes()} processes: "
+            f"a step takes {batch * n_processes()}"
+        )
     at_once = math.gcd(batch, _ON_DEVICE)
     return TrainingArguments(
         output_dir=folder,

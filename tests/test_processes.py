@@ -1,0 +1,204 @@
+"""Several processes, as `torchrun` and `accelerate launch` start them: what one process gives, and one model in all.
+
+gloo joins processes on CPUs. accelerate offers FSDP on GPUs alone (on a CPU it says nothing and does not shard), so a
+script says that its CPUs are GPUs.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from shared import run_script
+from test_importance import tiny_llama
+from test_recovery import counting, uneven_llama
+
+import prunekit as pk
+from prunekit import PrunekitError
+from prunekit.cli import main
+from prunekit.recovery import RecoveryLog, training
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo to join processes"),
+]
+SIX = {"max_steps": 6, "batch_size": 8}
+LORA = pk.LoRA(r=4, dropout=0.0, learning_rate=2e-2, **SIX)
+FULL = pk.FullTuning(learning_rate=5e-3, **SIX)
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+SETTLED = ("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
+SHARDS = ("--use_fsdp", "--fsdp_version=2", "--fsdp_cpu_ram_efficient_loading=false")
+FSDP = ("-m", "accelerate.commands.launch", "--num_processes=2", *SHARDS, *SETTLED)
+
+
+def sparse():
+    return pk.sparsify(tiny_llama(), None, "magnitude", 0.5, measure=False)
+
+
+def adapted(folder):
+    out = folder and folder.with_name(f"{folder.name} out")
+    return pk.recover(uneven_llama(), LORA, counting(), keep_zeros=False, folder=folder, output_dir=out)
+
+
+def distilled(folder):
+    teacher = tiny_llama(n_heads=4, n_kv=2)
+    return pk.recover(uneven_llama(), pk.Distillation(teacher, LORA), counting(), keep_zeros=False, folder=folder)
+
+
+def progressive(folder):
+    return pk.prune_progressively(tiny_llama(), 0.2, counting(), LORA, n_periods=3, folder=folder).model
+
+
+WORK = {  # name → of a folder for checkpoints, or None, a trained model
+    "lora": adapted,
+    "full": lambda folder: pk.recover(uneven_llama(), FULL, counting(), keep_zeros=False),
+    "distillation": distilled,
+    "lora, zeros kept": lambda folder: pk.recover(sparse(), LORA, counting()),
+    "full, zeros kept": lambda folder: pk.recover(sparse(), FULL, counting()),
+    "progressive": progressive,
+}
+SHARDED = ["lora", "full", "distillation"]  # the others need each weight whole
+STOPPED = ["progressive", "lora"]
+SCRIPT = "import sys, test_processes; test_processes.work(*sys.argv[1:])"
+
+
+def said(model):
+    """What a process says of a model that it trained."""
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    total = sum(p.double().abs().sum().item() for p in model.parameters())
+    return {"losses": list(model.recovery_log.losses), "total": total, "zeros": zeros}
+
+
+def work(folder, how, *names):
+    """What each process does."""
+    place, rank = Path(folder), int(os.environ["RANK"])
+    if how == "stopped":
+        stop_before(4, names[-1], rank)
+    if how == "sharded":
+        pretend()
+    for name in names:
+        try:
+            found = said(WORK[name](None if how == "sharded" else place / name))
+        except KeyboardInterrupt:
+            continue
+        except PrunekitError as error:
+            found = {"refused": str(error)}
+        (place / f"{name} {rank}.json").write_text(json.dumps(found))
+    if how == "together":
+        options = {"data": "world", "out": place / "cli", "max-steps": 2, "batch-size": 2, "seq-len": 16, "r": 2}
+        assert main(["recover", "world", *(f"--{name}={value}" for name, value in options.items())]) == 0
+
+
+def stop_before(step, last, rank):
+    """Interrupts each training before a step; in the last, the second process is killed."""
+    ordinary, begun = training.progress, []
+
+    def progress(logs):
+        callback = ordinary(logs)
+        begun.append(callback)
+
+        def on_step_begin(args, state, control, **_):
+            if state.global_step != step:
+                return
+            if len(begun) < len(STOPPED):
+                raise KeyboardInterrupt
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        callback.on_step_begin = on_step_begin
+        return callback
+
+    training.progress = progress
+
+
+def pretend():
+    """Makes accelerate take processes on CPUs for processes on GPUs, and sees that weights are shared out."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    ordinary, bring_back = PartialState.__init__, training._bring_back
+
+    def begin(state, *given, **named):
+        ordinary(state, *given, **named)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    def bring(shards, model):
+        assert all(isinstance(p, training.DTensor) for p in shards.parameters())
+        bring_back(shards, model)
+
+    PartialState.__init__, training._bring_back = begin, bring
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process says, uninterrupted."""
+    return {name: said(make(None)) for name, make in WORK.items()}
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "work.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def found(folder, name):
+    """What the two processes say, which is the same."""
+    first, second = (json.loads((folder / f"{name} {rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    return first
+
+
+def check_same(here, there):
+    assert here["losses"] == pytest.approx(there["losses"], rel=2e-4)
+    assert here["total"] == pytest.approx(there["total"], rel=1e-5)
+    assert here["zeros"] == there["zeros"]
+
+
+def test_two_processes_give_what_one_gives_and_go_on_after_one_was_killed(script, tmp_path, alone):
+    stopped = run_script(script, str(tmp_path), "stopped", *STOPPED, launcher=TORCHRUN)
+    assert stopped.returncode != 0 and not list(tmp_path.glob("*.json"))
+    assert all(list((tmp_path / name).glob("checkpoint-*")) for name in STOPPED), stopped.stderr
+    done = run_script(script, str(tmp_path), "together", *WORK, launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    for name in WORK:
+        check_same(found(tmp_path, name), alone[name])
+    assert (tmp_path / "cli" / "recovery.json").is_file() and done.stdout.count("weights trained") == 1
+    assert RecoveryLog.load(tmp_path / "lora out" / "recovery_log.json").losses
+
+
+def test_weights_that_fsdp_shares_out_come_back_whole(script, tmp_path, alone):
+    done = run_script(script, str(tmp_path), "sharded", *WORK, launcher=FSDP)
+    assert done.returncode == 0, done.stderr
+    for name in SHARDED:
+        check_same(found(tmp_path, name), alone[name])
+    for name in WORK.keys() - SHARDED:
+        assert "FSDP shares them out; give --multi_gpu" in found(tmp_path, name)["refused"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed's shards cannot be put together"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP's first version"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "--fsdp_cpu_ram_efficient_loading false",
+        ),
+    ],
+)
+def test_shards_that_cannot_come_back_are_refused_before_anything(asked, message, monkeypatch):
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("prunekit.recovery.fine_tuning.check_finite", None)
+    with pytest.raises(PrunekitError, match=message):
+        pk.recover(tiny_llama(), LORA, counting())
+
+
+def test_a_command_for_one_process_is_refused_in_several(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["discover", "world"]) == 2
+    assert "2 processes were started (WORLD_SIZE), and discover is the work of one" in capsys.readouterr().err
