@@ -249,7 +249,13 @@ def locked(path: Path, *, must: bool) -> Iterator[None]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """A context in which no other process makes a folder: it waits, and says so. The lock is a file beside it."""
+    """A context in which no other process makes a folder: it waits, and says so. The lock is a file beside it.
+
+    Raises:
+        PrunekitError: the folder has no name, such as the current one.
+    """
+    if not folder.name:
+        raise PrunekitError(f"folder {str(folder)!r} has no name of its own; give the path of a new folder")
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)

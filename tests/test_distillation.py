@@ -293,6 +293,12 @@ def test_a_stream_needs_a_number_of_windows_and_stops_there():
     assert len(keep_logits(teacher, endless(), n_windows=5, **options)) == 5
 
 
+@pytest.mark.parametrize("folder", ["", ".", "/"])
+def test_a_folder_without_a_name_is_refused(folder):
+    with pytest.raises(PrunekitError, match="has no name of its own; give the path of a new folder"):
+        keep_logits(tiny_llama(), counting(), folder)
+
+
 def test_predictions_that_are_not_finite_are_not_kept(tmp_path):
     teacher = tiny_llama()
     with torch.no_grad():
