@@ -78,7 +78,7 @@ SHORT = (
 )
 FAR_MORE = "The paper trains for far more tokens; here LoRAShear has the same few for shrinking and for recovery."
 CHANCE = "A hundred questions a task vary by about two points by chance, and recovery was measured once."
-TOY = "The models are toys trained on the world, pruned in all layers; SmolLM2 was measured up to 70% and 2:4 alone."
+TOY = "The models are toys trained on the world, pruned in all layers; SmolLM2 was measured at 50%, 70% and 2:4."
 SEARCH = "The baseline here is LLM-Pruner's selection at 20%, and 40 candidates on SmolLM2 are far fewer than 525."
 
 CLAIMS = (

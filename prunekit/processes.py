@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -17,6 +18,11 @@ def this_process() -> PartialState:
 def n_processes() -> int:
     """How many processes were started together."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def evenly(n: int) -> int:
+    """What several processes take of `n` windows a step: each as many, and at least one."""
+    return max(1, n // n_processes()) * n_processes()
 
 
 def is_sharded() -> bool:
@@ -50,6 +56,20 @@ def check_shards(whole: Iterable[str] = ()) -> None:
     for what in whole:
         raise PrunekitError(
             f"{what} needs each weight whole, and FSDP shares them out; give --multi_gpu in place of it"
+        )
+
+
+def check_one_place(model: Any) -> None:
+    """Raise an error for a model that is spread over devices, where several processes would train it.
+
+    Raises:
+        PrunekitError: it is, and they would.
+    """
+    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    if n_processes() > 1 and len(places) > 1:
+        raise PrunekitError(
+            f"the model is spread over {', '.join(sorted(places))}, and {n_processes()} processes were started: each "
+            "needs a model of its own; leave out device_map=, or start one process"
         )
 
 

@@ -144,11 +144,25 @@ def test_load_spreads_an_uneven_cut(device_map, folder, tmp_path):
     spread, _ = pk.load(tmp_path / "small", device_map=device_map, offload_folder=tmp_path / "beside")
     assert any(p.is_meta for p in spread.parameters()) == (device_map != "auto")
     assert evaluated(spread) == evaluated(small)
-    if device_map != "auto":
+    if device_map == "auto":  # all of it lies in memory, so its configuration is as if it were loaded plainly
+        with pytest.raises(PrunekitError, match="save_pretrained would write a folder that does not load"):
+            spread.save_pretrained(tmp_path / "plain")
+    else:
         with pytest.raises(
             PrunekitError, match="cannot spread the model of .* offload_folder= for weights on the disk"
         ):
             pk.load(tmp_path / "small", device_map=device_map)
+
+
+def test_a_map_keeps_the_precision_of_the_file(folder, tmp_path):
+    """The configuration of the uncut model may say another one, as after a training in float32."""
+    model = in_memory(folder)
+    model.config.dtype = torch.bfloat16
+    groups = pk.discover(model)
+    uneven = {g.name: list(range(1 + n, g.n_units)) for n, g in enumerate(groups.of_kind("ffn_channel"))}
+    pk.save(pk.prune(model, plan_keeping(groups, uneven), measure=False), tmp_path / "small")
+    for options in ({}, {"device_map": "auto"}):
+        assert {p.dtype for p in pk.load(tmp_path / "small", **options)[0].parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

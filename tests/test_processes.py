@@ -202,3 +202,20 @@ def test_a_command_for_one_process_is_refused_in_several(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["discover", "world"]) == 2
     assert "2 processes were started (WORLD_SIZE), and discover is the work of one" in capsys.readouterr().err
+
+
+def test_steps_are_those_of_the_windows_that_processes_take(monkeypatch):
+    """Else a run with checkpoints, which counts its steps beforehand, would read the data again and again."""
+    method = pk.LoRA(batch_size=8, epochs=2)
+    assert method.n_steps(160) == 40
+    for n, steps in ((2, 40), (3, 54), (16, 20)):  # of which each takes 4, 2 and 1 windows a step
+        monkeypatch.setenv("WORLD_SIZE", str(n))
+        assert method.n_steps(160) == steps
+
+
+def test_a_spread_model_is_not_trained_by_several_processes(monkeypatch):
+    model = tiny_llama()
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PrunekitError, match="the model is spread over 0, 1, and 2 processes were started"):
+        pk.recover(model, pk.LoRA(max_steps=1), torch.zeros(4, 8, dtype=torch.long))

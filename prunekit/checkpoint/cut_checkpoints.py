@@ -17,8 +17,17 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
 from prunekit.checkpoint.config_checks import check_config
-from prunekit.checkpoint.folders import Stored, check_dtypes, check_size, read_config, read_object, stored_tensors
+from prunekit.checkpoint.folders import (
+    FLOATS,
+    Stored,
+    check_dtypes,
+    check_size,
+    read_config,
+    read_object,
+    stored_tensors,
+)
 from prunekit.checkpoint.plain_checkpoints import check_floats
+from prunekit.compat import offloaded
 from prunekit.discovery import Groups, discover
 from prunekit.discovery.groups import layer_in
 from prunekit.errors import PrunekitError, reason
@@ -61,6 +70,8 @@ def load_cut(
     model, groups = _build(folder, saved, stored, options)
     _check_fit(model, folder, stored)
     if spread:
+        for name, parameter in model.named_parameters():  # accelerate casts to what it finds, as in the configuration
+            parameter.data = parameter.data.to(FLOATS[stored[name].dtype])
         model = _filled_and_spread(model, folder, dtype, spread)
     else:
         _fill(model, stored, mapped)
@@ -68,7 +79,7 @@ def load_cut(
         model.generation_config = _generation(folder / "generation_config.json")
     name_model(model, str(folder))
     model = usable(in_dtype(model, dtype)).eval()
-    if not (mapped or spread):  # it would be read from disk, every weight of it
+    if not (mapped or offloaded(model)):  # it would be read from disk, every weight of it
         describe(model, groups)
     return model
 

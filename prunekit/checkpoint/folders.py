@@ -21,7 +21,7 @@ from prunekit.models import auto_class, shapes_of
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}  # how torch's zip files and bare ones begin
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READ = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # what transformers may read of a folder
 _UNLIMITED = 2**62
 FEW_CALLS, CALLS_A_TENSOR = 20_000, 2_000  # of torch, to build a model; experts are built one by one, and stored as one
@@ -45,7 +45,7 @@ class Stored:
     @property
     def is_float(self) -> bool:
         """Whether its dtype can be used in computations."""
-        return self.dtype in _FLOATS
+        return self.dtype in FLOATS
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def check_dtypes(folder: Path, stored: dict[str, Stored]) -> None:
         if tensor.dtype.startswith("F") and not tensor.is_float:  # such as F8_E4M3, which a scale must go with
             raise PrunekitError(
                 f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}, which cannot be cut; "
-                f"give a checkpoint in one of {', '.join(sorted(_FLOATS))}"
+                f"give a checkpoint in one of {', '.join(sorted(FLOATS))}"
             )
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from prunekit.checkpoint.cards import renumbered, write_texts
 from prunekit.checkpoint.cut_checkpoints import MODEL_TYPE, load_cut
-from prunekit.checkpoint.folders import INDEX, Stored, check_dtypes, header_of, read_config, stored_tensors
+from prunekit.checkpoint.folders import FLOATS, INDEX, Stored, check_dtypes, header_of, read_config, stored_tensors
 from prunekit.checkpoint.loading import load, load_tokenizer
 from prunekit.checkpoint.origins import resolve
 from prunekit.checkpoint.plain_checkpoints import check_plain_size, load_plain
@@ -41,7 +41,6 @@ from prunekit.pruning.describing import describe
 from prunekit.pruning.removal import copied
 from prunekit.pruning.surgery import cut
 
-_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 aten = torch.ops.aten
 _POSTPONED = (aten.index_select.default, aten.clone.default)  # what slicing a parameter comes to
 
@@ -93,7 +92,7 @@ def _common_dtype(stored: Iterable[Stored]) -> torch.dtype | str:
     sizes: Counter[str] = Counter()
     for tensor in stored:
         sizes[tensor.dtype] += torch.Size(tensor.shape).numel()
-    return _TORCH.get(sizes.most_common(1)[0][0], "auto")
+    return FLOATS.get(sizes.most_common(1)[0][0], "auto")
 
 
 def to_convert(folder: Path) -> Any:

@@ -137,7 +137,7 @@ def recover(
         loading: options of `load`.
     """
     how = _settings_of(method, preset, settings)
-    this_process()  # of several, each calls its own GPU "cuda"
+    this_process()  # of several, each has a GPU of its own as its default
     dense, tokenizer = pk.load(model, **loading)
     if "seq_len" not in settings:
         how = replace(how, seq_len=fitting_length(how.seq_len, dense.config))

@@ -124,7 +124,7 @@ def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) 
     for name in readers:
         if name not in sums or not all(bool(total.isfinite().all()) for total in sums[name]):
             raise PrunekitError(f"the inputs or gradients of {name} are not finite, or it never ran; check the weights")
-    return {name: Sums(*(total / tokens.numel() for total in each)) for name, each in sums.items()}
+    return {name: Sums(*(total.div_(tokens.numel()) for total in each)) for name, each in sums.items()}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from prunekit.digests import digest_of
 from prunekit.documents import TextSource, is_stream, logger
 from prunekit.errors import PrunekitError, warn
 from prunekit.files import new_folder
-from prunekit.processes import check_shards, this_process
+from prunekit.processes import check_one_place, check_shards, this_process
 from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
 from prunekit.recovery.distillation import Distillation
 from prunekit.recovery.lora import LoRA, attach, detach
@@ -103,6 +103,7 @@ def recover(
             "folder= keeps checkpoints of LoRA's pairs, not of whole models; leave it out, or give LoRA()"
         )
     check_shards(["folder="] if folder is not None else [])
+    check_one_place(model)
     check_finite(model)
     keep = _zeros_stay(model, keep_zeros)
     check_shards(["keep_zeros=True"] if keep else [])
@@ -195,4 +196,5 @@ def _unfrozen(model: nn.Module, keep_zeros: bool) -> Iterator[nn.Module]:
 def _digest(model: nn.Module, windows: TrainingWindows, method: LoRA | FullTuning | Distillation, keep: bool) -> str:
     teacher = getattr(method, "teacher", None)
     dense = digest_of(teacher).hexdigest() if isinstance(teacher, nn.Module) else None
-    return digest_of_run(model, windows, [repr(method), keep, dense])
+    plan = getattr(method, "plan", None)
+    return digest_of_run(model, windows, [repr(method), keep, dense, plan and plan.keep])

@@ -14,6 +14,7 @@ from prunekit.checks import Amount, check_value
 from prunekit.digests import RECORD, record
 from prunekit.errors import PrunekitError
 from prunekit.files import read_json, reading, write_text
+from prunekit.processes import this_process
 from prunekit.recovery.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def progress(logs: list[dict[str, float]]) -> "TrainerCallback":
             control.should_training_stop |= not math.isfinite(found["loss"])
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            this_process().wait_for_everyone()  # each has written its own random state
             if state.is_world_process_zero:
                 made = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 record([path for path in made.iterdir() if path.is_file()], made / RECORD)

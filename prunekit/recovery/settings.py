@@ -8,6 +8,7 @@ from torch import nn
 
 from prunekit.checks import Count, Epochs, Length, NotNegative, Positive, Seed, check_fields
 from prunekit.errors import PrunekitError, warn
+from prunekit.processes import evenly
 
 _FULL_BATCH = 8
 _STEPS_AN_EPOCH = 32  # eight paper-sized steps change nothing in a small model; a hundred of this size do
@@ -35,7 +36,8 @@ class TrainingSettings:
 
     def n_steps(self, n_windows: int) -> int:
         """Optimiser steps over `n_windows` of data."""
-        return self.max_steps or max(1, math.ceil(self.epochs * math.ceil(n_windows / self.windows_a_step(n_windows))))
+        taken = evenly(self.windows_a_step(n_windows))
+        return self.max_steps or max(1, math.ceil(self.epochs * math.ceil(n_windows / taken)))
 
     @property
     def most_windows(self) -> int | None:

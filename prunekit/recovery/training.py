@@ -22,7 +22,7 @@ from prunekit.compat import LOSS_KEYWORDS
 from prunekit.documents import logger
 from prunekit.errors import PrunekitError
 from prunekit.files import writing
-from prunekit.processes import is_sharded, n_processes
+from prunekit.processes import evenly, is_sharded, n_processes
 from prunekit.recovery.data import TrainingWindows
 from prunekit.recovery.log import RecoveryLog, log_of, progress, whole_curve
 from prunekit.recovery.resuming import Resume, checked_checkpoint, steps_of, take_up
@@ -153,11 +153,12 @@ def _arguments(method: TrainingSettings, n_windows: int, folder: str, every: int
     from transformers import TrainingArguments
 
     wanted = method.windows_a_step(n_windows)
-    batch = max(1, wanted // n_processes())
-    if batch * n_processes() != wanted:
+    taken = evenly(wanted)
+    batch = taken // n_processes()
+    if taken != wanted:
         logger.warning(
             f"batch_size: {wanted} windows a step cannot be shared out evenly among {n_processes()} processes: "
-            f"a step takes {batch * n_processes()}"
+            f"a step takes {taken}"
         )
     at_once = math.gcd(batch, _ON_DEVICE)
     return TrainingArguments(
