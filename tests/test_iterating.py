@@ -85,14 +85,14 @@ def test_what_cannot_be_is_refused(model):
     with pytest.raises(PrunekitError, match="after which calib would name other tokens; take tokens in one step"):
         plan_in_steps(model, Taylor(), 0.1, CALIB, n_steps=2, kinds=["vocabulary", "ffn_channel"])
     with pytest.raises(PrunekitError, match="remove those by a separate plan"):
-        plan_in_steps(model, Magnitude(), 0.2, n_steps=2, kinds=["block"])
+        plan_in_steps(model, Magnitude(), 0.2, n_steps=2, kinds=["block", "ffn_channel"])
     with pytest.raises(PrunekitError, match="'model.layers.0.self_attn:query_head' is not found again after a step"):
         plan_in_steps(model, Magnitude(), 0.6, n_steps=4, kinds=["query_head"], of="units")
     with pytest.raises(PrunekitError, match="cannot be met"):
         plan_in_steps(model, Magnitude(), 0.95, n_steps=3)
     with pytest.raises(PrunekitError, match=r"pruning_ratio=2 is not allowed"):
         plan_in_steps(model, Magnitude(), 2, n_steps=1)
-    for ratio in ("0.2", None, {"block": 0.5}, {"ffn_channels": 0.5}):
+    for ratio in ("0.2", None, {"block": 0.5, "ffn_channel": 0.2}, {"ffn_channels": 0.5}):
         with pytest.raises(PrunekitError, match=r"is not allowed; give a fraction|separate plan|is unknown"):
             plan_in_steps(model, Magnitude(), ratio, n_steps=2, of="units")
     with pytest.raises(PrunekitError, match="kinds is empty"):
