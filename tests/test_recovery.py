@@ -349,7 +349,8 @@ def test_a_training_that_ended_is_taken_up_and_another_one_is_refused(tmp_path, 
 
 
 def test_windows_that_processes_cannot_share_out_evenly_are_said(monkeypatch, caplog):
-    monkeypatch.setattr("prunekit.recovery.training.n_processes", lambda: 3)
+    for module in ("prunekit.processes", "prunekit.recovery.training"):
+        monkeypatch.setattr(f"{module}.n_processes", lambda: 3)
     with caplog.at_level("WARNING", "prunekit"):
         recover(tiny_llama(), QUICK, counting())
     assert "4 windows a step cannot be shared out evenly among 3 processes: a step takes 3" in caplog.text
