@@ -1,6 +1,7 @@
 """The folder of a training that goes on where it was stopped: the Trainer's checkpoints, and what run they are of."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,9 @@ def open_run(folder: Path, every: int, digest: str) -> Resume:
         if told is None:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(note, json.dumps(digest))
+        for path in folder.glob("checkpoint-*"):  # half-written; the Trainer might keep it in place of a newer one
+            if path.is_dir() and not (path / RECORD).exists():
+                shutil.rmtree(path)
     return Resume(folder, every)
 
 
