@@ -55,40 +55,6 @@ def test_the_same_seed_learns_the_same_and_another_does_not():
     assert not np.array_equal(fitted().predict(points), fitted(Trees(n_models=3, n_trees=40, seed=1)).predict(points))
 
 
-def test_it_is_saved_as_text_and_read_again(tmp_path):
-    path, taught = tmp_path / "predictor.json", fitted()
-    taught.save(path)
-    content = json.loads(path.read_text())
-    assert content["models"][0].startswith("tree") and content["features"] == SPACE.feature_names()
-    again = AccuracyPredictor.load(path, SPACE)
-    assert np.array_equal(again.predict(PAIRS.points), taught.predict(PAIRS.points)) and again.trees == FEW
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "other"}', '{"format": "prunekit.predictor/1"}'])
-def test_what_is_no_predictor_is_refused(tmp_path, text):
-    path = tmp_path / "predictor.json"
-    path.write_text(text)
-    with pytest.raises(PrunekitError, match="no predictor in|is not JSON"):
-        AccuracyPredictor.load(path, SPACE)
-    with pytest.raises(PrunekitError, match="cannot read .*nothing.*AccuracyPredictor.save wrote"):
-        AccuracyPredictor.load(tmp_path / "nothing", SPACE)
-
-
-def test_broken_trees_and_those_of_another_space_are_refused(tmp_path):
-    path = tmp_path / "predictor.json"
-    fitted().save(path)
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "models": ["no tree"]}))
-    with pytest.raises(PrunekitError, match="no predictor in"):
-        AccuracyPredictor.load(path, SPACE)
-    path.write_text(json.dumps({**content, "models": [text[: len(text) // 2] for text in content["models"]]}))
-    with pytest.raises(PrunekitError, match="damaged"):
-        AccuracyPredictor.load(path, SPACE)
-    fitted().save(path)
-    with pytest.raises(PrunekitError, match="other hyperparameters"):
-        AccuracyPredictor.load(path, HyperparameterSpace({"a": Range(0, 1)}, the_point))
-
-
 def test_shap_values_share_out_what_is_expected():
     taught, points = fitted(), PAIRS.points
     shap, expected = taught.shap(points), taught.predict(points)
@@ -101,8 +67,6 @@ def test_shap_values_share_out_what_is_expected():
 def test_nothing_is_expected_before_it_has_learned():
     with pytest.raises(PrunekitError, match="not fitted yet"):
         AccuracyPredictor(SPACE).predict(PAIRS.points)
-    with pytest.raises(PrunekitError, match="not fitted yet"):
-        AccuracyPredictor(SPACE).save("nowhere")
 
 
 @pytest.mark.parametrize(
