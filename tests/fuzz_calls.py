@@ -94,7 +94,7 @@ def working_calls(root: Path) -> dict[str, Call]:
             pk.sparsify,
             {
                 "calib": CALIB, "method": "magnitude", "sparsity": 0.5, "pattern": None, "allocation": "uniform",
-                "layers": None, "damping": 0.01, "report_error": False, "inplace": False, "held_out": None,
+                "layers": None, "damping": 0.01, "inplace": False, "held_out": None,
                 "measure": False,
             },
             {"model": lambda: copy.deepcopy(model)},

@@ -111,7 +111,6 @@ SENSE: dict[str, Callable[[Any], bool]] = {
     "compensate": one_of(None),
     "groups": one_of(None),
     "ridge": none_or(POSITIVE),
-    "report_error": FLAG,
     "layers": one_of(None),
     "pattern": one_of(None, (1, 2)),
     "keep_zeros": none_or(FLAG),
