@@ -21,6 +21,7 @@ from prunekit.layerwise import Layerwise
 from prunekit.models import evaluating
 from prunekit.pruning.compensation import groups_of, split_windows
 from prunekit.pruning.plans import PruningPlan
+from prunekit.recovery.training import relative_error
 from prunekit.sparsity.patterns import quantised
 from prunekit.sparsity.zero_masks import TRAINED, keep_zeros, renew_report
 
@@ -145,9 +146,7 @@ class _Task(NamedTuple):
     def error(self, batch: int) -> Tensor:
         """‖Y − Y_dense‖² / ‖Y_dense‖² of each token, their mean."""
         target = self.targets[batch]
-        y = self.outputs(batch).to(target.dtype)
-        size = target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)
-        return ((y - target).square().sum(-1) / size).mean()
+        return relative_error(self.outputs(batch).to(target.dtype), target)
 
     def held_out_error(self) -> float:
         """The mean error on held-out tokens."""
