@@ -338,6 +338,13 @@ def test_units_that_training_does_not_move_are_finite():
 # Refusals
 
 
+@pytest.fixture(scope="module")
+def ready():
+    """A model and its groups, which no refusal changes."""
+    model = adapted()
+    return model, discover(model).of_kind(*KINDS)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -358,9 +365,12 @@ def test_units_that_training_does_not_move_are_finite():
         ({"wanted": {"expert": 1}}, "only 0 may"),
     ],
 )
-def test_what_cannot_be_is_refused(options, message):
+def test_what_cannot_be_is_refused(ready, options, message):
+    model, groups = ready
+    given = {"n_units": options.get("wanted", WANTED), "warmup_steps": 2, "period_steps": 3, **options}
+    given.pop("wanted", None)
     with pytest.raises(PrunekitError, match=message):
-        shearing(adapted(), **options)
+        LHSPG(model, groups, **given)
 
 
 def test_a_model_without_lora_is_refused():

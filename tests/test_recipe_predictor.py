@@ -24,10 +24,11 @@ def calib(world):
 
 
 @pytest.mark.slow
-def test_the_recipe_is_its_steps(world, calib):
+def test_the_recipe_is_its_steps_and_goes_on_where_it_was(world, calib, tmp_path):
     model, tokenizer = world
     before = {name: p.clone() for name, p in model.named_parameters()}
-    done = accuracy_predictor(model, tokenizer, calib, 0.3, TEXT, **FEW)
+    done, again = (accuracy_predictor(model, tokenizer, calib, 0.3, TEXT, folder=tmp_path, **FEW) for _ in range(2))
+    assert again.found.pairs.table.equals(done.found.pairs.table) and again.plan == done.plan
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert 0.3 <= done.plan.pruning_ratio <= 0.305
     assert sum(p.numel() for p in done.model.parameters()) == done.plan.n_parameters_kept
@@ -54,13 +55,6 @@ def test_the_recipe_takes_budgets_whole_layers_and_data_to_recover_with(world, c
     assert pk.perplexity(done.model, tokenizer, TEXT) != pytest.approx(best, rel=1e-5)  # it was trained
 
 
-@pytest.mark.slow
-def test_the_recipe_goes_on_where_it_was(world, calib, tmp_path):
-    model, tokenizer = world
-    one, other = (accuracy_predictor(model, tokenizer, calib, 0.3, TEXT, folder=tmp_path, **FEW) for _ in range(2))
-    assert one.found.pairs.table.equals(other.found.pairs.table) and one.plan == other.plan
-
-
 def test_the_recipe_refuses_what_cannot_be(world, calib):
     model, tokenizer = world
     with pytest.raises(PrunekitError, match="cannot be met: pruning reaches 456,000 at best"):
@@ -84,7 +78,7 @@ def test_compensation_and_fusion_are_knobs_like_any_other(world, calib):
         return pk.prune(model, plan, compensate=enough if point["refit"] else None)
 
     space = HyperparameterSpace({"coarse": Range(0.0, 1.0), "refit": Choice((False, True))}, build)
-    pairs = pk.measure_pairs(space, model, tokenizer, 14, text=TEXT)
+    pairs = pk.measure_pairs(space, model, tokenizer, 10, text=TEXT)
     table = pairs.table.groupby("refit")["perplexity"]
     assert table.max()[True] < table.min()[False]  # what the knob is worth, whatever the weights
     assert pairs.best()["refit"] is True

@@ -88,7 +88,7 @@ def test_one_iteration_is_sparsegpt(gated):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("pattern", [Pattern(0.5), Pattern(0.8), Pattern(0.5, 4), Pattern(0.75, 4)])
+@pytest.mark.parametrize("pattern", [Pattern(0.8), Pattern(0.5, 4)])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_iterations_never_blow_up_behind_a_layer_norm(gated, pattern, scale):
     """Where the undamped pseudo-inverse of the reference explodes; and where z is so large that its steps overshoot."""
