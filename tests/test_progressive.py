@@ -194,7 +194,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, finished):
     before = sorted(path.name for path in folder.iterdir())
     louder = tiny_llama()  # the same but for one layer's weights, as after a recovery
     louder.model.layers[1].mlp.up_proj.weight.data *= 3
-    protect = ["model.layers.0.mlp:ffn_channel"]
+    protect = ["model.layers.0.self_attn:kv_head"]
     others = ({"ratio": 0.3}, {"data": counting(step=2)}, {"model": tiny_llama(seed=1)}, {"model": louder},
               {"n_periods": 2}, {"protect": protect}, {"rest": 0.3})  # fmt: skip
     for other in others:
