@@ -150,8 +150,9 @@ def time_ffn(d_model: int, d_ff: int, n_tokens: int, repeats: int) -> Rows:
     columns = {name: tensor.T.contiguous() for name, tensor in {"x": x, "y": y, "z": z, "s": s, "p": p}.items()}
 
     def ours(method: SparseLLM) -> list[Tensor]:
-        ffn = FFN(*weights, None, None, None, functional.silu, x, y, z.clone(), s.clone(), p.clone())
-        return list(prune_ffn(ffn, n_sequences, Pattern(0.7), method)[:3])
+        named = dict(zip(("up", "gate", "down"), weights, strict=True))
+        ffn = FFN(named, {}, functional.silu, x, y, z.clone(), s.clone(), p.clone())
+        return list(prune_ffn(ffn, n_sequences, Pattern(0.7), method).weights.values())
 
     def error(found: list[Tensor]) -> str:
         hidden = functional.silu(x @ found[1].T) * (x @ found[0].T)

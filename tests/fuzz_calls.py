@@ -82,19 +82,11 @@ def working_calls(root: Path) -> dict[str, Call]:
             {"model": model, "plan": plan, "calib": CALIB, "fit": "weights", "ridge": 0.3},
             {"small": lambda: copy.deepcopy(small)},
         ),
-        "reconstruct": Call(
-            pk.reconstruct,
-            {
-                "model": model, "plan": plan, "calib": CALIB, "steps": 1, "learning_rate": 1e-4, "batch_size": 2,
-                "seed": 0,
-            },
-            {"small": lambda: copy.deepcopy(small)},
-        ),
         "sparsify": Call(
             pk.sparsify,
             {
                 "calib": CALIB, "method": "magnitude", "sparsity": 0.5, "pattern": None, "allocation": "uniform",
-                "layers": None, "damping": 0.01, "report_error": False, "inplace": False, "held_out": None,
+                "layers": None, "damping": 0.01, "inplace": False, "held_out": None,
                 "measure": False,
             },
             {"model": lambda: copy.deepcopy(model)},

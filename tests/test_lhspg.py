@@ -314,15 +314,14 @@ def _statistics(x, u):
     return UpdateStatistics(x.norm(dim=1), u.norm(dim=1), (x * u).sum(1))
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_saliency_by_hand(sign):
+def test_saliency_by_hand():
     x = {"a": [[3.0, 4.0], [1.0, 0.0]], "b": [[0.0, 2.0]]}
     u = {"a": [[0.0, 1.0], [-2.0, 0.0]], "b": [[2.0, 0.0]]}
     norm, update, dot = [5.0, 1.0, 2.0], [1.0, 2.0, 2.0], [4.0, -2.0, 0.0]
     cosine = [4 / 5, -1.0, 0.0]
-    five = [norm, [5.0, 0.5, 1.0], [1 + sign * c for c in cosine], [abs(d) for d in dot], [d * d / 2 for d in dot]]
+    five = [norm, [5.0, 0.5, 1.0], [1 + c for c in cosine], [abs(d) for d in dot], [d * d / 2 for d in dot]]
     expected = [sum(p[i] / math.sqrt(sum(v * v for v in p)) for p in five) / 5 for i in range(3)]
-    found = lora_saliency({name: _statistics(x[name], u[name]) for name in x}, cosine_sign=sign)
+    found = lora_saliency({name: _statistics(x[name], u[name]) for name in x})
     assert torch.cat([found["a"], found["b"]]).tolist() == pytest.approx(expected)
     assert dot == [float(d) for name in x for d in _statistics(x[name], u[name]).dot]
     assert update == [float(d) for name in x for d in _statistics(x[name], u[name]).update]
@@ -337,6 +336,13 @@ def test_units_that_training_does_not_move_are_finite():
 
 
 # Refusals
+
+
+@pytest.fixture(scope="module")
+def ready():
+    """A model and its groups, which no refusal changes."""
+    model = adapted()
+    return model, discover(model).of_kind(*KINDS)
 
 
 @pytest.mark.parametrize(
@@ -359,9 +365,12 @@ def test_units_that_training_does_not_move_are_finite():
         ({"wanted": {"expert": 1}}, "only 0 may"),
     ],
 )
-def test_what_cannot_be_is_refused(options, message):
+def test_what_cannot_be_is_refused(ready, options, message):
+    model, groups = ready
+    given = {"n_units": options.get("wanted", WANTED), "warmup_steps": 2, "period_steps": 3, **options}
+    given.pop("wanted", None)
     with pytest.raises(PrunekitError, match=message):
-        shearing(adapted(), **options)
+        LHSPG(model, groups, **given)
 
 
 def test_a_model_without_lora_is_refused():
@@ -526,8 +535,6 @@ def test_two_adapted_modules_of_one_weight_are_refused():
         lora_pairs(embedding)
 
 
-def test_saliency_refuses_another_sign_and_nothing():
-    with pytest.raises(PrunekitError, match="cosine_sign=0"):
-        lora_saliency({"a": _statistics([[1.0]], [[1.0]])}, cosine_sign=0)
+def test_saliency_of_nothing_is_refused():
     with pytest.raises(PrunekitError, match="no group"):
         lora_saliency({})

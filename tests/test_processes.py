@@ -95,8 +95,8 @@ def stop_before(step, last, rank):
     """Interrupts each training before a step; in the last, the second process is killed."""
     ordinary, begun = training.progress, []
 
-    def progress(logs):
-        callback = ordinary(logs)
+    def progress():
+        callback = ordinary()
         begun.append(callback)
 
         def on_step_begin(args, state, control, **_):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 
 import pytest
@@ -23,6 +24,18 @@ QUICK = LoRA(r=4, alpha=8, max_steps=10, batch_size=4, learning_rate=1e-2)
 def sheared(model=None, ratio=0.2, data=None, method=QUICK, **options):
     options = {"n_periods": 3, **options}
     return prune_progressively(model or tiny_llama(), ratio, counting() if data is None else data, method, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run, and the folder that it left."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return sheared(folder=folder), folder
+
+
+@pytest.fixture(scope="module")
+def longer():
+    return sheared(n_periods=4)
 
 
 def test_the_zeroed_model_loses_nothing_when_it_is_cut_and_meets_the_budget():
@@ -47,8 +60,8 @@ def test_training_lowers_the_loss_while_units_go():
     assert sum(log.losses[-5:]) < 0.8 * sum(log.losses[:5])
 
 
-def test_the_same_seed_gives_the_same_plan_and_weights():
-    a, b = sheared(), sheared()
+def test_the_same_seed_gives_the_same_plan_and_weights(finished):
+    a, b = finished[0], sheared()
     assert a.plan == b.plan
     assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True))
 
@@ -129,7 +142,7 @@ def test_steps_that_were_passed_over_are_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [1, 2])
-def test_a_run_that_was_stopped_goes_on(tmp_path, stop):
+def test_a_run_that_was_stopped_goes_on(tmp_path, longer, stop):
     """Interrupted at a boundary, when the last checkpoint is a period old."""
     asked = []
 
@@ -139,28 +152,27 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, stop):
             raise KeyboardInterrupt
         return update_saliency(optimizer)
 
-    straight = sheared(n_periods=4)
     with pytest.raises(KeyboardInterrupt):
         sheared(n_periods=4, saliency=stopping, folder=tmp_path / "run")
     steps = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
     done = sheared(n_periods=4, saliency=update_saliency, folder=tmp_path / "run")
-    assert done.plan == straight.plan
-    assert done.log.losses == pytest.approx(straight.log.losses)
-    assert done.history.equals(straight.history)
-    for x, y in zip(done.model.parameters(), straight.model.parameters(), strict=True):
+    assert done.plan == longer.plan
+    assert done.log.losses == pytest.approx(longer.log.losses)
+    assert done.history.equals(longer.history)
+    for x, y in zip(done.model.parameters(), longer.model.parameters(), strict=True):
         assert torch.equal(x, y)
     assert stop == 1 or steps  # the second time there was a checkpoint to go on from
 
 
-def test_a_finished_run_is_what_it_was(tmp_path):
+def test_a_finished_run_is_what_it_was(finished):
     """Called again it makes no step, and says the same."""
-    first = sheared(folder=tmp_path / "run")
-    names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    again = sheared(folder=tmp_path / "run")
+    first, folder = finished
+    names = sorted(path.name for path in folder.iterdir())
+    again = sheared(folder=folder)
     assert again.log == first.log and len(again.log.losses) == 10
     assert again.plan == first.plan and again.history.equals(first.history)
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), first.model.parameters(), strict=True))
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
+    assert sorted(path.name for path in folder.iterdir()) == names
     assert "before_end" in first._repr_html_()
 
 
@@ -170,42 +182,40 @@ def test_a_file_is_no_folder(tmp_path):
         sheared(folder=tmp_path / "run")
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    straight = sheared()
-    sheared(folder=tmp_path / "run")
+def test_a_half_written_checkpoint_is_passed_over(tmp_path, finished):
+    shutil.copytree(finished[1], tmp_path / "run")
     newest = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     (newest / RECORD).unlink()  # which is written last
-    assert sheared(folder=tmp_path / "run").plan == straight.plan
+    assert sheared(folder=tmp_path / "run").plan == finished[0].plan
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path):
-    sheared(ratio=0.1, folder=tmp_path / "run")
-    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+def test_a_folder_of_another_run_is_refused(tmp_path, finished):
+    folder = finished[1]
+    before = sorted(path.name for path in folder.iterdir())
     louder = tiny_llama()  # the same but for one layer's weights, as after a recovery
     louder.model.layers[1].mlp.up_proj.weight.data *= 3
-    protect = ["model.layers.0.mlp:ffn_channel"]
+    protect = ["model.layers.0.self_attn:kv_head"]
     others = ({"ratio": 0.3}, {"data": counting(step=2)}, {"model": tiny_llama(seed=1)}, {"model": louder},
               {"n_periods": 2}, {"protect": protect}, {"rest": 0.3})  # fmt: skip
     for other in others:
         with pytest.raises(PrunekitError, match="holds something else"):
-            sheared(folder=tmp_path / "run", **{"ratio": 0.1, **other})
+            sheared(folder=folder, **other)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(PrunekitError, match="holds something else"):
         sheared(folder=tmp_path / "mine")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_no_pickle_is_read_that_could_run_code(tmp_path):
+def test_no_pickle_is_read_that_could_run_code(finished):
     """What the Trainer keeps is read with `weights_only`."""
-    sheared(folder=tmp_path / "run")
-    newest = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    newest = max(finished[1].glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     torch.load(newest / "optimizer.pt", weights_only=True)
     assert json.loads((newest / "trainer_state.json").read_text())["global_step"] == 10
 
 
 @pytest.mark.slow
-def test_a_loss_that_breaks_stops_and_keeps_the_last_good_state(tmp_path):
+def test_a_loss_that_breaks_stops_and_keeps_the_last_good_state(tmp_path, finished):
     model = tiny_llama()
     before = {name: p.clone() for name, p in model.named_parameters()}
 
@@ -214,7 +224,6 @@ def test_a_loss_that_breaks_stops_and_keeps_the_last_good_state(tmp_path):
             optimizer.units[0].lora[0].tensor.register_hook(lambda gradient: gradient * math.nan)
         return update_saliency(optimizer)
 
-    straight = sheared(model)
     with pytest.raises(
         PrunekitError, match=r"not finite in step 5.*step 4 left it.*last good state is in .*checkpoint-3"
     ):
@@ -222,7 +231,7 @@ def test_a_loss_that_breaks_stops_and_keeps_the_last_good_state(tmp_path):
     with pytest.raises(PrunekitError, match="no checkpoint was kept"):
         sheared(model, saliency=poisoned)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert sheared(model, folder=tmp_path / "run").plan == straight.plan  # the good state is one to go on from
+    assert sheared(model, folder=tmp_path / "run").plan == finished[0].plan  # the good state is one to go on from
 
 
 @pytest.mark.parametrize(
@@ -271,11 +280,11 @@ print(f"RESULT {total:.6f} {sum(len(done.plan.removed(name)) for name in done.pl
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(tmp_path):
+def test_a_killed_run_goes_on(tmp_path, finished):
     folder = tmp_path / "run"
     (tmp_path / "work.py").write_text(WORK)
     assert run_script(tmp_path / "work.py", str(folder), "killed").returncode == -signal.SIGKILL
     assert list(folder.glob("checkpoint-*"))
-    done, straight = sheared(folder=folder), sheared()
+    done, straight = sheared(folder=folder), finished[0]
     assert done.plan == straight.plan
     assert all(torch.equal(a, b) for a, b in zip(done.model.parameters(), straight.model.parameters(), strict=True))

@@ -17,7 +17,7 @@ from prunekit.account import LossChange
 from prunekit.errors import PrunekitError
 from prunekit.importance import Scores
 from prunekit.recovery import RecoveryLog
-from prunekit.search import AccuracyPredictor, Choice, HyperparameterSpace, Metric, Range, Trees
+from prunekit.search import HyperparameterSpace, Metric, Range
 from prunekit.sparsity import SparsityReport
 
 BAD = ("3", "null", "not json", "[" * 2000, '"x"', "{}", "[]", "[[1]]", '{"a": 1}', "-1e9", "9" * 5000)
@@ -167,29 +167,6 @@ def test_files_that_are_no_results_are_refused(load, content, tmp_path):
         load(tmp_path / "r.json")
     with pytest.raises(PrunekitError, match="gone.json"):
         load(tmp_path / "gone.json")
-
-
-SPACE = HyperparameterSpace({"a": Range(0.0, 1.0), "b": Choice(("x", "y"))}, build=lambda model, point: model)
-
-
-def test_an_edited_predictor_is_refused(tmp_path):
-    rng = np.random.default_rng(0)
-    points = SPACE.sample(20, rng)
-    path = AccuracyPredictor(SPACE, Trees(n_models=1, n_trees=2)).fit(points, rng.random(20)).save(tmp_path / "p.json")
-    content = json.loads(path.read_text())
-    for change in (
-        {"floor": None},
-        {"models": []},
-        {"trees": {"seed": -1}},
-        {"trees": 3},
-        {"models": "x"},
-        {"floor": "y"},
-    ):
-        path.write_text(json.dumps(content | change))
-        refused(path, lambda path: AccuracyPredictor.load(path, SPACE))
-    for text in (DEEP, "[]", "3", "{}"):
-        path.write_text(text)
-        refused(path, lambda path: AccuracyPredictor.load(path, SPACE))
 
 
 def as_it_is(model, point):

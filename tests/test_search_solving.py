@@ -46,7 +46,7 @@ def scores(model, groups):
     return pk.score(model, groups.of_kind("kv_head", "ffn_channel"), pk.Magnitude())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), n_budgets=st.integers(1, 3))
 def test_no_choice_that_meets_all_budgets_does_less_damage(seed, n_budgets):
     rng = np.random.default_rng(seed)
@@ -176,7 +176,7 @@ def test_damages_of_a_mixture_are_those_of_its_logits():
     assert all(np.allclose(found[name], again[name], atol=1e-6) for name in heads)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_with_whole_layers_no_choice_that_meets_the_budget_does_less_damage(seed):
     """Groups 0 and 1 lie in layer 4, groups 2 and 3 in layer 5; one layer stays."""

@@ -224,15 +224,15 @@ def complete(data):
 
 
 def cuts(data):
-    """Where to cut: at every end of a line, before and behind it, inside, and everywhere in the last lines."""
+    """Where to cut: at every end of a line, before and behind it, and inside."""
     ends = [0, *(i + 1 for i, byte in enumerate(data) if byte == 10)]
     around = {end + by for end in ends for by in (-1, 0, 1)} | {(a + b) // 2 for a, b in pairwise(ends)}
-    return sorted(cut for cut in around if 0 <= cut <= len(data)), range(ends[-4], len(data) + 1)
+    return sorted(cut for cut in around if 0 <= cut <= len(data))
 
 
 def test_a_journal_cut_off_anywhere_keeps_what_is_whole_and_goes_on(tmp_path, journal, quick):
     path, expected = tmp_path / "journal.log", sorted(keys([POINTS[0], *POINTS[2:]]))
-    for cut in cuts(journal)[0]:
+    for cut in cuts(journal):
         path.write_bytes(journal[:cut])
         trials = opened(tmp_path)
         before = {trial.number: (trial.params, trial.value) for trial in trials.finished()}
@@ -243,15 +243,6 @@ def test_a_journal_cut_off_anywhere_keeps_what_is_whole_and_goes_on(tmp_path, jo
         assert before.items() <= after.items(), cut
         assert sorted(keys(points_of(trials))) == expected and len(trials.failed()) == 1, cut
         assert points_of(trials) == [POINTS[0], *POINTS[2:]], cut
-        trials.close()
-
-
-@pytest.mark.slow
-def test_every_byte_of_the_last_lines_may_be_the_last(tmp_path, journal, quick):
-    for cut in cuts(journal)[1]:
-        (tmp_path / "journal.log").write_bytes(journal[:cut])
-        trials = opened(tmp_path)
-        assert sorted(trial.number for trial in trials.finished()) == complete(journal[:cut]), cut
         trials.close()
 
 
@@ -293,7 +284,7 @@ def test_what_is_no_journal_is_refused(tmp_path):
 
 
 @given(start=st.floats(0, 1), length=st.integers(0, 300), new=st.binary(max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_whatever_a_journal_has_become_it_is_opened_or_refused(tmp_path_factory, journal, start, length, new):
     folder, at = tmp_path_factory.mktemp("damaged"), int(start * len(journal))
     (folder / "journal.log").write_bytes(journal[:at] + new + journal[at + length :])
@@ -382,7 +373,7 @@ FIGURES = st.integers(1, 12).map(lambda n: math.inf if n > 10 else n / 4)
     maximize=st.booleans(),
     log=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_row_of_the_front_is_beaten_and_every_other_is(rows, maximize, log):
     points = SPACE.sample(len(rows), np.random.default_rng(0))
     sign = -1 if maximize else 1

@@ -64,7 +64,7 @@ def test_the_folder_is_ordinary(tmp_path):
 
 
 def test_the_card_says_what_was_done_and_what_it_is_good_for(tmp_path):
-    model = sparsify(tiny_llama(), counting(), "wanda", 0.5, report_error=True)
+    model = sparsify(tiny_llama(), counting(), "sparsegpt", 0.5)
     card = (save(model, tmp_path / "out") / "README.md").read_text()
     section = card.split("## Zeros")[1].split("## Load")[0]
     assert repr(model.sparsity_report) in section

@@ -30,9 +30,10 @@ def captured(family):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = {name: json.loads(value) for name, value in file.metadata().items()}
     up, gate, down = NAMES[family]
+    names = {"up": up, "gate": gate, "down": down}
     ffn = FFN(
-        tensors[f"dense/{up}/W"], tensors.get(f"dense/{gate}/W"), tensors[f"dense/{down}/W"],
-        tensors.get(f"dense/{up}/b"), None, tensors.get(f"dense/{down}/b"),
+        {name: tensors[f"dense/{theirs}/W"] for name, theirs in names.items() if theirs},
+        {name: tensors[f"dense/{theirs}/b"] for name, theirs in names.items() if f"dense/{theirs}/b" in tensors},
         torch.relu if family == "opt" else functional.silu,
         tensors[f"captured/{up}/inp"], tensors[f"captured/{down}/out"], tensors[f"captured/{up}/out"],
         tensors.get(f"captured/{gate}/out"), tensors[f"captured/{down}/inp"],
@@ -50,7 +51,8 @@ def random_ffn(gated, activation, n=400, d=24, d_ff=48, seed=0, scale=1.0):
     bias = None if gated else torch.randn(d_ff, generator=g).double() / 4
     z, s = functional.linear(x, up, bias), x @ gate.T if gated else None
     p = activation(z) if s is None else activation(s) * z
-    return FFN(up, gate if gated else None, down, bias, None, None, activation, x, p @ down.T, z, s, p)
+    weights = {"up": up, "gate": gate, "down": down} if gated else {"up": up, "down": down}
+    return FFN(weights, {} if gated else {"up": bias}, activation, x, p @ down.T, z, s, p)
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -79,21 +81,21 @@ def test_the_default_leaves_less_error_than_the_reference_and_sparsegpt(family):
 def test_one_iteration_is_sparsegpt(gated):
     ffn = random_ffn(gated, functional.silu)
     done = prune_ffn(ffn, 4, SEVENTY, SparseLLM(n_iterations=1))
-    for weight, inputs, found in ((ffn.up, ffn.x, done.up), (ffn.down, ffn.p, done.down)):
-        expected = solve(weight, factorize(inputs.T @ inputs * (2 / 4)), SEVENTY)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    for name, inputs in (("up", ffn.x), ("down", ffn.p)):
+        expected = solve(ffn.weights[name], factorize(inputs.T @ inputs * (2 / 4)), SEVENTY)
+        torch.testing.assert_close(done.weights[name], expected, rtol=1e-9, atol=1e-12)
     assert done.kept == 0 and len(done.errors) == 1
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("pattern", [Pattern(0.5), Pattern(0.8), Pattern(0.5, 4), Pattern(0.75, 4)])
+@pytest.mark.parametrize("pattern", [Pattern(0.8), Pattern(0.5, 4)])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_iterations_never_blow_up_behind_a_layer_norm(gated, pattern, scale):
     """Where the undamped pseudo-inverse of the reference explodes; and where z is so large that its steps overshoot."""
     done = prune_ffn(random_ffn(gated, torch.relu, scale=scale), 4, pattern, SparseLLM(n_iterations=6))
     assert min(done.errors) == done.errors[done.kept] <= done.errors[0]
     assert max(done.errors) < 1.05 * done.errors[0]
-    for weight in filter(lambda w: w is not None, (done.up, done.gate, done.down)):
+    for weight in done.weights.values():
         assert abs(float((weight == 0).double().mean()) - pattern.sparsity) < 0.01
 
 
@@ -103,9 +105,9 @@ def test_errors_are_those_of_the_pruned_ffn(activation, gated):
     ffn = random_ffn(gated, activation)
     done = prune_ffn(replace(ffn, z=ffn.z.clone(), s=None if ffn.s is None else ffn.s.clone(), p=ffn.p.clone()), 4,
                      SEVENTY)  # fmt: skip
-    z = functional.linear(ffn.x, done.up, ffn.up_bias)
-    hidden = activation(z) if done.gate is None else activation(ffn.x @ done.gate.T) * z
-    error = (hidden @ done.down.T - ffn.y).square().sum() / ffn.y.square().sum()
+    z = functional.linear(ffn.x, done.weights["up"], ffn.biases.get("up"))
+    hidden = activation(ffn.x @ done.weights["gate"].T) * z if gated else activation(z)
+    error = (hidden @ done.weights["down"].T - ffn.y).square().sum() / ffn.y.square().sum()
     assert float(error) == pytest.approx(done.errors[done.kept], rel=1e-6)
 
 

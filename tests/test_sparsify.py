@@ -19,7 +19,13 @@ from prunekit.errors import PrunekitError
 from prunekit.sparsity import matrix_inputs, sparsegpt, wanda
 from prunekit.sparsity import model_sparsity as driver
 
-ALL = {name: f for name, f in {**FAMILIES, **DIFFICULT, **UNLISTED}.items() if "peft" not in name}
+# Variants that differ in sizes of heads or in positions alone: their matrices are multiplied as those of the others.
+ALIKE = {
+    "bigcode_mha", "falcon_alibi", "falcon_mha", "gemma_mqa", "gpt2_equal", "gpt_neox_serial", "llama_equal",
+    "llama_mha", "llama_mqa", "phi3_equal", "phi3_mha", "phi3_mqa", "phi_gqa", "qwen2_mha", "qwen2_mqa", "qwen3_equal",
+}  # fmt: skip
+EVERY = {name: f for name, f in {**FAMILIES, **DIFFICULT, **UNLISTED}.items() if "peft" not in name}
+ALL = {name: f for name, f in EVERY.items() if name not in ALIKE}
 UNKNOWN_FFN = {"bitnet", "gpt_oss", "mamba"}  # a norm inside, biases and clamps outside the products, none at all
 LEFT = {"cohere_qk", "mamba", "lfm2", "gpt_oss"}  # norms and convolutions with two dimensions
 
@@ -46,7 +52,7 @@ def matrix_of(model, name):
 def test_every_family_gets_its_zeros_and_nothing_else_changes(name):
     model = ALL[name].build("eager").eval()
     before = copy.deepcopy(model.state_dict())
-    sparse = sparsify(model, calib(), "sparsellm", 0.5)
+    sparse = sparsify(model, calib(), SparseLLM(n_iterations=2), 0.5, measure=False)
     report = sparse.sparsity_report
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert abs(report.sparsity - 0.5) < 0.005
@@ -99,7 +105,7 @@ def test_blocks_are_done_one_after_the_other_from_one_dense_pass_each(method):
 
 def test_errors_in_the_report_are_those_of_the_outputs():
     model, tokens = tiny_llama().double(), calib()
-    sparse = sparsify(model, tokens, "magnitude", 0.5, report_error=True)
+    sparse = sparsify(model, tokens, "sparsegpt", 0.5)
     row = next(row for row in sparse.sparsity_report.rows if row["matrix"] == "model.layers.0.self_attn.q_proj.weight")
     x = inputs_of(model, "model.layers.0.self_attn.q_proj", tokens)
     dense, zeroed = (matrix_of(m, row["matrix"]) for m in (model, sparse))
@@ -132,8 +138,13 @@ def test_magnitude_needs_no_calibration_set():
     assert a.sparsity_report.by_layer()["error"].isna().all() and "<table" in a.sparsity_report._repr_html_()
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "sparsellm"])
-@pytest.mark.parametrize("family", ["llama_gqa", "opt", "phi3", "mixtral"])
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        *((method, "llama_gqa") for method in driver.METHODS),
+        *(("sparsegpt", name) for name in ("opt", "phi3", "mixtral")),
+    ],
+)
 def test_one_budget_is_met_by_every_method(method, family):
     report = sparsify(ALL[family].build("eager").eval(), calib(), method, 0.6, allocation="global").sparsity_report
     slack = 0.02 if method == "wanda" else 0.005  # whole weights in rows of 64
@@ -207,10 +218,10 @@ old = __import__("prunekit.sparsity.layers", fromlist=["prune_ffn"]).prune_ffn
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
 def test_memory_is_that_of_one_layer(monkeypatch, method):
-    once = peak(monkeypatch, 2, 64, method)
-    deeper, wider = peak(monkeypatch, 4, 64, method), peak(monkeypatch, 2, 128, method)
+    once = peak(monkeypatch, 2, 32, method)
+    deeper, wider = peak(monkeypatch, 4, 32, method), peak(monkeypatch, 2, 64, method)
     assert abs(deeper - once) < 0.02 * once + 200_000
-    more_tokens = 64 * 64 * 4
+    more_tokens = 32 * 64 * 4
     stream, auxiliaries = 64 * more_tokens, (2 * 64 + 3 * 96) * more_tokens if method == "sparsellm" else 0
     assert wider - once < 1.1 * (2 * stream + auxiliaries) + 200_000
 
@@ -283,10 +294,9 @@ def with_quantised_layer(model):
         (lambda: "a/path", "model='a/path' is not allowed"),
     ],
 )
-@pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
-def test_models_that_cannot_be_are_refused_by_name(model, message, method):
+def test_models_that_cannot_be_are_refused_by_name(model, message):
     with pytest.raises(PrunekitError, match=message):
-        sparsify(model(), calib(), method, 0.5)
+        sparsify(model(), calib(), "sparsegpt", 0.5)
 
 
 def test_fewer_tokens_than_inputs_are_said():
@@ -331,16 +341,11 @@ def test_expert_options_are_as_before():
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_no_gram_matrix_is_summed_up_for_the_report_alone(method, monkeypatch):
-    wanted = sparsify(tiny_llama(), calib(), method, 0.5, report_error=True)
-    assert all(row["error"] > 0 for row in wanted.sparsity_report.rows)
+def test_no_gram_matrix_is_summed_up_where_the_solver_needs_none(method, monkeypatch):
     monkeypatch.setattr(matrix_inputs, "add_to_gram", None)
     plain = sparsify(tiny_llama(), calib(), method, 0.5)
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wanted.parameters(), strict=True))
     assert all(row["error"] is None for row in plain.sparsity_report.rows)
     assert "not measured" in plain.sparsity_report._repr_html_()
-    with pytest.raises(PrunekitError, match="report_error='yes' is not allowed"):
-        sparsify(tiny_llama(), calib(), method, 0.5, report_error="yes")
 
 
 def test_a_model_is_looked_at_without_the_logits_of_all_tokens():

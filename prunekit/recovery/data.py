@@ -6,9 +6,10 @@ from itertools import chain, islice
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunekit.account import MOST_TOKENS
+from prunekit.calibration import check_tokens
 from prunekit.checks import check_choice
 from prunekit.documents import Reading, TextSource, at_least_one
 from prunekit.errors import PrunekitError
@@ -74,6 +75,14 @@ def training_windows(
     if isinstance(data, Tensor):
         return TrainingWindows(data, data)
     return with_replies(_cut(data, tokenizer, seq_len, enough, replies=train_on == "replies"))
+
+
+def windows_for(
+    model: nn.Module, data: "Tensor | TextSource | TrainingWindows", tokenizer: Any, seq_len: int, **options: Any
+) -> TrainingWindows:
+    """What `training_windows` gives, int64, once a model can read it."""
+    windows = training_windows(data, tokenizer, seq_len, **options)
+    return TrainingWindows(check_tokens(windows.tokens, model).cpu(), windows.labels.long().cpu())
 
 
 def with_replies(windows: TrainingWindows) -> TrainingWindows:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
-from prunekit.calibration import check_finite, check_tokens
+from prunekit.calibration import check_finite
 from prunekit.checks import FilePath, Length, Model, Tokenizer, checked
 from prunekit.digests import digest_of
 from prunekit.documents import TextSource, is_stream, logger
 from prunekit.errors import PrunekitError, warn
 from prunekit.files import new_folder
 from prunekit.processes import check_one_place, check_shards, this_process
-from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
+from prunekit.recovery.data import TrainingWindows, TrainOn, windows_for
 from prunekit.recovery.distillation import Distillation
 from prunekit.recovery.lora import LoRA, attach, detach
 from prunekit.recovery.resuming import digest_of_run, open_run
@@ -109,9 +109,7 @@ def recover(
     check_shards(["keep_zeros=True"] if keep else [])
     length = how.seq_len if seq_len is None else seq_len
     enough = how.most_windows if is_stream(data) else None
-    windows = training_windows(data, tokenizer, length, train_on=train_on, enough=enough)
-    tokens, labels = check_tokens(windows.tokens, model).cpu(), windows.labels.long().cpu()
-    windows = replace(windows, tokens=tokens, labels=labels)
+    windows = windows_for(model, data, tokenizer, length, train_on=train_on, enough=enough)
     for remark in how.unheeded(len(windows)):
         logger.warning(remark)
     if folder is not None:  # a number of steps is what tells whether a checkpoint is the last
@@ -152,11 +150,7 @@ def _check_length(seq_len: int | None, data: Any) -> None:
         )
 
 
-def _zeros_stay(model: nn.Module, asked: Any) -> bool:
-    if asked is not None and not isinstance(asked, bool):
-        raise PrunekitError(
-            f"keep_zeros={asked!r} is not allowed; give True, False, or None to decide by the model's zeros"
-        )
+def _zeros_stay(model: nn.Module, asked: bool | None) -> bool:
     if asked is not None:
         return asked
     told = getattr(model, "sparsity_report", None) is not None

@@ -92,14 +92,8 @@ class RecoveryLog:
         )
 
 
-def whole_curve(history: list[dict[str, float]], logs: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Log entries before an interrupt, from the checkpoint, and after it."""
-    first = logs[0]["step"] if logs else math.inf
-    return [entry for entry in history if "loss" in entry and entry["step"] < first] + logs
-
-
-def progress(logs: list[dict[str, float]]) -> "TrainerCallback":
-    """A callback that shows the loss, keeps each step's log, and stops at a non-finite loss."""
+def progress() -> "TrainerCallback":
+    """A callback that shows the loss, records finished checkpoints, and stops at a non-finite loss."""
     from tqdm.auto import tqdm
     from transformers import TrainerCallback
 
@@ -114,7 +108,6 @@ def progress(logs: list[dict[str, float]]) -> "TrainerCallback":
             found = kwargs.get("logs") or {}
             if "loss" not in found:
                 return
-            logs.append({**found, "step": state.global_step})
             self.bar.update(state.global_step - self.bar.n)
             self.bar.set_postfix(loss=f"{found['loss']:.3f}", refresh=False)
             control.should_training_stop |= not math.isfinite(found["loss"])
@@ -132,11 +125,12 @@ def progress(logs: list[dict[str, float]]) -> "TrainerCallback":
 
 
 def log_of(model: nn.Module, tokens: Tensor, method: TrainingSettings, logs: list[dict[str, float]]) -> RecoveryLog:
-    """The log of a training, from the entries of its steps.
+    """The log of a training, from the Trainer's entries, one for each step and one at the end.
 
     Raises:
         PrunekitError: a loss is not finite.
     """
+    logs = [entry for entry in logs if "loss" in entry]
     losses = tuple(float(entry["loss"]) for entry in logs)
     if not losses or not all(map(math.isfinite, losses)):
         raise PrunekitError(

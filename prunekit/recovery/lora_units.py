@@ -32,7 +32,7 @@ class UpdateStatistics(NamedTuple):
     dot: Tensor
 
 
-def lora_saliency(statistics: Mapping[str, UpdateStatistics], *, cosine_sign: int = 1) -> dict[str, Tensor]:
+def lora_saliency(statistics: Mapping[str, UpdateStatistics]) -> dict[str, Tensor]:
     """One score a unit, the mean of five: ‖x‖, ‖x‖/‖u‖, 1 + cos(x, u), |x·u| and ½(x·u)².
 
     Each is divided by its L2 norm over all units of all groups first. For a unit with no update, the
@@ -40,20 +40,17 @@ def lora_saliency(statistics: Mapping[str, UpdateStatistics], *, cosine_sign: in
 
     Args:
         statistics: group name → sums of its units.
-        cosine_sign: 1 gives a high score to units that the update lengthens, -1 to units that it shortens.
 
     Returns:
         Group name → float64 (n_units,); higher means keep.
 
     Raises:
-        PrunekitError: another sign, or nothing to score.
+        PrunekitError: nothing to score.
 
     Source: the optimiser family that the authors of LoRAShear released, with the gradient replaced by the update.
-        Their code paths disagree about the sign of the cosine. An update is minus a gradient, so with 1 a unit
-        is important if gradient descent moves it away from zero.
+        Their code paths disagree about the sign of the cosine. An update is minus a gradient, so here a unit is
+        important if gradient descent moves it away from zero.
     """
-    if cosine_sign not in (1, -1):
-        raise PrunekitError(f"cosine_sign={cosine_sign!r}; it is 1 or -1")
     if not statistics:
         raise PrunekitError("no group to score; give the groups that discover found in the adapted model")
     x, u, dot = (torch.cat(sums) for sums in zip(*statistics.values(), strict=True))
@@ -61,7 +58,7 @@ def lora_saliency(statistics: Mapping[str, UpdateStatistics], *, cosine_sign: in
     steady = torch.where(moved, x / u.clamp(min=_TINY), 0.0)
     steady = torch.where(moved | (x == 0), steady, steady.max())
     cosine = torch.where(moved, dot / (x * u).clamp(min=_TINY), 0.0)
-    proxies = (x, steady, 1 + cosine_sign * cosine, dot.abs(), dot.square() / 2)
+    proxies = (x, steady, 1 + cosine, dot.abs(), dot.square() / 2)
     mean = sum(proxy / proxy.norm().clamp(min=_TINY) for proxy in proxies) / len(proxies)
     return dict(zip(statistics, torch.as_tensor(mean).split([len(s.norm) for s in statistics.values()]), strict=True))
 

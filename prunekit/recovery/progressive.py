@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.calibration import check_finite, check_tokens
+from prunekit.calibration import check_finite
 from prunekit.checks import Count, FilePath, Model, Share, Tokenizer, checked
 from prunekit.discovery import Groups, discover
 from prunekit.documents import TextSource
@@ -20,7 +20,7 @@ from prunekit.processes import check_shards
 from prunekit.pruning import PruningPlan, plan
 from prunekit.pruning.budgets import parameters_per_unit
 from prunekit.pruning.plan_options import DEFAULT_KINDS
-from prunekit.recovery.data import TrainingWindows, TrainOn, training_windows
+from prunekit.recovery.data import TrainingWindows, TrainOn, windows_for
 from prunekit.recovery.lhspg import LHSPG, PREFIX, Saliency, update_saliency
 from prunekit.recovery.log import RecoveryLog
 from prunekit.recovery.lora import LoRA, attach, detach
@@ -119,9 +119,7 @@ def prune_progressively(
     method = method or LoRA()
     check_shards(["progressive pruning"])
     check_finite(model)
-    windows = training_windows(data, tokenizer, method.seq_len, train_on=train_on)
-    tokens, labels = check_tokens(windows.tokens, model).cpu(), windows.labels.long().cpu()
-    windows = replace(windows, tokens=tokens, labels=labels)
+    windows = windows_for(model, data, tokenizer, method.seq_len, train_on=train_on)
     method = replace(method, max_steps=method.n_steps(len(windows)))
     warmup_steps, period_steps = split_steps(method.max_steps or 0, n_periods, warmup, rest)
     groups = discover(model)

@@ -24,7 +24,7 @@ from prunekit.errors import PrunekitError
 from prunekit.files import writing
 from prunekit.processes import evenly, is_sharded, n_processes
 from prunekit.recovery.data import TrainingWindows
-from prunekit.recovery.log import RecoveryLog, log_of, progress, whole_curve
+from prunekit.recovery.log import RecoveryLog, log_of, progress
 from prunekit.recovery.resuming import Resume, checked_checkpoint, steps_of, take_up
 from prunekit.recovery.settings import TrainingSettings
 
@@ -74,7 +74,6 @@ def train(
     from transformers import default_data_collator
     from transformers.trainer_callback import PrinterCallback
 
-    logs: list[dict[str, float]] = []
     rows = _Rows(windows, objective)
     trained = copy.deepcopy(model) if is_sharded() else model  # FSDP shares out the weights of what it trains, for good
     with nullcontext(str(resume.folder)) if resume else tempfile.TemporaryDirectory() as folder:
@@ -83,7 +82,7 @@ def train(
             args=_arguments(method, len(rows), folder, resume.every if resume else None),
             train_dataset=rows,
             data_collator=default_data_collator,
-            callbacks=[progress(logs)],
+            callbacks=[progress()],
             optimizers=(optimizer, None),
         )
         # The Trainer would divide by seq_len labels where the model predicts seq_len - 1 of them.
@@ -98,7 +97,7 @@ def train(
             history = trainer.state.log_history
     if trained is not model:
         _bring_back(trained, model)
-    log = log_of(model, windows.tokens, method, whole_curve(history, logs))
+    log = log_of(model, windows.tokens, method, history)
     _check_outcome(model, windows.tokens, method)
     return log
 

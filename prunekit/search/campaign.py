@@ -5,16 +5,17 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from joblib import Parallel, delayed, parallel_config
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunekit.annotations import shown
+from prunekit.annotations import Rule, is_integer, shown
 from prunekit.checkpoint import save
 from prunekit.checks import Count, FilePath, Seed, SharedModel, Tokenizer, check_choice, checked
 from prunekit.digests import digest_of
@@ -31,76 +32,28 @@ JOURNAL, MODEL = "journal.log", "model"  # what stands in the folder of a search
 COLUMNS = ("number", "round", "seconds")  # that a table has besides hyperparameters, costs and metrics
 WAIT = 0.5  # seconds between two checks of the other processes
 Make = Callable[[list[Point]], list[Point]]
+Jobs = Annotated[
+    int, Rule(lambda n: is_integer(n) and (n > 0 or n == -1), "1 or more worker processes, or -1 for all cores")
+]
 
 
+@dataclass(frozen=True)
 class Campaign:
-    """A context that measures candidates of one space on one model, round by round.
+    """Measures candidates of one space on one model, round by round; `open_campaign` makes it.
 
     Attributes:
         space: the space of the candidates.
-        metrics: the metrics; the search optimises the first.
         trials: the journal.
+        work: what the workers need.
+        n_jobs: worker processes.
+        backend: of joblib.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        model: nn.Module,
-        tokenizer: Any,
-        metrics: Sequence[Metric],
-        *,
-        folder: str | Path | None = None,
-        n_jobs: int = 1,
-        backend: str = "loky",
-        source: str | Path | None = None,
-    ) -> None:
-        """Checks the arguments; `measure_pairs` documents them."""
-        if n_jobs != -1 and (isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1):
-            raise PrunekitError(
-                f"n_jobs={n_jobs!r} is not allowed; give 1 or more worker processes, or -1 for all cores"
-            )
-        if source is not None and n_jobs == 1 and backend == "loky":
-            raise PrunekitError(
-                f"source={str(source)!r} is where worker processes load the model, and n_jobs=1 measures in this one; "
-                "leave it out, or give n_jobs=2 or more"
-            )
-        check_has_weights(model)
-        self.space, self.metrics = space, list(metrics)
-        costs = [name for name in space.cost_names if name not in space.goals]
-        _check_names([*COLUMNS, *space.knobs, *costs, *(metric.name for metric in self.metrics)])
-        self._model, self._tokenizer, self._source = model, tokenizer, source
-        self._folder, self._n_jobs, self._backend = folder, n_jobs, _known(backend)
-        self._stack, self._costs = ExitStack(), dict[int, Mapping[str, float]]()
-
-    def __enter__(self) -> "Campaign":
-        with ExitStack() as stack:
-            folder = Path(self._folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="prunekit_search_")))
-            _make(folder)
-            fingerprint = digest_of(self._model).hexdigest()
-            self.trials = Trials(
-                folder / JOURNAL, self.space, self._identity(fingerprint), maximize=self.metrics[0].maximize
-            )
-            stack.callback(self.trials.close)
-            self._check_measured(folder / JOURNAL)
-            self._work = self._opened(folder, fingerprint)
-            stack.callback(let_go)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stack.close()
-
-    def _check_measured(self, journal: Path) -> None:
-        """Raise an error for measurements that no metric gives, as in a journal that was edited."""
-        names = [metric.name for metric in self.metrics]
-        for trial in self.trials.finished():
-            measured: Any = trial.user_attrs.get("measured")
-            fits = isinstance(measured, Mapping) and all(map(is_figure, self.metrics, map(measured.get, names)))
-            if not fits or measured[names[0]] != trial.value:
-                raise PrunekitError(
-                    f"trial {trial.number} of {str(journal)!r} has measurements that {', '.join(names)} cannot give: "
-                    f"{shown(measured)}; delete the journal to begin anew"
-                )
+    space: Space
+    trials: Trials
+    work: Work
+    n_jobs: int
+    backend: str
 
     def run(self, number: int, make: Make) -> None:
         """Add the candidates of a round, and measure until none waits in any process.
@@ -124,44 +77,87 @@ class Campaign:
 
     def pairs(self, before: float = math.inf) -> Pairs:
         """The samples measured so far, in rounds before `before`."""
-        first, table = self.metrics[0], self.trials.table()
+        first, table = self.work.metrics[0], self.trials.table()
         table = table[table["round"] < before]
         return Pairs(self.space, table, first.name, first.maximize, first.log, self.trials.failed())
 
     def _measure(self, bar: tqdm) -> None:
         """Claim and measure one trial after another, as workers become free."""
-        with parallel_config(backend=self._backend):
-            options = {"batch_size": 1, "pre_dispatch": "2 * n_jobs", "return_as": "generator_unordered"}
-            for outcome in Parallel(n_jobs=self._n_jobs, **options)(self._jobs()):
-                costs = self._costs.pop(outcome.number)
+        costs: dict[int, Mapping[str, float]] = {}
+
+        def jobs() -> Iterator[Any]:
+            while (claimed := self.trials.claim()) is not None:
+                number, point = claimed
+                costs[number] = self.space.costs(point)
+                yield delayed(carry_out)(self.work, number, *self.space.job(point))
+
+        options = {"batch_size": 1, "pre_dispatch": "2 * n_jobs", "return_as": "generator_unordered"}
+        with parallel_config(backend=self.backend):
+            for outcome in Parallel(n_jobs=self.n_jobs, **options)(jobs()):
+                number, measured = outcome.number, {**costs[outcome.number], **outcome.measured}
                 if outcome.why is None:
-                    self.trials.finish(outcome.number, {**costs, **outcome.measured}, self.metrics[0].name)
+                    self.trials.finish(number, measured, self.work.metrics[0].name)
                 else:
-                    self.trials.fail(outcome.number, outcome.why)
+                    self.trials.fail(number, outcome.why)
                 bar.update()
 
-    def _jobs(self) -> Iterator[Any]:
-        while (claimed := self.trials.claim()) is not None:
-            number, point = claimed
-            self._costs[number] = self.space.costs(point)
-            yield delayed(carry_out)(self._work, number, *self.space.job(point))
 
-    def _identity(self, fingerprint: str) -> dict[str, Any]:
-        metrics = [[metric.name, metric.of, metric.maximize] for metric in self.metrics]
-        identity = {"model": fingerprint, "space": self.space.described(), "metric": metrics}
-        return json.loads(json.dumps(identity))  # as it will be read again
+@contextmanager
+def open_campaign(
+    space: Space,
+    model: nn.Module,
+    tokenizer: Any,
+    metrics: Sequence[Metric],
+    *,
+    folder: str | Path | None,
+    n_jobs: int,
+    backend: str,
+    source: str | Path | None,
+) -> Iterator[Campaign]:
+    """A context in which candidates are measured; `measure_pairs` documents the arguments. The first metric counts."""
+    here = n_jobs == 1 and backend == "loky"
+    if source is not None and here:
+        raise PrunekitError(
+            f"source={str(source)!r} is where worker processes load the model, and n_jobs=1 measures in this one; "
+            "leave it out, or give n_jobs=2 or more"
+        )
+    check_has_weights(model)
+    costs = [name for name in space.cost_names if name not in space.goals]
+    _check_names([*COLUMNS, *space.knobs, *costs, *(metric.name for metric in metrics)])
+    _check_backend(backend)
+    with ExitStack() as stack:
+        place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="prunekit_search_")))
+        _make(place)
+        fingerprint = digest_of(model).hexdigest()
+        told = [[metric.name, metric.of, metric.maximize] for metric in metrics]
+        identity = json.dumps({"model": fingerprint, "space": space.described(), "metric": told})
+        trials = Trials(place / JOURNAL, space, json.loads(identity), maximize=metrics[0].maximize)
+        stack.callback(trials.close)
+        _check_measured(trials, metrics)
+        stack.callback(let_go)
+        if here:
+            keep_open(fingerprint, model, tokenizer)
+        elif source is None:
+            source = place / MODEL
+            with trials.lock:
+                if not source.exists():
+                    save(model, source, tokenizer=tokenizer)  # type: ignore[arg-type]
+        where = str(Path(source).resolve()) if source and Path(source).exists() else str(source)
+        work = Work(fingerprint, where, str(device_of(model)), metrics)
+        yield Campaign(space, trials, work, n_jobs, backend)
 
-    def _opened(self, folder: Path, fingerprint: str) -> Work:
-        """What workers need; for other processes, this includes a copy of the model to load."""
-        source = folder / MODEL if self._source is None else self._source
-        if self._n_jobs == 1 and self._backend == "loky":
-            keep_open(fingerprint, self._model, self._tokenizer)
-        elif self._source is None:
-            with self.trials.lock:
-                if not Path(source).exists():
-                    save(self._model, source, tokenizer=self._tokenizer)  # type: ignore[arg-type]
-        where = str(Path(source).resolve()) if Path(source).exists() else str(source)
-        return Work(fingerprint, where, str(device_of(self._model)), self.metrics)
+
+def _check_measured(trials: Trials, metrics: Sequence[Metric]) -> None:
+    """Raise an error for measurements that no metric gives, as in a journal that was edited."""
+    names = [metric.name for metric in metrics]
+    for trial in trials.finished():
+        measured: Any = trial.user_attrs.get("measured")
+        fits = isinstance(measured, Mapping) and all(map(is_figure, metrics, map(measured.get, names)))
+        if not fits or measured[names[0]] != trial.value:
+            raise PrunekitError(
+                f"trial {trial.number} of {str(trials.path)!r} has measurements that {', '.join(names)} cannot give: "
+                f"{shown(measured)}; delete the journal to begin anew"
+            )
 
 
 @checked
@@ -178,7 +174,7 @@ def measure_pairs(
     start: Sequence[Point] = (),
     seed: Seed = 0,
     folder: FilePath | None = None,
-    n_jobs: int = 1,
+    n_jobs: Jobs = 1,
     backend: str = "loky",
     source: FilePath | None = None,
 ) -> Pairs:
@@ -212,8 +208,8 @@ def measure_pairs(
     Source: Ji et al. (arXiv 2309.09507): sampled architectures are really pruned and measured.
     """
     metrics = metrics_of(metric, also, tokenizer, text, tasks)
-    options = {"folder": folder, "n_jobs": n_jobs, "backend": backend, "source": source}
-    with Campaign(space, model, tokenizer, metrics, **options) as campaign:  # type: ignore[arg-type]
+    options: Any = {"folder": folder, "n_jobs": n_jobs, "backend": backend, "source": source}
+    with open_campaign(space, model, tokenizer, metrics, **options) as campaign:
         campaign.run(0, drawn(space, n, seed, start))
         return campaign.pairs()
 
@@ -251,8 +247,8 @@ def _make(folder: Path) -> None:
         ) from None
 
 
-def _known(backend: str) -> str:
-    """The name of a backend that joblib can use now."""
+def _check_backend(backend: str) -> None:
+    """Raise an error for a backend that joblib cannot use now."""
     check_choice("backend", backend, ("loky", "dask"))
     if backend == "dask":
         need("dask", "distributed", why="backend='dask'")
@@ -262,4 +258,3 @@ def _known(backend: str) -> str:
             get_client()
         except ValueError:
             raise PrunekitError("backend='dask' needs a client: make one first, distributed.Client(…)") from None
-    return backend

@@ -1,10 +1,8 @@
 """Accuracy predictor: gradient-boosted trees that predict a metric from a candidate, and their validation."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,13 +11,10 @@ from scipy.stats import kendalltau, spearmanr
 
 from prunekit.annotations import Rule, is_real
 from prunekit.checks import Count, Length, Seed, check_fields, check_value
-from prunekit.digests import digest_of_text
 from prunekit.errors import PrunekitError
-from prunekit.files import read_json, reading, write_text
 from prunekit.search.pairs import Pairs
 from prunekit.search.space import Point, Space
 
-_FORMAT = "prunekit.predictor/1"
 BETTER = 0.05  # share of the distance from best to median: how much better a value could still be
 FEWEST = 10  # samples that a fit needs
 TOP = 10  # most promising candidates, for the regret
@@ -59,8 +54,7 @@ class Trees:
 class AccuracyPredictor:
     """Predicts the metric of a candidate from measured candidates; lower is better.
 
-    Boosted trees work well on hundreds of samples with numbers and choices. LightGBM saves models as plain text, so
-    no pickle is read or written, and it computes exact SHAP values.
+    Boosted trees work well on hundreds of samples with numbers and choices, and LightGBM computes exact SHAP values.
 
     The target is the logarithm of the distance to a value slightly better than the best sample. Most random candidates
     are far from the best, and a squared error on plain values would be spent on them.
@@ -124,60 +118,15 @@ class AccuracyPredictor:
         """
         return pd.DataFrame(self._mean(points, pred_contrib=True)[:, :-1], columns=self.space.feature_names())
 
-    def save(self, path: str | Path) -> Path:
-        """Write the fitted trees as JSON; the file is complete or not written.
-
-        Raises:
-            PrunekitError: nothing was learned yet, or the folder cannot be written to.
-        """
-        self._check_fitted()
-        models = [model.model_to_string() for model in self._models]
-        content = {
-            "format": _FORMAT, "trees": asdict(self.trees), "features": self.space.feature_names(),
-            "floor": self._floor, "digest": digest_of_text("".join(models)), "models": models,
-        }  # fmt: skip
-        write_text(Path(path), json.dumps(content, indent=1))
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | Path, space: Space) -> "AccuracyPredictor":
-        """Read what `save` wrote.
-
-        Raises:
-            PrunekitError: the file is missing, is not a predictor, or belongs to a space with other features.
-        """
-        import lightgbm
-
-        content = read_json(path, "AccuracyPredictor.save")
-        with reading(path, "predictor", "AccuracyPredictor.save"):
-            if content["format"] != _FORMAT or content["digest"] != digest_of_text("".join(content["models"])):
-                raise PrunekitError("it is damaged, or no predictor")  # LightGBM may abort on half a text
-            found = cls(space, Trees(**content["trees"]))
-            check_value("floor", content["floor"], float)
-            check_value("models", content["models"], list[str])
-            found._floor = content["floor"]
-            try:
-                found._models = [lightgbm.Booster(model_str=text) for text in content["models"]]
-            except lightgbm.basic.LightGBMError as error:
-                raise PrunekitError("LightGBM does not read its trees") from error
-            found._check_fitted()
-            features = content["features"]
-        if features != space.feature_names():
-            raise PrunekitError(f"the predictor in {str(path)!r} has other hyperparameters; give its space")
-        return found
-
     def __repr__(self) -> str:
         state = "fitted" if self._models else "not fitted yet"
         return f"AccuracyPredictor({len(self.space.knobs)} hyperparameters, {self.trees.n_models} models; {state})"
 
     def _mean(self, points: Sequence[Point], **options: bool) -> np.ndarray:
-        self._check_fitted()
-        features = self.space.features(points)
-        return np.mean([model.predict(features, num_threads=1, **options) for model in self._models], axis=0)
-
-    def _check_fitted(self) -> None:
         if not self._models:
             raise PrunekitError("this predictor is not fitted yet; call fit(points, values) first")
+        features = self.space.features(points)
+        return np.mean([model.predict(features, num_threads=1, **options) for model in self._models], axis=0)
 
     def _drawn(self, n: int, number: int) -> np.ndarray:
         """Row numbers of the samples that one model is trained on."""

@@ -4,21 +4,23 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 
+from prunekit.annotations import Rule, is_integer
 from prunekit.checks import Count, FilePath, Seed, SharedModel, Tokenizer, Whole, checked
 from prunekit.documents import TextSource
-from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.evaluation.standard_tasks import Tasks
-from prunekit.search.campaign import Campaign, drawn
+from prunekit.search.campaign import Jobs, drawn, open_campaign
 from prunekit.search.pairs import Metric, Pairs, metrics_of
 from prunekit.search.predictor import FEWEST, AccuracyPredictor, Trees
 from prunekit.search.proposals import PARENTS, Cut, evolve, refined
 from prunekit.search.space import Point, Space, key_of
+
+Samples = Annotated[int, Rule(lambda n: is_integer(n) and n >= FEWEST, f"an integer of {FEWEST} or more")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ def search_space(
     model: SharedModel,
     tokenizer: Tokenizer | None,
     *,
-    n_pairs: Count = 120,
+    n_pairs: Samples = 120,
     n_rounds: Count = 4,
     top_k: Count = 40,
     n_cuts: Whole = 2,
@@ -70,7 +72,7 @@ def search_space(
     trees: Trees | None = None,
     seed: Seed = 0,
     folder: FilePath | None = None,
-    n_jobs: int = 1,
+    n_jobs: Jobs = 1,
     backend: str = "loky",
     source: FilePath | None = None,
 ) -> Found:
@@ -108,12 +110,10 @@ def search_space(
     Source: Ji et al. (arXiv 2309.09507); rounds and their refinement are GBDT-NAS's (Luo et al. 2020), three of them
         there. Reconstructed: how candidates are proposed (`evolve`), and how ratios are refined (`refined`).
     """
-    if n_pairs < FEWEST:
-        raise PrunekitError(f"n_pairs={n_pairs} is not allowed; give an integer of {FEWEST} or more")
     metrics = metrics_of(metric, also, tokenizer, text, tasks)
-    options = {"folder": folder, "n_jobs": n_jobs, "backend": backend, "source": source}
+    options: Any = {"folder": folder, "n_jobs": n_jobs, "backend": backend, "source": source}
     inside, cuts, rows = space, list[Cut](), list[dict[str, Any]]()
-    with Campaign(space, model, tokenizer, metrics, **options) as campaign:  # type: ignore[arg-type]
+    with open_campaign(space, model, tokenizer, metrics, **options) as campaign:
         campaign.run(0, drawn(space, n_pairs, seed, start))
         for number in range(1, n_rounds + 1):
             pairs = campaign.pairs(before=number)

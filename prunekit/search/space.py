@@ -30,8 +30,7 @@ class Space(ABC):
     def job(self, point: Point) -> tuple[CarryOut, Any]:
         """`(function, data)`: the function returns a new model from a model and the data, and leaves the model alone.
 
-        Or it returns a context in which the model itself is changed. Both are sent to workers, so they must be small
-        and must not depend on a machine.
+        Both are sent to workers, so they must be small and must not depend on a machine.
         """
 
     @abstractmethod

@@ -43,6 +43,7 @@ class Journal(JournalFileBackend):
         super().__init__(str(path), lock_obj=self.lock)  # type: ignore[arg-type]
         with self.lock:
             self._check()
+            self._mend()
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write lines, after removing an incomplete last line."""
@@ -51,34 +52,33 @@ class Journal(JournalFileBackend):
             super().append_logs(logs)
 
     def _check(self) -> None:
-        """Raise an error for a file that is not a journal; remove an incomplete last line."""
-        with self._path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n") and (number > 1 or _BEGINNING.startswith(line[: len(_BEGINNING)])):
-                    continue
-                try:
-                    told = json.loads(line)
-                except (ValueError, RecursionError):
-                    told = None
-                if not isinstance(told, dict) or JOURNAL_KEY not in told:
-                    raise PrunekitError(
-                        f"line {number} of {str(self._path)!r} is no journal line: {line[:40]!r}; give another path, "
-                        "or delete it and all after it to resume from the lines before"
-                    )
-        self._mend()
+        """Raise an error for a file that is not a journal."""
+        *lines, rest = self._path.read_bytes().split(b"\n")
+        if not lines and not _BEGINNING.startswith(rest[: len(_BEGINNING)]):
+            lines = [rest]
+        for number, line in enumerate(lines, 1):
+            try:
+                told = json.loads(line)
+            except (ValueError, RecursionError):
+                told = None
+            if not isinstance(told, dict) or JOURNAL_KEY not in told:
+                raise PrunekitError(
+                    f"line {number} of {str(self._path)!r} is no journal line: {line[:40]!r}; give another path, "
+                    "or delete it and all after it to resume from the lines before"
+                )
 
     def _mend(self) -> None:
+        """Remove an incomplete last line."""
         with self._path.open("rb+") as file:
             end = file.seek(0, 2)
             file.seek(max(0, end - 1))
-            if end == 0 or file.read(1) == b"\n":
-                return
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            if end and file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, FileLock]:
-    """The study in a journal file, created if missing, and its lock.
+def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, JournalStorage, FileLock]:
+    """The study in a journal file, created if missing, with its storage and its lock.
 
     Raises:
         PrunekitError: the file is not a journal, has no readable study, or cannot be written.
@@ -104,7 +104,7 @@ def open_study(path: Path, maximize: bool) -> tuple[optuna.Study, FileLock]:
         ) from error
     finally:
         optuna.logging.set_verbosity(before)
-    return study, journal.lock
+    return study, storage, journal.lock
 
 
 class Trials:
@@ -128,7 +128,7 @@ class Trials:
             PrunekitError: not a journal, or the journal of another search.
         """
         self.path, self._run, self._closed = path, uuid.uuid4().hex, False
-        self.study, self.lock = open_study(path, maximize)
+        self.study, self._storage, self.lock = open_study(path, maximize)
         self._distributions = {name: _distribution(knob) for name, knob in space.knobs.items()}
         with self.lock:
             self._identify(identity)
@@ -155,10 +155,10 @@ class Trials:
             make: candidates already in the round → the missing ones.
         """
         with self.lock:
-            there = [trial for trial in self._every() if trial.user_attrs["round"] == number]
-            firsts = [trial for trial in there if "again" not in trial.user_attrs]
-            for point in make([trial.params for trial in firsts]):
-                self._add(point, {"round": number})
+            there = [trial.params for trial in self._every() if trial.user_attrs["round"] == number]
+            for point in make(there):
+                told: Any = {"params": point, "distributions": self._distributions, "user_attrs": {"round": number}}
+                self.study.add_trial(create_trial(state=TrialState.WAITING, **told))
 
     def claim(self) -> tuple[int, Point] | None:
         """Claim a waiting trial for this process: its number and candidate; None if none waits."""
@@ -197,12 +197,11 @@ class Trials:
 
     def finished(self) -> list[FrozenTrial]:
         """The measured trials, in the order in which they were added."""
-        return sorted(self._every(TrialState.COMPLETE), key=_order)
+        return self._every(TrialState.COMPLETE)
 
     def failed(self) -> dict[int, str]:
         """Trial number → reason, for failed trials."""
-        found = ((trial.number, trial.user_attrs.get("why")) for trial in self._every(TrialState.FAIL))
-        return {number: why for number, why in found if why is not None}
+        return {trial.number: trial.user_attrs["why"] for trial in self._every(TrialState.FAIL)}
 
     def table(self) -> pd.DataFrame:
         """One row per measured trial: number, round, the hyperparameters, and what was measured."""
@@ -216,23 +215,14 @@ class Trials:
         """The trials, or those in these states."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
-    def _add(self, point: Point, attributes: Mapping[str, Any]) -> None:
-        told: Any = {"params": point, "distributions": self._distributions, "user_attrs": dict(attributes)}
-        self.study.add_trial(create_trial(state=TrialState.WAITING, **told))
-
     def _take_back(self) -> None:
-        """Return trials of dead processes to the waiting ones: the old trial fails, and a new one is added.
-
-        A process may have died between the two steps, so candidates with only such failed trials are added again.
-        """
+        """Return trials of dead processes to the waiting ones."""
+        study = self._storage.get_study_id_from_name(STUDY)
         for trial in self._every(TrialState.RUNNING):
             worker = trial.user_attrs.get("worker")  # None: killed right after its claim
             if worker is None or not self._lives(worker["run"]):
-                self.study.tell(trial.number, state=TrialState.FAIL)
-        every = self._every()
-        gone = {_order(trial): trial for trial in every if _is_given_up(trial)}
-        for order in sorted(gone.keys() - {_order(trial) for trial in every if not _is_given_up(trial)}):
-            self._add(gone[order].params, {"round": gone[order].user_attrs["round"], "again": order})
+                number = self._storage.get_trial_id_from_study_id_trial_number(study, trial.number)
+                self._storage.set_trial_state_values(number, TrialState.WAITING)
 
     def _lives(self, run: str) -> bool:
         """Whether a run is alive; the lock file of a dead run is deleted."""
@@ -276,19 +266,9 @@ class Trials:
                 raise PrunekitError(
                     f"{where} is no candidate of this search ({reason(error)}); delete the journal to begin anew"
                 ) from None
-            if "again" not in trial.user_attrs and key in seen:
+            if key in seen:
                 raise PrunekitError(f"{where} repeats an earlier candidate; delete the journal to begin anew")
             seen.add(key)
-
-
-def _order(trial: FrozenTrial) -> int:
-    """The first trial number of a candidate."""
-    return trial.user_attrs.get("again", trial.number)
-
-
-def _is_given_up(trial: FrozenTrial) -> bool:
-    """Whether a trial was abandoned by a dead process, without a result."""
-    return trial.state == TrialState.FAIL and "why" not in trial.user_attrs
 
 
 def _distribution(knob: Any) -> BaseDistribution:

@@ -9,7 +9,7 @@ p = φ(z), or φ(s)⊙z. SparseLLM minimises
 over sparse weights and free p, z, s, in alternation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,31 +97,26 @@ TOKENS_AT_ONCE = 512  # tokens updated at once, which bounds temporary memory
 _GRADIENT_STEPS, _GRADIENT_RATE = 2, 0.01  # of s
 
 
+Weights = Mapping[str, Tensor]  # "up" and "gate" (d_ff, d_model), "down" (d_model, d_ff); "gate" may be missing
+
+
 @dataclass
 class FFN:
-    """The weights and activations of one FFN; `gate`, `gate_bias` and `s` are None if it has two matrices.
+    """The weights and activations of one FFN.
 
     Attributes:
-        up: (d_ff, d_model).
-        gate: (d_ff, d_model) or None.
-        down: (d_model, d_ff).
-        up_bias: (d_ff,) or None.
-        gate_bias: (d_ff,) or None.
-        down_bias: (d_model,) or None.
+        weights: the matrices, in the order up, gate, down.
+        biases: name of a matrix → its bias (out,), where it has one.
         activation: φ, elementwise.
         x: inputs (n_tokens, d_model).
         y: outputs (n_tokens, d_model), with the bias.
         z: outputs of up (n_tokens, d_ff), with the bias; changed by `prune_ffn`, as are s and p.
-        s: outputs of gate (n_tokens, d_ff) or None.
+        s: outputs of gate (n_tokens, d_ff); None without a gate.
         p: inputs of down (n_tokens, d_ff).
     """
 
-    up: Tensor
-    gate: Tensor | None
-    down: Tensor
-    up_bias: Tensor | None
-    gate_bias: Tensor | None
-    down_bias: Tensor | None
+    weights: Weights
+    biases: Mapping[str, Tensor]
     activation: Activation
     x: Tensor
     y: Tensor
@@ -130,48 +125,36 @@ class FFN:
     p: Tensor
 
 
-class Weights(NamedTuple):
-    """The matrices of an FFN, each (out, in); gate is None in two-matrix FFNs."""
-
-    up: Tensor
-    gate: Tensor | None
-    down: Tensor
-
-
 class Sums(NamedTuple):
     """The result of one sweep over the tokens: the error before it, and sums for the next fit."""
 
     error: float
-    up: Tensor  # (z − X·W_upᵀ − b)ᵀX
-    gate: Tensor | None
-    down: Tensor  # (Y − b − p·W_downᵀ)ᵀp
+    cross: dict[str, Tensor]  # of each matrix (wanted outputs − b − inputs·Wᵀ)ᵀ·inputs, (out, in)
     gram: Tensor  # pᵀp
 
 
 def sweep(ffn: FFN, weights: Weights, method: SparseLLM, last: bool) -> Sums:
     """Update p, z and s, some tokens at a time; after the last iteration compute only the error."""
-    d_ff, d_model = weights.up.shape
-    kernel = _kernel(weights.down, method)
+    kernel, down_bias = _kernel(weights["down"], method), ffn.biases.get("down")
+    cross = {name: ffn.x.new_zeros(weight.shape) for name, weight in weights.items()}
+    gram = ffn.x.new_zeros(ffn.p.shape[1], ffn.p.shape[1])
     error = size = 0.0
-    zeros = ffn.x.new_zeros
-    up, gate, down, gram = zeros(d_ff, d_model), zeros(d_ff, d_model), zeros(d_model, d_ff), zeros(d_ff, d_ff)
     for at in _portions(len(ffn.x)):
         x, y = ffn.x[at], ffn.y[at]
-        m = functional.linear(x, weights.up, ffn.up_bias)
-        g = None if weights.gate is None else functional.linear(x, weights.gate, ffn.gate_bias)
+        m = functional.linear(x, weights["up"], ffn.biases.get("up"))
+        g = functional.linear(x, weights["gate"], ffn.biases.get("gate")) if "gate" in weights else None
         hidden = ffn.activation(m) if g is None else ffn.activation(g) * m
-        error += float((functional.linear(hidden, weights.down, ffn.down_bias) - y).square().sum())
+        error += float((functional.linear(hidden, weights["down"], down_bias) - y).square().sum())
         size += float(y.square().sum())
         if last:
             continue
-        rest = _update(ffn, at, m, g, y if ffn.down_bias is None else y - ffn.down_bias, weights.down, kernel, method)
-        p = ffn.p[at]
-        up.addmm_((ffn.z[at] - m).T, x)
+        rest = _update(ffn, at, m, g, y if down_bias is None else y - down_bias, weights["down"], kernel, method)
+        cross["up"].addmm_((ffn.z[at] - m).T, x)
         if g is not None and ffn.s is not None:
-            gate.addmm_((ffn.s[at] - g).T, x)
-        down.addmm_(rest.T, p)
-        add_to_gram(gram, p)
-    return Sums(error / max(size, torch.finfo(torch.float32).tiny), up, gate, down, complete_gram(gram))
+            cross["gate"].addmm_((ffn.s[at] - g).T, x)
+        cross["down"].addmm_(rest.T, ffn.p[at])
+        add_to_gram(gram, ffn.p[at])
+    return Sums(error / max(size, torch.finfo(torch.float32).tiny), cross, complete_gram(gram))
 
 
 def _update(

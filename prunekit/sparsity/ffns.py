@@ -15,7 +15,7 @@ from prunekit.sparsity.auxiliaries import FFN, Activation, Sums, Weights, gram_o
 from prunekit.sparsity.matrices import Call, Matrix
 from prunekit.sparsity.matrix_inputs import DAMPING, Factor, damped, factorize, upper_factor
 from prunekit.sparsity.patterns import Pattern
-from prunekit.sparsity.solvers import SparseLLM, check_damping, solve
+from prunekit.sparsity.solvers import SparseLLM, solve
 
 _FITTING_STEPS, _FITTING_RATE = 10, 0.01  # of W_down in a faithful two-matrix FFN
 _ROWS = 64  # tokens for the test
@@ -26,17 +26,13 @@ class Pruned(NamedTuple):
     """The weights of an FFN after SparseLLM.
 
     Attributes:
-        up: (d_ff, d_model).
-        gate: (d_ff, d_model) or None.
-        down: (d_model, d_ff).
+        weights: named as in `FFN`.
         errors: ‖FFN(X) − Y‖² / ‖Y‖² after each iteration; the first is SparseGPT's.
         kept: the iteration of these weights.
         damping: the largest damping that a factor needed.
     """
 
-    up: Tensor
-    gate: Tensor | None
-    down: Tensor
+    weights: Weights
     errors: tuple[float, ...]
     kept: int
     damping: float
@@ -64,9 +60,8 @@ def prune_ffn(
     Raises:
         PrunekitError: activations that are not finite or all zero.
     """
-    check_damping(damping)
-    method = (method or SparseLLM()).for_form(ffn.gate is not None)
-    patterns = pattern if isinstance(pattern, Mapping) else dict.fromkeys(("up", "gate", "down"), pattern)
+    method = (method or SparseLLM()).for_form("gate" in ffn.weights)
+    patterns = pattern if isinstance(pattern, Mapping) else dict.fromkeys(ffn.weights, pattern)
     solver = _Solver(patterns, damping, watch or (lambda *_: None))
     gram_x, gram_p = gram_of(ffn.x), gram_of(ffn.p)
     for gram, what in ((gram_x, "reads"), (gram_p, "passes to its down projection")):
@@ -76,19 +71,20 @@ def prune_ffn(
             raise PrunekitError(f"what the FFN {what} is zero for every token of the calibration set; give another one")
     inner = _Fitter(gram_x, n_sequences, method.faithful, damping)
     down_factor = solver.factor(gram_p * (2 / n_sequences))
-    weights = Weights(ffn.up, ffn.gate, ffn.down)
+    weights = ffn.weights
     best, errors = (0, weights), list[float]()
     sums: Sums | None = None
     for iteration in range(method.n_iterations):
         if sums is not None:
             weights = _fitted(ffn, weights, sums, inner, method, damping)
             down_factor = solver.factor(sums.gram * (2 / n_sequences))
-        weights = _pruned(weights, inner.factor(solver), down_factor, solver)
+        factors = {**dict.fromkeys(weights, inner.factor(solver)), "down": down_factor}
+        weights = {name: solver(name, weight, factors[name]) for name, weight in weights.items()}
         sums = sweep(ffn, weights, method, last=iteration + 1 == method.n_iterations)
         errors.append(sums.error)
         if method.faithful or iteration == 0 or sums.error < min(errors[:-1]):
             best = (iteration, weights)
-    return Pruned(*best[1], tuple(errors), best[0], solver.largest)
+    return Pruned(best[1], tuple(errors), best[0], solver.largest)
 
 
 class _Solver:
@@ -140,27 +136,20 @@ def _times_inverse(cross: Tensor, gram: Tensor, damping: float) -> Tensor:
 
 def _fitted(ffn: FFN, weights: Weights, sums: Sums, inner: _Fitter, method: SparseLLM, damping: float) -> Weights:
     """Dense weights fitted to the present auxiliary variables."""
-    up = inner.fitted(weights.up, sums.up)
-    gate = None if weights.gate is None or sums.gate is None else inner.fitted(weights.gate, sums.gate)
-    if method.faithful and gate is None:
-        return Weights(up, None, _descended(weights.down, sums, ffn.y.numel()))
-    change = _times_inverse(sums.down, sums.gram, 0.0 if method.faithful else damping)
-    return Weights(up, gate, weights.down + change)
+    fitted = {name: inner.fitted(weights[name], cross) for name, cross in sums.cross.items() if name != "down"}
+    if method.faithful and "gate" not in weights:
+        return {**fitted, "down": _descended(weights["down"], sums, ffn.y.numel())}
+    change = _times_inverse(sums.cross["down"], sums.gram, 0.0 if method.faithful else damping)
+    return {**fitted, "down": weights["down"] + change}
 
 
 def _descended(down: Tensor, sums: Sums, n_values: int) -> Tensor:
     """W_down after ten gradient steps on the mean of (W_down·p + b − Y)²."""
-    rest, rate = sums.down, _FITTING_RATE * 2 / n_values
+    rest, rate = sums.cross["down"], _FITTING_RATE * 2 / n_values
     for _ in range(_FITTING_STEPS):
         down = down + rate * rest
         rest = rest - rate * (rest @ sums.gram)
     return down
-
-
-def _pruned(weights: Weights, inner: Factor, down: Factor, solver: _Solver) -> Weights:
-    up = solver("up", weights.up, inner)
-    gate = None if weights.gate is None else solver("gate", weights.gate, inner)
-    return Weights(up, gate, solver("down", weights.down, down))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,22 +175,22 @@ class FoundFFN:
     """An FFN of a layer: p = φ(z), or φ(s)⊙z.
 
     Attributes:
-        up: outputs z.
-        gate: outputs s; None in two-matrix FFNs.
-        down: has inputs p.
+        parts: `"up"`, which outputs z; `"gate"`, which outputs s, if there is one; `"down"`, whose inputs are p.
         activation: φ.
     """
 
-    up: Rows
-    gate: Rows | None
-    down: Matrix
+    parts: Mapping[str, Rows]
     activation: Activation
+
+    @property
+    def down(self) -> Matrix:
+        """The down projection."""
+        return self.parts["down"].matrix
 
     @property
     def matrices(self) -> list[Matrix]:
         """All its matrices, each once."""
-        parts = [self.up.matrix, *([self.gate.matrix] if self.gate else []), self.down]
-        return list(dict.fromkeys(parts))
+        return list(dict.fromkeys(part.matrix for part in self.parts.values()))
 
 
 @contextmanager
@@ -248,17 +237,18 @@ def _matching(before: list[Call], down: Call, activations: list[Activation]) -> 
     """The FFN form that reproduces the inputs of `down` best from outputs of earlier calls."""
     p = down.inputs[:_ROWS]
     parts = [(*part, call.inputs[:_ROWS]) for call in before for part in _parts(call, p.shape[1])]
-    ways: list[tuple[float, FoundFFN]] = []
+    whole, ways = Rows(down.matrix, slice(None)), list[tuple[float, FoundFFN]]()
     for activation in (in_float32(a) for a in activations):
         for gate, s, x in parts:
             opened = activation(s)
             if not _elementwise(activation, s):
                 continue
-            ways.append((_distance(opened, p), FoundFFN(gate, None, down.matrix, activation)))
+            ways.append((_distance(opened, p), FoundFFN({"up": gate, "down": whole}, activation)))
             same = (
                 (up, z) for up, z, read in parts if up is not gate and read.shape == x.shape and torch.equal(read, x)
             )
-            ways += [(_distance(opened * z, p), FoundFFN(up, gate, down.matrix, activation)) for up, z in same]
+            gated = ((_distance(opened * z, p), {"up": up, "gate": gate, "down": whole}) for up, z in same)
+            ways += [(distance, FoundFFN(parts, activation)) for distance, parts in gated]
     best = min(ways, key=lambda way: way[0], default=None)
     return best[1] if best is not None and best[0] <= 4 * torch.finfo(p.dtype).eps else None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prunekit.errors import PrunekitError
 from prunekit.layerwise import Passes
 from prunekit.sparsity.auxiliaries import FFN
-from prunekit.sparsity.ffns import FoundFFN, Rows, activations_of, find_ffns, prune_ffn
+from prunekit.sparsity.ffns import FoundFFN, activations_of, find_ffns, prune_ffn
 from prunekit.sparsity.matrices import Call, Matrix
 from prunekit.sparsity.matrix_inputs import Factor, Reading, factorize, read_layer
 from prunekit.sparsity.patterns import Pattern
@@ -29,7 +29,6 @@ class Settings:
         patterns: matrix → its pattern.
         damping: damping of Hessians.
         n_sequences: number of sequences in the calibration set.
-        report_error: measure the output error also for methods that need no Gram matrix.
     """
 
     method: str
@@ -37,17 +36,11 @@ class Settings:
     patterns: Mapping[Matrix, Pattern]
     damping: float
     n_sequences: int
-    report_error: bool = False
 
     @property
     def needs_gram(self) -> bool:
-        """Whether Σxxᵀ is needed, for the solver or the report."""
-        return self.report_error or self.method in ("sparsegpt", "sparsellm")
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether statistics of the inputs are needed."""
-        return self.needs_gram or self.method == "wanda"
+        """Whether the solver needs Σxxᵀ."""
+        return self.method in ("sparsegpt", "sparsellm")
 
 
 def prune_layer(
@@ -74,9 +67,8 @@ def prune_layer(
     def choose(calls: list[Call]) -> Iterator[tuple[Matrix, str]]:
         ffns.extend(_with_other_experts(find_ffns(calls, activations), matrices))
         for ffn in ffns:
-            gate = [(ffn.gate.matrix, "outputs")] if ffn.gate else []
-            yield from [(ffn.up.matrix, "inputs"), (ffn.up.matrix, "outputs"), *gate]
-            yield from [(ffn.down, "inputs"), (ffn.down, "outputs")]
+            yield from [(part.matrix, "outputs") for part in ffn.parts.values()]
+            yield from [(ffn.parts["up"].matrix, "inputs"), (ffn.down, "inputs")]
 
     with activations_of(module, activations):
         look = choose if settings.method == "sparsellm" else None
@@ -116,9 +108,7 @@ class _Local:
                 )
             return prune_alone(matrix, pattern, UNREACHED)
         before, method, damping = matrix.weight.to(sums.squares.dtype), self._settings.method, None
-        if method == "magnitude":
-            after = zeroed_lowest(before, before.abs(), pattern)
-        elif method == "wanda":
+        if method == "wanda":
             after = zeroed_lowest_of_rows(before, before.abs() * sums.squares.sqrt(), pattern)
         else:  # of SparseLLM, what lies in no FFN
             factor, method = self._factor(matrix), "sparsegpt"
@@ -137,43 +127,31 @@ class _Local:
 
 def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Matrix, dict[str, Any]]:
     """Prune an FFN in place by SparseLLM; returns a row per matrix."""
-    parts = {"up": found.up.matrix, "gate": (found.gate or found.up).matrix, "down": found.down}
-    patterns = {name: settings.patterns[matrix] for name, matrix in parts.items()}
-    sums = {matrix: reading.sums_of(matrix) for matrix in found.matrices}
-    befores = {matrix: matrix.weight.to(reading.kept[found.down, "inputs"][0].dtype).clone() for matrix in sums}
-    done = prune_ffn(
-        _tensors(found, reading), settings.n_sequences, patterns, settings.alternation, damping=settings.damping
-    )
-    afters = {matrix: before.clone() for matrix, before in befores.items()}
-    afters[found.up.matrix][found.up.rows] = done.up
-    if found.gate is not None and done.gate is not None:
-        afters[found.gate.matrix][found.gate.rows] = done.gate
-    afters[found.down] = done.down
-    table = {}
+    patterns = {name: settings.patterns[part.matrix] for name, part in found.parts.items()}
+    ffn = _tensors(found, reading)
+    befores = {matrix: matrix.weight.to(ffn.x.dtype).clone() for matrix in found.matrices}
+    done = prune_ffn(ffn, settings.n_sequences, patterns, settings.alternation, damping=settings.damping)
+    afters, rows = {matrix: before.clone() for matrix, before in befores.items()}, {}
+    for name, part in found.parts.items():
+        afters[part.matrix][part.rows] = done.weights[name]
     for matrix, before in befores.items():
-        read = sums[matrix]
-        gram = None if read is None else read.gram
-        table[matrix] = _written(matrix, "sparsellm", before, afters[matrix], gram, damping=done.damping)
-    table[found.down] |= {"ffn_error": list(done.errors), "kept": done.kept}
-    return table
+        sums = reading.sums_of(matrix)
+        gram = None if sums is None else sums.gram
+        rows[matrix] = _written(matrix, "sparsellm", before, afters[matrix], gram, damping=done.damping)
+    rows[found.down] |= {"ffn_error": list(done.errors), "kept": done.kept}
+    return rows
 
 
 def _tensors(found: FoundFFN, reading: Reading) -> FFN:
     """The weights and activations of an FFN."""
-
-    def bias(rows: Rows | None) -> Tensor | None:
-        given = None if rows is None else reading.biases.get(rows.matrix)
-        return None if given is None or rows is None else given[rows.rows].to(x.dtype)
-
-    x, p = reading.whole(found.up.matrix, "inputs"), reading.whole(found.down, "inputs")
-    down_bias = reading.biases.get(found.down)
-    gate = None if found.gate is None else reading.whole(found.gate.matrix, "outputs")[:, found.gate.rows]
+    parts, x = found.parts, reading.whole(found.parts["up"].matrix, "inputs")
+    with_bias = {name: part for name, part in parts.items() if part.matrix in reading.biases}
+    outputs = {name: reading.whole(part.matrix, "outputs")[:, part.rows] for name, part in parts.items()}
     return FFN(
-        up=found.up.weight.to(x.dtype), gate=None if found.gate is None else found.gate.weight.to(x.dtype),
-        down=found.down.weight.to(x.dtype), up_bias=bias(found.up), gate_bias=bias(found.gate),
-        down_bias=None if down_bias is None else down_bias.to(x.dtype), activation=found.activation, x=x,
-        y=reading.whole(found.down, "outputs"), z=reading.whole(found.up.matrix, "outputs")[:, found.up.rows],
-        s=gate, p=p,
+        weights={name: part.weight.to(x.dtype) for name, part in parts.items()},
+        biases={name: reading.biases[part.matrix][part.rows].to(x.dtype) for name, part in with_bias.items()},
+        activation=found.activation, x=x, y=outputs["down"], z=outputs["up"], s=outputs.get("gate"),
+        p=reading.whole(found.down, "inputs"),
     )  # fmt: skip
 
 
@@ -184,15 +162,12 @@ def _with_other_experts(ffns: list[FoundFFN], matrices: list[Matrix]) -> list[Fo
     for ffn in ffns:
         for down in matrices if ffn.down.expert is not None else []:
             if down.parameter == ffn.down.parameter and down not in found:
-                found[down] = replace(
-                    ffn, down=down, up=_of_expert(ffn.up, down.expert, known),
-                    gate=None if ffn.gate is None else _of_expert(ffn.gate, down.expert, known),
-                )  # fmt: skip
+                parts = {
+                    name: replace(part, matrix=known[part.matrix.parameter, down.expert])
+                    for name, part in ffn.parts.items()
+                }
+                found[down] = replace(ffn, parts=parts)
     return list(found.values())
-
-
-def _of_expert(rows: Rows, expert: int | None, known: Mapping[tuple[str, int | None], Matrix]) -> Rows:
-    return replace(rows, matrix=known[rows.matrix.parameter, expert])
 
 
 def _written(

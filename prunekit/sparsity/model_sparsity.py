@@ -41,7 +41,6 @@ def sparsify(
     allocation: str = "uniform",
     layers: Iterable[int] | None = None,
     damping: Positive = DAMPING,
-    report_error: bool = False,
     inplace: bool = False,
     held_out: Tensor | None = None,
     measure: bool = True,
@@ -62,8 +61,6 @@ def sparsify(
             sensitivity (see `allocate`); not with a pattern.
         layers: numbers of the layers to prune; None is all.
         damping: damping of Hessians, as a share of their mean diagonal.
-        report_error: measure the output error of each matrix by magnitude and Wanda too. This needs the Gram matrix
-            of the inputs. SparseGPT and SparseLLM always report.
         inplace: change `model` itself, which needs no second copy; after an interrupt, the finished layers stay pruned.
         held_out: integers (n, seq_len) on which the loss is measured before and after, about 1,024 of these tokens;
             `calibration_set(..., held_out=True)` draws some. None takes the first windows of `calib`, where there is
@@ -105,7 +102,7 @@ def sparsify(
         shared = dict.fromkeys(matrices, wanted)
         patterns = allocate(target, batches, matrices, wanted) if allocation == "global" else shared
         n_sequences = 1 if tokens is None else len(tokens)
-        settings = Settings(name, alternation, patterns, damping, n_sequences, report_error)
+        settings = Settings(name, alternation, patterns, damping, n_sequences)
         rows = _run(target, paths, batches, matrices, settings)
     remarks = remarks_on(name, rows, tokens, wanted, max(matrix.weight.shape[1] for matrix in matrices), damping)
     for remark in remarks:
@@ -166,7 +163,7 @@ def _run(
         dict.fromkeys(m.layer for m in matrices), desc=settings.method, unit="layer", leave=False, delay=1
     ):
         inside = [matrix for matrix in matrices if matrix.layer == path]
-        if batches and settings.needs_inputs:
+        if settings.method != "magnitude":
             done = prune_layer(model.get_submodule(path), passes, path, inside, settings)
         else:
             done = [prune_alone(matrix, settings.patterns[matrix]) for matrix in inside]

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.annotations import is_real
 from prunekit.calibration import all_finite
 from prunekit.checks import Count, Positive, check_fields, check_value
 from prunekit.errors import PrunekitError, warn
@@ -105,7 +104,7 @@ def sparsegpt(
     """
     wanted = _pattern_for(weight, sparsity, pattern)
     check_value("block_size", block_size, Count)
-    check_damping(damping)
+    check_value("damping", damping, Positive)
     if isinstance(statistics, Factor):
         return solve(weight, statistics, wanted, block_size)
     if not bool(_check_statistics(statistics, weight).diagonal().any()):
@@ -176,16 +175,6 @@ def zeroed_lowest_of_rows(weight: Tensor, scores: Tensor, pattern: Pattern) -> T
     below, tied = scores < limit, scores == limit
     first = tied.cumsum(1) <= n_zeros - below.sum(1, keepdim=True)  # of equal scores the first are pruned
     return weight.masked_fill(below | (tied & first), 0)
-
-
-def check_damping(damping: Any) -> None:
-    """Raise an error for a damping that is no finite number above 0.
-
-    Raises:
-        PrunekitError: names the value.
-    """
-    if not is_real(damping) or damping <= 0:
-        raise PrunekitError(f"damping={damping!r} is not allowed; give a number above 0, such as {DAMPING}")
 
 
 def _pattern_for(weight: Any, sparsity: Any, pattern: Any) -> Pattern:
