@@ -75,6 +75,7 @@ if TYPE_CHECKING:
         TeacherLogits,
         keep_logits,
         prune_progressively,
+        reconstruct,
         recover,
         recover_on_mixture,
     )
@@ -114,7 +115,7 @@ _ROOMS = {
     "pruning": ("PruningPlan", "compensate", "plan", "plan_in_steps", "prune"),
     "recovery": (
         "Distillation", "FullTuning", "LHSPG", "LoRA", "Mixture", "TeacherLogits", "keep_logits",
-        "prune_progressively", "recover", "recover_on_mixture",
+        "prune_progressively", "reconstruct", "recover", "recover_on_mixture",
     ),
     "search": (
         "AccuracyPredictor", "HyperparameterSpace", "PlanSpace", "measure_pairs", "search_space",

@@ -82,6 +82,14 @@ def working_calls(root: Path) -> dict[str, Call]:
             {"model": model, "plan": plan, "calib": CALIB, "fit": "weights", "ridge": 0.3},
             {"small": lambda: copy.deepcopy(small)},
         ),
+        "reconstruct": Call(
+            pk.reconstruct,
+            {
+                "model": model, "plan": plan, "calib": CALIB, "steps": 1, "learning_rate": 1e-4, "batch_size": 2,
+                "seed": 0,
+            },
+            {"small": lambda: copy.deepcopy(small)},
+        ),
         "sparsify": Call(
             pk.sparsify,
             {

@@ -1,5 +1,6 @@
 """Recovery: training after pruning, and progressive pruning during training."""
 
+from prunekit.recovery.block_reconstruction import reconstruct
 from prunekit.recovery.distillation import Distillation
 from prunekit.recovery.fine_tuning import recover
 from prunekit.recovery.lhspg import LHSPG, importance_saliency, update_saliency
@@ -23,6 +24,7 @@ __all__ = [
     "importance_saliency",
     "keep_logits",
     "prune_progressively",
+    "reconstruct",
     "recover",
     "recover_on_mixture",
     "update_saliency",

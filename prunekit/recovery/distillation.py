@@ -21,7 +21,7 @@ from prunekit.recovery.data import IGNORED, TrainingWindows
 from prunekit.recovery.lora import LoRA
 from prunekit.recovery.settings import FullTuning
 from prunekit.recovery.teacher_logits import TOP_K, TeacherLogits, keep_logits, n_outputs
-from prunekit.recovery.training import Objective
+from prunekit.recovery.training import Objective, relative_error
 
 _LEAST = 1e-7  # probability of what is left beside the likeliest tokens, as float32 can tell it from none
 
@@ -184,9 +184,7 @@ class _HiddenStates:
         for stream, number in zip(streams, self._behind, strict=True):
             trained = (labels[:, 1:] != IGNORED).to(stream.device)
             h, target = (wide(x[:, :-1].to(stream.device)[trained]) for x in (stream, targets[number]))
-            target = target[:, self._channels.to(stream.device)]
-            size = target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)
-            parts.append(((h - target).square().sum(-1) / size).mean().to(streams[-1].device))
+            parts.append(relative_error(h, target[:, self._channels.to(stream.device)]).to(streams[-1].device))
         return torch.stack(parts).mean()
 
 

@@ -110,6 +110,12 @@ def _bring_back(sharded: nn.Module, model: nn.Module) -> None:
             parameter.copy_(shard.full_tensor() if isinstance(shard, DTensor) else shard)
 
 
+def relative_error(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """‖Y − Y_wanted‖² / ‖Y_wanted‖² of each token, their mean; both (…, width)."""
+    size = wanted.square().sum(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
+    return ((outputs - wanted).square().sum(-1) / size).mean()
+
+
 class _Rows(Dataset):
     """Windows with their labels, and with what an objective reads beside them."""
 
