@@ -75,7 +75,7 @@ def test_sums_are_those_of_the_plain_scorer_and_what_packs_is_known(name):
         runner = Runner(model, spans, 64)
         for layer in (0, 1):
             torch.testing.assert_close(runner.sums((layer,)), expected, rtol=1e-10, atol=1e-10)
-    assert bool(reading.packed) == (name not in PLAIN) and runner.resumed and reading.gathers
+    assert reading.packed == (name not in PLAIN) and runner.resumed and reading.gathers
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -93,14 +93,15 @@ def test_a_window_of_attention_that_ends_is_noticed(told, monkeypatch):
     }
     model = MistralForCausalLM(MistralConfig(vocab_size=48, sliding_window=4, **sizes)).double().eval()
     if not told:
-        monkeypatch.setattr(sequence_scores, "_attention_window", lambda model: None)
+        monkeypatch.setattr(sequence_scores, "_attention_window", lambda model: 999)
     spans = random_spans(n=96, longest=12)
+    inside = [span for span in spans if len(span.tokens) <= 5] * 4
     with Unrounded(), torch.no_grad():
-        reading = choose_reading(model, spans, 64, runs=9)
-        found = span_sums(model, reading.batches(model), len(spans), reading.gathers)
-        torch.testing.assert_close(found, sums_alone(model, spans), rtol=1e-10, atol=1e-10)
-    lengths = [len(spans[number].tokens) - 1 for row in reading.packed for number in row.paths]
-    assert (lengths and max(lengths) == 4) if told else not lengths
+        for asked, packs in ((spans, False), (inside, True)):
+            reading = choose_reading(model, asked, 64, runs=9)
+            found = span_sums(model, reading.batches(model), len(asked), reading.gathers)
+            torch.testing.assert_close(found, sums_alone(model, asked), rtol=1e-10, atol=1e-10)
+            assert reading.packed == packs and (reading.n_tried > 0) == (packs or not told)
 
 
 def test_a_model_that_raises_at_the_mask_falls_back_to_plain_rows():
@@ -114,7 +115,7 @@ def test_a_model_that_raises_at_the_mask_falls_back_to_plain_rows():
     model.__class__ = Picky
     with torch.no_grad():
         reading = choose_reading(model, spans, 64, runs=9)
-    assert not reading.packed and len(reading.plain) == len(unpacked(spans))
+    assert not reading.packed and len(reading.rows) == len(unpacked(spans))
 
 
 def test_nothing_is_packed_where_nothing_is_shared():

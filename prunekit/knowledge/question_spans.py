@@ -205,7 +205,7 @@ class Runner:
         """Takes a causal LM in evaluation mode, the spans, and the approximate positions per forward pass."""
         self._model, self._n = model, len(spans)
         reading = choose_reading(model, spans, tokens_a_batch, runs=MANY)
-        self.packed, self._gathers = bool(reading.packed), reading.gathers
+        self.packed, self._gathers = reading.packed, reading.gathers
         self._batches = list(reading.batches(model))
         self._chain = _chain(model, self._batches)
         self.resumed = self._chain is not None
