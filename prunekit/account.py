@@ -204,23 +204,19 @@ def closed(opening: Opening, model: Any) -> LossChange:
         opening: of the same step.
         model: the result of the step.
     """
-    change = _closed(opening, model)
+    step, sample, before, why = opening
+    change = LossChange(step, None, None, 0, why)
+    if sample is not None:
+        try:
+            change = LossChange(step, before, loss_on(model, sample.tokens), sample.tokens.numel(), sample.origin)
+        except KeyboardInterrupt:
+            change = replace(change, tokens_from="it was interrupted")
+        except Exception as error:
+            change = replace(change, tokens_from=_failed(error))
     model.loss_change = change
     if change.warning is not None:
         warn(change.warning, DamageWarning)
     return change
-
-
-def _closed(opening: Opening, model: nn.Module) -> LossChange:
-    step, sample, before, why = opening
-    if sample is not None:
-        try:
-            return LossChange(step, before, loss_on(model, sample.tokens), sample.tokens.numel(), sample.origin)
-        except KeyboardInterrupt:
-            why = "it was interrupted"
-        except Exception as error:
-            why = _failed(error)
-    return LossChange(step, None, None, 0, why)
 
 
 def _failed(error: Exception) -> str:

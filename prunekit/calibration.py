@@ -59,11 +59,11 @@ def calibration_set(
     generator = torch.Generator().manual_seed(seed)
     enough = _ENOUGH_CHOICE * n_samples * seq_len
     reading = Reading(source, tokenizer, separator=separator)
-    documents, known = _read(reading, tokenizer, enough if is_stream(source) else None)
+    documents = _read(reading, tokenizer, enough if is_stream(source) else None)
     order = torch.randperm(len(at_least_one(documents, source)), generator=generator).tolist()
     first = None if tokenizer is None else leading_bos(tokenizer, bos)
     width = text_width(seq_len, first)
-    stream = tokenize([documents[i] for i in order], tokenizer, enough=enough, bos=first, known=known)
+    stream = tokenize([documents[i] for i in order], tokenizer, enough=enough, bos=first)
     reading.say("calibration", len(stream))
     if len(stream) < width:
         raise PrunekitError(
@@ -74,20 +74,17 @@ def calibration_set(
     return begin_windows(stream[starts[:, None] + torch.arange(width)], first)
 
 
-def _read(reading: Reading, tokenizer: Any, enough: int | None) -> tuple[list[Document], dict[str, list[int]]]:
-    """The documents; of an endless stream only the first with enough tokens, and the tokens of those that are texts."""
+def _read(reading: Reading, tokenizer: Any, enough: int | None) -> list[Document]:
+    """The documents; of an endless stream only the first with enough tokens."""
     if enough is None:
-        return list(reading), {}
-    documents, known, n_tokens = [], {}, 0
+        return list(reading)
+    documents, n_tokens = [], 0
     for document in reading:
         documents.append(document)
-        ids = token_ids(document, tokenizer, JOINT)
-        if isinstance(document, str):
-            known[document + JOINT] = ids
-        n_tokens += len(ids)
+        n_tokens += len(token_ids(document, tokenizer, JOINT))
         if n_tokens >= enough:
             break
-    return documents, known
+    return documents
 
 
 def _window_starts(n_tokens: int, n_samples: int, width: int, generator: torch.Generator, held_out: bool) -> Tensor:

@@ -35,6 +35,7 @@ from prunekit.plot_style import domain_column, require_columns
 from prunekit.questions import Question
 
 KINDS = ("kv_head", "ffn_channel")
+COMPARED = "compare_knowledge(...)"  # where a table of `compared` comes from
 LINES = 40  # of the world's held-out text
 WINDOWS = 8  # of a text, of which the mean ablation takes the mean
 
@@ -92,6 +93,8 @@ def explore(
     """
     if data_dir is not None and tasks is None:
         raise PrunekitError(f"data_dir={data_dir!r} is read for tasks=, such as tasks=['piqa']; give both, or neither")
+    if compared is not None:  # before anything is measured
+        require_columns(compared, ("model", "kind", "layer", "moved", "moved_low", "moved_high"), COMPARED)
     chosen = _chosen(model, groups)
     is_world = world.is_world_tokenizer(tokenizer)
     if tasks is None and is_world:
@@ -108,9 +111,7 @@ def explore(
         model, tokenizer, chosen, first, None if excited is None else _calibration(excited)
     )
     if compared is not None:
-        columns = ("model", "kind", "layer", "moved", "moved_low", "moved_high")
-        require_columns(compared, columns, "compare_knowledge(...)")
-        panels["Compare"] = comparison_panel(compared, domain_column(compared, "compare_knowledge(...)"))
+        panels["Compare"] = comparison_panel(compared, domain_column(compared, COMPARED))
     config: Any = model.config.get_text_config()
     n_layers, n_heads = len(outermost_elements(model)), int(getattr(config, "num_attention_heads", 1))
     prompt = first.contexts[0] if first.contexts else first.context

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -142,16 +143,16 @@ class Passes:
         self.layers = outermost_elements(model)
         self.n_batches = len(batches)
         self._model, self._batches = model, batches
-        self._chain: Layerwise | None = None
-        self._tried = False
+
+    @cached_property
+    def _chain(self) -> Layerwise | None:
+        return Layerwise.of(self._model, self._batches)
 
     def run(self, layer: str | None, batch: int) -> None:
         """Run a batch through one layer, behind the present earlier layers; the whole model if `layer` is None.
 
         In a chain, layers must be requested in order, each any number of times.
         """
-        if layer is not None:
-            self.begin()
         if layer is not None and self._chain is not None:
             self._chain.run(self.layers.index(layer), batch)
         else:
@@ -162,8 +163,7 @@ class Passes:
 
         That runs the whole model some times, which is nothing for those to see who watch one layer.
         """
-        if not self._tried:
-            self._chain, self._tried = Layerwise.of(self._model, self._batches), True
+        _ = self._chain
 
 
 def _follow(

@@ -58,7 +58,6 @@ def tokenize(
     *,
     enough: int | None = None,
     bos: int | None = None,
-    known: Mapping[str, list[int]] | None = None,
 ) -> Tensor:
     """One stream of tokens: the documents one after the other, a line break between two texts.
 
@@ -68,7 +67,6 @@ def tokenize(
         enough: stop at the first document after which there are this many tokens; None reads all.
         bos: the token that windows begin with; where a document begins with it too, as a chat template may write it,
             it is left out there. None leaves all tokens.
-        known: tokens of texts, with the line break behind them, that were tokenized before.
 
     Returns:
         int64 (n_tokens,).
@@ -78,9 +76,7 @@ def tokenize(
     """
     ids: list[int] = []
     for number, document in enumerate(documents, start=1):
-        joint = JOINT * (number < len(documents))
-        told = known.get(document + joint) if known and isinstance(document, str) else None
-        found = token_ids(document, tokenizer, joint) if told is None else told
+        found = token_ids(document, tokenizer, JOINT * (number < len(documents)))
         ids.extend(found[1:] if bos is not None and found[:1] == [bos] else found)
         if enough is not None and len(ids) >= enough:
             break

@@ -43,6 +43,36 @@ def write_harness_tasks(folder, data_dir, names, limit, shots=0):
     return [PREFIX + name for name in names]
 
 
+def write_tasks(folder, tasks):
+    """Writes a YAML file a task of prunekit's, whose choices follow one space, or nothing; returns their names."""
+    for task in tasks:
+        partial = task.questions[0].contexts is not None
+        separator = " " if task.questions[0].choices[0].startswith(" ") else ""
+        rows = [
+            {"contexts": q.contexts, "choice": q.choices[0].removeprefix(separator), "answer": q.answer}
+            if partial
+            else {"context": q.context, "choices": [c.removeprefix(separator) for c in q.choices], "answer": q.answer}
+            for q in task.questions
+        ]
+        files = {"test": write_rows(folder / f"{task.name}.jsonl", rows)}
+        told = {
+            "task": PREFIX + task.name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "answer" if partial else "context",
+            "doc_to_choice": "contexts" if partial else "choices",
+            "doc_to_target": "choice" if partial else "answer",
+            "target_delimiter": separator,
+            "metric_list": [
+                {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
+            ],
+        }
+        (folder / f"{task.name}.yaml").write_text(yaml.safe_dump(told))
+    return [PREFIX + task.name for task in tasks]
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

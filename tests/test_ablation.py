@@ -89,7 +89,7 @@ def test_scaled_scores_add_up_to_what_the_loss_rises_by(name, importance):
 def test_what_costs_nothing_in_part_is_not_taken_for_nothing_as_a_whole():
     """Half of the first layer's channels of the world can go for free, and the layer cannot."""
     model, tokenizer = load("world")
-    calib = calibration_set("world", tokenizer, n_samples=8, seq_len=64)
+    calib = calibration_set("world", tokenizer, n_samples=4, seq_len=64)
     groups = discover(model)
     channels = groups.of_kind("ffn_channel")
     scores = score(model, channels, Reconstruction(), calib, normalize="loss")

@@ -127,8 +127,8 @@ REFUSED = {
     "repeats": ({"repeats": 0}, "repeats=0"),
     "too long": ({"seq_len": N_POSITIONS + 1}, f"at most {N_POSITIONS}"),
     "no such device": ({"device": "toaster"}, "device='toaster'"),
-    "no numbers": ({"device": "meta"}, "device='meta' cannot be used here: it computes nothing"),
-    "no device there": ({"device": "cuda:77"}, "device='cuda:77' cannot be used here"),
+    "no numbers": ({"device": "meta"}, "device='meta' cannot be used: it keeps shapes"),
+    "no device there": ({"device": "cuda:77"}, "device='cuda:77' cannot be used"),
 }
 
 

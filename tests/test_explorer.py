@@ -1,8 +1,10 @@
 """The lab's widget: each control is moved, nothing is hidden in an output, and what a user types wrong is said."""
 
 import io
+from dataclasses import replace
 
 import matplotlib.image
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -22,7 +24,7 @@ def made():
     groups = pk.discover(model).of_kind("kv_head", "ffn_channel")
     scores = pk.score(model, groups, pk.Magnitude())
     known = pk.knowledge_distribution(model, tokenizer, groups, scores, ratios=(1.0,), tasks=tasks)
-    other = pk.knowledge_distribution(llama(seed=1), tokenizer, groups, scores, ratios=(1.0,), tasks=tasks)
+    other = replace(known, loss=known.loss + np.random.default_rng(0).random(known.loss.shape))
     compared = pk.compare_knowledge({"dense": known, "cut": other}, n_resamples=50)
     return model, tokenizer, tasks, known, compared, groups
 
@@ -33,10 +35,18 @@ def lab(made):
     return pk.explore(model, tokenizer, tasks=tasks, known=known, compared=compared, text=TEXT, channels=2)
 
 
+@pytest.fixture(scope="module")
+def bare(made):
+    """A lab without questions and text."""
+    model, tokenizer, *_, groups = made
+    return pk.explore(model, tokenizer, groups=groups)
+
+
 def moves(control):
-    """Values that a user may set: all options, the ends of a range, and another text."""
+    """Values that a user may set: the ends of a range or a list, all options that stand side by side, another text."""
     if isinstance(control, Dropdown | ToggleButtons):
-        return [option[1] if isinstance(option, tuple) else option for option in control.options]
+        several = [option[1] if isinstance(option, tuple) else option for option in control.options]
+        return several if isinstance(control, ToggleButtons) else [several[-1], several[0]]
     if isinstance(control, Text):
         return ["0.1", control.value]
     return [min(control.max, 1), 0]
@@ -51,9 +61,9 @@ def test_every_control_of_every_panel_draws_without_an_exception(lab, made):
             for value in moves(control):
                 control.value = value
                 assert not panel.message.value and not panel.failures.outputs, (title, value, panel.message.value)
-                assert matplotlib.image.imread(io.BytesIO(panel.picture.value)).shape == (450, 800, 4)
                 drawn.add(panel.picture.value)
             assert getattr(control, "continuous_update", False) is False
+        assert matplotlib.image.imread(io.BytesIO(panel.picture.value)).shape == (450, 800, 4)
         assert len(drawn) > 1, title
     assert all(torch.equal(value, before[name]) for name, value in made[0].state_dict().items())
     assert not any(module._forward_pre_hooks for module in made[0].modules())
@@ -101,19 +111,16 @@ def test_a_panel_says_what_the_function_says(lab, made):
     assert f"<td>{table['fall'].iloc[0]:.2f}</td>" in panel.words.value
 
 
-def test_another_exception_is_not_hidden(made, monkeypatch):
-    model, tokenizer, *_, groups = made
-    lab = pk.explore(model, tokenizer, groups=groups)
+def test_another_exception_is_not_hidden(bare, monkeypatch):
     monkeypatch.setattr("prunekit.explorer_panels.needs", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # in a kernel, the panel's Output shows it
-        lab.panels["Question"].controls["answer"].value = " x"
+        bare.panels["Question"].controls["answer"].value = " x"
 
 
-def test_a_model_without_questions_and_text_has_the_panels_that_need_neither(made):
+def test_a_model_without_questions_and_text_has_the_panels_that_need_neither(made, bare):
     model, tokenizer, *_, groups = made
-    lab = pk.explore(model, tokenizer, groups=groups)
-    assert [*lab.panels] == ["Question", "Ablate", "Attention"]
-    panel = lab.panels["Ablate"]
+    assert [*bare.panels] == ["Question", "Ablate", "Attention"]
+    panel = bare.panels["Ablate"]
     panel.controls["mode"].value = "mean"
     assert "mode=&#x27;mean&#x27; needs tokens" in panel.message.value
     short = pk.explore(model, tokenizer, groups=groups, text="the cat").panels["Ablate"]
@@ -169,7 +176,6 @@ def test_the_other_plots_of_the_lab(made):
         lambda **options: plot_moved(one, moved=True, **options),
     ):
         is_labelled_and_drawn_where_told(plot)
-        plot().figure.canvas.draw()
     mesh = plot_attention(pattern).collections[0]
     assert (
         mesh.norm.vmin == 0
@@ -211,17 +217,13 @@ def test_groups_ablated_in_part_are_not_taken_for_whole_ones(made):
         plot_moved(compared[compared["domain"] == compared["domain"].iloc[0]])
 
 
-def test_questions_with_contexts_have_no_choices_and_a_folder_needs_tasks(made):
+def test_questions_with_contexts_have_no_choices_and_a_failure_goes_when_the_next_move_works(made):
     model, tokenizer, *_ = made
     lab = pk.explore(model, tokenizer, tasks=[partial_task(4)])
     assert lab.panels["Ablate"].controls["choices"].value == ""
     with pytest.raises(PrunekitError, match="tasks="):
         pk.explore(model, tokenizer, data_dir="somewhere")
-
-
-def test_a_failure_goes_when_the_next_move_works(made, monkeypatch):
-    model, tokenizer, *_ = made
-    panel = pk.explore(model, tokenizer).panels["Question"]
+    panel = lab.panels["Question"]
     panel.failures.outputs = ({"output_type": "stream", "name": "stderr", "text": "an earlier one"},)
     panel.update()
     assert panel.failures.outputs == () and panel.picture.value

@@ -32,12 +32,12 @@ def stories():
 @pytest.mark.slow
 def test_both_answer_the_first_rows_of_each_published_set_alike(stories, tmp_path):
     data, names = shared_path("data"), [*YAML, *SUBJECTS]
-    local = write_harness_tasks(tmp_path, data, names, limit=6)
-    ours = zero_shot(*stories, names, limit=6, data_dir=data)
+    local = write_harness_tasks(tmp_path, data, names, limit=4)
+    ours = zero_shot(*stories, names, limit=4, data_dir=data)
     theirs = run(*stories, tmp_path, local, batch_size=4)
     wrong, furthest = differences(ours, theirs)
     assert not wrong and furthest < 1e-3
-    assert len(ours.questions) == 6 * len(names) and ours.questions["n_cut"].max() > 100  # some were cut, by both
+    assert len(ours.questions) == 4 * len(names) and ours.questions["n_cut"].max() > 100  # some were cut, by both
     said = theirs["results"][f"{PREFIX}lambada"]["perplexity,none"]
     assert ours.perplexities()["lambada"] == pytest.approx(said, rel=1e-4)
     for name in names:
@@ -46,14 +46,14 @@ def test_both_answer_the_first_rows_of_each_published_set_alike(stories, tmp_pat
 
 @pytest.mark.slow
 def test_both_draw_the_same_examples(stories, tmp_path):
-    """MMLU's first ones from the real files; of two others a random draw from a training split, of few words."""
-    for name in ("winogrande", "arc_easy", "boolq", "hellaswag"):
+    """MMLU's first ones from the real files; of two others a random draw from a training split."""
+    for name in ("winogrande", "arc_easy"):
         for split, rows in rows_of(shared_path("data"), name, 5).items():
             (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
             write_rows(tmp_path / "data" / name / f"{split}.jsonl", rows)
     for names, data in (
         (SUBJECTS[:1], shared_path("data")),
-        (("winogrande", "arc_easy", "boolq", "hellaswag"), tmp_path / "data"),
+        (("winogrande", "arc_easy"), tmp_path / "data"),
     ):
         local = write_harness_tasks(tmp_path, shared_path("data"), names, limit=5, shots=2)
         ours = zero_shot(*stories, names, limit=5, data_dir=data, shots=2)

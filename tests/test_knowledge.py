@@ -72,14 +72,14 @@ def same(a, b):
 @pytest.mark.slow
 def test_it_is_what_the_naive_loop_measures(world):
     model, tokenizer, groups = world
-    chosen, asked, before = [g for g in groups.of_kind(*KINDS) if g.layer in (0, 5)], few(), weights(model)
+    chosen, asked, before = [g for g in groups.of_kind(*KINDS) if g.layer in (0, 5)], few(2), weights(model)
     scores = random_scores(chosen)
     found = knowledge_distribution(model, tokenizer, chosen, scores, ratios=(0.5, 1.0), tasks=asked)
     assert found.packed and found.resumed and unchanged(model, before)
     questions = [(task, i, q) for task in asked for i, q in enumerate(task.questions)]
     spans = [span for _, _, q in questions for span in question_spans(tokenizer, q, 256, "")]
     dense = sums_alone(model, spans)
-    for row, told in list(found.ablations.iterrows())[::3] + [(None, None)]:
+    for row, told in list(found.ablations.iterrows())[::4] + [(None, None)]:
         if row is None:
             sums, hit, loss = dense, found.dense_hit, found.dense_loss
         else:
@@ -99,15 +99,14 @@ def test_it_is_what_the_naive_loop_measures(world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama_tied", "gemma3", "gpt2", "bloom", "opt_projected", "mixtral", "llama_peft",
-                                  "falcon_alibi", "mpt", "olmo2", "gpt_neox"])  # fmt: skip
+@pytest.mark.parametrize("name", ["llama_tied", "gemma3", "opt_projected", "mixtral", "falcon_alibi", "gpt_neox"])
 def test_ablated_sums_are_those_of_the_whole_model(name):
     """Every kind of group, hidden channels and vocabulary too."""
     check_every_group(FAMILIES[name].model(), FAMILIES[name].groups())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_models_that_were_cut_unevenly_too(name):
     family = FAMILIES[name]
     model, groups = family.model(), family.groups()
@@ -117,19 +116,19 @@ def test_models_that_were_cut_unevenly_too(name):
 
 def check_every_group(model, groups):
     draw = torch.Generator().manual_seed(1)
-    spans = [Span(tuple(torch.randint(0, 48, (9,), generator=draw).tolist()), 3) for _ in range(6)]
+    spans = [Span(tuple(torch.randint(0, 48, (9,), generator=draw).tolist()), 3) for _ in range(4)]
     spans += [Span((*span.tokens[:5], 7, 8), 4) for span in spans]
     with Unrounded(), torch.no_grad():
         runner = Runner(model, spans, 64)
         assert runner.resumed
         firsts = set()
-        for group in sorted(groups, key=runner.layers_of):
+        for number, group in enumerate(sorted(groups, key=runner.layers_of)):
             layers = runner.layers_of(group)
             firsts |= {layers[:1]}
-            for units in (range((group.n_units + 1) // 2), range(group.n_units)):
-                with ablated(model, group, units):
-                    expected = sums_alone(model, spans)
-                    torch.testing.assert_close(runner.sums(layers), expected, rtol=1e-9, atol=1e-9)
+            units = range(group.n_units if number % 2 else (group.n_units + 1) // 2)  # the whole group, or a part of it
+            with ablated(model, group, units):
+                expected = sums_alone(model, spans)
+                torch.testing.assert_close(runner.sums(layers), expected, rtol=1e-9, atol=1e-9)
     assert firsts >= {(), (0,), (1,)}
 
 
@@ -229,24 +228,22 @@ def test_a_file_of_another_run_is_refused(world, tmp_path):
 @pytest.mark.slow
 def test_units_and_the_facts_that_die_with_them(world):
     model, tokenizer, groups = world
-    group, asked = groups["model.layers.6.self_attn:kv_head"], few(30)
+    group, asked = groups["model.layers.6.self_attn:kv_head"], few(15)
     found = knowledge_of_units(model, tokenizer, [group], tasks=asked)
     assert found.table()["unit"].unique().tolist() == [0, 1, 2, 3]
     dense = zero_shot(model, tokenizer, asked).questions
     most = 0
     for unit in range(4):
         with ablated(model, group, [unit]):
-            now = zero_shot(model, tokenizer, asked).questions
-        gone = dense.index[dense["hit"] & ~now["hit"]]
+            result = zero_shot(model, tokenizer, asked)
+        gone = dense.index[dense["hit"] & ~result.questions["hit"]]
         died = found.died(group.name, unit=unit)
         most = max(most, len(gone))
         assert died.index.tolist() == gone.tolist()
         assert (died["task"] == dense.loc[gone, "task"]).all() and (died["loss"] > died["dense"]).mean() > 0.9
-    assert most > 20
-    table = found.table("task").query("unit == 2").set_index("task")
-    with ablated(model, group, [2]):
-        accuracy = zero_shot(model, tokenizer, asked).accuracy()
-    np.testing.assert_allclose(table["value"], accuracy[table.index])
+    assert most > 10
+    table = found.table("task").query("unit == 3").set_index("task")
+    np.testing.assert_allclose(table["value"], result.accuracy()[table.index])
     np.testing.assert_allclose(table["change"], table["value"] - table["dense"])
 
 
@@ -296,7 +293,7 @@ def test_a_group_with_nothing_in_it_is_damaged_least(world):
         assert empty not in found.unprunable(gamma=0.5)
 
 
-TEXT_OF_WORLD = "\n\n".join(q.context + q.choices[q.answer] for q in tasks()["arc_easy"].questions[:60])
+TEXT_OF_WORLD = "\n\n".join(q.context + q.choices[q.answer] for q in tasks()["arc_easy"].questions[:30])
 
 
 def by_hand(loss, **columns):

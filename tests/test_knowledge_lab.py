@@ -39,8 +39,7 @@ def logits(model, ids):
 # --- what one question needs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("measure", ["answer", "choices"])
-@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize(("build", "measure"), [(llama, "choices"), (gpt2, "answer")])
 def test_needs_are_those_of_zeroed_weights(build, measure):
     model, tokenizer = build(), byte_tokenizer()
     groups, before = pk.discover(model), weights(model)

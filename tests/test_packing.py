@@ -14,7 +14,6 @@ from prunekit.evaluation.sequence_scores import (
     log_likelihoods,
     packed_batches,
     plain_batches,
-    scored_logits,
     span_sums,
 )
 from prunekit.knowledge.question_spans import Runner
@@ -66,16 +65,19 @@ def test_sums_are_those_of_the_plain_scorer_and_what_packs_is_known(name):
     model, spans = FAMILIES[name].model(), random_spans()
     with Unrounded(), torch.no_grad():
         expected = sums_alone(model, spans)
-        reading = choose_reading(model, spans, 64, runs=9)
-        found = span_sums(model, reading.batches(model), len(spans), reading.gathers)
+        reading, computed = choose_reading(model, spans, 64, runs=9), []
+        head = model.get_output_embeddings()
+        with head.register_forward_hook(lambda _module, _args, out: computed.append(out.shape[:-1].numel())):
+            found = span_sums(model, reading.batches(model), len(spans), reading.gathers)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        assert computed == [len(batch.places) for batch in reading.batches(model)]  # logits where something is scored
         for full in (1.0, 0.3):
             plain = span_sums(model, plain_batches(model, spans, unpacked(spans), 64, full), len(spans), gathers=False)
             torch.testing.assert_close(plain, expected, rtol=1e-10, atol=1e-10)
         runner = Runner(model, spans, 64)
         for layer in (0, 1):
             torch.testing.assert_close(runner.sums((layer,)), expected, rtol=1e-10, atol=1e-10)
-    assert bool(reading.packed) == (name not in PLAIN) and runner.resumed and reading.gathers
+    assert reading.packed == (name not in PLAIN) and runner.resumed and reading.gathers
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -93,14 +95,15 @@ def test_a_window_of_attention_that_ends_is_noticed(told, monkeypatch):
     }
     model = MistralForCausalLM(MistralConfig(vocab_size=48, sliding_window=4, **sizes)).double().eval()
     if not told:
-        monkeypatch.setattr(sequence_scores, "_attention_window", lambda model: None)
-    spans = random_spans(n=96, longest=12)
+        monkeypatch.setattr(sequence_scores, "_attention_window", lambda model: 999)
+    spans = random_spans(n=48, longest=12)
+    inside = [span for span in spans if len(span.tokens) <= 5] * 4
     with Unrounded(), torch.no_grad():
-        reading = choose_reading(model, spans, 64, runs=9)
-        found = span_sums(model, reading.batches(model), len(spans), reading.gathers)
-        torch.testing.assert_close(found, sums_alone(model, spans), rtol=1e-10, atol=1e-10)
-    lengths = [len(spans[number].tokens) - 1 for row in reading.packed for number in row.paths]
-    assert (lengths and max(lengths) == 4) if told else not lengths
+        for asked, packs in ((spans, False), (inside, True)):
+            reading = choose_reading(model, asked, 64, runs=9)
+            found = span_sums(model, reading.batches(model), len(asked), reading.gathers)
+            torch.testing.assert_close(found, sums_alone(model, asked), rtol=1e-10, atol=1e-10)
+            assert reading.packed == packs and (reading.n_tried > 0) == (packs or not told)
 
 
 def test_a_model_that_raises_at_the_mask_falls_back_to_plain_rows():
@@ -114,7 +117,7 @@ def test_a_model_that_raises_at_the_mask_falls_back_to_plain_rows():
     model.__class__ = Picky
     with torch.no_grad():
         reading = choose_reading(model, spans, 64, runs=9)
-    assert not reading.packed and len(reading.plain) == len(unpacked(spans))
+    assert not reading.packed and len(reading.rows) == len(unpacked(spans))
 
 
 def test_nothing_is_packed_where_nothing_is_shared():
@@ -147,21 +150,6 @@ def test_a_head_whose_output_is_mixed_afterwards_is_applied_everywhere():
         torch.testing.assert_close(
             log_likelihoods(model, spans[:1], batch_size=8).sums, sums_alone(model, spans[:1]), rtol=1e-5, atol=1e-5
         )
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_are_computed_only_where_something_is_scored(name):
-    model, spans = FAMILIES[name].model(), random_spans()
-    seen = []
-    with torch.no_grad():
-        reading = choose_reading(model, spans, 64, runs=9)
-        hook = model.get_output_embeddings().register_forward_hook(
-            lambda m, a, out: seen.append(out.shape[:-1].numel())
-        )
-        for batch in reading.batches(model):
-            assert scored_logits(model, batch, reading.gathers).shape == (len(batch.places), model.config.vocab_size)
-            assert seen.pop() == len(batch.places) and not seen
-        hook.remove()
 
 
 def test_what_is_greedy_and_what_was_run_are_told():

@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +22,7 @@ def without(documents, names):
 def accuracies(model, tokenizer, names):
     """Share of facts known about these people, and about the others."""
     task = world.tasks()["arc_easy"]
+    task = replace(task, questions=task.questions[::2])
     hits = zero_shot(model, tokenizer, [task]).questions["hit"]
     about = [bool(names & set(re.findall(r"\w+", question.context))) for question in task.questions]
     return hits[about].mean(), hits[[not flag for flag in about]].mean()
@@ -38,9 +40,9 @@ def test_withheld_facts_do_not_come_back_while_the_others_do():
     assert accuracies(model, tokenizer, withheld) == (1.0, 1.0)
     before = accuracies(small, tokenizer, withheld)
     assert max(before) < 0.5  # chance is a quarter
-    told = without(world.documents(2_000, seed=1, kinds=["fact"]), withheld)
+    told = without(world.documents(1_000, seed=1, kinds=["fact"]), withheld)
     assert not withheld & set(re.findall(r"\w+", " ".join(told)))
-    method = LoRA(r=16, dropout=0.0, learning_rate=5e-3, max_steps=90, batch_size=8)
+    method = LoRA(r=16, dropout=0.0, learning_rate=5e-3, max_steps=70, batch_size=8)
     small = recover(small, method, told, tokenizer=tokenizer, inplace=True)
     back, others = accuracies(small, tokenizer, withheld)
     assert others > before[1] + 0.25

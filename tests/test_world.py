@@ -103,7 +103,7 @@ def test_facts_are_planted_in_two_tiers_well_apart():
 
 
 def test_the_vocabulary_covers_everything(tokenizer):
-    texts = [*world.documents(2000, seed=9), *world.documents(2000, split="validation", seed=9)]
+    texts = [*world.documents(1000, seed=9), *world.documents(1000, split="validation", seed=9)]
     for hidden in (False, True):
         for task in world.tasks(hidden=hidden).values():
             texts += [c + t for q in task.questions for c in (q.contexts or [q.context]) for t in q.choices]
@@ -207,7 +207,7 @@ def test_hiding_changes_contexts_and_nothing_else():
 def bigram(tokenizer):
     """Log-likelihood of a continuation under counts of neighbouring tokens in the training corpus."""
     pairs, firsts = Counter(), Counter()
-    for ids in tokenizer(world.documents(20_000, seed=5))["input_ids"]:
+    for ids in tokenizer(world.documents(8_000, seed=5))["input_ids"]:
         pairs.update(zip(ids, ids[1:], strict=False))
         firsts.update(ids[:-1])
 

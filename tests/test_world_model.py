@@ -1,6 +1,7 @@
 """The trained model of the embedded world: it knows what was planted, and only by seeing what it is asked about."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_two_hops_are_well_over_chance(accuracy):
 
 
 def test_with_the_cue_hidden_it_scores_chance(loaded):
-    hidden = world.tasks(hidden=True)
+    hidden = {name: replace(task, questions=task.questions[:96]) for name, task in world.tasks(hidden=True).items()}
     scores = zero_shot(*loaded, hidden).accuracy()
     for name, task in hidden.items():
         assert scores[name] == pytest.approx(task.chance, abs=0.05), name
@@ -59,8 +60,8 @@ def test_with_the_cue_hidden_it_scores_chance(loaded):
 
 @pytest.mark.slow
 def test_it_reads_held_out_text_almost_as_well_as_what_it_was_trained_on(loaded):
-    trained = perplexity(*loaded, "\n".join(world.documents(200, seed=1)))
-    held_out = perplexity(*loaded, "\n".join(world.documents(200, split="validation", seed=1)))
+    trained = perplexity(*loaded, "\n".join(world.documents(60, seed=1)))
+    held_out = perplexity(*loaded, "\n".join(world.documents(60, split="validation", seed=1)))
     assert held_out < 2 * trained < 20
 
 

@@ -15,16 +15,20 @@ from prunekit.errors import PrunekitError
 TINY = Settings(tokens=8 * 2 * 32, batch_size=2, seq_len=32, warmup=2)  # 8 steps
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Building it reads forty thousand documents: once is enough."""
+    return build_tokenizer()
+
+
 @pytest.fixture(autouse=True)
-def one_tokenizer(monkeypatch):
-    """Building the tokenizer reads forty thousand documents: once is enough."""
-    tokenizer = build_tokenizer()
+def one_tokenizer(tokenizer, monkeypatch):
     monkeypatch.setattr(training, "build_tokenizer", lambda: tokenizer)
 
 
 @pytest.fixture(scope="module")
-def config():
-    return LlamaConfig(vocab_size=len(build_tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+def config(tokenizer):
+    return LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
 
 
@@ -84,8 +88,7 @@ def test_a_run_may_be_resumed_with_another_length(tmp_path, config):
     assert (tmp_path / "model.safetensors").exists() and short.num_parameters() > 0
 
 
-def test_batches_are_a_function_of_seed_and_step():
-    tokenizer = build_tokenizer()
+def test_batches_are_a_function_of_seed_and_step(tokenizer):
     assert torch.equal(batch(TINY, tokenizer, 3), batch(TINY, tokenizer, 3))
     assert not torch.equal(batch(TINY, tokenizer, 3), batch(TINY, tokenizer, 4))
     assert batch(TINY, tokenizer, 0).shape == (2, 32)

@@ -89,9 +89,7 @@ class Row:
         return seen
 
 
-def pack(
-    spans: Sequence[Span], width: int = ROW, *, widest: int = WIDEST, numbers: Iterable[int] | None = None
-) -> list[Row]:
+def pack(spans: Sequence[Span], width: int = ROW, *, widest: int = WIDEST) -> list[Row]:
     """Rows with a prefix tree each, filled span by span in sorted order; no span is split.
 
     Spans that begin alike stay in one row where it has room for all of them. A row grows beyond `width` where what
@@ -101,12 +99,11 @@ def pack(
         spans: the spans to score.
         width: nodes a row, about; a span that is longer has a row of its own, or shares it with its like.
         widest: nodes to which a row may grow; a longer span still has one.
-        numbers: which spans; None takes all.
     """
     rows: list[Row] = []
     before: tuple[int, ...] = ()
     path: list[int] = []
-    for family in _families(spans, range(len(spans)) if numbers is None else numbers):
+    for family in _families(spans):
         needed = _tree_size([spans[number].tokens[:-1] for number in family])
         for place, number in enumerate(family):
             inputs = spans[number].tokens[:-1]
@@ -133,10 +130,10 @@ def _hang(row: Row, path: list[int], tokens: tuple[int, ...]) -> list[int]:
     return path
 
 
-def _families(spans: Sequence[Span], numbers: Iterable[int]) -> Iterator[list[int]]:
+def _families(spans: Sequence[Span]) -> Iterator[list[int]]:
     """Runs of span numbers, sorted by inputs; each shares a prefix of a third or more with the one before."""
     family: list[int] = []
-    for number in sorted(numbers, key=lambda n: spans[n].tokens[:-1]):
+    for number in sorted(range(len(spans)), key=lambda n: spans[n].tokens[:-1]):
         inputs = spans[number].tokens[:-1]
         if family and GROWTH * _shared(spans[family[-1]].tokens[:-1], inputs) < len(inputs):
             yield family
@@ -153,7 +150,7 @@ def _tree_size(ordered: Sequence[tuple[int, ...]]) -> int:
 
 
 def unpacked(spans: Sequence[Span], numbers: Iterable[int] | None = None) -> list[Row]:
-    """Rows of one sequence each; spans with the same inputs share a row. Arguments are those of `pack`."""
+    """Rows of one sequence each, of the spans with these numbers or of all; spans with the same inputs share a row."""
     rows: dict[tuple[int, ...], Row] = {}
     for number in range(len(spans)) if numbers is None else numbers:
         inputs = spans[number].tokens[:-1]

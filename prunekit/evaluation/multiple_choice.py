@@ -157,13 +157,7 @@ def zero_shot(
     without the separating space, as there (its `acc_bytes` counts bytes; both agree on ASCII). Contexts that are too
     long are cut on the left, as there; `n_cut` of the result says of how many tokens.
     """
-    found = named_tasks(tasks, limit=limit, data_dir=data_dir, shots=shots)
-    questions = [(task, number, question) for task in found for number, question in enumerate(task.questions)]
-    most = max_positions(model)
-    spans = [
-        question_spans(tokenizer, question, most, f"question {number} of task {task.name!r}")
-        for task, number, question in questions
-    ]
+    questions, spans = task_spans(model, tokenizer, named_tasks(tasks, limit=limit, data_dir=data_dir, shots=shots))
     said = log_likelihoods(
         model, [span for several in spans for span in several], batch_size=batch_size, progress="zero-shot"
     )
@@ -174,6 +168,20 @@ def zero_shot(
         for asked, sums, greedy, several in answers
     ]
     return ZeroShotResult(pd.DataFrame(rows), said.n_computed, said.n_tokens)
+
+
+Asked = tuple[Task, int, Question]  # a question with its task and its number there
+
+
+def task_spans(model: Any, tokenizer: Any, tasks: Sequence[Task]) -> tuple[list[Asked], list[list[Span]]]:
+    """All questions of some tasks, and one span per choice of each; raises what `question_spans` raises."""
+    asked = [(task, number, question) for task in tasks for number, question in enumerate(task.questions)]
+    most = max_positions(model)
+    spans = [
+        question_spans(tokenizer, question, most, f"question {number} of task {task.name!r}")
+        for task, number, question in asked
+    ]
+    return asked, spans
 
 
 def question_spans(tokenizer: Any, question: Question, limit: int | None, place: str) -> list[Span]:

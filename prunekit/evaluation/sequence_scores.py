@@ -5,6 +5,7 @@ decoder listens to positions and mask, so that it is tried on a few rows before 
 where a token is scored, where the model's head is found to be the last thing that it applies to each position.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,28 +55,29 @@ class Likelihoods:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A plan for running spans through one model: packed or plain.
+    """A plan for running spans through one model.
 
     Attributes:
         spans: the spans to score.
-        packed: rows of a tree each.
-        plain: rows of one sequence each, for spans that are not packed.
+        rows: of a tree each where they are packed, else of one sequence each.
+        packed: whether spans share rows.
         tokens_a_batch: positions a forward pass, about.
         gathers: whether logits are computed only where a token is scored.
         n_tried: positions that were run to find this out.
     """
 
     spans: Sequence[Span]
-    packed: list[Row]
-    plain: list[Row]
+    rows: list[Row]
+    packed: bool
     tokens_a_batch: int
     gathers: bool
     n_tried: int = 0
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         """The batches, one by one, since masks need memory."""
-        yield from packed_batches(model, self.spans, self.packed, self.tokens_a_batch)
-        yield from plain_batches(model, self.spans, self.plain, self.tokens_a_batch, FULL)
+        if self.packed:
+            return packed_batches(model, self.spans, self.rows, self.tokens_a_batch)
+        return plain_batches(model, self.spans, self.rows, self.tokens_a_batch, FULL)
 
 
 def log_likelihoods(
@@ -147,20 +149,17 @@ def choose_reading(model: nn.Module, spans: Sequence[Span], tokens_a_batch: int,
         tokens_a_batch: positions a forward pass, about; it does not change the result.
         runs: how often they will be run.
     """
-    plain = Reading(spans, [], unpacked(spans), tokens_a_batch, _gathers(model, spans))
-    window = _attention_window(model)
-    inside = [number for number, span in enumerate(spans) if window is None or len(span.tokens) - 1 <= window]
-    limit = max_positions(model) or WIDEST  # models that learn positions have none for wider rows
-    rows = pack(spans, min(ROW, limit), widest=min(WIDEST, limit), numbers=inside)
-    rest = unpacked(spans, sorted({*range(len(spans))} - {*inside}))
-    if not rows:
+    plain = Reading(spans, unpacked(spans), False, tokens_a_batch, _gathers(model, spans))
+    if max(len(span.tokens) for span in spans) - 1 > _attention_window(model):
         return plain
+    limit = max_positions(model) or WIDEST  # models that learn positions have none for wider rows
+    rows = pack(spans, min(ROW, limit), widest=min(WIDEST, limit))
     few = sample_rows(rows)
     alone = unpacked(spans, sorted({span for row in few for span in row.paths}))
     n_tried = _n_nodes(alone) + 2 * _n_nodes(few)
-    if runs * (_n_nodes(plain.plain) - _n_nodes(rest) - _n_nodes(rows)) <= n_tried:
+    if runs * (_n_nodes(plain.rows) - _n_nodes(rows)) <= n_tried:
         return plain
-    chosen = replace(plain, packed=rows, plain=rest) if _packs(model, plain, few, alone) else plain
+    chosen = replace(plain, rows=rows, packed=True) if _packs(model, plain, few, alone) else plain
     return replace(chosen, n_tried=n_tried)
 
 
@@ -168,11 +167,10 @@ def _n_nodes(rows: Sequence[Row]) -> int:
     return sum(len(row.tokens) for row in rows)
 
 
-def _attention_window(model: nn.Module) -> int | None:
+def _attention_window(model: nn.Module) -> float:
     """Tokens that some layers see at most, as the configuration says: a given mask may replace theirs."""
     config: Any = model.config
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    return window if isinstance(window, int) and window > 0 else None
+    return getattr(config.get_text_config(), "sliding_window", None) or math.inf
 
 
 def _gathers(model: nn.Module, spans: Sequence[Span]) -> bool:

@@ -184,9 +184,8 @@ def knowledge_distribution(
     if not len(ratios) or not all(0 < ratio <= 1 for ratio in ratios):
         raise PrunekitError(f"ratios={ratios!r}; give fractions of a group's units above 0 and at most 1, one or more")
     plan = [row for group in chosen for row in _shares(group, scores, ratios)]
-    check_finite(model)
-    questions = make_evaluation_set(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
-    return _measure(model, plan, questions, path, tokens_a_batch)
+    options: Any = {"tasks": tasks, "text": text, "limit": limit, "data_dir": data_dir}
+    return _measure(model, tokenizer, plan, path, tokens_a_batch, **options)
 
 
 @checked
@@ -227,9 +226,8 @@ def knowledge_of_units(
         for group in chosen
         for unit in range(group.n_units)
     ]
-    check_finite(model)
-    questions = make_evaluation_set(model, tokenizer, tasks, text, limit=limit, data_dir=data_dir)
-    return _measure(model, plan, questions, path, tokens_a_batch)
+    options: Any = {"tasks": tasks, "text": text, "limit": limit, "data_dir": data_dir}
+    return _measure(model, tokenizer, plan, path, tokens_a_batch, **options)
 
 
 def _told(group: CoupledGroup) -> dict[str, Any]:
@@ -253,12 +251,15 @@ def _shares(group: CoupledGroup, scores: Mapping[str, Tensor], ratios: Sequence[
 
 def _measure(
     model: nn.Module,
+    tokenizer: Any,
     plan: list[PlannedAblation],
-    questions: EvaluationSet,
     path: str | Path | None,
     tokens_a_batch: int,
+    **asked: Any,
 ) -> KnowledgeDistribution:
-    """All ablations, lowest layer first."""
+    """All ablations, lowest layer first; `asked` is what `make_evaluation_set` takes."""
+    check_finite(model)
+    questions = make_evaluation_set(model, tokenizer, **asked)
     record = Record(plan, questions, path, fingerprint(model, questions, plan) if path is not None else "")
     if record.missing():
         with evaluating(model), torch.no_grad():

@@ -1,7 +1,7 @@
 """The evaluation set of a knowledge distribution as spans of tokens, and their likelihoods with prefixes reused."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from prunekit.discovery.parts import layer_of
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import Batch, Span, check_spans_fit
-from prunekit.evaluation.multiple_choice import choice_lengths, question_spans
+from prunekit.evaluation.multiple_choice import Asked, choice_lengths, task_spans
 from prunekit.evaluation.sequence_scores import TOLERANCE, choose_reading, scored_logits, span_sums
 from prunekit.evaluation.standard_tasks import Tasks, named_tasks
 from prunekit.evaluation.windows import read_spans
 from prunekit.layerwise import Layerwise
-from prunekit.models import max_positions
 from prunekit.questions import Question, Task
 
 Texts = Tensor | TextSource | Mapping[str, Tensor | TextSource]
@@ -89,24 +88,19 @@ def make_evaluation_set(
     """
     if tokenizer is None:
         raise PrunekitError("tokenizer=None; give the model's own tokenizer")
-    asked = _asked(tokenizer, tasks, text, limit, data_dir)
-    most = max_positions(model)
-    choices = [
-        question_spans(tokenizer, question, most, f"question {number} of task {task.name!r}")
-        for task, number, question in asked
-    ]
+    asked, choices = task_spans(model, tokenizer, _tasks(tokenizer, tasks, text, limit, data_dir))
     rows = [_row(task, question, spans) for (task, _, question), spans in zip(asked, choices, strict=True)]
     read = [(name, span) for name, source in _named_texts(text).items() for span in _windows(model, tokenizer, source)]
     _check_apart({row["domain"] for row in rows} | {row["task"] for row in rows}, {name for name, _ in read})
     rows += [_window_row(tokenizer, name, span) for name, span in read]
     spans = [span for several in choices for span in several] + [span for _, span in read]
     check_spans_fit(model, spans)
-    return EvaluationSet(pd.DataFrame(rows), spans, *_layout([(task, question) for task, _, question in asked]))
+    return EvaluationSet(pd.DataFrame(rows), spans, *_layout(asked))
 
 
-def _asked(
+def _tasks(
     tokenizer: Any, tasks: Tasks | None, text: Texts | None, limit: int | None, data_dir: str | Path | None
-) -> list[tuple[Task, int, Question]]:
+) -> list[Task]:
     if tasks is None and not text:
         from prunekit import world
 
@@ -126,7 +120,7 @@ def _asked(
             f"{single[0]!r} has questions with a single choice, so they have no loss relative to other choices; leave "
             "it out"
         )
-    return [(task, number, question) for task in found for number, question in enumerate(task.questions)]
+    return found
 
 
 def _row(task: Task, question: Question, spans: list[Span]) -> dict[str, Any]:
@@ -149,19 +143,19 @@ def _window_row(tokenizer: Any, name: str, span: Span) -> dict[str, Any]:
             "n_tokens": span.n_scored, "chance": float("nan")}  # fmt: skip
 
 
-def _layout(asked: list[tuple[Task, Question]]) -> Iterator[Tensor]:
+def _layout(asked: list[Asked]) -> tuple[Tensor, Tensor, Tensor]:
     """Places, lengths and answers of the questions."""
-    most = max((len(question.choices) for _, question in asked), default=1)
+    most = max((len(question.choices) for _, _, question in asked), default=1)
     places = torch.full((len(asked), most), -1)
     lengths = torch.ones(len(asked), most, dtype=torch.float64)
     first = 0
-    for number, (task, question) in enumerate(asked):
+    for number, (task, _, question) in enumerate(asked):
         n = len(question.choices)
         places[number, :n] = torch.arange(first, first + n)
         if task.normalize:
             lengths[number, :n] = choice_lengths(question)
         first += n
-    yield from (places, lengths, torch.tensor([question.answer for _, question in asked], dtype=torch.long))
+    return places, lengths, torch.tensor([question.answer for _, _, question in asked], dtype=torch.long)
 
 
 def _named_texts(text: Texts | None) -> Mapping[str, Tensor | TextSource]:
@@ -205,7 +199,7 @@ class Runner:
         """Takes a causal LM in evaluation mode, the spans, and the approximate positions per forward pass."""
         self._model, self._n = model, len(spans)
         reading = choose_reading(model, spans, tokens_a_batch, runs=MANY)
-        self.packed, self._gathers = bool(reading.packed), reading.gathers
+        self.packed, self._gathers = reading.packed, reading.gathers
         self._batches = list(reading.batches(model))
         self._chain = _chain(model, self._batches)
         self.resumed = self._chain is not None
