@@ -60,6 +60,21 @@ def test_compensation_is_that_of_the_library(fit, dense, tmp_path):
     assert "16 windows of 64 tokens" in plan.notes["calibration"]
 
 
+@pytest.mark.parametrize("gaps", [None, "magnitude"])
+def test_gaps_are_made_up_for_as_the_library_does(gaps, dense, tmp_path, capsys):
+    options = ("--kinds", "layer", "--of", "units", "--importance", "block-influence", "--compensate")
+    said = ("--gaps", gaps) if gaps else ()
+    assert cut(dense, tmp_path / "out", *options, *said, ratio="0.5") == 0
+    model, _ = pk.load(dense)
+    plan = pk.PruningPlan.load(tmp_path / "out" / "plan.json")
+    expected = dict(pk.prune(model, plan, compensate=calib(dense), gaps=gaps).named_parameters())
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert plan.removed_layers and all(torch.equal(found[name], expected[name]) for name in found)
+    capsys.readouterr()
+    assert cut(dense, tmp_path / "other", "--gaps", gaps or "map") == 2
+    assert "makes up for whole layers that go" in capsys.readouterr().err
+
+
 def test_curvature_and_a_re_fit_are_the_default(dense, tmp_path):
     assert cut(dense, tmp_path / "out") == cut(dense, tmp_path / "plain", "--compensate", "none") == 0
     model, _ = pk.load(dense)

@@ -55,6 +55,7 @@ class _Order:
         calibration: text that was given.
         drawing: how its windows are drawn, as far as it was said.
         fit: what is re-fitted, "none" for nothing; None where it was not said.
+        gaps: how removed layers are made up for; None where it was not said.
         writing: options of `save`.
         loading: options of `load`.
     """
@@ -70,6 +71,7 @@ class _Order:
     calibration: str | None
     drawing: dict[str, Any]
     fit: str | None
+    gaps: str | None
     writing: dict[str, Any]
     loading: dict[str, Any]
 
@@ -77,7 +79,7 @@ class _Order:
     def in_memory(self) -> dict[str, Any]:
         """Options that need the whole model, where they are given."""
         fit = None if self.fit == "none" else self.fit
-        given = {"compensate": fit, "normalize": self.normalize, "steps": self.steps}
+        given = {"compensate": fit, "gaps": self.gaps, "normalize": self.normalize, "steps": self.steps}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
@@ -106,6 +108,7 @@ def prune(
     calibration: str | None = None,
     drawing: Annotated[dict[str, Any], Of(pk.calibration_set, "seed", **WINDOWS)],
     compensate: Annotated[Literal["weights", "bias", "both", "none"] | None, {"nargs": "?", "const": "weights"}] = None,
+    gaps: Literal["map", "magnitude"] | None = None,
     streaming: bool | None = None,
     writing: Writing,
     loading: Loading,
@@ -145,6 +148,7 @@ def prune(
         drawing: options of `calibration_set`.
         compensate: re-fit the layers that consume pruned units on the calibration text: their weights (the default of
             the option, and without it where curvature is the importance by default), their biases, both, or none.
+        gaps: with --compensate, what makes up for whole layers that go: a linear map (the default), or one factor.
         streaming: leave the weights on disk (by default where they take more than the free memory).
         writing: options of `save`.
         loading: options of `load`.
@@ -159,9 +163,8 @@ def prune(
     by, method = pk.PruningPlan.load(plan) if plan else None, _named(importance, granularity, drawing)
     if by is not None and not any(by.removed(name) for name in by.keep):
         raise PrunekitError(f"{plan} is a plan that removes nothing; give another, or --pruning-ratio")
-    order = _Order(
-        model, out, by, ratio, planning, method, normalize, steps, calibration, drawing, compensate, writing, loading
-    )
+    how = normalize, steps, calibration, drawing, compensate, gaps, writing, loading
+    order = _Order(model, out, by, ratio, planning, method, *how)
     if _is_too_large(model) if streaming is None else streaming:
         return _answer(order, _cut_streamed(order))
     return _answer(order, _cut(order))
@@ -203,7 +206,7 @@ def _cut(order: _Order) -> pk.PruningPlan:
     held_out = held_out_windows(text, tokenizer, drawing, seen=calib is not None)
     fitted = fit not in (None, "none")
     how: dict[str, Any] = {"compensate": calib, "fit": fit} if fitted else {"inplace": True}
-    small: Any = pk.prune(dense, plan, held_out=held_out, **how)
+    small: Any = pk.prune(dense, plan, held_out=held_out, gaps=order.gaps, **how)
     notes = _notes(order, fit if fitted else None, drawing if calib is not None else None, small.loss_change)
     # Counted anew, since a plan may be written by hand.
     plan = replace(plan, n_parameters=before, n_parameters_kept=count_parameters(small), notes={**plan.notes, **notes})

@@ -68,7 +68,7 @@ def prune(
     inplace: bool = False,
     compensate: Tensor | None = None,
     fit: str = "weights",
-    gaps: Literal["map", "magnitude"] = "map",
+    gaps: Literal["map", "magnitude"] | None = None,
     held_out: Tensor | None = None,
     measure: bool = True,
 ) -> nn.Module:
@@ -87,7 +87,7 @@ def prune(
             go too, the target of the re-fit is the model without them. What removed layers added to the residual stream
             is then made up for, as `gaps` says.
         fit: what of it, as in `prunekit.compensate`: `"weights"`, `"bias"` or `"both"`.
-        gaps: `"map"` lets the last layer in front of removed ones take over what they added
+        gaps: `"map"` (the default) lets the last layer in front of removed ones take over what they added
             (`prunekit.pruning.gaps.bridge`); `"magnitude"` makes up for its size alone, by one factor a gap
             (`prunekit.pruning.gap_factors.rescale`).
         held_out: integers (n, seq_len) on which the loss is measured before and after, about 1,024 of these tokens;
@@ -119,7 +119,7 @@ def prune(
         raise PrunekitError(
             f"fit={fit!r} says what is re-fitted on the tokens of compensate=; give these, or leave it out"
         )
-    if gaps != "map" and (compensate is None or not plan.removed_layers):
+    if gaps is not None and (compensate is None or not plan.removed_layers):
         raise PrunekitError(
             f"gaps={gaps!r} makes up for whole layers that go, on the tokens of compensate=; give both, or leave it out"
         )
@@ -131,7 +131,7 @@ def prune(
     if compensate is not None and pruned.plan.keep:
         refit(*pruned, compensate, fit=fit)
     if compensate is not None and plan.removed_layers:
-        {"map": bridge, "magnitude": rescale}[gaps](pruned.small, model, plan, compensate)
+        (rescale if gaps == "magnitude" else bridge)(pruned.small, model, plan, compensate)
     describe(pruned.small, pruned.plan.groups)
     if opening is not None:
         closed(opening, pruned.small)
