@@ -1,7 +1,7 @@
 """Digests of models, tensors, texts and files, by which an interrupted run finds out whether it goes on with the same.
 
 A record of finished files shows which of them was changed, cut short or removed. Folders that are costly to make are
-kept in the user's cache with such a record, and made again where they are damaged.
+kept in the user's cache, and made again where a file is missing or cut short.
 """
 
 import hashlib
@@ -20,8 +20,6 @@ from prunekit.checks import check_value
 from prunekit.errors import DiskError, PrunekitError
 from prunekit.files import alone_in, new_folder, read_json, write_text
 
-_BLOCK, _N_BLOCKS = 4096, 64  # bytes of a block, and how many of a file are read at least
-
 
 def digest_of(model: nn.Module) -> "hashlib._Hash":
     """SHA-256 over names, types, shapes and values of a model's state; can be updated further."""
@@ -35,19 +33,6 @@ def digest_of(model: nn.Module) -> "hashlib._Hash":
 def digest_of_text(text: str) -> str:
     """SHA-256 of a text, in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """A short digest of a file: all of a small one, and 4 kB in each 64th of a larger one, so that weights are no wait.
-
-    Other weights of the same shapes differ in each block; a few values changed between two blocks are not noticed.
-    """
-    found, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file:
-        for start in range(0, size, max(_BLOCK, size // _N_BLOCKS)):
-            file.seek(start)
-            found.update(file.read(_BLOCK))
-    return found.hexdigest()[:16]
 
 
 def bytes_of(tensor: Tensor) -> bytes:
@@ -144,11 +129,11 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file is there as it was written: same size and time of change, else same SHA-256."""
+    """Whether every file is there with the size in which it was written."""
     try:
-        files = json.loads((folder / CACHED).read_text(encoding="utf-8"))["files"]
-        return bool(files) and all(_is_unchanged(folder / name, *facts) for name, facts in files.items())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        sizes = json.loads((folder / CACHED).read_text(encoding="utf-8"))["sizes"]
+        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
 
 
@@ -163,13 +148,6 @@ def _remembered(path: Path, _size: int, _changed: int) -> str:
     return _digest(path)
 
 
-def _is_unchanged(path: Path, size: int, changed: int, digest: str) -> bool:
-    stat = path.stat()
-    if stat.st_size != size:
-        return False
-    return stat.st_mtime_ns == changed or sha256_of(path) == digest  # times are lost where a cache is copied
-
-
 def _remove_remains(folder: Path) -> None:
     """Remove a damaged folder, and partial folders of killed processes."""
     for path in [folder, *folder.parent.glob(f".{folder.name}.*")]:
@@ -182,10 +160,5 @@ def _remove_remains(folder: Path) -> None:
 def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
     with new_folder(folder) as beside:
         fill(beside)
-        files = {path.name: _facts(path) for path in sorted(beside.iterdir())}
-        write_text(beside / CACHED, json.dumps({"files": files}, indent=1))
-
-
-def _facts(path: Path) -> tuple[int, int, str]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, sha256_of(path)
+        sizes = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
+        write_text(beside / CACHED, json.dumps({"sizes": sizes}, indent=1))

@@ -82,7 +82,7 @@ def test_save_pretrained_writes_the_model_or_refuses_by_name(name, form, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["channels", "heads", "uneven"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "mixtral"])
 def test_a_checkpoint_of_the_trainer_loads_or_training_says_why_not(name, form, tmp_path):
     small, row = copy.deepcopy(cut(name, form)), torch.arange(8)
     settings = {"max_steps": 1, "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
@@ -99,8 +99,8 @@ def test_a_checkpoint_of_the_trainer_loads_or_training_says_why_not(name, form, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["channels", "heads", "uneven"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["heads", "uneven"])
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "gpt_neox", "mixtral", "gpt_oss"])
 def test_an_adapter_trained_on_a_cut_model_finds_its_base(name, form, tmp_path):
     """Whatever the widths: peft saves the adapter and the name of the folder that the base was saved in."""
     small = copy.deepcopy(cut(name, form))
@@ -199,8 +199,8 @@ def pk_free(config):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"),
-    [(name, form) for name in NAMES for form in ("channels", "heads", "experts", "layer", "uneven")
-     if form != "experts" or name in WITH_EXPERTS],
+    [(name, form) for name in ("qwen3", "gemma3", "gpt2", "bloom", *WITH_EXPERTS)
+     for form in ("heads", "experts", "layer", "uneven") if form != "experts" or name in WITH_EXPERTS],
 )  # fmt: skip
 def test_optional_outputs_are_those_of_the_units_that_are_left(name, form, tmp_path):
     """Hidden states, attentions and router logits, before and after saving in whatever format."""

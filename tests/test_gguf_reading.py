@@ -194,22 +194,13 @@ def _truncate(folder):
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def _change(folder):
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
         _truncate,
-        _change,
         lambda folder: (folder / "tokenizer.json").unlink(),
-        lambda folder: (folder / "cache.json").write_text("{"),
-        lambda folder: (folder / "cache.json").write_text('{"files": {"config.json": 3}}'),
+        lambda folder: (folder / "cache.json").write_text('{"sizes": {"config.json": 3}}'),
         lambda folder: shutil.rmtree(folder) or folder.write_text("a file"),
         lambda folder: (folder.parent / f".{folder.name}.killed").mkdir() or (folder / "config.json").unlink(),
     ],
@@ -275,7 +266,7 @@ def _ones(kind="F32"):
     return np.ones((4, 32), np.float32), gguf.GGMLQuantizationType[kind]
 
 
-@pytest.mark.parametrize("part", [0.0, 3, 0.02, 0.3, 0.9, -1])
+@pytest.mark.parametrize("part", [0.0, 0.02, 0.3, -1])
 def test_a_truncated_file_is_refused_by_name(part, file, cache):
     content = file.read_bytes()
     file.write_bytes(content[: int(part * len(content)) if isinstance(part, float) else part])
@@ -372,11 +363,9 @@ TRAINING = ["--max-steps", "1", "--seq-len", "16", "--batch-size", "1"]
     ("command", "options"),
     [
         ("discover", []),
-        ("prune", ["--pruning-ratio", "0.2", "--importance", "l2", "--out", "OUT"]),
         ("prune", ["--pruning-ratio", "0.2", "--importance", "activation", "--calibration", "TEXT", "--out", "OUT"]),
         ("recover", ["--data", "TEXT", *TRAINING, "--out", "OUT"]),
         ("evaluate", ["--data", "TEXT", "--metrics", "perplexity"]),
-        ("sparsify", ["--sparsity", "0.5", "--method", "magnitude", "--out", "OUT"]),
         ("export", ["--out", "OUT"]),
     ],
 )
@@ -394,11 +383,10 @@ def test_every_command_takes_a_file(command, options, file, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("importance", ["l2", "activation"])
-def test_a_file_is_streamed(importance, file, tmp_path):
+def test_a_file_is_streamed(file, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     windows = ["--calibration", str(tmp_path / "text.txt"), "--n-samples", "2", "--seq-len", "16"]
-    options = ["--importance", importance, *(windows if importance == "activation" else [])]
+    options = ["--importance", "activation", *windows]
     for how in ("--streaming", "--no-streaming"):
         out = str(tmp_path / how.strip("-"))
         assert main(["prune", str(file), "--pruning-ratio", "0.2", *options, how, "--out", out]) == 0

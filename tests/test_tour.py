@@ -71,22 +71,10 @@ def test_html_shows_text_and_pictures_inline_and_the_notebook_stays_as_it_was(tm
     before = path.read_bytes()
     outcome = notebook_runs.run_notebook(path, tmp_path / "build")
     html = (tmp_path / "build/notebooks/00_plot.html").read_text()
-    assert outcome.problems == () and outcome.seconds > 0 and outcome.n_words == 2  # "# Title"
+    assert outcome.problems == () and outcome.seconds > 0
     assert ">42\n" in html and "data:image/png;base64," in html
     assert path.read_bytes() == before
     assert sorted(kept.name for kept in (tmp_path / "build/notebooks").iterdir()) == ["00_plot.html", "00_plot.ipynb"]
-
-
-def test_what_a_notebook_took_is_known(tmp_path, write):
-    work = "import time\nuntil = time.process_time() + 0.5\nwhile time.process_time() < until: pass"
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}])"
-    large = "import numpy; kept = numpy.ones(50 * 2**20, dtype='uint8'); del kept"
-    idle, busy, big = (
-        notebook_runs.run_notebook(write(f"0{n}_x.ipynb", source), tmp_path / "build")
-        for n, source in enumerate(["1", f"{work}\n{child}", large])
-    )
-    assert 0 < idle.cpu_seconds < idle.seconds + 5 and busy.cpu_seconds > 1
-    assert idle.peak_mb > 10 and (big.peak_mb > idle.peak_mb + 45 or sys.platform != "linux")
 
 
 def test_failing_cell_is_named_with_its_error(tmp_path, write):
@@ -134,7 +122,7 @@ def test_series_writes_html_and_summary(tmp_path, write, capsys):
         "00_start.html",
         "01_more.html",
     ]
-    assert "00_start" in table and "01_more" in table and "all (memory: the most)" in table and "peak MiB" in table
+    assert "00_start" in table and "01_more" in table and "| all " in table and "seconds" in table
 
 
 def test_one_failure_does_not_stop_the_others(tmp_path, write, capsys):

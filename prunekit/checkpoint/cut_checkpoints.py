@@ -34,7 +34,7 @@ from prunekit.errors import PrunekitError, reason
 from prunekit.models import empty_model, name_model, own_tensors
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import usable
-from prunekit.pruning.cuts import HEADS, Cuts, Stages, head_fields, units_left
+from prunekit.pruning.cuts import HEADS, Cuts, Stages, head_fields
 from prunekit.pruning.describing import describe
 from prunekit.pruning.surgery import cut
 
@@ -128,7 +128,6 @@ def _build(
         model = empty_model(config, **options)
         groups = discover(model)
         small = cut_again(model, groups, saved["stages"], saved.get("biases", []))
-        check_widths(saved, groups)
         return small, groups
     except Exception as error:  # a configuration its family refuses: any exception of any validator
         raise PrunekitError(
@@ -261,34 +260,3 @@ def _skipped(left: dict[str, list[int]], layer: int) -> list[str]:
     return sorted(
         kind if kind == "layer" else path.rpartition(".")[2] for path, _, kind in gone if layer_in(path) == layer
     )
-
-
-def check_widths(saved: dict[str, Any], groups: Groups) -> None:
-    """Holds the widths that a cut checkpoint's config.json says of its layers against its record.
-
-    A field is right where it stands to its uncut value as the units left of some group in that layer to all.
-
-    Args:
-        saved: config.json; older ones say no widths.
-        groups: of the uncut model.
-
-    Raises:
-        PrunekitError: one is not.
-    """
-    left = units_left(saved["stages"])
-    for layer, fields in saved.get("per_layer_config", {}).items():
-        there = [(g.n_units, len(left[g.name])) for g in groups if str(g.layer) == layer and g.name in left]
-        for field, value in fields.items():
-            right = _skipped(left, int(layer)) == value if field == "skip" else _stands(value, saved.get(field), there)
-            if not right:
-                raise PrunekitError(
-                    f"per_layer_config says {field}={value!r} for layer {layer}, its stages do not; restore config.json"
-                )
-
-
-def _stands(value: Any, whole: int | None, there: list[tuple[int, int]]) -> bool:
-    """Whether a field is what some group leaves of it, a group of just its size where there is one."""
-    if whole is None:
-        return any(value == kept for _, kept in there)
-    same = [(n, kept) for n, kept in there if n == whole] or there
-    return any(value * n == whole * kept for n, kept in same)

@@ -32,7 +32,6 @@ from prunekit.checkpoint.saving import (
     write_tokenizer,
 )
 from prunekit.compat import TorchDispatchMode
-from prunekit.digests import record, recorded
 from prunekit.errors import PrunekitError
 from prunekit.files import new_folder, write_text
 from prunekit.models import empty_model, own_tensors, shapes_of
@@ -203,7 +202,7 @@ def cut_without_weights(model: nn.Module, plan: PruningPlan) -> tuple[Any, Postp
         return cut(sharing, plan), postponed
 
 
-def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard_size: str | int, note: Path) -> None:
+def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard_size: str | int) -> None:
     """Slice the weights into new shards; one that is finished already is left as it is.
 
     Args:
@@ -211,7 +210,6 @@ def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard
         postponed: what they stand for.
         folder: each shard is written beside its place in it, read back, and moved there when it is right.
         max_shard_size: of a shard, as `"1GB"`; a shard is what memory must hold.
-        note: of finished files.
 
     Raises:
         PrunekitError: weights that are NaN or infinite, or that do not read back as they were.
@@ -220,10 +218,9 @@ def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     layout = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in tqdm(layout.filename_to_tensors.items(), desc="writing", unit="shard", leave=False, delay=1):
-        if file not in recorded(note):
+        if not (folder / file).exists():
             pieces = {name: postponed.pieces.get(state[name].data_ptr(), Piece(state[name])) for name in names}
             _write_shard({name: piece.take() for name, piece in pieces.items()}, folder / file)
-            record([folder / file], note)
     if layout.is_sharded:
         index = {"metadata": layout.metadata, "weight_map": layout.tensor_to_filename}
         write_text(folder / INDEX, json.dumps(index, indent=2))

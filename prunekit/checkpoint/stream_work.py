@@ -1,21 +1,21 @@
 """The work folder of a streamed run, which keeps finished parts so that the run can resume."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
 from prunekit.annotations import shown
 from prunekit.checkpoint.folders import read_object
-from prunekit.digests import check_recorded, digest_of_file, digest_of_text
+from prunekit.digests import digest_of_text
 from prunekit.errors import DiskError, PrunekitError
-from prunekit.files import check_new_folder, fcntl, open_to_readers, write_text
+from prunekit.files import check_new_folder, open_to_readers, write_text, writing
 
 Facts = Mapping[str, Any]
 """Arguments of a run, as JSON: two runs with equal arguments give equal files."""
@@ -26,109 +26,69 @@ class Work:
 
     Attributes:
         root: the folder, `.OUT.partial` beside OUT; it may not exist yet.
+        facts: the file of its arguments.
         scores: scores of the groups finished so far.
         source: a copy of the source with the model's own tensors, where it has others.
         checkpoint: the unfinished output folder; a rename makes it OUT.
         plan: the plan, which the output carries along.
-        written: the note of the finished files of the output.
     """
 
     def __init__(self, out: Path) -> None:
         self.root = out.absolute().parent / f".{out.name}.partial"
-        self.scores, self.source = self.root / "scores.safetensors", self.root / "source"
-        self.checkpoint, self.written = self.root / "checkpoint", self.root / "written.json"
+        self.facts, self.scores, self.source = (self.root / n for n in ("facts.json", "scores.safetensors", "source"))
+        self.checkpoint = self.root / "checkpoint"
         self.plan = self.checkpoint / "plan.json"
-        self._anew = f"remove the folder {str(self.root)!r} to begin anew"
 
-    def check(self, facts: Mapping[str, Facts]) -> None:
-        """Raise an error for a folder in which a step was made with something else; nothing is written.
-
-        Args:
-            facts: step → what it is made with.
+    def check(self, facts: Facts) -> None:
+        """Raise an error for a folder that was made with something else; nothing is written.
 
         Raises:
             PrunekitError: names the first fact that differs, or the file of them that is damaged.
         """
-        for step, now in json.loads(json.dumps(facts)).items():
-            path = self.root / f"{step}.json"
-            before = self._noted(path) if path.is_file() else now
-            for name in [name for name in now if now[name] != before.get(name)][:1]:
+        if not self.facts.is_file():
+            return
+        before = read_object(self.facts)
+        for name, now in json.loads(json.dumps(facts)).items():
+            if now != before.get(name):
                 raise PrunekitError(
                     f"{str(self.root)!r} holds an unfinished run with another {name}: {shown(before.get(name))}, now "
-                    f"{shown(now[name])}; give what it was given to go on, or remove that folder to begin anew"
+                    f"{shown(now)}; give what it was given to go on, or remove that folder to begin anew"
                 )
 
-    def _noted(self, path: Path) -> dict[str, Any]:
-        try:
-            return read_object(path)
-        except PrunekitError as error:
-            raise PrunekitError(f"{error}, or {self._anew}") from None
-
-    def check_written(self) -> None:
-        """Raise an error for a finished file that was changed, cut short or removed since.
-
-        Raises:
-            PrunekitError: names the file.
-        """
-        try:
-            check_recorded(self.written, self.checkpoint, self._anew)
-        except PrunekitError as error:
-            told = str(error)
-            raise PrunekitError(told if self._anew in told else f"{told}, or {self._anew}") from None
-
-    def claim(self, facts: Mapping[str, Facts]) -> None:
-        """Write down the arguments of each step for `check`; makes the folder where there is none.
-
-        Raises:
-            PrunekitError: as `check`, or nothing can be written there.
-        """
-        self.check(facts)
-        try:
-            self.checkpoint.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(self.root.parent, error) from None
-        for step, now in facts.items():
-            write_text(self.root / f"{step}.json", json.dumps(now, indent=1))
+    def claim(self, facts: Facts) -> None:
+        """Write down the arguments for `check`; makes the folder where there is none."""
+        self.checkpoint.mkdir(parents=True, exist_ok=True)
+        write_text(self.facts, json.dumps(facts, indent=1))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep every other run out of the folder, where the system lets go of the lock of a run that was killed.
+        """Keep every other run out of the folder.
 
         Raises:
             PrunekitError: another run is at work there, or nothing can be written there.
         """
-        if fcntl is None:
-            yield
-            return
         path = self.root.with_name(f"{self.root.name}.lock")
-        try:
+        lock = FileLock(path)
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
-        except OSError as error:
-            raise _unwritable(path.parent, error) from None
-        with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-            except BlockingIOError:
-                held = False
-            except OSError:  # a disk that keeps no locks
-                held = True
-            if not held:  # or it ended between our opening the file and locking it, and another one has begun
+                lock.acquire(timeout=0)
+            except Timeout:
                 raise PrunekitError(
                     f"another run is at work in {str(self.root)!r}; wait until it ends, or choose another output"
-                )
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+                ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            lock.release()
 
     @contextmanager
     def kept_if_stopped(self) -> Iterator[None]:
-        """Say where the finished part lies when the block is interrupted, or the disk is full.
+        """Say where the finished part lies when the block is interrupted, or the disk is full, or a part is damaged.
 
         Raises:
-            PrunekitError: something cannot be written.
+            PrunekitError: something cannot be written, or read back.
             KeyboardInterrupt: with these words.
         """
         kept = f"what is finished lies in {str(self.root)!r}; the same call goes on from it"
@@ -140,6 +100,10 @@ class Work:
             cause = error.__cause__ if isinstance(error, DiskError) else error
             reason = getattr(cause, "strerror", None) or cause
             raise DiskError(f"cannot go on ({reason}); {kept}, once there is room") from error
+        except PrunekitError as error:
+            if f"{self.root}/" not in str(error):
+                raise
+            raise PrunekitError(f"{error}, or remove the folder {str(self.root)!r} to begin anew") from error
 
     def finish(self, out: Path) -> None:
         """Move the finished output into its place and drop the rest.
@@ -157,19 +121,10 @@ class Work:
         shutil.rmtree(self.root)
 
 
-def _unwritable(folder: Path, error: OSError) -> PrunekitError:
-    return PrunekitError(
-        f"cannot write to {str(folder)!r} ({error.strerror}); choose an output folder where you may write"
-    )
-
-
-def facts_of_files(folder: Path) -> dict[str, list[int | str]]:
-    """Name, size, time of change and a digest of a checkpoint's configuration, index and weights.
-
-    Copies that keep the time, such as those out of archives, are distinguished by the digest.
-    """
+def facts_of_files(folder: Path) -> dict[str, list[int]]:
+    """Name, size and time of change of a checkpoint's configuration, index and weights."""
     found = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns, digest_of_file(path)] for path in found}
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in found}
 
 
 def fingerprint(tokens: Tensor | None) -> str | None:

@@ -25,7 +25,6 @@ from prunekit.checkpoint.mapped_weights import (
 from prunekit.checkpoint.saving import check_shard_size
 from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerprint
 from prunekit.checks import FilePath, checked
-from prunekit.digests import record, recorded
 from prunekit.discovery import CoupledGroup, Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
@@ -58,17 +57,17 @@ class _Order:
     options: dict[str, Any]
     max_shard_size: str | int
 
-    def facts(self) -> dict[str, Facts]:
-        """Arguments that the scores depend on, and further ones that the files depend on."""
-        scoring = {
+    def facts(self) -> Facts:
+        """Arguments that scores and files depend on."""
+        return {
             "source": str(self.folder.resolve()),
             "files": facts_of_files(self.folder),
             "importance": self.how.to_json() if isinstance(self.how, PruningPlan) else repr(self.how),
             "calibration set": fingerprint(self.calib),
-            "kinds": self.options.get("kinds"),
+            "pruning_ratio": self.ratio,
+            "options": self.options,
+            "max_shard_size": self.max_shard_size,
         }
-        cutting = {"pruning_ratio": self.ratio, "options": self.options, "max_shard_size": self.max_shard_size}
-        return {"scoring": scoring, "cutting": cutting}
 
 
 @checked
@@ -113,7 +112,8 @@ def prune_checkpoint(
     check_shard_size(max_shard_size)
     _check_arguments(how, {"pruning_ratio": pruning_ratio, "calib": calib, **options})
     order = _Order(local_folder(source), how, _plain(pruning_ratio), calib, _plain(options), max_shard_size)
-    work.check(order.facts())
+    with work.kept_if_stopped():
+        work.check(order.facts())
     with work.alone(), work.kept_if_stopped():
         plan = _fill(work, order, notes or {})
         work.finish(out)
@@ -157,7 +157,6 @@ def _plain(value: Any) -> Any:
 
 def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     """Run all steps from the mapped model to a complete folder that are not finished yet."""
-    work.check_written()
     model, _ = map_checkpoint(_mappable(work, order))
     name_model(model, str(order.folder))
     if order.calib is not None:
@@ -169,8 +168,7 @@ def _fill(work: Work, order: _Order, notes: Mapping[str, Any]) -> PruningPlan:
     plan = replace(plan, n_parameters=before, n_parameters_kept=after, notes={**plan.notes, **notes})
     work.claim(order.facts())
     plan.save(work.plan)
-    record([work.plan], work.written)
-    write_shards(small, postponed, work.checkpoint, order.max_shard_size, work.written)
+    write_shards(small, postponed, work.checkpoint, order.max_shard_size)
     write_the_rest(small, work.checkpoint, plan)
     return plan
 
@@ -185,7 +183,7 @@ def _mappable(work: Work, order: _Order) -> Path:
             cut(structure, order.how)
         else:
             _check_order(discover(structure), structure, order)
-        work.claim({"scoring": order.facts()["scoring"]})
+        work.claim(order.facts())
         convert(order.folder, work.source, order.max_shard_size)
     return work.source
 
@@ -209,18 +207,18 @@ def candidates(groups: Groups, kinds: Iterable[str] | None) -> tuple[CoupledGrou
 
 def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:
     """The plan in the work folder, or a new one. One from chance comes first: it refuses early what cannot be met."""
-    if work.plan.name in recorded(work.written):
+    if work.plan.is_file():
         return PruningPlan.load(work.plan)
     groups = discover(model)
     chosen = _check_order(groups, model, order)
-    work.claim({"scoring": order.facts()["scoring"]})
+    work.claim(order.facts())
     return make_plan(groups, _scores(model, chosen, order, work.scores), order.ratio, **order.options)
 
 
 def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, path: Path) -> Scores:
     """Scores: those in the file at `path`, and the missing ones; one group at a time if no data is needed."""
     importance: Any = order.how
-    done = _done(path) if path.is_file() else Scores({}, label=importance.label, kinds={})
+    done = Scores.load(path) if path.is_file() else Scores({}, label=importance.label, kinds={})
     left = tuple(group for group in groups if group.name not in done)
     steps = [left] if importance.needs_calibration and left else [(group,) for group in left]
     for step in tqdm(steps, desc="scoring", unit="group", leave=False, delay=1):
@@ -228,10 +226,3 @@ def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, p
         done.kinds |= {group.name: group.kind for group in step}
         done.save(path)
     return done
-
-
-def _done(path: Path) -> Scores:
-    try:
-        return Scores.load(path)
-    except PrunekitError as error:
-        raise PrunekitError(f"{error}, or delete it to score again") from None

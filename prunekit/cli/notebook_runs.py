@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import signal
 import threading
 import time
@@ -15,7 +14,6 @@ from queue import Empty
 from typing import Any
 
 import nbformat
-import psutil
 from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.kernelspec import KernelSpecManager
@@ -37,42 +35,17 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one notebook: its name, what it took, and what went wrong in it (nothing where empty).
+    """What came of one notebook: its name, how long it took, and what went wrong in it (nothing where empty).
 
     Attributes:
         name: of the file, without its ending.
         seconds: by the clock.
         problems: one text for each.
-        cpu_seconds: of its kernel and of what that started, until the last cell that ended.
-        peak_mb: the most resident memory of the kernel in MiB; where the system does not keep it, the most that it had
-            at the end of a cell.
-        n_words: in its Markdown cells.
     """
 
     name: str
     seconds: float
     problems: tuple[str, ...] = ()
-    cpu_seconds: float = 0.0
-    peak_mb: float = 0.0
-    n_words: int = 0
-
-
-@dataclass
-class Cost:
-    """What a kernel took so far, as of the end of its last cell."""
-
-    cpu_seconds: float = 0.0
-    peak_mb: float = 0.0
-
-    def read(self, pid: int) -> None:
-        """Ask the system about a running kernel."""
-        process = psutil.Process(pid)
-        times = process.cpu_times()
-        self.cpu_seconds = sum(times[:4])  # its own, and those of children that have ended; both as user and as system
-        status = Path(f"/proc/{pid}/status")
-        kept = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
-        now = int(kept[1]) * 1024 if kept else process.memory_info().rss
-        self.peak_mb = max(self.peak_mb, now / 2**20)
 
 
 class PatientChannel(AsyncZMQSocketChannel):
@@ -157,34 +130,23 @@ def run_notebook(path: Path, build: Path, running: Running | None = None) -> Out
         book = nbformat.read(path, as_version=4)
     except (OSError, ValueError, nbformat.ValidationError) as error:
         return Outcome(path.stem, 0.0, (f"{path.name} is no notebook that can be read: {reason(error)}",))
-    cost = Cost()
     n_cells = sum(cell.cell_type == "code" for cell in book.cells)
     with tqdm(total=n_cells, desc=path.stem, leave=False, disable=None, unit="cell") as bar:
-        crash = _execute(_client(book, path, bar, running, cost), kernel_environment(build), running)
+        client = NotebookClient(
+            book,
+            kernel_name="python3",
+            kernel_manager_class=OwnKernel,
+            timeout=CELL_TIMEOUT,
+            extra_arguments=["--log-level=ERROR"],  # or each kernel warns of its local, unencrypted connection
+            resources={"metadata": {"path": str(path.parent.resolve())}},
+            on_cell_start=running.check,
+            on_cell_executed=lambda **_: bar.update(),
+        )
+        crash = _execute(client, kernel_environment(build), running)
     problems = find_problems(book, path.name) or tuple(f"{path.name}: {line}" for line in crash)
     if not problems:
         write_html(book, path.stem, build / "notebooks")
-    n_words = sum(len(cell.source.split()) for cell in book.cells if cell.cell_type == "markdown")
-    return Outcome(path.stem, time.monotonic() - began, problems, cost.cpu_seconds, cost.peak_mb, n_words)
-
-
-def _client(book: nbformat.NotebookNode, path: Path, bar: tqdm, running: Running, cost: Cost) -> NotebookClient:
-    def ended(**_: Any) -> None:
-        bar.update()
-        with suppress(psutil.Error, OSError):  # a kernel that is gone
-            cost.read(client.km.provisioner.pid)  # type: ignore[union-attr]
-
-    client = NotebookClient(
-        book,
-        kernel_name="python3",
-        kernel_manager_class=OwnKernel,
-        timeout=CELL_TIMEOUT,
-        extra_arguments=["--log-level=ERROR"],  # or each kernel warns of its local, unencrypted connection
-        resources={"metadata": {"path": str(path.parent.resolve())}},
-        on_cell_start=running.check,
-        on_cell_executed=ended,
-    )
-    return client
+    return Outcome(path.stem, time.monotonic() - began, problems)
 
 
 def _execute(client: NotebookClient, environment: dict[str, str], running: Running) -> tuple[str, ...]:

@@ -186,14 +186,12 @@ def read_summary(path: Path, since: float = 0.0) -> dict[str, dict[str, float]]:
 
 
 def summary_table(summary: dict[str, dict[str, float]], outcomes: Sequence[Outcome]) -> str:
-    """Markdown: one row a metric with a column a stage, then one row a notebook with what it took, and their sum."""
+    """Markdown: one row a metric with a column a stage, then one row a notebook with its seconds, and their sum."""
     measured = [(name, *(readable(summary[stage][name]) for stage in STAGES)) for name in summary["dense"]]
-    costs = [(o.name, o.seconds, o.cpu_seconds, o.peak_mb, o.n_words) for o in outcomes]
-    seconds, cpu_seconds, peaks, words = list(zip(*costs, strict=True))[1:]
-    costs.append(("all (memory: the most)", sum(seconds), sum(cpu_seconds), max(peaks), sum(words)))
-    rows = [(name, *(f"{value:,.0f}" for value in values)) for name, *values in costs]
-    head = ("notebook", "seconds", "CPU seconds", "peak MiB", "words")
-    return "\n\n".join([_table([("", *STAGES), *measured]), _table([head, *rows])]) + "\n"
+    costs = [(outcome.name, outcome.seconds) for outcome in outcomes]
+    costs.append(("all", sum(seconds for _, seconds in costs)))
+    rows = [(name, f"{seconds:,.0f}") for name, seconds in costs]
+    return "\n\n".join([_table([("", *STAGES), *measured]), _table([("notebook", "seconds"), *rows])]) + "\n"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
