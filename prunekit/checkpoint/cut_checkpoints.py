@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
+from prunekit.annotations import fault_in
 from prunekit.checkpoint.config_checks import check_config
 from prunekit.checkpoint.folders import (
     FLOATS,
@@ -103,19 +104,12 @@ def _check_record(folder: Path, saved: dict[str, Any]) -> None:
             f"{str(folder)!r} has format {saved.get('format')!r}; this prunekit reads {FORMAT}; "
             "load it with the prunekit that wrote it"
         )
-    stages: Any = saved.get("stages")
-    base = saved.get("base_config")
-    units = [u for stage in stages for u in stage.values()] if _is_list_of(stages, dict) else [None]
-    named = _is_list_of(saved.get("biases", []), str)
-    if not isinstance(base, dict) or not all(_is_list_of(u, int) for u in units) or not named:
+    told = (saved.get("base_config"), saved.get("stages"), saved.get("biases", []))
+    if fault_in("config.json", told, tuple[dict, list[dict[str, list[int]]], list[str]]) is not None:
         raise PrunekitError(
             f"config.json of {str(folder)!r} must have base_config, an object, and stages, a list of group name → "
             "units kept, and its biases, if any, must be a list of names; restore it from its source"
         )
-
-
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(type(entry) is kind for entry in value)
 
 
 def _build(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunekit.annotations import is_real, readable
+from prunekit.annotations import fault_in, readable
 from prunekit.cli.notebook_runs import QUIET, Outcome, run_series, write_whole
 from prunekit.errors import PrunekitError, reason
 from prunekit.files import new_file, read_json
@@ -176,12 +176,14 @@ def read_summary(path: Path, since: float = 0.0) -> dict[str, dict[str, float]]:
     if not path.exists() or path.stat().st_mtime < since - 1:
         raise PrunekitError(f"{path} was not written in this tour: the first notebook must write what it measured")
     summary = read_json(path, "the first notebook")
-    if not isinstance(summary, dict) or not all(isinstance(summary.get(stage, {}), dict) for stage in STAGES):
-        raise PrunekitError(f"{path} needs {{stage: {{metric: number}}}} for each of {STAGES}")
-    for stage in STAGES:
-        bad = {name: value for name, value in summary.get(stage, {"": None}).items() if not is_real(value)}
-        if bad or set(summary[stage]) != set(summary["dense"]):
-            raise PrunekitError(f"{path} needs the same metrics, as numbers, for each of {STAGES}: see {stage!r} {bad}")
+    fault = fault_in("summary", summary, dict[str, dict[str, float]])
+    if (
+        fault is not None
+        or len({frozenset(summary.get(stage, ())) for stage in STAGES}) != 1
+        or not summary.get("dense")
+    ):
+        see = f": see {fault.name}" if fault else ""
+        raise PrunekitError(f"{path} needs {{stage: {{metric: number}}}}, the same metrics for each of {STAGES}{see}")
     return summary
 
 
