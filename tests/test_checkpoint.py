@@ -173,7 +173,7 @@ def test_format_1_without_widths_still_loads(folders, tmp_path):
     assert torch.equal(logits(load(tmp_path / "old")[0]), logits(small))
 
 
-@pytest.mark.parametrize("name", ["llama_mha", "llama_tied", "qwen3", "llama_equal"])
+@pytest.mark.parametrize("name", ["llama_tied", "llama_equal"])
 def test_an_even_cut_that_the_configuration_can_say_is_a_plain_checkpoint(name, tmp_path):
     small = cut(name, uneven=False)
     save(small, tmp_path / "out")

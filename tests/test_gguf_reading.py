@@ -199,7 +199,6 @@ def _truncate(folder):
     "damage",
     [
         _truncate,
-        lambda folder: (folder / "tokenizer.json").unlink(),
         lambda folder: (folder / "cache.json").write_text('{"sizes": {"config.json": 3}}'),
         lambda folder: shutil.rmtree(folder) or folder.write_text("a file"),
         lambda folder: (folder.parent / f".{folder.name}.killed").mkdir() or (folder / "config.json").unlink(),

@@ -45,7 +45,7 @@ class Work:
         Raises:
             PrunekitError: names the first fact that differs, or the file of them that is damaged.
         """
-        if not self.facts.is_file():
+        if not self.checkpoint.exists():  # nothing was made yet
             return
         before = read_object(self.facts)
         for name, now in json.loads(json.dumps(facts)).items():
@@ -57,8 +57,9 @@ class Work:
 
     def claim(self, facts: Facts) -> None:
         """Write down the arguments for `check`; makes the folder where there is none."""
-        self.checkpoint.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         write_text(self.facts, json.dumps(facts, indent=1))
+        self.checkpoint.mkdir(exist_ok=True)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
