@@ -132,8 +132,6 @@ def check_streamable(importance: Importance) -> None:
             f"{importance!r} {why}; to stream a checkpoint, take Activation(), Magnitude() or Random(): activation, "
             "l1, l2 or random by name"
         )
-    if not isinstance(importance, Importance):
-        raise PrunekitError(f"{importance!r} is no importance and no plan; give Activation(), Magnitude() or Random()")
 
 
 def _check_arguments(how: Importance | PruningPlan, given: Mapping[str, Any]) -> None:
