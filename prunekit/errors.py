@@ -101,5 +101,5 @@ def is_installed(module: str) -> bool:
     """Whether a module could be imported; it is not."""
     try:
         return find_spec(module) is not None
-    except ValueError:  # where the module was taken out of sys.modules by force
+    except (ValueError, ModuleNotFoundError):  # taken out of sys.modules by force, or the package above it is missing
         return False

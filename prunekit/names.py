@@ -11,7 +11,6 @@ from pathlib import Path
 from prunekit.errors import PrunekitError
 
 PLAIN, PADDED, GGUF, OWN = "plain", "padded", "gguf", "prunekit"
-LAYOUTS = (PLAIN, PADDED, GGUF)  # what other programs load
 WORLD = "world"
 
 

@@ -124,15 +124,6 @@ def stage(**keep):
     return stages(lambda old: [{**old[0], **named}])
 
 
-def layer_width(layer, **fields):
-    def change(folder):
-        content = json.loads((folder / "config.json").read_text())["per_layer_config"]
-        content.setdefault(layer, {}).update(fields)
-        edit(folder / "config.json", {"per_layer_config": content})
-
-    return change
-
-
 def encoder(folder):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     shutil.rmtree(folder)
@@ -278,16 +269,17 @@ LOAD = {
     "units out of order": ("cut", stage(mlp__ffn_channel=[5, 3]), ["ffn_channel", "ascending"]),
     "a unit twice": ("cut", stage(mlp__ffn_channel=[3, 3]), ["ffn_channel", "distinct"]),
     "nothing kept": ("cut", stage(mlp__ffn_channel=[]), ["ffn_channel", "non-empty"]),
-    "more kept than stored": ("cut", stage(mlp__ffn_channel=list(range(60))), ["layer 0, its stages do not"]),
-    "a stage too many": ("cut", stages(lambda s: [*s, {"model.layers.0.mlp:ffn_channel": [0, 1]}]), ["stages do not"]),
+    "more kept than stored": ("cut", stage(mlp__ffn_channel=list(range(60))), ["do not fit"]),
+    "a stage too many": (
+        "cut",
+        stages(lambda s: [*s, {"model.layers.0.mlp:ffn_channel": [0, 1]}]),
+        ["do not fit"],
+    ),
     "no base": ("cut", config(base_config=None), ["must have base_config, an object"]),
     "a base of no known kind": ("cut", base(model_type="mystery"), ["does not lead to a model", "mystery"]),
     "a base that its family refuses": ("cut", base(num_attention_heads=7), ["does not lead to a model"]),
     "a base beyond all memory": ("cut", base(hidden_size=8 * 10**9), ["asks for", "parameters", "hold"]),
     "a base of a billion layers": ("cut", base(num_hidden_layers=10**9), ["num_hidden_layers=1,000,000,000"]),
-    "widths that its stages deny": ("cut", layer_width("1", intermediate_size=48), ["intermediate_size=48", "layer 1"]),
-    "widths of a layer that is not there": ("cut", layer_width("7", intermediate_size=48), ["layer 7"]),
-    "a width of no sense": ("cut", layer_width("0", intermediate_size="wide"), ["'wide'", "layer 0"]),
     "a cut tensor missing": ("cut", tensors(lambda w: w.pop(UP)), ["lacks the weights of", UP]),
     "a tensor too many": ("cut", tensors(lambda w: w.update(more=w[UP].clone())), ["holds 'more'", "knows nothing of"]),
     "a cut tensor of another shape": ("cut", tensors(lambda w: w.update({UP: w[UP][1:]})), ["do not fit", UP]),
@@ -403,87 +395,78 @@ def inside(root, options):
 
 # --- disks and permissions --------------------------------------------------------------------------------------------
 
-# What is run as a process of its own: saves both kinds of checkpoint, and tells what was said and what is there then.
-WRITE = """
-import os, resource, sys
+# What is run as a process of its own: saves and loads where the system refuses it, and tells what was said.
+REFUSING = """
+import json, os, resource, sys
 import prunekit as pk
-place, *sources = sys.argv[1:]
+place, small_disk, *sources = sys.argv[1:]
+said = {}
+
+def told(name, work, folder):
+    try:
+        work()
+    except pk.PrunekitError as error:
+        said.setdefault(name, []).append([str(error), os.listdir(folder)])
+
 models = [pk.load(source)[0] for source in sources]
-{limit}
+os.mkdir(place + "/limited")
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
 for model in models:
-    try:
-        pk.save(model, place + "/out")
-    except pk.PrunekitError as error:
-        print(error)
-    print(os.listdir(place))
+    told("limited", lambda: pk.save(model, place + "/limited/out"), place + "/limited")
+resource.setrlimit(resource.RLIMIT_FSIZE, before)
+if small_disk:
+    told("full", lambda: pk.save(pk.load("world")[0], small_disk + "/out"), small_disk)
+os.seteuid(65534) if os.geteuid() == 0 else None  # root may read and write everything
+for model in models:
+    told("closed", lambda: pk.save(model, place + "/closed/out"), place + "/closed")
+for name in ("config", "model"):
+    told("unread", lambda: pk.load(place + "/" + name), place)
+os.seteuid(os.getuid())
+print(json.dumps(said))
 """
-SMALL_FILES = "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))"
-NOBODY = "os.seteuid(65534) if os.geteuid() == 0 else None"  # root may read and write everything
 
 
-def script(body, *arguments, before=()):
-    command = [*before, sys.executable, "-c", body, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()
-
-
-@pytest.mark.slow
-def test_files_that_may_not_grow_are_told_and_leave_nothing(good, tmp_path):
-    said = script(WRITE.format(limit=SMALL_FILES), tmp_path, good / "plain", good / "cut")
-    assert said[1::2] == ["[]", "[]"]
-    assert all("cannot write" in line and "File too large" in line for line in said[::2])
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
-    mount = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec "$@"', "sh"]
-    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
-        pytest.skip("may not mount a small tmpfs here; the test with limited files stands in")
-    said = script(WRITE.format(limit=""), tmp_path, "world", before=mount)
-    assert "cannot write" in said[0] and "No space left" in said[0] and said[1] == "[]"
-
-
-@pytest.fixture
-def open_folder():
-    """A folder that other users may enter, unlike pytest's own."""
+@pytest.fixture(scope="module")
+def refused(good):
+    """What is said, and what is there then: of files that may not grow, a full disk, and folders of other users."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)
-
-
-READ = f"""
-import os, sys
-import prunekit as pk
-pk.load  # opens the room while its files may be read
-{NOBODY}
-for folder in sys.argv[1:]:
-    try:
-        pk.load(folder)
-    except pk.PrunekitError as error:
-        print(error)
-"""
-
-
-@pytest.mark.slow
-def test_a_folder_that_may_not_be_written_to_is_told(good, open_folder):
-    open_folder.chmod(0o555)
-    said = script(WRITE.format(limit=NOBODY), open_folder, good / "plain", good / "cut")
-    open_folder.chmod(0o755)
-    assert all("cannot write" in line and "Permission denied" in line for line in said[::2])
-    assert said[1::2] == ["[]", "[]"]
+        place = Path(folder)
+        place.chmod(0o755)  # other users may enter it, unlike pytest's own
+        for name in ("config.json", WEIGHTS):
+            copy = shutil.copytree(good / "plain", place / name.partition(".")[0])
+            copy.chmod(0o755)
+            (copy / name).chmod(0o000)
+        for name in ("closed", "disk"):
+            (place / name).mkdir()
+        (place / "closed").chmod(0o555)
+        mount = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size=1m tmpfs {place}/disk && exec "$@"', "sh"]
+        may_mount = shutil.which("unshare") and not subprocess.run([*mount, "true"], capture_output=True).returncode
+        command = [*(mount if may_mount else ()), sys.executable, "-c", REFUSING, folder]
+        command += [str(place / "disk") if may_mount else "", str(good / "plain"), str(good / "cut")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        (place / "closed").chmod(0o755)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-def test_files_that_may_not_be_read_are_told(good, open_folder):
-    names = ["config.json", WEIGHTS]
-    for name in names:
-        folder = shutil.copytree(good / "plain", open_folder / name.partition(".")[0])
-        folder.chmod(0o755)
-        (folder / name).chmod(0o000)
-    said = script(READ, open_folder / "config", open_folder / "model")
-    assert len(said) == 2
-    assert all(name in line and "Permission denied" in line for name, line in zip(names, said, strict=True))
+@pytest.mark.parametrize(
+    ("name", "n", "why"),
+    [("limited", 2, "File too large"), ("full", 1, "No space left"), ("closed", 2, "Permission denied")],
+)
+def test_what_the_system_does_not_let_be_written_is_told_and_leaves_nothing(name, n, why, refused):
+    if name == "full" and name not in refused:
+        pytest.skip("may not mount a small tmpfs here; the test with limited files stands in")
+    assert len(refused[name]) == n
+    assert all("cannot write" in said and why in said and left == [] for said, left in refused[name])
+
+
+@pytest.mark.slow
+def test_files_that_may_not_be_read_are_told(refused):
+    assert len(refused["unread"]) == 2
+    for name, (said, _) in zip(("config.json", WEIGHTS), refused["unread"], strict=True):
+        assert name in said and "Permission denied" in said
 
 
 def test_an_implementation_that_a_checkpoint_names_is_not_fetched(good, tmp_path):

@@ -116,8 +116,14 @@ def test_hooks_of_accelerate_change_no_result(name, folder):
     assert same(WORK[name](hooked(folder), groups), WORK[name](in_memory(folder), groups))
 
 
-@pytest.mark.parametrize("name", WORK)
-@pytest.mark.parametrize(("make", "message"), [(offloaded, OFFLOADED), (partly_empty, NO_WEIGHTS)])
+@pytest.mark.parametrize(
+    ("make", "message", "name"),
+    [
+        *((offloaded, OFFLOADED, name) for name in WORK),
+        (partly_empty, NO_WEIGHTS, "prune"),
+        (partly_empty, NO_WEIGHTS, "recover"),
+    ],
+)
 def test_weights_that_are_elsewhere_are_refused_and_nothing_is_touched(make, message, name, folder):
     model, groups = make(folder), pk.discover(in_memory(folder))
     before = weights(model)

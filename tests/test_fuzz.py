@@ -21,8 +21,8 @@ from prunekit import recipes
 from prunekit.errors import PrunekitError
 
 SEED = 0
-PER_ARGUMENT = 10  # values that are drawn for each argument
-LEAST, LEAST_WHOLE = 1000, 500  # cases in all
+PER_ARGUMENT, PER_WHOLE = 10, 5  # values that are drawn for each argument
+LEAST, LEAST_WHOLE = 1000, 250  # cases in all
 WHOLE = (
     "LHSPG",
     "accuracy_predictor",
@@ -44,7 +44,7 @@ def cases_of(calls, rng):
     """(function, argument, name of the value), each argument with some values of the pool."""
     for name, call in calls.items():
         for argument in [*call.good, *call.fresh]:
-            for value in rng.sample(list(POOL), PER_ARGUMENT):
+            for value in rng.sample(list(POOL), PER_WHOLE if name in WHOLE else PER_ARGUMENT):
                 yield name, argument, value
 
 

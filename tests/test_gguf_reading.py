@@ -1,10 +1,10 @@
 """GGUF files as models: converted once into the cache, found there again, refused by name where they cannot be read."""
 
+import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import gguf
@@ -253,19 +253,21 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch, tmp_path):
     assert cache_root().name == "prunekit" or "prunekit" in cache_root().parts
 
 
-@pytest.mark.slow
-def test_two_processes_at_once_convert_once(file, tmp_path, cache):
-    script = tmp_path / "load_it.py"
-    script.write_text("import sys, prunekit as pk\nprint(pk.load(sys.argv[1])[0].num_parameters())\n")
-    command = [sys.executable, str(script), str(file)]
-    both = [
-        subprocess.Popen(command, cwd=ROOT, env=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sum(err.count("prunekit: converting") for _, err in said) == 1
-    assert said[0][0] == said[1][0] and is_whole(resolve(file))
+def test_two_processes_at_once_convert_once(file, tmp_path, monkeypatch):
+    convert = origins._convert
+
+    def counted(path, folder):
+        (tmp_path / f"converted by {os.getpid()}").touch()
+        convert(path, folder)
+
+    monkeypatch.setattr(origins, "_convert", counted)
+    both = [get_context("fork").Process(target=resolve, args=(file,), daemon=True) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(300)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len(list(tmp_path.glob("converted by *"))) == 1 and is_whole(resolve(file))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def _ones(kind="F32"):
     return np.ones((4, 32), np.float32), gguf.GGMLQuantizationType[kind]
 
 
-@pytest.mark.parametrize("part", [0.0, 3, 0.02, 0.3, 0.9, -1])
+@pytest.mark.parametrize("part", [0.0, 0.02, 0.3, -1])
 def test_a_truncated_file_is_refused_by_name(part, file, cache):
     content = file.read_bytes()
     file.write_bytes(content[: int(part * len(content)) if isinstance(part, float) else part])
@@ -372,11 +374,9 @@ TRAINING = ["--max-steps", "1", "--seq-len", "16", "--batch-size", "1"]
     ("command", "options"),
     [
         ("discover", []),
-        ("prune", ["--pruning-ratio", "0.2", "--importance", "l2", "--out", "OUT"]),
         ("prune", ["--pruning-ratio", "0.2", "--importance", "activation", "--calibration", "TEXT", "--out", "OUT"]),
         ("recover", ["--data", "TEXT", *TRAINING, "--out", "OUT"]),
         ("evaluate", ["--data", "TEXT", "--metrics", "perplexity"]),
-        ("sparsify", ["--sparsity", "0.5", "--method", "magnitude", "--out", "OUT"]),
         ("export", ["--out", "OUT"]),
     ],
 )
@@ -394,11 +394,10 @@ def test_every_command_takes_a_file(command, options, file, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("importance", ["l2", "activation"])
-def test_a_file_is_streamed(importance, file, tmp_path):
+def test_a_file_is_streamed(file, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     windows = ["--calibration", str(tmp_path / "text.txt"), "--n-samples", "2", "--seq-len", "16"]
-    options = ["--importance", importance, *(windows if importance == "activation" else [])]
+    options = ["--importance", "activation", *windows]
     for how in ("--streaming", "--no-streaming"):
         out = str(tmp_path / how.strip("-"))
         assert main(["prune", str(file), "--pruning-ratio", "0.2", *options, how, "--out", out]) == 0

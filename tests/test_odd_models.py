@@ -268,7 +268,7 @@ def test_weights_that_are_not_in_memory_are_refused_by_whatever_reads_them(tmp_p
 
 def test_a_tokenizer_for_which_a_package_is_missing_does_not_keep_a_model_from_being_cut(tmp_path, monkeypatch):
     """SentencePiece files alone need two packages; they are copied as they are."""
-    monkeypatch.setattr(loading, "_is_installed", lambda package: False)
+    monkeypatch.setattr(loading, "is_installed", lambda package: False)
     FAMILIES["llama_gqa"].model(dtype=torch.float32).save_pretrained(tmp_path / "in")
     (tmp_path / "in" / "tokenizer.model").write_bytes(b"pieces")
     (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
@@ -280,7 +280,7 @@ def test_a_tokenizer_for_which_a_package_is_missing_does_not_keep_a_model_from_b
         pk.prune_checkpoint(tmp_path / "in", tmp_path / "streamed", pk.Magnitude(), 0.1)
     for name in ("out", "streamed"):
         assert (tmp_path / name / "tokenizer.model").read_bytes() == b"pieces"
-    monkeypatch.setattr(loading, "_is_installed", lambda package: True)
+    monkeypatch.setattr(loading, "is_installed", lambda package: True)
     with pytest.raises(PrunekitError, match="cannot load the tokenizer of .* restore its files"):
         pk.load(tmp_path / "in")
 

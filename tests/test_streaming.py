@@ -406,9 +406,15 @@ def write_experts(folder, name):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["expert", "ffn_channel"])
-@pytest.mark.parametrize("importance", [Magnitude(), Activation()])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize(
+    ("name", "importance", "kind"),
+    [
+        ("mixtral", Magnitude(), "expert"),
+        ("mixtral", Activation(), "ffn_channel"),
+        ("qwen3_moe", Activation(), "expert"),
+        ("glm4_moe", Magnitude(), "ffn_channel"),
+    ],
+)
 def test_experts_that_are_stored_one_by_one_are_streamed(name, importance, kind, tmp_path):
     source = write_experts(tmp_path / "in", name)
     calib = tokens() if importance.needs_calibration else None

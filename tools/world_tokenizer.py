@@ -1,7 +1,5 @@
 """The tokenizer of the embedded world: one token a word, number or mark."""
 
-from pathlib import Path
-
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -45,8 +43,3 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<eos>",
         model_max_length=256,
     )
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` into a folder."""
-    build_tokenizer().save_pretrained(folder)

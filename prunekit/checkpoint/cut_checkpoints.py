@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
+from prunekit.annotations import fault_in
 from prunekit.checkpoint.config_checks import check_config
 from prunekit.checkpoint.folders import (
     FLOATS,
@@ -34,7 +35,7 @@ from prunekit.errors import PrunekitError, reason
 from prunekit.models import empty_model, name_model, own_tensors
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import usable
-from prunekit.pruning.cuts import HEADS, Cuts, Stages, head_fields, units_left
+from prunekit.pruning.cuts import HEADS, Cuts, Stages, head_fields
 from prunekit.pruning.describing import describe
 from prunekit.pruning.surgery import cut
 
@@ -103,19 +104,12 @@ def _check_record(folder: Path, saved: dict[str, Any]) -> None:
             f"{str(folder)!r} has format {saved.get('format')!r}; this prunekit reads {FORMAT}; "
             "load it with the prunekit that wrote it"
         )
-    stages: Any = saved.get("stages")
-    base = saved.get("base_config")
-    units = [u for stage in stages for u in stage.values()] if _is_list_of(stages, dict) else [None]
-    named = _is_list_of(saved.get("biases", []), str)
-    if not isinstance(base, dict) or not all(_is_list_of(u, int) for u in units) or not named:
+    told = (saved.get("base_config"), saved.get("stages"), saved.get("biases", []))
+    if fault_in("config.json", told, tuple[dict, list[dict[str, list[int]]], list[str]]) is not None:
         raise PrunekitError(
             f"config.json of {str(folder)!r} must have base_config, an object, and stages, a list of group name → "
             "units kept, and its biases, if any, must be a list of names; restore it from its source"
         )
-
-
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(type(entry) is kind for entry in value)
 
 
 def _build(
@@ -128,7 +122,6 @@ def _build(
         model = empty_model(config, **options)
         groups = discover(model)
         small = cut_again(model, groups, saved["stages"], saved.get("biases", []))
-        check_widths(saved, groups)
         return small, groups
     except Exception as error:  # a configuration its family refuses: any exception of any validator
         raise PrunekitError(
@@ -261,34 +254,3 @@ def _skipped(left: dict[str, list[int]], layer: int) -> list[str]:
     return sorted(
         kind if kind == "layer" else path.rpartition(".")[2] for path, _, kind in gone if layer_in(path) == layer
     )
-
-
-def check_widths(saved: dict[str, Any], groups: Groups) -> None:
-    """Holds the widths that a cut checkpoint's config.json says of its layers against its record.
-
-    A field is right where it stands to its uncut value as the units left of some group in that layer to all.
-
-    Args:
-        saved: config.json; older ones say no widths.
-        groups: of the uncut model.
-
-    Raises:
-        PrunekitError: one is not.
-    """
-    left = units_left(saved["stages"])
-    for layer, fields in saved.get("per_layer_config", {}).items():
-        there = [(g.n_units, len(left[g.name])) for g in groups if str(g.layer) == layer and g.name in left]
-        for field, value in fields.items():
-            right = _skipped(left, int(layer)) == value if field == "skip" else _stands(value, saved.get(field), there)
-            if not right:
-                raise PrunekitError(
-                    f"per_layer_config says {field}={value!r} for layer {layer}, its stages do not; restore config.json"
-                )
-
-
-def _stands(value: Any, whole: int | None, there: list[tuple[int, int]]) -> bool:
-    """Whether a field is what some group leaves of it, a group of just its size where there is one."""
-    if whole is None:
-        return any(value == kept for _, kept in there)
-    same = [(n, kept) for n, kept in there if n == whole] or there
-    return any(value * n == whole * kept for n, kept in same)

@@ -11,12 +11,12 @@ from prunekit.calibration import check_finite
 from prunekit.checkpoint.cards import renumbered, write_texts
 from prunekit.checkpoint.gguf_writing import ROPES, check_family, fits_by_layer, rope_type, write_gguf
 from prunekit.checkpoint.saving import SHARD, check_saving, write_plain, write_tokenizer
-from prunekit.checks import FilePath, Network, Tokenizer, check_choice, checked
+from prunekit.checks import FilePath, Network, Tokenizer, checked
 from prunekit.discovery import Groups, discover
 from prunekit.errors import PrunekitError
 from prunekit.files import new_folder
 from prunekit.models import empty_model, own_tensors
-from prunekit.names import GGUF, LAYOUTS, PADDED
+from prunekit.names import GGUF, PADDED
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.cuts import Cuts, with_width
 from prunekit.pruning.describing import plain_config, reads_back, relative_difference, tolerance, unsaid
@@ -60,7 +60,6 @@ def export(
     Raises:
         PrunekitError: the layout is unknown or cannot hold this model, or what `save` raises. Nothing is left behind.
     """
-    check_choice("layout", layout, LAYOUTS)
     check_saving(model, out, tokenizer, report, files, max_shard_size)
     check_finite(model)
     if layout == GGUF:

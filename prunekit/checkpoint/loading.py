@@ -1,45 +1,32 @@
 """Loads a model with its tokenizer, or its structure alone, from a folder, a file, a hub id or a name."""
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from prunekit.annotations import Rule
 from prunekit.checkpoint.cards import LISTED, SPARSITY
 from prunekit.checkpoint.config_checks import check_config
-from prunekit.checkpoint.cut_checkpoints import (
-    LEAST_PART_LEFT,
-    MODEL_TYPE,
-    cut_again,
-    in_dtype,
-    known_dtype,
-    load_cut,
-    without_kernels,
-)
-from prunekit.checkpoint.folders import check_dtypes, check_size, read_config, stored_tensors
+from prunekit.checkpoint.cut_checkpoints import MODEL_TYPE, in_dtype, known_dtype, load_cut
+from prunekit.checkpoint.folders import check_dtypes, read_config, stored_tensors
 from prunekit.checkpoint.origins import files_alone, resolve
 from prunekit.checkpoint.plain_checkpoints import (
     base_of_adapter,
     check_floats,
-    check_left_out,
     check_plain_size,
     load_plain,
     merge_adapter_of,
 )
 from prunekit.checks import FilePath, checked
-from prunekit.discovery import discover
-from prunekit.errors import PrunekitError, reason, warn
+from prunekit.errors import PrunekitError, is_installed, reason, warn
 from prunekit.files import read_text
-from prunekit.models import empty_model, known_device, shapes_of
+from prunekit.models import known_device
 from prunekit.names import NAMES, is_world
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import RECORD, usable
@@ -201,7 +188,7 @@ def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def load_structure(source: str | Path) -> Any:
-    """A model to discover groups in: without weights where its folder's configuration says all, else loaded.
+    """A model to discover groups in: of a folder, the structure alone, whose weights take no memory.
 
     Args:
         source: as for `load`; a GGUF file stands for the folder that it is converted to.
@@ -210,36 +197,11 @@ def load_structure(source: str | Path) -> Any:
         PrunekitError: as `load`, which says what is wrong with a checkpoint.
     """
     folder = Path(resolve(source))
-    if folder.is_dir():
-        with suppress(Exception):  # any error of any family; loading reports it
-            return _without_weights(folder)
-    return load(source)[0]
-
-
-def _without_weights(folder: Path) -> Any:
-    """The model that a configuration leads to, empty, cut as recorded.
-
-    Raises:
-        PrunekitError: it does not fit the files, or is not of the class that it names. Whatever else its family raises.
-    """
-    saved, stored = read_config(folder), stored_tensors(folder)
-    cut = saved.get("model_type") == MODEL_TYPE
-    plain = None if cut else AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    config = plain or AutoConfig.for_model(**without_kernels(saved["base_config"]))
-    check_size(config, stored, str(folder), factor=LEAST_PART_LEFT if cut else 2)
-    model = empty_model(config)
-    if "prunekit" in saved or type(model).__name__ not in config.architectures:
-        raise PrunekitError(f"{str(folder)!r} is not what its configuration says; load it")
-    shapes = shapes_of(model)
-    if not cut and any(tuple(stored[name].shape) != shape for name, shape in shapes.items() if name in stored):
-        raise PrunekitError(f"the weights in {str(folder)!r} do not fit its configuration; load it")
-    if not cut:
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-        rest = [
-            name for name in stored.keys() - model.state_dict().keys() if not re.search("|".join(ignored) or "$^", name)
-        ]
-        check_left_out(str(folder), model, rest)
-    return cut_again(model, discover(model), saved["stages"], saved.get("biases", [])) if cut else model
+    if not folder.is_dir():
+        return load(source)[0]
+    if read_config(folder).get("model_type") == MODEL_TYPE:
+        return load_cut(folder, mapped=True)
+    return _load_folder(folder, {"dtype": "auto", "trust_remote_code": False}, {"device_map": {"": "meta"}})
 
 
 def load_tokenizer(source: str, trust_remote_code: bool, config: Any = None) -> Any:
@@ -288,11 +250,4 @@ def _found(source: str, patterns: tuple[str, ...]) -> list[Path]:
 
 def _lacks_sentencepiece(source: str) -> bool:
     alone = bool(_found(source, ("*.model",))) and not (Path(source) / "tokenizer.json").exists()
-    return alone and not all(_is_installed(package) for package in _SENTENCEPIECE)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package above it
-        return False
+    return alone and not all(map(is_installed, _SENTENCEPIECE))

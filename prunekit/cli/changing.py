@@ -63,7 +63,10 @@ def sparsify(
         raise PrunekitError(
             "nothing would be set to zero; give --sparsity above 0, such as 0.5, or --pattern, such as 2:4"
         )
-    text = text_for(model, calibration, _reader(zeros))
+    reads: str | None = f"--method {zeros.get('method', 'sparsellm')}"  # the option that needs calibration text
+    if zeros.get("method") == "magnitude":
+        reads = "--allocation global" if zeros.get("allocation") == "global" else None
+    text = text_for(model, calibration, reads)
     inputs.check_drawing(text, drawing)
     dense, tokenizer = pk.load(model, **loading)
     drawing = drawn(drawing, dense.config, **WINDOWS)
@@ -82,13 +85,6 @@ def sparsify(
     values = {"method": report.method, "asked": report.target, "sparsity": report.sparsity}
     values |= {"left_dense": dict(report.left), "remarks": list(report.remarks)}
     return Answer({"model": model, "out": out, **values, "loss": loss}, "\n".join(lines))
-
-
-def _reader(zeros: dict[str, Any]) -> str | None:
-    """The option that needs calibration text; None if no option does."""
-    if zeros.get("method", "sparsellm") != "magnitude":
-        return f"--method {zeros.get('method', 'sparsellm')}"
-    return "--allocation global" if zeros.get("allocation") == "global" else None
 
 
 def recover(

@@ -71,7 +71,7 @@ class _Order:
     calibration: str | None
     drawing: dict[str, Any]
     fit: str | None
-    gaps: str | None
+    gaps: Literal["map", "magnitude"] | None
     writing: dict[str, Any]
     loading: dict[str, Any]
 
