@@ -1,9 +1,7 @@
-"""The recipe of the accuracy predictor on a small model, and the same search on the world over other recipes' knobs."""
+"""The recipe of the accuracy predictor on the embedded world, and the same search over other recipes' knobs."""
 
 import pytest
 import torch
-from evaluation_helpers import TEXT as BYTES
-from evaluation_helpers import byte_tokenizer, llama
 
 import prunekit as pk
 from prunekit import PrunekitError
@@ -25,17 +23,11 @@ def calib(world):
     return pk.calibration_set("world", world[1], n_samples=4, seq_len=64, seed=0)
 
 
-@pytest.fixture(scope="module")
-def small():
-    """A model of four layers, its tokenizer, and tokens."""
-    tokenizer = byte_tokenizer()
-    return llama(num_hidden_layers=4), tokenizer, pk.calibration_set(BYTES, tokenizer, n_samples=4, seq_len=32, seed=0)
-
-
-def test_the_recipe_is_its_steps_and_goes_on_where_it_was(small, tmp_path):
-    model, tokenizer, calib = small
+@pytest.mark.slow
+def test_the_recipe_is_its_steps_and_goes_on_where_it_was(world, calib, tmp_path):
+    model, tokenizer = world
     before = {name: p.clone() for name, p in model.named_parameters()}
-    done, again = (accuracy_predictor(model, tokenizer, calib, 0.3, BYTES, folder=tmp_path, **FEW) for _ in range(2))
+    done, again = (accuracy_predictor(model, tokenizer, calib, 0.3, TEXT, folder=tmp_path, **FEW) for _ in range(2))
     assert again.found.pairs.table.equals(done.found.pairs.table) and again.plan == done.plan
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert 0.3 <= done.plan.pruning_ratio <= 0.305
@@ -43,23 +35,24 @@ def test_the_recipe_is_its_steps_and_goes_on_where_it_was(small, tmp_path):
     assert set(done.space.importances) == {"Taylor element first", "Taylor vector first", "L2"}
     assert done.found.pairs.points[:6] == known_points(done.space) and len(done.found.pairs) == 15
     best = done.found.pairs.table["perplexity"].min()
-    assert pk.perplexity(done.model, tokenizer, BYTES) == pytest.approx(best, rel=1e-5)
+    assert pk.perplexity(done.model, tokenizer, TEXT) == pytest.approx(best, rel=1e-5)
     assert len(repr(done)) < 500 and "PruningPlan" in repr(done)
 
 
-def test_the_recipe_takes_budgets_whole_layers_and_data_to_recover_with(small):
-    model, tokenizer, calib = small
-    most = 0.8 * sum(p.numel() for p in model.parameters())
+@pytest.mark.slow
+def test_the_recipe_takes_budgets_whole_layers_and_data_to_recover_with(world, calib):
+    model, tokenizer = world
+    budget = parameter_table(pk.discover(model)).at_most(2_400_000)
     lora = pk.LoRA(r=2, max_steps=2, batch_size=2)
     done = accuracy_predictor(
-        model, tokenizer, calib, [parameter_table(pk.discover(model)).at_most(most)], BYTES,
+        model, tokenizer, calib, [budget], TEXT,
         importances=["l2", pk.Magnitude(p=1)], whole_layers=2, start_known=False, data=calib, recovery=lora, **FEW,
     )  # fmt: skip
-    assert done.plan.n_parameters_kept <= most
+    assert done.plan.n_parameters_kept <= 2_400_000
     assert sum(p.numel() for p in done.model.parameters()) == done.plan.n_parameters_kept
-    assert {f"layer.{number}" for number in range(4)} <= set(done.space.knobs)
+    assert {f"layer.{number}" for number in range(8)} <= set(done.space.knobs)
     best = done.found.pairs.table["perplexity"].min()
-    assert pk.perplexity(done.model, tokenizer, BYTES) != pytest.approx(best, rel=1e-5)  # it was trained
+    assert pk.perplexity(done.model, tokenizer, TEXT) != pytest.approx(best, rel=1e-5)  # it was trained
 
 
 def test_the_recipe_refuses_what_cannot_be(world, calib):
