@@ -133,6 +133,18 @@ def test_distillation_learns_from_the_model_before_pruning(dense, tmp_path, caps
     assert "Distillation(training=LoRA(" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_hidden_states_are_compared_by_the_plan_in_the_folder(dense, tmp_path, capsys):
+    whole = ("--kinds", "layer", "--of", "units", "--importance", "block-influence", "--calibration")
+    text = dense.parent / "text.txt"
+    run_json(capsys, "prune", dense, "--pruning-ratio", "0.5", *whole, text, "--out", tmp_path / "small")
+    options = ("--data", text, "--max-steps", "2", "--seq-len", "32", "--teacher", dense, "--hidden-share", "0.5")
+    found = run_json(capsys, "recover", tmp_path / "small", *options, "--out", tmp_path / "out")
+    assert "hidden_share=0.5" in found["method"]
+    (tmp_path / "small" / "plan.json").unlink()
+    assert main(list(map(str, ("recover", tmp_path / "small", *options, "--out", tmp_path / "other")))) == 2
+    assert "give the plan by which the teacher was cut" in capsys.readouterr().err
+
+
 def test_knowledge_is_a_table_and_a_picture_of_each_domain(dense, tmp_path, capsys):
     text, out = dense.parent / "text.txt", tmp_path / "map"
     options = (

@@ -99,7 +99,9 @@ def recover(
     ],
     training: Annotated[dict[str, Any], Of(pk.recover, "train_on", "keep_zeros", "folder")],
     teacher: str | None = None,
-    distilling: Annotated[dict[str, Any], Of(pk.Distillation, "kl", "temperature", "text_share", "top_k")],
+    distilling: Annotated[
+        dict[str, Any], Of(pk.Distillation, "kl", "temperature", "text_share", "top_k", "hidden_share")
+    ],
     writing: Writing,
     loading: Loading,
 ) -> Answer:
@@ -139,6 +141,8 @@ def recover(
         how = replace(how, seq_len=fitting_length(how.seq_len, dense.config))
     if distilling and teacher is None:
         raise PrunekitError(f"{flag(next(iter(distilling)))} is for distillation: give --teacher DENSE too")
+    if distilling.get("hidden_share") and (cut_by := Path(model) / "plan.json").is_file():
+        distilling = {**distilling, "plan": pk.PruningPlan.load(cut_by)}
     marked = {"train_on": training["train_on"]} if "train_on" in training else {}
     windows, held_out = hold_out(training_windows(data, tokenizer, how.seq_len, **marked))
     method_used = how if teacher is None else pk.Distillation(pk.load(teacher, **loading)[0], how, **distilling)
