@@ -1,5 +1,6 @@
 """Configuration and loader of cut checkpoints for `transformers`' auto classes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,31 @@ class PrunekitForCausalLM:
     @classmethod
     def _from_config(cls, config: PrunekitConfig, **options: Any) -> Any:
         raise PrunekitError("a cut model has no weights to start from; load one with from_pretrained, or cut another")
+
+
+def is_cut(source: Any) -> bool:
+    """Whether a source is a folder of a cut checkpoint in prunekit's own format."""
+    try:
+        path = Path(source) / "config.json"
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("model_type") == "prunekit"
+    except (TypeError, OSError, ValueError, AttributeError):  # no path, or no such file
+        return False
+
+
+def load_as(cls: Any, source: str | Path, **options: Any) -> Any:
+    """The model of a cut checkpoint, loaded with the class of its own family.
+
+    Raises:
+        PrunekitError: it is of another class, or what `PrunekitForCausalLM.from_pretrained` raises.
+    """
+    loaded = PrunekitForCausalLM.from_pretrained(source, **options)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if not isinstance(model, cls):
+        raise PrunekitError(
+            f"{str(source)!r} is a cut {type(model).__name__}, no {cls.__name__}; load it with prunekit.load or "
+            "AutoModelForCausalLM"
+        )
+    return loaded
 
 
 def _check_options(options: dict[str, Any]) -> None:

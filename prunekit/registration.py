@@ -1,4 +1,4 @@
-"""Registers `model_type: "prunekit"` with `transformers`' auto classes, without importing them.
+"""Registers `model_type: "prunekit"` with `transformers`' auto classes and models, without importing them.
 
 `import prunekit` must cost nothing, so what is to be registered waits until `transformers` itself has loaded the table
 it belongs in, whichever of the two is imported first.
@@ -6,6 +6,7 @@ it belongs in, whichever of the two is imported first.
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -35,9 +36,26 @@ def _register_model(table: Any) -> None:
     table.AutoModelForCausalLM.register(PrunekitConfig, PrunekitForCausalLM, exist_ok=True)
 
 
+def _register_classes(module: Any) -> None:
+    """Let the classes of families load cut checkpoints of theirs, as adapters without a task type ask for."""
+    given = module.PreTrainedModel.from_pretrained
+    plain = getattr(given, "__func__", given)  # a plain function where another library has put its own there
+
+    @wraps(plain)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
+        from prunekit.auto_classes import is_cut, load_as
+
+        if args or not is_cut(pretrained_model_name_or_path):
+            return plain(cls, pretrained_model_name_or_path, *args, **options)
+        return load_as(cls, pretrained_model_name_or_path, **options)
+
+    module.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
 _TABLES: dict[str, Callable[[Any], None]] = {
     f"{AUTO}.configuration_auto": _register_configuration,
     f"{AUTO}.modeling_auto": _register_model,
+    "transformers.modeling_utils": _register_classes,
 }
 
 

@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GPT2LMHeadModel,
     LlamaForCausalLM,
     Trainer,
     TrainingArguments,
@@ -120,21 +121,25 @@ def test_an_adapter_trained_on_a_cut_model_finds_its_base(name, form, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["channels", "uneven"])
-def test_an_adapter_without_a_task_type_is_merged_into_its_base_too(form, tmp_path):
-    """peft itself would load the base with the class of its family, not with AutoModelForCausalLM."""
+def test_an_adapter_without_a_task_type_finds_its_base_too(form, tmp_path):
+    """Then peft loads the base with the class of its family, not with AutoModelForCausalLM."""
     pk.save(copy.deepcopy(cut("llama_gqa", form)), tmp_path / "base")
     adapted = get_peft_model(
         pk.load(tmp_path / "base")[0], LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
     adapted.save_pretrained(tmp_path / "adapter")
-    again, _ = pk.load(tmp_path / "adapter", merge_adapter=True)
-    assert torch.allclose(answers(again), answers(adapted), atol=1e-5)
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(answers(again), answers(adapted))
 
 
-def test_a_cut_checkpoint_is_refused_by_the_class_of_its_family(tmp_path):
+def test_a_cut_checkpoint_loads_with_the_class_of_its_family_and_no_other(tmp_path):
     pk.save(copy.deepcopy(cut("llama_gqa", "uneven")), tmp_path / "cut")
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        LlamaForCausalLM.from_pretrained(tmp_path / "cut")
+    model, info = LlamaForCausalLM.from_pretrained(
+        pretrained_model_name_or_path=tmp_path / "cut", output_loading_info=True, dtype=torch.float32
+    )
+    assert torch.equal(answers(model), answers(cut("llama_gqa", "uneven"))) and not info["missing_keys"]
+    with pytest.raises(pk.PrunekitError, match="is a cut LlamaForCausalLM, no GPT2LMHeadModel; load it with prunekit"):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, lambda folder: pk.load(folder)[0]])

@@ -57,6 +57,9 @@ def test_tasks_of_its_form_are_run_by_name(tmp_path):
         run_harness(llama(), byte_tokenizer(), ["other"], include_path=tmp_path)
     with pytest.raises(PrunekitError, match="no task to run"):
         run_harness(llama(), byte_tokenizer(), [])
+    for tasks in ({"piqa": ["a question"]}, "piqa", [3]):
+        with pytest.raises(PrunekitError, match=r"a list of names .* zero_shot"):
+            run_harness(llama(), byte_tokenizer(), tasks)
 
 
 def test_without_the_harness_the_way_to_get_it_is_named(monkeypatch):

@@ -27,4 +27,4 @@ def test_killed_at_any_moment_nothing_is_half_written_and_all_goes_on(tmp_path, 
         least = min(JOBS, key=lambda name: killed[name])
         killed[least] += killer.kill(least, min(4 if KILLS > 18 else 1, KILLS - killed.total()))
         print(f"killed {killed.total()} times: {dict(killed)}", flush=True)
-    assert min(killed[name] for name in JOBS) >= KILLS // len(JOBS) - 2
+    assert 2 * len(JOBS) > KILLS or min(killed[name] for name in JOBS) >= KILLS // len(JOBS) - 2

@@ -63,7 +63,7 @@ def load_cut(
         options: for building the model, such as `attn_implementation`.
 
     Raises:
-        PrunekitError: the record, the widths or the weights do not fit each other.
+        PrunekitError: the record and the weights do not fit each other.
     """
     saved = read_config(folder)
     _check_record(folder, saved)

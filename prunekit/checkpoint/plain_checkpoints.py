@@ -68,6 +68,8 @@ def load_plain(source: str, dtype: torch.dtype | str = "auto", trust_remote_code
             f"{source!r} lacks weights, or has some of the wrong shape: {names}; restore it from its source"
         )
     check_left_out(source, model, info["unexpected_keys"])
+    if next(model.parameters()).is_meta:  # where transformers leaves two copies of one matrix apart
+        model.tie_weights()
     if is_falsely_tied(model):  # `transformers` leaves them untied, so that the model is not what is described
         raise PrunekitError(
             f"config.json of {source!r} says tie_word_embeddings, but two different matrices are stored; set it to "

@@ -130,7 +130,7 @@ def recover(
         settings: of the method.
         training: options of `recover`.
         teacher: the model before pruning, to distil from: what `model` can be.
-        distilling: options of `Distillation`, with --teacher.
+        distilling: options of `Distillation`, with --teacher; --hidden-share reads MODEL's plan.json.
         writing: options of `save`.
         loading: options of `load`.
     """

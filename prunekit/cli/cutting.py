@@ -79,7 +79,7 @@ class _Order:
     def in_memory(self) -> dict[str, Any]:
         """Options that need the whole model, where they are given."""
         fit = None if self.fit == "none" else self.fit
-        given = {"compensate": fit, "gaps": self.gaps, "normalize": self.normalize, "steps": self.steps}
+        given = {"compensate": fit, "normalize": self.normalize, "steps": self.steps}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
@@ -158,6 +158,8 @@ def prune(
     ratio = planning.pop("pruning_ratio", None)
     if plan is None:
         check_options(ratio, **planning)
+    if gaps is not None and compensate in (None, "none"):
+        raise PrunekitError("--gaps makes up for whole layers that go, by --compensate: give that too, or leave it out")
     if ratio == 0:
         raise PrunekitError("--pruning-ratio 0 removes nothing; give a fraction above 0, such as 0.2")
     by, method = pk.PruningPlan.load(plan) if plan else None, _named(importance, granularity, drawing)
@@ -208,6 +210,7 @@ def _cut(order: _Order) -> pk.PruningPlan:
     how: dict[str, Any] = {"compensate": calib, "fit": fit} if fitted else {"inplace": True}
     small: Any = pk.prune(dense, plan, held_out=held_out, gaps=order.gaps, **how)
     notes = _notes(order, fit if fitted else None, drawing if calib is not None else None, small.loss_change)
+    notes |= {"gaps": order.gaps or "map"} if fitted and plan.removed_layers else {}
     # Counted anew, since a plan may be written by hand.
     plan = replace(plan, n_parameters=before, n_parameters_kept=count_parameters(small), notes={**plan.notes, **notes})
     pk.save(small, order.out, tokenizer=None if tokens_went(small) else tokenizer, plan=plan, **order.writing)

@@ -1,6 +1,6 @@
 """Runs tasks of lm-evaluation-harness on a model in memory (an optional extra)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,12 @@ def run_harness(
     Raises:
         PrunekitError: lm-evaluation-harness is not installed, or a task is unknown.
     """
-    lm_eval, names = import_harness(), list(tasks)
+    names = [] if isinstance(tasks, (str, Mapping)) else list(tasks)
+    if isinstance(tasks, (str, Mapping)) or not all(isinstance(name, str) for name in names):
+        raise PrunekitError(
+            "give a list of names of lm-evaluation-harness's tasks; prunekit's own are answered by zero_shot"
+        )
+    lm_eval = import_harness()
     manager = make_manager(lm_eval, include_path, names)
     lm = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     options: Any = {"limit": limit, "num_fewshot": shots, "bootstrap_iters": 0, "log_samples": False}

@@ -201,7 +201,9 @@ class Trials:
 
     def failed(self) -> dict[int, str]:
         """Trial number → reason, for failed trials."""
-        return {trial.number: trial.user_attrs["why"] for trial in self._every(TrialState.FAIL)}
+        return {
+            trial.number: trial.user_attrs.get("why", "it was interrupted") for trial in self._every(TrialState.FAIL)
+        }
 
     def table(self) -> pd.DataFrame:
         """One row per measured trial: number, round, the hyperparameters, and what was measured."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prunekit.checks import Positive, check_value
 from prunekit.errors import PrunekitError
 from prunekit.sparsity.auxiliaries import FFN, Activation, Sums, Weights, gram_of, sweep
 from prunekit.sparsity.matrices import Call, Matrix
@@ -58,8 +59,9 @@ def prune_ffn(
         watch: called after each call of the local solver with name, weight before, weight after.
 
     Raises:
-        PrunekitError: activations that are not finite or all zero.
+        PrunekitError: a damping that is not above 0, activations that are not finite or all zero.
     """
+    check_value("damping", damping, Positive)
     method = (method or SparseLLM()).for_form("gate" in ffn.weights)
     patterns = pattern if isinstance(pattern, Mapping) else dict.fromkeys(ffn.weights, pattern)
     solver = _Solver(patterns, damping, watch or (lambda *_: None))
