@@ -3,7 +3,9 @@
 Every row is a real cut to one fraction of all parameters. Rows are appended as they are measured, each with its commit:
 a run that was stopped goes on where it was. Perplexity is that of the first characters of each text, in windows of 128,
 BOS first in each where the tokenizer adds it; on C4, of 16 windows that share nothing with those of seeds 0 to 2 (older
-rows have none). The peer optipfair (FFN channels of all layers, equal parameters) runs where it is installed.
+rows have none). `--tasks 100` asks the papers' seven tasks too, 100 questions each, which takes some minutes a row
+(give another file then: `--out`). The peer optipfair (FFN channels of all layers, equal parameters) runs where it is
+installed.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, apart, append, done, machine, shared
+from machine import RESULTS, SEVEN, apart, append, done, machine, shared
 
 import prunekit as pk
 from prunekit.account import loss_on
@@ -34,12 +36,12 @@ CALIBRATION = "calibration/c4_demo.jsonl"
 class Bench:
     """A dense model, and what several ways share: groups, calibration sets and scores."""
 
-    def __init__(self, name: str, characters: int | None, n_samples: int, texts: list[str]) -> None:
+    def __init__(self, name: str, characters: int | None, n_samples: int, texts: list[str], n_asked: int) -> None:
         self.model, self.tokenizer = pk.load(name)
         self.groups = pk.discover(self.model)
         self.units = default_units(self.groups)
         self.texts = {key: shared(f"data/{TEXTS[key]}").read_text()[:characters] for key in texts}
-        self.n_samples = n_samples
+        self.n_samples, self.n_asked = n_samples, n_asked
         self.scores = cache(self._scores)
         self.held = apart(self.calibration(99), map(self.calibration, range(3)))[:16]
 
@@ -52,7 +54,11 @@ class Bench:
 
     def measured(self, model: Any) -> dict[str, float]:
         found = {name: round(pk.perplexity(model, self.tokenizer, text), 2) for name, text in self.texts.items()}
-        return {**found, "c4": round(float(torch.tensor(loss_on(model, self.held)).exp()), 2)}
+        found["c4"] = round(float(torch.tensor(loss_on(model, self.held)).exp()), 2)
+        if self.n_asked:
+            asked = pk.zero_shot(model, self.tokenizer, SEVEN, limit=self.n_asked, data_dir=shared("data/zeroshot"))
+            found["tasks"] = round(asked.mean, 4)
+        return found
 
     def ends(self) -> list[int]:
         """The layers that LLM-Pruner leaves whole."""
@@ -111,8 +117,9 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=list(TEXTS))
     parser.add_argument("--characters", type=int, default=13_000, help="of each text; 0: all of it")
     parser.add_argument("--n-samples", type=int, default=64)
+    parser.add_argument("--tasks", type=int, default=0, help="questions of each of the seven tasks; 0: none")
     args = parser.parse_args()
-    told, bench = machine(), Bench(args.model, args.characters or None, args.n_samples, args.texts)
+    told, bench = machine(), Bench(args.model, args.characters or None, args.n_samples, args.texts, args.tasks)
     there = done(args.out, "way", "ratio", "seed", "characters")
     wanted = [("dense", 0.0, 0)]
     wanted += [(way, ratio, seed) for seed in args.seeds for ratio in args.ratios for way in args.ways]
