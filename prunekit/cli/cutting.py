@@ -165,8 +165,10 @@ def prune(
     by, method = pk.PruningPlan.load(plan) if plan else None, _named(importance, granularity, drawing)
     if by is not None and not any(by.removed(name) for name in by.keep):
         raise PrunekitError(f"{plan} is a plan that removes nothing; give another, or --pruning-ratio")
-    how = normalize, steps, calibration, drawing, compensate, gaps, writing, loading
-    order = _Order(model, out, by, ratio, planning, method, *how)
+    order = _Order(
+        model, out, by, ratio, planning, method, normalize, steps, calibration, drawing, compensate, gaps, writing,
+        loading,
+    )  # fmt: skip
     if _is_too_large(model) if streaming is None else streaming:
         return _answer(order, _cut_streamed(order))
     return _answer(order, _cut(order))

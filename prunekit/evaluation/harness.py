@@ -63,7 +63,7 @@ def run_harness(
     Raises:
         PrunekitError: lm-evaluation-harness is not installed, or a task is unknown.
     """
-    names = [] if isinstance(tasks, (str, Mapping)) else list(tasks)
+    names = list(tasks)
     if isinstance(tasks, (str, Mapping)) or not all(isinstance(name, str) for name in names):
         raise PrunekitError(
             "give a list of names of lm-evaluation-harness's tasks; prunekit's own are answered by zero_shot"

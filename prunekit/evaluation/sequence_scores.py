@@ -170,7 +170,8 @@ def _n_nodes(rows: Sequence[Row]) -> int:
 def _attention_window(model: nn.Module) -> float:
     """Tokens that some layers see at most, as the configuration says: a given mask may replace theirs."""
     config: Any = model.config
-    return getattr(config.get_text_config(), "sliding_window", None) or math.inf
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return window if isinstance(window, int) and window > 0 else math.inf
 
 
 def _gathers(model: nn.Module, spans: Sequence[Span]) -> bool:
