@@ -144,16 +144,6 @@ def test_cut_equals_zero_for_random_units(name, attention, seed):
     assert relative_difference(small, logits(zero_units(model, groups, plan))) < family.tolerance
 
 
-@pytest.mark.parametrize("name", [name for name, family in EVERYONE.items() if exact_units(family)])
-def test_one_channel_may_stay(name):
-    """A dimension of one channel tells nothing apart."""
-    family = EVERYONE[name]
-    model, groups = family.model(), family.groups()
-    plan = plan_keeping(groups, {g.name: [g.layer] for g in groups.of_kind("ffn_channel") if g.exact})
-    small = prune(model, plan)
-    assert relative_difference(logits(small), logits(zero_units(model, groups, plan))) < family.tolerance
-
-
 def _quarter(family, dtype=None):
     """A model cut in place by a quarter of its heads and channels, its zeroed twin, and the logits before."""
     model, groups = family.model(dtype=dtype), family.groups()

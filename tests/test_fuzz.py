@@ -21,8 +21,8 @@ from prunekit import recipes
 from prunekit.errors import PrunekitError
 
 SEED = 0
-PER_ARGUMENT, PER_WHOLE = 10, 5  # values that are drawn for each argument
-LEAST, LEAST_WHOLE = 1000, 250  # cases in all
+PER_ARGUMENT, PER_WHOLE = 10, 3  # values that are drawn for each argument
+LEAST, LEAST_WHOLE = 1000, 150  # cases in all
 WHOLE = (
     "LHSPG",
     "accuracy_predictor",

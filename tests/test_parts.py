@@ -1,6 +1,7 @@
 """Whole blocks and layers are taken out as if all their parameters were zero, alone and with heads and channels."""
 
 import random
+import zlib
 
 import pytest
 import torch
@@ -14,8 +15,6 @@ from families import (
     relative_difference,
     zero_units,
 )
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from other_families import DIFFICULT, EVERYONE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -56,11 +55,10 @@ def lies_in(group, paths):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERYONE)
-@settings(max_examples=2, deadline=None, phases=[Phase.generate])
-@given(seed=st.integers(0, 2**16))
-def test_parts_with_heads_and_channels_are_cut_as_if_zero(name, seed):
+def test_parts_with_heads_and_channels_are_cut_as_if_zero(name):
+    """One draw a family, so that the families between them see blocks and layers, first and last."""
     family = EVERYONE[name]
-    small, zeroed = pruned_and_zeroed(family, random_parts(family, seed))
+    small, zeroed = pruned_and_zeroed(family, random_parts(family, seed=zlib.crc32(name.encode())))
     assert relative_difference(logits(small), logits(zeroed)) < family.tolerance
 
 

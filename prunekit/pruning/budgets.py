@@ -184,9 +184,8 @@ def _fill(batches: list[list[Step]], budget: float, counter: Counter) -> list[St
     taken: list[Step] = []
     closed: set[str] = set()
     for batch in batches:
-        cost = sum(counter.cost(step) for step in batch)
         names = {step.group.name for step in batch}
-        if names & closed or counter.total - counter.left + cost > budget + 0.5:
+        if names & closed or counter.total - counter.left + sum(map(counter.cost, batch)) > budget + 0.5:
             closed |= names
             continue
         for step in batch:
