@@ -195,6 +195,13 @@ def opened(step: str, model: nn.Module, sample: Sample | None, why: str = HOW) -
         return Opening(step, None, None, _failed(error))
 
 
+def set_aside(model: Any) -> None:
+    """Move the change of an earlier step into `earlier_changes`: a step that is not measured has no `loss_change`."""
+    change = vars(model).pop("loss_change", None)
+    if change is not None:
+        model.earlier_changes = (*getattr(model, "earlier_changes", ()), change)
+
+
 def closed(opening: Opening, model: Any) -> LossChange:
     """Measure a model after a step, store the result as `loss_change`, and warn if the loss rose by much.
 

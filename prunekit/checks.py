@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from prunekit.annotations import Rule, fault_in, is_integer, is_real, shown, words_for
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, similar
 
 LONGEST_NAME = 255  # bytes of a file's name, on nearly all systems
 LARGEST = 2**31  # what is counted is fewer
@@ -147,7 +147,8 @@ def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """
     allowed = tuple(allowed)
     if not any(type(value) is type(each) and value == each for each in allowed):
-        raise PrunekitError(f"{name}={shown(value)} is unknown; allowed: {', '.join(map(repr, allowed))}")
+        listed = ", ".join(map(repr, allowed))
+        raise PrunekitError(f"{name}={shown(value)} is unknown; allowed: {listed}{similar(value, allowed)}")
 
 
 # --- locks --------------------------------------------------------------------------------------

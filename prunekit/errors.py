@@ -5,7 +5,8 @@ import json
 import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,6 +48,12 @@ def reason(error: BaseException) -> str:
         if isinstance(error, kinds) and (told := said(error)):
             return told
     return f"{type(error).__name__}, see the traceback"
+
+
+def similar(value: object, allowed: Iterable[object]) -> str:
+    """A question to add to an error where one of the allowed names is written much like the one given."""
+    near = get_close_matches(str(value), [str(each) for each in allowed], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def first_line(error: Exception) -> str:

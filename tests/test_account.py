@@ -182,6 +182,17 @@ def test_the_card_says_it(model, groups, losses, tmp_path):
     assert f"What `prune` did: {small.loss_change}. **That is much.**" in card
 
 
+def test_the_card_says_it_of_each_step(model, groups, losses, tmp_path):
+    losses(4.0, 4.2, 4.2, 4.5)
+    small = prune(model, quick_plan(model, groups), held_out=tokens())
+    cut = small.loss_change
+    again = sparsify(small, tokens(), "magnitude", 0.5, measure=False)
+    assert not hasattr(again, "loss_change") and again.earlier_changes == (cut,) and small.loss_change == cut
+    then = sparsify(small, tokens(), "magnitude", 0.5)
+    card = (save(then, tmp_path / "out") / "README.md").read_text()
+    assert card.index(f"What `prune` did: {cut}.") < card.index(f"What `sparsify` did: {then.loss_change}.")
+
+
 def test_sparsify_carries_it_in_its_report_and_checkpoint(model, losses, tmp_path):
     losses(4.0, 5.0)
     with pytest.warns(DamageWarning, match="less sparsity"):

@@ -41,6 +41,7 @@ def test_a_text_by_name_is_read_from_the_folder(dense, tmp_path, capsys):
 
 REFUSED = {
     "no such task": (("--tasks", "bollq"), "'bollq': no task of prunekit's own.*pip install 'prunekit\\[harness\\]'"),
+    "misspelt, with a folder": (("--tasks", "piqua", "--data-dir", "."), r"'piqua': .*did you mean 'piqa'\?"),
     "no such file": (("--tasks", "boolq", "--data-dir", "."), r"boolq: no file boolq.validation\.jsonl"),
     "no limit": (("--tasks", "boolq", "--limit", "0"), "limit=0.*a limit is at least 1"),
     "nothing to read": ((), "has no default text; give --data with a text file, --tasks"),
@@ -67,6 +68,7 @@ def test_other_names_are_the_harnesss(dense, capsys, monkeypatch):
         return harness.HarnessResult({"gsm8k": metrics})
 
     monkeypatch.setattr(harness, "run_harness", run)
+    monkeypatch.setattr(harness, "make_manager", lambda lm_eval, path, names: None)  # its index takes long to read
     assert main(["evaluate", dense, "--tasks", "gsm8k", "--limit", "5"]) == 0
     out = capsys.readouterr().out
     assert asked == [(("gsm8k",), 5, None)] and "gsm8k exact_match" in out and "0.25" in out and "stderr" not in out

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from wirings import WIRINGS
 
 from prunekit import discover, prune
+from prunekit.pruning import zeroed
 
 PROVED = {**FAMILIES, **WIRINGS}
 MIXTURES = [name for name, family in EVERYONE.items() if "expert~" in family.layers[-1]]
@@ -140,8 +141,11 @@ def test_cut_equals_zero_for_random_units(name, attention, seed):
     plan = plan_keeping(groups, random_units(family, groups, seed))
     before = {n: p.clone() for n, p in model.named_parameters()}
     small = logits(prune(model, plan))
+    with zeroed(model, groups, plan):
+        inside = logits(model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert relative_difference(small, logits(zero_units(model, groups, plan))) < family.tolerance
+    expected = logits(zero_units(model, groups, plan))
+    assert relative_difference(small, expected) < family.tolerance and torch.equal(inside, expected)
 
 
 def _quarter(family, dtype=None):

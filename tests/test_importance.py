@@ -287,6 +287,8 @@ def test_names_of_the_command_line(model, groups):
     assert len(labels) == len(IMPORTANCES)
     with pytest.raises(PrunekitError, match="'l3' is unknown; allowed: curvature, taylor, .*random"):
         importance_from_name("l3")
+    with pytest.raises(PrunekitError, match=r"did you mean 'curvature'\?"):
+        importance_from_name("curvatur")
     with pytest.raises(PrunekitError, match="'random' does not take order"):
         importance_from_name("random", order="first")
 

@@ -105,12 +105,13 @@ def renumbered(model: Any, plan: PruningPlan | None, tokenizer: Any) -> list[str
 
 
 def _loss_parts(model: Any) -> list[str]:
-    """The change of the loss by the last step, if measured."""
-    change = getattr(model, "loss_change", None)
-    if not isinstance(change, LossChange):
-        return []
-    said = f"What {in_code(change.step)} did: {in_markdown(change)}."
-    return [f"{said} **That is much.**" if change.is_large else said]
+    """The change of the loss by each step since the model was loaded, as far as it was measured."""
+    changes = (*getattr(model, "earlier_changes", ()), getattr(model, "loss_change", None))
+    return [
+        f"What {in_code(change.step)} did: {in_markdown(change)}.{' **That is much.**' * change.is_large}"
+        for change in changes
+        if isinstance(change, LossChange)
+    ]
 
 
 def _plan_parts(plan: PruningPlan) -> list[str]:

@@ -12,11 +12,11 @@ from prunekit.checkpoint.loading import load_structure
 from prunekit.checkpoint.streaming import candidates
 from prunekit.cli.console import Answer, Of, flag, say, text_table
 from prunekit.cli.inputs import Drawing, Loading, check_drawing, drawn, named_texts, text_for
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, similar
 from prunekit.evaluation import harness
 from prunekit.evaluation.language_modelling import measure_perplexity
 from prunekit.evaluation.report import check_metrics
-from prunekit.evaluation.standard_tasks import is_standard, named_tasks
+from prunekit.evaluation.standard_tasks import TASKS, is_standard, named_tasks
 from prunekit.evaluation.windows import TEXTS, standard_text
 from prunekit.files import new_folder
 from prunekit.importance import IMPORTANCES, default_importance, importance_from_name
@@ -106,10 +106,11 @@ def evaluate(
     if metrics is not None:
         check_metrics(metrics)
     names, folder = _short_names(models), asking.get("data_dir")
-    _check_asking(asking, tasks, data)
     others = tuple(name for name in tasks if not is_standard(name))
-    if others:
-        harness.import_harness(f"{', '.join(map(repr, others))}: no task of prunekit's own. ")
+    if others:  # before models are loaded, which takes long
+        why = f"{', '.join(map(repr, others))}: no task of prunekit's own{similar(others[0], TASKS)}. "
+        harness.make_manager(harness.import_harness(why), None, list(others))
+    _check_asking(asking, tasks, data)
     text = standard_text(data, data_dir=folder) if data in TEXTS else data
     ours = [name for name in tasks if name not in others]
     questions = named_tasks(ours, **asking) if ours else None

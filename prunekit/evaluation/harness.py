@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from prunekit.errors import PrunekitError, reason
+from prunekit.errors import PrunekitError, reason, similar
 from prunekit.evaluation.standard_tasks import TASKS
 from prunekit.models import evaluating
 
@@ -108,16 +109,22 @@ def import_harness(why: str = "") -> Any:
     return lm_eval
 
 
+@cache
+def _default_tasks() -> Any:
+    """The index of the harness's own tasks, which takes 14 s to read."""
+    return import_harness().tasks.TaskManager()
+
+
 def make_manager(lm_eval: Any, include_path: str | Path | None, names: list[str]) -> Any:
     """The harness's task index, after a check that it contains all given tasks."""
     if not names:
         raise PrunekitError("no task to run; give names of lm-evaluation-harness's tasks")
     path = None if include_path is None else str(include_path)
-    manager = lm_eval.tasks.TaskManager(include_path=path, include_defaults=path is None)
+    manager = _default_tasks() if path is None else lm_eval.tasks.TaskManager(include_path=path, include_defaults=False)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise PrunekitError(
             f"no task {', '.join(map(repr, unknown))} in {path or 'lm-evaluation-harness'}; `lm_eval ls tasks` lists "
-            f"its own, and prunekit has {', '.join(TASKS)} and mmlu_<subject>"
+            f"its own, and prunekit has {', '.join(TASKS)} and mmlu_<subject>{similar(unknown[0], TASKS)}"
         )
     return manager

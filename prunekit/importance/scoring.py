@@ -12,7 +12,7 @@ from prunekit.annotations import Rule
 from prunekit.calibration import check_finite, check_tokens
 from prunekit.checks import Network, check_choice, checked
 from prunekit.discovery.groups import CoupledGroup, Groups
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, similar
 from prunekit.gradients import Gradients
 from prunekit.importance.ablation import Ablation, check_scalable, scaled_to_loss
 from prunekit.importance.activation import Activation, BlockInfluence, Fluctuation
@@ -84,7 +84,9 @@ def importance_from_name(name: str, **options: Any) -> Importance:
         PrunekitError: an unknown name or field.
     """
     if name not in IMPORTANCES:
-        raise PrunekitError(f"importance {name!r} is unknown; allowed: {', '.join(IMPORTANCES)}")
+        raise PrunekitError(
+            f"importance {name!r} is unknown; allowed: {', '.join(IMPORTANCES)}{similar(name, IMPORTANCES)}"
+        )
     try:
         return IMPORTANCES[name](**options)
     except TypeError as error:

@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from transformers import PreTrainedConfig
 
+from prunekit.account import set_aside
 from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
 from prunekit.discovery import Groups
 from prunekit.models import name_model
@@ -44,7 +45,7 @@ def record(model: nn.Module, groups: Groups, plan: PruningPlan) -> None:
     that say something else now.
     """
     vars(model).pop("sparsity_report", None)  # its matrices are no longer these
-    vars(model).pop("loss_change", None)  # an earlier step's
+    set_aside(model)
     config = getattr(model, "config", None)
     if config is None:
         return

@@ -1,19 +1,21 @@
 """`PruningPlan`: which units of which groups stay, as plain data."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunekit.discovery import Groups
 from prunekit.discovery.groups import kind_in, layer_in
 from prunekit.errors import PrunekitError, reason
 from prunekit.escaping import html_paragraph
 from prunekit.files import read_text, write_text
+from prunekit.importance.ablation import ablated
 
 _SAVED = ("keep", "n_units", "n_parameters", "n_parameters_kept", "notes")
 _NO_PLAN, _GIVE = "this is no pruning plan", "give JSON as PruningPlan.save writes"
@@ -193,3 +195,21 @@ def _check_units(name: str, units: Any, total: Any) -> None:
             f"plan for {name!r} keeps {str(units)[:60]} of {total} units; "
             f"it must be an ascending, non-empty list of distinct numbers from 0 to {total - 1}"
         )
+
+
+@contextmanager
+def zeroed(model: nn.Module, groups: Groups, plan: PruningPlan) -> Iterator[None]:
+    """A context in which the units that a plan removes are zero, and nothing is cut; restored at its end.
+
+    The model computes what `prune(model, plan)` does, where all groups of the plan are exact, in its old shapes. This
+    takes a fraction of the time of a cut, so it is for comparing many plans.
+
+    Args:
+        model: the model that the groups were discovered in.
+        groups: of the model.
+        plan: of these groups. Gradients are off inside.
+    """
+    with ExitStack() as zeros:
+        for name in plan.keep:
+            zeros.enter_context(ablated(model, groups[name], plan.removed(name)))
+        yield

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
+from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample, set_aside
 from prunekit.calibration import check_finite
 from prunekit.checks import FilePath, Length, Model, Tokenizer, checked
 from prunekit.digests import digest_of
@@ -130,7 +130,7 @@ def recover(
                     trained.save_pretrained(str(beside), safe_serialization=True)
                 log.save(beside / LOG)
     check_finite(changed)
-    vars(changed).pop("loss_change", None)
+    set_aside(changed)
     if opening is not None:
         log = replace(log, loss_change=closed(opening, changed))
         if out is not None:

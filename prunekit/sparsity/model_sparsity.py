@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample
+from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample, set_aside
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.checks import Network, Positive, check_choice, checked
 from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
@@ -97,7 +97,7 @@ def sparsify(
         found = find_matrices(target, paths, first)
         matrices = _chosen(found.matrices, paths, layers, wanted)
         earlier = vars(target).pop("sparsity_report", None)  # an earlier report is no longer valid
-        vars(target).pop("loss_change", None)
+        set_aside(target)
         batches = in_batches(tokens) if tokens is not None else ()
         shared = dict.fromkeys(matrices, wanted)
         patterns = allocate(target, batches, matrices, wanted) if allocation == "global" else shared
