@@ -26,6 +26,7 @@ def test_tasks_and_a_text_by_name(dense, capsys):
     assert main(["evaluate", dense, *options, "--shots", "0"]) == 0
     captured = capsys.readouterr()
     assert "piqa" in captured.out and "mmlu_virology" in captured.out and "perplexity" not in captured.out
+    assert re.search(r"piqa +0\.\d+ ± 0\.\d\d", captured.out)
     assert "6 questions" in captured.out and "no zero_shot" not in captured.err
     assert main(["evaluate", dense, *options, "--metrics", "zero_shot", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["dense"]) >= {"piqa", "mmlu_virology"}

@@ -10,7 +10,7 @@ from prunekit.search import Choice, HyperparameterSpace, Range, Trees, cross_val
 from prunekit.world import documents
 
 TEXT = "\n".join(documents(8, split="validation", seed=5))
-FEW = {"n_pairs": 12, "n_rounds": 1, "top_k": 3, "trees": Trees(n_models=2, n_trees=20)}
+FEW = {"n_pairs": 10, "n_rounds": 1, "top_k": 2, "trees": Trees(n_models=2, n_trees=20)}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_the_recipe_is_its_steps_and_goes_on_where_it_was(world, calib, tmp_path
     assert 0.3 <= done.plan.pruning_ratio <= 0.305
     assert sum(p.numel() for p in done.model.parameters()) == done.plan.n_parameters_kept
     assert set(done.space.importances) == {"Taylor element first", "Taylor vector first", "L2"}
-    assert done.found.pairs.points[:6] == known_points(done.space) and len(done.found.pairs) == 15
+    assert done.found.pairs.points[:6] == known_points(done.space) and len(done.found.pairs) == 12
     best = done.found.pairs.table["perplexity"].min()
     assert pk.perplexity(done.model, tokenizer, TEXT) == pytest.approx(best, rel=1e-5)
     assert len(repr(done)) < 500 and "PruningPlan" in repr(done)

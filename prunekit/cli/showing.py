@@ -175,7 +175,13 @@ def _headline(report: pk.Report) -> dict[str, Any]:
 def _side_by_side(reports: dict[str, pk.Report], said: dict[str, Any]) -> str:
     """One row per metric, those of the harness too, then what holds for all models alike."""
     table, first = pk.compare(reports), next(iter(reports.values()))
-    rows = [(metric, *(readable(value) for value in table[metric])) for metric in table]
+    errors = {name: report.zero_shot.by("task")["stderr"] for name, report in reports.items() if report.zero_shot}
+
+    def told(metric: str, name: str) -> str:
+        error = errors[name].get(metric) if name in errors else None
+        return readable(table.loc[name, metric]) + (f" ± {error:.2f}" if error is not None else "")
+
+    rows = [(metric, *(told(metric, name) for name in reports)) for metric in table]
     keys = dict.fromkeys((task, each) for tasks in said.values() for task, metrics in tasks.items() for each in metrics)
     rows += [(f"{task} {each}", *(str(tasks[task][each]) for tasks in said.values())) for task, each in keys]
     notes = first.table().set_index("metric")["note"]
