@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from wirings import WIRINGS
 
 from prunekit import discover, prune
-from prunekit.pruning import zeroed
+from prunekit.knowledge import ablate
 
 PROVED = {**FAMILIES, **WIRINGS}
 MIXTURES = [name for name, family in EVERYONE.items() if "expert~" in family.layers[-1]]
@@ -141,7 +141,7 @@ def test_cut_equals_zero_for_random_units(name, attention, seed):
     plan = plan_keeping(groups, random_units(family, groups, seed))
     before = {n: p.clone() for n, p in model.named_parameters()}
     small = logits(prune(model, plan))
-    with zeroed(model, groups, plan):
+    with ablate(model, groups, plan.gone):
         inside = logits(model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     expected = logits(zero_units(model, groups, plan))

@@ -163,7 +163,7 @@ def prune(
     if ratio == 0:
         raise PrunekitError("--pruning-ratio 0 removes nothing; give a fraction above 0, such as 0.2")
     by, method = pk.PruningPlan.load(plan) if plan else None, _named(importance, granularity, drawing)
-    if by is not None and not any(by.removed(name) for name in by.keep):
+    if by is not None and not by.gone:
         raise PrunekitError(f"{plan} is a plan that removes nothing; give another, or --pruning-ratio")
     order = _Order(
         model, out, by, ratio, planning, method, normalize, steps, calibration, drawing, compensate, gaps, writing,

@@ -2,7 +2,7 @@
 
 from prunekit.pruning.compensation import compensate
 from prunekit.pruning.planning import plan, plan_in_steps
-from prunekit.pruning.plans import PruningPlan, zeroed
+from prunekit.pruning.plans import PruningPlan
 from prunekit.pruning.surgery import prune
 
-__all__ = ["PruningPlan", "compensate", "plan", "plan_in_steps", "prune", "zeroed"]
+__all__ = ["PruningPlan", "compensate", "plan", "plan_in_steps", "prune"]

@@ -1,21 +1,19 @@
 """`PruningPlan`: which units of which groups stay, as plain data."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunekit.discovery import Groups
 from prunekit.discovery.groups import kind_in, layer_in
 from prunekit.errors import PrunekitError, reason
 from prunekit.escaping import html_paragraph
 from prunekit.files import read_text, write_text
-from prunekit.importance.ablation import ablated
 
 _SAVED = ("keep", "n_units", "n_parameters", "n_parameters_kept", "notes")
 _NO_PLAN, _GIVE = "this is no pruning plan", "give JSON as PruningPlan.save writes"
@@ -93,6 +91,15 @@ class PruningPlan:
         """Ascending list of the removed units of a group."""
         kept = set(self.keep[name])
         return [unit for unit in range(self.n_units[name]) if unit not in kept]
+
+    @property
+    def gone(self) -> dict[str, list[int]]:
+        """Group name → removed units, of the groups that lose any.
+
+        `prunekit.knowledge.ablate(model, groups, plan.gone)` sets them to zero for a while. Where all these groups are
+        exact, the model then computes what `prune(model, plan)` does, and no time is taken for a cut.
+        """
+        return {name: units for name in self.keep if (units := self.removed(name))}
 
     def table(self) -> pd.DataFrame:
         """One row per group: group, n_units, kept, kept_fraction."""
@@ -195,21 +202,3 @@ def _check_units(name: str, units: Any, total: Any) -> None:
             f"plan for {name!r} keeps {str(units)[:60]} of {total} units; "
             f"it must be an ascending, non-empty list of distinct numbers from 0 to {total - 1}"
         )
-
-
-@contextmanager
-def zeroed(model: nn.Module, groups: Groups, plan: PruningPlan) -> Iterator[None]:
-    """A context in which the units that a plan removes are zero, and nothing is cut; restored at its end.
-
-    The model computes what `prune(model, plan)` does, where all groups of the plan are exact, in its old shapes. This
-    takes a fraction of the time of a cut, so it is for comparing many plans.
-
-    Args:
-        model: the model that the groups were discovered in.
-        groups: of the model.
-        plan: of these groups. Gradients are off inside.
-    """
-    with ExitStack() as zeros:
-        for name in plan.keep:
-            zeros.enter_context(ablated(model, groups[name], plan.removed(name)))
-        yield
