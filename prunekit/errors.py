@@ -52,7 +52,8 @@ def reason(error: BaseException) -> str:
 
 def similar(value: object, allowed: Iterable[object]) -> str:
     """A question to add to an error where one of the allowed names is written much like the one given."""
-    near = get_close_matches(str(value), [str(each) for each in allowed], n=1)
+    names = [each for each in allowed if isinstance(each, str)]
+    near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

@@ -193,6 +193,17 @@ def test_the_card_says_it_of_each_step(model, groups, losses, tmp_path):
     assert card.index(f"What `prune` did: {cut}.") < card.index(f"What `sparsify` did: {then.loss_change}.")
 
 
+@pytest.mark.slow
+def test_what_a_cut_did_is_known_after_training_and_after_another_cut(model, groups):
+    small = prune(model, quick_plan(model, groups), held_out=tokens())
+    cut = small.loss_change
+    trained = recover(small.float(), FullTuning(max_steps=1, learning_rate=1e-5), tokens(), held_out=tokens(seed=3))
+    assert trained.earlier_changes == (cut,) and trained.loss_change.step == "recover"
+    left = discover(trained)
+    again = prune(trained, plan_keeping(left, {left.of_kind("ffn_channel")[0].name: [0, 1]}), measure=False)
+    assert again.earlier_changes == (cut, trained.loss_change) and not hasattr(again, "loss_change")
+
+
 def test_sparsify_carries_it_in_its_report_and_checkpoint(model, losses, tmp_path):
     losses(4.0, 5.0)
     with pytest.warns(DamageWarning, match="less sparsity"):

@@ -3,11 +3,13 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from evaluation_helpers import byte_tokenizer, llama
 from shared import shared_path
 
+import prunekit as pk
 from prunekit.cli import main
 from prunekit.evaluation import harness
 
@@ -26,7 +28,7 @@ def test_tasks_and_a_text_by_name(dense, capsys):
     assert main(["evaluate", dense, *options, "--shots", "0"]) == 0
     captured = capsys.readouterr()
     assert "piqa" in captured.out and "mmlu_virology" in captured.out and "perplexity" not in captured.out
-    assert re.search(r"piqa +0\.\d+ ± 0\.\d\d", captured.out)
+    assert re.search(r"piqa +0\.\d+ ± 0\.\d{3}", captured.out)
     assert "6 questions" in captured.out and "no zero_shot" not in captured.err
     assert main(["evaluate", dense, *options, "--metrics", "zero_shot", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["dense"]) >= {"piqa", "mmlu_virology"}
@@ -73,3 +75,11 @@ def test_other_names_are_the_harnesss(dense, capsys, monkeypatch):
     assert main(["evaluate", dense, "--tasks", "gsm8k", "--limit", "5"]) == 0
     out = capsys.readouterr().out
     assert asked == [(("gsm8k",), 5, None)] and "gsm8k exact_match" in out and "0.25" in out and "stderr" not in out
+
+
+def test_an_unknown_task_is_refused_before_a_model_is_loaded(capsys, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs pip install 'prunekit[harness]'")
+    monkeypatch.setattr(harness, "_default_tasks", lambda: SimpleNamespace(all_tasks=["gsm8k"]))
+    monkeypatch.setattr(pk, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert main(["evaluate", "nowhere", "--tasks", "gsm8k,piqua"]) == 2
+    assert re.search(r"no task 'piqua' .*did you mean 'piqa'", capsys.readouterr().err)

@@ -56,7 +56,7 @@ def lies_in(group, paths):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERYONE)
 def test_parts_with_heads_and_channels_are_cut_as_if_zero(name):
-    """One draw a family, so that the families between them see blocks and layers, first and last."""
+    """One draw a family."""
     family = EVERYONE[name]
     small, zeroed = pruned_and_zeroed(family, random_parts(family, seed=zlib.crc32(name.encode())))
     assert relative_difference(logits(small), logits(zeroed)) < family.tolerance

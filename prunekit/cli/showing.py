@@ -179,7 +179,7 @@ def _side_by_side(reports: dict[str, pk.Report], said: dict[str, Any]) -> str:
 
     def told(metric: str, name: str) -> str:
         error = errors[name].get(metric) if name in errors else None
-        return readable(table.loc[name, metric]) + (f" ± {error:.2f}" if error is not None else "")
+        return readable(table.loc[name, metric]) + (f" ± {error:.3f}" if error is not None else "")
 
     rows = [(metric, *(told(metric, name) for name in reports)) for metric in table]
     keys = dict.fromkeys((task, each) for tasks in said.values() for task, metrics in tasks.items() for each in metrics)

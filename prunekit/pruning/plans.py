@@ -97,7 +97,8 @@ class PruningPlan:
         """Group name → removed units, of the groups that lose any.
 
         `prunekit.knowledge.ablate(model, groups, plan.gone)` sets them to zero for a while. Where all these groups are
-        exact, the model then computes what `prune(model, plan)` does, and no time is taken for a cut.
+        exact, the model then computes what `prune(model, plan)` does, without the time of a cut. A plan that removes
+        nothing gives an empty dictionary, which `ablate` refuses.
         """
         return {name: units for name in self.keep if (units := self.removed(name))}
 

@@ -99,7 +99,8 @@ def prune(
         The smaller model. Its configuration says the widths left, where they are alike in all layers and the family has
         fields for them, so that `transformers` can save it; where not, its `save_pretrained` refuses and
         `prunekit.save` writes it. What was cut stands in `config.prunekit`, cut after cut. Its `loss_change` is a
-        `LossChange`: what the cut did to the loss. `DamageWarning` says where that is much.
+        `LossChange`: what the cut did to the loss. `DamageWarning` says where that is much. What earlier steps did
+        stands in `earlier_changes`.
 
     Raises:
         PrunekitError: the plan is for another model, cuts what is locked, or cannot be carried through; some weights

@@ -85,8 +85,8 @@ def recover(
     Returns:
         The model with the updates merged into its weights, in evaluation mode, with the dtype, device and
         configuration of `model`. Its `recovery_log` is the loss curve, a `RecoveryLog`; its `loss_change`, a
-        `LossChange`, the loss before and after (`DamageWarning` says where it rose by much); its `sparsity_report`, if
-        it had one, is counted again.
+        `LossChange`, the loss before and after (`DamageWarning` says where it rose by much); what earlier steps did
+        stands in `earlier_changes`; its `sparsity_report`, if it had one, is counted again.
 
     Raises:
         PrunekitError: an unknown method, data that is empty or too short or text without a tokenizer, a folder

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from prunekit.account import set_aside
 from prunekit.calibration import check_finite
 from prunekit.checks import Count, FilePath, Model, Share, Tokenizer, checked
 from prunekit.discovery import Groups, discover
@@ -140,6 +141,7 @@ def prune_progressively(
         log = _train(adapted, windows, method, optimizer, resume)
         small: Any = detach(adapted, merge=True)
     small.eval().recovery_log = log
+    set_aside(small)
     renew_report(small, TRAINED)
     chosen = optimizer.plan(groups, {"pruning_ratio": pruning_ratio, "of": "parameters", "n_periods": n_periods})
     history = optimizer.history().assign(group=lambda table: table["group"].str.removeprefix(PREFIX))
