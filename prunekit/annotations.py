@@ -5,7 +5,9 @@ import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from numbers import Integral, Real
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -77,7 +79,9 @@ def fault_in(name: str, value: Any, annotation: Any) -> Fault | None:
     if origin in (Union, types.UnionType):
         faults = [fault_in(name, value, each) for each in inside]
         deeper = [fault for fault in faults if fault is not None and fault.name != name]
-        return None if None in faults else deeper[0] if deeper else Fault(name, value, annotation)
+        number = is_real(value)  # then what a dictionary may hold helps nobody
+        wanted = tuple(each for each in inside if not (number and get_origin(each) is collections.abc.Mapping))
+        return None if None in faults else deeper[0] if deeper else Fault(name, value, reduce(or_, wanted or inside))
     if origin in (None, Literal) or origin is collections.abc.Callable:
         return None if _is_of(value, annotation) else Fault(name, value, annotation)
     if not _is_collection(value, origin, inside):

@@ -69,6 +69,13 @@ def test_the_entry_that_does_not_fit_is_named():
         check_value("x", {"a": [1], "b": [1, "c"]}, Mapping[str, Sequence[int]])
 
 
+@pytest.mark.parametrize(("value", "names_a_dictionary"), [(1.5, False), ("a", True)])
+def test_who_gave_a_number_is_not_told_of_dictionaries(value, names_a_dictionary):
+    with pytest.raises(PrunekitError, match=r"^x=.* is not allowed; give an integer") as refusal:
+        check_value("x", value, int | None | Mapping[str, int])
+    assert ("a dictionary" in str(refusal.value)) is names_a_dictionary and ", or None" in str(refusal.value)
+
+
 def test_arguments_that_are_missing_or_unknown_are_named():
     for call in (lambda: pk.plan(1), lambda: pk.discover(nn.Linear(1, 1), depth=2)):
         with pytest.raises(PrunekitError, match="(plan: missing|discover: got an unexpected).*its arguments are"):
