@@ -14,7 +14,7 @@ from prunekit.checks import Positive, check_value
 from prunekit.errors import PrunekitError
 from prunekit.sparsity.auxiliaries import FFN, Activation, Sums, Weights, gram_of, sweep
 from prunekit.sparsity.matrices import Call, Matrix
-from prunekit.sparsity.matrix_inputs import DAMPING, Factor, damped, factorize, upper_factor
+from prunekit.sparsity.matrix_inputs import DAMPING, damped, factorize, upper_factor
 from prunekit.sparsity.patterns import Pattern
 from prunekit.sparsity.solvers import SparseLLM, solve
 
@@ -64,68 +64,38 @@ def prune_ffn(
     check_value("damping", damping, Positive)
     method = (method or SparseLLM()).for_form("gate" in ffn.weights)
     patterns = pattern if isinstance(pattern, Mapping) else dict.fromkeys(ffn.weights, pattern)
-    solver = _Solver(patterns, damping, watch or (lambda *_: None))
     gram_x, gram_p = gram_of(ffn.x), gram_of(ffn.p)
     for gram, what in ((gram_x, "reads"), (gram_p, "passes to its down projection")):
         if not bool(gram.isfinite().all()):
             raise PrunekitError(f"what the FFN {what} is not finite; check the weights and the calibration set")
         if not bool(gram.diagonal().any()):
             raise PrunekitError(f"what the FFN {what} is zero for every token of the calibration set; give another one")
-    inner = _Fitter(gram_x, n_sequences, method.faithful, damping)
-    down_factor = solver.factor(gram_p * (2 / n_sequences))
+    hessian_x = gram_x * (2 / n_sequences)
+    factor_x = factorize(hessian_x, damping)
+    largest = factor_x.damping
     weights = ffn.weights
     best, errors = (0, weights), list[float]()
     sums: Sums | None = None
     for iteration in range(method.n_iterations):
         if sums is not None:
-            weights = _fitted(ffn, weights, sums, inner, method, damping)
-            down_factor = solver.factor(sums.gram * (2 / n_sequences))
-        factors = {**dict.fromkeys(weights, inner.factor(solver)), "down": down_factor}
-        weights = {name: solver(name, weight, factors[name]) for name, weight in weights.items()}
+            weights = _fitted(ffn, weights, sums, gram_x, method, damping)
+            gram_p = sums.gram
+            if method.faithful:  # damping adds up
+                hessian_x = damped(hessian_x, damping)[0]
+                factor_x = factorize(hessian_x, damping)
+        factor_p = factorize(gram_p * (2 / n_sequences), damping)
+        largest = max(largest, factor_x.damping, factor_p.damping)
+        solved = {}
+        for name, weight in weights.items():
+            solved[name] = solve(weight, factor_p if name == "down" else factor_x, patterns[name])
+            if watch is not None:
+                watch(name, weight, solved[name])
+        weights = solved
         sums = sweep(ffn, weights, method, last=iteration + 1 == method.n_iterations)
         errors.append(sums.error)
         if method.faithful or iteration == 0 or sums.error < min(errors[:-1]):
             best = (iteration, weights)
-    return Pruned(best[1], tuple(errors), best[0], solver.largest)
-
-
-class _Solver:
-    """SparseGPT with the arguments that all calls share."""
-
-    def __init__(self, patterns: Mapping[str, Pattern], damping: float, watch: Callable) -> None:
-        self._patterns, self._watch, self.damping = patterns, watch, damping
-        self.largest = damping
-
-    def factor(self, hessian: Tensor) -> Factor:
-        found = factorize(hessian, self.damping)
-        self.largest = max(self.largest, found.damping)
-        return found
-
-    def __call__(self, name: str, weight: Tensor, factor: Factor) -> Tensor:
-        result = solve(weight, factor, self._patterns[name])
-        self._watch(name, weight, result)
-        return result
-
-
-class _Fitter:
-    """What the up and gate projections share: the Hessian of X and its least squares."""
-
-    def __init__(self, gram: Tensor, n_sequences: int, faithful: bool, damping: float) -> None:
-        self._hessian, self._faithful, self._damping = gram * (2 / n_sequences), faithful, damping
-        self._factor: Factor | None = None
-        self._gram = gram
-
-    def factor(self, solver: _Solver) -> Factor:
-        """The factor for pruning; with `faithful`, damping adds up at each call."""
-        if self._factor is None or self._faithful:
-            self._factor = solver.factor(self._hessian)
-            if self._faithful:
-                self._hessian = damped(self._hessian, self._damping)[0]
-        return self._factor
-
-    def fitted(self, weight: Tensor, cross: Tensor) -> Tensor:
-        """A weight updated by least squares: W + (z − WX)Xᵀ·(XXᵀ + λI)⁻¹, λ = 0 where faithful."""
-        return weight + _times_inverse(cross, self._gram, 0.0 if self._faithful else self._damping)
+    return Pruned(best[1], tuple(errors), best[0], largest)
 
 
 def _times_inverse(cross: Tensor, gram: Tensor, damping: float) -> Tensor:
@@ -136,13 +106,16 @@ def _times_inverse(cross: Tensor, gram: Tensor, damping: float) -> Tensor:
     return (cross @ upper.T) @ upper
 
 
-def _fitted(ffn: FFN, weights: Weights, sums: Sums, inner: _Fitter, method: SparseLLM, damping: float) -> Weights:
-    """Dense weights fitted to the present auxiliary variables."""
-    fitted = {name: inner.fitted(weights[name], cross) for name, cross in sums.cross.items() if name != "down"}
-    if method.faithful and "gate" not in weights:
-        return {**fitted, "down": _descended(weights["down"], sums, ffn.y.numel())}
-    change = _times_inverse(sums.cross["down"], sums.gram, 0.0 if method.faithful else damping)
-    return {**fitted, "down": weights["down"] + change}
+def _fitted(ffn: FFN, weights: Weights, sums: Sums, gram_x: Tensor, method: SparseLLM, damping: float) -> Weights:
+    """Dense weights fitted to the present auxiliary variables: W + (z − WX)Xᵀ·(XXᵀ + λI)⁻¹, λ = 0 where faithful."""
+    fitted = {}
+    for name, cross in sums.cross.items():
+        if name == "down" and method.faithful and "gate" not in weights:
+            fitted[name] = _descended(weights[name], sums, ffn.y.numel())
+            continue
+        gram = sums.gram if name == "down" else gram_x
+        fitted[name] = weights[name] + _times_inverse(cross, gram, 0.0 if method.faithful else damping)
+    return fitted
 
 
 def _descended(down: Tensor, sums: Sums, n_values: int) -> Tensor:
