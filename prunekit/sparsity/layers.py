@@ -12,7 +12,7 @@ from prunekit.layerwise import Passes
 from prunekit.sparsity.auxiliaries import FFN
 from prunekit.sparsity.ffns import FoundFFN, activations_of, find_ffns, prune_ffn
 from prunekit.sparsity.matrices import Call, Matrix
-from prunekit.sparsity.matrix_inputs import Factor, Reading, factorize, read_layer
+from prunekit.sparsity.matrix_inputs import Factor, InputSums, Reading, factorize, read_layer
 from prunekit.sparsity.patterns import Pattern
 from prunekit.sparsity.solvers import SparseLLM, solve, zeroed_lowest, zeroed_lowest_of_rows
 
@@ -36,11 +36,6 @@ class Settings:
     patterns: Mapping[Matrix, Pattern]
     damping: float
     n_sequences: int
-
-    @property
-    def needs_gram(self) -> bool:
-        """Whether the solver needs Σxxᵀ."""
-        return self.method in ("sparsegpt", "sparsellm")
 
 
 def prune_layer(
@@ -72,15 +67,14 @@ def prune_layer(
 
     with activations_of(module, activations):
         look = choose if settings.method == "sparsellm" else None
-        reading = read_layer(passes, layer, matrices, settings.n_sequences, look, settings.needs_gram)
+        reading = read_layer(passes, layer, matrices, look, with_gram=settings.method != "wanda")
     rows: dict[Matrix, dict[str, Any]] = {}
-    local = _Local(reading, settings)
     for ffn in ffns:
-        if reading.sums_of(ffn.down) is not None:
+        if ffn.down in reading.sums:
             rows |= _prune_ffn(ffn, reading, settings)
     for matrix in matrices:
         if matrix not in rows:
-            rows[matrix] = local.prune(matrix)
+            rows[matrix] = _prune_matrix(matrix, reading.sums.get(matrix), settings)
     return [rows[matrix] for matrix in matrices]
 
 
@@ -91,38 +85,34 @@ def prune_alone(matrix: Matrix, pattern: Pattern, note: str | None = None) -> di
     return _written(matrix, "magnitude", before, after, None, note=note)
 
 
-class _Local:
-    """Prune each matrix by itself; matrices with the same inputs share a factor."""
+def _prune_matrix(matrix: Matrix, sums: InputSums | None, settings: Settings) -> dict[str, Any]:
+    """Prune a matrix in place by itself; returns its row."""
+    pattern, method, damping = settings.patterns[matrix], settings.method, None
+    if sums is None or not bool(sums.squares.any()):
+        if sums is not None and matrix.expert is None:
+            raise PrunekitError(
+                f"the inputs of {matrix.name} are zero for every token of the calibration set; give another set, "
+                "or check whether the weights before it are all zero"
+            )
+        return prune_alone(matrix, pattern, UNREACHED)
+    before = matrix.weight.to(sums.squares.dtype)
+    if method == "wanda":
+        after = zeroed_lowest_of_rows(before, before.abs() * sums.squares.sqrt(), pattern)
+    else:  # of SparseLLM, what lies in no FFN
+        factor, method = _factor(matrix, sums, settings), "sparsegpt"
+        after, damping = solve(before, factor, pattern), factor.damping
+    return _written(matrix, method, before, after, sums.gram, damping=damping)
 
-    def __init__(self, reading: Reading, settings: Settings) -> None:
-        self._reading, self._settings = reading, settings
-        self._factors: dict[Matrix, Factor] = {}
 
-    def prune(self, matrix: Matrix) -> dict[str, Any]:
-        pattern, sums = self._settings.patterns[matrix], self._reading.sums_of(matrix)
-        if sums is None or not bool(sums.squares.any()):
-            if sums is not None and matrix.expert is None:
-                raise PrunekitError(
-                    f"the inputs of {matrix.name} are zero for every token of the calibration set; give another set, "
-                    "or check whether the weights before it are all zero"
-                )
-            return prune_alone(matrix, pattern, UNREACHED)
-        before, method, damping = matrix.weight.to(sums.squares.dtype), self._settings.method, None
-        if method == "wanda":
-            after = zeroed_lowest_of_rows(before, before.abs() * sums.squares.sqrt(), pattern)
-        else:  # of SparseLLM, what lies in no FFN
-            factor, method = self._factor(matrix), "sparsegpt"
-            after, damping = solve(before, factor, pattern), factor.damping
-        return _written(matrix, method, before, after, sums.gram, damping=damping)
-
-    def _factor(self, matrix: Matrix) -> Factor:
-        leader = self._reading.leaders.get(matrix, matrix)
-        if leader not in self._factors:
-            try:
-                self._factors[leader] = factorize(self._reading.sums[leader].hessian, self._settings.damping)
-            except PrunekitError as error:
-                raise PrunekitError(f"{leader.name}: {error}") from None
-        return self._factors[leader]
+def _factor(matrix: Matrix, sums: InputSums, settings: Settings) -> Factor:
+    """The factor of H = (2/n)·Σxxᵀ, n the number of sequences; computed once for all matrices with these inputs."""
+    if sums.factor is None:
+        assert sums.gram is not None  # solvers that use a Hessian have requested it
+        try:
+            sums.factor = factorize(sums.gram * (2 / settings.n_sequences), settings.damping)
+        except PrunekitError as error:
+            raise PrunekitError(f"{matrix.name}: {error}") from None
+    return sums.factor
 
 
 def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Matrix, dict[str, Any]]:
@@ -135,8 +125,7 @@ def _prune_ffn(found: FoundFFN, reading: Reading, settings: Settings) -> dict[Ma
     for name, part in found.parts.items():
         afters[part.matrix][part.rows] = done.weights[name]
     for matrix, before in befores.items():
-        sums = reading.sums_of(matrix)
-        gram = None if sums is None else sums.gram
+        gram = reading.sums[matrix].gram if matrix in reading.sums else None
         rows[matrix] = _written(matrix, "sparsellm", before, afters[matrix], gram, damping=done.damping)
     rows[found.down] |= {"ffn_error": list(done.errors), "kept": done.kept}
     return rows

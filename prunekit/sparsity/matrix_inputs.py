@@ -1,7 +1,7 @@
 """Statistics of the inputs of one layer's matrices: Gram matrices, and their inverse as SparseGPT needs it."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -123,22 +123,16 @@ class InputSums:
     Attributes:
         squares: Σx², float32 at least (in,).
         gram: Σxxᵀ (in, in); None if not needed, since it costs a matrix product.
-        n_sequences: number of sequences in the calibration set.
+        factor: that of the Hessian, once it is computed.
     """
 
     squares: Tensor
     gram: Tensor | None
-    n_sequences: int
-
-    @property
-    def hessian(self) -> Tensor:
-        """H = (2/n)·Σxxᵀ, n the number of sequences, as SparseGPT has it."""
-        assert self.gram is not None  # solvers that use a Hessian have requested it
-        return self.gram * (2 / self.n_sequences)
+    factor: Factor | None = None
 
     def copied(self) -> "InputSums":
         """A copy of the sums."""
-        return replace(self, squares=self.squares.clone(), gram=None if self.gram is None else self.gram.clone())
+        return InputSums(self.squares.clone(), None if self.gram is None else self.gram.clone())
 
 
 @dataclass
@@ -146,20 +140,15 @@ class Reading:
     """Input statistics of one layer's matrices.
 
     Attributes:
-        leaders: matrix → the matrix whose inputs it shares, often itself.
-        sums: leader → its sums.
+        sums: matrix → sums over its inputs, the same object for matrices with the same inputs. A matrix that no token
+            reached is not in it.
         kept: (matrix, "inputs" or "outputs") → stored activations, in parts (n_tokens, width).
         biases: matrix → its bias.
     """
 
-    leaders: dict[Matrix, Matrix] = field(default_factory=dict)
     sums: dict[Matrix, InputSums] = field(default_factory=dict)
     kept: dict[tuple[Matrix, str], list[Tensor]] = field(default_factory=dict)
     biases: dict[Matrix, Tensor] = field(default_factory=dict)
-
-    def sums_of(self, matrix: Matrix) -> InputSums | None:
-        """Sums over the inputs of a matrix; None if no token reached it."""
-        return self.sums.get(self.leaders.get(matrix, matrix))
 
     def whole(self, matrix: Matrix, side: str) -> Tensor:
         """Stored activations of a matrix, one tensor (n_tokens, width)."""
@@ -176,43 +165,54 @@ def read_layer(
     passes: Passes,
     layer: str,
     matrices: list[Matrix],
-    n_sequences: int,
     choose: Callable[[list[Call]], Keep] | None = None,
     with_gram: bool = True,
 ) -> Reading:
     """Run all batches through one dense layer and collect its input statistics.
 
+    The first batch shows which matrices share their inputs: those that read the same unchanged memory.
+
     Args:
         passes: the batches in front of the layer.
         layer: path of the layer.
         matrices: matrices of the layer.
-        n_sequences: number of sequences in the calibration set.
         choose: products of the first batch → activations to store; None stores none.
         with_gram: compute Σxxᵀ besides Σx².
 
     Raises:
         PrunekitError: inputs that are not finite.
     """
-    reading, sharing, first = Reading(), _Sharing(), []
+    reading, first = Reading(), list[Call]()
+    read: dict[
+        tuple, tuple[Tensor, InputSums]
+    ] = {}  # memory → the inputs, held so that it stays theirs, and their sums
     passes.begin()
 
     def look(call: Call) -> None:
-        for matrix, leader in sharing.note(call):
-            reading.sums[matrix] = reading.sums[leader].copied()
-        if sharing.leaders[call.matrix] is call.matrix:
-            _add_to_sums(reading, call, n_sequences, with_gram)
+        x, sums = call.inputs, reading.sums.get(call.matrix)
+        memory = (x.data_ptr(), x.shape, x.stride(), version_of(x))
+        if sums is not None:  # used again, with other inputs, which no other matrix shares
+            reading.sums[call.matrix] = sums.copied()
+            _add_to_sums(reading, call, with_gram)
+        elif memory in read:
+            reading.sums[call.matrix] = read[memory][1]
+        elif len(x):
+            _add_to_sums(reading, call, with_gram)
+            read[memory] = x, reading.sums[call.matrix]
         if choose is not None:  # the model may overwrite its outputs
             first.append(call._replace(inputs=call.inputs.clone(), outputs=call.outputs.clone()))
 
     def add(call: Call) -> None:
-        if reading.leaders.get(call.matrix, call.matrix) is call.matrix:
-            _add_to_sums(reading, call, n_sequences, with_gram)
+        if call.matrix not in followers:
+            _add_to_sums(reading, call, with_gram)
         _keep(reading, call, keep)
 
     with torch.no_grad():
         with watching(matrices, look):
             passes.run(layer, 0)
-        reading.leaders = sharing.settled(reading.sums)
+        read.clear()
+        leaders = {id(sums): matrix for matrix, sums in reversed(reading.sums.items())}
+        followers = reading.sums.keys() - leaders.values()  # whose inputs are added where their leader reads them
         keep = set(choose(first)) if choose is not None else set()
         for call in first:
             _keep(reading, call, keep)
@@ -221,7 +221,7 @@ def read_layer(
             with watching(matrices, add):
                 passes.run(layer, batch)
     for matrix, sums in reading.sums.items():
-        if sums.gram is not None:
+        if sums.gram is not None and matrix not in followers:
             complete_gram(sums.gram)
         if not bool(sums.squares.isfinite().all()):
             raise PrunekitError(
@@ -230,39 +230,13 @@ def read_layer(
     return reading
 
 
-class _Sharing:
-    """Groups matrices by shared inputs: the same unchanged memory, held until the batch ends."""
-
-    def __init__(self) -> None:
-        self._first: dict[tuple, Matrix] = {}
-        self.leaders: dict[Matrix, Matrix] = {}
-        self._held: list[Tensor] = []
-
-    def note(self, call: Call) -> list[tuple[Matrix, Matrix]]:
-        """Process a product; returns matrices that no longer share inputs, each with its former leader."""
-        matrix, x = call.matrix, call.inputs
-        self._held.append(x)
-        if matrix in self.leaders:  # used again, with other inputs
-            parted = [(m, leader) for m, leader in self.leaders.items() if m is not leader and matrix in (m, leader)]
-            self.leaders |= {m: m for m, _ in parted}
-            return parted
-        key = (x.data_ptr(), x.shape, x.stride(), version_of(x))
-        self.leaders[matrix] = self._first.setdefault(key, matrix)
-        return []
-
-    def settled(self, sums: dict[Matrix, InputSums]) -> dict[Matrix, Matrix]:
-        """Matrix → the matrix whose sums it shares."""
-        self._held.clear()
-        return {matrix: leader for matrix, leader in self.leaders.items() if leader in sums}
-
-
-def _add_to_sums(reading: Reading, call: Call, n_sequences: int, with_gram: bool) -> None:
+def _add_to_sums(reading: Reading, call: Call, with_gram: bool) -> None:
     if len(call.inputs):
         x = call.inputs.to(torch.promote_types(call.inputs.dtype, torch.float32))
         sums = reading.sums.get(call.matrix)
         if sums is None:
             gram = x.new_zeros(x.shape[1], x.shape[1]) if with_gram else None
-            sums = reading.sums[call.matrix] = InputSums(x.new_zeros(x.shape[1]), gram, n_sequences)
+            sums = reading.sums[call.matrix] = InputSums(x.new_zeros(x.shape[1]), gram)
         sums.squares.add_(x.square().sum(0))
         if sums.gram is not None:
             add_to_gram(sums.gram, x)
