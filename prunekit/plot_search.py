@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
@@ -209,22 +210,17 @@ def plot_spared(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         for name in ("rank", "value")
     }
     ranks = wide["rank"].sort_index(axis=1)
-    values = wide["value"].reindex_like(ranks).to_numpy(float)
+    values, n = wide["value"].reindex_like(ranks), len(table)
     ax = axes_or_new(ax)
     ax.grid(False)
-    cells = np.ma.masked_invalid(ranks.to_numpy(float))
-    mesh = ax.pcolormesh(cells, cmap="viridis", vmin=1, vmax=len(table), edgecolor="white")
-    bar = ax.figure.colorbar(mesh, ax=ax, label=f"rank among {len(table)} groups", pad=0.02)
-    bar.set_ticks([1, len(table)], labels=["let go", "spare"])
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            color = "black" if ranks.iat[row, column] > 0.6 * len(table) else "white"
-            ax.text(column + 0.5, row + 0.5, f"{value:z.2f}", ha="center", va="center", color=color, fontsize="small")
-    ax.set_xticks(np.arange(ranks.shape[1]) + 0.5, [str(layer) for layer in ranks.columns])
-    ax.set_yticks(np.arange(len(ranks)) + 0.5, [f"{view}\n{kind}" for view, kind in ranks.index])
+    names = [f"{view}\n{kind}" for view, kind in ranks.index]
+    written = {"annot": values, "fmt": "z.2f", "annot_kws": {"fontsize": "small"}}
+    sns.heatmap(ranks, vmin=1, vmax=n, cmap="viridis", linewidths=1, yticklabels=names, cbar=False, ax=ax, **written)
+    bar = ax.figure.colorbar(ax.collections[0], ax=ax, label=f"rank among {n} groups", pad=0.02)
+    bar.set_ticks([1, n], labels=["let go", "spare"])
+    ax.tick_params(rotation=0)
     for edge in np.flatnonzero(ranks.index.get_level_values("view")[1:] != ranks.index.get_level_values("view")[:-1]):
         ax.axhline(int(edge) + 1, color="white", linewidth=8)
-    ax.invert_yaxis()
     ax.set(xlabel="layer", ylabel="view and kind")
     ax.set_title("Which groups to spare", loc="left")
     return ax

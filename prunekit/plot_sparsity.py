@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
@@ -158,28 +159,17 @@ def plot_zeros(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     names = _short_names(table["matrix"])
     sums = table.assign(name=names).groupby(["name", "layer"], sort=False)[["n_zeros", "n_weights"]].sum()
     share = (sums["n_zeros"] / sums["n_weights"]).unstack("layer").sort_index(axis=1).reindex(names.unique())
+    text = share.map(lambda value: ">99%" if 0.995 <= value < 1 else f"{value:.0%}")  # 100% is said of all alone
+    written = {"annot": text, "fmt": "", "annot_kws": {"fontsize": "small"}} if share.shape[1] <= LINES else {}
+    bar = {"label": "zeros", "pad": 0.02, "format": PercentFormatter(1, decimals=0)}
+    ticks = {"xticklabels": max(1, share.shape[1] // 16), "yticklabels": 1}
     ax = axes_or_new(ax)
     ax.grid(False)
-    mesh = ax.pcolormesh(np.ma.masked_invalid(share.to_numpy(float)), cmap="viridis", vmin=0, vmax=1, edgecolor="white")
-    ax.figure.colorbar(mesh, ax=ax, label="zeros", pad=0.02, format=PercentFormatter(1, decimals=0))
-    if share.shape[1] <= LINES:
-        _write_shares(ax, share)
-    step = max(1, share.shape[1] // 16)
-    ax.set_xticks(np.arange(share.shape[1])[::step] + 0.5, [str(layer) for layer in share.columns[::step]])
-    ax.set_yticks(np.arange(len(share)) + 0.5, list(share.index))
-    ax.invert_yaxis()
+    sns.heatmap(share, vmin=0, vmax=1, cmap="viridis", linewidths=1, cbar_kws=bar, ax=ax, **written, **ticks)
+    ax.tick_params(rotation=0)
     ax.set(xlabel="layer", ylabel="matrix")
     ax.set_title(f"Where the zeros are ({table['n_zeros'].sum() / table['n_weights'].sum():.0%} of all)", loc="left")
     return ax
-
-
-def _write_shares(ax: Axes, share: pd.DataFrame) -> None:
-    """Numbers on the colours, dark on light and light on dark; values below 100% are not rounded up to it."""
-    for (row, column), value in np.ndenumerate(share.to_numpy(float)):
-        if np.isfinite(value):
-            text = ">99%" if 0.995 <= value < 1 else f"{value:.0%}"
-            color = "black" if value > 0.6 else "white"
-            ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color, fontsize="small")
 
 
 def _short_names(matrices: pd.Series) -> pd.Series:
