@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,13 +154,6 @@ _LOW, _HIGH = -30.0, 10.0
 MOST = 0.99  # zeros of one matrix
 
 
-class _Moments(NamedTuple):
-    """Sums of squares of a matrix's inputs (by input) and of its output gradients (in total)."""
-
-    inputs: Tensor
-    gradients: Tensor
-
-
 def allocate(
     model: nn.Module, batches: Sequence[Tensor], matrices: Sequence[Matrix], pattern: Pattern
 ) -> dict[Matrix, Pattern]:
@@ -182,8 +175,8 @@ def allocate(
 
     Source: Optimal Brain Damage (LeCun et al., 1990) with the factors of K-FAC; as a way to allocate it is ours.
     """
-    moments = _gather(model, batches, matrices)
-    histograms = torch.stack([_histogram(matrix, moments.get(matrix)) for matrix in matrices])  # (matrix, bin)
+    sensitivities = _sensitivities(model, batches, matrices)
+    histograms = torch.stack([_histogram(matrix, sensitivities.get(matrix)) for matrix in matrices])  # (matrix, bin)
     below = histograms.cumsum(1)
     sizes = below[:, -1]
     capped = torch.minimum(below, MOST * sizes[:, None])
@@ -199,17 +192,18 @@ def allocate(
     return {m: Pattern(float(share.clamp(0, MOST))) for m, share in zip(matrices, shares, strict=True)}
 
 
-def _histogram(matrix: Matrix, moments: _Moments | None) -> Tensor:
+def _histogram(matrix: Matrix, sensitivity: Tensor | None) -> Tensor:
     """Histogram of a matrix's scores, float64 (bin,)."""
     weight = matrix.weight.float()
-    if moments is None:  # no token reached it, so it has no effect
+    if sensitivity is None:  # no token reached it, so it has no effect
         return torch.bincount(torch.zeros(weight.numel(), dtype=torch.long), minlength=_BINS).double()
-    scores = weight.square() * (moments.inputs * moments.gradients).to(weight.device)
+    scores = weight.square() * sensitivity.to(weight.device)
     places = (scores.clamp_min(10**_LOW).log10() - _LOW) / (_HIGH - _LOW) * _BINS
     return torch.bincount(places.long().clamp(0, _BINS - 1).flatten().cpu(), minlength=_BINS).double()
 
 
-def _gather(model: nn.Module, batches: Sequence[Tensor], matrices: Sequence[Matrix]) -> dict[Matrix, _Moments]:
+def _sensitivities(model: nn.Module, batches: Sequence[Tensor], matrices: Sequence[Matrix]) -> dict[Matrix, Tensor]:
+    """Matrix → E[x²]·E[g²] of each of its inputs (in,), for matrices that a token reached."""
     sums: dict[Matrix, list[Tensor]] = {}
 
     def note(call: Call) -> None:
@@ -231,4 +225,4 @@ def _gather(model: nn.Module, batches: Sequence[Tensor], matrices: Sequence[Matr
     if not all(bool(t.isfinite().all()) for entry in sums.values() for t in entry):
         raise PrunekitError("activations or gradients are not finite; load the model in float32 or bfloat16")
     n_tokens = sum(batch.numel() for batch in batches)
-    return {m: _Moments(x / n_tokens, g / n_tokens) for m, (x, g) in sums.items()}
+    return {m: (x / n_tokens) * (g / n_tokens) for m, (x, g) in sums.items()}
