@@ -196,23 +196,17 @@ def current_report(model: Any) -> SparsityReport | None:
         return None
     if not isinstance(report, SparsityReport):
         raise PrunekitError(f"model.sparsity_report is a {type(report).__name__}; sparsify sets it, and so does load")
-    if not _fits(report, model):
+    matrices = _matrices_of(report, model)
+    if matrices is None:
         return None
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    counts = [int((stored_matrix(parameters, row["matrix"]) == 0).sum()) for row in report.rows]  # type: ignore[union-attr]
-    return _counted(report, counts)
-
-
-def _counted(report: SparsityReport, counts: list[int]) -> SparsityReport:
-    before = {row["matrix"]: row["n_zeros"] for row in report.rows}
+    counts = [int((matrix == 0).sum()) for matrix in matrices]
     rows = tuple({**row, "n_zeros": count} for row, count in zip(report.rows, counts, strict=True))
-    filled = [row["matrix"] for row in rows if row["n_zeros"] < before[row["matrix"]]]
-    if not filled:
+    lost = {row["matrix"]: row["n_zeros"] - n for row, n in zip(report.rows, counts, strict=True) if n < row["n_zeros"]}
+    if not lost:
         return replace(report, rows=rows)
-    lost = sum(before[row["matrix"]] - row["n_zeros"] for row in rows if row["matrix"] in set(filled))
     remark = (
-        f"{lost:,} zeros of {len(filled)} matrices ({filled[0]}, …) were filled after sparsification; this report "
-        "counts the remaining zeros"
+        f"{sum(lost.values()):,} zeros of {len(lost)} matrices ({next(iter(lost))}, …) were filled after "
+        "sparsification; this report counts the remaining zeros"
     )
     return replace(report, rows=rows, remarks=(*report.remarks, remark))
 
@@ -231,19 +225,18 @@ def renew_report(model: Any, *remarks: str) -> None:
         model.sparsity_report = replace(report, remarks=(*report.remarks, *more))
 
 
-def stored_matrix(parameters: Mapping[str, Tensor], matrix: str) -> Tensor | None:
-    """The weight of a report's row: a parameter, or one expert's slice of it; None if missing."""
-    name, expert = re.fullmatch(r"(.*?)(?:\[(\d+)\])?", matrix, re.DOTALL).groups()  # type: ignore[union-attr]
-    tensor = parameters.get(name)
-    if tensor is None or expert is None:
-        return tensor
-    return tensor[int(expert)] if tensor.dim() == 3 and int(expert) < len(tensor) else None
-
-
-def _fits(report: SparsityReport, model: nn.Module) -> bool:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = [(stored_matrix(parameters, row["matrix"]), row["n_weights"]) for row in report.rows]
-    return all(tensor is not None and tensor.numel() == size for tensor, size in found)
+def _matrices_of(report: SparsityReport, model: nn.Module) -> list[Tensor] | None:
+    """The weight of each row: a parameter, or one expert's slice of it; None if one is missing or of another size."""
+    parameters, found = dict(model.named_parameters(remove_duplicate=False)), []
+    for row in report.rows:
+        name, expert = re.fullmatch(r"(.*?)(?:\[(\d+)\])?", row["matrix"], re.DOTALL).groups()  # type: ignore[union-attr]
+        tensor: Any = parameters.get(name)
+        if tensor is not None and expert is not None:
+            tensor = tensor[int(expert)] if tensor.dim() == 3 and int(expert) < len(tensor) else None
+        if tensor is None or tensor.numel() != row["n_weights"]:
+            return None
+        found.append(tensor)
+    return found
 
 
 def parsed_report(text: str, model: nn.Module) -> SparsityReport:
@@ -255,7 +248,7 @@ def parsed_report(text: str, model: nn.Module) -> SparsityReport:
     report = SparsityReport.from_json(text)
     if not report.rows:
         raise PrunekitError("it lists no matrix; give what SparsityReport.to_json wrote")
-    if not _fits(report, model):
+    if _matrices_of(report, model) is None:
         raise PrunekitError(
             "the report lists matrices that this model does not have, or not of that size; give this model's report"
         )
