@@ -90,11 +90,17 @@ class AccuracyPredictor:
             )
         least = float(wanted.min())
         self._floor = least - max(BETTER * (float(np.median(wanted)) - least), 1e-9 * max(1.0, abs(least)))
-        self._models = []
-        for number in range(self.trees.n_models):
-            rows = self._drawn(len(wanted), number)
+        trees, self._models = self.trees, []
+        settings = {
+            "objective": "regression", "num_leaves": trees.n_leaves, "learning_rate": trees.learning_rate,
+            "min_data_in_leaf": trees.min_pairs, "extra_trees": True, "deterministic": True, "force_row_wise": True,
+            "num_threads": 1, "verbosity": -1,
+        }  # fmt: skip
+        for number in range(trees.n_models):
+            drawn = np.random.default_rng([trees.seed, number]).integers(len(wanted), size=len(wanted))
+            rows = drawn if trees.n_models > 1 else slice(None)
             data = lightgbm.Dataset(features[rows], np.log(wanted[rows] - self._floor))
-            self._models.append(lightgbm.train(self._settings(number), data, self.trees.n_trees))
+            self._models.append(lightgbm.train({**settings, "seed": trees.seed + number}, data, trees.n_trees))
         return self
 
     def predict(self, points: Sequence[Point]) -> np.ndarray:
@@ -127,20 +133,6 @@ class AccuracyPredictor:
             raise PrunekitError("this predictor is not fitted yet; call fit(points, values) first")
         features = self.space.features(points)
         return np.mean([model.predict(features, num_threads=1, **options) for model in self._models], axis=0)
-
-    def _drawn(self, n: int, number: int) -> np.ndarray:
-        """Row numbers of the samples that one model is trained on."""
-        if self.trees.n_models == 1:
-            return np.arange(n)
-        return np.random.default_rng([self.trees.seed, number]).integers(n, size=n)
-
-    def _settings(self, number: int) -> dict[str, Any]:
-        trees = self.trees
-        return {
-            "objective": "regression", "num_leaves": trees.n_leaves, "learning_rate": trees.learning_rate,
-            "min_data_in_leaf": trees.min_pairs, "extra_trees": True, "seed": trees.seed + number,
-            "deterministic": True, "force_row_wise": True, "num_threads": 1, "verbosity": -1,
-        }  # fmt: skip
 
 
 def agreement(
