@@ -216,13 +216,12 @@ def measure_pairs(
 
 def drawn(space: Space, n: int, seed: int, start: Sequence[Point]) -> Make:
     """A function that returns the candidates still missing of n: the given ones, then random ones."""
-    first = {key_of(point) for point in map(space.check, start)}
-    if len(first) > n:
-        raise PrunekitError(f"start has {len(first)} candidates, and {n} are measured; give fewer, or a larger number")
+    given = list({key_of(point): point for point in map(space.check, start)}.values())
+    if len(given) > n:
+        raise PrunekitError(f"start has {len(given)} candidates, and {n} are measured; give fewer, or a larger number")
 
     def make(there: list[Point]) -> list[Point]:
         missing, known = max(0, n - len(there)), {key_of(point) for point in there}
-        given = list({key_of(point): point for point in map(space.check, start)}.values())
         rest = space.sample(max(0, n - len(given)), np.random.default_rng(seed), given) if missing else []
         return [point for point in [*given, *rest] if key_of(point) not in known][:missing]
 

@@ -1,6 +1,6 @@
 """Measured cost tables: multiply-accumulates and latency of each group."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,7 @@ def mac_table(model: Model, groups: Groups, *, kinds: Iterable[str] = DEFAULT_KI
     """
     check_length(model, seq_len)
     measure = partial(_macs, seq_len=seq_len)
-    return _measured("macs", model, groups, kinds, (1.0,), measure, rounds=1)
+    return _measured("macs", model, groups, kinds, measure)
 
 
 @checked
@@ -59,7 +59,7 @@ def weight_table(model: Model, groups: Groups, *, kinds: Iterable[str] = DEFAULT
     Raises:
         PrunekitError: a cut that cannot be made.
     """
-    return _measured("weight_bytes", model, groups, kinds, (1.0,), _weight_bytes, rounds=1)
+    return _measured("weight_bytes", model, groups, kinds, _weight_bytes)
 
 
 @checked
@@ -87,7 +87,7 @@ def cache_table(
     """
     check_length(model, context)
     measure = partial(_cache_bytes, context=context, batch_size=batch_size)
-    return _measured("cache_bytes", model, groups, kinds, (1.0,), measure, rounds=1)
+    return _measured("cache_bytes", model, groups, kinds, measure)
 
 
 @checked
@@ -122,7 +122,7 @@ def latency_table(
     check_choice("phase", phase, PHASES)
     check_length(model, seq_len)
     measure = partial(_milliseconds, phase=phase, seq_len=seq_len, batch_size=batch_size, repeats=repeats)
-    return _measured(f"{phase}_ms", model, groups, kinds, SHARES, measure, rounds=ROUNDS)
+    return _measured(f"{phase}_ms", model, groups, kinds, measure, SHARES, ROUNDS)
 
 
 @checked
@@ -160,12 +160,12 @@ def _measured(
     model: nn.Module,
     groups: Groups,
     kinds: Iterable[str],
-    shares: Sequence[float],
     measure: Measure,
-    rounds: int,
+    shares: Sequence[float] = (1.0,),
+    rounds: int = 1,
 ) -> CostTable:
     """The table, measured by cutting all groups of one shape to each share."""
-    cuts = [cut for alike in _alike(groups, tuple(kinds)) for cut in _cuts(alike, shares)]
+    cuts = [(alike, number) for alike in _alike(groups, tuple(kinds)) for number in _numbers(alike, shares)]
     dense: list[float] = []
     found: dict[str, dict[int, float]] = {}
     for alike, number in tqdm(cuts, desc=name, unit="width", leave=False, delay=1):
@@ -190,7 +190,7 @@ def _filled(n_units: int, at: Mapping[int, float]) -> np.ndarray:
     return every
 
 
-def _alike(groups: Groups, kinds: tuple[str, ...]) -> Iterator[list[CoupledGroup]]:
+def _alike(groups: Groups, kinds: tuple[str, ...]) -> Iterable[list[CoupledGroup]]:
     """Lists of groups with the same kind and shape."""
     found: dict[tuple, list[CoupledGroup]] = {}
     for group in groups.of_kind(*kinds):
@@ -199,17 +199,15 @@ def _alike(groups: Groups, kinds: tuple[str, ...]) -> Iterator[list[CoupledGroup
             found.setdefault((group.kind, group.n_units, shapes), []).append(group)
     if not found:
         raise PrunekitError(f"no exact group of {', '.join(kinds)} is in this model; give other kinds")
-    yield from found.values()
+    return found.values()
 
 
-def _cuts(alike: list[CoupledGroup], shares: Sequence[float]) -> Iterator[tuple[list[CoupledGroup], int]]:
-    """Groups to cut together, and how many units each loses; nothing for the only layer or block."""
+def _numbers(alike: list[CoupledGroup], shares: Sequence[float]) -> list[int]:
+    """How many units each of these groups loses; nothing for the only layer or block, or a single KV head."""
     n_units = alike[0].n_units
-    if n_units == 1:  # a single KV head must stay
-        yield from [(alike, 1)] if len(alike) > 1 and alike[0].kind in WHOLE_KINDS else []
-        return
-    for number in sorted({min(round(share * n_units), n_units - 1) for share in shares} - {0}):
-        yield alike, number
+    if n_units == 1:
+        return [1] if len(alike) > 1 and alike[0].kind in WHOLE_KINDS else []
+    return sorted({min(round(share * n_units), n_units - 1) for share in shares} - {0})
 
 
 def _macs(model: nn.Module, *, seq_len: int) -> float:
