@@ -23,7 +23,6 @@ from prunekit.plot_style import (
 
 FIGURES = {"spearman": "Spearman's ρ", "kendall": "Kendall's τ", "rmse": "rmse", "regret": "regret"}
 DASHES = ("--", ":", "-.")
-PAIRS = "the table of Pairs"
 TOP = 6.0  # times the best figure, above which an architecture is counted and not drawn
 TICKS = 9  # numbers along an axis, beyond which they are rounded
 FAINT = "#767676"
@@ -121,7 +120,7 @@ def plot_front(
     Raises:
         PrunekitError: the table is empty or has not these columns, or nothing in it is so cheap.
     """
-    require_columns(table, ("round", cost, metric), PAIRS)
+    require_columns(table, ("round", cost, metric), "the table of Pairs")
     chosen = None if limit is None else _chosen(table, cost, metric, limit)
     ax = axes_or_new(ax)
     for name, rows, style in _by_origin(table):
@@ -205,10 +204,7 @@ def plot_spared(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         raise PrunekitError("the table has no view: give it a column of numbers beside kind and layer")
     long = table.melt(["kind", "layer"], views, "view", "value")
     long["rank"] = long.groupby("view", sort=False)["value"].rank()
-    wide = {
-        name: long.pivot_table(index=["view", "kind"], columns="layer", values=name, sort=False)
-        for name in ("rank", "value")
-    }
+    wide = long.pivot_table(index=["view", "kind"], columns="layer", values=["rank", "value"], sort=False)
     ranks = wide["rank"].sort_index(axis=1)
     values, n = wide["value"].reindex_like(ranks), len(table)
     ax = axes_or_new(ax)

@@ -17,7 +17,6 @@ from prunekit.plot_style import MARKERS, axes_or_new, colors_of, legend_outside,
 KEPT = "#21618C"  # as dark as it must be in greyscale
 CELLS = 64  # rows or columns up to which lines and numbers are drawn
 LINES = 12  # FFNs up to which each has an entry in the legend
-REPORT = "SparsityReport.table()"
 
 
 @projected
@@ -155,7 +154,7 @@ def plot_zeros(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Raises:
         PrunekitError: the table is empty or has not these columns.
     """
-    require_columns(table, ("layer", "matrix", "n_zeros", "n_weights"), REPORT)
+    require_columns(table, ("layer", "matrix", "n_zeros", "n_weights"), "SparsityReport.table()")
     names = _short_names(table["matrix"])
     sums = table.assign(name=names).groupby(["name", "layer"], sort=False)[["n_zeros", "n_weights"]].sum()
     share = (sums["n_zeros"] / sums["n_weights"]).unstack("layer").sort_index(axis=1).reindex(names.unique())

@@ -206,10 +206,7 @@ def plot_accuracy(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     require_columns(table, ("model", "accuracy", "stderr", "chance"), "compare_accuracy(reports)")
     group = next(column for column in table.columns if column != "model")
-    wide = {
-        name: table.pivot_table(index=group, columns="model", values=name, sort=False)
-        for name in ("accuracy", "stderr")
-    }
+    wide = table.pivot_table(index=group, columns="model", values=["accuracy", "stderr"], sort=False)
     ax = axes_or_new(ax)
     draw_bars(ax, wide["accuracy"], colors_of(wide["accuracy"].columns), wide["stderr"])
     chance = table.groupby(group, sort=False)["chance"].mean().reindex(wide["accuracy"].index)
