@@ -80,7 +80,9 @@ def sparsify(
         locally by SparseGPT.
     """
     wanted = pattern_of(sparsity, pattern)
-    name, alternation = _method(method)
+    alternation = method if isinstance(method, SparseLLM) else SparseLLM()
+    name = "sparsellm" if isinstance(method, SparseLLM) else method
+    check_choice("method", name, METHODS)
     check_choice("allocation", allocation, ALLOCATIONS)
     if allocation == "global" and wanted.of is not None:
         raise PrunekitError(f"allocation='global' cannot move zeros between matrices where {wanted}; use 'uniform'")
@@ -111,13 +113,6 @@ def sparsify(
     report = SparsityReport(name, str(wanted), tuple(rows), found.left, remarks, change)
     target.sparsity_report = report if earlier is None else report.after(earlier)
     return target.eval()
-
-
-def _method(method: str | SparseLLM) -> tuple[str, SparseLLM]:
-    if isinstance(method, SparseLLM):
-        return "sparsellm", method
-    check_choice("method", method, METHODS)
-    return method, SparseLLM()
 
 
 def _tokens(model: nn.Module, calib: Tensor | None, method: str, allocation: str) -> Tensor | None:
