@@ -113,8 +113,7 @@ def plot_sparsity(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     require_columns(table, ("method", "sparsity", "perplexity"), "columns method, sparsity and perplexity")
     dense = table[table["method"] == "dense"]
     rows = table[table["method"] != "dense"]
-    rows = rows if "allocation" in rows else rows.assign(allocation="uniform")
-    rows = rows.assign(allocation=rows["allocation"].fillna("uniform"))
+    rows = rows.assign(allocation=rows["allocation"].fillna("uniform") if "allocation" in rows else "uniform")
     colors = colors_of(table["method"])
     markers = dict(zip(rows["method"].unique(), MARKERS * len(rows), strict=False))
     ax = axes_or_new(ax)
@@ -130,11 +129,8 @@ def plot_sparsity(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set_xticks(sorted(rows["sparsity"].unique()) if rows["sparsity"].nunique() <= 8 else ax.get_xticks())
     wide = table["perplexity"].max() > 10 * table["perplexity"].min()
-    ax.yaxis.set(
-        major_locator=LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 7)),
-        major_formatter="{x:g}",
-        minor_formatter="",
-    )
+    ticks = LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 7))
+    ax.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
     legend_outside(ax)
     return ax
 
