@@ -264,23 +264,18 @@ def draw_part(ax: Axes, part: Part, x: float, y: float, color: str) -> None:
 
 
 def draw_bands(ax: Axes, part: Part, x: float, y: float, width: float, color: str) -> None:
-    """Bands where one unit's rows or columns lie."""
+    """Bands where one unit's rows or columns lie; never thinner than can be seen."""
+    if not part.shape or part.dim < len(part.shape) - 2:
+        return
+    found, size = runs(part.owned), part.shape[part.dim]
+    least = min(0.1, 0.5 / len(found))
     across = len(part.shape) > 1 and part.dim == len(part.shape) - 1
-    for first, share in bands(part):
-        corner = (x + first * BOX, y) if across else (x, y + first * BOX)
-        size = (share * BOX, BOX) if across else (width, share * BOX)
-        ax.add_patch(Rectangle(corner, *size, facecolor=color, lw=0))
+    for first, length in found:
+        start, extent = min(first / size, 1 - least) * BOX, max(length / size, least) * BOX
+        corner, sides = ((x + start, y), (extent, BOX)) if across else ((x, y + start), (width, extent))
+        ax.add_patch(Rectangle(corner, *sides, facecolor=color, lw=0))
 
 
 def add_box(ax: Axes, x: float, y: float, width: float, face: str) -> None:
     """A rectangle with a rim, as high as all are."""
     ax.add_patch(Rectangle((x, y), width, BOX, facecolor=face, edgecolor=INK, lw=1))
-
-
-def bands(part: Part) -> list[tuple[float, float]]:
-    """(first, length) of what is owned, as fractions of the box; never thinner than can be seen."""
-    if not part.shape or part.dim < len(part.shape) - 2:
-        return []
-    found, size = runs(part.owned), part.shape[part.dim]
-    least = min(0.1, 0.5 / len(found))
-    return [(min(first / size, 1 - least), max(length / size, least)) for first, length in found]
