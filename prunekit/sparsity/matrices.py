@@ -136,48 +136,41 @@ def find_matrices(model: nn.Module, layers: list[str], batch: Tensor) -> Found:
         layers: paths of the layers.
         batch: int64 (batch, seq).
     """
-    named = model.named_parameters(remove_duplicate=False)
     within: dict[nn.Parameter, tuple[str, str]] = {}
-    for name, p in named:
+    for name, p in model.named_parameters(remove_duplicate=False):
         layer = layer_of(name, set(layers))
         if layer is not None:
             within.setdefault(p, (name, layer))
-    owners = {p.untyped_storage().data_ptr(): (p, *within[p]) for p in within if p.dim() > 1}
+    owners = {p.untyped_storage().data_ptr(): p for p in within if p.dim() > 1}
     seen: dict[nn.Parameter, bool] = {}  # whether it is stored (in, out)
     odd: dict[str, str] = {}
 
     def look(weight: Tensor, _inputs: Tensor, _outputs: Tensor, _bias: Tensor | None, in_out: bool) -> None:
-        p, name, _ = owners.get(weight.untyped_storage().data_ptr(), (None, "", None))
+        p = owners.get(weight.untyped_storage().data_ptr())
         if p is None:
             return
         turned = {key_of(view): view is not as_is for as_is in _views(p, weight.dim()) for view in (as_is, as_is.mT)}
         stored_in_out = in_out != turned.get(key_of(weight), False)
         if key_of(weight) not in turned or seen.setdefault(p, stored_in_out) != stored_in_out:
-            odd[name] = "it is not used as one matrix"
+            odd[within[p][0]] = "it is not used as one matrix"
 
     with Products(look), torch.no_grad():
         model(input_ids=batch, use_cache=False, **fewest_logits(model, batch))
     _add_fellows(seen, within)
     odd |= _shared(model, layers)
     odd |= _routers(model, {p: within[p] for p in seen})
-    return _sorted_out(owners.values(), seen, odd)
+    matrices: list[Matrix] = []
+    for p, in_out in seen.items():
+        name, layer = within[p]
+        experts: Iterable[int | None] = range(len(p)) if p.dim() == 3 else [None]
+        matrices += [Matrix(name, p, layer, expert, in_out) for expert in experts if name not in odd]
+    idle = {within[p][0]: "it multiplies no activations" for p in owners.values() if p not in seen}
+    return Found(matrices, odd | idle)
 
 
 def _views(parameter: Tensor, dim: int) -> list[Tensor]:
     """The views of a parameter that may be used: the whole, or one expert's slice."""
     return [*parameter.detach()] if parameter.dim() == 3 and dim == 2 else [parameter.detach()]
-
-
-def _sorted_out(owners: Iterable[tuple], seen: Mapping[nn.Parameter, bool], odd: dict[str, str]) -> Found:
-    matrices: list[Matrix] = []
-    known = {p: (name, layer) for p, name, layer in owners}
-    for p, in_out in seen.items():
-        name, layer = known[p]
-        if name not in odd:
-            experts: Iterable[int | None] = range(len(p)) if p.dim() == 3 else [None]
-            matrices += [Matrix(name, p, layer, expert, in_out) for expert in experts]
-    idle = {name: "it multiplies no activations" for p, (name, _) in known.items() if p not in seen}
-    return Found(matrices, odd | idle)
 
 
 def _add_fellows(seen: dict[nn.Parameter, bool], within: Mapping[nn.Parameter, tuple[str, str]]) -> None:
