@@ -76,9 +76,6 @@ def _on_ffns(rows: Rows) -> Iterator[str]:
         )
 
 
-_FIELDS: dict[str, Any] = {
-    "method": str, "target": str, "rows": list[dict[str, Any]], "left": dict[str, str], "remarks": list[str],
-}  # fmt: skip
 _ROW: dict[str, Any] = {
     "layer": Whole, "matrix": str, "method": str, "n_weights": Count, "n_zeros": Whole,
     "error": NotNegative | None, "ffn_error": list[NotNegative] | None, "kept": Whole | None,
@@ -174,15 +171,16 @@ class SparsityReport:
         """
         try:
             told = json.loads(text)
-            loss = None if told.get("loss") is None else LossChange.from_dict(told["loss"])
-            for name, kind in _FIELDS.items():
-                check_value(name, told[name], kind)
+            told["loss"] = None if told.get("loss") is None else LossChange.from_dict(told["loss"])
+            for each in fields(cls):
+                check_value(each.name, told[each.name], each.type)
             for number, row in enumerate(told["rows"]):
                 for name, kind in _ROW.items():
                     check_value(f"rows[{number}][{name!r}]", row[name], kind)
                 if row["n_zeros"] > row["n_weights"]:
                     raise PrunekitError(f"rows[{number}] has more zeros than weights")
-            return cls(told["method"], told["target"], tuple(told["rows"]), told["left"], tuple(told["remarks"]), loss)
+            told |= {"rows": tuple(told["rows"]), "remarks": tuple(told["remarks"])}
+            return cls(**{each.name: told[each.name] for each in fields(cls)})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PrunekitError(
                 f"this is not a sparsity report ({reason(error)}); give what SparsityReport.to_json wrote"
