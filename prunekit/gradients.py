@@ -1,6 +1,6 @@
 """Gathers gradients over a calibration set, in one pass for all groups."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from prunekit.calibration import check_finite, check_tokens, in_batches, summed_loss
 from prunekit.discovery.parts import outermost_elements
 from prunekit.errors import PrunekitError
+from prunekit.layer_gradients import LayerBackward
 from prunekit.models import evaluating
 
 
@@ -41,7 +42,9 @@ class Gradients:
         return f"Gradients({which} of {len(self.g)} parameters; {self.n_samples} samples, loss {self.loss:.4f})"
 
 
-def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str], *, second: bool = False) -> Gradients:
+def gather_gradients(
+    model: nn.Module, calib: Tensor | LayerBackward, parameters: Iterable[str], *, second: bool = False
+) -> Gradients:
     """Gathers gradients of the language-modelling loss for some parameters, in one pass over the calibration set.
 
     The model is unchanged afterwards, whatever happens: training mode, `requires_grad` and `.grad` of every
@@ -52,7 +55,8 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
 
     Args:
         model: a causal LM.
-        calib: integers (n_samples, seq_len); input and labels at once.
+        calib: integers (n_samples, seq_len); input and labels at once. Or a backward pass that stands at a layer, whose
+            parameters alone are meant then; its batches are single samples where `second`.
         parameters: names as in `model.named_parameters()`.
         second: also gather `h`, one sample at a time.
 
@@ -64,27 +68,64 @@ def gather_gradients(model: nn.Module, calib: Tensor, parameters: Iterable[str],
 
     Source: LLM-Pruner, Eq. 3 to 5; `h` is the diagonal Fisher information it uses for the Hessian.
     """
-    check_finite(model)
-    tokens, chosen = check_tokens(calib, model), _chosen(model, parameters)
+    if not isinstance(calib, LayerBackward):  # else it was checked before the first layer
+        check_finite(model)
+    (tokens, source), chosen = opened(model, calib, second=second), _chosen(model, parameters)
     found: dict[str, Tensor] = {}
     h = {name: _zeros_like(p) for name, p in chosen.items()} if second else None
-    batches = tokens.split(1) if second else in_batches(tokens)
-    loss = 0.0
     with evaluating(model), frozen(model), ExitStack() as hooks, _checkpointed(model), torch.enable_grad():
         for name, p in chosen.items():
             p.requires_grad_(True)
             add = _adder(found, None if h is None else h[name], name, len(tokens))
             hooks.callback(p.register_post_accumulate_grad_hook(add).remove)
-        for batch in tqdm(batches, desc="gradients", unit="batch", leave=False, delay=1):
-            summed = summed_loss(model, batch)
-            summed.backward()
-            loss += summed.item() / len(tokens)
+        loss = run_backward(model, source)
     g = {name: found[name] if name in found else _zeros_like(p) for name, p in chosen.items()}
     for name, gradient in g.items():
         if not bool(torch.isfinite(gradient).all()):
             raise PrunekitError(f"the gradient of {name} is not finite: load the model in float32 or bfloat16")
     means = None if h is None else {n: t.div_(len(tokens)) for n, t in h.items()}
-    return Gradients(g, means, loss, len(tokens), tokens)
+    return Gradients(g, means, loss / len(tokens), len(tokens), tokens)
+
+
+def batches_of(tokens: Tensor, second: bool) -> tuple[Tensor, ...]:
+    """Samples (n_samples, seq_len) in the batches that gradients are gathered by: one by one for squared ones."""
+    return tokens.split(1) if second else in_batches(tokens)
+
+
+def opened(
+    model: nn.Module, calib: Tensor | LayerBackward, *, second: bool
+) -> tuple[Tensor, Sequence[Tensor] | LayerBackward]:
+    """The tokens of a calibration set, checked, and what `run_backward` takes for them.
+
+    Raises:
+        PrunekitError: bad tokens. Who goes layer by layer has checked them before.
+    """
+    if isinstance(calib, LayerBackward):
+        return calib.tokens, calib
+    tokens = check_tokens(calib, model)
+    return tokens, batches_of(tokens, second)
+
+
+def run_backward(model: nn.Module, calib: Sequence[Tensor] | LayerBackward, factor: float = 1.0) -> float:
+    """The backward pass of every batch through the whole model, or through the layer at which `calib` stands.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        calib: integers (batch, seq_len) each; or a backward pass layer by layer, whose loss has its own factor.
+        factor: multiplies the loss.
+
+    Returns:
+        The sum over samples of their mean loss, in nats, without the factor.
+    """
+    if isinstance(calib, LayerBackward):
+        calib.run()
+        return calib.loss
+    total = 0.0
+    for batch in tqdm(calib, desc="gradients", unit="batch", leave=False, delay=1):
+        loss = summed_loss(model, batch)
+        (loss * factor).backward()
+        total += loss.item()
+    return total
 
 
 def _chosen(model: nn.Module, parameters: Iterable[str]) -> dict[str, nn.Parameter]:

@@ -107,7 +107,11 @@ class Layerwise:
         `hidden` is another residual stream to run it on.
         """
         self._go_to(number)
-        args, kwargs = self._calls[batch][number].filled(self._hidden[batch] if hidden is None else hidden)
+        return self.call(number, batch, self._hidden[batch] if hidden is None else hidden)
+
+    def call(self, number: int, batch: int, hidden: Tensor) -> Tensor:
+        """Output of a layer for one batch with a given residual stream; the batches stay where they are."""
+        args, kwargs = self._calls[batch][number].filled(hidden)
         result = first_float(self._modules[number](*args, **kwargs))
         assert result is not None  # it was followed there
         return result
@@ -120,13 +124,21 @@ class Layerwise:
     def logits(self, number: int, batch: int, hidden: Tensor) -> Tensor:
         """The model's logits (batch, seq, vocabulary) for one batch; the layers below `number` are not run.
 
-        The model runs as it always does, but these layers all answer with `hidden`, the residual stream in front of
-        layer `number`: what `run` returned for the layer before it.
+        `hidden` is the residual stream in front of layer `number`: what `run` returned for the layer before it.
+        """
+        with self.behind(number, hidden):
+            return self._model(**{**logits_alone(self._model), **_arguments(self._batches[batch])}).logits
+
+    @contextmanager
+    def behind(self, number: int, hidden: Tensor) -> Iterator[None]:
+        """A context in which the layers below `number` are not run: all of them answer with `hidden`.
+
+        Apart from that the model runs as it always does.
         """
         with ExitStack() as stack:
             for module, answer in zip(self._modules[:number], self._answers, strict=False):
                 stack.enter_context(_answering(module, answer.filled(hidden)))
-            return self._model(**{**logits_alone(self._model), **_arguments(self._batches[batch])}).logits
+            yield
 
     def _go_to(self, number: int) -> None:
         if number < self._next:

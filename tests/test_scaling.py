@@ -90,6 +90,7 @@ def test_the_figures_of_the_page_are_those_of_its_formulas():
         "weights in bfloat16": lambda *shape: 2 * PAGES_OWN["parameters"](*shape),
         "score by Taylor": PAGES_OWN["taylor"],
         "score by curvature": PAGES_OWN["curvature"],
+        "with the weights on the disk (`--streaming`)": PAGES_OWN["streamed_curvature"],
         "LoRA": PAGES_OWN["lora_training"],
         "full fine-tuning in float32": PAGES_OWN["full_training"],
         "activations with LoRA": lambda *shape: 1024 * PAGES_OWN["lora_activations"](*shape),

@@ -20,7 +20,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import prunekit as pk
-from prunekit import Activation, Curvature, Magnitude, PrunekitError, PruningPlan, Random, Taylor, prune_checkpoint
+from prunekit import (
+    Ablation,
+    Activation,
+    Curvature,
+    HyWIA,
+    Magnitude,
+    PrunekitError,
+    PruningPlan,
+    Random,
+    Taylor,
+    prune_checkpoint,
+)
 from prunekit.checkpoint import mapped_weights, streaming
 from prunekit.checkpoint.folders import stored_tensors
 from prunekit.checkpoint.mapped_weights import map_checkpoint
@@ -65,6 +76,11 @@ def card(folder):
         ("llama_tied", torch.float32, Activation(), {"ranking": "global"}),
         ("gpt2", torch.float16, Magnitude(), {}),
         ("gpt_neox", torch.float32, Random(3), {"protect_layers": range(1)}),
+        ("llama_gqa", torch.float32, Curvature(), {}),
+        ("gemma2", torch.float32, Curvature(), {"of": "units"}),
+        ("gpt2", torch.float32, Taylor("vector"), {}),
+        ("llama_tied", torch.bfloat16, Taylor(order="mixed"), {"of": "units"}),
+        ("opt", torch.float32, HyWIA(), {}),
     ],
 )
 def test_it_gives_what_the_pipe_in_memory_gives(name, dtype, importance, options, tmp_path):
@@ -154,6 +170,41 @@ def test_scores_are_those_of_score_and_are_not_made_twice(tmp_path, monkeypatch)
     assert pk.load(tmp_path / "out") and not work.exists()
 
 
+def test_layers_that_were_scored_by_gradients_are_not_scored_again(tmp_path, monkeypatch):
+    source, out, scored, unit_scores = write(tmp_path / "in"), tmp_path / "out", [], Curvature.unit_scores
+    whole = prune_checkpoint(source, tmp_path / "whole", Curvature(), 0.2, tokens())
+
+    def once(*arguments):
+        scored.append({group.layer for group in arguments[2]})
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return unit_scores(*arguments)
+
+    monkeypatch.setattr(Curvature, "unit_scores", once)
+    with pytest.raises(KeyboardInterrupt, match="the same call goes on from it"):
+        prune_checkpoint(source, out, Curvature(), 0.2, tokens())
+    assert sorted(path.name for path in (tmp_path / ".out.partial").iterdir()) == [
+        "checkpoint", "scores.safetensors", "scoring.json"]  # and no streams  # fmt: skip
+    assert prune_checkpoint(source, out, Curvature(), 0.2, tokens()).keep == whole.keep
+    assert scored == [{1}, {0}, {0}]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "broken", "message"),
+    [
+        (["hidden"], False, "'hidden' lies in more than one layer, and Taylor.* is computed layer by layer here"),
+        (["ffn_channel"], True, "this LlamaForCausalLM do not read one another's outputs alone.*take Activation"),
+    ],
+)
+def test_what_gradients_layer_by_layer_cannot_score_is_refused(kinds, broken, message, tmp_path, monkeypatch):
+    source = write(tmp_path / "in")
+    if broken:
+        monkeypatch.setattr("prunekit.layer_gradients.Layerwise.of", lambda *_: None)
+    with pytest.raises(PrunekitError, match=message):
+        prune_checkpoint(source, tmp_path / "out", Taylor(), 0.2, tokens(), kinds=kinds, of="units")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_is_said_and_costs_nothing_that_is_finished(tmp_path, monkeypatch):
     source = write(tmp_path / "in")
     interrupt_while_writing(monkeypatch, OSError(28, "No space left on device"))
@@ -239,8 +290,8 @@ def sample():
         peak[0] = max(peak[0], anonymous())
         time.sleep(0.005)
 
-calib = torch.arange(32)[None] if sys.argv[3] == "activation" else None
-how = pk.Activation() if sys.argv[3] == "activation" else pk.Magnitude()
+calib = torch.arange(32)[None]
+how = {"activation": pk.Activation(), "taylor": pk.Taylor()}[sys.argv[3]]
 model = pk.load("world")[0]  # what torch sets up once
 pk.score(model, pk.discover(model), how, calib)
 before = anonymous()
@@ -276,7 +327,7 @@ def large(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("importance", ["activation"])  # which computes: magnitude reads weights alone
+@pytest.mark.parametrize("importance", ["activation", "taylor"])  # which compute: magnitude reads weights alone
 def test_memory_is_that_of_a_few_parameters(importance, large, tmp_path):
     arguments = [sys.executable, "-c", MEASURED, str(large), str(tmp_path / "out"), importance]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
@@ -289,8 +340,7 @@ def test_memory_is_that_of_a_few_parameters(importance, large, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"how": Curvature()}, r"Curvature.* needs gradients.*take Activation\(\), Magnitude\(\)"),
-        ({"how": Taylor()}, r"Taylor.* needs the gradient of every weight.*take Activation\(\), Magnitude\(\)"),
+        ({"how": Ablation()}, r"Ablation.* ablates units in memory.*take Curvature\(\), Taylor\(\), Activation\(\)"),
         ({"how": "l2"}, "how='l2' is not allowed; give an importance"),
         ({"ratio": None}, "give pruning_ratio, such as 0.2"),
         ({"how": Activation()}, "needs a calibration set"),
@@ -519,9 +569,15 @@ def test_a_checkpoint_larger_than_the_free_memory_is_streamed_unasked(dense, tmp
     monkeypatch.setattr("prunekit.load", lambda *_: pytest.fail("loaded"))
     assert run(dense, *options, "--out", tmp_path / "b") == 0
     assert "GB of free memory: streaming" in capsys.readouterr().err
-    assert run(dense, "--pruning-ratio", "0.2", "--out", tmp_path / "c") == 2
-    said = capsys.readouterr().err
-    assert "Curvature(ridge=0.3) needs gradients" in said and "--calibration" not in said
+    options = ("--pruning-ratio", "0.2", "--n-samples", "4", "--seq-len", "16")
+    assert run(dense, *options, "--out", tmp_path / "c") == 2
+    assert "reads text; give --calibration" in capsys.readouterr().err
+    options += ("--calibration", dense.parent / "text.txt")
+    assert run(dense, *options, "--out", tmp_path / "c") == 0
+    monkeypatch.undo()
+    assert run(dense, *options, "--compensate", "none", "--out", tmp_path / "d") == 0
+    streamed, loaded = (PruningPlan.load(tmp_path / name / "plan.json") for name in "cd")
+    assert streamed.keep == loaded.keep and streamed.notes["importance"] == loaded.notes["importance"] == "curvature"
 
 
 def test_an_interrupt_from_a_shell_says_where_to_go_on(dense, tmp_path, capsys, monkeypatch):

@@ -4,9 +4,10 @@ The weights stay on disk: the model's parameters are views of the mapped shards,
 are those of a model in memory, and what they read is cache. Only the slices that stay are made, one shard at a time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,24 +28,22 @@ from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerp
 from prunekit.checks import FilePath, checked
 from prunekit.digests import record, recorded
 from prunekit.discovery import CoupledGroup, Groups, discover
+from prunekit.discovery.parts import layer_of, outermost_elements
 from prunekit.errors import PrunekitError
 from prunekit.files import check_new_folder
+from prunekit.gradients import batches_of, frozen
 from prunekit.importance import Ablation, Curvature, HyWIA, Importance, Random, Scores, Taylor
+from prunekit.importance.curvature import summed_over
 from prunekit.importance.scoring import AnyImportance
-from prunekit.models import count_parameters, name_model
+from prunekit.layer_gradients import LayerBackward
+from prunekit.models import count_parameters, evaluating, name_model
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
 from prunekit.pruning.plan_options import Ratio, default_units
 from prunekit.pruning.surgery import cut
 
 MAX_SHARD_SIZE = "1GB"
-_OF_WEIGHTS = "needs the gradient of every weight, which takes more memory than the model"
-NOT_STREAMED = {
-    Taylor: _OF_WEIGHTS,
-    HyWIA: _OF_WEIGHTS,
-    Ablation: "ablates units in memory, one after the other",
-    Curvature: "needs gradients, and matrices for every layer that take about as much memory as its weights",
-}
+OF_GRADIENTS = (Curvature, Taylor, HyWIA)  # scored layer by layer, so that one layer's gradients are held at a time
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ def prune_checkpoint(
     Args:
         source: a folder with config.json and safetensors, or GGUF as `load` takes it.
         out: a folder that does not exist yet. It is complete or not written.
-        how: an importance that needs no gradients, such as `Magnitude()` or `Activation()`, or a plan.
+        how: an importance other than `Ablation`, or a plan. Where it needs gradients, each layer runs twice, and what
+            the layers read waits beside `out`: n_samples × seq_len × d_model numbers a layer.
         pruning_ratio: as in `plan`; None with a plan.
         calib: integers (n_samples, seq_len) for an importance that reads data.
         max_shard_size: of the shards written, such as `"1GB"`.
@@ -105,8 +105,8 @@ def prune_checkpoint(
         The plan, as in plan.json of the folder.
 
     Raises:
-        PrunekitError: bad arguments, an importance that needs gradients, a checkpoint that cannot be mapped, or a
-            `.OUT.partial` of another run.
+        PrunekitError: bad arguments, an importance that cannot be computed from disk, a checkpoint that cannot be
+            mapped, or a `.OUT.partial` of another run.
         KeyboardInterrupt: says where the finished part lies.
     """
     out, work = check_new_folder(out), Work(Path(out))
@@ -121,19 +121,20 @@ def prune_checkpoint(
 
 
 def check_streamable(importance: Importance) -> None:
-    """Raise an error for an importance that needs more than forward passes.
+    """Raise an error for an importance that cannot be computed with the weights on disk.
 
     Raises:
-        PrunekitError: names those that do not.
+        PrunekitError: names those that can.
     """
-    why = next((said for kind, said in NOT_STREAMED.items() if isinstance(importance, kind)), None)
-    if why is not None:
+    if isinstance(importance, Ablation):
         raise PrunekitError(
-            f"{importance!r} {why}; to stream a checkpoint, take Activation(), Magnitude() or Random(): activation, "
-            "l1, l2 or random by name"
+            f"{importance!r} ablates units in memory, one after the other; to stream a checkpoint, take Curvature(), "
+            "Taylor(), Activation() or Magnitude(): curvature, taylor, activation or l2 by name"
         )
     if not isinstance(importance, Importance):
-        raise PrunekitError(f"{importance!r} is no importance and no plan; give Activation(), Magnitude() or Random()")
+        raise PrunekitError(
+            f"{importance!r} is no importance and no plan; give Curvature(), Activation() or Magnitude()"
+        )
 
 
 def _check_arguments(how: Importance | PruningPlan, given: Mapping[str, Any]) -> None:
@@ -218,16 +219,54 @@ def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:
 
 
 def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, path: Path) -> Scores:
-    """Scores: those in the file at `path`, and the missing ones; one group at a time if no data is needed."""
+    """Scores: those in the file at `path`, and the missing ones, saved step by step."""
     importance: Any = order.how
     done = _done(path) if path.is_file() else Scores({}, label=importance.label, kinds={})
     left = tuple(group for group in groups if group.name not in done)
-    steps = [left] if importance.needs_calibration and left else [(group,) for group in left]
-    for step in tqdm(steps, desc="scoring", unit="group", leave=False, delay=1):
-        done |= {n: v.detach().cpu() for n, v in importance.unit_scores(model, step, order.calib).items()}
-        done.kinds |= {group.name: group.kind for group in step}
+    for found in _steps(model, left, importance, order.calib, path.parent) if left else ():
+        done.update({name: values.detach().cpu() for name, values in found.items()})
+        done.kinds.update({group.name: group.kind for group in groups if group.name in found})
+        done.ranking = getattr(found, "ranking", done.ranking)
         done.save(path)
     return done
+
+
+def _steps(
+    model: nn.Module, groups: tuple[CoupledGroup, ...], importance: Any, calib: Any, folder: Path
+) -> Iterator[Mapping[str, Tensor]]:
+    """Scores of some groups at a time: of a layer by gradients, of all by forward passes, of one by its weights."""
+    if isinstance(importance, OF_GRADIENTS):
+        with TemporaryDirectory(dir=folder) as place:
+            yield from _layer_by_layer(model, groups, importance, check_tokens(calib, model), Path(place))
+        return
+    steps = [groups] if importance.needs_calibration else [(group,) for group in groups]
+    for step in tqdm(steps, desc="scoring", unit="group", leave=False, delay=1):
+        yield importance.unit_scores(model, step, calib)
+
+
+def _layer_by_layer(
+    model: nn.Module, groups: tuple[CoupledGroup, ...], importance: Any, tokens: Tensor, place: Path
+) -> Iterator[Mapping[str, Tensor]]:
+    """Scores of the groups of a layer by gradients of its own, from the last layer to the first.
+
+    Raises:
+        PrunekitError: a group that lies in no layer or in several, or the layers are no chain.
+    """
+    layers = {*outermost_elements(model)}
+    where = {group.name: {layer_of(m.parameter, layers) for m in group.members} for group in groups}
+    for name in (name for name, found in where.items() if None in found or len(found) > 1):
+        raise PrunekitError(
+            f"{name!r} lies in more than one layer, and {importance!r} is computed layer by layer here; leave its kind "
+            "out, or take Activation() or Magnitude()"
+        )
+    second = getattr(importance, "order", "first") != "first"
+    factor = summed_over(tokens) if isinstance(importance, Curvature) else 1
+    with evaluating(model), frozen(model):
+        backward = LayerBackward(model, batches_of(tokens, second), place, factor)
+        for layer in tqdm(backward, total=len(layers), desc="scoring", unit="layer", leave=False, delay=1):
+            here = tuple(group for group in groups if layer in where[group.name])
+            if here:
+                yield importance.unit_scores(model, here, backward)
 
 
 def _done(path: Path) -> Scores:

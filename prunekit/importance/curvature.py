@@ -7,16 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from prunekit.calibration import check_tokens, in_batches, summed_loss
 from prunekit.checks import Positive, check_fields
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import frozen
+from prunekit.gradients import frozen, opened, run_backward
 from prunekit.importance.input_statistics import Reader, linear_readers, wide
 from prunekit.importance.reconstruction import costs_of_units, one_reader
-from prunekit.importance.scores import Calibration, Scores, SomeGroups, tokens_for
+from prunekit.importance.scores import GradientSource, Scores, SomeGroups, tokens_for
+from prunekit.layer_gradients import LayerBackward
 from prunekit.models import evaluating
 
 RIDGE = 0.3
@@ -69,14 +68,14 @@ class Curvature:
     needs_calibration = True  # activations and gradients come from a calibration set
     label = "curvature"
 
-    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: GradientSource) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens.
 
         Raises:
             PrunekitError: no tokens, a group that no linear layer or more than one consumes, or activations or
                 gradients that are not finite.
         """
-        tokens = tokens_for("Curvature()", calib)
+        tokens = calib if isinstance(calib, LayerBackward) else tokens_for("Curvature()", calib)
         kinds = {group.name: group.kind for group in groups}
         costs = costs_of_units(
             model,
@@ -100,14 +99,15 @@ def applies(model: nn.Module, groups: Iterable[CoupledGroup]) -> bool:
     return True
 
 
-def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) -> dict[str, Sums]:
+def gather_sums(model: nn.Module, calib: Tensor | LayerBackward, readers: Mapping[str, Reader]) -> dict[str, Sums]:
     """Input and gradient statistics of linear layers, in one pass over the calibration set.
 
     No gradient of a weight is computed: the backward pass costs about as much as the forward one.
 
     Args:
         model: a causal LM; unchanged afterwards.
-        calib: integers (n_samples, seq_len).
+        calib: integers (n_samples, seq_len); or a backward pass at the layer of the readers, whose factor is
+            `summed_over`.
         readers: parameter name → the linear layer with that weight.
 
     Returns:
@@ -116,15 +116,19 @@ def gather_sums(model: nn.Module, calib: Tensor, readers: Mapping[str, Reader]) 
     Raises:
         PrunekitError: bad tokens, or a loss, activation or gradient that is not finite.
     """
-    tokens = check_tokens(calib, model)
+    tokens, source = opened(model, calib, second=False)
     sums: dict[str, Sums] = {}
     with evaluating(model), frozen(model), _watching(model, readers, sums), torch.enable_grad():
-        for batch in tqdm(in_batches(tokens), desc="curvature", unit="batch", leave=False, delay=1):
-            (summed_loss(model, batch) * (batch.shape[1] - 1)).backward()  # summed over tokens
+        run_backward(model, source, summed_over(tokens))
     for name in readers:
         if name not in sums or not all(bool(total.isfinite().all()) for total in sums[name]):
             raise PrunekitError(f"the inputs or gradients of {name} are not finite, or it never ran; check the weights")
     return {name: Sums(*(total.div_(tokens.numel()) for total in each)) for name, each in sums.items()}
+
+
+def summed_over(tokens: Tensor) -> int:
+    """The factor from a sample's mean loss to its sum over tokens, of tokens (n_samples, seq_len)."""
+    return tokens.shape[1] - 1
 
 
 @contextmanager

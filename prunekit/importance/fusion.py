@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunekit.checks import check_choice, checked
 from prunekit.discovery.groups import layer_in
 from prunekit.errors import PrunekitError
-from prunekit.importance.scores import Calibration, Scores, SomeGroups
+from prunekit.importance.scores import GradientSource, Scores, SomeGroups
 from prunekit.importance.taylor import Taylor
 
 Weights = tuple[float, float]  # of the coarse and of the fine scores
@@ -147,7 +147,7 @@ class HyWIA:
         """Short name for tables and legends."""
         return f"HyWIA {_rule_name(self.rule)}" + ("" if self.order == "first" else f", {self.order}")
 
-    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> FusedScores:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: GradientSource) -> FusedScores:
         """Group name → (n_units,), with the fusion weights.
 
         Raises:

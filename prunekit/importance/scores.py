@@ -16,10 +16,12 @@ from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.files import new_file, reading
 from prunekit.gradients import Gradients
+from prunekit.layer_gradients import LayerBackward
 
 _FORMAT = "prunekit.scores/1"
 SomeGroups = tuple[CoupledGroup, ...]
 Calibration = Tensor | Gradients | None  # integers (n_samples, seq_len), or what was gathered over them
+GradientSource = Calibration | LayerBackward  # or a backward pass that stands at the layer of the groups
 
 
 class Scores(dict[str, Tensor]):

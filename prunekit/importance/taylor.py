@@ -15,6 +15,7 @@ from prunekit.importance.scores import (
     GRANULARITIES,
     REDUCTIONS,
     Calibration,
+    GradientSource,
     SomeGroups,
     all_slice_scores,
     unit_scores,
@@ -60,7 +61,7 @@ class Taylor:
         """Short name for tables and legends."""
         return f"Taylor {self.granularity} {self.order}" + ("" if self.reduction == "sum" else f", {self.reduction}")
 
-    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> dict[str, Tensor]:
+    def unit_scores(self, model: nn.Module, groups: SomeGroups, calib: GradientSource) -> dict[str, Tensor]:
         """Group name → (n_units,), from tokens or from gradients already gathered.
 
         Raises:
@@ -75,7 +76,7 @@ class Taylor:
         slices = all_slice_scores(groups, weight_scores, self.granularity)
         return {group.name: unit_scores(group, slices, self.reduction) for group in groups}
 
-    def gathered(self, model: nn.Module, groups: SomeGroups, calib: Calibration) -> Gradients:
+    def gathered(self, model: nn.Module, groups: SomeGroups, calib: GradientSource) -> Gradients:
         """The gradients of the groups' parameters, computed from tokens or taken from `calib`.
 
         Raises:
