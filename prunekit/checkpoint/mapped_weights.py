@@ -149,18 +149,13 @@ class Piece:
 
     Attributes:
         whole: the parameter, a view of a mapped file.
+        shown: the parameter itself, or its stand-in, which lives on so that no other tensor gets its address.
         cuts: (dimension, indices that stay), one after the other.
     """
 
     whole: Tensor
+    shown: Tensor
     cuts: tuple[tuple[int, Tensor], ...] = ()
-
-    def take(self) -> Tensor:
-        """The values that stay, in memory where anything was cut."""
-        tensor = self.whole.detach()
-        for dim, index in self.cuts:
-            tensor = tensor.index_select(dim, index)
-        return tensor
 
 
 class Postponed(TorchDispatchMode):
@@ -172,28 +167,27 @@ class Postponed(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.pieces = {p.data_ptr(): Piece(p) for p in model.parameters() if p.numel()}
-        self._stand_ins: list[Tensor] = []  # they live on, so that no address is given to another
+        self.pieces = {p.data_ptr(): Piece(p, p) for p in model.parameters() if p.numel()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         piece = self.pieces.get(args[0].data_ptr()) if func in _POSTPONED else None
-        if piece is None or args[0].shape != self._shape(piece):
+        if piece is None or args[0].shape != piece.shown.shape:
             return func(*args, **(kwargs or {}))
-        cut = (args[1], args[2]) if func is aten.index_select.default else None
-        return args[0].detach() if cut is None else self._stand_in(Piece(piece.whole, (*piece.cuts, cut)))
+        if func is aten.clone.default:
+            return args[0].detach()
+        _, dim, index = args
+        shape = [len(index) if d == dim else n for d, n in enumerate(args[0].shape)]
+        stand_in = torch.zeros((), dtype=piece.whole.dtype).expand(shape)
+        self.pieces[stand_in.data_ptr()] = Piece(piece.whole, stand_in, (*piece.cuts, (dim, index)))
+        return stand_in
 
-    @staticmethod
-    def _shape(piece: Piece) -> torch.Size:
-        shape = list(piece.whole.shape)
+    def values_of(self, tensor: Tensor) -> Tensor:
+        """The values that a parameter or a stand-in stands for, in memory where anything was cut."""
+        piece = self.pieces.get(tensor.data_ptr(), Piece(tensor, tensor))
+        values = piece.whole.detach()
         for dim, index in piece.cuts:
-            shape[dim] = len(index)
-        return torch.Size(shape)
-
-    def _stand_in(self, piece: Piece) -> Tensor:
-        tensor = torch.zeros((), dtype=piece.whole.dtype)
-        self.pieces[tensor.data_ptr()] = piece
-        self._stand_ins.append(tensor)
-        return tensor.expand(self._shape(piece))
+            values = values.index_select(dim, index)
+        return values
 
 
 def cut_without_weights(model: nn.Module, plan: PruningPlan) -> tuple[Any, Postponed]:
@@ -221,8 +215,7 @@ def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard
     layout = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in tqdm(layout.filename_to_tensors.items(), desc="writing", unit="shard", leave=False, delay=1):
         if file not in recorded(note):
-            pieces = {name: postponed.pieces.get(state[name].data_ptr(), Piece(state[name])) for name in names}
-            _write_shard({name: piece.take() for name, piece in pieces.items()}, folder / file)
+            _write_shard({name: postponed.values_of(state[name]) for name in names}, folder / file)
             record([folder / file], note)
     if layout.is_sharded:
         index = {"metadata": layout.metadata, "weight_map": layout.tensor_to_filename}
