@@ -64,6 +64,7 @@ def first_line(error: Exception) -> str:
 
 _REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Callable[[Any], str]], ...] = (
     (json.JSONDecodeError, lambda error: f"no JSON from line {error.lineno}, column {error.colno} on"),
+    (ValueError, lambda error: "a number has too many digits" if "integer string conversion" in str(error) else ""),
     (UnicodeError, lambda _: "it is not written in UTF-8"),
     ((gzip.BadGzipFile, EOFError, zlib.error), lambda _: "it is cut short or damaged"),
     (OSError, lambda error: str(error.strerror or "")),  # the system's own words; libraries leave it empty

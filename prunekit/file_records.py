@@ -75,9 +75,7 @@ def _lines(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield place, json.loads(line)
             except (ValueError, RecursionError) as error:  # no JSON, numbers too long, too deep
-                raise PrunekitError(
-                    f"{place}: this is no JSON ({_json_reason(error)}); give one object a line"
-                ) from error
+                raise PrunekitError(f"{place}: this is no JSON ({reason(error)}); give one object a line") from error
 
 
 def _json(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
@@ -88,21 +86,13 @@ def _json(text: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") != "Extra data":
             raise PrunekitError(
-                f"cannot read {str(path)!r} as JSON ({_json_reason(error)}); give a list of objects, or one object "
-                "a line"
+                f"cannot read {str(path)!r} as JSON ({reason(error)}); give a list of objects, or one object a line"
             ) from error
         yield from _lines(io.StringIO(content), path)
         return
     several = isinstance(found, list)
     for number, record in enumerate(found if several else [found], start=1):
         yield (f"{path}, record {number}" if several else str(path)), record
-
-
-def _json_reason(error: Exception) -> str:
-    """Where a text stops being JSON, or what else is wrong with it."""
-    if isinstance(error, json.JSONDecodeError | RecursionError):
-        return reason(error)
-    return "a number has too many digits"  # which Python refuses to read
 
 
 def _table(text: IO[str], path: Path) -> Iterator[tuple[str, dict[str, str]]]:

@@ -65,7 +65,7 @@ def read_text(path: str | Path, writer: str | None = None) -> str:
     Raises:
         PrunekitError: the file is missing, too large, or it is no text.
     """
-    advice = RESTORE if writer is None else f"give the path of a file that {writer} wrote"
+    advice = _advice(writer)
     check_regular(Path(path), LARGEST, advice)
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -99,17 +99,15 @@ def read_json(path: str | Path, writer: str | None = None) -> Any:
     Raises:
         PrunekitError: it cannot be read, or is not JSON.
     """
-    advice = RESTORE if writer is None else f"give the path of a file that {writer} wrote"
+    text = read_text(path, writer)
     try:
-        return json.loads(read_text(path, writer))
-    except (json.JSONDecodeError, RecursionError) as error:  # also lists in lists without end
-        raise PrunekitError(f"{str(path)!r} is not JSON ({reason(error)}); {advice}") from error
-    except PrunekitError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise PrunekitError(
-            f"{str(path)!r} is not JSON that can be read: a number has too many digits; {advice}"
-        ) from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists without end
+        raise PrunekitError(f"{str(path)!r} is not JSON ({reason(error)}); {_advice(writer)}") from error
+
+
+def _advice(writer: str | None) -> str:
+    return RESTORE if writer is None else f"give the path of a file that {writer} wrote"
 
 
 def check_new_folder(out: str | Path) -> Path:
@@ -187,14 +185,12 @@ def writing(path: Path, *, whole: bool = True) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(path, error, whole) from error
-    except DiskError as error:  # of a file inside
-        raise _unwritable(path, error.__cause__ or error, whole) from error.__cause__
     except Exception as error:
-        if not any(word in str(error) for word in _OF_DISKS):
+        of_disk = isinstance(error, OSError | SafetensorError | DiskError)
+        if not of_disk and not any(word in str(error) for word in _OF_DISKS):
             raise
-        raise _unwritable(path, error, whole) from error
+        cause = error.__cause__ if isinstance(error, DiskError) else error  # a DiskError is of a file inside
+        raise _unwritable(path, cause or error, whole) from cause
 
 
 def _unwritable(path: Path, error: BaseException, whole: bool = True) -> DiskError:
