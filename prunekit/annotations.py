@@ -138,9 +138,6 @@ def _is_dense(value: object) -> bool:
 
 _PLAIN: dict[Any, Callable[[Any], bool]] = {
     Any: lambda value: True,
-    object: lambda value: True,
-    None: lambda value: value is None,
-    type(None): lambda value: value is None,
     bool: lambda value: isinstance(value, bool | np.bool_),
     int: is_integer,
     float: is_real,
@@ -148,7 +145,6 @@ _PLAIN: dict[Any, Callable[[Any], bool]] = {
 }
 _WORDS: dict[Any, str] = {
     type(None): "None",
-    None: "None",
     bool: "True or False",
     int: "an integer",
     float: "a finite number",
