@@ -17,7 +17,7 @@ from platformdirs import user_cache_path
 from torch import Tensor, nn
 
 from prunekit.checks import check_value
-from prunekit.errors import DiskError, PrunekitError
+from prunekit.errors import DiskError, PrunekitError, reason
 from prunekit.files import alone_in, new_folder, read_json, write_text
 
 _BLOCK, _N_BLOCKS = 4096, 64  # bytes of a block, and how many of a file are read at least
@@ -132,13 +132,14 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
         with alone_in(folder):
             if not is_whole(folder):
                 _remove_remains(folder)
-                _fill(folder, fill)
+                with new_folder(folder) as beside:
+                    fill(beside)
+                    files = {path.name: _facts(path) for path in sorted(beside.iterdir())}
+                    write_text(beside / CACHED, json.dumps({"files": files}, indent=1))
     except (OSError, DiskError) as error:
-        cause = error.__cause__ or error
-        reason = getattr(cause, "strerror", None) or cause
         raise PrunekitError(
-            f"cannot write to the cache {str(folder.parent)!r} ({reason}); set the environment variable {VARIABLE} to "
-            "a folder with room that you may write to"
+            f"cannot write to the cache {str(folder.parent)!r} ({reason(error.__cause__ or error)}); set the "
+            f"environment variable {VARIABLE} to a folder with room that you may write to"
         ) from error
     return folder
 
@@ -177,13 +178,6 @@ def _remove_remains(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
-    with new_folder(folder) as beside:
-        fill(beside)
-        files = {path.name: _facts(path) for path in sorted(beside.iterdir())}
-        write_text(beside / CACHED, json.dumps({"files": files}, indent=1))
 
 
 def _facts(path: Path) -> tuple[int, int, str]:
