@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING
 
-from prunekit.annotations import shown
+from prunekit.annotations import fault_in, shown
 from prunekit.compat import class_names
 from prunekit.errors import PrunekitError
 
@@ -43,8 +43,11 @@ def check_kind(folder: Path, config: dict[str, Any]) -> None:
     quantization = _quantization(config)
     if quantization is not None:
         raise _quantized(folder, config, quantization)
-    names = [str(name) for name in config.get("architectures") or []]
-    if not names or set(names) & _classes(config.get("model_type")) or _is_foreign(names, config):
+    names = config.get("architectures") or []
+    known = any(hasattr(transformers, name) for name in names)
+    named = any(name.endswith(_LANGUAGE_MODELS) for name in names)
+    foreign = not known and (named or "AutoModelForCausalLM" in (config.get("auto_map") or {}))
+    if not names or set(names) & _classes(config.get("model_type")) or foreign:
         return
     said, give = f"{str(folder)!r} is a {names[0]}", "give one that AutoModelForCausalLM loads"
     if hasattr(transformers, names[0]):
@@ -110,13 +113,6 @@ def _classes(model_type: Any) -> set[str]:
     return {name for value in CAUSAL_MODELS.values() for name in _listed(value)} | set(pictured)
 
 
-def _is_foreign(names: list[str], config: dict[str, Any]) -> bool:
-    """Whether a class is of no release of transformers, and a language model by its name or by code of its own."""
-    known = any(hasattr(transformers, name) for name in names)
-    named = any(name.endswith(_LANGUAGE_MODELS) for name in names)
-    return not known and (named or "AutoModelForCausalLM" in (config.get("auto_map") or {}))
-
-
 def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
@@ -124,11 +120,10 @@ def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
 def check_names(path: Path, config: dict[str, Any]) -> None:
     """Raise an error for a model type that is no text, or architectures that are no list of texts."""
     kind, names = config.get("model_type"), config.get("architectures")
-    if not isinstance(kind, str | None):
-        raise PrunekitError(f"{str(path)!r} has model_type={kind!r:.40}; it must be a text: restore it from its source")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+    if fault_in("config.json", (kind, names), tuple[str | None, list[str] | None]) is not None:
         raise PrunekitError(
-            f"{str(path)!r} has architectures={names!r:.40}; they must be a list of texts: restore it from its source"
+            f"{str(path)!r} has model_type={kind!r:.40} and architectures={names!r:.40}; these must be a text and a "
+            "list of texts: restore it from its source"
         )
 
 
