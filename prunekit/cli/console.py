@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import re
 import sys
 import warnings
@@ -11,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, getdoc, signature
+from logging.handlers import BufferingHandler
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from prunekit.errors import PrunekitError
 from prunekit.escaping import printable
 
+MOST_LINES = 10_000  # of the log that a verb keeps until it ends
 SECTIONS = r"^(?:Args|Attributes|Example|Raises|Returns|Source):$"
 
 
@@ -189,15 +190,7 @@ class Answer:
 
 def as_json(value: Any) -> str:
     """Strict JSON; a number that is not finite becomes null."""
-    return json.dumps(_finite(value), indent=1)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=1)
 
 
 def text_table(rows: Sequence[Sequence[object]]) -> str:
@@ -234,27 +227,16 @@ def own_warnings() -> Iterator[None]:
 @contextmanager
 def _own_log() -> Iterator[None]:
     """A context that prints each line of prunekit's log once, when all went well: an error is a single line."""
-    logger, handler = logging.getLogger("prunekit"), _Kept()
+    logger, handler = logging.getLogger("prunekit"), BufferingHandler(MOST_LINES)
     level, handled_above = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         yield
-        for message in handler.said:
+        for message in dict.fromkeys(line.getMessage() for line in handler.buffer):  # several models read one text
             say(message)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = handled_above
-
-
-class _Kept(logging.Handler):
-    """Keeps each line of a log once, such as what was read for several models."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: dict[str, None] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said[record.getMessage()] = None
