@@ -8,13 +8,13 @@ with `model_type: "prunekit"`: the uncut configuration, the units kept, and the 
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -76,8 +76,11 @@ def save(
     check_saving(model, out, tokenizer, report, files, max_shard_size)
     config = description(model)
     with new_folder(out) as folder:
-        if isinstance(config, dict):
-            _write_cut(model, config, folder, max_shard_size)
+        if isinstance(config, dict):  # weights under prunekit's own names, of which save_pretrained renames some
+            write_configurations(model, config, folder)
+            state = {name: tensor.detach().contiguous() for name, tensor in own_tensors(model).items()}
+            save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+            check_written(folder, model)
         else:
             write_plain(model, config, folder, max_shard_size)
         write_tokenizer(model, folder, tokenizer)
@@ -213,14 +216,6 @@ def _record(model: Any, cuts: Cuts) -> dict[str, Any]:
     return record | {"not_plain": unsaid(cuts)} | layer_widths(cuts)
 
 
-def _write_cut(model: Any, cut: dict[str, Any], folder: Path, max_shard_size: str | int) -> None:
-    """Weights under prunekit's own names; save_pretrained renames some."""
-    write_configurations(model, cut, folder)
-    state = {name: t.detach().contiguous() for name, t in own_tensors(model).items()}
-    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
-    check_written(folder, model)
-
-
 def write_configurations(model: Any, config: Any, folder: Path) -> None:
     """config.json, from a configuration or a record, and that of generation."""
     if isinstance(config, dict):
@@ -254,35 +249,31 @@ def check_written(folder: Path, model: Any) -> None:
     """
     expected, stored = own_tensors(model), stored_tensors(folder)
     if stored.keys() == expected.keys():
-        return check_stored(stored, expected)
-    found = own_tensors(load_plain(str(folder)))
-    return _refuse(
-        next((name for name in expected if name not in found or not _alike(found[name], expected[name])), None)
-    )
+        check_stored(stored, expected)
+    else:
+        _check_alike(own_tensors(load_plain(str(folder))), expected)
 
 
 def check_names(folder: Path, model: Any) -> None:
     """As `check_written`, names and shapes alone, which cost nothing."""
     stored = {name: tensor.shape for name, tensor in stored_tensors(folder).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
-    _refuse(next((name for name in {**expected, **stored} if stored.get(name) != expected.get(name)), None))
+    _refuse(name for name in {**expected, **stored} if stored.get(name) != expected.get(name))
 
 
 def check_stored(stored: dict[str, Stored], expected: dict[str, Tensor]) -> None:
     """As `check_written`, for tensors of files by their own names."""
-    wrong = (n for n in expected if n not in stored or not _alike(_read(n, stored[n]), expected[n]))
-    _refuse(next(wrong, None))
+    files = {tensor.file for tensor in stored.values()}
+    _check_alike({name: tensor for file in files for name, tensor in load_file(file).items()}, expected)
 
 
-def _refuse(wrong: str | None) -> None:
-    if wrong is not None:
-        raise PrunekitError(f"{wrong} is not read back as it was")
+def _check_alike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    _refuse(name for name in expected if name not in found or not _alike(found[name], expected[name]))
 
 
-def _read(name: str, stored: Stored) -> Tensor:
-    with safe_open(stored.file, "pt") as weights:
-        tensor: Tensor = weights.get_tensor(name)
-        return tensor
+def _refuse(wrong: Iterable[str]) -> None:
+    for name in wrong:
+        raise PrunekitError(f"{name} is not read back as it was")
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
