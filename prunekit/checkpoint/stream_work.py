@@ -15,7 +15,7 @@ from prunekit.annotations import shown
 from prunekit.checkpoint.folders import read_object
 from prunekit.digests import check_recorded, digest_of_file, digest_of_text
 from prunekit.errors import DiskError, PrunekitError
-from prunekit.files import check_new_folder, fcntl, open_to_readers, write_text
+from prunekit.files import check_new_folder, fcntl, open_to_readers, write_text, writing
 
 Facts = Mapping[str, Any]
 """Arguments of a run, as JSON: two runs with equal arguments give equal files."""
@@ -80,13 +80,11 @@ class Work:
         """Write down the arguments of each step for `check`; makes the folder where there is none.
 
         Raises:
-            PrunekitError: as `check`, or nothing can be written there.
+            PrunekitError: as `check`.
+            OSError: nothing can be written there, which `kept_if_stopped` says.
         """
         self.check(facts)
-        try:
-            self.checkpoint.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(self.root.parent, error) from None
+        self.checkpoint.mkdir(parents=True, exist_ok=True)
         for step, now in facts.items():
             write_text(self.root / f"{step}.json", json.dumps(now, indent=1))
 
@@ -101,11 +99,9 @@ class Work:
             yield
             return
         path = self.root.with_name(f"{self.root.name}.lock")
-        try:
+        with writing(path, whole=False):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
-        except OSError as error:
-            raise _unwritable(path.parent, error) from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,12 +151,6 @@ class Work:
             out.rmdir()
         self.checkpoint.replace(out)
         shutil.rmtree(self.root)
-
-
-def _unwritable(folder: Path, error: OSError) -> PrunekitError:
-    return PrunekitError(
-        f"cannot write to {str(folder)!r} ({error.strerror}); choose an output folder where you may write"
-    )
 
 
 def facts_of_files(folder: Path) -> dict[str, list[int | str]]:
