@@ -7,9 +7,8 @@ A rope that scales frequencies, as LLaMA 3's does, is a tensor of factors, by wh
 
 import copy
 import io
-from collections.abc import Iterable
+import re
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ FAMILY, BY_LAYER = "llama", "deci"  # architectures of GGUF; the first is transf
 ACTIVATION = "silu"
 ROPES = ("default", "linear", "llama3")  # others change with the length of the text, or scale the scores
 _FACTORS = "rope_freqs.weight"
+_PARTS = r"\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|(input|post_attention)_layernorm)\.weight"
 _PLAIN_INSTEAD = "export with layout='plain' (in a shell: --layout plain)"
 _WIDTHS = {"kv_head", "query_head", "ffn_channel", "hidden", "vocabulary"}  # kinds whose cut changes these and no more
 _KINDS = {  # dtype → GGUF's name for a matrix, and for a file, of it
@@ -35,48 +35,8 @@ _KINDS = {  # dtype → GGUF's name for a matrix, and for a file, of it
     torch.bfloat16: ("BF16", "MOSTLY_BF16"),
 }
 
-
-_FIELDS = ("embedding_length", "attention.head_count", "attention.head_count_kv", "feed_forward_length")  # as in Widths
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Widths of a LLaMA.
-
-    Attributes:
-        hidden: of the residual stream. The others are numbers of each layer.
-        heads: query heads.
-        kv_heads: KV heads.
-        channels: FFN channels.
-    """
-
-    hidden: int
-    heads: list[int]
-    kv_heads: list[int]
-    channels: list[int]
-
-    @classmethod
-    def of(cls, model: Any) -> "Widths":
-        """Read from the shapes of a model."""
-        layers, size = model.model.layers, model.config.head_dim
-        projected = [(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.up_proj) for layer in layers]
-        heads, kv_heads, channels = (list(column) for column in zip(*projected, strict=True))
-        return cls(
-            model.get_input_embeddings().weight.shape[1],
-            [q.out_features // size for q in heads],
-            [k.out_features // size for k in kv_heads],
-            [up.out_features for up in channels],
-        )
-
-    @property
-    def even(self) -> bool:
-        """Whether they are the same in every layer."""
-        return all(len(set(counts)) == 1 for counts in (self.heads, self.kv_heads, self.channels))
-
-    def of_rows(self, name: str) -> int | None:
-        """Number of heads in the rows of a parameter that is rotated; None for any other."""
-        counts = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(name.split(".")[-2])
-        return None if counts is None else counts[int(name.split(".layers.")[1].split(".")[0])]
+_FIELDS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")  # as in _widths
+_ROTATED = ("q_proj", "k_proj")  # whose rows GGUF has in another order
 
 
 def write_gguf(model: Any, folder: Path, *, plain: bool) -> list[str]:
@@ -94,18 +54,19 @@ def write_gguf(model: Any, folder: Path, *, plain: bool) -> list[str]:
         PrunekitError: the gguf package is missing, GGUF cannot hold this model, or what is read back gives other
             logits.
     """
-    gguf, widths = gguf_package("layout='gguf'"), Widths.of(model)
-    architecture = FAMILY if widths.even else BY_LAYER
+    gguf, widths = gguf_package("layout='gguf'"), _widths(model)
+    even = all(len(set(counts)) == 1 for counts in widths)
+    architecture = FAMILY if even else BY_LAYER
     if not plain:
-        _check_shapes(model, widths, architecture)
+        _check_parts(model, architecture)
     writer = gguf.GGUFWriter(folder / FILE, architecture)
-    _add_sizes(writer, model.config, widths)
+    _add_sizes(writer, model, [counts[0] if even else counts for counts in widths])
     writer.add_file_type(gguf.LlamaFileType[_KINDS[model.dtype][1]])
     remarks = add_vocabulary(gguf, writer, folder, model)
     names = _names(gguf, model)
     for name, tensor in model.named_parameters():
-        heads = widths.of_rows(name)
-        _add_tensor(gguf, writer, names[name], name, tensor if heads is None else _interleaved(tensor, heads))
+        rows = _interleaved(tensor, model.config.head_dim) if _is_rotated(name) else tensor
+        _add_tensor(gguf, writer, names[name], name, rows)
     if rope_type(model.config) != ROPES[0]:
         factors = _frequencies(model) / model.model.rotary_emb.inv_freq.cpu()
         writer.add_tensor(_FACTORS, factors.float().numpy())
@@ -163,56 +124,56 @@ def _names(gguf: Any, model: Any) -> dict[str, str | None]:
     return {name: known.get_name(name, (".weight", ".bias")) for name, _ in model.named_parameters()}
 
 
-def _check_shapes(model: Any, widths: Widths, architecture: str) -> None:
-    """Raise an error where a parameter is not what the widths imply, or has no place."""
-    hidden, size = widths.hidden, model.config.head_dim
-    for number, (heads, kv_heads, channels) in enumerate(
-        zip(widths.heads, widths.kv_heads, widths.channels, strict=True)
-    ):
-        layer = model.model.layers[number]
-        wanted = {
-            "self_attn.q_proj.weight": (heads * size, hidden),
-            "self_attn.k_proj.weight": (kv_heads * size, hidden),
-            "self_attn.v_proj.weight": (kv_heads * size, hidden),
-            "self_attn.o_proj.weight": (hidden, heads * size),
-            "mlp.gate_proj.weight": (channels, hidden),
-            "mlp.up_proj.weight": (channels, hidden),
-            "mlp.down_proj.weight": (hidden, channels),
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-        }
-        found = {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()}
-        odd = sorted(found.items() ^ wanted.items())
-        if odd:
+def _widths(model: Any) -> list[list[int]]:
+    """Query heads, KV heads and FFN channels of each layer, from the shapes of a model."""
+    layers, size = model.model.layers, model.config.head_dim
+    return [
+        [layer.self_attn.q_proj.out_features // size for layer in layers],
+        [layer.self_attn.k_proj.out_features // size for layer in layers],
+        [layer.mlp.up_proj.out_features for layer in layers],
+    ]
+
+
+def _check_parts(model: Any, architecture: str) -> None:
+    """Raise an error for a parameter of a layer that has no place, such as a bias."""
+    for name, _ in model.model.layers.named_parameters():
+        if not re.fullmatch(_PARTS, name):
             raise PrunekitError(
-                f"GGUF's {architecture!r} has no {odd[0][0]} of shape {odd[0][1]} in layer {number}; export with "
-                "layout='padded' (in a shell: --layout padded), or keep the checkpoint that prunekit saves"
+                f"GGUF's {architecture!r} has no layers.{name}; export with layout='padded' (in a shell: --layout "
+                "padded), or keep the checkpoint that prunekit saves"
             )
 
 
-def _add_sizes(writer: Any, config: Any, widths: Widths) -> None:
+def _add_sizes(writer: Any, model: Any, widths: list[Any]) -> None:
+    """The sizes in the header; widths are lists with a number a layer, or the number that all layers have."""
+    config, (heads, kv_heads, channels) = model.config, widths
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
-    writer.add_block_count(len(widths.heads))
-    writer.add_embedding_length(widths.hidden)
-    one = (lambda counts: counts[0]) if widths.even else list
-    writer.add_feed_forward_length(one(widths.channels))
-    writer.add_head_count(one(widths.heads))
-    writer.add_head_count_kv(one(widths.kv_heads))
+    writer.add_block_count(len(model.model.layers))
+    writer.add_embedding_length(model.get_input_embeddings().weight.shape[1])
+    writer.add_feed_forward_length(channels)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add(config.head_dim)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _interleaved(tensor: Tensor, heads: int) -> Tensor:
+def _is_rotated(name: str) -> bool:
+    return name.split(".")[-2] in _ROTATED
+
+
+def _interleaved(tensor: Tensor, size: int) -> Tensor:
     """Query or key rows in llama.cpp's order: rotary pairs stand side by side, not half a head apart."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)  # (head, half, pair) → (head, pair, half)
+    halves = tensor.unflatten(0, (-1, 2, size // 2))
+    return halves.transpose(1, 2).flatten(0, 2)  # (head, half, pair) → (head, pair, half)
 
 
-def _halved(tensor: Tensor, heads: int) -> Tensor:
+def _halved(tensor: Tensor, size: int) -> Tensor:
     """The reverse of `_interleaved`."""
-    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # (head, pair, half) → (head, half, pair)
+    pairs = tensor.unflatten(0, (-1, size // 2, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)  # (head, pair, half) → (head, half, pair)
 
 
 def _add_tensor(gguf: Any, writer: Any, wanted: str | None, name: str, tensor: Tensor) -> None:
@@ -242,19 +203,18 @@ def _read_by_transformers(_: Any, folder: Path) -> Any:
 
 
 def _read_by_tensors(model: Any, folder: Path) -> Any:
-    """A copy of the model with the weights that stand in the file, their rows by the head counts that stand there."""
+    """A copy of the model with the weights that stand in the file, whose widths must be the model's."""
     gguf = gguf_package("layout='gguf'")
     reader = gguf.GGUFReader(folder / FILE)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     architecture, n_layers = reader.fields["general.architecture"].contents(), len(model.model.layers)
-    hidden, *told = (reader.fields[f"{architecture}.{key}"].contents() for key in _FIELDS)
-    by_layer = (list(counts) if isinstance(counts, Iterable) else [counts] * n_layers for counts in told)
-    widths = Widths(hidden, *by_layer)
+    told = [reader.fields[f"{architecture}.{key}"].contents() for key in _FIELDS]
+    if [counts if isinstance(counts, list) else [counts] * n_layers for counts in told] != _widths(model):
+        raise PrunekitError("its widths are not the model's")
     again, state = copy.deepcopy(model).float(), {}
     for name, wanted in _names(gguf, model).items():
         found = torch.from_numpy(gguf.dequantize(stored[wanted].data, stored[wanted].tensor_type).copy())
-        heads = widths.of_rows(name)
-        state[name] = found if heads is None else _halved(found, heads)
+        state[name] = _halved(found, model.config.head_dim) if _is_rotated(name) else found
     again.load_state_dict(state, strict=False)
     if _FACTORS in stored:
         factors = torch.from_numpy(stored[_FACTORS].data.copy())
