@@ -151,7 +151,8 @@ def run_notebook(path: Path, build: Path, running: Running | None = None) -> Out
     """
     running = running or Running()
     running.check()
-    build.mkdir(parents=True, exist_ok=True)
+    folder = build / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
         book = nbformat.read(path, as_version=4)
@@ -163,7 +164,9 @@ def run_notebook(path: Path, build: Path, running: Running | None = None) -> Out
         crash = _execute(_client(book, path, bar, running, cost), kernel_environment(build), running)
     problems = find_problems(book, path.name) or tuple(f"{path.name}: {line}" for line in crash)
     if not problems:
-        write_html(book, path.stem, build / "notebooks")
+        write_text(folder / f"{path.stem}.ipynb", nbformat.writes(book))
+        html, _ = HTMLExporter(embed_images=True).from_notebook_node(book, {"metadata": {"name": path.stem}})
+        write_text(folder / f"{path.stem}.html", html)
     n_words = sum(len(cell.source.split()) for cell in book.cells if cell.cell_type == "markdown")
     return Outcome(path.stem, time.monotonic() - began, problems, cost.cpu_seconds, cost.peak_mb, n_words)
 
@@ -232,20 +235,6 @@ def _widget_place(book: nbformat.NotebookNode, models: dict, model_id: str) -> s
         if any(view == model_id or f"IPY_MODEL_{model_id}" in str(models.get(view)) for view in shown):
             return f"a widget of cell {number}"
     return "a widget that is not shown"
-
-
-def write_html(book: nbformat.NotebookNode, name: str, folder: Path) -> Path:
-    """Write an executed notebook, and the same as one HTML file with its pictures inside."""
-    write_whole(folder / f"{name}.ipynb", nbformat.writes(book))
-    html, _ = HTMLExporter(embed_images=True).from_notebook_node(book, {"metadata": {"name": name}})
-    return write_whole(folder / f"{name}.html", html)
-
-
-def write_whole(target: Path, text: str) -> Path:
-    """Write beside the target and move into place, so that nothing half-written stands there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, text)
-    return target
 
 
 # --- the series -------------------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunekit.annotations import is_real, readable
-from prunekit.cli.notebook_runs import QUIET, Outcome, run_series, write_whole
+from prunekit.annotations import readable
+from prunekit.checks import check_value
+from prunekit.cli.notebook_runs import QUIET, Outcome, run_series
 from prunekit.errors import PrunekitError, reason
-from prunekit.files import new_file, read_json
+from prunekit.files import new_file, read_json, write_text
 
 SERIES = "[0-9][0-9]*_*.ipynb"  # 07b_… too
 OWN = "prunekit-series"  # the copy that is made where there is no clone
@@ -74,8 +75,10 @@ def lab(
     series = series or (find_folder(None) if copy_to is None else copy_series(Path(copy_to)))
     given = [*(["--no-browser"] if no_browser else []), *(["--allow-root"] if allow_root else [])]
     given += [f"--ServerApp.port={port}"] if port is not None else []
+    first = sorted(path.name for path in series.glob(SERIES))[:1]
+    given += [f"--LabApp.default_url=/lab/tree/{name}" for name in first]  # in place of the launcher
     try:
-        given += [*_first_page(series), *shlex.split(jupyter or "")]
+        given += shlex.split(jupyter or "")
     except ValueError as error:
         raise PrunekitError(f"--jupyter={jupyter!r}: {reason(error)}; write it as a shell would take it") from error
     command = [sys.executable, "-m", "jupyterlab", str(series), *given]
@@ -146,12 +149,6 @@ def _clone() -> Path:
     return Path(__file__).parents[2]
 
 
-def _first_page(series: Path) -> list[str]:
-    """The first notebook opens, in place of the launcher."""
-    names = sorted(path.name for path in series.glob(SERIES))
-    return [f"--LabApp.default_url=/lab/tree/{names[0]}"] if names else []
-
-
 # --- the tour ---------------------------------------------------------------------------------------------------------
 
 
@@ -175,13 +172,10 @@ def read_summary(path: Path, since: float = 0.0) -> dict[str, dict[str, float]]:
     """
     if not path.exists() or path.stat().st_mtime < since - 1:
         raise PrunekitError(f"{path} was not written in this tour: the first notebook must write what it measured")
-    summary = read_json(path, "the first notebook")
-    if not isinstance(summary, dict) or not all(isinstance(summary.get(stage, {}), dict) for stage in STAGES):
-        raise PrunekitError(f"{path} needs {{stage: {{metric: number}}}} for each of {STAGES}")
-    for stage in STAGES:
-        bad = {name: value for name, value in summary.get(stage, {"": None}).items() if not is_real(value)}
-        if bad or set(summary[stage]) != set(summary["dense"]):
-            raise PrunekitError(f"{path} needs the same metrics, as numbers, for each of {STAGES}: see {stage!r} {bad}")
+    summary: dict[str, dict[str, float]] = read_json(path, "the first notebook")
+    check_value(str(path), summary, dict[str, dict[str, float]])
+    if not summary.keys() >= {*STAGES} or any(summary[stage].keys() != summary["dense"].keys() for stage in STAGES):
+        raise PrunekitError(f"{path} needs the same metrics for each of {STAGES}")
     return summary
 
 
@@ -240,7 +234,7 @@ def run_tour(paths: Sequence[Path], build: Path, jobs: int) -> int:
         table = summary_table(read_summary(build / "summary.json", began), outcomes)
     except PrunekitError as error:
         return _complain(str(error))
-    write_whole(build / "summary.md", table)
+    write_text(build / "summary.md", table)
     print(f"\n{table}\n{len(outcomes)} notebooks in {time.time() - began:.0f} s; see {build / 'notebooks'}")
     return 0
 
