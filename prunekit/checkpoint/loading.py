@@ -27,7 +27,7 @@ from prunekit.checks import FilePath, checked
 from prunekit.errors import PrunekitError, is_installed, reason, warn
 from prunekit.files import read_text
 from prunekit.models import known_device
-from prunekit.names import NAMES, is_world
+from prunekit.names import is_world
 from prunekit.pruning import PruningPlan
 from prunekit.pruning.configurations import RECORD, usable
 from prunekit.pruning.cuts import tokens_went
@@ -101,10 +101,6 @@ def load(
     how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if os.path.lexists(source):
         model = _load_folder(Path(source), how, spread)
-    elif Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
-        raise PrunekitError(
-            f"{str(source)!r} does not exist; give a checkpoint folder, a .gguf file, a hub id, or {NAMES}"
-        )
     else:
         model = load_plain(str(source), **how, **spread)
     tokenizer = load_tokenizer(str(source), trust_remote_code, model.config)
@@ -155,7 +151,13 @@ def _load_folder(folder: Path, how: dict[str, Any], spread: dict[str, Any]) -> A
     if config.get("model_type") == MODEL_TYPE:
         return load_cut(folder, how["dtype"], spread=spread)
     try:
-        return _load_whole(folder, config, {**how, **spread})
+        stored = stored_tensors(folder)
+        check_dtypes(folder, stored)
+        check_config(str(folder), config, how["trust_remote_code"])
+        check_plain_size(folder, stored)
+        model = load_plain(str(folder), **how, **spread)
+        check_floats(folder, model, stored)
+        return model
     except PrunekitError as error:
         if RECORD not in config:
             raise
@@ -163,16 +165,6 @@ def _load_folder(folder: Path, how: dict[str, Any], spread: dict[str, Any]) -> A
             f"{str(folder)!r} was cut by prunekit and written by save_pretrained, and its weights do not fit its "
             f"configuration ({error}); save the model with prunekit.save"
         ) from error
-
-
-def _load_whole(folder: Path, config: dict[str, Any], how: dict[str, Any]) -> Any:
-    stored = stored_tensors(folder)
-    check_dtypes(folder, stored)
-    check_config(str(folder), config, how["trust_remote_code"])
-    check_plain_size(folder, stored)
-    model = load_plain(str(folder), **how)
-    check_floats(folder, model, stored)
-    return model
 
 
 def _check_numbers(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -44,8 +44,8 @@ def resolve(source: str | Path) -> str | Path:
         source: as `prunekit.load` takes it, but for `"world"`, which has no folder.
 
     Raises:
-        PrunekitError: the file is missing or cannot be converted, the folder holds several, or the package of the
-            model is not installed.
+        PrunekitError: the file or folder is missing, a file cannot be converted, the folder holds several, or the
+            package of the model is not installed.
     """
     try:
         Path(source).is_dir()
@@ -57,7 +57,8 @@ def resolve(source: str | Path) -> str | Path:
     file = packaged_file(source) or _gguf_of(Path(source))
     if file is not None:
         return converted(file)
-    if not os.path.lexists(source) and _is_gguf(Path(source)):
+    on_disk = _is_gguf(Path(source)) or Path(source).is_absolute() or str(source).startswith(".")
+    if (on_disk or str(source).count("/") > 1) and not os.path.lexists(source):  # no hub id
         raise PrunekitError(
             f"{str(source)!r} does not exist; give a .gguf file, a checkpoint folder, a hub id, or {NAMES}"
         )
