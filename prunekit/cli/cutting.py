@@ -47,8 +47,7 @@ class _Order:
         model: where it lies.
         out: folder to write.
         plan: to cut by; None where one is made.
-        ratio: fraction of the parameters that goes.
-        planning: other options of `plan`.
+        planning: options of `plan`, the ratio too.
         method: importance; None is the default one.
         normalize: of `score`.
         steps: in which units go; None is at once.
@@ -63,7 +62,6 @@ class _Order:
     model: str
     out: str
     plan: pk.PruningPlan | None
-    ratio: Any
     planning: dict[str, Any]
     method: Importance | None
     normalize: str | None
@@ -155,18 +153,17 @@ def prune(
     """
     scoring = {"importance": importance, "granularity": granularity, "normalize": normalize, "steps": steps}
     _check(plan, {**planning, **scoring, **({} if calibration else drawing)})
-    ratio = planning.pop("pruning_ratio", None)
     if plan is None:
-        check_options(ratio, **planning)
+        check_options(**planning)
     if gaps is not None and compensate in (None, "none"):
         raise PrunekitError("--gaps makes up for whole layers that go, by --compensate: give that too, or leave it out")
-    if ratio == 0:
+    if planning.get("pruning_ratio") == 0:
         raise PrunekitError("--pruning-ratio 0 removes nothing; give a fraction above 0, such as 0.2")
     by, method = pk.PruningPlan.load(plan) if plan else None, _named(importance, granularity, drawing)
     if by is not None and not by.gone:
         raise PrunekitError(f"{plan} is a plan that removes nothing; give another, or --pruning-ratio")
     order = _Order(
-        model, out, by, ratio, planning, method, normalize, steps, calibration, drawing, compensate, gaps, writing,
+        model, out, by, planning, method, normalize, steps, calibration, drawing, compensate, gaps, writing,
         loading,
     )  # fmt: skip
     if _is_too_large(model) if streaming is None else streaming:
@@ -229,10 +226,10 @@ def _plan(order: _Order, dense: Any, calib: Tensor | None) -> tuple[pk.PruningPl
         say("curvature cannot score each of these groups: scored by taylor")
     if order.steps is not None:
         options = {**order.planning, "n_steps": order.steps, "normalize": order.normalize, "groups": groups}
-        made = pk.plan_in_steps(dense, method, order.ratio, calib, **options)
+        made = pk.plan_in_steps(dense, method, calib=calib, **options)
     else:
         scores = pk.score(dense, units, method, calib, normalize=order.normalize)
-        made = pk.plan(groups, scores, order.ratio, **order.planning)
+        made = pk.plan(groups, scores, **order.planning)
     by_default = order.method is None and isinstance(method, pk.Curvature) and not order.normalize
     return made, "weights" if by_default and order.fit is None else order.fit
 
@@ -266,7 +263,7 @@ def _cut_streamed(order: _Order) -> pk.PruningPlan:
             drawing = drawn(order.drawing, AutoConfig.from_pretrained(folder, trust_remote_code=False), **WINDOWS)
             calib = pk.calibration_set(order.text, load_tokenizer(str(folder), False), **drawing)
     options = {**order.planning, **order.writing, "notes": _notes(order, None, drawing)}
-    plan = pk.prune_checkpoint(order.model, order.out, how, order.ratio, calib, **options)
+    plan = pk.prune_checkpoint(order.model, order.out, how, calib=calib, **options)
     say(f"{UNMEASURED} {order.out}")
     return plan
 
