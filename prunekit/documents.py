@@ -127,7 +127,7 @@ class Reading:
 
     def _read(self, tokenizer: Any, separator: str | None) -> Iterator[Document]:
         for place, record in _records(self._source):
-            columns, documents = _documents_in(record, tokenizer, _at(place))
+            columns, documents = _documents_in(record, tokenizer, f"{place}: " if place else "")
             self.columns |= dict.fromkeys([columns] if columns else [])
             for document in documents:
                 for piece in _pieces(document, separator):
@@ -258,10 +258,6 @@ def _text_of(record: Mapping[str, Any], tokenizer: Any, at: str) -> tuple[str, s
         if isinstance(turns, _LISTS):
             return column, written_chat(list(turns), tokenizer, names, at)
     return "", None
-
-
-def _at(place: str) -> str:
-    return f"{place}: " if place else ""
 
 
 def _named(source: object) -> str:

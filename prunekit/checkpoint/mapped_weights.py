@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from prunekit.calibration import all_finite
 from prunekit.checkpoint.cards import renumbered, write_texts
 from prunekit.checkpoint.cut_checkpoints import MODEL_TYPE, load_cut
 from prunekit.checkpoint.folders import FLOATS, INDEX, Stored, check_dtypes, header_of, read_config, stored_tensors
@@ -127,8 +128,6 @@ def convert(folder: Path, out: Path, max_shard_size: str | int) -> None:
     Raises:
         PrunekitError: it does not load, or `transformers` does not write all that the model has.
     """
-    for killed in out.parent.glob(f".{out.name}.*"):
-        shutil.rmtree(killed)
     dtype = _common_dtype(stored_tensors(folder).values())
     with new_folder(out) as beside:
         offloaded = beside / "offloaded"
@@ -224,7 +223,7 @@ def write_shards(small: nn.Module, postponed: Postponed, folder: Path, max_shard
 
 def _write_shard(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.numel() and tensor.is_floating_point() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        if not all_finite(tensor):
             raise PrunekitError(
                 f"{name} has NaN or infinite weights: the checkpoint is damaged, or overflowed float16; "
                 "restore it from its source, or convert it from one in bfloat16 or float32"
