@@ -16,11 +16,6 @@ import pandas as pd
 from prunekit.errors import PrunekitError, reason
 
 FORMATS = ".txt, .json, .jsonl, .ndjson, .csv, .tsv or .parquet, each also as .gz"
-_ENCODINGS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}  # byte order mark → how the text behind it is written; without one it is UTF-8
 
 
 def records_in(path: Path) -> Iterator[tuple[str, Any]]:
@@ -48,7 +43,8 @@ def records_in(path: Path) -> Iterator[tuple[str, Any]]:
             if kind == ".parquet" or first.startswith(b"PAR1"):
                 yield from _parquet(file, path)
                 return
-            encoding = next((name for mark, name in _ENCODINGS.items() if first.startswith(mark)), "utf-8")
+            wide = first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            encoding = "utf-16" if wide else "utf-8-sig"  # UTF-8 with a byte order mark or without
             if encoding != "utf-16" and b"\0" in first:
                 raise PrunekitError(f"cannot read {str(path)!r}: it is no text; give {FORMATS}")
             with io.TextIOWrapper(file, encoding) as text:

@@ -42,11 +42,6 @@ class Stored:
     shape: tuple[int, ...]
     dtype: str
 
-    @property
-    def is_float(self) -> bool:
-        """Whether its dtype can be used in computations."""
-        return self.dtype in FLOATS
-
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
@@ -165,7 +160,7 @@ def check_dtypes(folder: Path, stored: dict[str, Stored]) -> None:
         PrunekitError: some are.
     """
     for name, tensor in stored.items():
-        if tensor.dtype.startswith("F") and not tensor.is_float:  # such as F8_E4M3, which a scale must go with
+        if tensor.dtype.startswith("F") and tensor.dtype not in FLOATS:  # such as F8_E4M3, which a scale must go with
             raise PrunekitError(
                 f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}, which cannot be cut; "
                 f"give a checkpoint in one of {', '.join(sorted(FLOATS))}"

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from prunekit.checkpoint.config_checks import ADAPTER, check_described, has_adapter
-from prunekit.checkpoint.folders import Stored, check_size, read_object
+from prunekit.checkpoint.folders import FLOATS, Stored, check_size, read_object
 from prunekit.checkpoint.origins import files_alone
 from prunekit.checks import PROCESS
 from prunekit.errors import PrunekitError, reason
@@ -111,7 +111,7 @@ def check_floats(folder: Path, model: nn.Module, stored: dict[str, Stored]) -> N
     names = {name for name, _ in model.named_parameters()}
     for name, tensor in stored.items():  # which may have other names than the model's, as those of experts
         is_weight = name in names or (name.endswith((".weight", ".bias")) and tensor.dtype != "BOOL")
-        if is_weight and not tensor.is_float and len(tensor.shape) < 4:  # a mask has four dimensions
+        if is_weight and tensor.dtype not in FLOATS and len(tensor.shape) < 4:  # a mask has four dimensions
             raise PrunekitError(
                 f"{name!r} of {str(folder)!r} is stored as {tensor.dtype}, but weights must be floating-point numbers; "
                 "restore them from their source"
