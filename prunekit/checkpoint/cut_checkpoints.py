@@ -242,15 +242,7 @@ def layer_widths(cuts: Cuts) -> dict[str, Any]:
             elif said and group.name in cuts.left:
                 whole |= {field: getattr(text, field) for field in fields}
                 layers.setdefault(str(group.layer), {}).update(said)
-    for group in cuts.groups:
-        if group.layer is not None and _skipped(cuts.left, group.layer):
-            layers.setdefault(str(group.layer), {})["skip"] = _skipped(cuts.left, group.layer)
+    for path, _, kind in (name.partition(":") for name, units in cuts.left.items() if not units):
+        layer = layers.setdefault(str(layer_in(path)), {})  # blocks that went are named as the layer names them
+        layer["skip"] = sorted([*layer.get("skip", []), "layer" if kind == "layer" else path.rpartition(".")[2]])
     return {**whole, "per_layer_config": dict(sorted(layers.items(), key=lambda item: int(item[0])))}
-
-
-def _skipped(left: dict[str, list[int]], layer: int) -> list[str]:
-    """The blocks of a layer that went, by their own names."""
-    gone = [name.partition(":") for name, units in left.items() if not units]
-    return sorted(
-        kind if kind == "layer" else path.rpartition(".")[2] for path, _, kind in gone if layer_in(path) == layer
-    )
