@@ -17,21 +17,12 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from prunekit.calibration import all_finite
-from prunekit.checkpoint.cards import renumbered, write_texts
 from prunekit.checkpoint.cut_checkpoints import MODEL_TYPE, load_cut
 from prunekit.checkpoint.folders import FLOATS, INDEX, Stored, check_dtypes, header_of, read_config, stored_tensors
 from prunekit.checkpoint.loading import load, load_tokenizer
 from prunekit.checkpoint.origins import resolve
 from prunekit.checkpoint.plain_checkpoints import check_plain_size, load_plain
-from prunekit.checkpoint.saving import (
-    check_names,
-    check_stored,
-    description,
-    layout_of,
-    not_plain,
-    write_configurations,
-    write_tokenizer,
-)
+from prunekit.checkpoint.saving import check_names, check_stored, description, write_beside, write_configurations
 from prunekit.compat import TorchDispatchMode
 from prunekit.digests import record, recorded
 from prunekit.errors import PrunekitError
@@ -247,6 +238,4 @@ def write_the_rest(small: Any, folder: Path, plan: PruningPlan) -> None:
     describe(small, plan.groups)
     config = description(small)
     write_configurations(small, config, folder)
-    write_tokenizer(small, folder, None)
-    remarks = renumbered(small, plan, None)
-    write_texts(small, folder, layout_of(config), plan, None, None, unsaid=not_plain(config), remarks=remarks)
+    write_beside(small, config, folder, plan=plan)

@@ -83,9 +83,7 @@ def save(
             check_written(folder, model)
         else:
             write_plain(model, config, folder, max_shard_size)
-        write_tokenizer(model, folder, tokenizer)
-        remarks = renumbered(model, plan, tokenizer)
-        write_texts(model, folder, layout_of(config), plan, report, files, unsaid=not_plain(config), remarks=remarks)
+        write_beside(model, config, folder, tokenizer=tokenizer, plan=plan, report=report, files=files)
     if recorded(model.config):
         name_model(model, str(out))
     return Path(out)
@@ -110,11 +108,6 @@ def _configured(model: Any, config: Any) -> Iterator[None]:
         yield
     finally:
         model.config = mine
-
-
-def layout_of(config: Any) -> str:
-    """The layout of what a configuration or record describes."""
-    return OWN if isinstance(config, dict) else PLAIN
 
 
 def not_plain(config: Any) -> list[str]:
@@ -225,6 +218,16 @@ def write_configurations(model: Any, config: Any, folder: Path) -> None:
         config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def write_beside(
+    model: Any, config: Any, folder: Path, *, tokenizer: Any = None, plan: PruningPlan | None = None,
+    report: "Report | None" = None, files: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """The files besides weights and configurations: the tokenizer, the card, the plan, the report and the user's."""
+    layout, remarks = OWN if isinstance(config, dict) else PLAIN, renumbered(model, plan, tokenizer)
+    write_tokenizer(model, folder, tokenizer)
+    write_texts(model, folder, layout, plan, report, files, unsaid=not_plain(config), remarks=remarks)
 
 
 def write_tokenizer(model: Any, folder: Path, tokenizer: Any) -> None:
