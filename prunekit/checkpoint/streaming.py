@@ -131,10 +131,6 @@ def check_streamable(importance: Importance) -> None:
             f"{importance!r} ablates units in memory, one after the other; to stream a checkpoint, take Curvature(), "
             "Taylor(), Activation() or Magnitude(): curvature, taylor, activation or l2 by name"
         )
-    if not isinstance(importance, Importance):
-        raise PrunekitError(
-            f"{importance!r} is no importance and no plan; give Curvature(), Activation() or Magnitude()"
-        )
 
 
 def _check_arguments(how: Importance | PruningPlan, given: Mapping[str, Any]) -> None:
