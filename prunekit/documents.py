@@ -72,14 +72,11 @@ def at_least_one(documents: list[Any], source: object) -> list[Any]:
     Raises:
         PrunekitError: the source has no documents.
     """
-    if not documents and isinstance(source, Iterator):
-        raise PrunekitError(
-            f"{shown(source, 80)} holds no text; where it was read before, give a list, a file or a data set: "
-            "an iterator can be read only once"
-        )
-    if not documents:
-        raise PrunekitError(f"{shown(source, 80)} holds no text; give {_ACCEPTED}")
-    return documents
+    if documents:
+        return documents
+    once = "where it was read before, give a list, a file or a data set: an iterator can be read only once"
+    advice = once if isinstance(source, Iterator) else f"give {_ACCEPTED}"
+    raise PrunekitError(f"{shown(source, 80)} holds no text; {advice}")
 
 
 def is_stream(source: object) -> bool:
