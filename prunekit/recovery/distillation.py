@@ -113,21 +113,18 @@ class Distillation:
 
         hidden = _HiddenStates(self.teacher, self.plan, model) if self.hidden_share else None
 
-        def row(number: int) -> dict[str, Tensor]:
-            return dict(zip(("ids", "log_probabilities"), kept[number], strict=True))
-
-        def loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        def objective(model: Any, inputs: dict[str, Tensor]) -> Tensor:
             noting: AbstractContextManager[list[Tensor]] = _streams(model) if hidden else nullcontext([])
             with noting as streams:
                 logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-            given = inputs["labels"], inputs["ids"], inputs["log_probabilities"]
-            found = self.loss(logits, *given, kept.temperature)
+            ids, likely = map(torch.stack, zip(*map(kept.__getitem__, inputs["number"].tolist()), strict=True))
+            found = self.loss(logits, inputs["labels"], ids, likely, kept.temperature)
             if hidden is None:
                 return found
             apart = hidden.difference(streams, inputs["input_ids"], inputs["labels"])
             return self.hidden_share * apart + (1 - self.hidden_share) * found
 
-        return Objective(row, loss)
+        return objective
 
     def loss(
         self, logits: Tensor, labels: Tensor, ids: Tensor, log_probabilities: Tensor, temperature: float = 1.0

@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset
+from torch.utils.data import StackDataset
 
 from prunekit.account import few, loss_on
 from prunekit.calibration import all_finite
@@ -32,18 +32,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 _ON_DEVICE = 8  # windows in memory at once; a larger batch is accumulated
-
-
-class Objective(NamedTuple):
-    """What is minimised, where it is not the loss of the text.
-
-    Attributes:
-        row: number of a window → further tensors of it, by name.
-        loss: of the model, for a batch of windows with these tensors; a scalar.
-    """
-
-    row: Callable[[int], dict[str, Tensor]]
-    loss: Callable[[Any, dict[str, Tensor]], Tensor]
+# A model and a batch → what is minimised. The batch has input_ids, labels, and the number of each window.
+Objective = Callable[[Any, dict[str, Tensor]], Tensor]
 
 
 def train(
@@ -71,13 +61,14 @@ def train(
     Raises:
         PrunekitError: the loss is not finite.
     """
-    from transformers import default_data_collator
+    from transformers import Trainer, default_data_collator
     from transformers.trainer_callback import PrinterCallback
 
-    rows = _Rows(windows, objective)
+    numbers = {} if objective is None else {"number": torch.arange(len(windows))}
+    rows = StackDataset(input_ids=windows.tokens, labels=windows.labels, **numbers)  # type: ignore[arg-type]
     trained = copy.deepcopy(model) if is_sharded() else model  # FSDP shares out the weights of what it trains, for good
     with nullcontext(str(resume.folder)) if resume else tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(objective)(
+        trainer: Any = Trainer(
             model=trained,
             args=_arguments(method, len(rows), folder, resume.every if resume else None),
             train_dataset=rows,
@@ -87,6 +78,8 @@ def train(
         )
         # The Trainer would divide by seq_len labels where the model predicts seq_len - 1 of them.
         setattr(trainer, LOSS_KEYWORDS, False)
+        if objective is not None:
+            trainer.compute_loss = lambda model, inputs, **_: objective(model, inputs)
         trainer.remove_callback(PrinterCallback)
         newest = checked_checkpoint(resume.folder) if resume else None
         if newest is not None and steps_of(newest) >= (method.max_steps or math.inf):
@@ -114,33 +107,6 @@ def relative_error(outputs: Tensor, wanted: Tensor) -> Tensor:
     """‖Y − Y_wanted‖² / ‖Y_wanted‖² of each token, their mean; both (…, width)."""
     size = wanted.square().sum(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
     return ((outputs - wanted).square().sum(-1) / size).mean()
-
-
-class _Rows(Dataset):
-    """Windows with their labels, and with what an objective reads beside them."""
-
-    def __init__(self, windows: TrainingWindows, objective: Objective | None) -> None:
-        self._windows, self._objective = windows, objective
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        more = {} if self._objective is None else self._objective.row(number)
-        return {"input_ids": self._windows.tokens[number], "labels": self._windows.labels[number], **more}
-
-
-def _trainer(objective: Objective | None) -> Any:
-    """The Trainer's class, with another loss where there is an objective."""
-    from transformers import Trainer
-
-    class Minimising(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-            assert objective is not None
-            loss = objective.loss(model, inputs)
-            return (loss, {}) if return_outputs else loss
-
-    return Trainer if objective is None else Minimising
 
 
 def _check_outcome(model: nn.Module, tokens: Tensor, method: TrainingSettings) -> None:
