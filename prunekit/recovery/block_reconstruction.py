@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -27,19 +26,6 @@ from prunekit.sparsity.zero_masks import TRAINED, keep_zeros, renew_report
 
 MEASURES = 8  # of the held-out error while a layer is trained
 WARMUP = 0.05  # share of the steps in which the learning rate rises
-
-
-class Settings(NamedTuple):
-    """How each layer is trained; the names are those of `reconstruct`."""
-
-    steps: int
-    learning_rate: float
-    generator: torch.Generator
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: it rises, then falls along a half cosine."""
-        rising = min(1.0, (step + 1) / max(1.0, WARMUP * self.steps))
-        return self.learning_rate * rising * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
 @checked
@@ -104,11 +90,11 @@ def reconstruct(
     fit, held = split_windows(tokens)
     if held is None:
         raise PrunekitError("calib is a single window, and one has to be held out; give two or more")
-    settings = Settings(steps, learning_rate, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         before, worker = mean_loss(small, held), _trainable_copy(small)
         rows = [
-            _train(task, settings)
+            _train(task, steps, learning_rate, generator)
             for task in _tasks(worker, model, removed, fit.split(batch_size), held.split(batch_size))
         ]
         table = pd.DataFrame(rows, columns=["module", "error_before", "error_after", "steps"])
@@ -183,7 +169,9 @@ def _tasks(
         yield _Task(path, layer, own, partial(cut.run, number), [wide(y) for y in dense.streams(end)], len(fit))
 
 
-def _train(task: _Task, settings: Settings) -> tuple[str, float, float, int]:
+def _train(
+    task: _Task, steps: int, learning_rate: float, generator: torch.Generator
+) -> tuple[str, float, float, int]:
     """Train a layer, and leave it the weights with the smallest held-out error: path, error before and after, step.
 
     Raises:
@@ -193,39 +181,35 @@ def _train(task: _Task, settings: Settings) -> tuple[str, float, float, int]:
     if not math.isfinite(before):
         raise PrunekitError(f"the outputs of {task.path} are not finite: load the model in float32 or bfloat16")
     kept, at, order = [p.clone() for p in task.parameters], 0, list[int]()
-    every = math.ceil(settings.steps / MEASURES)
+    every = math.ceil(steps / MEASURES)
     if not task.parameters:
         return task.path, before, before, 0
-    with keep_zeros(task.layer), _requiring_gradients(task.parameters):
+    for parameter in task.parameters:
+        parameter.requires_grad_(True)
+    with keep_zeros(task.layer):
         optimizer = torch.optim.AdamW(task.parameters, weight_decay=0.0)
-        for step in range(settings.steps):
-            order = order or torch.randperm(task.n_fit, generator=settings.generator).tolist()
-            optimizer.param_groups[0]["lr"] = settings.rate(step)
+        for step in range(steps):
+            order = order or torch.randperm(task.n_fit, generator=generator).tolist()
+            optimizer.param_groups[0]["lr"] = learning_rate * _rate(step, steps)
             with torch.enable_grad():
                 optimizer.zero_grad()
                 task.error(order.pop()).backward()
             optimizer.step()
-            if (step + 1) % every and step + 1 < settings.steps:
+            if (step + 1) % every and step + 1 < steps:
                 continue
             error = task.held_out_error()
             if error < best:
                 best, at, kept = error, step + 1, [p.clone() for p in task.parameters]
         for parameter, value in zip(task.parameters, kept, strict=True):
             parameter.copy_(value)
+            parameter.grad = None  # of this layer alone, to save memory
     return task.path, before, best, at
 
 
-@contextmanager
-def _requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """A context in which parameters get gradients, which are freed at the end."""
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+def _rate(step: int, steps: int) -> float:
+    """Learning rate of a step, as a part of its maximum: it rises, then falls along a half cosine."""
+    rising = min(1.0, (step + 1) / max(1.0, WARMUP * steps))
+    return rising * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _check_models(small: nn.Module, model: nn.Module) -> None:
