@@ -1,6 +1,5 @@
 """Recovery data: turns text or tokens into windows of tokens, with a label for each."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal, get_args
@@ -74,7 +73,7 @@ def training_windows(
         return with_replies(data)
     if isinstance(data, Tensor):
         return TrainingWindows(data, data)
-    return with_replies(_cut(data, tokenizer, seq_len, enough, replies=train_on == "replies"))
+    return with_replies(_cut(data, tokenizer, seq_len, enough, train_on))
 
 
 def windows_for(
@@ -100,15 +99,12 @@ def with_replies(windows: TrainingWindows) -> TrainingWindows:
     return windows if trained.all() else TrainingWindows(windows.tokens[trained], windows.labels[trained])
 
 
-def _cut(data: TextSource, tokenizer: Any, seq_len: int, enough: int | None, *, replies: bool) -> TrainingWindows:
+def _cut(data: TextSource, tokenizer: Any, seq_len: int, enough: int | None, train_on: TrainOn) -> TrainingWindows:
     if seq_len < 2:
         raise PrunekitError(f"seq_len={seq_len}: a window needs at least 2 tokens")
     bos = None if tokenizer is None else leading_bos(tokenizer)
     n_tokens = None if enough is None else enough * seq_len
-    reading = Reading(data, tokenizer, separator=DOCUMENT_SEPARATOR)
-    stream = torch.cat(list(_labelled(reading, tokenizer, bos, n_tokens, replies=replies)) or [torch.zeros(2, 0)], 1)
-    at_least_one([0] * reading.n_documents, data)
-    reading.say("recovery", stream.shape[1])
+    stream = torch.cat(labelled_documents(data, tokenizer, bos, train_on=train_on, enough=n_tokens), 1)
     windows = windows_of(stream.long(), seq_len, bos)
     if not len(windows):
         told = f"{stream.shape[1]} tokens" if bos is None else f"{stream.shape[1] + 1} tokens with BOS"
@@ -150,27 +146,22 @@ def labelled_documents(
         PrunekitError: text without a tokenizer, or nothing in it.
     """
     reading = Reading(data, tokenizer, separator=DOCUMENT_SEPARATOR)
-    found = list(_labelled(reading, tokenizer, bos, enough, replies=train_on == "replies"))
-    reading.say("recovery", sum(pair.shape[1] for pair in found))
-    return at_least_one(found, data)
-
-
-def _labelled(
-    reading: Reading, tokenizer: Any, bos: int | None, enough: int | None, *, replies: bool
-) -> Iterator[Tensor]:
-    """Tokens and labels of each document, int64 (2, length)."""
-    documents, n_tokens = iter(reading), 0
+    documents, found, n_tokens = iter(reading), list[Tensor](), 0
     # a text that is the only one ends without the line break between two
     first = list(islice(documents, 2))
     joint = JOINT * (len(first) > 1)
     for document in chain(first, documents):
-        ids = token_ids(document, tokenizer, joint)
-        labels = _reply_labels(document, tokenizer, joint) if replies and isinstance(document, TextWithReplies) else ids
+        labels = ids = token_ids(document, tokenizer, joint)
+        if train_on == "replies" and isinstance(document, TextWithReplies):
+            labels = _reply_labels(document, tokenizer, joint)
         skipped = int(bos is not None and ids[:1] == [bos])  # BOS that a template wrote
-        yield torch.tensor([ids[skipped:], labels[skipped:]])
+        found.append(torch.tensor([ids[skipped:], labels[skipped:]]))
         n_tokens += len(ids) - skipped
         if enough is not None and n_tokens >= enough:
             break
+    at_least_one(found, data)
+    reading.say("recovery", n_tokens)
+    return found
 
 
 def _reply_labels(text: TextWithReplies, tokenizer: Any, joint: str) -> list[int]:

@@ -111,7 +111,10 @@ def _pieces(
     data: Tensor | TextSource, tokenizer: Any, width: int, bos: int | None, model: Any, train_on: TrainOn
 ) -> list[Tensor]:
     """The documents of a source in pieces of at most a width, once a model can read them."""
-    whole = _documents(data, tokenizer, bos, train_on)
+    if isinstance(data, Tensor) and (data.ndim != 2 or data.is_floating_point() or data.dtype == torch.bool):
+        raise PrunekitError(f"it is a {data.dtype} tensor {tuple(data.shape)}; give integers (n, length)")
+    enough = MOST_STREAMED if is_stream(data) else None
+    whole = labelled_documents(data, tokenizer, bos, train_on=train_on, enough=enough)
     pieces = [piece for document in whole for piece in document.split(width, 1) if document.numel()]
     if n_tokens(pieces) > 1:
         check_tokens(join(pieces, 2).tokens, model)
@@ -141,14 +144,6 @@ def _source(
             "which the assistant answers, or train_on='all'"
         )
     return Source(name, trained, join(shuffled[:held], seq_len, bos).tokens, bos)
-
-
-def _documents(data: Tensor | TextSource, tokenizer: Any, bos: int | None, train_on: TrainOn) -> list[Tensor]:
-    wrong = isinstance(data, Tensor) and (data.ndim != 2 or data.is_floating_point() or data.dtype == torch.bool)
-    if wrong:
-        raise PrunekitError(f"it is a {data.dtype} tensor {tuple(data.shape)}; give integers (n, length)")  # type: ignore[union-attr]
-    enough = MOST_STREAMED if is_stream(data) else None
-    return labelled_documents(data, tokenizer, bos, train_on=train_on, enough=enough)
 
 
 def n_tokens(documents: Sequence[Tensor]) -> int:
