@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from prunekit.account import LossChange
-from prunekit.checks import Amount, check_value
+from prunekit.checks import Amount, check_fields
 from prunekit.digests import RECORD, record
 from prunekit.errors import PrunekitError
 from prunekit.files import read_json, reading, write_text
@@ -36,8 +36,8 @@ class RecoveryLog:
 
     losses: tuple[float, ...]
     learning_rates: tuple[float, ...]
-    n_tokens: int
-    trainable: int
+    n_tokens: Amount
+    trainable: Amount
     method: str
     loss_change: LossChange | None = None
 
@@ -72,12 +72,10 @@ class RecoveryLog:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":
         """The log from the form of `to_dict`."""
-        kinds: dict[str, Any] = {"losses": list[float], "learning_rates": list[float], "n_tokens": Amount}
-        for name, kind in (kinds | {"trainable": Amount, "method": str}).items():
-            check_value(name, fields[name], kind)
-        curves = {name: tuple(fields[name]) for name in ("losses", "learning_rates")}
         change = fields.get("loss_change")
-        return cls(**{**fields, **curves, "loss_change": None if change is None else LossChange.from_dict(change)})
+        found = cls(**{**fields, "loss_change": None if change is None else LossChange.from_dict(change)})
+        check_fields(found)
+        return replace(found, losses=tuple(found.losses), learning_rates=tuple(found.learning_rates))
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON; the file is complete or not there."""
@@ -104,13 +102,12 @@ def progress() -> "TrainerCallback":
             hidden = not state.is_world_process_zero
             self.bar = tqdm(total=state.max_steps, desc="recovery", unit="step", leave=False, delay=1, disable=hidden)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs_: Any = None, **kwargs: Any) -> None:
-            found = kwargs.get("logs") or {}
-            if "loss" not in found:
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" not in (logs or {}):
                 return
             self.bar.update(state.global_step - self.bar.n)
-            self.bar.set_postfix(loss=f"{found['loss']:.3f}", refresh=False)
-            control.should_training_stop |= not math.isfinite(found["loss"])
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            control.should_training_stop |= not math.isfinite(logs["loss"])
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             this_process().wait_for_everyone()  # each has written its own random state
