@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prunekit.calibration import check_tokens
 from prunekit.checks import Model, checked
@@ -57,13 +58,14 @@ def ablate(
         if tokens is not None:
             raise PrunekitError("tokens= are for mode='mean' or mode='patch'; leave them out of mode='zero'")
         return _zeroed(model, chosen)
-    where = _places(model, chosen, mode)
+    readers = linear_readers(model)
+    where = _places(readers, chosen, mode)
     if tokens is None:
         needed = "a calibration set" if mode == "mean" else "the other prompt's ids, tokenizer(…)['input_ids']"
         raise PrunekitError(f"mode={mode!r} needs tokens=: give {needed}")
     if mode == "mean":
-        return _replaced(where, _averages(model, where, tokens))
-    return _patched(model, where, tokens)
+        return changing_inputs(readers, _averages(model, readers, where, tokens))
+    return _patched(model, readers, where, tokens)
 
 
 def units_named(text: str, groups: Iterable[CoupledGroup]) -> dict[str, list[int]]:
@@ -133,7 +135,7 @@ def _zeroed(model: nn.Module, chosen: list[tuple[CoupledGroup, list[int]]]) -> I
 
 # --- the inputs of consumer layers ------------------------------------------------------------------------------------
 
-Places = dict[str, tuple[Reader, Tensor]]  # parameter of a consumer layer → the layer, and which of its inputs
+Places = dict[str, Tensor]  # parameter of a consumer layer → which of its inputs
 
 
 def consumed(group: CoupledGroup, readers: Mapping[str, Reader]) -> list[Member]:
@@ -143,8 +145,7 @@ def consumed(group: CoupledGroup, readers: Mapping[str, Reader]) -> list[Member]
     return [m for m in group.members if m.parameter in readers and m.dim == readers[m.parameter].input_dim]
 
 
-def _places(model: nn.Module, chosen: list[tuple[CoupledGroup, list[int]]], mode: str) -> Places:
-    readers = linear_readers(model)
+def _places(readers: Mapping[str, Reader], chosen: list[tuple[CoupledGroup, list[int]]], mode: str) -> Places:
     found: Places = {}
     for group, units in chosen:
         members = consumed(group, readers)
@@ -154,8 +155,8 @@ def _places(model: nn.Module, chosen: list[tuple[CoupledGroup, list[int]]], mode
                 f"{group.name!r} is not one; use mode='zero' for it"
             )
         for member in members:
-            reader, index = found.get(member.parameter, (readers[member.parameter], member.index.new_zeros(0)))
-            found[member.parameter] = reader, torch.cat([index, member.owned_by(units)]).unique()
+            index = found.get(member.parameter, member.index.new_zeros(0))
+            found[member.parameter] = torch.cat([index, member.owned_by(units)]).unique()
     return found
 
 
@@ -164,9 +165,11 @@ def _sum_and_count(x: Tensor) -> Tensor:
     return torch.cat([x.sum(0), x.new_tensor([len(x)])])
 
 
-def _averages(model: nn.Module, where: Places, tokens: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+def _averages(
+    model: nn.Module, readers: Mapping[str, Reader], where: Places, tokens: Tensor
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """Parameter → a function that puts the mean in place of some inputs."""
-    sums = sums_over_inputs(model, tokens, {name: reader for name, (reader, _) in where.items()}, _sum_and_count)
+    sums = sums_over_inputs(model, tokens, {name: readers[name] for name in where}, _sum_and_count)
 
     def averaged(index: Tensor, mean: Tensor) -> Callable[[Tensor], Tensor]:
         def change(x: Tensor) -> Tensor:
@@ -175,22 +178,26 @@ def _averages(model: nn.Module, where: Places, tokens: Tensor) -> dict[str, Call
 
         return change
 
-    return {name: averaged(index, sums[name][:-1] / sums[name][-1].clamp_min(1)) for name, (_, index) in where.items()}
+    return {name: averaged(index, sums[name][:-1] / sums[name][-1].clamp_min(1)) for name, index in where.items()}
 
 
 @contextmanager
-def _replaced(where: Places, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """A context in which consumer layers read changed inputs."""
+def changing_inputs(readers: Mapping[str, Reader], changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """A context in which consumer layers read changed inputs.
+
+    Args:
+        readers: parameter → its layers, of one input each.
+        changes: parameter → a function of the inputs.
+    """
     with ExitStack() as hooks:
-        for name, (reader, _) in where.items():
-            for module in reader.modules:
-                hooks.enter_context(changing_inputs(module, changes[name]))
+        for name, change in changes.items():
+            for module in readers[name].modules:
+                hooks.enter_context(changing_input(module, change))
         yield
 
 
-@contextmanager
-def changing_inputs(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A context in which a module with one input reads a changed one."""
+def changing_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """A hook, and a context, with which a module with one input reads a changed one."""
 
     def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
@@ -198,14 +205,13 @@ def changing_inputs(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
         name = next(iter(kwargs))
         return args, {**kwargs, name: change(kwargs[name])}
 
-    with module.register_forward_pre_hook(enter, with_kwargs=True):
-        yield
+    return module.register_forward_pre_hook(enter, with_kwargs=True)
 
 
 @contextmanager
-def _patched(model: nn.Module, where: Places, tokens: Tensor) -> Iterator[None]:
+def _patched(model: nn.Module, readers: Mapping[str, Reader], where: Places, tokens: Tensor) -> Iterator[None]:
     """A context in which inputs come from another prompt, by position."""
-    record = _record(model, where, tokens)
+    record = _record(model, readers, where, tokens)
     placed: list[Tensor] = []  # positions of the tokens of the present call, (batch, seq) or (1, seq)
 
     def note(_model: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
@@ -225,8 +231,8 @@ def _patched(model: nn.Module, where: Places, tokens: Tensor) -> Iterator[None]:
 
         return change
 
-    changes = {name: patched(index, record[name]) for name, (_, index) in where.items()}
-    with model.register_forward_pre_hook(note, with_kwargs=True), _replaced(where, changes):
+    changes = {name: patched(index, record[name]) for name, index in where.items()}
+    with model.register_forward_pre_hook(note, with_kwargs=True), changing_inputs(readers, changes):
         yield
 
 
@@ -241,7 +247,7 @@ def _positions(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return torch.arange(seen, seen + ids.shape[1])[None]
 
 
-def _record(model: nn.Module, where: Places, tokens: Tensor) -> dict[str, Tensor]:
+def _record(model: nn.Module, readers: Mapping[str, Reader], where: Places, tokens: Tensor) -> dict[str, Tensor]:
     """Parameter → what its layer reads in a prompt, (seq, features)."""
     ids = check_tokens(tokens, model)
     if len(ids) != 1:
@@ -255,7 +261,7 @@ def _record(model: nn.Module, where: Places, tokens: Tensor) -> dict[str, Tensor
 
         return note
 
-    with evaluating(model), torch.no_grad(), _replaced(where, {name: keep(name) for name in where}):
+    with evaluating(model), torch.no_grad(), changing_inputs(readers, {name: keep(name) for name in where}):
         model(input_ids=ids.to(device_of(model)), use_cache=False)
     for name in where:
         if len(found.get(name, ())) != ids.shape[1]:

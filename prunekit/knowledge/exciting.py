@@ -17,7 +17,7 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import check_tokens_fit
 from prunekit.evaluation.windows import read_texts
 from prunekit.importance.input_statistics import Reader, linear_readers
-from prunekit.knowledge.ablation_sets import CONSUMED, changing_inputs, check_units, consumed
+from prunekit.knowledge.ablation_sets import CONSUMED, changing_input, check_units, consumed
 from prunekit.knowledge.measurement import check_groups
 from prunekit.models import device_of, evaluating, max_positions
 from prunekit.text import begin_windows, leading_bos, text_width, tokenize
@@ -122,7 +122,7 @@ def exciting_tokens(
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for one in best.values():
             for module in one.reader.modules:
-                hooks.enter_context(changing_inputs(module, one.see))
+                hooks.enter_context(changing_input(module, one.see))
         for first, batch in _batches(windows):
             for one in best.values():
                 one.begin(first, batch.shape, width)

@@ -1,7 +1,6 @@
 """Which units one question needs: the fall of its answer's log-probability when each is ablated alone."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from typing import Literal, NamedTuple
 
 import pandas as pd
@@ -129,20 +128,19 @@ def _values(model: nn.Module, spans: Sequence[Span], right: int, rows: list[_Row
     readers = linear_readers(model)
     together = [number for number, row in enumerate(rows) if row.group.exact and consumed(row.group, readers)]
     at_once = max(1, POSITIONS // max(len(span.tokens) for span in spans))
-    values = [float("nan")] * len(rows)
+    values: dict[int, float] = {}  # by number of the row
     for start in range(0, len(together), at_once):
         numbers = together[start : start + at_once]
         try:
             found = _in_one_batch(model, spans, right, [rows[number] for number in numbers], readers)
         except _NotBatchedError:
             break
-        for number, value in zip(numbers, found.tolist(), strict=True):
-            values[number] = value
+        values |= zip(numbers, found.tolist(), strict=True)
     for number, row in enumerate(rows):
-        if values[number] != values[number]:
+        if number not in values:
             with ablated(model, row.group, row.units):
                 values[number] = float(_scored(span_sums_of(model, spans), right))
-    return values
+    return [values[number] for number in range(len(rows))]
 
 
 class _NotBatchedError(Exception):
@@ -169,10 +167,7 @@ def _in_one_batch(
 
         return change
 
-    with ExitStack() as hooks:
-        for name, places in zeroed.items():
-            for module in readers[name].modules:
-                hooks.enter_context(changing_inputs(module, zeroing(places)))
+    with changing_inputs(readers, {name: zeroing(places) for name, places in zeroed.items()}):
         return _scored(span_sums_of(model, spans, len(rows)), right)
 
 
@@ -190,11 +185,8 @@ def _picked_channels(model: nn.Module, groups: Sequence[CoupledGroup], span: Spa
 
         return change
 
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        for name in {member.parameter for group in ffns for member in consumed(group, readers)}:
-            for module in readers[name].modules:
-                stack.enter_context(changing_inputs(module, gating(name)))
+    read = {member.parameter for group in ffns for member in consumed(group, readers)}
+    with torch.enable_grad(), changing_inputs(readers, {name: gating(name) for name in read}):
         ids = torch.tensor([span.tokens], device=device_of(model))
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, span.start - 1 :].float()
         log_p = logits.log_softmax(-1).gather(1, ids[0, span.start :, None]).sum()
@@ -208,15 +200,7 @@ def _picked_channels(model: nn.Module, groups: Sequence[CoupledGroup], span: Spa
 
 
 def _table(rows: Sequence[_Row], dense: float, values: Sequence[float]) -> pd.DataFrame:
-    found = pd.DataFrame(
-        {
-            "group": [row.group.name for row in rows],
-            "kind": [row.group.kind for row in rows],
-            "layer": pd.array([row.group.layer for row in rows], dtype="Int64"),
-            "unit": pd.array([row.unit for row in rows], dtype="Int64"),
-            "dense": dense,
-            "value": values,
-        }
-    )
-    found["fall"] = found["dense"] - found["value"]
+    units = [(row.group.name, row.group.kind, row.group.layer, row.unit) for row in rows]
+    found = pd.DataFrame(units, columns=["group", "kind", "layer", "unit"]).astype({"layer": "Int64", "unit": "Int64"})
+    found = found.assign(dense=dense, value=values, fall=[dense - value for value in values])
     return found.sort_values("fall", ascending=False, kind="stable", ignore_index=True)
