@@ -119,8 +119,6 @@ def check_prompt(prompt: str) -> None:
 
 def spans_of(model: nn.Module, tokenizer: Any, question: Question) -> list[Span]:
     """One span per choice of a question; what the model cannot take is refused."""
-    if any(len(span) == 0 for span in question.choices):
-        raise PrunekitError("a choice is empty; write what the model should say, such as ' Paris'")
     spans = question_spans(tokenizer, question, max_positions(model), "the question")
     if any(span.n_cut for span in spans):
         raise PrunekitError(f"the question has more than the {max_positions(model)} tokens of the model; shorten it")
@@ -151,10 +149,7 @@ def _log_probabilities(model: nn.Module, inputs: Sequence[int], n: int, copies: 
     ids = torch.tensor([inputs] * copies, device=device_of(model))
     some = {name: n for name in fewest_logits(model, ids)}
     logits = model(input_ids=ids, use_cache=False, **some).logits[:, -n:]
-    found = logits.float().log_softmax(-1).cpu()
-    if not bool(found.isfinite().all()) and bool(found.isnan().any()):
-        return found.nan_to_num(nan=-torch.inf)
-    return found
+    return logits.float().log_softmax(-1).cpu().nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
 def _next_tokens(model: nn.Module, tokenizer: Any, prompt: str) -> pd.DataFrame:
