@@ -43,11 +43,6 @@ class Span:
         return len(self.tokens) - self.start
 
 
-def check_spans_fit(model: nn.Module, spans: Sequence[Span]) -> None:
-    """Raises an error for spans with a token outside the model's vocabulary."""
-    check_tokens_fit(model, max((max(span.tokens) for span in spans), default=0))
-
-
 def check_tokens_fit(model: nn.Module, highest: int) -> None:
     """Raises an error for a token outside the model's vocabulary."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]

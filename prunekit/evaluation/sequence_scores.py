@@ -22,7 +22,7 @@ from prunekit.evaluation.likelihood import (
     Batch,
     Row,
     Span,
-    check_spans_fit,
+    check_tokens_fit,
     dtype_of,
     pack,
     packed_batches,
@@ -94,7 +94,7 @@ def log_likelihoods(
     Raises:
         PrunekitError: a token is outside the model's vocabulary, or the model's answer is not finite.
     """
-    check_spans_fit(model, spans)
+    check_tokens_fit(model, max(max(span.tokens) for span in spans))
     sums, greedy = torch.zeros(len(spans), dtype=torch.float64), torch.zeros(len(spans), dtype=torch.bool)
     bar = tqdm(total=len(spans), desc=progress, disable=progress is None, leave=False, delay=1)
     with evaluating(model), torch.no_grad(), bar:

@@ -228,7 +228,12 @@ def named_tasks(
     if other is not None:
         raise PrunekitError(f"{other!r:.60} is no task; give names, such as 'boolq', or Tasks")
     options = {"limit": limit, "data_dir": data_dir, "shots": shots}
-    found = [standard_task(task, **options) if isinstance(task, str) else _first(task, limit) for task in given]  # type: ignore[arg-type]
+    found = [
+        standard_task(each, **options)  # type: ignore[arg-type]
+        if isinstance(each, str)
+        else replace(each, questions=each.questions[:limit])
+        for each in given
+    ]
     names = [task.name for task in found]
     if not found or not all(task.questions for task in found):
         empty = [task.name for task in found if not task.questions]
@@ -236,10 +241,3 @@ def named_tasks(
     if len(set(names)) < len(names):
         raise PrunekitError(f"two tasks share a name in {names}; give each task its own name")
     return found
-
-
-def _first(task: Task, limit: int | None) -> Task:
-    """A task cut to its first questions."""
-    if limit is not None and limit < 1:
-        raise PrunekitError(f"limit={limit}; a limit is at least 1 or None")
-    return task if limit is None else replace(task, questions=task.questions[:limit])

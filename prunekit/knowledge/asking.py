@@ -14,7 +14,7 @@ from prunekit.checks import Count, Model, Tokenizer, Whole, checked
 from prunekit.discovery.parts import outermost_elements
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.language_modelling import generations
-from prunekit.evaluation.likelihood import Span, check_spans_fit, check_tokens_fit
+from prunekit.evaluation.likelihood import Span, check_tokens_fit
 from prunekit.evaluation.multiple_choice import encode, question_spans
 from prunekit.layerwise import fewest_logits
 from prunekit.models import device_of, evaluating, max_positions, written_out
@@ -122,7 +122,7 @@ def spans_of(model: nn.Module, tokenizer: Any, question: Question) -> list[Span]
     spans = question_spans(tokenizer, question, max_positions(model), "the question")
     if any(span.n_cut for span in spans):
         raise PrunekitError(f"the question has more than the {max_positions(model)} tokens of the model; shorten it")
-    check_spans_fit(model, spans)
+    check_tokens_fit(model, max(max(span.tokens) for span in spans))
     return spans
 
 

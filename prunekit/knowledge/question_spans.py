@@ -17,7 +17,7 @@ from prunekit.discovery.groups import CoupledGroup
 from prunekit.discovery.parts import layer_of
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.likelihood import Batch, Span, check_spans_fit
+from prunekit.evaluation.likelihood import Batch, Span, check_tokens_fit
 from prunekit.evaluation.multiple_choice import Asked, choice_lengths, task_spans
 from prunekit.evaluation.sequence_scores import TOLERANCE, choose_reading, scored_logits, span_sums
 from prunekit.evaluation.standard_tasks import Tasks, named_tasks
@@ -90,11 +90,12 @@ def make_evaluation_set(
         raise PrunekitError("tokenizer=None; give the model's own tokenizer")
     asked, choices = task_spans(model, tokenizer, _tasks(tokenizer, tasks, text, limit, data_dir))
     rows = [_row(task, question, spans) for (task, _, question), spans in zip(asked, choices, strict=True)]
-    read = [(name, span) for name, source in _named_texts(text).items() for span in _windows(model, tokenizer, source)]
+    texts = text if isinstance(text, Mapping) else {} if text is None else {TEXT: text}
+    read = [(name, span) for name, source in texts.items() for span in _windows(model, tokenizer, source)]
     _check_apart({row["domain"] for row in rows} | {row["task"] for row in rows}, {name for name, _ in read})
     rows += [_window_row(tokenizer, name, span) for name, span in read]
     spans = [span for several in choices for span in several] + [span for _, span in read]
-    check_spans_fit(model, spans)
+    check_tokens_fit(model, max(max(span.tokens) for span in spans))
     return EvaluationSet(pd.DataFrame(rows), spans, *_layout(asked))
 
 
@@ -156,12 +157,6 @@ def _layout(asked: list[Asked]) -> tuple[Tensor, Tensor, Tensor]:
             lengths[number, :n] = choice_lengths(question)
         first += n
     return places, lengths, torch.tensor([question.answer for _, _, question in asked], dtype=torch.long)
-
-
-def _named_texts(text: Texts | None) -> Mapping[str, Tensor | TextSource]:
-    if text is None:
-        return {}
-    return text if isinstance(text, Mapping) else {TEXT: text}
 
 
 def _windows(model: nn.Module, tokenizer: Any, source: Tensor | TextSource) -> list[Span]:
