@@ -1,7 +1,6 @@
 """LoRA recovery: trains low-rank updates of the projections and merges them at the end."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,39 +117,26 @@ def find_targets(model: nn.Module, wanted: tuple[str, ...] | None = None) -> lis
     Raises:
         PrunekitError: a wanted name that no projection has, or one whose weight another module shares.
     """
-    names = [name for name, _ in _projections(model)]
-    if wanted is not None:
-        for end in wanted:
-            if not any(_ends(name, end) for name in names):
-                known = sorted({name.rpartition(".")[2] for name in names})
-                raise PrunekitError(f"no projection is called {end!r}; this model has {', '.join(known)}")
-        names = [name for name in names if any(_ends(name, end) for end in wanted)]
-        _refuse_tied(model, names)
-    if not names:
-        raise PrunekitError("the model has no linear projection that LoRA can adapt")
-    return names
-
-
-def _projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear modules apart from the one that writes the logits."""
     from transformers.pytorch_utils import Conv1D
 
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            yield name, module
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    ends, uses = wanted or (), uses_of(model)
+    for end in ends:
+        if not any(_ends(name, end) for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise PrunekitError(f"no projection is called {end!r}; this model has {', '.join(known)}")
+    names = [name for name in linear if wanted is None or any(_ends(name, end) for end in ends)]
+    if not names:
+        raise PrunekitError("the model has no linear projection that LoRA can adapt")
+    for name in names if wanted is not None else ():
+        if uses[id(linear[name].weight)] > 1:  # a merge would change its other users too
+            raise PrunekitError(f"{name} shares its weight with another module: leave it out of targets")
+    return names
 
 
 def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
-
-
-def _refuse_tied(model: nn.Module, names: list[str]) -> None:
-    """Raise an error for shared weights: a merge would change their other users too."""
-    uses = uses_of(model)
-    for name in names:
-        if uses[id(model.get_submodule(name).weight)] > 1:
-            raise PrunekitError(f"{name} shares its weight with another module: leave it out of targets")
 
 
 def detach(adapted: "PeftModel", *, merge: bool) -> nn.Module:
