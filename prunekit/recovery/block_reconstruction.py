@@ -169,9 +169,7 @@ def _tasks(
         yield _Task(path, layer, own, partial(cut.run, number), [wide(y) for y in dense.streams(end)], len(fit))
 
 
-def _train(
-    task: _Task, steps: int, learning_rate: float, generator: torch.Generator
-) -> tuple[str, float, float, int]:
+def _train(task: _Task, steps: int, learning_rate: float, generator: torch.Generator) -> tuple[str, float, float, int]:
     """Train a layer, and leave it the weights with the smallest held-out error: path, error before and after, step.
 
     Raises:

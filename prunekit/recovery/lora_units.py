@@ -204,25 +204,25 @@ def _check_apart(groups: list[CoupledGroup]) -> None:
 def _tied(
     group: CoupledGroup, parameters: dict[str, nn.Parameter], pairs: dict[str, LoraPair], trained: set[int]
 ) -> GroupUnits:
-    missing = [member.parameter for member in group.members if member.parameter not in parameters]
-    if missing:
-        raise PrunekitError(
-            f"{group.name!r} owns {missing[0]}, which this model does not have; discover the adapted model itself"
-        )
     if group.kind == "rank":
         raise PrunekitError(f"{group.name!r} is a rank of LoRA, which goes with the merge; give heads and channels")
-    owned = [_Owned(parameters[m.parameter], m.dim, m.index.cpu(), pairs.get(m.parameter)) for m in group.members]
-    weights, lora = ([o for o in owned if (id(o.tensor) in trained) == flag] for flag in (False, True))
-    free = [
-        m.parameter
-        for m, o in zip(group.members, owned, strict=True)
-        if o.tensor.requires_grad and id(o.tensor) not in trained
-    ]
-    if free:
-        raise PrunekitError(
-            f"{group.name!r} owns {free[0]}, which is trained itself and would not stay zero; attach LoRA with "
-            "bias='none' and without modules_to_save"
-        )
+    weights, lora = [], []
+    for member in group.members:
+        name = member.parameter
+        if name not in parameters:
+            raise PrunekitError(
+                f"{group.name!r} owns {name}, which this model does not have; discover the adapted model itself"
+            )
+        owned = _Owned(parameters[name], member.dim, member.index.cpu(), pairs.get(name))
+        if id(owned.tensor) in trained:
+            lora.append(owned)
+        elif owned.tensor.requires_grad:
+            raise PrunekitError(
+                f"{group.name!r} owns {name}, which is trained itself and would not stay zero; attach LoRA with "
+                "bias='none' and without modules_to_save"
+            )
+        else:
+            weights.append(owned)
     return GroupUnits(group.name, group.kind, group.n_units, tuple(weights), tuple(lora))
 
 
