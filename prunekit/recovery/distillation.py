@@ -98,11 +98,15 @@ class Distillation:
         if self.teacher is model:
             raise PrunekitError("the teacher is the model itself: give the model before pruning")
         kept = self.teacher
+        n_tokens = kept.vocabulary if isinstance(kept, TeacherLogits) else n_outputs(kept)
+        if n_tokens != n_outputs(model):
+            raise PrunekitError(
+                f"the teacher predicts over {n_tokens:,} tokens and the model over {n_outputs(model):,}: they need one "
+                "vocabulary; give the model before pruning, and cut the vocabulary last"
+            )
         if not isinstance(kept, TeacherLogits):
-            _check_vocabulary(n_outputs(kept), model)
             top_k, temperature = self.top_k or TOP_K, self.temperature or 1.0
             kept = keep_logits(kept, windows, top_k=top_k, temperature=temperature)
-        _check_vocabulary(kept.vocabulary, model)
         n = len(windows)
         if kept.tokens.shape[1:] != windows.tokens.shape[1:] or not torch.equal(kept.tokens[:n], windows.tokens):
             raise PrunekitError(
@@ -146,7 +150,8 @@ class Distillation:
         q = model.gather(-1, chosen)
         if chosen.shape[-1] < logits.shape[-1]:
             others = model.scatter(-1, chosen, -math.inf).logsumexp(-1, keepdim=True)  # exact, and has a gradient
-            p, q = torch.cat([p, _rest(p)], -1), torch.cat([q, others], -1)
+            rest = (1 - p.exp().sum(-1, keepdim=True)).clamp_min(_LEAST).log()
+            p, q = torch.cat([p, rest], -1), torch.cat([q, others], -1)
         if self.kl == "reverse":
             p, q = q, p
         divergence = temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
@@ -216,16 +221,3 @@ def _channels(teacher: Any, plan: PruningPlan | None) -> Tensor:
     raise PrunekitError(
         "the plan cuts hidden channels, and they are not those of the embedding; leave out hidden_share"
     )
-
-
-def _rest(log_probabilities: Tensor) -> Tensor:
-    """Log of the probability that some tokens leave to all others, (…, 1)."""
-    return (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp_min(_LEAST).log()
-
-
-def _check_vocabulary(n_tokens: int, model: nn.Module) -> None:
-    if n_tokens != n_outputs(model):
-        raise PrunekitError(
-            f"the teacher predicts over {n_tokens:,} tokens and the model over {n_outputs(model):,}: they need one "
-            "vocabulary; give the model before pruning, and cut the vocabulary last"
-        )
