@@ -167,7 +167,9 @@ def ablation_panel(
         answers = {"dense": ask(model, tokenizer, value["prompt"], choices)}
         with ExitStack() as stack:
             if units:
-                tokens = _tokens(value["mode"], tokenizer, value["other prompt"], calib)
+                tokens = calib if value["mode"] == "mean" else None
+                if value["mode"] == "patch":
+                    tokens = tokenizer(value["other prompt"], return_tensors="pt")["input_ids"]
                 stack.enter_context(ablate(model, groups, units, mode=value["mode"], tokens=tokens))
             answers["cut"] = ask(model, tokenizer, value["prompt"], choices)
         table = side_by_side_answers(answers)
@@ -187,13 +189,6 @@ def ablation_panel(
         "other prompt": _text("other prompt", written["question"], "for patch: as many tokens as the prompt"),
     }
     return Panel(controls, redraw, note="<p>Name units, ablate them, and ask again.</p>")
-
-
-def _tokens(mode: str, tokenizer: Any, other: str, calib: Tensor | None) -> Tensor | None:
-    if mode == "patch":
-        ids: Tensor = tokenizer(other, return_tensors="pt")["input_ids"]
-        return ids
-    return calib if mode == "mean" else None
 
 
 def domain_panel(tables: Mapping[Any, pd.DataFrame]) -> Panel:

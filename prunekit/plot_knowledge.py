@@ -41,7 +41,11 @@ def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes 
         raise PrunekitError(f"ratio={ratio} was not measured; one of {sorted(set(table['ratio'].tolist()))}")
     whole = table["kind"].isin(["block", "layer"])
     rows = table[at | whole]
-    names = [f"{_layer(layer)}{_short(group, kind)}" for group, kind, layer in _keys(rows)]
+    groups = rows["group"] if "group" in rows else [""] * len(rows)
+    names = [
+        f"{_layer(layer)}{_short(group, kind)}"
+        for group, kind, layer in zip(groups, rows["kind"], rows["layer"], strict=True)
+    ]
     ax = _changes(rows, names, ax, over=table)
     ax.set_ylabel("layer and kind")
     ax.set_title(f"What is lost with each group, {ratio:.0%} of it ablated", loc="left")
@@ -138,11 +142,6 @@ def plot_massive(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _keys(rows: pd.DataFrame) -> zip:
-    groups = rows["group"] if "group" in rows else pd.Series("", index=rows.index)
-    return zip(groups, rows["kind"], rows["layer"], strict=True)
-
-
 def _layer(layer: float | None) -> str:
     return "" if layer is None or pd.isna(layer) else f"{int(layer)} "
 
@@ -183,18 +182,13 @@ def _heat(ax: Axes, grid: pd.DataFrame, most: float, label: str, *, worse: int |
         ax.add_patch(Rectangle(place, 1, 1, fill=False, hatch=HATCH, edgecolor="white", linewidth=0))
     bar = ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
-    _ticks(ax, grid)
-    ax.invert_yaxis()
-    return ax
-
-
-def _ticks(ax: Axes, grid: pd.DataFrame) -> None:
-    """Names along both sides, each where there is room."""
     step = 1 + (len(grid) - 1) // 32
-    size = "medium" if len(grid) <= 18 else "x-small"
+    size = "medium" if len(grid) <= 18 else "x-small"  # names stand where there is room
     ax.set_yticks(range(0, len(grid), step), [str(name) for name in grid.index[::step]], fontsize=size)
     ax.set_xticks(range(grid.shape[1]), [_text(name) for name in grid.columns], rotation=25, ha="right")
     ax.tick_params(length=0)
+    ax.invert_yaxis()
+    return ax
 
 
 def _text(name: object) -> str:

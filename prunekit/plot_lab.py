@@ -112,9 +112,8 @@ def plot_answers(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         places = np.arange(len(choices)) + (number - (len(models) - 1) / 2) * height
         ax.barh(places, shares.fillna(0), height, label=label_text(name), **_bars(colors[name], number))
         for place, share in zip(places, shares, strict=True):
-            ax.text(
-                0.01 + (0 if np.isnan(share) else share), place, "" if np.isnan(share) else f"{share:.1%}", va="center"
-            )
+            if not np.isnan(share):
+                ax.text(0.01 + share, place, f"{share:.1%}", va="center")
     ax.set_yticks(range(len(choices)), [label_text(choice) for choice in choices])
     ax.set(xlabel="probability", ylabel="choice", xlim=(0, 1.12), title="The answer")
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
