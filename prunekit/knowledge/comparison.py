@@ -6,9 +6,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from prunekit.checks import Count, Seed, check_choice, checked
+from prunekit.checks import Count, Seed, checked
 from prunekit.errors import PrunekitError
-from prunekit.knowledge.result import BY, MEASURES, KnowledgeDistribution
+from prunekit.knowledge.result import KnowledgeDistribution, rows_by, weights_of
 
 KEYS = ["group", "kind", "layer", "ratio", "unit"]
 LEVEL = 0.95  # of the intervals
@@ -48,20 +48,11 @@ def compare_knowledge(
 
     Source: percentile bootstrap, Efron and Tibshirani (1993), ch. 13.
     """
-    check_choice("by", by, BY)
-    check_choice("measure", measure, MEASURES)
     _check_comparable(distributions)
     shared = _shared_rows(distributions)
     first = next(iter(distributions.values()))
-    labels = first.questions[by].where(first.questions["chance"].notna() | (measure == "loss"))
-    domains = list(labels.dropna().unique())
-    if not domains:
-        raise PrunekitError(
-            f"no question with {measure} has a {by}; give another of {', '.join(BY)}, or measure='loss'"
-        )
     parts = []
-    for number, key in enumerate(domains):
-        rows = np.flatnonzero(labels == key)
+    for number, (key, rows) in enumerate(rows_by(first.questions, by, measure).items()):
         counts = _resampled(first.questions.iloc[rows], n_resamples, seed + number)
         parts += _of_domain(distributions, shared, rows, counts, measure, {by: key, "measure": measure})
     return pd.concat(parts, ignore_index=True)
@@ -102,10 +93,8 @@ def _keyed(known: KnowledgeDistribution) -> dict[tuple[Any, ...], int]:
 def _resampled(questions: pd.DataFrame, n_resamples: int, seed: int) -> np.ndarray:
     """Weight of each question in the sample itself (first row) and in each resample, rows summing to 1."""
     n = len(questions)
-    window = questions["chance"].isna().to_numpy()
-    weights = np.where(window, questions["n_tokens"].to_numpy(dtype=float), 1.0)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
-    counts = np.vstack([np.ones(n), drawn]) * weights
+    counts = np.vstack([np.ones(n), drawn]) * weights_of(questions)
     return counts / counts.sum(1, keepdims=True)
 
 

@@ -176,12 +176,11 @@ def _windows(model: nn.Module, tokenizer: Any, text: Tensor | TextSource) -> lis
 
 
 def _batches(windows: list[list[int]]) -> list[tuple[int, Tensor]]:
-    """Neighbouring windows of equal length together: number of the first, and ids (windows, seq)."""
-    found: list[tuple[int, Tensor]] = []
-    start = 0
-    for end in range(1, len(windows) + 1):
-        length = len(windows[start])
-        if end == len(windows) or len(windows[end]) != length or (end + 1 - start) * length > TOKENS_A_BATCH:
-            found.append((start, torch.tensor(windows[start:end])))
-            start = end
+    """Windows in batches, a shorter last one alone: number of the first, and ids (windows, seq)."""
+    width = len(windows[0])
+    whole = torch.tensor([window for window in windows if len(window) == width])
+    at_once = max(1, TOKENS_A_BATCH // width)
+    found = list(zip(range(0, len(whole), at_once), whole.split(at_once), strict=True))
+    if len(whole) < len(windows):
+        found.append((len(whole), torch.tensor(windows[-1:])))
     return found

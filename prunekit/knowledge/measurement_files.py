@@ -57,7 +57,8 @@ def read_measurements(path: str | Path) -> dict[str, Any]:
                 check_value(f"{name}[{column!r}]", meta[name][column], list[kind])  # type: ignore[valid-type]
         for name, kind in _TOLD.items():
             check_value(name, meta[name], kind)
-        tables = {"ablations": _table(meta["ablations"], ()), "questions": _table(meta["questions"], ("chance",))}
+        tables = {name: pd.DataFrame(meta[name]) for name in _TABLES}
+        tables["questions"]["chance"] = tables["questions"]["chance"].astype(float)  # also where all are missing
         _check_arrays(arrays, *map(len, tables.values()))
     return {**meta, **arrays, **tables}
 
@@ -66,12 +67,6 @@ def plain(frame: pd.DataFrame) -> dict[str, list[Any]]:
     """A table as column → list for JSON; missing values become None."""
     objects = frame.astype(object)
     return {str(name): objects[name].where(frame[name].notna(), None).tolist() for name in frame}
-
-
-def _table(columns: Mapping[str, list[Any]], numbers: tuple[str, ...]) -> pd.DataFrame:
-    """The table from the form of `plain`; columns in `numbers` are float even if all values are missing."""
-    found = pd.DataFrame(columns)
-    return found.astype({name: float for name in numbers if name in found})
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], n_rows: int, n_questions: int) -> None:

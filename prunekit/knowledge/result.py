@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.checks import check_choice
+from prunekit.checks import Part, check_choice, check_value
 from prunekit.errors import PrunekitError
 from prunekit.escaping import html_paragraph
 from prunekit.knowledge.measurement_files import read_measurements, write_measurements
@@ -75,22 +75,15 @@ class KnowledgeDistribution:
         check_choice("measure", measure, MEASURES)
         if measure == "accuracy" and self.questions["chance"].isna().all():
             raise PrunekitError("only text was evaluated, which has no accuracy; give measure='loss'")
-        labels = self.questions[by].where(self.questions["chance"].notna() | (measure == "loss"))
         named = self.ablations.drop(columns="units")
-        parts = [self._part(named, by, key, labels == key, measure) for key in labels.dropna().unique()]
-        if not parts:
-            raise PrunekitError(f"no question or window with {measure} has a {by}; give another of {', '.join(BY)}")
-        return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
-
-    def _part(self, named: pd.DataFrame, by: str, key: Any, chosen: pd.Series, measure: str) -> pd.DataFrame:
-        rows = np.flatnonzero(chosen)
         values, dense = (self.hit, self.dense_hit) if measure == "accuracy" else (self.loss, self.dense_loss)
-        window = self.questions["chance"].isna().to_numpy()[rows]
-        weights = np.where(window, self.questions["n_tokens"].to_numpy()[rows], 1)
-        value, before = np.average(values[:, rows], axis=1, weights=weights), np.average(dense[rows], weights=weights)
-        return named.assign(
-            **{by: key, "measure": measure, "n": len(rows), "dense": before, "value": value, "change": value - before}
-        )
+        parts = []
+        for key, rows in rows_by(self.questions, by, measure).items():
+            weights = weights_of(self.questions.iloc[rows])
+            before, value = np.average(dense[rows], weights=weights), np.average(values[:, rows], 1, weights)
+            told = {by: key, "measure": measure, "n": len(rows)}
+            parts.append(named.assign(**told, dense=before, value=value, change=value - before))
+        return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
 
     def worst(self, by: str = "domain", measure: str | None = None) -> pd.DataFrame:
         """The worst ablation for each domain (task, tier, number of hops), and its change.
@@ -156,8 +149,7 @@ class KnowledgeDistribution:
 
         Source: LoRAShear (arXiv 2310.18356), Alg. 3. Reconstructed: γ = .1; the paper does not give it.
         """
-        if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 <= gamma <= 1:
-            raise PrunekitError(f"gamma={gamma!r}; it is a fraction of the groups, from 0 to 1")
+        check_value("gamma", gamma, Part)
         found = self.damage(measure, ratios).sort_values("damage", ascending=False, kind="stable")
         n = math.ceil(round(gamma * len(found), 9))
         return found["group"].tolist()[:n]
@@ -176,22 +168,19 @@ class KnowledgeDistribution:
         Raises:
             PrunekitError: this ablation was not measured.
         """
-        row = self._row(group, "unit" if unit is not None else "ratio", unit if unit is not None else ratio)
-        gone = self.dense_hit & ~self.hit[row]
-        return self.questions[gone].assign(dense=self.dense_loss[gone], loss=self.loss[row][gone])
-
-    def _row(self, group: str, column: str, value: float | None) -> int:
         rows = self.ablations[self.ablations["group"] == group]
         if rows.empty:
             raise PrunekitError(f"no group {group!r} was ablated; one of {', '.join(self.ablations['group'].unique())}")
-        if column == "ratio" and "unit" in rows:
+        if unit is None and "unit" in rows:
             raise PrunekitError(f"single units of {group!r} were ablated; give unit=, one of {rows['unit'].tolist()}")
+        column, value = ("ratio", ratio) if unit is None else ("unit", unit)
         known = rows[column] if column in rows else pd.Series(dtype=float)
         fits = known.index[np.isclose(known.to_numpy(dtype=float), value)] if value is not None else rows.index
         if len(fits) != 1:
             shown = ", ".join(f"{v:g}" for v in known) or f"shares of it: give ratio=, of {rows['ratio'].tolist()}"
             raise PrunekitError(f"{column}={value} of {group!r} was not measured; there is {shown}")
-        return int(fits[0])
+        gone = self.dense_hit & ~self.hit[fits[0]]
+        return self.questions[gone].assign(dense=self.dense_loss[gone], loss=self.loss[fits[0]][gone])
 
     def agreement(
         self,
@@ -284,6 +273,19 @@ class KnowledgeDistribution:
             index="kind", columns="domain", values="change", aggfunc="mean", sort=False
         )  # fmt: skip
         return f"{html_paragraph(self)}<p>mean change of the loss</p>{mean.to_html(float_format='{:+.3f}'.format)}"
+
+
+def rows_by(questions: pd.DataFrame, by: str, measure: str) -> dict[Any, np.ndarray]:
+    """Label → its rows of a table of questions, at least one label; windows of text have no accuracy."""
+    labels = questions[by].where(questions["chance"].notna() | (measure == "loss"))
+    if labels.isna().all():
+        raise PrunekitError(f"no question or window with {measure} has a {by}; give another of {', '.join(BY)}")
+    return {key: np.flatnonzero(labels == key) for key in labels.dropna().unique()}
+
+
+def weights_of(questions: pd.DataFrame) -> np.ndarray:
+    """Weight of each question in a mean, 1; a window of text counts as many times as it has tokens."""
+    return np.where(questions["chance"].isna(), questions["n_tokens"], 1).astype(float)
 
 
 def _worse(table: pd.DataFrame, measure: str) -> pd.DataFrame:
