@@ -65,8 +65,7 @@ class Record:
         self.plan, self.measured = plan, dict[Key, Outcomes]()
         self._questions, self._path = questions, None if path is None else Path(path)
         self._fingerprint, self._saved = mark, 0
-        self._dense: Outcomes | None = None
-        self._packed = self._resumed = False
+        self._told: dict[str, Any] = {}  # of the dense model, and how the model is run: fields of the result
         if self._path is not None:
             if self._path.suffix != ".safetensors" or not self._path.parent.is_dir():
                 raise PrunekitError(f"path={str(path)!r}; give a .safetensors file in an existing folder")
@@ -79,20 +78,19 @@ class Record:
 
     def begin(self, dense: Outcomes, runner: Runner) -> None:
         """Store the dense model's measurement, unless an earlier run has, and how the model is run."""
-        self._dense = self._dense or dense
-        self._packed, self._resumed = runner.packed, runner.resumed
+        how = {"packed": runner.packed, "resumed": runner.resumed}
+        self._told = {"dense_hit": dense[0], "dense_loss": dense[1]} | self._told | how
 
     def result(self) -> KnowledgeDistribution:
         """The result of all measured rows."""
         rows = [row for row in self.plan if row.key in self.measured]
-        assert self._dense is not None  # measured first
         columns = [*self.plan[0].told, "units"]
         ablations = pd.DataFrame([{**row.told, "units": [*row.units]} for row in rows], columns=columns)
         empty = np.empty((0, len(self._questions.table)))
         hit, loss = (np.stack([self.measured[row.key][i] for row in rows]) if rows else empty for i in (0, 1))
         return KnowledgeDistribution(
-            ablations, self._questions.table, hit.astype(bool), loss, *self._dense, self._packed, self._resumed,
-            len(self.plan) - len(rows), self._fingerprint,
+            ablations, self._questions.table, hit.astype(bool), loss, **self._told,
+            unfinished=len(self.plan) - len(rows), fingerprint=self._fingerprint,
         )  # fmt: skip
 
     def save(self) -> None:
@@ -112,8 +110,8 @@ class Record:
             raise PrunekitError(f"{str(path)!r} has measurements of other questions; delete the file to start again")
         keys = zip(before.ablations["group"], before.ablations["units"], strict=True)
         self.measured = {(name, (*units,)): (before.hit[i], before.loss[i]) for i, (name, units) in enumerate(keys)}
-        self._dense, self._saved = (before.dense_hit, before.dense_loss), len(self.measured)
-        self._packed, self._resumed = before.packed, before.resumed
+        self._told = {name: getattr(before, name) for name in ("dense_hit", "dense_loss", "packed", "resumed")}
+        self._saved = len(self.measured)
 
 
 def fingerprint(model: nn.Module, questions: EvaluationSet, plan: Sequence[PlannedAblation]) -> str:
