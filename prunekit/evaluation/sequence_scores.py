@@ -94,7 +94,7 @@ def log_likelihoods(
     Raises:
         PrunekitError: a token is outside the model's vocabulary, or the model's answer is not finite.
     """
-    check_tokens_fit(model, max(max(span.tokens) for span in spans))
+    check_tokens_fit(model, max((max(span.tokens) for span in spans), default=0))
     sums, greedy = torch.zeros(len(spans), dtype=torch.float64), torch.zeros(len(spans), dtype=torch.bool)
     bar = tqdm(total=len(spans), desc=progress, disable=progress is None, leave=False, delay=1)
     with evaluating(model), torch.no_grad(), bar:

@@ -95,7 +95,7 @@ def make_evaluation_set(
     _check_apart({row["domain"] for row in rows} | {row["task"] for row in rows}, {name for name, _ in read})
     rows += [_window_row(tokenizer, name, span) for name, span in read]
     spans = [span for several in choices for span in several] + [span for _, span in read]
-    check_tokens_fit(model, max(max(span.tokens) for span in spans))
+    check_tokens_fit(model, max((max(span.tokens) for span in spans), default=0))
     return EvaluationSet(pd.DataFrame(rows), spans, *_layout(asked))
 
 
