@@ -15,8 +15,8 @@ from prunekit.layerwise import Layerwise
 class LayerBackward:
     """Gradients of the loss over a calibration set, for one layer at a time: `for layer in backward: backward.run()`.
 
-    What each layer reads waits in a file. A layer runs twice: forward, for those behind it, and once more with a graph
-    of its own, from the last layer to the first. Memory holds one layer's weights and graph (of one batch), the
+    What each layer reads waits in a file. Layers run forward twice, for those behind them, and again with a graph of
+    their own, from the last layer to the first. Memory holds one layer's weights and graph (of one batch), the
     gradients between two layers, and what the caller collects.
 
     Attributes:

@@ -93,8 +93,8 @@ def prune_checkpoint(
     Args:
         source: a folder with config.json and safetensors, or GGUF as `load` takes it.
         out: a folder that does not exist yet. It is complete or not written.
-        how: an importance other than `Ablation`, or a plan. Where it needs gradients, each layer runs twice, and what
-            the layers read waits beside `out`: n_samples × seq_len × d_model numbers a layer.
+        how: an importance other than `Ablation`, or a plan. Where it needs gradients, layers run forward three
+            times and what they read waits beside `out`: n_samples × seq_len × d_model numbers a layer.
         pruning_ratio: as in `plan`; None with a plan.
         calib: integers (n_samples, seq_len) for an importance that reads data.
         max_shard_size: of the shards written, such as `"1GB"`.
