@@ -142,7 +142,7 @@ def test_hidden_states_are_compared_by_the_plan_in_the_folder(dense, tmp_path, c
     assert "hidden_share=0.5" in found["method"]
     (tmp_path / "small" / "plan.json").unlink()
     assert main(list(map(str, ("recover", tmp_path / "small", *options, "--out", tmp_path / "other")))) == 2
-    assert "give the plan by which the teacher was cut" in capsys.readouterr().err
+    assert "(in a shell: plan.json in the folder of MODEL)" in capsys.readouterr().err
 
 
 def test_knowledge_is_a_table_and_a_picture_of_each_domain(dense, tmp_path, capsys):

@@ -174,7 +174,8 @@ class _HiddenStates:
         if wanted != found:
             raise PrunekitError(
                 f"the model has {found[0]} layers of {found[1]} hidden channels, and {wanted[0]} of {wanted[1]} of the "
-                "teacher's are to be compared; give the plan by which the teacher was cut, Distillation(…, plan=plan)"
+                "teacher's are to be compared; give the plan by which the teacher was cut, Distillation(…, plan=plan) "
+                "(in a shell: plan.json in the folder of MODEL)"
             )
 
     def difference(self, streams: list[Tensor], tokens: Tensor, labels: Tensor) -> Tensor:
