@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from prunekit.calibration import summed_loss
 from prunekit.errors import PrunekitError
@@ -15,9 +16,9 @@ from prunekit.layerwise import Layerwise
 class LayerBackward:
     """Gradients of the loss over a calibration set, for one layer at a time: `for layer in backward: backward.run()`.
 
-    What each layer reads waits in a file. Layers run forward twice, for those behind them, and again with a graph of
-    their own, from the last layer to the first. Memory holds one layer's weights and graph (of one batch), the
-    gradients between two layers, and what the caller collects.
+    What each layer reads waits in a file. All layers run forward twice: batch by batch, to see how they are called, and
+    layer by layer. Then each runs a third time, with a graph of its own, from the last layer to the first. Memory holds
+    one layer's weights and graph (of one batch), what goes on to the next layer and back, and what the caller collects.
 
     Attributes:
         layers: paths of the layers, in order.
@@ -29,7 +30,7 @@ class LayerBackward:
         """Runs the layers forward.
 
         Args:
-            model: a causal LM in evaluation mode whose parameters want no gradients; its weights may be views of
+            model: a causal LM in evaluation mode whose parameters require no gradients; its weights may be views of
                 mapped files.
             batches: integers (batch, seq_len), parts of the calibration set.
             folder: for the files, each n_samples × seq_len × d_model numbers; they are the caller's to remove.
@@ -41,18 +42,19 @@ class LayerBackward:
         with torch.no_grad():
             chain = Layerwise.of(model, batches)
             if chain is None:
-                raise PrunekitError(
-                    f"the layers of this {type(model).__name__} do not read one another's outputs alone, so its "
-                    "gradients cannot be had layer by layer; take Activation() or Magnitude(), which need none"
-                )
-            for number in range(len(chain.layers)):
-                save_file({"hidden": torch.cat(chain.streams(number))}, _file(folder, number))
-            ends = chain.streams(len(chain.layers))
+                raise _no_chain(model)
+            numbers = range(len(chain.layers) + 1)
+            for number in tqdm(numbers, desc="forward passes", unit="layer", leave=False, delay=1):
+                streams = chain.streams(number)  # the last ones stand behind all layers
+                if [len(stream) for stream in streams] != [len(batch) for batch in batches]:
+                    raise _no_chain(model)
+                if number < len(chain.layers):
+                    save_file({"hidden": torch.cat(streams)}, _file(folder, number))
         self.layers, self.tokens, self.loss = chain.layers, torch.cat(list(batches)), 0.0
         self._chain, self._folder, self._number = chain, folder, len(chain.layers)
         self._behind: list[Tensor] = []  # gradients at the outputs of the present layer, batch by batch
         self._in_front: list[Tensor] = []  # and at its inputs, once it has run
-        for batch, end in zip(batches, ends, strict=True):
+        for batch, end in zip(batches, streams, strict=True):
             hidden = end.clone().requires_grad_()
             with torch.enable_grad(), chain.behind(self._number, hidden):
                 loss = summed_loss(model, batch)
@@ -78,6 +80,13 @@ class LayerBackward:
             with torch.enable_grad():
                 self._chain.call(self._number, batch, hidden).backward(gradient)
             self._in_front.append(_gradient(hidden))
+
+
+def _no_chain(model: nn.Module) -> PrunekitError:
+    return PrunekitError(
+        f"the layers of this {type(model).__name__} do not read one another's outputs alone, so its gradients are not "
+        "computed layer by layer; take Activation() or Magnitude(), which need none"
+    )
 
 
 def _gradient(hidden: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class _Call(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """Form of a layer's output: its tuple without tensors, or () for a single tensor; `where` is the stream's place.
+    """Form of a layer's output: its tuple or list without tensors, or () for one tensor; `where` is the stream's place.
 
     Other tensors beside it, such as attention weights, are not kept, since nothing here needs them.
     """
@@ -240,7 +240,7 @@ def _answering(module: nn.Module, result: Any) -> Iterator[None]:
 
 
 def _answer(result: Any) -> _Answer:
-    if not isinstance(result, tuple):
+    if not isinstance(result, tuple | list):
         return _Answer((), 0)
     where = next((i for i, value in enumerate(result) if isinstance(value, Tensor) and value.is_floating_point()), 0)
     return _Answer(tuple(None if isinstance(value, Tensor) else value for value in result), where)

@@ -74,6 +74,8 @@ def test_who_gave_a_number_is_not_told_of_dictionaries(value, names_a_dictionary
     with pytest.raises(PrunekitError, match=r"^x=.* is not allowed; give an integer") as refusal:
         check_value("x", value, int | None | Mapping[str, int])
     assert ("a dictionary" in str(refusal.value)) is names_a_dictionary and ", or None" in str(refusal.value)
+    with pytest.raises(PrunekitError, match="give None, or a dictionary"):  # where no number is allowed
+        check_value("x", value, None | Mapping[str, str])
 
 
 def test_arguments_that_are_missing_or_unknown_are_named():

@@ -15,9 +15,17 @@ import pytest
 import torch
 from evaluation_helpers import dense_folder
 from families import FAMILIES, logits, plan_keeping, tokens
-from other_families import UNLISTED
+from other_families import EVERYONE, UNLISTED
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import prunekit as pk
 from prunekit import (
@@ -39,11 +47,16 @@ from prunekit.checkpoint.stream_work import Work
 from prunekit.cli import main
 from prunekit.digests import recorded
 from prunekit.importance import Scores
+from prunekit.importance.by_layer import layers_of
+from prunekit.layer_gradients import LayerBackward
+
+MIXTRAL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+MIXTRAL |= {"num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 64}
 
 
 def write(folder, name="llama_gqa", dtype=torch.float32):
     """A checkpoint of a tiny model in many shards."""
-    model = FAMILIES[name].model(dtype=torch.float32)
+    model = EVERYONE[name].model(dtype=torch.float32)
     for p in model.parameters():
         p.data = p.data.to(dtype)
     model.config.dtype = dtype
@@ -81,6 +94,7 @@ def card(folder):
         ("gpt2", torch.float32, Taylor("vector"), {}),
         ("llama_tied", torch.bfloat16, Taylor(order="mixed"), {"of": "units"}),
         ("opt", torch.float32, HyWIA(), {}),
+        ("openai_gpt", torch.float32, Taylor(), {"of": "units"}),  # whose layers return lists
     ],
 )
 def test_it_gives_what_the_pipe_in_memory_gives(name, dtype, importance, options, tmp_path):
@@ -190,19 +204,75 @@ def test_layers_that_were_scored_by_gradients_are_not_scored_again(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("kinds", "broken", "message"),
+    ("name", "importance", "options", "message"),
     [
-        (["hidden"], False, "'hidden' lies in more than one layer, and Taylor.* is computed layer by layer here"),
-        (["ffn_channel"], True, "this LlamaForCausalLM do not read one another's outputs alone.*take Activation"),
+        ("llama_gqa", Taylor(), {"kinds": ["hidden"]}, "'hidden' does not lie in one layer alone, and Taylor"),
+        ("llama_gqa", Curvature(), {"kinds": ["vocabulary"]}, "does not lie in one layer alone, and Curvature"),
+        ("mixtral", Curvature(), {}, "no linear layer consumes .*experts"),
     ],
 )
-def test_what_gradients_layer_by_layer_cannot_score_is_refused(kinds, broken, message, tmp_path, monkeypatch):
-    source = write(tmp_path / "in")
-    if broken:
-        monkeypatch.setattr("prunekit.layer_gradients.Layerwise.of", lambda *_: None)
+def test_what_gradients_layer_by_layer_cannot_score_is_refused(name, importance, options, message, tmp_path):
+    """And nothing is left, so that another importance may be taken at once."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    EVERYONE[name].model(dtype=torch.float32).save_pretrained(source)
     with pytest.raises(PrunekitError, match=message):
-        prune_checkpoint(source, tmp_path / "out", Taylor(), 0.2, tokens(), kinds=kinds, of="units")
-    assert not (tmp_path / "out").exists()
+        prune_checkpoint(source, out, importance, 0.2, tokens(), **{"of": "units", **options})
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_layers_with_more_than_one_stream_are_refused(tmp_path):
+    """Gemma 3n's layers pass on four of them."""
+    sizes = {"vocab_size": 48, "vocab_size_per_layer_input": 48, "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes |= {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0, "sliding_window": 8}
+    lists = {"layer_types": 4 * ["full_attention"], "activation_sparsity_pattern": 4 * [0.0]}
+    config = AutoConfig.for_model("gemma3n_text", **sizes, **lists)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "in")
+    with pytest.raises(PrunekitError, match="Gemma3nForCausalLM do not read one another's outputs alone"):
+        prune_checkpoint(tmp_path / "in", tmp_path / "out", Taylor(), 0.2, tokens(), of="units")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_weights_that_two_layers_share_have_no_layer():
+    model = FAMILIES["llama_gqa"].model()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    shared = pk.discover(model).of_kind("ffn_channel")
+    with pytest.raises(PrunekitError, match="does not lie in one layer alone, and Taylor"):
+        layers_of(model, shared, Taylor())
+
+
+def test_a_loss_that_routers_add_to_is_refused(tmp_path):
+    model = FAMILIES["mixtral"].model(dtype=torch.float32)
+    model.config.output_router_logits = True
+    model.save_pretrained(tmp_path / "in")
+    with pytest.raises(PrunekitError, match="config.output_router_logits adds to the loss.*; set it to False"):
+        prune_checkpoint(tmp_path / "in", tmp_path / "out", Taylor(), 0.2, tokens(), of="units")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_weights_that_are_not_finite_are_named_before_gradients(tmp_path):
+    model = FAMILIES["llama_gqa"].model(dtype=torch.float32)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "in")
+    with pytest.raises(PrunekitError, match="layers.1.mlp.up_proj.weight has NaN or infinite weights"):
+        prune_checkpoint(tmp_path / "in", tmp_path / "out", Taylor(), 0.2, tokens())
+
+
+def test_what_a_killed_run_left_of_its_streams_goes(tmp_path):
+    source, left = write(tmp_path / "in"), tmp_path / ".out.partial" / "hidden"
+    left.mkdir(parents=True)
+    (left / "hidden-7.safetensors").write_bytes(bytes(100))
+    plan = prune_checkpoint(source, tmp_path / "out", Curvature(), 0.2, tokens())
+    assert plan.gone and {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+
+
+def test_a_layer_in_two_portions_is_run_twice(tmp_path, monkeypatch):
+    whole = prune_checkpoint(write(tmp_path / "in"), tmp_path / "whole", Curvature(), 0.2, tokens())
+    monkeypatch.setattr("prunekit.importance.input_statistics.ROOM", 1)
+    runs, run = [], LayerBackward.run
+    monkeypatch.setattr(LayerBackward, "run", lambda self: (runs.append(self), run(self)))
+    assert prune_checkpoint(tmp_path / "in", tmp_path / "out", Curvature(), 0.2, tokens()).keep == whole.keep
+    assert len(runs) == 4
 
 
 def test_a_full_disk_is_said_and_costs_nothing_that_is_finished(tmp_path, monkeypatch):
@@ -228,6 +298,8 @@ import prunekit as pk
 from prunekit.checkpoint import mapped_weights, streaming
 from prunekit.checkpoint.folders import stored_tensors
 from prunekit.importance import Scores
+from prunekit.importance.by_layer import layers_of
+from prunekit.layer_gradients import LayerBackward
 
 def slowed(function):
     def slow(*args, **options):
@@ -578,6 +650,21 @@ def test_a_checkpoint_larger_than_the_free_memory_is_streamed_unasked(dense, tmp
     assert run(dense, *options, "--compensate", "none", "--out", tmp_path / "d") == 0
     streamed, loaded = (PruningPlan.load(tmp_path / name / "plan.json") for name in "cd")
     assert streamed.keep == loaded.keep and streamed.notes["importance"] == loaded.notes["importance"] == "curvature"
+
+
+def test_what_curvature_cannot_score_is_scored_by_taylor_on_disk_too(dense, tmp_path, capsys):
+    """Experts that are stored one by one, and stacked in the model."""
+    model = MixtralForCausalLM(MixtralConfig(**MIXTRAL, vocab_size=len(AutoTokenizer.from_pretrained(dense))))
+    model.save_pretrained(tmp_path / "in")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "in")
+    options = ("--pruning-ratio", "0.2", "--n-samples", "4", "--seq-len", "16", "--of", "units")
+    options += ("--calibration", dense.parent / "text.txt", "--compensate", "none")
+    for name, more in {"a": ["--no-streaming"], "b": ["--streaming"]}.items():
+        given = options[:-2] if name == "b" else options  # nothing is re-fitted there
+        assert run(tmp_path / "in", *given, *more, "--out", tmp_path / name) == 0
+        assert "scored by taylor" in capsys.readouterr().err
+    plans = [PruningPlan.load(tmp_path / name / "plan.json") for name in "ab"]
+    assert plans[0].keep == plans[1].keep and plans[0].gone
 
 
 def test_an_interrupt_from_a_shell_says_where_to_go_on(dense, tmp_path, capsys, monkeypatch):

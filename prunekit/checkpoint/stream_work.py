@@ -80,13 +80,19 @@ class Work:
         """Write down the arguments of each step for `check`; makes the folder where there is none.
 
         Raises:
-            PrunekitError: as `check`.
-            OSError: nothing can be written there, which `kept_if_stopped` says.
+            PrunekitError: as `check`, or the folder cannot be made.
         """
         self.check(facts)
-        self.checkpoint.mkdir(parents=True, exist_ok=True)
+        if not self.checkpoint.is_dir():
+            with writing(self.root, whole=False):
+                self.checkpoint.mkdir(parents=True)
         for step, now in facts.items():
             write_text(self.root / f"{step}.json", json.dumps(now, indent=1))
+
+    def disclaim(self) -> None:
+        """Remove the folder, unless a step is finished there."""
+        if not self.scores.is_file() and not self.source.is_dir():
+            shutil.rmtree(self.root)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -4,10 +4,10 @@ The weights stay on disk: the model's parameters are views of the mapped shards,
 are those of a model in memory, and what they read is cache. Only the slices that stay are made, one shard at a time.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,22 +28,18 @@ from prunekit.checkpoint.stream_work import Facts, Work, facts_of_files, fingerp
 from prunekit.checks import FilePath, checked
 from prunekit.digests import record, recorded
 from prunekit.discovery import CoupledGroup, Groups, discover
-from prunekit.discovery.parts import layer_of, outermost_elements
-from prunekit.errors import PrunekitError
+from prunekit.errors import DiskError, PrunekitError
 from prunekit.files import check_new_folder
-from prunekit.gradients import batches_of, frozen
-from prunekit.importance import Ablation, Curvature, HyWIA, Importance, Random, Scores, Taylor
-from prunekit.importance.curvature import summed_over
+from prunekit.importance import Ablation, Importance, Random, Scores, default_importance
+from prunekit.importance.by_layer import OF_GRADIENTS, layers_of, scores_by_layer
 from prunekit.importance.scoring import AnyImportance
-from prunekit.layer_gradients import LayerBackward
-from prunekit.models import count_parameters, evaluating, name_model
+from prunekit.models import count_parameters, name_model
 from prunekit.pruning import PruningPlan
 from prunekit.pruning import plan as make_plan
 from prunekit.pruning.plan_options import Ratio, default_units
 from prunekit.pruning.surgery import cut
 
 MAX_SHARD_SIZE = "1GB"
-OF_GRADIENTS = (Curvature, Taylor, HyWIA)  # scored layer by layer, so that one layer's gradients are held at a time
 
 
 @dataclass(frozen=True)
@@ -133,6 +129,12 @@ def check_streamable(importance: Importance) -> None:
         )
 
 
+def default_streamed(folder: Path, kinds: Iterable[str] | None) -> Importance:
+    """The default importance for a checkpoint whose weights stay on disk, as `default_importance` in memory."""
+    model = to_convert(folder) or map_checkpoint(folder)[0]
+    return default_importance(model, candidates(discover(model), kinds))
+
+
 def _check_arguments(how: Importance | PruningPlan, given: Mapping[str, Any]) -> None:
     if isinstance(how, PruningPlan):
         for name in (name for name, value in given.items() if value is not None):
@@ -188,8 +190,10 @@ def _mappable(work: Work, order: _Order) -> Path:
 
 
 def _check_order(groups: Groups, model: nn.Module, order: _Order) -> tuple[CoupledGroup, ...]:
-    """The groups to score; a plan from chance refuses early what cannot be met."""
+    """The groups to score, where they can be; a plan from chance refuses early what cannot be met."""
     chosen = candidates(groups, order.options.get("kinds"))
+    if isinstance(order.how, OF_GRADIENTS):
+        layers_of(model, chosen, order.how)
     make_plan(groups, Random().unit_scores(model, chosen, None), order.ratio, **order.options)
     return chosen
 
@@ -211,7 +215,14 @@ def _plan(model: nn.Module, order: _Order, work: Work) -> PruningPlan:
     groups = discover(model)
     chosen = _check_order(groups, model, order)
     work.claim({"scoring": order.facts()["scoring"]})
-    return make_plan(groups, _scores(model, chosen, order, work.scores), order.ratio, **order.options)
+    try:
+        scores = _scores(model, chosen, order, work.scores)
+    except DiskError:
+        raise
+    except PrunekitError:  # another importance may be taken then
+        work.disclaim()
+        raise
+    return make_plan(groups, scores, order.ratio, **order.options)
 
 
 def _scores(model: nn.Module, groups: tuple[CoupledGroup, ...], order: _Order, path: Path) -> Scores:
@@ -232,37 +243,17 @@ def _steps(
 ) -> Iterator[Mapping[str, Tensor]]:
     """Scores of some groups at a time: of a layer by gradients, of all by forward passes, of one by its weights."""
     if isinstance(importance, OF_GRADIENTS):
-        with TemporaryDirectory(dir=folder) as place:
-            yield from _layer_by_layer(model, groups, importance, check_tokens(calib, model), Path(place))
+        place = folder / "hidden"
+        shutil.rmtree(place, ignore_errors=True)  # what a killed run left
+        place.mkdir()
+        try:
+            yield from scores_by_layer(model, groups, importance, calib, place)
+        finally:
+            shutil.rmtree(place)
         return
     steps = [groups] if importance.needs_calibration else [(group,) for group in groups]
     for step in tqdm(steps, desc="scoring", unit="group", leave=False, delay=1):
         yield importance.unit_scores(model, step, calib)
-
-
-def _layer_by_layer(
-    model: nn.Module, groups: tuple[CoupledGroup, ...], importance: Any, tokens: Tensor, place: Path
-) -> Iterator[Mapping[str, Tensor]]:
-    """Scores of the groups of a layer by gradients of its own, from the last layer to the first.
-
-    Raises:
-        PrunekitError: a group that lies in no layer or in several, or the layers are no chain.
-    """
-    layers = {*outermost_elements(model)}
-    where = {group.name: {layer_of(m.parameter, layers) for m in group.members} for group in groups}
-    for name in (name for name, found in where.items() if None in found or len(found) > 1):
-        raise PrunekitError(
-            f"{name!r} lies in more than one layer, and {importance!r} is computed layer by layer here; leave its kind "
-            "out, or take Activation() or Magnitude()"
-        )
-    second = getattr(importance, "order", "first") != "first"
-    factor = summed_over(tokens) if isinstance(importance, Curvature) else 1
-    with evaluating(model), frozen(model):
-        backward = LayerBackward(model, batches_of(tokens, second), place, factor)
-        for layer in tqdm(backward, total=len(layers), desc="scoring", unit="layer", leave=False, delay=1):
-            here = tuple(group for group in groups if layer in where[group.name])
-            if here:
-                yield importance.unit_scores(model, here, backward)
 
 
 def _done(path: Path) -> Scores:

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from prunekit.errors import PrunekitError
 from prunekit.escaping import printable
 
-MOST_LINES = 10_000  # of the log that a verb keeps until it ends
 SECTIONS = r"^(?:Args|Attributes|Example|Raises|Returns|Source):$"
 
 
@@ -227,7 +226,7 @@ def own_warnings() -> Iterator[None]:
 @contextmanager
 def _own_log() -> Iterator[None]:
     """A context that prints each line of prunekit's log once, when all went well: an error is a single line."""
-    logger, handler = logging.getLogger("prunekit"), BufferingHandler(MOST_LINES)
+    logger, handler = logging.getLogger("prunekit"), BufferingHandler(sys.maxsize)
     level, handled_above = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -16,7 +16,7 @@ from prunekit.checkpoint.loading import load_tokenizer
 from prunekit.checkpoint.mapped_weights import local_folder, n_bytes
 from prunekit.checkpoint.origins import resolve
 from prunekit.checkpoint.saving import not_plain
-from prunekit.checkpoint.streaming import candidates, check_streamable
+from prunekit.checkpoint.streaming import candidates, check_streamable, default_streamed
 from prunekit.cli.console import Answer, Of, flag, say, text_table
 from prunekit.cli.inputs import (
     Loading,
@@ -35,6 +35,7 @@ from prunekit.pruning.plan_options import check_options
 
 WINDOWS = {"n_samples": 64, "seq_len": 128}  # default size of the calibration set
 UNMEASURED = "weights stay on disk, so the loss before and after is not measured; afterwards see prunekit evaluate"
+NO_CURVATURE = "curvature cannot score each of these groups: scored by taylor"
 NO_TEXT = ", or take an importance that reads none: l1, l2 or random"
 Planning = Of(pk.plan, "pruning_ratio", "of", "ranking", "kinds", "protect_layers", "round_to")
 
@@ -119,7 +120,7 @@ def prune(
 
     A checkpoint that is bigger than the free memory is streamed: its weights stay on
     disk, and what is finished stays in .OUT.partial, so that the same command goes on
-    after an interrupt. Importances that need gradients are not available.
+    after an interrupt. Gradients are computed layer by layer, and nothing is re-fitted.
 
     The default, curvature with a re-fit, was chosen on two real models; it takes about two
     minutes for one of 135M parameters on two cores.
@@ -130,7 +131,7 @@ def prune(
         prunekit prune path/to/checkpoint --pruning-ratio 0.2 --importance taylor \
             --calibration text.txt --compensate none --out small/
         prunekit prune path/to/checkpoint --plan plan.json --out small/
-        prunekit prune path/to/large --pruning-ratio 0.2 --importance l2 --streaming --out small/
+        prunekit prune path/to/large --pruning-ratio 0.2 --calibration text.txt --streaming --out small/
 
     Args:
         model: a checkpoint folder, a .gguf file, a hub id, "world" or "smollm2".
@@ -223,7 +224,7 @@ def _plan(order: _Order, dense: Any, calib: Tensor | None) -> tuple[pk.PruningPl
     units = candidates(groups, order.planning.get("kinds"))
     method = order.method or default_importance(dense, units)
     if order.method is None and not isinstance(method, pk.Curvature):
-        say("curvature cannot score each of these groups: scored by taylor")
+        say(NO_CURVATURE)
     if order.steps is not None:
         options = {**order.planning, "n_steps": order.steps, "normalize": order.normalize, "groups": groups}
         made = pk.plan_in_steps(dense, method, calib=calib, **options)
@@ -253,7 +254,10 @@ def _cut_streamed(order: _Order) -> pk.PruningPlan:
     """
     for name in {**order.in_memory, **order.loading}:
         raise PrunekitError(f"{flag(name)} needs the whole model in memory; leave it out, or give --no-streaming")
-    folder, how = local_folder(order.model), order.plan or order.method or pk.Curvature()
+    folder = local_folder(order.model)
+    how = order.plan or order.method or default_streamed(folder, order.planning.get("kinds"))
+    if not (order.plan or order.method or isinstance(how, pk.Curvature)):
+        say(NO_CURVATURE)
     calib = drawing = None
     if order.calibration and not (isinstance(how, Importance) and how.needs_calibration):
         say("--calibration is not read: nothing is scored on it, and no loss is measured while weights stay on disk")

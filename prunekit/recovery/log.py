@@ -72,8 +72,9 @@ class RecoveryLog:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RecoveryLog":
         """The log from the form of `to_dict`."""
+        told = {name: fields[name] for name in ("losses", "learning_rates", "n_tokens", "trainable", "method")}
         change = fields.get("loss_change")
-        found = cls(**{**fields, "loss_change": None if change is None else LossChange.from_dict(change)})
+        found = cls(**told, loss_change=None if change is None else LossChange.from_dict(change))
         check_fields(found)
         return replace(found, losses=tuple(found.losses), learning_rates=tuple(found.learning_rates))
 
