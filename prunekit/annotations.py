@@ -78,11 +78,13 @@ def fault_in(name: str, value: Any, annotation: Any) -> Fault | None:
         return (None if fits else Fault(name, value, annotation)) if rules else fault_in(name, value, inside[0])
     if origin in (Union, types.UnionType):
         faults = [fault_in(name, value, each) for each in inside]
+        if None in faults:
+            return None
         deeper = [fault for fault in faults if fault is not None and fault.name != name]
         numbers = [each for each in inside if get_origin(each) is Annotated or each in (int, float)]
         if is_real(value) and numbers:  # then what a dictionary may hold helps nobody
             inside = tuple(each for each in inside if get_origin(each) is not collections.abc.Mapping)
-        return None if None in faults else deeper[0] if deeper else Fault(name, value, reduce(or_, inside))
+        return deeper[0] if deeper else Fault(name, value, reduce(or_, inside))
     if origin in (None, Literal) or origin is collections.abc.Callable:
         return None if _is_of(value, annotation) else Fault(name, value, annotation)
     if not _is_collection(value, origin, inside):

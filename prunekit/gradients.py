@@ -70,7 +70,7 @@ def gather_gradients(
     """
     if not isinstance(calib, LayerBackward):  # else it was checked before the first layer
         check_finite(model)
-    (tokens, source), chosen = opened(model, calib, second=second), _chosen(model, parameters)
+    (tokens, source), chosen = source_of(model, calib, second=second), _chosen(model, parameters)
     found: dict[str, Tensor] = {}
     h = {name: _zeros_like(p) for name, p in chosen.items()} if second else None
     with evaluating(model), frozen(model), ExitStack() as hooks, _checkpointed(model), torch.enable_grad():
@@ -92,7 +92,7 @@ def batches_of(tokens: Tensor, second: bool) -> tuple[Tensor, ...]:
     return tokens.split(1) if second else in_batches(tokens)
 
 
-def opened(
+def source_of(
     model: nn.Module, calib: Tensor | LayerBackward, *, second: bool
 ) -> tuple[Tensor, Sequence[Tensor] | LayerBackward]:
     """The tokens of a calibration set, checked, and what `run_backward` takes for them.

@@ -57,6 +57,7 @@ WHOLE = (
     "test_public_reports",
     "test_search_campaign",
     "test_streaming",
+    "test_streaming_gradients",
     "test_tour",
 )
 

@@ -142,7 +142,9 @@ def test_hidden_states_are_compared_by_the_plan_in_the_folder(dense, tmp_path, c
     assert "hidden_share=0.5" in found["method"]
     (tmp_path / "small" / "plan.json").unlink()
     assert main(list(map(str, ("recover", tmp_path / "small", *options, "--out", tmp_path / "other")))) == 2
-    assert "(in a shell: plan.json in the folder of MODEL)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "give the plan by which the teacher was cut" in said
+    assert "(in a shell: plan.json in the folder of MODEL)" in said
 
 
 def test_knowledge_is_a_table_and_a_picture_of_each_domain(dense, tmp_path, capsys):

@@ -41,13 +41,13 @@ def layers_of(model: nn.Module, groups: SomeGroups, importance: Any) -> dict[str
             "config.output_router_logits adds to the loss what the routers of all layers say, so its gradients are not "
             "computed layer by layer; set it to False"
         )
-    layers, where, readers = {*outermost_elements(model)}, dict[int, set[str | None]](), linear_readers(model)
+    layers, readers = {*outermost_elements(model)}, linear_readers(model)
+    uses: dict[int, set[str | None]] = {}  # parameter → the layers that use it
     for path, parameter in model.named_parameters(remove_duplicate=False):
-        where.setdefault(id(parameter), set()).add(layer_of(path, layers))
+        uses.setdefault(id(parameter), set()).add(layer_of(path, layers))
     found = {}
     for group in groups:
-        inside = set().union(*(where[id(model.get_parameter(m.parameter))] for m in group.members))
-        (layer, *others) = sorted(inside, key=str)
+        layer, *others = set().union(*(uses[id(model.get_parameter(m.parameter))] for m in group.members))
         if layer is None or others:
             raise PrunekitError(
                 f"{group.name!r} does not lie in one layer alone, and {importance!r} is computed layer by layer here; "

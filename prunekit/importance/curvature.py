@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunekit.checks import Positive, check_fields
 from prunekit.discovery.groups import CoupledGroup
 from prunekit.errors import PrunekitError
-from prunekit.gradients import frozen, opened, run_backward
+from prunekit.gradients import frozen, run_backward, source_of
 from prunekit.importance.input_statistics import Reader, linear_readers, wide
 from prunekit.importance.reconstruction import costs_of_units, one_reader
 from prunekit.importance.scores import GradientSource, Scores, SomeGroups, tokens_for
@@ -116,7 +116,7 @@ def gather_sums(model: nn.Module, calib: Tensor | LayerBackward, readers: Mappin
     Raises:
         PrunekitError: bad tokens, or a loss, activation or gradient that is not finite.
     """
-    tokens, source = opened(model, calib, second=False)
+    tokens, source = source_of(model, calib, second=False)
     sums: dict[str, Sums] = {}
     with evaluating(model), frozen(model), _watching(model, readers, sums), torch.enable_grad():
         run_backward(model, source, summed_over(tokens))
