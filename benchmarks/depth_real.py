@@ -66,7 +66,7 @@ WAYS = {  # way → how layers are chosen, and how what went is made up for
     "one at a time": (Bench.one_at_a_time, None),
     "one at a time, map": (Bench.one_at_a_time, "map"),
     "blocks": (Bench.blocks, None),
-    "width (default)": (Bench.width, "map"),
+    "width (default)": (Bench.width, "refit"),
 }
 
 
@@ -98,7 +98,8 @@ def main() -> None:
         if way != "dense":
             choose, gaps = WAYS[way]
             plan = choose(bench, n)
-            fitted = {} if gaps is None else {"compensate": bench.calib, "gaps": gaps}
+            fitted: dict[str, Any] = {} if gaps is None else {"compensate": bench.calib}
+            fitted |= {"gaps": gaps} if gaps in ("map", "magnitude") else {}
             small = pk.prune(bench.model, plan, measure=False, **fitted)
             gone = [bench.groups[name].layer for name, units in plan.keep.items() if not units]  # of blocks, twice
         row = {"way": way, "layers": n, "gone": " ".join(map(str, gone)), "n_samples": args.n_samples}
