@@ -4,10 +4,10 @@
 
 Raw text alone lowers an instruct model's perplexity, so a recovered model is compared with the uncut one after the
 same training. `Distillation(text_share=0.5) LoRA(r=8)` trains towards the uncut model, which would stay as it is then.
-`cut` is the shell's default at 20%, `cut35` at 35%, calibration seed 0, each made once. The text is C4, Wikipedia and Alpaca, joined, cut
-into windows of 128 tokens and shuffled; none of it is measured on. Perplexity is that of the first characters of
-WikiText-2, PTB and Shakespeare; tasks are the papers' seven, 200 questions each. Rows are appended as they are
-measured: what stands in the table is not run again.
+`cut` is the shell's default at 20%, `cut35` at 35%, calibration seed 0, each made once. The text is C4, Wikipedia and
+Alpaca, joined, cut into windows of 128 tokens and shuffled; none of it is measured on. Perplexity is that of the first
+characters of WikiText-2, PTB and Shakespeare; tasks are the papers' seven, 200 questions each. Rows are appended as
+they are measured: what stands in the table is not run again.
 """
 
 import argparse

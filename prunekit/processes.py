@@ -1,13 +1,20 @@
 """Several processes that work together, as `accelerate launch` and `torchrun` start them."""
 
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from prunekit.errors import PrunekitError
+
+T = TypeVar("T")
+_SPLIT = ContextVar("split", default=False)
 
 
 def this_process() -> PartialState:
@@ -23,6 +30,68 @@ def n_processes() -> int:
 def evenly(n: int) -> int:
     """What several processes take of `n` windows a step: each as many, and at least one."""
     return max(1, n // n_processes()) * n_processes()
+
+
+@contextmanager
+def split_work() -> Iterator[None]:
+    """Within it, evaluation and knowledge are shared out among the processes that were started together.
+
+    All of them must enter it and do the same there, each with a model of its own; each gets the whole result, the same
+    as one process. One process alone does all.
+    """
+    this_process()  # of several, each has a GPU of its own as its default
+    before = _SPLIT.set(True)
+    try:
+        yield
+    finally:
+        _SPLIT.reset(before)
+
+
+def n_sharing() -> int:
+    """How many processes share the work: 1 outside `split_work`."""
+    return n_processes() if _SPLIT.get() else 1
+
+
+def is_first() -> bool:
+    """Whether this process alone works, or is the first of those that share."""
+    return n_sharing() == 1 or this_process().is_main_process
+
+
+def own_share(pieces: Iterable[T]) -> Iterator[T]:
+    """Of the pieces that the processes share, every n-th, or all."""
+    n = n_sharing()
+    return islice(pieces, 0 if n == 1 else this_process().process_index, None, n)
+
+
+def summed(found: Tensor) -> Tensor:
+    """What the processes that share found, added up, on the CPU: where each left zero what is not its own."""
+    if n_sharing() == 1:
+        return found
+    total = found.to(this_process().device)
+    torch.distributed.all_reduce(total)
+    return total.cpu()
+
+
+def check_alike(mark: int, what: str) -> None:
+    """Raise an error, in each of the processes that share, where they do not work on the same.
+
+    Args:
+        mark: a number by which it is known, of less than 64 bits.
+        what: it, in words, such as `"questions"`.
+
+    Raises:
+        PrunekitError: one of them has another number.
+    """
+    if n_sharing() == 1:
+        return
+    ends = torch.tensor([mark, -mark], device=this_process().device)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    if ends.sum() == 0:
+        return
+    raise PrunekitError(
+        f"the {n_sharing()} processes that share the work have different {what}; give all of them the same models, "
+        "data and seeds"
+    )
 
 
 def is_sharded() -> bool:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from test_importance import tiny_llama
 from test_recovery import counting, uneven_llama
 
 import prunekit as pk
-from prunekit import PrunekitError
+from prunekit import PrunekitError, world
 from prunekit.cli import main
+from prunekit.knowledge.question_spans import Runner
+from prunekit.processes import check_alike, is_first, n_sharing, own_share, split_work
 from prunekit.recovery import RecoveryLog, training
 
 pytestmark = [
@@ -75,6 +78,7 @@ def work(folder, how, *names):
     """What each process does."""
     place, rank = Path(folder), int(os.environ["RANK"])
     if how == "stopped":
+        share_until_interrupted(place)
         stop_before(4, names[-1], rank)
     if how == "sharded":
         pretend()
@@ -87,8 +91,54 @@ def work(folder, how, *names):
             found = {"refused": str(error)}
         (place / f"{name} {rank}.json").write_text(json.dumps(found))
     if how == "together":
+        share(place, rank)
         options = {"data": "world", "out": place / "cli", "max-steps": 2, "batch-size": 2, "seq-len": 16, "r": 2}
         assert main(["recover", "world", *(f"--{name}={value}" for name, value in options.items())]) == 0
+
+
+def asked(folder):
+    """What several processes find out together."""
+    model, tokenizer = pk.load("world")
+    groups = pk.discover(model).of_kind("kv_head", "block")
+    scores = pk.score(model, groups, pk.Magnitude())
+    tasks = [world.tasks()[name] for name in ("piqa", "facts_rare")]
+    given = {"tasks": tasks, "text": {"read": "the cat sat on the mat " * 40}, "limit": 12}
+    path = folder and folder / "known.safetensors"
+    known = pk.knowledge_distribution(model, tokenizer, groups, scores, ratios=(0.5, 1.0), path=path, **given)
+    return {
+        "perplexity": pk.perplexity(model, tokenizer, "world"),
+        "answers": pk.zero_shot(model, tokenizer, tasks, limit=30).questions["log_likelihoods"].tolist(),
+        "hit": known.hit.tolist(),
+        "loss": known.loss.tolist(),
+        "unfinished": known.unfinished,
+    }
+
+
+def share_until_interrupted(place):
+    """Interrupts a measurement of knowledge in each process."""
+    ordinary, begun = Runner.sums, []
+
+    def sums(*given):
+        begun.append(given)
+        if len(begun) == 12:
+            raise KeyboardInterrupt
+        return ordinary(*given)
+
+    with mock.patch.object(Runner, "sums", sums), pytest.raises(KeyboardInterrupt), split_work():
+        asked(place)
+
+
+def share(place, rank):
+    """What processes do that share work, in Python and in a shell; texts of their own are refused."""
+    with split_work():
+        found = asked(place)
+        model, tokenizer = pk.load("world")
+        with pytest.raises(PrunekitError, match="2 processes that share the work have different texts"):
+            pk.perplexity(model, tokenizer, "the cat sat on the mat " * 30 + f"{rank}")
+    (place / f"shared {rank}.json").write_text(json.dumps(found))
+    assert main(["evaluate", "world", "--metrics", "perplexity"]) == 0
+    given = ["--kinds", "block", "--importance", "l2", "--text", f"read={place / 'read.txt'}"]
+    assert main(["knowledge", "world", *given, "--out", str(place / "map")]) == 0
 
 
 def stop_before(step, last, rank):
@@ -162,12 +212,23 @@ def test_two_processes_give_what_one_gives_and_go_on_after_one_was_killed(script
     stopped = run_script(script, str(tmp_path), "stopped", *STOPPED, launcher=TORCHRUN)
     assert stopped.returncode != 0 and not list(tmp_path.glob("*.json"))
     assert all(list((tmp_path / name).glob("checkpoint-*")) for name in STOPPED), stopped.stderr
+    begun = pk.KnowledgeDistribution.load(tmp_path / "known.safetensors")
+    assert begun.unfinished > 0 and len(begun.loss) > 0
+    (tmp_path / "read.txt").write_text("the cat sat on the mat " * 40)
     done = run_script(script, str(tmp_path), "together", *WORK, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     for name in WORK:
         check_same(found(tmp_path, name), alone[name])
     assert (tmp_path / "cli" / "recovery.json").is_file() and done.stdout.count("weights trained") == 1
+    assert found(tmp_path, "shared") == asked(None)
+    assert done.stdout.count("18,934 tokens") == 1 and (tmp_path / "map" / "knowledge.png").is_file()
     assert RecoveryLog.load(tmp_path / "lora out" / "recovery_log.json").losses
+
+
+def test_outside_the_context_each_process_works_for_itself(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert n_sharing() == 1 and [*own_share("abc")] == ["a", "b", "c"] and is_first()
+    check_alike(1, "texts")
 
 
 def test_weights_that_fsdp_shares_out_come_back_whole(script, tmp_path, alone):

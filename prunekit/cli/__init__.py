@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 
 from prunekit.cli.console import Answer, Parser, as_json, explained, given_to, own_warnings, parser_of, say
@@ -34,6 +34,8 @@ COMMANDS = {  # verb → the module that it is a function of, and its line in th
     "lab": ("notebooks", "Open JupyterLab on the notebook series."),
     "tour": ("notebooks", "Run the notebook series without a browser, and sum it up."),
 }
+
+SHARED = ("evaluate", "knowledge")  # verbs whose work several processes share
 
 
 def overview() -> Parser:
@@ -99,7 +101,7 @@ def run(verb: Callable[..., Answer | int], args: argparse.Namespace) -> int:
     writes = "out" in given
     if writes:
         check_new_folder(given["out"])  # before anything heavy
-    with own_warnings() if "torch" in sys.modules else nullcontext():
+    with own_warnings() if "torch" in sys.modules else nullcontext(), _split(verb.__name__):
         answer = verb(**given)
     if not isinstance(answer, Answer):
         return answer
@@ -117,12 +119,24 @@ def run(verb: Callable[..., Answer | int], args: argparse.Namespace) -> int:
 
 def _check_processes(verb: str) -> None:
     """Raise an error where several processes would do the same work and write the same files."""
-    several = int(os.environ.get("WORLD_SIZE", 1))
-    if several > 1 and verb != "recover":
+    if _n_processes() > 1 and verb not in ("recover", *SHARED):
         raise PrunekitError(
-            f"{several} processes were started (WORLD_SIZE), and {verb} is the work of one; run it without accelerate "
-            "launch or torchrun, which are for recover"
+            f"{_n_processes()} processes were started (WORLD_SIZE), and {verb} is the work of one; run it without "
+            f"accelerate launch or torchrun, which are for recover, {' and '.join(SHARED)}"
         )
+
+
+def _n_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _split(verb: str) -> AbstractContextManager[None]:
+    """Where several processes were started, these share the work of some verbs."""
+    if _n_processes() == 1 or verb not in SHARED:
+        return nullcontext()
+    from prunekit.processes import split_work
+
+    return split_work()
 
 
 def _told(error: PrunekitError) -> str:

@@ -22,6 +22,7 @@ from prunekit.files import new_folder
 from prunekit.importance import IMPORTANCES, default_importance, importance_from_name
 from prunekit.plot_style import check_picture
 from prunekit.plotting import plot_groups, plot_knowledge, save_picture
+from prunekit.processes import is_first
 from prunekit.world import is_world_tokenizer
 
 matplotlib.use("agg")  # a shell has no window to draw in
@@ -237,10 +238,11 @@ def knowledge(
     scores = pk.score(dense, units, method or default_importance(dense, units), calib)
     known = pk.knowledge_distribution(dense, tokenizer, units, scores, text=named_texts(text) or None, **measuring)
     table = known.table()
-    with new_folder(out) as folder:
-        table.to_csv(folder / "knowledge.csv", index=False)
-        known.save(folder / "knowledge.safetensors")
-        save_picture(plot_knowledge(table), folder / "knowledge.png")
+    if is_first():
+        with new_folder(out) as folder:
+            table.to_csv(folder / "knowledge.csv", index=False)
+            known.save(folder / "knowledge.safetensors")
+            save_picture(plot_knowledge(table), folder / "knowledge.png")
     domains = known.worst()
     rows = [[f"{cell:.3g}" if isinstance(cell, float) else cell for cell in row] for row in domains.to_numpy()]
     values = {"model": model, "out": out, "domains": domains.to_dict("records")}

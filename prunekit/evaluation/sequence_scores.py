@@ -31,6 +31,7 @@ from prunekit.evaluation.likelihood import (
     unpacked,
 )
 from prunekit.models import device_of, evaluating, max_positions
+from prunekit.processes import check_alike, is_first, n_sharing, own_share, summed
 
 TOLERANCE = 1e-4  # relative, of a span's sum in float32; wider where the model's numbers are coarser
 CONTROL = 0.05  # allowed error of packing, as a share of the error without the tree's mask and positions
@@ -92,20 +93,28 @@ def log_likelihoods(
         progress: name of the progress bar; None shows none.
 
     Raises:
-        PrunekitError: a token is outside the model's vocabulary, or the model's answer is not finite.
+        PrunekitError: a token is outside the model's vocabulary, the model's answer is not finite, or processes that
+            share the work have other spans.
     """
     check_tokens_fit(model, max((max(span.tokens) for span in spans), default=0))
-    sums, greedy = torch.zeros(len(spans), dtype=torch.float64), torch.zeros(len(spans), dtype=torch.bool)
-    bar = tqdm(total=len(spans), desc=progress, disable=progress is None, leave=False, delay=1)
+    check_alike(hash(tuple((span.tokens, span.start) for span in spans)) // 2, "texts or questions")
+    found = torch.zeros(2, len(spans), dtype=torch.float64)  # sums, and 1 where greedy
+    silent = progress is None or not is_first()
+    bar = tqdm(total=len(spans), desc=progress, disable=silent, leave=False, delay=1)
     with evaluating(model), torch.no_grad(), bar:
         reading = choose_reading(model, spans, batch_size * ROW)
-        n_computed = reading.n_tried
-        for batch in reading.batches(model):
-            sums[batch.members], greedy[batch.members] = batch.read(scored_logits(model, batch, reading.gathers))
-            require_finite(sums, model)
+        n_computed = 0
+        for batch in own_share(reading.batches(model)):
+            read = batch.read(scored_logits(model, batch, reading.gathers))
+            found[:, batch.members] = torch.stack([values.double() for values in read])
+            if not bool(found.isfinite().all()):
+                break  # refused below, by all processes
             n_computed += batch.inputs["input_ids"].numel()
-            bar.update(len(batch.members))
-    return Likelihoods(sums, greedy, n_computed, sum(len(span.tokens) - 1 for span in spans))
+            bar.update(len(batch.members) * n_sharing())
+        found = summed(found)
+        require_finite(found[0], model)
+    n_computed = reading.n_tried + int(summed(torch.tensor(n_computed)))
+    return Likelihoods(found[0], found[1] > 0, n_computed, sum(len(span.tokens) - 1 for span in spans))
 
 
 def require_finite(values: Tensor, model: nn.Module) -> None:

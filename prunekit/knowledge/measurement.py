@@ -25,6 +25,7 @@ from prunekit.knowledge.measurement_files import plain
 from prunekit.knowledge.question_spans import EvaluationSet, Runner, Texts, make_evaluation_set
 from prunekit.knowledge.result import KnowledgeDistribution
 from prunekit.models import evaluating
+from prunekit.processes import check_alike, is_first, n_sharing, own_share, summed
 from prunekit.pruning.plan_options import check_scores
 
 POSITIONS = 1024  # per forward pass; more is slower on a CPU, since less fits into its cache
@@ -95,7 +96,7 @@ class Record:
 
     def save(self) -> None:
         """Write the file if a path is given and there are new measurements."""
-        if self._path is not None and len(self.measured) > self._saved:
+        if self._path is not None and is_first() and len(self.measured) > self._saved:
             self.result().save(self._path)
             self._saved = len(self.measured)
 
@@ -173,7 +174,7 @@ def knowledge_distribution(
     Raises:
         PrunekitError: no groups, or groups of another model; ratios out of range; scores that miss a group, are not
             finite or not one per unit; no tasks or text; weights that are NaN or infinite; a file at `path` of another
-            run.
+            run; processes that share the work (`split_work`) and have other models, ablations or questions.
 
     Source: LoRAShear (Chen et al. 2023, arXiv 2310.18356), Alg. 3, which measures perplexity on one set. Here each
     question and window is kept, so that changes can be read by domain.
@@ -258,7 +259,10 @@ def _measure(
     """All ablations, lowest layer first; `asked` is what `make_evaluation_set` takes."""
     check_finite(model)
     questions = make_evaluation_set(model, tokenizer, **asked)
-    record = Record(plan, questions, path, fingerprint(model, questions, plan) if path is not None else "")
+    mark = fingerprint(model, questions, plan) if path is not None or n_sharing() > 1 else ""
+    record = Record(plan, questions, path, mark)
+    check_alike(int(mark[:15] or "0", 16), "models, ablations or questions")
+    check_alike(len(record.measured), f"measurements at path={str(path)!r}")
     if record.missing():
         with evaluating(model), torch.no_grad():
             _run(model, questions, record, tokens_a_batch)
@@ -268,21 +272,28 @@ def _measure(
 def _run(model: nn.Module, questions: EvaluationSet, record: Record, tokens_a_batch: int) -> None:
     """Measure the missing ablations; the file keeps the finished ones even after an interrupt."""
     runner = Runner(model, questions.spans, tokens_a_batch)
-    groups = {row.group.name: row.group for row in record.missing()}
-    layers = {name: runner.layers_of(group) for name, group in groups.items()}
-    done = len(record.plan) - len(record.missing())
-    bar = tqdm(desc="knowledge", total=len(record.plan), initial=done, unit="ablation", leave=False, delay=1)
+    missing = record.missing()
+    layers = {row.group.name: runner.layers_of(row.group) for row in missing}
+    rows = [*{row.key: row for row in sorted(missing, key=lambda row: layers[row.group.name])}.values()]
+    done, n = len(record.measured), n_sharing()
+    silent = {"unit": "ablation", "leave": False, "delay": 1, "disable": not is_first()}
+    bar: Any = tqdm(desc="knowledge", total=done + len(rows), initial=done, **silent)
     dense = runner.sums(min(layers.values())[:1])
     require_finite(dense, model)
     record.begin(questions.outcomes(dense), runner)
     with bar:
         try:
-            for name in sorted(groups, key=lambda name: layers[name]):
-                for row in [row for row in record.missing() if row.group.name == name]:
-                    if row.key not in record.measured:
-                        with ablated(model, row.group, row.units):
-                            record.measured[row.key] = questions.outcomes(runner.sums(layers[name]))
-                    bar.update()
-                record.save()
+            for first in range(0, len(rows), n):
+                together = rows[first : first + n]  # one a process
+                found = torch.zeros(len(together), 2, len(questions.table), dtype=torch.float64)
+                for row, place in own_share(zip(together, found, strict=True)):
+                    with ablated(model, row.group, row.units):
+                        outcomes = questions.outcomes(runner.sums(layers[row.group.name]))
+                    place[:] = torch.from_numpy(np.array(outcomes))
+                for row, (hit, loss) in zip(together, summed(found).numpy(), strict=True):
+                    record.measured[row.key] = (hit > 0, loss)
+                bar.update(len(together))
+                if any(row.group is not together[0].group for row in rows[first + n : first + n + 1]):
+                    record.save()
         finally:
             record.save()

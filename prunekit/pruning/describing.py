@@ -59,7 +59,7 @@ def _write_widths(model: Any, cuts: Cuts) -> None:
     """The widths that can be said, in every configuration that the model holds."""
     said, uncut = model.config.get_text_config(), cuts.config.get_text_config()
     size = {HEAD_SIZE: uncut.head_dim} if getattr(uncut, HEAD_SIZE, None) != getattr(said, HEAD_SIZE, None) else {}
-    values = _sayable(with_fields(model.config, size), cuts)
+    values = _sayable(with_fields(_without_record(model.config), size), cuts)
     old = {field: getattr(said, field, None) for field in (*size, *values)}
     held = [part for part in configurations(*configurations_of(model)) if type(part) is type(said)]
     before, computed = [dict(vars(part)) for part in held], _logits_if_any(model)
@@ -143,9 +143,9 @@ def plain_config(model: Any) -> Any:
 
 
 def _without_record(config: Any) -> Any:
-    plain = copy.deepcopy(config)
-    vars(plain).pop(RECORD, None)
-    return plain
+    plain = copy.copy(config)
+    vars(plain).pop(RECORD, None)  # before the deep copy, for it has a number for each unit that is left
+    return copy.deepcopy(plain)
 
 
 def unsaid(cuts: Cuts) -> list[str]:
