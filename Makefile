@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PRUNEKIT_SHARED ?= $(abspath ../shared)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup real lab tour book slides test fast test-browser test-oldest bench bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor bench-engine scoreboard lint clean
+.PHONY: help setup real lab tour book slides test fast test-browser test-oldest bench bench-whole bench-quality bench-sparsity bench-lorashear bench-predictor bench-real bench-beyond bench-llmcompressor bench-engine scoreboard lint clean
 
 help: ## say what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
@@ -46,13 +46,19 @@ fast: setup ## run all tests but the slow ones, in less than three minutes on tw
 test-oldest: .venv-oldest/.installed ## run the quick tests with the oldest versions that pyproject.toml promises
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not browser" $(PYTEST_ARGS)
 
-bench: .venv/.bench ## time prunekit against Torch-Pruning, naive loops and textbook solvers, and a small part of bench-quality
+bench: .venv/.bench ## a short form of bench-whole and bench-quality, written to build/bench: under five minutes
+	rm -rf build/bench && mkdir -p build/bench
+	$(BIN)/python benchmarks/run.py --repeats 1 --out build/bench
+	$(BIN)/python benchmarks/taylor.py --repeats 1 --out build/bench
+	$(BIN)/python benchmarks/knowledge.py --every 8 --sample 4 --layers 1 5 --out build/bench
+	$(BIN)/python benchmarks/quality.py --models world --seeds 0 --ratios 0.2 --methods random L2 element default --out build/bench
+	$(BIN)/python benchmarks/sparsity.py --repeats 1 --out build/bench
+
+bench-whole: .venv/.bench ## time prunekit against Torch-Pruning, naive loops and textbook solvers: under 40 minutes
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/taylor.py
 	$(BIN)/python benchmarks/knowledge.py
-	rm -rf build/bench
-	$(BIN)/python benchmarks/quality.py --models world --seeds 0 --ratios 0.2 0.5 --out build/bench
-	$(BIN)/python benchmarks/sparsity.py --out build/bench
+	$(BIN)/python benchmarks/sparsity.py --full
 
 bench-quality: setup ## what is left at equal size, many ways over seeds: an hour; goes on where it was
 	$(BIN)/python benchmarks/quality.py

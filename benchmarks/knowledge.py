@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=8, help="ablations that the plain loop measures")
     parser.add_argument("--every", type=int, default=2, help="ask every so many-th question of each task")
     parser.add_argument("--layers", type=int, nargs="*", help="only these layers (default: all)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
     args = parser.parse_args()
     machine()  # the commit that is measured, whatever comes later
     model, tokenizer = pk.load("world")
@@ -110,7 +112,7 @@ def main() -> None:
     print(", ".join(f"{name}: {value:,}" for name, value in tokens.items()))
     print(f"the plain loop would take {each * n:.0f} CPU s for all {n}; factor {each * n / ours[0]:.2f}")
     print(f"{found!r}; largest difference of a loss {apart:.1e} nats; {torch.get_num_threads()} thread(s)")
-    save(table, RESULTS / ("knowledge.csv" if args.layers is None else "knowledge_some.csv"))
+    save(table, args.out / ("knowledge.csv" if args.layers is None else "knowledge_some.csv"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -210,16 +211,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     every = [*WEIGHTLESS, *SHAPES]  # in this order, so that no weights count towards the memory of the former
     parser.add_argument("--shapes", nargs="+", choices=every, default=every)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
     args = parser.parse_args()
     machine(PEER)  # the commit that is measured, whatever comes later
     warnings.filterwarnings("ignore", "Unwrapped parameters", module="torch_pruning")
     for name in sorted(args.shapes, key=every.index):
         if name in WEIGHTLESS:
-            save(discover_weightless(name, args.repeats), RESULTS / f"discover_{name}.csv", PEER)
+            save(discover_weightless(name, args.repeats), args.out / f"discover_{name}.csv", PEER)
             continue
         rows = compare(name, SHAPES[name], args.repeats, TOOLS)
         report(name, rows)
-        save(rows, RESULTS / f"discover_and_prune_{name}.csv", PEER)
+        save(rows, args.out / f"discover_and_prune_{name}.csv", PEER)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=["8x256", "12x768"])
     parser.add_argument("--alone", nargs=2, metavar=("SHAPE", "TOOL"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
     args = parser.parse_args()
     if args.alone:
         return alone(*args.alone)
@@ -142,7 +144,7 @@ def main() -> None:
         report(name, rows, peaks)
         save(
             [{**row, "peak_mb": round(peaks[row["tool"]] / 1e6, 1)} for row in rows],
-            RESULTS / f"taylor_{name}.csv",
+            args.out / f"taylor_{name}.csv",
             PEER,
         )
     return None
