@@ -3,6 +3,7 @@
 project = "prunekit"
 extensions = ["myst_nb"]
 html_theme = "furo"
+html_static_path = html_css_files = ["book.css"]  # beside this file
 html_title = "prunekit"
 html_copy_source = False
 html_show_copyright = False

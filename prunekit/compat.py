@@ -6,7 +6,7 @@ in every saved pickle of a module, so torch keeps them.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ INITIALISED = "_is_hf_initialized"  # attribute of a parameter: transformers lea
 TRANSPOSED_EXPERTS = "is_transposed"  # attribute of a module of stacked experts: whether they are (expert, in, out)
 LOSS_KEYWORDS = "model_accepts_loss_kwargs"  # of a Trainer: whether it divides the loss by the number of labels
 JOURNAL_KEY = "op_code"  # with which each line of optuna's journal begins
+CACHES = ("cache", "past_key_values", "cache_params")  # names of the KV cache: from transformers 5.24 on, and before
 
 
 def class_names(task: str) -> dict[str, Any]:
@@ -31,6 +32,11 @@ def class_names(task: str) -> dict[str, Any]:
 
     found: dict[str, Any] = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
     return found
+
+
+def cache_name(names: Container[str]) -> str | None:
+    """The name of the KV cache among a model's arguments or in what it returns, or None."""
+    return next((name for name in CACHES if name in names), None)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from prunekit.errors import PrunekitError
 from prunekit.lanes import Lane, Part, first_layer, layer_lanes
 from prunekit.plot_style import KIND_COLORS, axes_or_new, projected
 
-UNIT_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
+UNIT_COLORS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7")  # the first two differ in greyscale too
 PAPER, INK = "#ECECEC", "#666666"
 GAP = 0.16  # of the largest matrix, between two matrices
 

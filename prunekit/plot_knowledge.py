@@ -42,12 +42,16 @@ def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes 
     whole = table["kind"].isin(["block", "layer"])
     rows = table[at | whole]
     groups = rows["group"] if "group" in rows else [""] * len(rows)
+    kinds = rows["kind"].unique()
+    numbers = (
+        len(kinds) == 1 and kinds[0] != "block" and rows["layer"].notna().all()
+    )  # then they say all, and are larger
     names = [
-        f"{_layer(layer)}{_short(group, kind)}"
+        _layer(layer).strip() if numbers else f"{_layer(layer)}{_short(group, kind)}"
         for group, kind, layer in zip(groups, rows["kind"], rows["layer"], strict=True)
     ]
     ax = _changes(rows, names, ax, over=table)
-    ax.set_ylabel("layer and kind")
+    ax.set_ylabel(f"layer ({kinds[0]})" if numbers else "layer and kind")
     ax.set_title(f"What is lost with each group, {ratio:.0%} of it ablated", loc="left")
     return ax
 
@@ -183,7 +187,8 @@ def _heat(ax: Axes, grid: pd.DataFrame, most: float, label: str, *, worse: int |
     bar = ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
     step = 1 + (len(grid) - 1) // 32
-    size = "medium" if len(grid) <= 18 else "x-small"  # names stand where there is room
+    short = max(len(str(name)) for name in grid.index) <= 3
+    size = "medium" if len(grid) <= 18 else "small" if short else "x-small"  # names stand where there is room
     ax.set_yticks(range(0, len(grid), step), [str(name) for name in grid.index[::step]], fontsize=size)
     ax.set_xticks(range(grid.shape[1]), [_text(name) for name in grid.columns], rotation=25, ha="right")
     ax.tick_params(length=0)

@@ -21,6 +21,7 @@ from prunekit.plot_style import (
 )
 
 MOST = 20  # bars at most
+FEW = 12  # bars beside which a share has room in a large font
 WIDEST = 24  # letters of a token or choice in a label
 FALLS = {
     "answer": "fall of the answer's log-probability (nats)",
@@ -107,13 +108,14 @@ def plot_answers(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     colors = colors_of(models)
     ax = axes_or_new(ax)
     height = 0.8 / len(models)
+    size = "medium" if len(models) * len(choices) <= FEW else "small"  # shares of neighbours must not touch
     for number, name in enumerate(models):
         shares = table[table["model"] == name].groupby("choice", sort=False)["probability"].first().reindex(choices)
         places = np.arange(len(choices)) + (number - (len(models) - 1) / 2) * height
         ax.barh(places, shares.fillna(0), height, label=label_text(name), **_bars(colors[name], number))
         for place, share in zip(places, shares, strict=True):
             if not np.isnan(share):
-                ax.text(0.01 + share, place, f"{share:.1%}", va="center")
+                ax.text(0.01 + share, place, f"{share:.1%}", va="center", fontsize=size)
     ax.set_yticks(range(len(choices)), [label_text(choice) for choice in choices])
     ax.set(xlabel="probability", ylabel="choice", xlim=(0, 1.12), title="The answer")
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1])

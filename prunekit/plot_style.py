@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 
 from prunekit.errors import PrunekitError
 from prunekit.files import new_file, writing
@@ -58,6 +59,8 @@ SPARE_COLORS = ("#CC79A7", "#56B4E9", "#882255", "#117733", "#44AA99", "#661100"
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "++")
 LETTERS = 64  # of a legend above the axes
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Round black lines, which would be lost on dark bars.
+HALO: list[AbstractPathEffect] = [withStroke(linewidth=3.5, foreground="white")]
 FIGURE = (10, 5.625)  # inches: 1280 × 720 at 128 dots an inch
 P = ParamSpec("P")
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -22,6 +23,7 @@ from prunekit.plot_lab import plot_answers, plot_attention, plot_exciting, plot_
 from prunekit.plot_search import plot_front, plot_learning, plot_predictions, plot_spared
 from prunekit.plot_sparsity import plot_ffn_errors, plot_mask, plot_sparsity, plot_zeros
 from prunekit.plot_style import (
+    HALO,
     HATCHES,
     KIND_COLORS,
     MARKERS,
@@ -142,7 +144,9 @@ def draw_bars(ax: Axes, wide: pd.DataFrame, colors: Mapping[str, str], errors: p
         shift = (i - (wide.shape[1] - 1) / 2) * width
         own = {"label": name, "color": colors[name], "hatch": HATCHES[i % len(HATCHES)]}
         spread = None if errors is None else errors[name].to_numpy(float)
-        ax.bar(places + shift, wide[name].to_numpy(float), width, yerr=spread, **own, **style)
+        bars = ax.bar(places + shift, wide[name].to_numpy(float), width, yerr=spread, **own, **style)
+        for line in () if bars.errorbar is None else (*bars.errorbar.lines[1], *bars.errorbar.lines[2]):
+            line.set_path_effects(HALO)
     step = max(1, len(wide) // 16) if pd.api.types.is_numeric_dtype(wide.index) else 1
     ax.set_xticks(places[::step], [str(label) for label in wide.index[::step]])
     ax.grid(False, axis="x")
@@ -211,7 +215,8 @@ def plot_accuracy(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     draw_bars(ax, wide["accuracy"], colors_of(wide["accuracy"].columns), wide["stderr"])
     chance = table.groupby(group, sort=False)["chance"].mean().reindex(wide["accuracy"].index)
     places = np.arange(len(chance))
-    ax.hlines(chance, places - 0.46, places + 0.46, color="black", linestyle="--", linewidth=1.8, label="chance")
+    style: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.8, "path_effects": HALO}
+    ax.hlines(chance, places - 0.46, places + 0.46, label="chance", **style)
     ax.set(xlabel=group, ylabel="accuracy", ylim=(0, 1.04), title="Zero-shot accuracy (± standard error)")
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     if len(chance) > 6:
@@ -279,5 +284,8 @@ def plot_agreement(table: pd.DataFrame, *, x: str | None = None, y: str | None =
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set_aspect("equal")
-    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, markerscale=1.5)
+    legend = ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    for handle in legend.legend_handles:  # small points are hard to see there
+        if isinstance(handle, PathCollection):
+            handle.set(sizes=[60], alpha=1)
     return ax

@@ -1,5 +1,6 @@
 """Private names of other libraries: each test says what breaks where a release has changed one."""
 
+import inspect
 import json
 
 import peft
@@ -174,6 +175,16 @@ def test_lines_of_a_journal_begin_with_the_key(tmp_path):
     optuna.create_study(storage=optuna.storages.JournalStorage(backend))
     assert all(compat.JOURNAL_KEY in json.loads(line) for line in (tmp_path / "journal.log").read_text().splitlines())
     assert (tmp_path / "journal.log").read_text().startswith(f'{{"{compat.JOURNAL_KEY}"')
+
+
+def test_the_cache_has_one_of_the_known_names():
+    """Else decoding is timed without it, a patch goes by wrong positions, and its bytes count as none."""
+    model = FAMILIES["llama_gqa"].model()
+    output = model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=True)
+    name = compat.cache_name(output)
+    assert name == compat.cache_name(inspect.signature(model.forward).parameters)
+    assert output[name].get_seq_length() == 4
+    assert compat.cache_name({"input_ids": 1}) is None
 
 
 def test_an_empty_model_is_not_filled_with_random_numbers():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from evaluation_helpers import N_POSITIONS, gpt2, llama
 
+from prunekit.compat import cache_name
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import Cost, cost
 from prunekit.evaluation.footprint import LiveBytes, time_decode, time_prefill
@@ -82,7 +83,7 @@ def test_decoding_feeds_one_token_to_a_growing_cache(prompt):
     model, seen = llama(), []
 
     def note(module, args, kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(cache_name(kwargs) or "")
         seen.append((kwargs["input_ids"].shape[1], cache.get_seq_length() if cache is not None else 0))
 
     model.register_forward_pre_hook(note, with_kwargs=True)

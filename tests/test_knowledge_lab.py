@@ -1,5 +1,7 @@
 """The knowledge lab: what a question needs, sets of units ablated, attention, exciting tokens, models compared."""
 
+import inspect
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from test_knowledge import by_hand, unchanged, weights
 
 import prunekit as pk
 from prunekit import PrunekitError
+from prunekit.compat import cache_name
 from prunekit.evaluation.likelihood import Span
 from prunekit.evaluation.multiple_choice import question_spans
 from prunekit.importance.ablation import ablated
@@ -231,13 +234,13 @@ def test_patches_of_everything_are_the_other_prompt_up_to_the_residual_stream(sm
 def test_a_patch_goes_by_position_with_a_cache_too(small):
     """Token by token with a cache gives what one pass gives; tokens beyond the other prompt keep their own."""
     model, tokenizer, groups = small
-    ids = ids_of(tokenizer, "the cat sat on")
+    ids, name = ids_of(tokenizer, "the cat sat on"), cache_name(inspect.signature(model.forward).parameters)
     with pk.ablate(model, groups, some_units(groups), mode="patch", tokens=ids_of(tokenizer, "a dog")):
         whole, cache, steps = logits(model, ids), None, []
         with torch.no_grad():
             for place in range(ids.shape[1]):
-                out = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = model(input_ids=ids[:, place : place + 1], use_cache=True, **{name: cache})
+                cache = out[name]
                 steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
 

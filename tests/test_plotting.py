@@ -209,7 +209,7 @@ def test_agreement_is_of_ranks_inside_groups():
 
 def test_a_unit_has_one_colour_in_every_matrix_it_owns_a_part_of():
     ax = plot_coupled_group(two_groups(), 0, kinds=("kv_head",), units=(1,))
-    owned = {(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in patches_of(ax, "#D55E00")}
+    owned = {(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in patches_of(ax, "#E69F00")}
     weight_rows = {(0, 2, 6, 2), (0, 6, 6, 2)}
     assert weight_rows < owned
     assert len(owned) == 5, "two runs of rows in the matrix, two in its vector, one of columns in the reader"

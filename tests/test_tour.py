@@ -129,6 +129,7 @@ def test_one_failure_does_not_stop_the_others(tmp_path, write, capsys):
     told = capsys.readouterr()
     assert "01_bad.ipynb, cell 3: KeyError: 'gone'" in told.err and "FAILED" in told.out + told.err
     assert "raise KeyError" in told.err and "\x1b" not in told.err
+    assert "| 01_bad (failed) " in told.out and "| 02_good " in told.out and "peak MiB" in told.out
     assert not (tmp_path / "build/notebooks/01_bad.html").exists()
     assert (tmp_path / "build/notebooks/02_good.html").exists() and not (tmp_path / "build/summary.md").exists()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.account import LossChange
+from prunekit.annotations import readable
 from prunekit.errors import PrunekitError
 from prunekit.escaping import in_code, in_fence, in_markdown
 from prunekit.files import write_text
@@ -116,7 +117,8 @@ def _loss_parts(model: Any) -> list[str]:
 
 def _plan_parts(plan: PruningPlan) -> list[str]:
     plain = {name: value for name, value in plan.notes.items() if not isinstance(value, dict | list)}
-    facts = "\n".join(f"- {in_markdown(name)}: {in_markdown(value)}" for name, value in plain.items())
+    told = {name: readable(value) if isinstance(value, float) else value for name, value in plain.items()}
+    facts = "\n".join(f"- {in_markdown(name)}: {in_markdown(value)}" for name, value in told.items())
     shown = markdown_table(plan.summary_rows())
     return ["## The cut", *([facts] if facts else []), shown, "Which units stay: `plan.json`."]
 

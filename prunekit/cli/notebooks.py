@@ -182,12 +182,19 @@ def read_summary(path: Path, since: float = 0.0) -> dict[str, dict[str, float]]:
 def summary_table(summary: dict[str, dict[str, float]], outcomes: Sequence[Outcome]) -> str:
     """Markdown: one row a metric with a column a stage, then one row a notebook with what it took, and their sum."""
     measured = [(name, *(readable(summary[stage][name]) for stage in STAGES)) for name in summary["dense"]]
-    costs = [(o.name, o.seconds, o.cpu_seconds, o.peak_mb, o.n_words) for o in outcomes]
+    return "\n\n".join([_table([("", *STAGES), *measured]), costs_table(outcomes)]) + "\n"
+
+
+def costs_table(outcomes: Sequence[Outcome]) -> str:
+    """Markdown: one row a notebook with what it took, and their sum; those that failed are marked."""
+    costs = [
+        (o.name + " (failed)" * bool(o.problems), o.seconds, o.cpu_seconds, o.peak_mb, o.n_words) for o in outcomes
+    ]
     seconds, cpu_seconds, peaks, words = list(zip(*costs, strict=True))[1:]
     costs.append(("all (memory: the most)", sum(seconds), sum(cpu_seconds), max(peaks), sum(words)))
     rows = [(name, *(f"{value:,.0f}" for value in values)) for name, *values in costs]
     head = ("notebook", "seconds", "CPU seconds", "peak MiB", "words")
-    return "\n\n".join([_table([("", *STAGES), *measured]), _table([head, *rows])]) + "\n"
+    return _table([head, *rows])
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
@@ -229,7 +236,8 @@ def run_tour(paths: Sequence[Path], build: Path, jobs: int) -> int:
     outcomes = run_series(paths, build, jobs)
     problems = [problem for outcome in outcomes for problem in outcome.problems]
     if problems:
-        return _complain("\n\n".join(["these notebooks failed, so nothing is summed up", *problems]))
+        print(f"\n{costs_table(outcomes)}\n")
+        return _complain("\n\n".join(["these notebooks failed, so there is no summary.md", *problems]))
     try:
         table = summary_table(read_summary(build / "summary.json", began), outcomes)
     except PrunekitError as error:

@@ -1,6 +1,7 @@
 """Cost of running a model: parameters, multiply-accumulates, memory and latency."""
 
 import copy
+import inspect
 import time
 import weakref
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunekit.checks import PROCESS, Amount, Count, Model, NotNegative, check_fields, checked
-from prunekit.compat import TorchDispatchMode, storage_key, tree_leaves
+from prunekit.compat import TorchDispatchMode, cache_name, storage_key, tree_leaves
 from prunekit.errors import PrunekitError
 from prunekit.models import check_has_weights, count_parameters, device_of, evaluating, known_device, max_positions
 
@@ -251,16 +252,23 @@ def time_decode(model: nn.Module, ids: Tensor, repeats: int) -> Latency:
     limit = max_positions(model) or ids.shape[1] + WARM_UP + repeats
     prompt = ids[:, : max(1, limit - WARM_UP - repeats)]
     times: list[float] = []
-    cache, length = None, limit
+    cache, length, name = None, limit, cache_name(inspect.signature(model.forward).parameters)
     while len(times) < WARM_UP + repeats:
         if length >= limit:
-            cache, length = model(input_ids=prompt, use_cache=True).past_key_values, prompt.shape[1]
+            cache, length = cache_of(model, prompt), prompt.shape[1]
             if length >= limit:
                 raise PrunekitError(f"this model takes {limit} token(s): there is no next one to time")
-        step = partial(model, input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        step = partial(model, input_ids=ids[:, :1], use_cache=True, **({name: cache} if name else {}))
         times.append(timed(step, ids.device))
         length += 1
     return summarise(times)
+
+
+def cache_of(model: nn.Module, ids: Tensor) -> Any:
+    """The KV cache after a forward pass over ids (batch, seq); None where the model has none."""
+    output = model(input_ids=ids, use_cache=True)
+    name = cache_name(output)
+    return output[name] if name else None
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:

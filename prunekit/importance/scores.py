@@ -102,7 +102,7 @@ class Scores(dict[str, Tensor]):
         return f"Scores({self.label}; {len(self)} groups, {units:,} units)"
 
     def _repr_html_(self) -> str:
-        return f"{html_paragraph(self)}{self.summary().to_html()}"
+        return f"{html_paragraph(self)}{self.summary().to_html(float_format='{:.3g}'.format)}"
 
 
 def _checked(name: str, values: Tensor, kinds: Mapping[str, str]) -> Tensor:

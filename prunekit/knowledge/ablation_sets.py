@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from prunekit.calibration import check_tokens
 from prunekit.checks import Model, checked
+from prunekit.compat import cache_name
 from prunekit.discovery.groups import CoupledGroup, Member
 from prunekit.errors import PrunekitError
 from prunekit.importance.ablation import ablated
@@ -242,7 +243,7 @@ def _positions(args: tuple, kwargs: dict[str, Any]) -> Tensor:
         given: Tensor = kwargs["position_ids"]
         return given
     ids = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(cache_name(kwargs) or "")
     seen = int(cache.get_seq_length()) if cache is not None else 0
     return torch.arange(seen, seen + ids.shape[1])[None]
 

@@ -51,7 +51,7 @@ class Answers:
         return f"Answers({self.prompt!r} → {self.continuation!r}; {', '.join(rows)})"
 
     def _repr_html_(self) -> str:
-        said = f"<p>{escape(self.prompt)}<b>{escape(self.continuation)}</b></p>"
+        said = f"<p>{escape(self.prompt)} <b>{escape(self.continuation)}</b></p>"
         return f"{said}{self.table.to_html(index=False, float_format='{:.3f}'.format)}"
 
 

@@ -87,8 +87,10 @@ class MixtureLog:
         )
 
     def _repr_html_(self) -> str:
-        table = self.table().pivot(index="source", columns="round", values="gap").to_html() if self.rows else ""
-        return f"{html_paragraph(self)}{table}"
+        if not self.rows:
+            return html_paragraph(self)
+        gaps = self.table().pivot(index="source", columns="round", values="gap")
+        return f"{html_paragraph(self)}{gaps.to_html(float_format='{:.3f}'.format)}"
 
 
 @checked

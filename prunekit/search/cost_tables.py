@@ -13,7 +13,14 @@ from tqdm.auto import tqdm
 from prunekit.checks import Count, Model, Seed, check_choice, checked
 from prunekit.discovery import CoupledGroup, Groups
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.footprint import check_length, count_macs, random_tokens, time_decode, time_prefill
+from prunekit.evaluation.footprint import (
+    cache_of,
+    check_length,
+    count_macs,
+    random_tokens,
+    time_decode,
+    time_prefill,
+)
 from prunekit.models import evaluating
 from prunekit.pruning import prune
 from prunekit.pruning.budgets import WHOLE_KINDS
@@ -222,7 +229,7 @@ def _weight_bytes(model: nn.Module) -> float:
 def _cache_bytes(model: Any, *, context: int, batch_size: int) -> float:
     ids = random_tokens(model, 1, _SHORT)
     with evaluating(model), torch.no_grad():
-        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+        cache = cache_of(model, ids)
     layers = getattr(cache, "layers", ())
     found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     kept = [tensor for tensor in found if tensor is not None]
