@@ -464,4 +464,5 @@ def test_a_plan_names_what_it_cuts_and_takes_out():
         keep, {"h.0.mlp:ffn_channel#2": 3, "h.1:layer": 1, "h.2.mlp:block": 1, "wte:vocabulary": 2}, 9, 5
     )
     assert made.cut_groups("ffn_channel") == ["h.0.mlp:ffn_channel#2"] and not made.takes_tokens
+    assert made.cut_kinds == {"ffn_channel", "block", "layer"}
     assert made.removed_parts == ["h.1", "h.2.mlp"] and made.removed_layers == ["h.1"]

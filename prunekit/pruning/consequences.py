@@ -56,11 +56,10 @@ def consequences_of(model: nn.Module, before: Trace, groups: Groups, plan: Pruni
         PrunekitError: something that may not be cut would go, or all of a parameter.
     """
     doomed = np.zeros(before.graph.n_nodes, np.bool_)
-    for name in plan.keep:
-        removed = torch.tensor(plan.removed(name), dtype=torch.long)
+    for name, units in plan.gone.items():
         for m in groups[name].members:
             start, _ = before.offsets[m.parameter, m.dim]
-            doomed[start + m.index[removed].numpy()] = True
+            doomed[start + m.index[units].numpy()] = True
     dead = spread_death(before.graph, doomed)
     for labels, reason in before.graph.locks:
         if dead[labels.numpy()].any():

@@ -10,7 +10,6 @@ from prunekit.account import Opening, Sample, check_measure, closed, held_out_sa
 from prunekit.calibration import check_tokens
 from prunekit.checks import Network, check_choice, checked
 from prunekit.discovery import Groups
-from prunekit.discovery.groups import kind_in
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.partition import find_groups
 from prunekit.discovery.tracing import trace, uncollected
@@ -109,7 +108,7 @@ def prune(
     if compensate is not None:
         if inplace:
             raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")
-        if plan.removed_parts and all(kind_in(name) == "block" or not plan.removed(name) for name in plan.keep):
+        if plan.cut_kinds == {"block"}:
             raise PrunekitError(
                 "compensate= re-fits what reads pruned units, and makes up for whole layers; this plan takes whole "
                 "attention or FFN blocks alone, so leave it out"
