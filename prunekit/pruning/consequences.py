@@ -105,11 +105,11 @@ def apply_to(model: nn.Module, cut: Consequences) -> dict[str, str]:
         set_attribute(modules[key[0]], key, value)
     for selection in cut.selections:
         select(modules[selection.argument.path], selection)
-    cut_buffers(model, cut.buffers)
     for module in modules.values():
         _sync_layer(module)
     if cut.tokens:
         renumber_tokens(model, *cut.tokens)
+    cut_buffers(model, cut.buffers)
     return remove_elements(model, cut.gone)
 
 
