@@ -20,7 +20,6 @@ from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.configurations import renumber_tokens
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.proving import parameters_in
 from prunekit.pruning.removal import Keep, cut_buffers, remove_elements
 
 Bools = NDArray[np.bool_]
@@ -66,7 +65,7 @@ def consequences_of(model: nn.Module, before: Trace, groups: Groups, plan: Pruni
             raise PrunekitError(f"the plan removes what may not be cut: {reason}; keep at least one unit there")
     widths = solve(before, torch.from_numpy(dead))
     gone = emptied_elements(model, before, dead)
-    keep = _surviving_indices(before, dead, parameters_in(before, gone))
+    keep = _surviving_indices(before, dead, before.parameters_in(gone))
     kept = [(units, plan.n_units[name]) for name, units in plan.keep.items() if groups[name].kind == "vocabulary"]
     selections, buffers = find_selections(before, dead, model), find_buffers(before, dead)
     return Consequences(keep, widths, selections, buffers, dead, gone, kept[0] if kept else None)

@@ -42,11 +42,6 @@ class Change:
     moved: dict[str, str] = field(default_factory=dict)
 
 
-def parameters_in(before: Trace, paths: set[str]) -> frozenset[str]:
-    """Parameters of a traced model in these modules."""
-    return frozenset(name for name in before.shapes if any(name.startswith(f"{path}.") for path in paths))
-
-
 def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> None:
     """Trace the cut model and compare its partition with the old one restricted to the survivors.
 
@@ -238,7 +233,7 @@ def _proved(model: nn.Module, before: Trace, parts: list[Part], writers: set[str
     small = copied(model, {id(p): p for p in model.parameters()})
     moved = drop(small, parts, writers)
     nothing = np.zeros(before.graph.n_nodes, np.bool_)
-    gone = parameters_in(before, {part.path for part in parts})
+    gone = before.parameters_in({part.path for part in parts})
     verify(before, small, Change(nothing, gone, moved), exact=False)
     if cached:
         check_cache(small)

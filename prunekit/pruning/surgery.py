@@ -23,7 +23,7 @@ from prunekit.pruning.describing import describe
 from prunekit.pruning.gap_factors import rescale
 from prunekit.pruning.gaps import bridge
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.proving import Change, check_scales, parameters_in, try_without, verify
+from prunekit.pruning.proving import Change, check_scales, try_without, verify
 from prunekit.pruning.removal import copied, drop, fill, renamed, replace_parameters, without_weights
 
 
@@ -180,7 +180,7 @@ def _prove(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -
     skeleton = without_weights(model, cut.keep)
     moved = apply_to(skeleton, cut)
     exact = all(groups[name].exact for name in plan.keep)
-    verify(before, skeleton, Change(cut.dead, parameters_in(before, cut.gone), moved), exact=exact)
+    verify(before, skeleton, Change(cut.dead, before.parameters_in(cut.gone), moved), exact=exact)
     if exact and any(groups[name].kind == "head_dim" for name in plan.keep):
         check_scales(model, skeleton)
     return _Proof(groups, plan, cut, skeleton, moved)
