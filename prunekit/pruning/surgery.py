@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from prunekit.account import Opening, Sample, check_measure, closed, held_out_sample, opened, seen_sample
+from prunekit.account import check_measure, closed, opened
 from prunekit.calibration import check_tokens
 from prunekit.checks import Network, check_choice, checked
 from prunekit.discovery import Groups
@@ -124,9 +124,9 @@ def prune(
             f"gaps={gaps!r} makes up for whole layers that go, on the tokens of compensate=; give both, or leave it out"
         )
     check_measure(measure, held_out)
-    if held_out is not None:
-        check_tokens(held_out, model)
-    opening = _opened(model, plan, held_out, compensate) if measure else None
+    seen = {"the scores": plan.tokens, "the re-fit": compensate}
+    renumbered = "tokens went, and those that are left have new numbers" if plan.takes_tokens else None
+    opening = opened("prune", model, held_out, seen, renumbered) if measure else None
     pruned = _prune(model, plan, inplace)
     if compensate is not None and pruned.plan.keep:
         refit(*pruned, compensate, fit=fit)
@@ -141,19 +141,6 @@ def prune(
 def cut(model: nn.Module, plan: PruningPlan, *, inplace: bool = True) -> nn.Module:
     """The model cut by a plan, for models that are not kept: no loss is measured, no configuration written."""
     return _prune(model, plan, inplace).small
-
-
-def _opened(model: nn.Module, plan: PruningPlan, held_out: Tensor | None, compensate: Tensor | None) -> Opening:
-    """The loss before the cut."""
-    if held_out is not None:
-        sample: Sample | None = held_out_sample(held_out, model)
-    elif plan.tokens is not None:
-        sample = seen_sample(plan.tokens, "the scores")
-    else:
-        sample = seen_sample(compensate, "the re-fit")
-    if plan.takes_tokens:
-        return opened("prune", model, None, "tokens went, and those that are left have new numbers")
-    return opened("prune", model, sample)
 
 
 @uncollected()
