@@ -163,14 +163,11 @@ class PruningPlan:
         return cls.from_json(read_text(path, "PruningPlan.save"))
 
     def __repr__(self) -> str:
-        cut = sum(len(units) < self.n_units[name] for name, units in self.keep.items())
+        whole = f"; {self.notes['whole']}" if "whole" in self.notes else ""
         return (
             f"PruningPlan({self.pruning_ratio:.2%} of {self.n_parameters:,} parameters go; "
-            f"{cut} of {len(self.keep)} groups are cut{self._whole()})"
+            f"{len(self.gone)} of {len(self.keep)} groups are cut{whole})"
         )
-
-    def _whole(self) -> str:
-        return f"; {self.notes['whole']}" if "whole" in self.notes else ""
 
     def _repr_html_(self) -> str:
         table = self.table().pivot_table(index="layer", columns="kind", values="kept_fraction", dropna=False)
