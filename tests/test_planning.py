@@ -403,6 +403,7 @@ def test_groups_of_one_kind_may_share_rows_whatever_number_stands_behind_their_n
     group = GROUPS_GQA.of_kind("ffn_channel")[0]
     twin = replace(group, name=f"{group.name}#2")
     groups = replace(GROUPS_GQA, items=(group, twin))
+    assert groups.layers == [group.layer]
     assert candidates_of(groups, random_scores(groups), groups, ()) == [group, twin]
     other = replace(group, name="other", kind="kv_head")
     with pytest.raises(PrunekitError, match="cut the same rows"):

@@ -118,7 +118,7 @@ def candidates_of(
     Raises:
         PrunekitError: layers that the model does not have, scores that cannot be, or kinds that cut the same rows.
     """
-    layers = sorted({g.layer for g in groups if g.layer is not None})
+    layers = groups.layers
     for layer in protected:
         if isinstance(layer, bool) or layer not in layers:
             span = f"layers {layers[0]} to {layers[-1]}; name some of those" if layers else "no numbered layers"
