@@ -1,6 +1,7 @@
 """The change of a model's loss by a step (`LossChange`), with a warning if the loss rises by much."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -151,16 +152,6 @@ def few(tokens: Tensor) -> Tensor:
     return tokens[: max(1, MOST_TOKENS // max(tokens.shape[1], 1))].detach().clone()
 
 
-def held_out_sample(tokens: Any, model: nn.Module) -> Sample:
-    """Tokens given as `held_out`, checked.
-
-    Raises:
-        PrunekitError: no integers (n, seq_len) that the model can read.
-    """
-    chosen = few(check_tokens(tokens, model))
-    return Sample(chosen, f"{_counted(len(chosen), 'held-out window')} of {chosen.shape[1]} tokens")
-
-
 def check_measure(measure: bool, held_out: Any) -> None:
     """Raise an error for tokens to measure on where nothing is measured.
 
@@ -173,26 +164,45 @@ def check_measure(measure: bool, held_out: Any) -> None:
         )
 
 
-def seen_sample(tokens: Tensor | None, by: str) -> Sample | None:
-    """Calibration windows as a fallback, labelled as such."""
-    if tokens is None:
-        return None
-    chosen = few(tokens)
-    return Sample(chosen, f"{_counted(len(chosen), 'window')} of {chosen.shape[1]} tokens that {by} saw (not held out)")
+def opened(
+    step: str, model: nn.Module, held_out: Tensor | None, seen: Mapping[str, Tensor | None], why: str | None = None
+) -> Opening:
+    """Measure a model before a step; an error of the measurement is recorded and does not stop the step.
 
+    Args:
+        step: that is to come.
+        model: before it.
+        held_out: integers (n, seq_len) to measure on; None takes the first windows of what is seen.
+        seen: who sees tokens → which; the first that are not None count.
+        why: nothing can be measured after the step; None measures.
 
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
-
-
-def opened(step: str, model: nn.Module, sample: Sample | None, why: str = HOW) -> Opening:
-    """Measure a model before a step; an error is recorded and does not stop the step."""
-    if sample is None:
-        return Opening(step, None, None, why)
+    Raises:
+        PrunekitError: `held_out` is no integers (n, seq_len) that the model can read.
+    """
+    sample = _sample(model, held_out, seen)
+    if sample is None or why is not None:
+        return Opening(step, None, None, why or HOW)
     try:
         return Opening(step, sample, loss_on(model, sample.tokens))
     except Exception as error:  # any error of a forward pass: the measurement is secondary
         return Opening(step, None, None, _failed(error))
+
+
+def _sample(model: nn.Module, held_out: Tensor | None, seen: Mapping[str, Tensor | None]) -> Sample | None:
+    """Held-out windows where they are given, otherwise windows that were seen, described as such."""
+    if held_out is not None:
+        chosen = few(check_tokens(held_out, model))
+        return Sample(chosen, f"{_counted(len(chosen), 'held-out window')} of {chosen.shape[1]} tokens")
+    for by, tokens in seen.items():
+        if tokens is not None:
+            chosen = few(tokens)
+            told = f"{_counted(len(chosen), 'window')} of {chosen.shape[1]} tokens that {by} saw (not held out)"
+            return Sample(chosen, told)
+    return None
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def set_aside(model: Any) -> None:

@@ -37,6 +37,11 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def is_texts(value: object) -> bool:
+    """Whether a value is a list or tuple of texts, and not empty."""
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(text, str) for text in value)
+
+
 def is_real(value: object) -> bool:
     """Whether a value is a finite number and not a Boolean."""
     if not isinstance(value, Real) or isinstance(value, bool):

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunekit.annotations import shown
+from prunekit.annotations import is_texts, shown
 from prunekit.errors import PrunekitError
 from prunekit.file_records import FORMATS, records_in
 from prunekit.text import TextWithReplies, answered, written_chat
@@ -202,24 +202,19 @@ def _documents_in(record: Any, tokenizer: Any, at: str) -> tuple[str, Sequence[D
     if isinstance(record, Mapping):
         if "input_ids" in record:
             return "input_ids", _token_rows(record["input_ids"], record.get("attention_mask"), at)
-        if _is_texts(record.get("text")):
+        if is_texts(record.get("text")):  # a batch, as a DataLoader makes it
             return "text", record["text"]
         columns, found = _text_of(record, tokenizer, at)
         if found is not None:
             return columns, [found]
     elif isinstance(record, list | tuple) and record and isinstance(record[0], Mapping):
         return _documents_in({"messages": record}, tokenizer, at)
-    elif _is_texts(record):
+    elif is_texts(record):
         return "", record
     elif isinstance(record, Tensor | np.ndarray | list | tuple):
         return "", _token_rows(record, None, at)
     fields = f"a record with {', '.join(map(str, record))}" if isinstance(record, Mapping) else shown(record, 80)
     raise PrunekitError(f"{at}no text in {fields}; give {_ACCEPTED}")
-
-
-def _is_texts(value: object) -> bool:
-    """Whether a value is a batch of texts, as a DataLoader makes of them."""
-    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(text, str) for text in value)
 
 
 def _token_rows(ids: Any, mask: Any, at: str) -> list[Tensor]:

@@ -100,15 +100,9 @@ def first_layer(groups: Groups) -> int:
     Raises:
         PrunekitError: no layer has groups.
     """
-    layers = layers_of(groups)
-    if not layers:
+    if not groups.layers:
         raise PrunekitError(f"{groups!r} has no groups in numbered layers; groups.locked says why")
-    return layers[0]
-
-
-def layers_of(groups: Groups) -> list[int]:
-    """Ascending numbers of the layers that have groups."""
-    return sorted({group.layer for group in groups if group.layer is not None})
+    return groups.layers[0]
 
 
 def layer_lanes(groups: Groups, layer: int, kinds: Sequence[str]) -> list[Lane]:
@@ -117,8 +111,8 @@ def layer_lanes(groups: Groups, layer: int, kinds: Sequence[str]) -> list[Lane]:
     Raises:
         PrunekitError: the layer has none of these kinds.
     """
-    if layer not in layers_of(groups):
-        raise PrunekitError(f"layer {layer} has no groups; layers {layers_of(groups)} have")
+    if layer not in groups.layers:
+        raise PrunekitError(f"layer {layer} has no groups; layers {groups.layers} have")
     chosen: dict[tuple[str, int, bool, str], list[CoupledGroup]] = {}
     for group in sorted(groups, key=lambda group: (group.layer is None, group.kind in WHOLE_KINDS)):
         if group.layer in (layer, None) and group.kind in kinds:

@@ -71,7 +71,7 @@ def plot_coupled_group(
     """
     chosen = [group for group in groups if group.layer == layer and group.kind in kinds]
     check_units(groups, chosen, layer, kinds, units)
-    shown = {group.name: list(units) if units is not None else two_units(group) for group in chosen}
+    shown = {g.name: sorted({g.n_units // 4, g.n_units * 5 // 8}) if units is None else list(units) for g in chosen}
     ax = axes_or_new(ax)
     top = 0.0
     largest = max(max(matrix_shape(groups.shapes[m.parameter])) for group in chosen for m in group.members)
@@ -105,11 +105,6 @@ def check_units(
             f"units={list(units)}; give 1 to {len(UNIT_COLORS)} numbers from 0 to {smallest.n_units - 1}, "
             f"which {smallest.name} has too"
         )
-
-
-def two_units(group: CoupledGroup) -> list[int]:
-    """A unit in the first half of a group and one in the second, where it has two."""
-    return sorted({group.n_units // 4, group.n_units * 5 // 8})
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

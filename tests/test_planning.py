@@ -403,6 +403,7 @@ def test_groups_of_one_kind_may_share_rows_whatever_number_stands_behind_their_n
     group = GROUPS_GQA.of_kind("ffn_channel")[0]
     twin = replace(group, name=f"{group.name}#2")
     groups = replace(GROUPS_GQA, items=(group, twin))
+    assert groups.layers == [group.layer]
     assert candidates_of(groups, random_scores(groups), groups, ()) == [group, twin]
     other = replace(group, name="other", kind="kv_head")
     with pytest.raises(PrunekitError, match="cut the same rows"):
@@ -464,4 +465,5 @@ def test_a_plan_names_what_it_cuts_and_takes_out():
         keep, {"h.0.mlp:ffn_channel#2": 3, "h.1:layer": 1, "h.2.mlp:block": 1, "wte:vocabulary": 2}, 9, 5
     )
     assert made.cut_groups("ffn_channel") == ["h.0.mlp:ffn_channel#2"] and not made.takes_tokens
+    assert made.cut_kinds == {"ffn_channel", "block", "layer"}
     assert made.removed_parts == ["h.1", "h.2.mlp"] and made.removed_layers == ["h.1"]

@@ -142,6 +142,11 @@ class Groups(Sequence[CoupledGroup]):
         """Parameters of the whole model, tied ones counted once."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @property
+    def layers(self) -> list[int]:
+        """Ascending numbers of the layers that have groups."""
+        return sorted({group.layer for group in self.items if group.layer is not None})
+
     def of_kind(self, *kinds: str) -> tuple[CoupledGroup, ...]:
         """The groups of these kinds, in order."""
         return tuple(group for group in self.items if group.kind in kinds)

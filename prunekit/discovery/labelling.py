@@ -50,6 +50,10 @@ class Trace:
     buffers: dict[str, tuple[int, torch.Size]] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
 
+    def parameters_in(self, paths: set[str]) -> frozenset[str]:
+        """Parameters of these modules."""
+        return frozenset(name for name in self.shapes if any(name.startswith(f"{path}.") for path in paths))
+
 
 class LabelMode(TorchDispatchMode):
     """Runs every operation on the tensors and its rule on their labels."""

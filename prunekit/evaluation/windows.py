@@ -67,15 +67,15 @@ def read_spans(
     return TextSpans(spans, window, first is not None)
 
 
-def read_texts(source: TextSource, protocol: str, separator: str | None, tokenizer: Any = None) -> list[Document]:
-    """The documents to score one by one, texts or token ids: the whole as one, or each; chats in their template.
+def whole_text(source: TextSource, tokenizer: Any) -> Document:
+    """All that is to be scored as one text, or as token ids; chats in their template.
 
     `"world"` is the embedded world's held-out text, not the documents that its model was trained on.
 
     Raises:
         PrunekitError: what `documents_of` raises, or texts and token ids in one source.
     """
-    return _read(source, protocol, separator, tokenizer)[1]
+    return _read(source, "windows", None, tokenizer)[1][0]
 
 
 def _read(source: TextSource, protocol: str, separator: str | None, tokenizer: Any) -> tuple[Reading, list[Document]]:

@@ -15,7 +15,7 @@ from prunekit.discovery.groups import CoupledGroup
 from prunekit.documents import TextSource
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import check_tokens_fit
-from prunekit.evaluation.windows import read_texts
+from prunekit.evaluation.windows import whole_text
 from prunekit.importance.input_statistics import Reader, linear_readers
 from prunekit.knowledge.ablation_sets import CONSUMED, changing_input, check_units, consumed
 from prunekit.knowledge.measurement import check_groups
@@ -169,7 +169,7 @@ def _windows(model: nn.Module, tokenizer: Any, text: Tensor | TextSource) -> lis
         rows: list[list[int]] = check_tokens(text, model).tolist()
         return rows
     first = leading_bos(tokenizer)
-    stream = tokenize(read_texts(text, "windows", None, tokenizer), tokenizer, bos=first)
+    stream = tokenize([whole_text(text, tokenizer)], tokenizer, bos=first)
     check_tokens_fit(model, int(stream.max()))
     width = text_width(min(WINDOW, max_positions(model) or WINDOW), first)
     return [begin_windows(part, first).tolist() for part in stream.split(width)]

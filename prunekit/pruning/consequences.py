@@ -20,7 +20,6 @@ from prunekit.discovery.tracing import trace
 from prunekit.errors import PrunekitError
 from prunekit.pruning.configurations import renumber_tokens
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.proving import parameters_in
 from prunekit.pruning.removal import Keep, cut_buffers, remove_elements
 
 Bools = NDArray[np.bool_]
@@ -56,18 +55,17 @@ def consequences_of(model: nn.Module, before: Trace, groups: Groups, plan: Pruni
         PrunekitError: something that may not be cut would go, or all of a parameter.
     """
     doomed = np.zeros(before.graph.n_nodes, np.bool_)
-    for name in plan.keep:
-        removed = torch.tensor(plan.removed(name), dtype=torch.long)
+    for name, units in plan.gone.items():
         for m in groups[name].members:
             start, _ = before.offsets[m.parameter, m.dim]
-            doomed[start + m.index[removed].numpy()] = True
+            doomed[start + m.index[units].numpy()] = True
     dead = spread_death(before.graph, doomed)
     for labels, reason in before.graph.locks:
         if dead[labels.numpy()].any():
             raise PrunekitError(f"the plan removes what may not be cut: {reason}; keep at least one unit there")
     widths = solve(before, torch.from_numpy(dead))
     gone = emptied_elements(model, before, dead)
-    keep = _surviving_indices(before, dead, parameters_in(before, gone))
+    keep = _surviving_indices(before, dead, before.parameters_in(gone))
     kept = [(units, plan.n_units[name]) for name, units in plan.keep.items() if groups[name].kind == "vocabulary"]
     selections, buffers = find_selections(before, dead, model), find_buffers(before, dead)
     return Consequences(keep, widths, selections, buffers, dead, gone, kept[0] if kept else None)
@@ -106,11 +104,11 @@ def apply_to(model: nn.Module, cut: Consequences) -> dict[str, str]:
         set_attribute(modules[key[0]], key, value)
     for selection in cut.selections:
         select(modules[selection.argument.path], selection)
-    cut_buffers(model, cut.buffers)
     for module in modules.values():
         _sync_layer(module)
     if cut.tokens:
         renumber_tokens(model, *cut.tokens)
+    cut_buffers(model, cut.buffers)
     return remove_elements(model, cut.gone)
 
 

@@ -60,7 +60,7 @@ def rescale(small: nn.Module, model: nn.Module, plan: PruningPlan, calib: Tensor
     tokens = check_tokens(calib, model)
     learnt, held = split_windows(tokens)
     places, order, writers = counterparts(small, model, plan), outermost_elements(small), _writers(small)
-    spans, narrows = spans_of(model, plan), bool(plan.cut_groups("hidden"))
+    spans, narrows = spans_of(model, plan), "hidden" in plan.cut_kinds
     front = {last: before for before, last in spans if before is not None and not narrows}
     behind = {last: order[order.index(places[path]) + 1 :] for last, path in front.items()}
     if not _takes_factors(small, writers, {path for paths in behind.values() for path in paths}, tokens[:1]):

@@ -103,7 +103,7 @@ def gaps_of(model: nn.Module, plan: PruningPlan, window: Tensor) -> tuple[list[G
     """
     found: list[Gap] = []
     left: list[str] = []
-    narrows = bool(plan.cut_groups("hidden"))
+    narrows = "hidden" in plan.cut_kinds
     for before, last in spans_of(model, plan):
         writer = None if before is None or narrows else _writer(model, before, window)
         if before is None or writer is None:

@@ -62,16 +62,23 @@ def check_options(
     for kind in round_to if isinstance(round_to, Mapping) else ():
         check_choice("round_to: kind", kind, KINDS)
     check_choice("of", of, ("parameters", "units"))
-    chosen = DEFAULT_KINDS if kinds is None else tuple(kinds)
+    shares = pruning_ratio if isinstance(pruning_ratio, Mapping) else {}
+    chosen = tuple(shares or DEFAULT_KINDS) if kinds is None else tuple(kinds)
     if not chosen:
         raise PrunekitError(f"kinds is empty; give at least one of {', '.join(KINDS)}")
-    shares = pruning_ratio if isinstance(pruning_ratio, Mapping) else {}
     for kind in (*chosen, *shares):
         check_choice("kind", kind, KINDS)
     if not isinstance(pruning_ratio, Mapping):
         return dict.fromkeys(chosen, pruning_ratio)
     if of != "units":
         raise PrunekitError(f"pruning_ratio={dict(shares)} by kind is only allowed with of='units'; give one number")
+    if not shares:
+        raise PrunekitError("pruning_ratio={} names no kind; give a share for each, such as {'ffn_channel': 0.25}")
+    for kind in {*chosen} ^ {*shares}:
+        has, lacks = ("kinds", "pruning_ratio") if kind in chosen else ("pruning_ratio", "kinds")
+        raise PrunekitError(
+            f"{has} names {kind!r}, and {lacks} does not; name the same kinds in both, or leave out kinds"
+        )
     return dict(shares)
 
 
@@ -111,7 +118,7 @@ def candidates_of(
     Raises:
         PrunekitError: layers that the model does not have, scores that cannot be, or kinds that cut the same rows.
     """
-    layers = sorted({g.layer for g in groups if g.layer is not None})
+    layers = groups.layers
     for layer in protected:
         if isinstance(layer, bool) or layer not in layers:
             span = f"layers {layers[0]} to {layers[-1]}; name some of those" if layers else "no numbered layers"
@@ -146,21 +153,6 @@ def check_scores(g: CoupledGroup, scores: Mapping[str, Tensor]) -> None:
         raise PrunekitError(
             f"scores of {g.name!r} must be {g.n_units} finite numbers; got shape {tuple(found.shape)}, "
             f"{int((~found.isfinite()).sum())} of them not finite; score the groups of this model again"
-        )
-
-
-def check_shares(kinds: Collection[str], shares: Mapping[str, float]) -> None:
-    """Raise an error where kinds and a ratio by kind name different ones, or no kind at all is named.
-
-    Raises:
-        PrunekitError: names a kind that only one of the two names.
-    """
-    if not shares:
-        raise PrunekitError("pruning_ratio={} names no kind; give a share for each, such as {'ffn_channel': 0.25}")
-    for kind in {*kinds} ^ {*shares}:
-        has, lacks = ("kinds", "pruning_ratio") if kind in kinds else ("pruning_ratio", "kinds")
-        raise PrunekitError(
-            f"{has} names {kind!r}, and {lacks} does not; name the same kinds in both, or leave out kinds"
         )
 
 

@@ -23,7 +23,6 @@ from prunekit.pruning.plan_options import (
     check_options,
     check_outcome,
     check_rounding,
-    check_shares,
     default_units,
     limits_of,
 )
@@ -82,8 +81,6 @@ def plan(
     """
     named, protected = None if kinds is None else tuple(kinds), tuple(protect_layers)
     fractions = check_options(pruning_ratio, of=of, ranking=ranking, kinds=named, round_to=round_to)
-    if isinstance(pruning_ratio, Mapping):
-        check_shares(pruning_ratio if named is None else named, pruning_ratio)
     if ranking is None:
         ranking = getattr(scores, "ranking", "local") if of == "parameters" else "local"
     if named is None and not isinstance(pruning_ratio, Mapping):

@@ -69,13 +69,17 @@ class PruningPlan:
 
     def cut_groups(self, kind: str) -> list[str]:
         """Names of the groups of a kind that lose units."""
-        cut = (name for name, units in self.keep.items() if len(units) < self.n_units[name])
-        return [name for name in cut if kind_in(name) == kind]
+        return [name for name in self.gone if kind_in(name) == kind]
+
+    @property
+    def cut_kinds(self) -> set[str]:
+        """Kinds of the groups that lose units."""
+        return {kind_in(name) for name in self.gone}
 
     @property
     def takes_tokens(self) -> bool:
         """Whether tokens are removed, so that the remaining ones have new ids."""
-        return bool(self.cut_groups("vocabulary"))
+        return "vocabulary" in self.cut_kinds
 
     @property
     def removed_parts(self) -> list[str]:
@@ -159,14 +163,11 @@ class PruningPlan:
         return cls.from_json(read_text(path, "PruningPlan.save"))
 
     def __repr__(self) -> str:
-        cut = sum(len(units) < self.n_units[name] for name, units in self.keep.items())
+        whole = f"; {self.notes['whole']}" if "whole" in self.notes else ""
         return (
             f"PruningPlan({self.pruning_ratio:.2%} of {self.n_parameters:,} parameters go; "
-            f"{cut} of {len(self.keep)} groups are cut{self._whole()})"
+            f"{len(self.gone)} of {len(self.keep)} groups are cut{whole})"
         )
-
-    def _whole(self) -> str:
-        return f"; {self.notes['whole']}" if "whole" in self.notes else ""
 
     def _repr_html_(self) -> str:
         table = self.table().pivot_table(index="layer", columns="kind", values="kept_fraction", dropna=False)

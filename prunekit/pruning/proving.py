@@ -42,11 +42,6 @@ class Change:
     moved: dict[str, str] = field(default_factory=dict)
 
 
-def parameters_in(before: Trace, paths: set[str]) -> frozenset[str]:
-    """Parameters of a traced model in these modules."""
-    return frozenset(name for name in before.shapes if any(name.startswith(f"{path}.") for path in paths))
-
-
 def verify(before: Trace, small: nn.Module, change: Change, *, exact: bool) -> None:
     """Trace the cut model and compare its partition with the old one restricted to the survivors.
 
@@ -98,18 +93,6 @@ def check_scales(model: nn.Module, small: nn.Module) -> None:
         PrunekitError: it does.
     """
     _compare_scalars(*(trace(m, written_out=False) for m in (model, small)))
-
-
-def check_cache(small: nn.Module) -> None:
-    """A model that ran with a cache must do so without some of its layers, such as all that have attention.
-
-    Raises:
-        PrunekitError: it does not.
-    """
-    try:
-        find_writers(small, set())
-    except PrunekitError as error:
-        raise _refusal(f"without the layers or blocks that go, {error}") from error
 
 
 def _compare_scalars(before: Trace, after: Trace) -> None:
@@ -238,8 +221,11 @@ def _proved(model: nn.Module, before: Trace, parts: list[Part], writers: set[str
     small = copied(model, {id(p): p for p in model.parameters()})
     moved = drop(small, parts, writers)
     nothing = np.zeros(before.graph.n_nodes, np.bool_)
-    gone = parameters_in(before, {part.path for part in parts})
+    gone = before.parameters_in({part.path for part in parts})
     verify(before, small, Change(nothing, gone, moved), exact=False)
-    if cached:
-        check_cache(small)
+    if cached:  # then it must run with a cache without these parts too, such as all that have attention
+        try:
+            find_writers(small, set())
+        except PrunekitError as error:
+            raise _refusal(f"without the layers or blocks that go, {error}") from error
     return Trial(small, moved, writers)

@@ -6,11 +6,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from prunekit.account import Opening, Sample, check_measure, closed, held_out_sample, opened, seen_sample
+from prunekit.account import check_measure, closed, opened
 from prunekit.calibration import check_tokens
 from prunekit.checks import Network, check_choice, checked
 from prunekit.discovery import Groups
-from prunekit.discovery.groups import kind_in
 from prunekit.discovery.labelling import Trace
 from prunekit.discovery.partition import find_groups
 from prunekit.discovery.tracing import trace, uncollected
@@ -24,7 +23,7 @@ from prunekit.pruning.describing import describe
 from prunekit.pruning.gap_factors import rescale
 from prunekit.pruning.gaps import bridge
 from prunekit.pruning.plans import PruningPlan
-from prunekit.pruning.proving import Change, check_scales, parameters_in, try_without, verify
+from prunekit.pruning.proving import Change, check_scales, try_without, verify
 from prunekit.pruning.removal import copied, drop, fill, renamed, replace_parameters, without_weights
 
 
@@ -109,7 +108,7 @@ def prune(
     if compensate is not None:
         if inplace:
             raise PrunekitError("compensate= reads the dense model beside the cut one; leave out inplace=True")
-        if plan.removed_parts and all(kind_in(name) == "block" or not plan.removed(name) for name in plan.keep):
+        if plan.cut_kinds == {"block"}:
             raise PrunekitError(
                 "compensate= re-fits what reads pruned units, and makes up for whole layers; this plan takes whole "
                 "attention or FFN blocks alone, so leave it out"
@@ -125,9 +124,9 @@ def prune(
             f"gaps={gaps!r} makes up for whole layers that go, on the tokens of compensate=; give both, or leave it out"
         )
     check_measure(measure, held_out)
-    if held_out is not None:
-        check_tokens(held_out, model)
-    opening = _opened(model, plan, held_out, compensate) if measure else None
+    seen = {"the scores": plan.tokens, "the re-fit": compensate}
+    renumbered = "tokens went, and those that are left have new numbers" if plan.takes_tokens else None
+    opening = opened("prune", model, held_out, seen, renumbered) if measure else None
     pruned = _prune(model, plan, inplace)
     if compensate is not None and pruned.plan.keep:
         refit(*pruned, compensate, fit=fit)
@@ -142,19 +141,6 @@ def prune(
 def cut(model: nn.Module, plan: PruningPlan, *, inplace: bool = True) -> nn.Module:
     """The model cut by a plan, for models that are not kept: no loss is measured, no configuration written."""
     return _prune(model, plan, inplace).small
-
-
-def _opened(model: nn.Module, plan: PruningPlan, held_out: Tensor | None, compensate: Tensor | None) -> Opening:
-    """The loss before the cut."""
-    if held_out is not None:
-        sample: Sample | None = held_out_sample(held_out, model)
-    elif plan.tokens is not None:
-        sample = seen_sample(plan.tokens, "the scores")
-    else:
-        sample = seen_sample(compensate, "the re-fit")
-    if plan.takes_tokens:
-        return opened("prune", model, None, "tokens went, and those that are left have new numbers")
-    return opened("prune", model, sample)
 
 
 @uncollected()
@@ -181,7 +167,7 @@ def _prove(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -
     skeleton = without_weights(model, cut.keep)
     moved = apply_to(skeleton, cut)
     exact = all(groups[name].exact for name in plan.keep)
-    verify(before, skeleton, Change(cut.dead, parameters_in(before, cut.gone), moved), exact=exact)
+    verify(before, skeleton, Change(cut.dead, before.parameters_in(cut.gone), moved), exact=exact)
     if exact and any(groups[name].kind == "head_dim" for name in plan.keep):
         check_scales(model, skeleton)
     return _Proof(groups, plan, cut, skeleton, moved)

@@ -98,8 +98,7 @@ def llm_pruner(
         )
     groups = discover(model)
     if modern:
-        importance, ranking = Curvature(), "global"
-        layers = {group.layer for group in groups if group.layer is not None}
+        importance, layers, ranking = Curvature(), groups.layers, "global"
     if mode == "layer":
         chosen = _first_layers(groups, pruning_ratio)
     else:
@@ -136,7 +135,7 @@ def spared_layers(groups: Groups, layers: Iterable[int] | None) -> list[int]:
     Raises:
         PrunekitError: layers that the model does not have.
     """
-    every = sorted({group.layer for group in groups if group.layer is not None})
+    every = groups.layers
     chosen = {every[i] for i in middle_layers(len(every))} if layers is None else set(layers)
     if unknown := chosen - set(every):
         raise PrunekitError(

@@ -213,7 +213,7 @@ def _channels(teacher: Any, plan: PruningPlan | None) -> Tensor:
     """The channels of the teacher's residual stream that a plan keeps."""
     embedding = teacher.get_input_embeddings().weight
     groups = None if plan is None else groups_of(plan, teacher, "give the one by which the teacher was cut")
-    if plan is None or groups is None or not plan.cut_groups("hidden"):
+    if plan is None or groups is None or "hidden" not in plan.cut_kinds:
         return torch.arange(embedding.shape[1])
     names = [name for name, p in teacher.named_parameters() if p is embedding]
     for cut in plan.cut_groups("hidden"):

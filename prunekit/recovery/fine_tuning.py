@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample, set_aside
+from prunekit.account import check_measure, closed, opened, set_aside
 from prunekit.calibration import check_finite
 from prunekit.checks import FilePath, Length, Model, Tokenizer, checked
 from prunekit.digests import digest_of
@@ -114,10 +114,9 @@ def recover(
         logger.warning(remark)
     if folder is not None:  # a number of steps is what tells whether a checkpoint is the last
         how = replace(how, max_steps=how.n_steps(len(windows)))
-    sample = seen_sample(windows.tokens, "the training") if held_out is None else held_out_sample(held_out, model)
+    opening = opened("recover", model, held_out, {"the training": windows.tokens}) if measure else None
     objective = method.objective(windows, model) if isinstance(method, Distillation) else None
     digest = "" if folder is None else _digest(model, windows, method, keep)
-    opening = opened("recover", model, sample) if measure else None
     changed: Any = model if inplace else copy.deepcopy(model)
     prepared: Any = _adapted(changed, how, keep) if isinstance(how, LoRA) else _unfrozen(changed, keep)
     with seeded(how.seed), flags_kept(changed), prepared as trained:

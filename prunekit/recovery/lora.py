@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.annotations import Rule, is_integer
+from prunekit.annotations import Rule, is_integer, is_texts
 from prunekit.checks import Count, Epochs, Length, NotNegative, Positive, Seed, Share
 from prunekit.discovery.parts import uses_of
 from prunekit.errors import PrunekitError
@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Rank = Annotated[int, Rule(lambda value: is_integer(value) and 1 <= value <= 2**16, "an integer from 1 to 2**16")]
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(name, str) for name in value)
-
-
-Targets = Annotated[tuple[str, ...], Rule(_is_names, "names of modules, such as ('q_proj', 'v_proj')")]
+Targets = Annotated[tuple[str, ...], Rule(is_texts, "names of modules, such as ('q_proj', 'v_proj')")]
 
 
 @dataclass(frozen=True)

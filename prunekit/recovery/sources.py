@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunekit.calibration import check_tokens
-from prunekit.checks import check_choice
 from prunekit.documents import TextSource, is_stream
 from prunekit.errors import PrunekitError
 from prunekit.recovery.data import IGNORED, TrainingWindows, TrainOn, labelled_documents, windows_of
@@ -96,7 +95,6 @@ def open_sources(
     lengths = {data.shape[-1] if isinstance(data, Tensor) and data.ndim == 2 else None for data in sources.values()}
     alike = next(iter(lengths)) if len(lengths) == 1 else None
     bos = None if alike or tokenizer is None else leading_bos(tokenizer)
-    check_choice("train_on", train_on, get_args(TrainOn))
     length, found = alike or seq_len, []
     for name, data in sources.items():
         try:

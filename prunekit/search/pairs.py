@@ -18,7 +18,7 @@ from prunekit.evaluation.language_modelling import perplexity
 from prunekit.evaluation.multiple_choice import zero_shot
 from prunekit.evaluation.report import unbeaten, world_default
 from prunekit.evaluation.standard_tasks import Tasks, named_tasks
-from prunekit.evaluation.windows import read_texts
+from prunekit.evaluation.windows import whole_text
 from prunekit.questions import Task
 from prunekit.search.hyperparameters import Range
 from prunekit.search.space import Point, Space
@@ -87,7 +87,7 @@ def metric_of(metric: str | Metric, tokenizer: Any, text: TextSource | None, tas
         return metric
     if metric == "perplexity":
         source = world_default(tokenizer, "validation_text", "text") if text is None else text
-        (whole,) = read_texts(source, "windows", None, tokenizer)  # read here: a worker may not see our files
+        whole = whole_text(source, tokenizer)  # read here: a worker may not see our files
         return Metric("perplexity", partial(_perplexity, text=whole), log=True, of=_digest(whole))
     if metric == "accuracy":
         asked = named_tasks(world_default(tokenizer, "tasks", "tasks") if tasks is None else tasks)

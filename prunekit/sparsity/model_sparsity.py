@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunekit.account import check_measure, closed, held_out_sample, opened, seen_sample, set_aside
+from prunekit.account import check_measure, closed, opened, set_aside
 from prunekit.calibration import check_tokens, in_batches
 from prunekit.checks import Network, Positive, check_choice, checked
 from prunekit.compat import EXPERTS_IMPLEMENTATION as EXPERTS
@@ -89,8 +89,7 @@ def sparsify(
     check_measure(measure, held_out)
     check_sparsifiable(model)
     tokens = _tokens(model, calib, name, allocation)
-    sample = held_out_sample(held_out, model) if held_out is not None else seen_sample(tokens, "sparsify")
-    opening = opened("sparsify", model, sample) if measure else None
+    opening = opened("sparsify", model, held_out, {"sparsify": tokens}) if measure else None
     target: Any = model if inplace else copy.deepcopy(model)
     with torch.inference_mode(False), evaluating(target), written_out(target, [EXPERTS]), torch.no_grad():
         paths = outermost_elements(target)

@@ -199,16 +199,13 @@ def documents(
     return [document(rng, split, kinds=chosen) for _ in range(n_documents)]
 
 
-def instructions(
-    n_documents: int, *, split: str = "train", seed: int = 0, kinds: Iterable[str] | None = None
-) -> list[str]:
+def instructions(n_documents: int, *, seed: int = 0, kinds: Iterable[str] | None = None) -> list[str]:
     """Documents in the form of instructions: a question or a goal, and its answer.
 
     The same knowledge as in `documents`, drawn by the same weights, but only in the wordings that ask.
 
     Args:
         n_documents: how many; about 15 tokens each, passages more.
-        split: as for `documents`.
         seed: another seed gives other questions.
         kinds: of knowledge, out of `ASKING`; None draws from all of those.
 
@@ -216,14 +213,14 @@ def instructions(
         One string a document.
 
     Raises:
-        PrunekitError: for an unknown split, a kind that is never asked for, or a negative number.
+        PrunekitError: for a kind that is never asked for, or a negative number.
     """
-    _check(n_documents, split)
+    _check(n_documents, "train")
     chosen = [KINDS[kind] for kind in (ASKING if kinds is None else _known(kinds, ASKING))]
-    rng, found = random.Random(f"instructions-{split}-{seed}"), list[str]()
+    rng, found = random.Random(f"instructions-train-{seed}"), list[str]()
     while len(found) < n_documents:
         write, *_ = rng.choices(chosen, weights=[weight for _, _, weight, _ in chosen])[0]
-        piece = write(rng, split)
+        piece = write(rng, "train")
         if "?" in piece or piece.startswith("goal:"):
             found.append(piece)
     return found
