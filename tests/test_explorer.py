@@ -52,6 +52,7 @@ def moves(control):
     return [min(control.max, 1), 0]
 
 
+@pytest.mark.slow
 def test_every_control_of_every_panel_draws_without_an_exception(lab, made):
     before = {name: value.clone() for name, value in made[0].state_dict().items()}
     assert [*lab.titles] == ["Question", "Domain", "Ablate", "Compare", "Attention", "Channel"]

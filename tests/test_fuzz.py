@@ -70,7 +70,8 @@ def fault_of(name, call, argument, value):
     return None if makes_sense(name, argument, value) else "accepted"
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
 def test_every_generated_call_is_refused_by_name_or_makes_sense(whole, calls, tmp_path, monkeypatch):
     """Of whole searches, trainings and recipes apart, which take seconds a call."""
     monkeypatch.chdir(tmp_path)

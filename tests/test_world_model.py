@@ -47,6 +47,7 @@ def test_it_is_good_at_five_of_the_seven(accuracy):
     assert (accuracy[SEVEN] >= 0.85).sum() >= 5
 
 
+@pytest.mark.slow
 def test_two_hops_are_well_over_chance(accuracy):
     assert accuracy["arc_challenge"] >= world.tasks()["arc_challenge"].chance + 0.15
 
@@ -74,6 +75,7 @@ def test_it_writes_the_language_of_its_world(loaded):
     assert tokenizer.decode(written[0], skip_special_tokens=True).strip().startswith(f"{fact.person} lives in")
 
 
+@pytest.mark.slow
 def test_the_card_says_what_it_scores(accuracy):
     card = world.card()
     for name, share in accuracy.items():
