@@ -4,11 +4,10 @@
     python benchmarks/pareto_real.py --draw     # only draws
 
 Each way takes what comes nearest to a share of all parameters, by one calibration set of C4 (seed 0, 64 windows of 128
-tokens), and nothing is trained. `layers` and `blocks` go by block influence, the lowest first, measured once; of blocks
-(attention or FFN) each counts for its parameters. Perplexity is that of the first characters of WikiText-2 and PTB, in
-windows of 128. Latency is that of one forward pass of 512 tokens and of one of a single token, by CPU seconds of one
-thread, divided by the dense model's, which takes turns with it. Rows are appended as they are measured: what stands in
-the table is not run again.
+tokens), and nothing is trained. `layers` and `blocks` (attention or FFN) go by block influence, the lowest first,
+measured once. Perplexity is that of the first characters of WikiText-2 and PTB, in windows of 128. Latency is that of one
+forward pass of 512 tokens and of one of a single token, by CPU seconds of one thread, divided by the dense model's, which
+takes turns with it. Rows are appended as they are measured: what stands in the table is not run again.
 """
 
 import argparse
@@ -29,6 +28,7 @@ from matplotlib.ticker import PercentFormatter
 import prunekit as pk
 from prunekit.plot_curves import DASHES
 from prunekit.plot_style import MARKERS, colors_of
+from prunekit.pruning.planning import plan_without
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 TIMED = {"prefill": (512, 5), "decode": (1, 20)}  # tokens a forward pass, and how often it is run
@@ -36,10 +36,11 @@ TIMED = {"prefill": (512, 5), "decode": (1, 20)}  # tokens a forward pass, and h
 
 def in_depth(kind: str, bench: real.Bench, ratio: float, seed: int, gaps: str | None = None) -> Any:
     """Without the layers or blocks of least influence, as many as come nearest to a share of the parameters."""
-    groups = bench.groups.of_kind(kind)
     calib = bench.calibration(seed)
-    scores = pk.score(bench.model, groups, pk.BlockInfluence(), calib)
-    plan = pk.plan(bench.groups, scores, ratio, kinds=(kind,))
+    scores = pk.score(bench.model, bench.groups.of_kind(kind), pk.BlockInfluence(), calib)
+    order = sorted(scores, key=lambda name: float(scores[name]))
+    plans = [plan_without(bench.groups, dict.fromkeys(order[:n], (0,)), {}) for n in range(1, len(order))]
+    plan = min(plans, key=lambda plan: abs(plan.pruning_ratio - ratio))
     fitted: dict[str, Any] = {} if gaps is None else {"compensate": calib, "gaps": gaps}
     return pk.prune(bench.model, plan, measure=False, **fitted)
 
