@@ -3,11 +3,11 @@
     python benchmarks/pareto_real.py            # measures what the table lacks, then draws
     python benchmarks/pareto_real.py --draw     # only draws
 
-Each way takes what comes nearest to a share of all parameters, by one calibration set of C4 (seed 0, 64 windows of 128
-tokens), and nothing is trained. `layers` and `blocks` (attention or FFN) go by block influence, the lowest first,
-measured once. Perplexity is that of the first characters of WikiText-2 and PTB, in windows of 128. Latency is that of one
-forward pass of 512 tokens and of one of a single token, by CPU seconds of one thread, divided by the dense model's, which
-takes turns with it. Rows are appended as they are measured: what stands in the table is not run again.
+Each way takes what comes nearest to a share of all parameters, by one calibration set of C4 (seed 0, 64 windows of
+128 tokens), and nothing is trained. `layers` and `blocks` (attention or FFN) go by block influence, the lowest first,
+measured once. Perplexity is that of the first characters of WikiText-2 and PTB, in windows of 128. Latency is that of
+one forward pass of 512 tokens and of one of a single token, by CPU seconds of one thread, divided by the dense
+model's, which takes turns with it. Rows are appended as they are measured: what stands in the table is not run again.
 """
 
 import argparse
