@@ -86,11 +86,12 @@ bench-real: real .venv/.optipfair ## SmolLM2: ways to prune at equal size, what 
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/recovery_real.py --tasks
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/recipes_real.py
 
-bench-beyond: real ## what the papers do not have: solved budgets, experts by router, whole layers, block reconstruction: hours; goes on where it was
+bench-beyond: real .venv/.optipfair ## what the papers do not have: solved budgets, experts by router, whole layers, block reconstruction: hours; goes on where it was
 	$(BIN)/python benchmarks/budgets.py
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/depth_world.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/depth_real.py
+	$(BIN)/python benchmarks/pareto_real.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/solved_real.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/blocks_real.py
 

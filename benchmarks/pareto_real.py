@@ -31,7 +31,7 @@ from prunekit.plot_style import MARKERS, colors_of
 from prunekit.pruning.planning import plan_without
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-TIMED = {"prefill": (512, 5), "decode": (1, 20)}  # tokens a forward pass, and how often it is run
+TIMED = {"prefill": (512, 5), "one_token": (1, 20)}  # tokens a forward pass, and how often it is run
 
 
 def in_depth(kind: str, bench: real.Bench, ratio: float, seed: int, gaps: str | None = None) -> Any:
@@ -57,25 +57,27 @@ WAYS: dict[str, real.Way] = {
 
 
 def times_dense(model: Any, dense: Any) -> dict[str, float]:
-    """CPU seconds of a forward pass, divided by the dense model's, as medians of turns."""
+    """CPU seconds of a forward pass, divided by the dense model's in the same turn: medians over turns."""
+    torch.set_num_threads(1)  # the time of a process is that of all its threads
     found = {}
     for name, (n_tokens, repeats) in TIMED.items():
-        tokens = torch.zeros(1, n_tokens, dtype=torch.long)
-        seconds: list[list[float]] = [[], []]
-        with torch.inference_mode():
-            for _ in range(repeats):
-                for one, times in zip((model, dense), seconds, strict=True):
-                    began = time.process_time()
+        tokens, ratios = torch.zeros(1, n_tokens, dtype=torch.long), []
+        for _ in range(repeats + 1):
+            seconds = []
+            for one in (model, dense):
+                began = time.process_time()
+                with torch.inference_mode():
                     one(input_ids=tokens, use_cache=False)
-                    times.append(time.process_time() - began)
-        found[name] = round(median(seconds[0][1:]) / median(seconds[1][1:]), 3)
+                seconds.append(time.process_time() - began)
+            ratios.append(seconds[0] / seconds[1])
+        found[name] = round(median(ratios[1:]), 3)  # the first turn warms both up
     return found
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Perplexity against what is left of parameters and of time, a curve a way."""
     dense, rows = table[table["way"] == "dense"].iloc[0], table[table["way"] != "dense"]
-    across = {"kept": "parameters left", "prefill": "time of 512 tokens", "decode": "time of one token"}
+    across = {"kept": "parameters left", "prefill": "time of 512 tokens", "one_token": "time of one token"}
     fig, axes = plt.subplots(1, 3, figsize=(16, 6), layout="constrained", sharey=True)
     colors = colors_of(table["way"])
     for ax, (column, label) in zip(axes, across.items(), strict=True):

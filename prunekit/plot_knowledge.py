@@ -43,15 +43,14 @@ def plot_knowledge(table: pd.DataFrame, *, ratio: float | None = None, ax: Axes 
     rows = table[at | whole]
     groups = rows["group"] if "group" in rows else [""] * len(rows)
     kinds = rows["kind"].unique()
-    numbers = (
-        len(kinds) == 1 and kinds[0] != "block" and rows["layer"].notna().all()
-    )  # then they say all, and are larger
+    # Numbers of layers say all then, and stand in larger letters.
+    numbers = len(kinds) == 1 and kinds[0] != "block" and bool(rows["layer"].notna().all())
     names = [
         _layer(layer).strip() if numbers else f"{_layer(layer)}{_short(group, kind)}"
         for group, kind, layer in zip(groups, rows["kind"], rows["layer"], strict=True)
     ]
     ax = _changes(rows, names, ax, over=table)
-    ax.set_ylabel(f"layer ({kinds[0]})" if numbers else "layer and kind")
+    ax.set_ylabel("layer and kind" if not numbers else "layer" if kinds[0] == "layer" else f"layer ({kinds[0]})")
     ax.set_title(f"What is lost with each group, {ratio:.0%} of it ablated", loc="left")
     return ax
 

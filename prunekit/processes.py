@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import islice
 from typing import Any, TypeVar
+from zlib import crc32
 
 import torch
 from accelerate import PartialState
@@ -15,6 +16,7 @@ from prunekit.errors import PrunekitError
 
 T = TypeVar("T")
 _SPLIT = ContextVar("split", default=False)
+_LAUNCH = "start them by accelerate launch or torchrun, or unset WORLD_SIZE"
 
 
 def this_process() -> PartialState:
@@ -36,10 +38,18 @@ def evenly(n: int) -> int:
 def split_work() -> Iterator[None]:
     """Within it, evaluation and knowledge are shared out among the processes that were started together.
 
-    All of them must enter it and do the same there, each with a model of its own; each gets the whole result, the same
-    as one process. One process alone does all.
+    All of them must enter it and do the same there, each with its own copy of one model; each gets the whole result,
+    that of one process. One process alone does all.
+
+    Raises:
+        PrunekitError: WORLD_SIZE says that there are several, and no launcher started them.
     """
-    this_process()  # of several, each has a GPU of its own as its default
+    try:
+        n = this_process().num_processes  # of several, each has a GPU of its own as its default from here on
+    except ValueError as error:  # of torch, where it is not told how to find the others
+        raise PrunekitError(f"{n_processes()} processes cannot be joined ({error}); {_LAUNCH}") from error
+    if n != n_processes():
+        raise PrunekitError(f"WORLD_SIZE is {n_processes()}, and {n} process(es) were joined; {_LAUNCH}")
     before = _SPLIT.set(True)
     try:
         yield
@@ -58,13 +68,13 @@ def is_first() -> bool:
 
 
 def own_share(pieces: Iterable[T]) -> Iterator[T]:
-    """Of the pieces that the processes share, every n-th, or all."""
+    """The pieces of work that are this process's: every n-th of n processes that share, or all."""
     n = n_sharing()
     return islice(pieces, 0 if n == 1 else this_process().process_index, None, n)
 
 
 def summed(found: Tensor) -> Tensor:
-    """What the processes that share found, added up, on the CPU: where each left zero what is not its own."""
+    """The sum over the processes that share, on the CPU; each has zeros where another one measured."""
     if n_sharing() == 1:
         return found
     total = found.to(this_process().device)
@@ -72,19 +82,43 @@ def summed(found: Tensor) -> Tensor:
     return total.cpu()
 
 
-def check_alike(mark: int, what: str) -> None:
-    """Raise an error, in each of the processes that share, where they do not work on the same.
+def of_first(found: Tensor) -> Tensor:
+    """What the first of the processes that share has; alone, the tensor itself."""
+    if n_sharing() == 1:
+        return found
+    sent = found.to(this_process().device).contiguous()
+    torch.distributed.broadcast(sent, 0)
+    return sent.to(found.device)
 
-    Args:
-        mark: a number by which it is known, of less than 64 bits.
-        what: it, in words, such as `"questions"`.
+
+def check_same_model(model: torch.nn.Module) -> None:
+    """Raise an error where processes that share the work have different models, or one that is spread over devices.
+
+    Of each parameter one number is compared.
 
     Raises:
-        PrunekitError: one of them has another number.
+        PrunekitError: they have.
     """
     if n_sharing() == 1:
         return
-    ends = torch.tensor([mark, -mark], device=this_process().device)
+    check_one_place(model)
+    here = ((name, p.detach().flatten()[:1].float()) for name, p in model.named_parameters() if not p.is_meta)
+    check_alike(crc32(str([(name, p.tolist(), p.shape) for name, p in here]).encode()), "models")
+
+
+def check_alike(number: int, what: str) -> None:
+    """Raise an error in every process that shares the work if their numbers differ.
+
+    Args:
+        number: a number that identifies the input, below 2**62 in size.
+        what: the input in words, such as `"questions"`.
+
+    Raises:
+        PrunekitError: the numbers differ.
+    """
+    if n_sharing() == 1:
+        return
+    ends = torch.tensor([number, -number], device=this_process().device)
     torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
     if ends.sum() == 0:
         return
@@ -129,7 +163,7 @@ def check_shards(whole: Iterable[str] = ()) -> None:
 
 
 def check_one_place(model: Any) -> None:
-    """Raise an error for a model that is spread over devices, where several processes would train it.
+    """Raise an error for a model that is spread over devices, where several processes would train or run it.
 
     Raises:
         PrunekitError: it is, and they would.

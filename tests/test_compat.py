@@ -184,7 +184,7 @@ def test_the_cache_has_one_of_the_known_names():
     name = compat.cache_name(output)
     assert name == compat.cache_name(inspect.signature(model.forward).parameters)
     assert output[name].get_seq_length() == 4
-    assert compat.cache_name({"input_ids": 1}) is None
+    assert compat.cache_name({"input_ids": 1}) is None and compat.cache_name({"cache": 1}) == "cache"
 
 
 def test_an_empty_model_is_not_filled_with_random_numbers():

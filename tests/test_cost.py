@@ -1,6 +1,7 @@
 import pytest
 import torch
 from evaluation_helpers import N_POSITIONS, gpt2, llama
+from peft import LoraConfig, get_peft_model
 
 from prunekit.compat import cache_name
 from prunekit.errors import PrunekitError
@@ -78,8 +79,9 @@ def test_latency_is_the_median_in_milliseconds_after_warming_up(monkeypatch):
     assert (found.p10, found.median, found.p90) == pytest.approx((22, 30, 38))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("prompt", [4, N_POSITIONS])
-def test_decoding_feeds_one_token_to_a_growing_cache(prompt):
+def test_decoding_feeds_one_token_to_a_growing_cache(prompt, adapted):
     model, seen = llama(), []
 
     def note(module, args, kwargs):
@@ -87,6 +89,8 @@ def test_decoding_feeds_one_token_to_a_growing_cache(prompt):
         seen.append((kwargs["input_ids"].shape[1], cache.get_seq_length() if cache is not None else 0))
 
     model.register_forward_pre_hook(note, with_kwargs=True)
+    if adapted:  # whose signature names no cache
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     with torch.no_grad():
         time_decode(model, torch.zeros(1, prompt, dtype=torch.long), repeats=4)
     start = min(prompt, N_POSITIONS - 6)

@@ -6,6 +6,7 @@ script says that its CPUs are GPUs.
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from unittest import mock
@@ -19,6 +20,7 @@ from test_recovery import counting, uneven_llama
 import prunekit as pk
 from prunekit import PrunekitError, world
 from prunekit.cli import main
+from prunekit.evaluation import sequence_scores
 from prunekit.knowledge.question_spans import Runner
 from prunekit.processes import check_alike, is_first, n_sharing, own_share, split_work
 from prunekit.recovery import RecoveryLog, training
@@ -135,6 +137,12 @@ def share(place, rank):
         model, tokenizer = pk.load("world")
         with pytest.raises(PrunekitError, match="2 processes that share the work have different texts"):
             pk.perplexity(model, tokenizer, "the cat sat on the mat " * 30 + f"{rank}")
+        packs = mock.patch.object(sequence_scores, "_packs", lambda *_: rank == 0)
+        with packs, pytest.raises(PrunekitError, match="different batches, since a test of packing"):
+            pk.zero_shot(model, tokenizer, [world.tasks()["hellaswag"]], limit=40)
+        model.lm_head.weight.data += rank
+        with pytest.raises(PrunekitError, match="different models; give all of them the same"):
+            pk.perplexity(model, tokenizer, "the cat sat on the mat " * 30)
     (place / f"shared {rank}.json").write_text(json.dumps(found))
     assert main(["evaluate", "world", "--metrics", "perplexity"]) == 0
     given = ["--kinds", "block", "--importance", "l2", "--text", f"read={place / 'read.txt'}"]
@@ -214,15 +222,24 @@ def test_two_processes_give_what_one_gives_and_go_on_after_one_was_killed(script
     assert all(list((tmp_path / name).glob("checkpoint-*")) for name in STOPPED), stopped.stderr
     begun = pk.KnowledgeDistribution.load(tmp_path / "known.safetensors")
     assert begun.unfinished > 0 and len(begun.loss) > 0
+    (tmp_path / "one").mkdir()
+    shutil.copy(tmp_path / "known.safetensors", tmp_path / "one")
     (tmp_path / "read.txt").write_text("the cat sat on the mat " * 40)
     done = run_script(script, str(tmp_path), "together", *WORK, launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
     for name in WORK:
         check_same(found(tmp_path, name), alone[name])
     assert (tmp_path / "cli" / "recovery.json").is_file() and done.stdout.count("weights trained") == 1
-    assert found(tmp_path, "shared") == asked(None)
+    assert found(tmp_path, "shared") == asked(None) == asked(tmp_path / "one")
     assert done.stdout.count("18,934 tokens") == 1 and (tmp_path / "map" / "knowledge.png").is_file()
     assert RecoveryLog.load(tmp_path / "lora out" / "recovery_log.json").losses
+
+
+def test_processes_without_a_launcher_are_refused(monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "-1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["evaluate", "world", "--metrics", "perplexity"]) == 2
+    assert "start them by accelerate launch or torchrun, or unset WORLD_SIZE" in capsys.readouterr().err
 
 
 def test_outside_the_context_each_process_works_for_itself(monkeypatch):

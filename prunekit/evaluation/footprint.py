@@ -1,7 +1,6 @@
 """Cost of running a model: parameters, multiply-accumulates, memory and latency."""
 
 import copy
-import inspect
 import time
 import weakref
 from collections.abc import Callable
@@ -252,23 +251,23 @@ def time_decode(model: nn.Module, ids: Tensor, repeats: int) -> Latency:
     limit = max_positions(model) or ids.shape[1] + WARM_UP + repeats
     prompt = ids[:, : max(1, limit - WARM_UP - repeats)]
     times: list[float] = []
-    cache, length, name = None, limit, cache_name(inspect.signature(model.forward).parameters)
+    cache, length = dict[str, Any](), limit
     while len(times) < WARM_UP + repeats:
         if length >= limit:
             cache, length = cache_of(model, prompt), prompt.shape[1]
             if length >= limit:
                 raise PrunekitError(f"this model takes {limit} token(s): there is no next one to time")
-        step = partial(model, input_ids=ids[:, :1], use_cache=True, **({name: cache} if name else {}))
+        step = partial(model, input_ids=ids[:, :1], use_cache=True, **cache)
         times.append(timed(step, ids.device))
         length += 1
     return summarise(times)
 
 
-def cache_of(model: nn.Module, ids: Tensor) -> Any:
-    """The KV cache after a forward pass over ids (batch, seq); None where the model has none."""
+def cache_of(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """The KV cache after a forward pass over ids (batch, seq), by its name; empty where the model has none."""
     output = model(input_ids=ids, use_cache=True)
     name = cache_name(output)
-    return output[name] if name else None
+    return {name: output[name]} if name else {}
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:

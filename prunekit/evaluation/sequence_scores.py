@@ -31,7 +31,7 @@ from prunekit.evaluation.likelihood import (
     unpacked,
 )
 from prunekit.models import device_of, evaluating, max_positions
-from prunekit.processes import check_alike, is_first, n_sharing, own_share, summed
+from prunekit.processes import check_alike, check_same_model, is_first, n_sharing, own_share, summed
 
 TOLERANCE = 1e-4  # relative, of a span's sum in float32; wider where the model's numbers are coarser
 CONTROL = 0.05  # allowed error of packing, as a share of the error without the tree's mask and positions
@@ -94,15 +94,18 @@ def log_likelihoods(
 
     Raises:
         PrunekitError: a token is outside the model's vocabulary, the model's answer is not finite, or processes that
-            share the work have other spans.
+            share the work have different spans or models.
     """
     check_tokens_fit(model, max((max(span.tokens) for span in spans), default=0))
-    check_alike(hash(tuple((span.tokens, span.start) for span in spans)) // 2, "texts or questions")
+    check_alike(hash(tuple((span.tokens, span.start) for span in spans)) // 4, "texts or questions")
+    check_same_model(model)
     found = torch.zeros(2, len(spans), dtype=torch.float64)  # sums, and 1 where greedy
     silent = progress is None or not is_first()
     bar = tqdm(total=len(spans), desc=progress, disable=silent, leave=False, delay=1)
     with evaluating(model), torch.no_grad(), bar:
         reading = choose_reading(model, spans, batch_size * ROW)
+        read_as = (reading.packed, reading.gathers, len(reading.rows))
+        check_alike(hash(read_as) // 4, "batches, since a test of packing came out differently (one is out of memory?)")
         n_computed = 0
         for batch in own_share(reading.batches(model)):
             read = batch.read(scored_logits(model, batch, reading.gathers))

@@ -25,7 +25,7 @@ from prunekit.knowledge.measurement_files import plain
 from prunekit.knowledge.question_spans import EvaluationSet, Runner, Texts, make_evaluation_set
 from prunekit.knowledge.result import KnowledgeDistribution
 from prunekit.models import evaluating
-from prunekit.processes import check_alike, is_first, n_sharing, own_share, summed
+from prunekit.processes import check_alike, check_same_model, is_first, n_sharing, of_first, own_share, summed
 from prunekit.pruning.plan_options import check_scores
 
 POSITIONS = 1024  # per forward pass; more is slower on a CPU, since less fits into its cache
@@ -242,7 +242,7 @@ def _shares(group: CoupledGroup, scores: Mapping[str, Tensor], ratios: Sequence[
     """The ablations of a group: its lowest-scoring units at each ratio; a group of one unit needs no scores."""
     if group.n_units > 1 or group.name in scores:
         check_scores(group, scores)
-    order = scores[group.name].argsort(stable=True).tolist() if group.n_units > 1 else [0]
+    order = of_first(scores[group.name]).argsort(stable=True).tolist() if group.n_units > 1 else [0]
     for ratio in dict.fromkeys(ratios) if group.n_units > 1 else (1.0,):
         units = tuple(sorted(order[: max(1, round(ratio * group.n_units))]))
         yield PlannedAblation(group, units, {**_told(group), "ratio": float(ratio), "n_ablated": len(units)})
@@ -258,14 +258,16 @@ def _measure(
 ) -> KnowledgeDistribution:
     """All ablations, lowest layer first; `asked` is what `make_evaluation_set` takes."""
     check_finite(model)
+    check_same_model(model)
     questions = make_evaluation_set(model, tokenizer, **asked)
     mark = fingerprint(model, questions, plan) if path is not None or n_sharing() > 1 else ""
     record = Record(plan, questions, path, mark)
     check_alike(int(mark[:15] or "0", 16), "models, ablations or questions")
-    check_alike(len(record.measured), f"measurements at path={str(path)!r}")
+    check_alike(len(record.measured), f"measurements at path={str(path)!r}, which all must see")
     if record.missing():
         with evaluating(model), torch.no_grad():
             _run(model, questions, record, tokens_a_batch)
+        check_alike(len(record.measured), "results")  # all wait here until the first has written the file
     return record.result()
 
 
@@ -293,7 +295,12 @@ def _run(model: nn.Module, questions: EvaluationSet, record: Record, tokens_a_ba
                 for row, (hit, loss) in zip(together, summed(found).numpy(), strict=True):
                     record.measured[row.key] = (hit > 0, loss)
                 bar.update(len(together))
-                if any(row.group is not together[0].group for row in rows[first + n : first + n + 1]):
+                if _group_ends(rows, first + n):
                     record.save()
         finally:
             record.save()
+
+
+def _group_ends(rows: Sequence[PlannedAblation], at: int) -> bool:
+    """Whether another group begins at a row."""
+    return at < len(rows) and rows[at].group is not rows[at - 1].group

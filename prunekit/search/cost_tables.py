@@ -229,7 +229,7 @@ def _weight_bytes(model: nn.Module) -> float:
 def _cache_bytes(model: Any, *, context: int, batch_size: int) -> float:
     ids = random_tokens(model, 1, _SHORT)
     with evaluating(model), torch.no_grad():
-        cache = cache_of(model, ids)
+        cache = next(iter(cache_of(model, ids).values()), None)
     layers = getattr(cache, "layers", ())
     found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     kept = [tensor for tensor in found if tensor is not None]
