@@ -47,7 +47,7 @@ def split_work() -> Iterator[None]:
     try:
         n = this_process().num_processes  # of several, each has a GPU of its own as its default from here on
     except ValueError as error:  # of torch, where it is not told how to find the others
-        raise PrunekitError(f"{n_processes()} processes cannot be joined ({error}); {_LAUNCH}") from error
+        raise PrunekitError(f"{n_processes()} processes cannot be joined; {_LAUNCH}") from error
     if n != n_processes():
         raise PrunekitError(f"WORLD_SIZE is {n_processes()}, and {n} process(es) were joined; {_LAUNCH}")
     before = _SPLIT.set(True)

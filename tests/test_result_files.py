@@ -159,6 +159,14 @@ def test_changed_json_is_refused_or_shown(kind, model, tmp_path):
     assert n_refused > 10
 
 
+def test_a_plan_that_names_very_many_units_is_shown_and_refused(model):
+    """Without a list of those that go, for which there is no memory."""
+    plan = pk.PruningPlan({"a.mlp:ffn_channel": [0]}, {"a.mlp:ffn_channel": 10**12}, 10, 5)
+    assert "1 of 1 groups are cut" in repr(plan) and plan.cut_kinds == {"ffn_channel"} and not plan.takes_tokens
+    with pytest.raises(PrunekitError, match="the plan is for another model: it has 1000000000000 units"):
+        pk.prune(model, plan)
+
+
 @pytest.mark.parametrize("load", [pk.Report.load, SparsityReport.load, RecoveryLog.load, pk.PruningPlan.load])
 @pytest.mark.parametrize("content", [DEEP.encode(), b"\xff\xfe{}", b"[]", b"{}", b'{"rows": [1]}', b"9" * 10_000])
 def test_files_that_are_no_results_are_refused(load, content, tmp_path):

@@ -69,12 +69,16 @@ class PruningPlan:
 
     def cut_groups(self, kind: str) -> list[str]:
         """Names of the groups of a kind that lose units."""
-        return [name for name in self.gone if kind_in(name) == kind]
+        return [name for name in self._cut() if kind_in(name) == kind]
 
     @property
     def cut_kinds(self) -> set[str]:
         """Kinds of the groups that lose units."""
-        return {kind_in(name) for name in self.gone}
+        return {kind_in(name) for name in self._cut()}
+
+    def _cut(self) -> list[str]:
+        """Names of the groups that lose units; units are not listed, of which a damaged file may name 10**12."""
+        return [name for name, n in self.n_removed.items() if n]
 
     @property
     def takes_tokens(self) -> bool:
@@ -166,7 +170,7 @@ class PruningPlan:
         whole = f"; {self.notes['whole']}" if "whole" in self.notes else ""
         return (
             f"PruningPlan({self.pruning_ratio:.2%} of {self.n_parameters:,} parameters go; "
-            f"{len(self.gone)} of {len(self.keep)} groups are cut{whole})"
+            f"{len(self._cut())} of {len(self.keep)} groups are cut{whole})"
         )
 
     def _repr_html_(self) -> str:
