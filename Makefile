@@ -46,12 +46,11 @@ fast: setup ## run all tests but the slow ones, in less than three minutes on tw
 test-oldest: .venv-oldest/.installed ## run the quick tests with the oldest versions that pyproject.toml promises
 	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not browser" $(PYTEST_ARGS)
 
-bench: .venv/.bench ## a short form of bench-whole and bench-quality, written to build/bench: under five minutes
+bench: .venv/.bench ## a short form of bench-whole, written to build/bench: under five minutes
 	rm -rf build/bench && mkdir -p build/bench
 	$(BIN)/python benchmarks/run.py --repeats 1 --out build/bench
 	$(BIN)/python benchmarks/taylor.py --repeats 1 --out build/bench
 	$(BIN)/python benchmarks/knowledge.py --every 8 --sample 4 --layers 1 5 --out build/bench
-	$(BIN)/python benchmarks/quality.py --models world --seeds 0 --ratios 0.2 --methods random L2 element default --out build/bench
 	$(BIN)/python benchmarks/sparsity.py --repeats 1 --out build/bench
 
 bench-whole: .venv/.bench ## time prunekit against Torch-Pruning, naive loops and textbook solvers: under 40 minutes
