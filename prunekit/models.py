@@ -177,8 +177,9 @@ def _without_parameters() -> Iterator[None]:
         empty = nn.Module.register_parameter
 
         def register(module: nn.Module, name: str, parameter: Any) -> None:
-            (empty if get_ident() == own else plain)(module, name, parameter)
-            if get_ident() == own and parameter is not None:  # there is nothing to fill with random numbers
+            here = get_ident() == own and not hasattr(parameter, INITIALISED)  # a shared one is empty already
+            (empty if here else plain)(module, name, parameter)
+            if here and parameter is not None:  # there is nothing to fill with random numbers
                 setattr(getattr(module, name), INITIALISED, True)
 
         nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
