@@ -245,9 +245,8 @@ def test_weights_that_are_not_in_memory_are_refused_by_whatever_reads_them(tmp_p
     FAMILIES["llama_gqa"].model(dtype=torch.float32).save_pretrained(tmp_path / "m")
     config = AutoConfig.from_pretrained(tmp_path / "m")
     calib, space = torch.arange(32).view(2, 16), HyperparameterSpace({"a": Range(0.0, 1.0)}, lambda model, _: model)
-    away = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "m", device_map={"": "disk"}, offload_folder=tmp_path / "off"
-    )
+    spread = {"model": "disk", "lm_head": "cpu"}
+    away = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map=spread, offload_folder=tmp_path / "off")
     for model, why in ((empty_model(config), "load the weights first"), (away, "is offloaded .* without device_map")):
         groups = pk.discover(empty_model(config))
         for use in (

@@ -205,7 +205,7 @@ def _solved(
 
 def _ones(entries: Sequence[tuple[int, int]], shape: tuple[int, int]) -> csr_array:
     """A matrix with ones at these places."""
-    rows, columns = np.array(entries, dtype=int).T
+    rows, columns = np.array(entries, dtype=np.int32).T  # scipy before 1.14 solves no program with wider indices
     return csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
 
 
