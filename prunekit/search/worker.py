@@ -28,18 +28,19 @@ _GROUPS: "WeakKeyDictionary[nn.Module, Groups]" = WeakKeyDictionary()
 
 
 def cut(model: nn.Module, plan: Fields, *, calib: Tensor | None = None) -> nn.Module:
-    """The smaller model that a plan gives.
+    """The smaller model that a plan gives; in each process the first cut is proved, as `prune` proves every one.
 
     Args:
         model: the dense one; unchanged.
         plan: fields of the plan.
         calib: tokens to re-fit on; None does not re-fit.
     """
-    if model not in _GROUPS:
+    first = model not in _GROUPS
+    if first:
         _GROUPS[model] = discover(model)
     chosen = PruningPlan(**plan, groups=_GROUPS[model])
     if calib is None:
-        return surgery.cut(model, chosen, inplace=False)
+        return surgery.cut(model, chosen, inplace=False, prove=first)
     return prune(model, chosen, compensate=calib, measure=False)
 
 
