@@ -90,6 +90,7 @@ bench-beyond: real .venv/.optipfair ## what the papers do not have: solved budge
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/depth_world.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/depth_real.py
+	$(BIN)/python benchmarks/latency_real.py
 	$(BIN)/python benchmarks/pareto_real.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/solved_real.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/blocks_real.py

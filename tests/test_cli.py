@@ -1,6 +1,7 @@
 """The command line, from end to end on a tiny model, and on a real one."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from shared import shared_path
 from transformers import AutoModelForCausalLM
 
 from prunekit import discover, load
+from prunekit.checkpoint import origins
 from prunekit.cli import main
 from prunekit.pruning import PruningPlan
 
@@ -246,6 +248,17 @@ def test_help_says_what_it_does_and_ends_with_an_example(command, capsys):
     out = capsys.readouterr().out
     assert f"prunekit {command}" in out
     assert f"\nexample:\n  prunekit {command}" in out
+
+
+def test_a_misspelt_model_is_asked_back_and_the_hub_client_is_quiet(monkeypatch, capsys):
+    def unreachable(*_):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("no network")
+
+    monkeypatch.setattr(origins, "get_hf_file_metadata", unreachable)
+    assert main(["discover", "smolm2"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "'smolm2' (did you mean 'smollm2'?)" in err and "'world' or 'smollm2'" in err
 
 
 def test_help_lists_every_command(capsys):

@@ -1,5 +1,6 @@
 """Options of the command line: read from signatures, types and docstrings, and handed on as they were given."""
 
+import re
 from collections.abc import Iterable
 from importlib import import_module
 from inspect import getdoc, signature
@@ -116,4 +117,5 @@ def test_every_verb_and_option_is_described(name):
     found = getattr(import_module(f"prunekit.cli.{room}"), name)
     assert getdoc(found).splitlines()[0] == line
     assert set(described(found)) == set(signature(found).parameters)
-    parser_of(found, name).format_help()
+    said = parser_of(found, name).format_help()
+    assert "None " not in said and not re.search(r'\w="\w', said)  # words of Python that nobody can type in a shell

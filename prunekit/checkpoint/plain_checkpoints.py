@@ -16,8 +16,9 @@ from prunekit.checkpoint.config_checks import ADAPTER, check_described, has_adap
 from prunekit.checkpoint.folders import FLOATS, Stored, check_size, read_object
 from prunekit.checkpoint.origins import files_alone
 from prunekit.checks import PROCESS
-from prunekit.errors import PrunekitError, reason
+from prunekit.errors import PrunekitError, reason, similar
 from prunekit.models import auto_class, name_model
+from prunekit.names import NAMES, PACKAGED, WORLD
 
 
 def check_plain_size(folder: Path, stored: dict[str, Stored]) -> None:
@@ -101,8 +102,8 @@ def _unloadable(source: str, where: dict[str, bool], why: str) -> PrunekitError:
         )
     what = "was not fetched before, and the hub cannot be reached now" if where else f"does not load ({why})"
     return PrunekitError(
-        f"there is no folder {source!r}, and as a hub id it {what}; give the path of a folder with config.json and "
-        "safetensors, or a hub id that can be reached"
+        f"there is no folder {source!r}{similar(source, (WORLD, *PACKAGED))}, and as a hub id it {what}; give the path "
+        f"of a folder with config.json and safetensors, a .gguf file, a hub id that can be reached, or {NAMES}"
     )
 
 

@@ -106,7 +106,14 @@ def described(source: Callable[..., Any]) -> dict[str, str]:
     parts = re.split(r"^(?:Args|Attributes):$", getdoc(source) or "", flags=re.MULTILINE)
     section = re.split(SECTIONS, parts[1], flags=re.MULTILINE)[0] if len(parts) > 1 else ""
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE)
-    return {name: " ".join(text.split()).replace("`", "") for name, text in found}
+    return {name: _for_a_shell(" ".join(text.split()).replace("`", "")) for name, text in found}
+
+
+def _for_a_shell(text: str) -> str:
+    """What a docstring says in Python's words, in those of a command line."""
+    text = re.sub(r'\b(\w+)="(\w[\w-]*)"', lambda found: f"{flag(found[1])} {found[2]}", text)
+    text = re.sub(r"\bNone (?:takes |is )?", "by default ", text)
+    return text.replace(". by default", ". By default")
 
 
 def _taken_apart(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -118,14 +125,16 @@ def _add(place: Any, parameter: Parameter, told: str, extras: Mapping[str, Any])
     """One argument: positional where it may be given without its name, required where it has no default."""
     name, default = parameter.name, parameter.default
     shown = default not in (None, Parameter.empty, ()) and not isinstance(default, bool)
-    options = {"help": (told + (f" (default: {default})" if shown else "")).replace("%", "%%")}
+    typed = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    options = {"help": (told + (f" (default: {typed})" if shown else "")).replace("%", "%%")}
     options |= {**_reading(parameter.annotation), "default": argparse.SUPPRESS, **extras}
     required = default is Parameter.empty
     if parameter.kind is Parameter.KEYWORD_ONLY:
         flags = (flag(name), *options.pop("flags", ()))
         place.add_argument(*flags, dest=name, required=required, **options)
     else:
-        place.add_argument(name, **{"metavar": name.upper()} | ({} if required else {"nargs": "?"}) | options)
+        shape = ({} if "choices" in options else {"metavar": name.upper()}) | ({} if required else {"nargs": "?"})
+        place.add_argument(name, **shape | options)
 
 
 def _reading(annotation: Any) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def _reading(annotation: Any) -> dict[str, Any]:
             return {"type": _counts, "metavar": "KEPT:OF"}
         several = origin in (Iterable, Sequence) or (origin is tuple and ... in inside)
         if several and Any not in inside:  # of anything, a shell gives one
-            return {"type": _listed(inside[0] if inside[0] in (int, float) else str)}
+            return {"type": _listed(inside[0] if inside[0] in (int, float) else str), "metavar": "A,B,C"}
     if bool in kinds:
         return {"action": argparse.BooleanOptionalAction if NoneType in kinds else "store_true"}
     number = next((kind for kind in (float, int) if kind in kinds), str)
@@ -215,6 +224,8 @@ def own_warnings() -> Iterator[None]:
 
     library.set_verbosity_error()
     library.disable_progress_bar()
+    for name in ("huggingface_hub", "datasets"):  # which say that they try again, and how
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), _own_log():
         warnings.simplefilter("ignore")
         for kind in (DamageWarning, NoVocabulary):

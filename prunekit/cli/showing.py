@@ -188,7 +188,7 @@ def _side_by_side(reports: dict[str, pk.Report], said: dict[str, Any]) -> str:
     notes = first.table().set_index("metric")["note"]
     lines = [text_table([("", *reports), *rows]), ""]
     lines += [f"{metric}: {notes[metric]}" for metric in COMMON if metric in notes]
-    lines += [f"{name}: {report.zero_shot}" for name, report in reports.items() if report.zero_shot]
+    lines += [f"{name}: {report.zero_shot.summary}" for name, report in reports.items() if report.zero_shot]
     return "\n".join(lines)
 
 

@@ -109,11 +109,16 @@ class ZeroShotResult:
         return cls(pd.DataFrame(columns), **numbers)
 
     def __repr__(self) -> str:
+        return f"ZeroShotResult({self.summary})"
+
+    @property
+    def summary(self) -> str:
+        """Mean accuracy, how many tasks and questions, how many tokens were run, and what was cut, in one line."""
         n_tasks = self.questions["task"].nunique()
         run = f"; {self.n_computed:,} tokens run for {self.n_tokens:,}" if self.n_computed else ""
         n_cut = int((self.questions["n_cut"] > 0).sum()) if "n_cut" in self.questions else 0
         cut = f"; {n_cut:,} contexts cut on the left to fit the model" if n_cut else ""
-        return f"ZeroShotResult({self.mean:.1%} over {n_tasks} tasks, {len(self.questions):,} questions{run}{cut})"
+        return f"{self.mean:.1%} over {n_tasks} tasks, {len(self.questions):,} questions{run}{cut}"
 
     def _repr_html_(self) -> str:
         return f"{html_paragraph(self)}{self.by('task').to_html(float_format='{:.3f}'.format)}"

@@ -55,15 +55,15 @@ def plan(
         groups: what `discover` found.
         scores: group name → (n_units,); higher means keep.
         pruning_ratio: fraction in [0, 1) of all the model's parameters, embeddings counted. With
-            `of="units"` of the units, and it may then be a mapping kind → fraction.
+            `of="units"` of the units; in Python it may then be a mapping kind → fraction.
         of: `"parameters"` or `"units"`.
-        ranking: `"local"` or `"global"`; by default what the scores say: `"global"` for `Curvature`, which share the
-            budget out among layers by what each would lose, else `"local"`. With `of="units"`, `"local"`.
+        ranking: `"local"` or `"global"`; by default what the scores say: `"global"` for those of `Curvature`, which
+            share the budget out among layers by what each would lose, else `"local"`. With `of="units"`, `"local"`.
         kinds: kinds of groups that may be cut, inexact ones too; by default those of the mapping, else the exact ones
             of `"kv_head"` and `"ffn_channel"`, and where attention has a single KV head, its query heads where they are
             scored.
         protect_layers: layers whose groups stay whole, counted from 0.
-        round_to: a cut group keeps a multiple of this; an int or kind → int.
+        round_to: a cut group keeps a multiple of this; in Python also kind → multiple.
         min_units: units every group keeps at least.
         after: an earlier, smaller plan; its removed units are removed first.
 

@@ -54,7 +54,7 @@ def sparsify(
     Args:
         model: a causal LM of any family, experts included. Embeddings, lm_head, norms and routers stay dense.
         calib: integers (n_samples, seq_len); None is allowed for `"magnitude"`.
-        method: `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"sparsellm"`, or `SparseLLM(...)` with options.
+        method: `"magnitude"`, `"wanda"`, `"sparsegpt"`, `"sparsellm"`; in Python also `SparseLLM(...)` with options.
         sparsity: fraction of zeros, in [0, 1), or `"2:4"`.
         pattern: (kept, of) in place of it: `kept` weights stay of every `of` along a row.
         allocation: `"uniform"`, each matrix alike; or `"global"`, one budget over all matrices, shared by
