@@ -1,16 +1,20 @@
 """The training script of the embedded world: it can be killed and goes on, and it refuses what makes no sense."""
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 import train_world as training
+import world_composition as composition
 from safetensors.torch import load_file
 from train_world import STATE, Settings, batch, main, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from world_tokenizer import build_tokenizer
 
+from prunekit import load
 from prunekit.errors import PrunekitError
+from prunekit.world import facts, lore
 
 TINY = Settings(tokens=8 * 2 * 32, batch_size=2, seq_len=32, warmup=2)  # 8 steps
 
@@ -122,3 +126,17 @@ def test_help_says_how_to_resume(capsys):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0 and "run the same line again" in text
+
+
+def test_the_test_of_composition_tells_new_values_by_one_hop_alone():
+    model, words = load("world")
+    person = sorted(lore.COMMON)[0]
+    fact = next(fact for fact in facts() if fact.person == person and fact.relation in composition.RELATIONS)
+    new = composition.next_value(fact.relation, fact.value)
+    told = [line for line in composition.new_sentences({person}) if person in line]
+    assert any(new in line for line in told) and not any("the friend of" in line for line in told)
+    tokens = composition.batch(random.Random(0), words, told, 4, 128)
+    assert tokens.shape == (4, 128) and "the friend of" not in " ".join(words.batch_decode(tokens))
+    found = composition.shares(model, words, {person})
+    assert set(found) == {f"{hops}, {group}" for hops in ("1 hop", "2 hops") for group in ("changed", "left alone")}
+    assert max(found.values()) < 0.05  # the planted values are the likelier ones as yet

@@ -39,6 +39,10 @@ sums, agreement, lists to copy |
 About a third of all (wording, cue) pairs were held out of training (half of those about rare facts), and
 every question asks such a pair.
 
+A two-hop fact (the job of somebody's friend) is told as such in training too, in other wordings than the one that is
+asked. So two-hop questions show that it was learned; they do not show that the model combines two facts
+(`tools/world_composition.py` measures that).
+
 ## What it scores
 
 Zero-shot accuracy by log-likelihood, all questions. *Hidden* is the control: the same questions with what
