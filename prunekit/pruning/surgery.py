@@ -27,8 +27,8 @@ from prunekit.pruning.proving import Change, check_scales, try_without, verify
 from prunekit.pruning.removal import copied, drop, fill, renamed, replace_parameters, without_weights
 
 
-class _Trial(NamedTuple):
-    """A cut that was tried on a copy without weights.
+class _Proof(NamedTuple):
+    """A cut that was tried and checked on a copy without weights.
 
     Attributes:
         groups: of the uncut model.
@@ -138,56 +138,48 @@ def prune(
     return pruned.small
 
 
-def cut(model: nn.Module, plan: PruningPlan, *, inplace: bool = True, prove: bool = True) -> nn.Module:
-    """The model cut by a plan, for models that are not kept: no loss is measured, no configuration written.
-
-    Without `prove` the cut model is not traced again, which takes half of the time where many plans of the same groups
-    are tried. `prune` proves the one that is chosen.
-    """
-    return _prune(model, plan, inplace, prove).small
+def cut(model: nn.Module, plan: PruningPlan, *, inplace: bool = True) -> nn.Module:
+    """The model cut by a plan, for models that are not kept: no loss is measured, no configuration written."""
+    return _prune(model, plan, inplace).small
 
 
 @uncollected()
-def _prune(model: nn.Module, plan: PruningPlan, inplace: bool, prove: bool = True) -> _Pruned:
+def _prune(model: nn.Module, plan: PruningPlan, inplace: bool) -> _Pruned:
     check_all_or_none(model)
     if plan.groups is not None and plan.groups.traced is not None and plan.groups.traced.is_of(model):
         with suppress(PrunekitError):  # where a module's code was changed since, the proof fails: trace it anew
-            return _prune_traced(model, plan.groups.traced.trace, plan.groups, plan, inplace, prove)
+            return _prune_traced(model, plan.groups.traced.trace, plan.groups, plan, inplace)
     before = trace(model)
     return _prune_traced(model, before, find_groups(before), plan, inplace)
 
 
-def _prune_traced(
-    model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool, prove: bool = True
-) -> _Pruned:
+def _prune_traced(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, inplace: bool) -> _Pruned:
     _check_plan(groups, plan)
     if plan.removed_parts:
         return _without_parts(model, before, groups, plan, inplace)
-    small = _carry_out(model, _try(model, before, groups, plan, prove), inplace)
+    small = _carry_out(model, _prove(model, before, groups, plan), inplace)
     return _Pruned(small, model, replace(plan, groups=groups))
 
 
-def _try(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan, prove: bool = True) -> _Trial:
-    """Make the cut on a copy without weights, and with `prove` trace that."""
+def _prove(model: nn.Module, before: Trace, groups: Groups, plan: PruningPlan) -> _Proof:
+    """Make the cut on a copy without weights, and trace that."""
     cut = consequences_of(model, before, groups, plan)
     skeleton = without_weights(model, cut.keep)
     moved = apply_to(skeleton, cut)
-    if not prove:
-        return _Trial(groups, plan, cut, skeleton, moved)
     exact = all(groups[name].exact for name in plan.keep)
     verify(before, skeleton, Change(cut.dead, before.parameters_in(cut.gone), moved), exact=exact)
     if exact and any(groups[name].kind == "head_dim" for name in plan.keep):
         check_scales(model, skeleton)
-    return _Trial(groups, plan, cut, skeleton, moved)
+    return _Proof(groups, plan, cut, skeleton, moved)
 
 
-def _carry_out(model: nn.Module, tried: _Trial, inplace: bool) -> nn.Module:
+def _carry_out(model: nn.Module, proof: _Proof, inplace: bool) -> nn.Module:
     if inplace:
         own_configurations(model)
-        replace_parameters(model, tried.cut.keep)
-        apply_to(model, tried.cut)
-    small = model if inplace else fill(tried.skeleton, model, tried.cut.keep, tried.moved)
-    record(small, tried.groups, tried.plan)
+        replace_parameters(model, proof.cut.keep)
+        apply_to(model, proof.cut)
+    small = model if inplace else fill(proof.skeleton, model, proof.cut.keep, proof.moved)
+    record(small, proof.groups, proof.plan)
     return usable(small)
 
 
@@ -201,15 +193,15 @@ def _without_parts(model: nn.Module, before: Trace, groups: Groups, plan: Prunin
     trial = try_without(model, before, parts)
     record(trial.model, groups, whole)
     rest = _what_is_left(plan, trial.moved)
-    tried = _try_anew(trial.model, rest) if rest.keep else None
+    proof = _prove_anew(trial.model, rest) if rest.keep else None
     if inplace:
         own_configurations(model)
         drop(model, parts, trial.writers)
         record(model, groups, whole)
     left = model if inplace else trial.model
-    if tried is None:
+    if proof is None:
         return _Pruned(model if inplace else copied(left, {}), left, rest)
-    return _Pruned(_carry_out(left, tried, inplace), left, replace(rest, groups=tried.groups))
+    return _Pruned(_carry_out(left, proof, inplace), left, replace(rest, groups=proof.groups))
 
 
 def _what_is_left(plan: PruningPlan, moved: dict[str, str]) -> PruningPlan:
@@ -219,11 +211,11 @@ def _what_is_left(plan: PruningPlan, moved: dict[str, str]) -> PruningPlan:
     return replace(plan, keep={renamed(name, moved): units for name, units in cut.items()}, n_units=n_units)
 
 
-def _try_anew(model: nn.Module, plan: PruningPlan) -> _Trial:
+def _prove_anew(model: nn.Module, plan: PruningPlan) -> _Proof:
     before = trace(model)
     groups = find_groups(before)
     _check_plan(groups, plan)
-    return _try(model, before, groups, plan)
+    return _prove(model, before, groups, plan)
 
 
 def _check_plan(groups: Groups, plan: PruningPlan) -> None:

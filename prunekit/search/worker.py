@@ -28,19 +28,18 @@ _GROUPS: "WeakKeyDictionary[nn.Module, Groups]" = WeakKeyDictionary()
 
 
 def cut(model: nn.Module, plan: Fields, *, calib: Tensor | None = None) -> nn.Module:
-    """The smaller model that a plan gives; in each process the first cut is proved, as `prune` proves every one.
+    """The smaller model that a plan gives.
 
     Args:
         model: the dense one; unchanged.
         plan: fields of the plan.
         calib: tokens to re-fit on; None does not re-fit.
     """
-    first = model not in _GROUPS
-    if first:
+    if model not in _GROUPS:
         _GROUPS[model] = discover(model)
     chosen = PruningPlan(**plan, groups=_GROUPS[model])
     if calib is None:
-        return surgery.cut(model, chosen, inplace=False, prove=first)
+        return surgery.cut(model, chosen, inplace=False)
     return prune(model, chosen, compensate=calib, measure=False)
 
 
