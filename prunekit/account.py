@@ -17,11 +17,10 @@ _AT_ONCE = 256  # of them, so that the logits of a large vocabulary take a fract
 _OVERFLOW = 700.0  # nats, of which exp is no float any more
 HOW = "give held_out=calibration_set(text, tokenizer, held_out=True)"
 ADVICE = {  # step → what to try where the loss rose by much
-    "prune": "a smaller pruning ratio, more calibration text, another importance, ranking or kinds, or protected "
-    "layers; training (recover) wins back a part",
-    "sparsify": "less sparsity, the methods sparsegpt or sparsellm, or more calibration text; training (recover) wins "
-    "back a part",
-    "recover": "a lower learning rate, fewer epochs, or more text",
+    "prune": "a smaller pruning_ratio, more calibration text, another importance, ranking or kinds, or protect_layers; "
+    "recover() wins back a part",
+    "sparsify": "less sparsity, method='sparsegpt' or 'sparsellm', more calibration text; recover() wins back a part",
+    "recover": "a lower learning_rate, fewer epochs, or more text",
 }
 
 

@@ -50,10 +50,13 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}, see the traceback"
 
 
-def similar(value: object, allowed: Iterable[object]) -> str:
-    """A question to add to an error where one of the allowed names is written much like the one given."""
+def similar(value: object, allowed: Iterable[object], cutoff: float = 0.6) -> str:
+    """A question to add to an error where one of the allowed names is written much like the one given.
+
+    `cutoff` is how much alike, from 0 to 1; capitals do not count.
+    """
     names = [each for each in allowed if isinstance(each, str)]
-    near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    near = get_close_matches(value.lower(), names, n=1, cutoff=cutoff) if isinstance(value, str) else []
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

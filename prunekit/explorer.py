@@ -77,7 +77,7 @@ def explore(
         groups: heads and FFN channels discovered in the model; None takes its KV heads and FFN channels.
         tasks: tasks or names of published ones, as for `zero_shot`: their questions can be picked by domain. None takes
             the embedded world's for its tokenizer, but for its boolq, which its model answers by chance; else none.
-        data_dir: the folder from which published tasks are read, as for `zero_shot`; None reads from the hub.
+        data_dir: the folder from which published tasks are read, as for `zero_shot`; by default from the hub.
         known: what `knowledge_of_units` or `knowledge_distribution` measured on this model: shows what each domain
             needs.
         compared: what `compare_knowledge` returned for several models: shows whether knowledge moved.

@@ -78,7 +78,7 @@ def test_a_change_prints_in_one_line_and_knows_what_is_large():
     assert repr(MEASURED) == (
         "loss 4.07 → 8.35 nats per token (perplexity 58.56 → 4230) on 8 held-out windows of 128 tokens"
     )
-    assert MEASURED.rise == pytest.approx(4.28) and MEASURED.is_large and "recover" in MEASURED.warning
+    assert MEASURED.rise == pytest.approx(4.28) and MEASURED.is_large and "recover()" in MEASURED.warning
     assert INFINITE.is_large and INFINITE.perplexity_after == math.inf and "inf" in repr(INFINITE)
     assert repr(UNMEASURED) == "loss not measured: give held_out=…" and math.isnan(UNMEASURED.rise)
     assert not UNMEASURED.is_large and UNMEASURED.warning is None
@@ -135,7 +135,7 @@ def test_measuring_changes_nothing_and_can_be_left_out(model, groups):
 
 def test_much_harm_is_warned_of_with_figures_and_advice(model, groups, losses):
     losses(4.0, 8.0)
-    with pytest.warns(DamageWarning, match=r"prune: loss 4.00 → 8.00 .*factor 1.5 .*smaller pruning ratio") as caught:
+    with pytest.warns(DamageWarning, match=r"prune: loss 4.00 → 8.00 .*factor 1.5 .*smaller pruning_ratio") as caught:
         prune(model, quick_plan(model, groups), held_out=tokens())
     assert caught[0].filename == __file__
     losses(4.0, 4.4)
@@ -234,7 +234,7 @@ def test_recover_says_which_tokens_it_trained_on(model, tmp_path):
 
 
 def test_a_recovery_that_ruins_is_warned_of(model):
-    with pytest.warns(DamageWarning, match="recover: loss .* a lower learning rate"):
+    with pytest.warns(DamageWarning, match="recover: loss .* a lower learning_rate"):
         recover(model.float(), FullTuning(max_steps=6, learning_rate=3.0), tokens())
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from shared import shared_path
 from transformers import AutoModelForCausalLM
 
 from prunekit import discover, load
+from prunekit.account import LossChange
 from prunekit.checkpoint import origins
 from prunekit.cli import main
+from prunekit.cli.console import own_warnings
+from prunekit.errors import DamageWarning
 from prunekit.pruning import PruningPlan
 
 COMMANDS = ("discover", "prune", "recover", "evaluate", "export", "lab", "tour")
@@ -250,15 +254,27 @@ def test_help_says_what_it_does_and_ends_with_an_example(command, capsys):
     assert f"\nexample:\n  prunekit {command}" in out
 
 
-def test_a_misspelt_model_is_asked_back_and_the_hub_client_is_quiet(monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "meant"), [("smolm2", True), ("SmolLM2", True), ("small", False)])
+def test_a_misspelt_model_is_asked_back_and_the_hub_client_is_quiet(monkeypatch, capsys, name, meant):
+    client, told = logging.getLogger("huggingface_hub.utils._http"), []
+
     def unreachable(*_):
-        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        told.append(client.isEnabledFor(logging.WARNING))
         raise OSError("no network")
 
     monkeypatch.setattr(origins, "get_hf_file_metadata", unreachable)
-    assert main(["discover", "smolm2"]) == 2
+    before = logging.getLogger("huggingface_hub").level
+    assert main(["discover", name]) == 2 and told and not any(told)
+    assert logging.getLogger("huggingface_hub").level == before
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "'smolm2' (did you mean 'smollm2'?)" in err and "'world' or 'smollm2'" in err
+    assert err.count("\n") == 1 and ("(did you mean 'smollm2'?)" in err) == meant and "'world' or 'smollm2'" in err
+
+
+def test_a_warning_names_what_can_be_typed_in_a_shell(capsys):
+    with own_warnings():
+        warnings.warn(LossChange("prune", 4.0, 8.0, 1024, "held-out windows").warning, DamageWarning, stacklevel=1)
+    said = capsys.readouterr().err
+    assert "--pruning-ratio" in said and "--protect-layers; prunekit recover wins" in said and "_" not in said
 
 
 def test_help_lists_every_command(capsys):

@@ -111,11 +111,18 @@ def test_help_says_what_the_docstrings_say():
     assert "--json" in said
 
 
+def verb_of(name):
+    return getattr(import_module(f"prunekit.cli.{COMMANDS[name][0]}"), name)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_verb_and_option_is_described(name):
-    room, line = COMMANDS[name]
-    found = getattr(import_module(f"prunekit.cli.{room}"), name)
-    assert getdoc(found).splitlines()[0] == line
+    found = verb_of(name)
+    assert getdoc(found).splitlines()[0] == COMMANDS[name][1]
     assert set(described(found)) == set(signature(found).parameters)
-    said = parser_of(found, name).format_help()
-    assert "None " not in said and not re.search(r'\w="\w', said)  # words of Python that nobody can type in a shell
+    parser = parser_of(found, name)
+    said = " ".join(parser.format_help().partition("example:")[0].split())
+    assert "None" not in said.split() and not re.search(r'\w="\w', said)  # words of Python that nobody can type
+    helps = " ".join(action.help or "" for action in parser._actions)
+    there = {option for other in COMMANDS for option in parser_of(verb_of(other), other)._option_string_actions}
+    assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", helps)) <= there

@@ -134,9 +134,12 @@ def test_the_test_of_composition_tells_new_values_by_one_hop_alone():
     fact = next(fact for fact in facts() if fact.person == person and fact.relation in composition.RELATIONS)
     new = composition.next_value(fact.relation, fact.value)
     told = [line for line in composition.new_sentences({person}) if person in line]
-    assert any(new in line for line in told) and not any("the friend of" in line for line in told)
-    tokens = composition.batch(random.Random(0), words, told, 4, 128)
-    assert tokens.shape == (4, 128) and "the friend of" not in " ".join(words.batch_decode(tokens))
+    joined = composition.two_hop_sentences()
+    assert any(new in line for line in told) and not joined & set(told)
+    tokens = composition.batch(random.Random(0), words, told, 16, 128)
+    lines = {line.strip() for text in words.batch_decode(tokens) for line in text.split("\n")}
+    assert tokens.shape == (16, 128) and not joined & lines
+    assert any("the friend of" in line for line in lines)  # who is whose friend is told all the while
     found = composition.shares(model, words, {person})
     assert set(found) == {f"{hops}, {group}" for hops in ("1 hop", "2 hops") for group in ("changed", "left alone")}
     assert max(found.values()) < 0.05  # the planted values are the likelier ones as yet

@@ -101,9 +101,10 @@ def _unloadable(source: str, where: dict[str, bool], why: str) -> PrunekitError:
             "safetensors, or a hub id that can be reached"
         )
     what = "was not fetched before, and the hub cannot be reached now" if where else f"does not load ({why})"
+    meant = similar(source, (WORLD, *PACKAGED), 0.8)
     return PrunekitError(
-        f"there is no folder {source!r}{similar(source, (WORLD, *PACKAGED))}, and as a hub id it {what}; give the path "
-        f"of a folder with config.json and safetensors, a .gguf file, a hub id that can be reached, or {NAMES}"
+        f"there is no folder {source!r}{meant}, and as a hub id it {what}; give the path of a folder with "
+        f"config.json and safetensors, a .gguf file, a hub id that can be reached, {NAMES}"
     )
 
 

@@ -219,7 +219,7 @@ def recipe(
             --text other.txt --folder search/ --out small/
 
     Args:
-        name: of the recipe.
+        name: llm-pruner, hywia, lorashear, sparsellm or accuracy-predictor.
         model: a checkpoint folder, a .gguf file, a hub id, "world" or "smollm2".
         out: folder to write; it may not exist yet.
         data: text to train on; for lorashear several, name=file, with commas.

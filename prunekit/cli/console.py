@@ -109,10 +109,15 @@ def described(source: Callable[..., Any]) -> dict[str, str]:
     return {name: _for_a_shell(" ".join(text.split()).replace("`", "")) for name, text in found}
 
 
+_OPTIONS = ("pruning_ratio", "protect_layers", "learning_rate")  # that warnings name
+
+
 def _for_a_shell(text: str) -> str:
-    """What a docstring says in Python's words, in those of a command line."""
-    text = re.sub(r'\b(\w+)="(\w[\w-]*)"', lambda found: f"{flag(found[1])} {found[2]}", text)
-    text = re.sub(r"\bNone (?:takes |is )?", "by default ", text)
+    """What a docstring or a warning says in Python's words, in those of a command line."""
+    text = re.sub(r"""\b(\w+)=["'](\w[\w-]*)["']""", lambda found: f"{flag(found[1])} {found[2]}", text)
+    text = re.sub(rf"\b(?:{'|'.join(_OPTIONS)})\b", lambda found: flag(found[0]), text)
+    text = text.replace("recover()", "prunekit recover")
+    text = re.sub(r"\bNone (?:takes|is) ", "by default ", text)
     return text.replace(". by default", ". By default")
 
 
@@ -133,8 +138,7 @@ def _add(place: Any, parameter: Parameter, told: str, extras: Mapping[str, Any])
         flags = (flag(name), *options.pop("flags", ()))
         place.add_argument(*flags, dest=name, required=required, **options)
     else:
-        shape = ({} if "choices" in options else {"metavar": name.upper()}) | ({} if required else {"nargs": "?"})
-        place.add_argument(name, **shape | options)
+        place.add_argument(name, **{"metavar": name.upper()} | ({} if required else {"nargs": "?"}) | options)
 
 
 def _reading(annotation: Any) -> dict[str, Any]:
@@ -150,7 +154,10 @@ def _reading(annotation: Any) -> dict[str, Any]:
             return {"type": _counts, "metavar": "KEPT:OF"}
         several = origin in (Iterable, Sequence) or (origin is tuple and ... in inside)
         if several and Any not in inside:  # of anything, a shell gives one
-            return {"type": _listed(inside[0] if inside[0] in (int, float) else str), "metavar": "A,B,C"}
+            return {
+                "type": _listed(inside[0] if inside[0] in (int, float) else str),
+                "metavar": "N,N" if inside[0] in (int, float) else "A,B",
+            }
     if bool in kinds:
         return {"action": argparse.BooleanOptionalAction if NoneType in kinds else "store_true"}
     number = next((kind for kind in (float, int) if kind in kinds), str)
@@ -224,14 +231,24 @@ def own_warnings() -> Iterator[None]:
 
     library.set_verbosity_error()
     library.disable_progress_bar()
-    for name in ("huggingface_hub", "datasets"):  # which say that they try again, and how
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), _own_log():
+    with warnings.catch_warnings(), _own_log(), _quiet("huggingface_hub"), _quiet("datasets"):
         warnings.simplefilter("ignore")
         for kind in (DamageWarning, NoVocabulary):
             warnings.simplefilter("always", kind)
-        warnings.showwarning = lambda message, *_, **__: say(message)
+        warnings.showwarning = lambda message, *_, **__: say(_for_a_shell(str(message)))
         yield
+
+
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """A context in which a library logs errors alone, and not each time that it tries again."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -122,8 +122,8 @@ def prune(
     disk, and what is finished stays in .OUT.partial, so that the same command goes on
     after an interrupt. Gradients are computed layer by layer, and nothing is re-fitted.
 
-    The default, curvature with a re-fit, was chosen on two real models; it takes about two
-    minutes for one of 135M parameters on two cores.
+    The default, curvature with a re-fit, was chosen on two real models; it takes two to
+    four minutes for one of 135M parameters on two cores.
 
     Example:
         prunekit prune world --pruning-ratio 0.25 --out small/

@@ -97,8 +97,8 @@ def perplexity(
         model: a causal language model of `transformers`.
         tokenizer: the model's own tokenizer.
         text_or_path: a text, a file, or whatever else `prunekit.documents.read_documents` takes.
-        window: tokens a window, BOS included; None for 128, or in documents for as many as the model takes.
-        stride: tokens by which windows advance, in [1, window]; None for no overlap.
+        window: tokens a window, BOS included; by default 128, or in documents as many as the model takes.
+        stride: tokens by which windows advance, in [1, window]; by default there is no overlap.
         protocol: `"windows"`, `"documents"` or `"papers"`.
         separator: marker between documents; only for `"documents"`.
         bos: True puts BOS first in every window, False leaves it out, None goes by the tokenizer.
@@ -141,9 +141,9 @@ def measure_perplexity(
         text_or_path: a text, the path of a file that holds one, or whatever else `prunekit.documents.read_documents`
             takes (several documents are joined by an empty line for `"windows"`); `"world"` is the embedded
             world's validation text.
-        window: tokens a window, BOS included; None for 128 over a whole text, and for as many as the model takes in
+        window: tokens a window, BOS included; by default 128 over a whole text, and as many as the model takes in
             documents.
-        stride: tokens by which windows advance, in [1, window]; None for no overlap.
+        stride: tokens by which windows advance, in [1, window]; by default there is no overlap.
         protocol: `"windows"` over the whole text; `"documents"` one by one (longer ones are cut into windows);
             `"papers"`, the usual one of the papers: windows over the whole text that do not overlap, without BOS
             whatever the tokenizer does.

@@ -146,7 +146,7 @@ def zero_shot(
         tasks: names of published tasks (`"boolq" "piqa" "hellaswag" "winogrande" "arc_easy" "arc_challenge"
             "openbookqa" "mmlu" "mmlu_anatomy" "lambada"`), tasks of your own, or both; or name → task.
         limit: the first so many questions of each task; None asks all.
-        data_dir: the folder from which published tasks are read, as `standard_task` says; None reads from the hub.
+        data_dir: the folder from which published tasks are read, as `standard_task` says; by default from the hub.
         shots: answered examples in front of each question of a published task.
         batch_size: rows of about 128 tokens a forward pass; it does not change the result.
 

@@ -100,7 +100,7 @@ def standard_task(name: str, *, limit: int | None = None, data_dir: str | Path |
         limit: the first so many questions only; of MMLU so many of each subject.
         data_dir: a folder with a folder `name` in it, or one level below, which holds the data set in the hub's form
             (`validation.jsonl`, `test.jsonl` or Parquet files) or in the original one (PIQA's `valid.jsonl` with
-            `valid-labels.lst`, MMLU's `test/anatomy_test.csv` and `dev/anatomy_dev.csv`). None reads from the hub.
+            `valid-labels.lst`, MMLU's `test/anatomy_test.csv` and `dev/anatomy_dev.csv`). By default the hub is read.
         shots: answered examples in front of each question, drawn as lm-evaluation-harness draws them: MMLU's first
             ones, of the others a random draw from the training split for each question.
 

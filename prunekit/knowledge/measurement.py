@@ -157,12 +157,12 @@ def knowledge_distribution(
         scores: group name → (n_units,), as `score` returns them. Groups of one unit (blocks, layers) need none.
         ratios: fractions of a group's units, in (0, 1]; at least one unit is ablated. Groups of one unit are
             ablated once, at ratio 1.
-        tasks: tasks or names of published ones, as for `zero_shot` (MMLU's domains are its subjects); None with no text
-            takes the embedded world's, for its tokenizer.
+        tasks: tasks or names of published ones, as for `zero_shot` (MMLU's domains are its subjects); where no
+            text is given either, by default the embedded world's, for its tokenizer.
         text: anything that `measure_perplexity` takes, or name of a domain → such a text. It is cut into windows of
             128 tokens (or what the model takes) that do not overlap, BOS first in each where the tokenizer adds it.
         limit: number of questions of each task.
-        data_dir: the folder from which published tasks are read, as for `zero_shot`; None reads from the hub.
+        data_dir: the folder from which published tasks are read, as for `zero_shot`; by default from the hub.
         path: a .safetensors file, written after each group; a run with the same model, ablations and questions resumes
             from it.
         tokens_a_batch: approximate number of positions per forward pass; it does not change the result.
@@ -209,7 +209,7 @@ def knowledge_of_units(
         tasks: tasks, as `knowledge_distribution` takes them.
         text: texts, as `knowledge_distribution` takes them.
         limit: number of questions of each task; None is all.
-        data_dir: a folder with the files of published tasks; None reads from the hub.
+        data_dir: a folder with the files of published tasks; by default from the hub.
         path: a file that keeps the measurements, so that an interrupted run resumes; None writes none.
         tokens_a_batch: tokens per forward pass.
 

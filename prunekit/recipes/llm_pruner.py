@@ -62,8 +62,8 @@ def llm_pruner(
             `"layer"` keeps the first layers and drops the others, whatever the importance.
         importance: `Taylor("vector")` is the paper's `vectorize`, `Taylor()` Element¹, `Taylor(order="second")`
             Element², `Taylor(order="mixed")` both; `Magnitude(p=1)`, `Magnitude(p=2)` and `Random()` its baselines.
-        layers: those that block mode cuts; None spares the first eighth and the last sixteenth, so that of 32 layers
-            4 to 29 are cut as in the paper.
+        layers: those that block mode cuts; by default all but the first eighth and the last sixteenth, so that of
+            32 layers 4 to 29 are cut as in the paper.
         ranking: of block mode. `"local"`: every group loses this share of its units. `"global"`: the units of all
             groups compete for this share of all parameters in those groups, by score per parameter.
         normalize: `"loss"` makes the scores of any importance comparable for `"global"`, as in `score`.

@@ -67,7 +67,7 @@ def recover(
             in a chat, completions of prompts, outputs of instructions. `"all"` trains on all tokens. The loss before
             and after is that of all tokens.
         keep_zeros: weights that are zero stay so: LoRA's update is masked while it is trained and merged, full
-            fine-tuning's gradients are (see `masked_adapters` and `keep_zeros` of `prunekit.sparsity`). None does it
+            fine-tuning's gradients are (see `masked_adapters` and `keep_zeros` of `prunekit.sparsity`). By default
             where the model carries a `sparsity_report`, of `sparsify` or of the checkpoint.
         tokenizer: needed where `data` is text.
         seq_len: tokens a window where `data` is not a tensor; None takes the method's.

@@ -68,7 +68,7 @@ class FullTuning(TrainingSettings):
         batch_size: windows an optimiser step; None takes 8, or fewer where the data would give less than 32
             steps an epoch.
         epochs: passes over the data.
-        max_steps: stop after this many optimiser steps, and repeat the data to get there; None goes by `epochs`.
+        max_steps: stop after this many optimiser steps, and repeat the data to get there; by default `epochs` say it.
         warmup: optimiser steps of warm-up (1 or more), or their share of all steps (below 1).
         seq_len: tokens a window, where the data is text.
         weight_decay: of AdamW, on matrices; norms and biases have none.
