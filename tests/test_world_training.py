@@ -1,6 +1,7 @@
 """The training script of the embedded world: it can be killed and goes on, and it refuses what makes no sense."""
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -137,9 +138,9 @@ def test_the_test_of_composition_tells_new_values_by_one_hop_alone():
     joined = composition.two_hop_sentences()
     assert any(new in line for line in told) and not joined & set(told)
     tokens = composition.batch(random.Random(0), words, told, 16, 128)
-    lines = {line.strip() for text in words.batch_decode(tokens) for line in text.split("\n")}
-    assert tokens.shape == (16, 128) and not joined & lines
-    assert any("the friend of" in line for line in lines)  # who is whose friend is told all the while
+    text = "\n".join(words.batch_decode(tokens))
+    assert tokens.shape == (16, 128) and not any(sentence in text for sentence in joined)
+    assert re.search("the friend of|has a friend named|goes for a walk", text)  # who is whose friend is told all along
     found = composition.shares(model, words, {person})
     assert set(found) == {f"{hops}, {group}" for hops in ("1 hop", "2 hops") for group in ("changed", "left alone")}
     assert max(found.values()) < 0.05  # the planted values are the likelier ones as yet
