@@ -55,9 +55,9 @@ def similar(value: object, allowed: Iterable[object], cutoff: float = 0.6) -> st
 
     `cutoff` is how much alike, from 0 to 1; capitals do not count.
     """
-    names = [each for each in allowed if isinstance(each, str)]
+    names = {each.lower(): each for each in allowed if isinstance(each, str)}
     near = get_close_matches(value.lower(), names, n=1, cutoff=cutoff) if isinstance(value, str) else []
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    return f" (did you mean {names[near[0]]!r}?)" if near else ""
 
 
 def first_line(error: Exception) -> str:

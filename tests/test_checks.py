@@ -14,7 +14,7 @@ from torch import nn
 import prunekit as pk
 from prunekit import recipes
 from prunekit.checks import Count, Network, Positive, Seed, SharedModel, _held, check_value, checked
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, similar
 
 FUNCTIONS = [getattr(pk, name) for name in pk.__all__ if inspect.isfunction(getattr(pk, name))]
 
@@ -104,3 +104,10 @@ def test_the_models_of_a_call_are_held_also_in_a_dictionary():
 def test_models_in_wrappers_are_refused_by_name():
     with pytest.raises(PrunekitError, match=r"model=.*of a DataParallel: its \.module"):
         pk.discover(nn.DataParallel(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("taylr", "taylor"), ("TAYLOR", "taylor"), ("sparsellm", "SparseLLM"), ("x", None)]
+)
+def test_a_name_is_asked_back_whatever_its_capitals(given, meant):
+    assert similar(given, ["taylor", "SparseLLM"]) == (f" (did you mean {meant!r}?)" if meant else "")

@@ -137,7 +137,8 @@ def test_the_test_of_composition_tells_new_values_by_one_hop_alone():
     told = [line for line in composition.new_sentences({person}) if person in line]
     joined = composition.two_hop_sentences()
     assert any(new in line for line in told) and not joined & set(told)
-    tokens = composition.batch(random.Random(0), words, told, 16, 128)
+    documents = composition.documents(random.Random(0), told)
+    tokens = torch.tensor([training.packed(documents, words, 128) for _ in range(16)])
     text = "\n".join(words.batch_decode(tokens))
     assert tokens.shape == (16, 128) and not any(sentence in text for sentence in joined)
     assert re.search("the friend of|has a friend named|goes for a walk", text)  # who is whose friend is told all along

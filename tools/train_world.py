@@ -6,6 +6,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,16 @@ def batch(settings: Settings, tokenizer: PreTrainedTokenizerFast, step: int) -> 
     """The tokens of one step, (batch, seq): a function of seed and step, so that a resumed run sees the same."""
     rng = random.Random(f"{settings.seed}-{step}")
     phase = int(step > SECOND_PHASE * settings.n_steps)
-    return torch.tensor([_sequence(rng, tokenizer, settings.seq_len, phase) for _ in range(settings.batch_size)])
+    documents = iter(lambda: document(rng, "train", phase), None)
+    return torch.tensor([packed(documents, tokenizer, settings.seq_len) for _ in range(settings.batch_size)])
 
 
-def _sequence(rng: random.Random, tokenizer: PreTrainedTokenizerFast, seq_len: int, phase: int) -> list[int]:
-    """`<bos>` and documents, one a line, as many as fit."""
+def packed(documents: Iterator[str], tokenizer: PreTrainedTokenizerFast, seq_len: int) -> list[int]:
+    """`<bos>` and the next documents, one a line, as many as fit."""
     backend, line_break = tokenizer.backend_tokenizer, tokenizer.convert_tokens_to_ids("\n")
     ids = [tokenizer.bos_token_id]
     while len(ids) < seq_len:
-        ids += [*backend.encode(document(rng, "train", phase), add_special_tokens=False).ids, line_break]
+        ids += [*backend.encode(next(documents), add_special_tokens=False).ids, line_break]
     return ids[:seq_len]
 
 

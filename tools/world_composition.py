@@ -11,13 +11,14 @@ import argparse
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
-from torch.nn import functional
-from train_world import train_step
+from train_world import packed, train_step
 
 import prunekit as pk
+from prunekit.questions import Question, Task
 from prunekit.world import lore, tables
 from prunekit.world.corpus import document
 
@@ -48,51 +49,28 @@ def two_hop_sentences() -> set[str]:
     return {tables.say(wording, entry.cue, entry.value) for entry, wording in rows}
 
 
-def batch(rng: random.Random, tokenizer: Any, sentences: list[str], size: int, length: int) -> torch.Tensor:
-    """Packed sequences, int64 (size, length): half of the documents are new sentences, the others tell no two hops."""
+def documents(rng: random.Random, sentences: list[str]) -> Iterator[str]:
+    """Without end: half are new sentences, the others documents of the world that tell no two hops."""
     joined = two_hop_sentences()
-
-    def lines() -> Iterator[str]:
-        while True:
-            told = rng.choice(sentences) if rng.random() < 0.5 else document(rng, "train", 0)
-            if not any(sentence in told for sentence in joined):  # a document has several
-                yield told
-
-    def sequence() -> list[int]:
-        ids = [tokenizer.bos_token_id]
-        for line in lines():
-            ids += tokenizer(line + "\n", add_special_tokens=False)["input_ids"]
-            if len(ids) >= length:
-                return ids[:length]
-        raise AssertionError
-
-    return torch.tensor([sequence() for _ in range(size)])
-
-
-@torch.inference_mode()
-def log_probability(model: torch.nn.Module, tokenizer: Any, context: str, answer: str) -> float:
-    """Nats of an answer behind a context."""
-    before = [tokenizer.bos_token_id, *tokenizer(context, add_special_tokens=False)["input_ids"]]
-    after = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    logits = model(input_ids=torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
-    return float(functional.log_softmax(logits, -1).gather(1, torch.tensor(after)[:, None]).sum())
+    while True:
+        told = rng.choice(sentences) if rng.random() < 0.5 else document(rng, "train", 0)
+        if not any(sentence in told for sentence in joined):  # a document has several
+            yield told
 
 
 def shares(model: torch.nn.Module, tokenizer: Any, changed: set[str]) -> dict[str, float]:
     """Hops and group → share of facts whose next value is likelier than the planted one."""
-    friend, hits = tables.friends(), defaultdict(list)
-    for hops in (1, 2):
-        for relation in RELATIONS:
-            table = tables.people_table(relation, "common") if hops == 1 else tables.two_hop_table(relation)
-            for wording, entry in table.pairs("validation"):
-                person = entry.cue[0] if hops == 1 else friend[entry.cue[0].removeprefix("the friend of ")]
-                logs = [
-                    log_probability(model, tokenizer, *tables.ask(table.wordings[wording], entry.cue, value))
-                    for value in (entry.value, next_value(relation, entry.value))
-                ]
-                key = f"{hops} hop{'s' * (hops > 1)}, {'changed' if person in changed else 'left alone'}"
-                hits[key].append(logs[1] > logs[0])
-    return {key: sum(found) / len(found) for key, found in hits.items()}
+    friend, asked = tables.friends(), defaultdict(list)
+    for hops, relation in product((1, 2), RELATIONS):
+        table = tables.people_table(relation, "common") if hops == 1 else tables.two_hop_table(relation)
+        for number, entry in table.pairs("validation"):
+            person = entry.cue[0] if hops == 1 else friend[entry.cue[0].removeprefix("the friend of ")]
+            values, wording = (entry.value, next_value(relation, entry.value)), table.wordings[number]
+            (context, old), (_, new) = (tables.ask(wording, entry.cue, value) for value in values)
+            key = f"{hops} hop{'s' * (hops > 1)}, {'changed' if person in changed else 'left alone'}"
+            asked[key].append(Question(context, (old, new), 1, "fact"))
+    tasks = {key: Task(key, "composition", tuple(questions)) for key, questions in asked.items()}
+    return pk.zero_shot(model, tokenizer, tasks).accuracy().to_dict()
 
 
 def main() -> None:
@@ -106,13 +84,15 @@ def main() -> None:
     model, tokenizer = pk.load("world")
     rng = random.Random(args.seed)
     changed = set(rng.sample(sorted(lore.COMMON), len(lore.COMMON) // 2))
-    sentences, optimizer = new_sentences(changed), torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=0.0)
+    told = documents(rng, new_sentences(changed))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=0.0)
     for step in range(max(args.steps) + 1):
         if step in args.steps:
             model.eval()
             found = shares(model, tokenizer, changed)
             print(f"after {step} steps:", ", ".join(f"{key} {share:.0%}" for key, share in found.items()), flush=True)
-        train_step(model.train(), optimizer, batch(rng, tokenizer, sentences, 16, 128), args.rate)
+        tokens = torch.tensor([packed(told, tokenizer, 128) for _ in range(16)])
+        train_step(model.train(), optimizer, tokens, args.rate)
 
 
 if __name__ == "__main__":
